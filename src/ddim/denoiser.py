@@ -1,0 +1,124 @@
+"""From a network to a denoiser: (x_t, t) -> (x0, eps).
+
+A sampler needs a :class:`Denoiser` and nothing else. :class:`ModelDenoiser` makes one of any callable ``(x_t, t) ->
+prediction``: a diffusers UNet, your own module, a guided network, a closed-form oracle.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+from ddim.prediction import Denoised, PredictionType, clip_static, threshold_dynamic, to_eps, to_x0_eps
+from ddim.schedule import NoiseSchedule
+
+__all__ = ["Clip", "Denoiser", "ModelDenoiser"]
+
+
+class Denoiser(Protocol):
+    """Anything that tells a noisy sample's clean data and noise."""
+
+    def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
+        """Denoises x_t [B, ...] at level t (one, or one a sample)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How a predicted x0 is kept in range.
+
+    Attributes:
+        kind: ``none``, ``static`` (clamp to +-bound) or ``dynamic`` (per-sample percentile, :func:`threshold_dynamic`).
+        bound: Of ``static``.
+        ratio: Percentile of ``dynamic``.
+        max_value: Largest threshold of ``dynamic``.
+        rederive_eps: Whether eps is derived again from the clipped x0, so that the pair still decomposes x_t.
+    """
+
+    kind: Literal["none", "static", "dynamic"] = "none"
+    bound: float = 1.0
+    ratio: float = 0.995
+    max_value: float = 1.0
+    rederive_eps: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "static", "dynamic"):
+            raise DDIMError(f"clip must be none, static or dynamic; got {self.kind!r}.")
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Returns x0 in range, shape [B, ...]."""
+        if self.kind == "static":
+            return clip_static(x0, self.bound)
+        if self.kind == "dynamic":
+            return threshold_dynamic(x0, ratio=self.ratio, max_value=self.max_value)
+        return x0
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDenoiser:
+    """A network, its schedule and its parametrisation, as a :class:`Denoiser`.
+
+    Attributes:
+        network: ``(x_t, t) -> prediction`` with t an int64 tensor [B] on x_t's device. It may return a tensor, a tuple
+            whose first element is one, or an object with ``.sample`` (diffusers' UNets).
+        schedule: The levels the network was trained on.
+        prediction_type: What it predicts.
+        clip: What happens to x0.
+        dtype: What the network is fed; None: its parameters' dtype, or x_t's for a plain function. The pair comes back in
+            x_t's dtype, so a half-precision network keeps a float32 state.
+    """
+
+    network: Callable[[Tensor, Tensor], Any]
+    schedule: NoiseSchedule
+    prediction_type: PredictionType = "epsilon"
+    clip: Clip = Clip()
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
+        """Evaluates the network once and converts its output.
+
+        Args:
+            x_t: Shape [B, ...].
+            t: One level, or one a sample, shape [B].
+
+        Returns:
+            (x0, eps) in x_t's dtype.
+
+        Raises:
+            DDIMError: If the output has another shape than x_t, or cannot be converted at this level.
+        """
+        levels = torch.as_tensor(t, dtype=torch.int64)
+        output = _tensor(self.network(x_t.to(self._dtype(x_t)), levels.to(x_t.device).expand(x_t.shape[0])))
+        if output.shape != x_t.shape:
+            raise DDIMError(
+                f"the network must return a prediction of its input's shape {list(x_t.shape)}; got {list(output.shape)}. "
+                "If it also predicts a variance, wrap it to return the mean's channels only."
+            )
+        alpha_bar_t = self.schedule.alpha_bar(levels)
+        denoised = to_x0_eps(output.to(x_t.dtype), x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type)
+        if self.clip.kind == "none":
+            return denoised
+        x0 = self.clip(denoised.x0)
+        return Denoised(x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps)
+
+    def _dtype(self, x_t: Tensor) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        parameter = next(self.network.parameters(), None) if isinstance(self.network, torch.nn.Module) else None
+        return x_t.dtype if parameter is None else parameter.dtype
+
+
+def _tensor(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network returns
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "sample", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise DDIMError(
+        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {type(output).__name__}."
+    )

@@ -1,0 +1,82 @@
+"""Between tensors in [-1, 1], bytes, and picture files."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = ["from_uint8", "make_grid", "save_png", "to_pil", "to_uint8", "write_atomically"]
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """Turns images in [-1, 1], [B, C, H, W], into bytes [B, H, W, C]; values outside are clamped, halves round up."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DDIMError(f"images must have shape [B, C, H, W] with 1 or 3 channels; got {list(images.shape)}.")
+    scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).add(0.5).floor().clamp(0, 255)
+    result: NDArray[np.uint8] = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return result
+
+
+def from_uint8(images: NDArray[np.uint8]) -> Tensor:
+    """Turns bytes [B, H, W, C] into images in [-1, 1], [B, C, H, W], float32."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
+    """Turns bytes [B, H, W, C] into Pillow images, grey where C is 1."""
+    return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def make_grid(images: NDArray[np.uint8], *, columns: int | None = None, padding: int = 2, background: int = 255) -> NDArray[np.uint8]:
+    """Lays images [B, H, W, C] out in rows: one picture [H', W', C].
+
+    Args:
+        images: At least one.
+        columns: Images a row; None: about as many columns as rows.
+        padding: Pixels between and around images.
+        background: Grey level of the padding and of empty places.
+    """
+    count, height, width, channels = images.shape
+    if count == 0:
+        raise DDIMError("a grid needs at least one image; got none.")
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, channels), background, np.uint8)
+    for i, image in enumerate(images):
+        top, left = padding + i // columns * (height + padding), padding + i % columns * (width + padding)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(image: NDArray[np.uint8], path: Path | str, *, scale: int = 1) -> None:
+    """Writes one image [H, W, C] as a PNG, whole or not at all; ``scale`` enlarges each pixel to a square."""
+    picture = to_pil(image[None])[0]
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    partial = _partial(path)
+    try:
+        picture.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path | str, content: str) -> None:
+    """Writes a text file, whole or not at all."""
+    partial = _partial(path)
+    try:
+        partial.write_text(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path | str) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")

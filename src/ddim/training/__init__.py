@@ -1,0 +1,1 @@
+"""Training: configuration, data, exponential moving average, and the loop."""

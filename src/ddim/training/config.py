@@ -1,0 +1,190 @@
+"""What a training run is: one frozen record, and named presets of it.
+
+This module imports nothing heavy, since the command line reads its fields to print its help.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ddim.errors import DDIMError
+
+__all__ = ["PRESETS", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains an unconditional or class-conditional model, and writes a folder that diffusers loads too."""
+
+    data: str
+    """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, or a hub dataset id."""
+    out: str
+    """Folder for the model, its checkpoints and its log. Running again with the same options goes on from the last checkpoint."""
+
+    split: str = "train"
+    """Split of the data set to train on."""
+    resolution: int | None = None
+    """Resize (shorter side) and centre-crop images to this size; by default all must have one size already."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour; by default what the first image has."""
+    horizontal_flip: bool = False
+    """Mirror half of the images at random."""
+    class_conditional: bool = False
+    """Train a class-conditional model on the data's labels."""
+    validation_images: int = 512
+    """Images held out from the end of the data; the loss on them chooses the best checkpoint. 0: none."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 128)
+    """Channels of the network at each resolution, from full to lowest."""
+    layers_per_block: int = 1
+    """Residual blocks at each resolution."""
+    attention_levels: int = 1
+    """How many of the lowest resolutions have self-attention."""
+    attention_head_dim: int = 8
+    """Channels of an attention head."""
+    norm_num_groups: int = 8
+    """Groups of the group normalisation; must divide every entry of block_out_channels."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+    num_train_timesteps: int = 1000
+    """Levels T of the noise schedule."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
+    """Noise schedule."""
+    beta_start: float = 1e-4
+    """First beta of linear, scaled_linear and sigmoid."""
+    beta_end: float = 0.02
+    """Last beta of linear, scaled_linear and sigmoid."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the schedule to zero terminal SNR; needs v_prediction or sample."""
+    weighting: Literal["uniform", "min-snr"] = "uniform"
+    """Loss weight of the levels."""
+    snr_gamma: float = 5.0
+    """SNR at which min-snr saturates."""
+    weight_floor: float = 0.01
+    """Smallest weight under min-snr, so that the terminal level of a zero-SNR schedule is still trained."""
+
+    images: int = 300_000
+    """Length of the run, in images seen (repetitions counted)."""
+    batch_size: int = 64
+    """Images of one forward pass on one process."""
+    gradient_accumulation: int = 1
+    """Forward passes an optimiser step."""
+    learning_rate: float = 4e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 after the warm-up."""
+    lr_warmup_steps: int = 500
+    """Optimiser steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
+    ema_decay: float = 0.9995
+    """Decay of the exponential moving average of the parameters, which is what gets sampled. 0: none."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the network's forward pass; noise, targets and the loss stay float32."""
+    compile: bool = False
+    """Compile the network with torch.compile (minutes at the start, faster steps)."""
+    seed: int = 0
+    """Seed of weights, data order, timesteps and noise."""
+
+    checkpoint_every: int = 1000
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; the best is kept besides."""
+    preview_every: int = 0
+    """Optimiser steps between preview grids (OUT/previews); 0: none."""
+    preview_count: int = 16
+    """Images of a preview."""
+    preview_steps: int = 25
+    """DDIM steps of a preview."""
+    log_every: int = 50
+    """Optimiser steps between log entries (OUT/log, for tensorboard)."""
+    workers: int = 0
+    """Processes that load images; 0: the training process itself."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "images",
+            "batch_size",
+            "gradient_accumulation",
+            "num_train_timesteps",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise DDIMError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in (
+            "validation_images",
+            "lr_warmup_steps",
+            "preview_every",
+            "workers",
+            "seed",
+            "gradient_clip",
+            "weight_decay",
+            "weight_floor",
+            "attention_levels",
+        ):
+            if getattr(self, name) < 0:
+                raise DDIMError(f"{name} must be at least 0; got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise DDIMError(f"learning_rate must be above 0; got {self.learning_rate}.")
+        if not 0 <= self.ema_decay < 1:
+            raise DDIMError(f"ema_decay must lie in [0, 1); got {self.ema_decay}.")
+        if not 0 <= self.dropout < 1:
+            raise DDIMError(f"dropout must lie in [0, 1); got {self.dropout}.")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise DDIMError(
+                "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
+                "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
+            )
+        if not self.block_out_channels:
+            raise DDIMError("block_out_channels must name at least one resolution; got none.")
+        bad = [c for c in self.block_out_channels if c < 1 or c % self.norm_num_groups]
+        if bad:
+            raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options that made a model of ours, with what they cost and what to expect."""
+
+    options: dict[str, object]
+    note: str = field(default="")
+
+
+PRESETS: dict[str, Preset] = {
+    "fashion-mnist": Preset(
+        {
+            "data": "fashion-mnist",
+            "block_out_channels": (32, 64, 128),
+            "layers_per_block": 1,
+            "attention_levels": 1,
+            "images": 700_000,
+            "batch_size": 32,
+            "learning_rate": 5e-4,
+            "lr_schedule": "cosine",
+            "lr_warmup_steps": 500,
+            "ema_decay": 0.9995,
+            "checkpoint_every": 500,
+            "preview_every": 2000,
+        },
+        note="The embedded model: 2.7 M parameters, 28x28, epsilon, linear betas.",
+    ),
+    "digits": Preset(
+        {
+            "data": "digits",
+            "block_out_channels": (32, 64),
+            "images": 150_000,
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 100,
+            "ema_decay": 0.998,
+            "validation_images": 128,
+        },
+        note="Real 8x8 digits out of scikit-learn: minutes on a laptop.",
+    ),
+}

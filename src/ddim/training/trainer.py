@@ -1,0 +1,480 @@
+r"""The training loop.
+
+A run is a function of its configuration: the order of the data, the timesteps and the noise of step n follow from (seed, n,
+process) alone, so a run that is resumed from step n continues to the same losses as one that never stopped.
+"""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from ddim.denoiser import ModelDenoiser
+from ddim.errors import CheckpointError, DDIMError
+from ddim.images import make_grid, save_png, to_uint8
+from ddim.noise import seeded_randn
+from ddim.objective import draw_timesteps, loss_weights, training_loss
+from ddim.sampler import sample
+from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.timesteps import select_timesteps, step_pairs
+from ddim.training.checkpoint import latest_checkpoint, load_training_state, prune, publish, read_record, save_checkpoint
+from ddim.training.config import TrainConfig
+from ddim.training.data import ImageData, load_images
+from ddim.training.ema import EMA
+
+__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "make_network", "make_schedule", "train"]
+
+# What may differ between the parts of a resumed run: it changes where a run ends or what is reported, not its losses.
+FREE_FIELDS = frozenset(
+    {"out", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
+)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the step."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the caller is told after each logged interval."""
+
+    step: int
+    steps: int
+    images: int
+    loss: float
+    images_per_second: float
+    seconds_left: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    finished: bool
+    loss: float | None
+    losses: tuple[tuple[int, float], ...]
+    """(step, loss) of every step that this call took on this process."""
+
+
+def make_schedule(config: TrainConfig) -> NoiseSchedule:
+    """The levels that noise is added at: the same ones the written scheduler samples with."""
+    betas = make_betas(config.beta_schedule, config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
+    return NoiseSchedule.from_betas(rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas)
+
+
+def make_network(config: TrainConfig, data: ImageData) -> nn.Module:
+    """A diffusers UNet2DModel for this data.
+
+    Raises:
+        DDIMError: If the images' size cannot be halved as often as the network has resolutions.
+    """
+    levels = len(config.block_out_channels)
+    height, width = data.resolution
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor:
+        usable = max(factor, round(height / factor) * factor)
+        raise DDIMError(
+            f"images of {height}x{width} cannot be halved {levels - 1} times, as {levels} entries of block_out_channels ask; "
+            f"use --resolution {usable}, or fewer entries."
+        )
+    attention = [level >= levels - config.attention_levels for level in range(levels)]
+    network: nn.Module = diffusers.UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=data.channels,
+        out_channels=data.channels,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=config.block_out_channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        dropout=config.dropout,
+        num_class_embeds=len(data.class_names or ()) if config.class_conditional else None,
+    )
+    return network
+
+
+def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up, then the schedule to 0."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    part = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+    fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * part, dtype=torch.float64)).item())
+    return config.learning_rate * fall
+
+
+class _Batches(Sampler[list[int]]):
+    """The indices of every batch from step ``start`` on: epoch after epoch of permutations, each process its own share."""
+
+    def __init__(self, length: int, config: TrainConfig, *, start: int, stop: int, rank: int, world: int) -> None:
+        self.length, self.config, self.start, self.stop, self.rank, self.world = length, config, start, stop, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.config.batch_size
+        for batch in range(self.start * self.config.gradient_accumulation, self.stop * self.config.gradient_accumulation):
+            first = (batch * self.world + self.rank) * size
+            yield [self._index(first + i) for i in range(size)]
+
+    def _index(self, place: int) -> int:
+        epoch, offset = divmod(place, self.length)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1))).tolist()
+        return int(self._order[offset])
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers (FNV-1a over their 64-bit values), so that neighbouring steps share no stream."""
+    value = 0xCBF29CE484222325
+    for number in numbers:
+        for shift in range(0, 64, 8):
+            value = ((value ^ ((number >> shift) & 0xFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    return value & 0x7FFFFFFFFFFFFFFF
+
+
+def _to_float(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def _call(network: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        output = network(x_t, t, return_dict=False) if labels is None else network(x_t, t, class_labels=labels, return_dict=False)
+        return output[0].float()
+
+    return predict
+
+
+@torch.no_grad()
+def validation_loss(
+    network: nn.Module, data: ImageData, indices: range, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
+) -> float:
+    """The unweighted loss over held-out images, with the same noise and evenly spread timesteps every time."""
+    generator = torch.Generator().manual_seed(_mix(config.seed, 2))
+    total = 0.0
+    for first in range(0, len(indices), 128):
+        part = indices[first : first + 128]
+        items = [data[i] for i in part]
+        x0 = _to_float(torch.stack([image for image, _ in items])).to(device)
+        labels = torch.tensor([label for _, label in items], device=device) if config.class_conditional else None
+        t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        losses = training_loss(_call(network, labels), x0, schedule=schedule, t=t, noise=noise, prediction_type=config.prediction_type)
+        total += float(losses.sum())
+    return total / len(indices)
+
+
+@torch.no_grad()
+def preview(network: nn.Module, data: ImageData, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, path: Path) -> None:
+    """Samples a grid from fixed seeds and writes it as a PNG."""
+    seeds = range(config.preview_count)
+    labels = torch.tensor([s % len(data.class_names or ()) for s in seeds], device=device) if config.class_conditional else None
+    denoise = ModelDenoiser(_call(network, labels), schedule, config.prediction_type)
+    x_t = seeded_randn((data.channels, *data.resolution), seeds).to(device)
+    steps = min(config.preview_steps, len(schedule))
+    images = sample(denoise, x_t, step_pairs(select_timesteps(len(schedule), steps, "trailing")), schedule=schedule)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(make_grid(to_uint8(images)), path)
+
+
+class _StopSignals:
+    """While held, SIGINT and SIGTERM ask the loop to end after its step, with a checkpoint, instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "_StopSignals":
+        self._before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # only the main thread may hold signal handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None, card: dict[str, Any] | None = None) -> TrainResult:
+    r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in ``config.out`` if there is one.
+
+    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch``.
+
+    Args:
+        config: The run.
+        on_progress: Called on the main process after each logged interval.
+        card: What to record in the model's card beside the facts of the run (the command, the code's revision).
+
+    Returns:
+        How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a checkpoint.
+
+    Raises:
+        DDIMError: If data, configuration or checkpoint do not fit together.
+        NonFiniteLossError: If the loss is NaN or infinite; no checkpoint is written after that step.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    out, root = Path(config.out), Path(config.out) / "checkpoints"
+    data = load_images(config.data, split=config.split, resolution=config.resolution, channels=config.channels)
+    held_out = min(config.validation_images, len(data) // 10)
+    count, validation = len(data) - held_out, range(len(data) - held_out, len(data))
+    if config.class_conditional and not data.class_names:
+        raise DDIMError(
+            f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, or sort images into subfolders."
+        )
+
+    schedule = make_schedule(config)
+    torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
+    network = make_network(config, data).to(accelerator.device)
+    average = EMA(network, config.ema_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
+    steps = -(-config.images // per_step)
+
+    step, record = 0, _new_record(config, data, accelerator)
+    record["parameters"] = sum(p.numel() for p in network.parameters())
+    found = latest_checkpoint(root)
+    if found is not None:
+        record = _continue(found, record, config)
+        step = int(record["step"])
+        load_training_state(found, network=network, averaged=average.network, optimizer=optimizer)
+        if accelerator.scaler is not None and record.get("scaler"):
+            accelerator.scaler.load_state_dict(record["scaler"])
+
+    model, optimizer = accelerator.prepare(network, optimizer)
+    compiled = torch.compile(model) if config.compile else model
+    batches = _Batches(count, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
+    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"))  # type: ignore[arg-type]
+    generator = torch.Generator(accelerator.device)
+    log = _Log(out / "log", start=step) if accelerator.is_main_process else None
+
+    losses: list[tuple[int, float]] = []
+    pending: list[tuple[int, Tensor]] = []
+    last_loss: float | None = record.get("loss")
+    clock, clock_step = time.perf_counter(), step
+    seconds_before = float(record["seconds"])
+    started = time.perf_counter()
+
+    def flush() -> float:
+        """Moves the pending losses to the host, once, and refuses to go on from one that is not finite."""
+        values = accelerator.reduce(torch.stack([loss for _, loss in pending]), "mean").tolist()
+        for (number, _), value in zip(pending, values, strict=True):
+            if not abs(value) < float("inf"):
+                raise NonFiniteLossError(
+                    f"the loss became {value} at step {number}; the last good checkpoint is {latest_checkpoint(root) or 'none'}. "
+                    "Lower --learning-rate, or use --mixed-precision bf16 or no."
+                )
+        losses.extend((number, value) for (number, _), value in zip(pending, values, strict=True))
+        pending.clear()
+        return float(sum(values) / len(values))
+
+    with _StopSignals() as stop:
+        asked_to_stop = False
+        while step < steps and not asked_to_stop:
+            total = torch.zeros((), device=accelerator.device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps, config)
+            for part in range(config.gradient_accumulation):
+                generator.manual_seed(_mix(config.seed, 3, step, part, accelerator.process_index))
+                torch.manual_seed(_mix(config.seed, 4, step, part, accelerator.process_index))  # dropout
+                images, labels = next(loader)
+                x0 = _to_float(images.to(accelerator.device, non_blocking=True))
+                if config.horizontal_flip:
+                    mirror = torch.rand((len(x0), 1, 1, 1), generator=generator, device=accelerator.device) < 0.5
+                    x0 = torch.where(mirror, x0.flip(-1), x0)
+                t = draw_timesteps(
+                    len(x0),
+                    len(schedule),
+                    generator=torch.Generator().manual_seed(_mix(config.seed, 5, step, part, accelerator.process_index)),
+                )
+                noise = torch.randn(x0.shape, generator=generator, device=accelerator.device)
+                weights = loss_weights(
+                    schedule,
+                    t,
+                    prediction_type=config.prediction_type,
+                    weighting=config.weighting,
+                    gamma=config.snr_gamma,
+                    floor=config.weight_floor,
+                )
+                classes = labels.to(accelerator.device, non_blocking=True) if config.class_conditional else None
+                with accelerator.accumulate(model), accelerator.autocast():
+                    loss = training_loss(
+                        _call(compiled, classes),
+                        x0,
+                        schedule=schedule,
+                        t=t,
+                        noise=noise,
+                        prediction_type=config.prediction_type,
+                        weights=weights,
+                    ).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and config.gradient_clip > 0:
+                        accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                total += loss.detach() / config.gradient_accumulation
+            average.update(accelerator.unwrap_model(model), step)
+            step += 1
+            pending.append((step, total))
+
+            asked_to_stop = stop.received is not None
+            if accelerator.num_processes > 1:  # all processes must leave at one step: they agree where they meet anyway
+                logging = step % config.log_every == 0 or step % config.checkpoint_every == 0
+                asked_to_stop = logging and bool(
+                    accelerator.reduce(torch.tensor(float(asked_to_stop), device=accelerator.device), "sum") > 0
+                )
+            at_end = step == steps or asked_to_stop
+            due = at_end or step % config.checkpoint_every == 0
+            if step % config.log_every == 0 or due:
+                last_loss = flush()
+                elapsed = time.perf_counter() - clock
+                rate = (step - clock_step) * per_step / elapsed if elapsed else float("nan")
+                clock, clock_step = time.perf_counter(), step
+                held = (
+                    validation_loss(average.network, data, validation, config, schedule, accelerator.device) if due and held_out else None
+                )
+                if log is not None:
+                    log.add(
+                        step,
+                        loss=last_loss,
+                        learning_rate=learning_rate_at(step - 1, steps, config),
+                        images_per_second=rate,
+                        validation_loss=held,
+                    )
+                if on_progress is not None and accelerator.is_main_process:
+                    on_progress(Progress(step, steps, step * per_step, last_loss, rate, (steps - step) * per_step / rate, held))
+                if due:
+                    record |= {"step": step, "images_seen": step * per_step, "loss": last_loss, "validation_loss": held}
+                    record["seconds"] = round(seconds_before + time.perf_counter() - started, 1)
+                    record["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                    if held is not None and (record["best"] is None or held < record["best"]["validation_loss"]):
+                        record["best"] = {"step": step, "validation_loss": held}
+                    if accelerator.is_main_process:
+                        save_checkpoint(
+                            root,
+                            step,
+                            network=accelerator.unwrap_model(model),
+                            averaged=average.network,
+                            optimizer=optimizer.optimizer,
+                            record=record,
+                            config=config,
+                        )
+                        prune(root, keep=config.keep_checkpoints, best=record["best"]["step"] if record["best"] else None)
+                    accelerator.wait_for_everyone()
+                    clock = time.perf_counter()
+            if config.preview_every and step % config.preview_every == 0 and accelerator.is_main_process:
+                preview(average.network, data, config, schedule, accelerator.device, out / "previews" / f"{step:07d}.png")
+                clock, clock_step = time.perf_counter(), step
+
+    if log is not None:
+        log.close()
+    finished = step >= steps
+    if finished and accelerator.is_main_process:
+        publish(out, average.network, config, {**_facts(record), **(card or {})})
+    accelerator.wait_for_everyone()
+    return TrainResult(out, step, finished, last_loss, tuple(losses))
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a model's card says of its run."""
+    return {
+        k: record[k]
+        for k in ("config", "data", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "device", "versions")
+    }
+
+
+def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> dict[str, Any]:
+    import accelerate
+
+    return {
+        "config": _plain(config),
+        "data": {
+            "name": data.name,
+            "images": len(data),
+            "channels": data.channels,
+            "resolution": list(data.resolution),
+            "classes": list(data.class_names or ()),
+        },
+        "step": 0,
+        "images_seen": 0,
+        "seconds": 0.0,
+        "loss": None,
+        "validation_loss": None,
+        "best": None,
+        "scaler": None,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__},
+    }
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back, without the folder it is written to."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    del plain["out"]
+    return plain
+
+
+def _continue(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The record of a checkpoint, if it belongs to this run.
+
+    Raises:
+        CheckpointError: If it was made with other options, other data, or another number of processes.
+    """
+    record = read_record(checkpoint)
+    for group in ("config", "data"):
+        for name, value in fresh[group].items():
+            before = record.get(group, {}).get(name)
+            if name not in FREE_FIELDS and before != value:
+                raise CheckpointError(
+                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; use another --out, or the same options."
+                )
+    if record.get("processes") != fresh["processes"]:
+        raise CheckpointError(
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; use the same number."
+        )
+    return fresh | record | {"config": fresh["config"], "versions": fresh["versions"]}
+
+
+class _Log:
+    """Scalars for tensorboard, and the same as lines of JSON that any tool reads."""
+
+    def __init__(self, folder: Path, *, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(str(folder), purge_step=start)
+        self.lines = (folder / "log.jsonl").open("a")
+
+    def add(self, step: int, **values: float | None) -> None:
+        given = {k: v for k, v in values.items() if v is not None}
+        for name, value in given.items():
+            self.writer.add_scalar(name, value, step)
+        self.lines.write(json.dumps({"step": step, **given}) + "\n")
+        self.lines.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+        self.lines.close()
