@@ -1,0 +1,118 @@
+import warnings
+
+import diffusers
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from ddim.errors import DDIMError
+from ddim.schedule import CLEAN
+from ddim.timesteps import SPACINGS, check_timesteps, reverse_pairs, select_timesteps, step_pairs, truncate_timesteps
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total", [1, 2, 5, 100, 999, 1000, 1024])
+def test_every_count_gives_that_many_distinct_falling_levels(spacing, total):
+    for count in range(1, total + 1):
+        levels = select_timesteps(total, count, spacing)
+        assert len(levels) == count
+        assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+        assert 0 <= levels[-1] <= levels[0] < total
+        if spacing in ("trailing", "quadratic"):
+            assert levels[0] == total - 1
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("total", [100, 999, 1000])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_levels_equal_diffusers_wherever_its_list_is_valid(spacing, total, offset):
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset)
+    compared = 0
+    for count in range(1, total + 1):
+        scheduler.set_timesteps(count)
+        theirs = scheduler.timesteps.tolist()
+        if len(set(theirs)) == count and min(theirs) >= 0 and max(theirs) < total:
+            assert select_timesteps(total, count, spacing, steps_offset=offset) == theirs
+            compared += 1
+    assert compared >= 0.9 * total
+
+
+def test_counts_where_diffusers_visits_minus_one_keep_the_first_levels():
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    bad = 0
+    for count in range(1, 1001):
+        scheduler.set_timesteps(count)
+        theirs = scheduler.timesteps.tolist()
+        if theirs[-1] == -1:
+            bad += 1
+            assert select_timesteps(1000, count, "trailing") == theirs[:-1]
+    assert bad == 62
+
+
+def test_the_papers_table_of_ten_steps():
+    assert select_timesteps(1000, 10, "leading", steps_offset=0) == [t - 1 for t in range(901, 0, -100)]
+    assert select_timesteps(1000, 10, "linspace") == [t - 1 for t in (1000, 889, 778, 667, 556, 445, 334, 223, 112, 1)]
+    assert select_timesteps(1000, 10, "trailing") == [t - 1 for t in range(1000, 0, -100)]
+
+
+def test_quadratic_follows_the_formula_where_its_levels_are_distinct():
+    levels = select_timesteps(1000, 10, "quadratic")
+    assert levels[::-1] == [999 * i * i // 81 for i in range(10)]
+    gaps = [a - b for a, b in zip(levels, levels[1:], strict=False)]
+    assert gaps == sorted(gaps, reverse=True)
+
+
+def test_an_offset_that_leaves_the_range_is_dropped():
+    assert select_timesteps(1000, 1000, "leading", steps_offset=1) == list(range(999, -1, -1))
+    assert select_timesteps(1000, 50, "leading", steps_offset=1)[0] == 981
+    assert select_timesteps(1000, 50, "trailing", steps_offset=1) == select_timesteps(1000, 50, "trailing")
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True))
+def test_pairs_are_neighbours_and_reverse_into_themselves(levels):
+    levels = sorted(levels, reverse=True)
+    pairs = step_pairs(check_timesteps(levels, 1000))
+    assert [t for t, _ in pairs] == levels
+    assert [s for _, s in pairs] == [*levels[1:], CLEAN]
+    assert reverse_pairs(reverse_pairs(pairs)) == pairs
+    assert reverse_pairs(pairs)[0] == (CLEAN, levels[-1])
+
+
+def test_truncation_keeps_as_many_levels_as_diffusers():
+    levels = select_timesteps(1000, 50, "leading")
+    for strength in (0.02, 0.3, 0.5, 0.99, 1.0):
+        assert truncate_timesteps(levels, strength) == levels[max(50 - min(int(50 * strength), 50), 0) :]
+
+
+@pytest.mark.parametrize("count", [0, -5, 1001, 2.5, None, "50", True])
+def test_impossible_counts_are_refused(count):
+    with pytest.raises(DDIMError, match=r"num_inference_steps must be a whole number from 1 to 1000"):
+        select_timesteps(1000, count, "trailing")
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([], "at least one level"),
+        ([1.5], "must be whole numbers; got 1.5"),
+        ([1000], r"must lie in \[0, 1000\).*got 1000"),
+        ([5, -1], r"must lie in \[0, 1000\).*got -1"),
+        ([9, 5, 5], "must not repeat a level; got 5 twice"),
+        ([3, 500], "must fall from noise to data; got 500 after 3"),
+    ],
+)
+def test_bad_lists_are_refused(levels, message):
+    with pytest.raises(DDIMError, match=message):
+        check_timesteps(levels, 1000)
+
+
+def test_other_errors():
+    with pytest.raises(DDIMError, match="timestep_spacing must be one of leading, linspace, trailing, quadratic; got 'karras'"):
+        select_timesteps(1000, 5, "karras")
+    with pytest.raises(DDIMError, match=r"strength must lie in \(0, 1\]; got 0"):
+        truncate_timesteps([3, 2], 0)
+    with pytest.raises(DDIMError, match="keeps none"):
+        truncate_timesteps([3, 2], 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_timesteps((2.0, 1.0), 3) == [2, 1]
