@@ -128,7 +128,7 @@ def test_a_trajectory_tells_every_step_and_can_be_left_early():
     oracle = GaussianOracle(schedule)
     states = list(trajectory(oracle.denoise, torch.randn(2, 3), pairs_of(7), schedule=schedule))
     assert [(s.t, s.s) for s in states] == pairs_of(7)
-    assert [s.index for s in states] == list(range(7))
+    assert [s.number for s in states] == list(range(7))
     assert all(s.x_s.shape == s.x0.shape == s.eps.shape == (2, 3) for s in states)
     calls = []
     stream = trajectory(lambda x, t: calls.append(t) or oracle.denoise(x, t), torch.randn(2, 3), pairs_of(7), schedule=schedule)
@@ -199,15 +199,17 @@ def test_clipping_keeps_the_pair_whole_only_when_eps_is_derived_again():
 
 def test_clipped_sampling_stays_on_the_marginal():
     schedule = SCHEDULES["linear"]
-    oracle = GaussianOracle(schedule, std=0.9)
-    x = oracle.draw((20_000, 1), t=900, generator=torch.Generator().manual_seed(5))
-    network = oracle.network("epsilon")
-    stds = [
+    x = torch.randn(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+    def network(x, t):
+        return 0.9 * x  # an imperfect prediction, whose x0 leaves [-1, 1] at high noise
+
+    kept, lost = (
         float(sample(ModelDenoiser(network, schedule, clip=Clip("static", rederive_eps=r)), x, [(900, 800)], schedule=schedule).std())
         for r in (True, False)
-    ]
-    exact = float(oracle.variance(800).sqrt())
-    assert abs(stds[0] - exact) < abs(stds[1] - exact)
+    )
+    assert abs(kept - 1) < 0.02
+    assert abs(lost - 1) > 0.05
 
 
 def test_network_outputs_that_do_not_fit_are_refused():

@@ -67,7 +67,7 @@ class SeededNoise:
     ) -> None:
         given = list(seeds_or_generators)
         held = [g for g in given if isinstance(g, torch.Generator)]
-        self.generators = held if len(held) == len(given) else make_generators([s for s in given if not isinstance(s, torch.Generator)])
+        self.generators = held if len(held) == len(given) else make_generators([s for s in given if isinstance(s, int)])
         if len(self.generators) != len(given):
             raise DDIMError("seeds and generators cannot be mixed; give one or the other for every image.")
         self.shape = tuple(shape)

@@ -105,6 +105,6 @@ def training_loss(
     """
     x_t = add_noise(schedule, x0, noise, t)
     target = from_x0_eps(x0, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=prediction_type)
-    error = network(x_t, t.to(x_t.device)) - target
+    error: Tensor = network(x_t, t.to(x_t.device)) - target
     losses = error.to(x0.dtype).square().flatten(1).mean(1)
     return losses if weights is None else losses * weights.to(losses.device, losses.dtype)

@@ -27,7 +27,7 @@ class State(NamedTuple):
     """The level that the step left."""
     s: int
     """The level that it reached; -1 is clean data."""
-    index: int
+    number: int
     """The step's place in the list, from 0."""
 
 
@@ -62,7 +62,7 @@ def trajectory(
     check_eta(eta)
     if eta != 0 and noise is None:
         raise DDIMError(f"eta={eta} draws noise at every step; give noise=..., for example a SeededNoise.")
-    for index, (t, s) in enumerate(pairs):
+    for number, (t, s) in enumerate(pairs):
         x0, eps = denoise(x_t, t)
         x_t = ddim_step(
             x0,
@@ -72,7 +72,7 @@ def trajectory(
             eta=eta,
             noise=noise() if eta != 0 and noise is not None else None,
         )
-        yield State(x_t, x0, eps, t, s, index)
+        yield State(x_t, x0, eps, t, s, number)
 
 
 def sample(

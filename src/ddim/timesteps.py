@@ -65,7 +65,7 @@ def select_timesteps(
     if spacing == "leading":
         ratio = total // count
         highest = (count - 1) * ratio
-        offset = steps_offset if 0 <= steps_offset and highest + steps_offset < total else 0
+        offset = steps_offset if steps_offset >= 0 and highest + steps_offset < total else 0
         return [i * ratio + offset for i in reversed(range(count))]
     if spacing == "linspace":
         return [int(t) for t in np.linspace(0, total - 1, count).round()[::-1]]

@@ -10,7 +10,15 @@ from typing import Any
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig
 
-__all__ = ["PRESETS", "preset_defaults", "run", "take_preset"]
+__all__ = ["Command", "defaults", "preset_defaults", "run", "take_preset"]
+
+Command = TrainConfig
+
+
+def defaults(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
+    """What a ``--preset`` among the arguments stands for, and the other arguments."""
+    name, rest = take_preset(arguments)
+    return (None if name is None else preset_defaults(name)), rest
 
 
 def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:

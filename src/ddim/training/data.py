@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -30,16 +30,33 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 
 
+class _Shape(TypedDict):
+    resolution: int | None
+    channels: int | None
+
+
 class ImageData(Protocol):
     """Images and labels by index."""
 
-    name: str
-    """The source, as the user named it."""
-    channels: int
-    resolution: tuple[int, int]
-    """Height and width."""
-    class_names: tuple[str, ...] | None
-    """None where there are no labels."""
+    @property
+    def name(self) -> str:
+        """The source, as the user named it."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        ...
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """None where there are no labels."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -75,7 +92,7 @@ def load_images(
     Raises:
         DataError: If the source is missing, damaged, or of an unusable shape; the message says what to do.
     """
-    shape = {"resolution": resolution, "channels": channels}
+    shape = _Shape(resolution=resolution, channels=channels)
     if source == "digits":
         return _Images.of_arrays(source, *_digits(split), tuple("0123456789"), **shape)
     if source == "fashion-mnist":
@@ -176,8 +193,8 @@ class _Images:
             and (image.ndim == 2 or image.shape[2] == 1)
             and self.channels == 1
         ):
-            return torch.from_numpy(np.ascontiguousarray(image)).reshape(1, *self.resolution), label
-        return torch.from_numpy(self._shaped(image, index)), label
+            return torch.from_numpy(np.array(image)).reshape(1, *self.resolution), label
+        return torch.from_numpy(self._shaped(image, index).copy()), label
 
     def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:  # noqa: ANN401 - an array or a PIL image
         """Converts mode and size with Pillow: [C, H, W]."""
@@ -307,7 +324,7 @@ def _open_dataset(kind: str, source: str, **options: Any) -> Any:  # noqa: ANN40
         raise DataError(f"the data set {source!r} cannot be opened: {first}") from error
 
 
-def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, label_column: str | None, **shape: int | None) -> _Images:
+def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:
     try:
         table = _open_dataset(hub_id, hub_id, split=split)
     except DataError as error:
@@ -317,7 +334,7 @@ def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, labe
     return _from_columns(name, table, image_column, label_column, **shape)
 
 
-def _from_columns(name: str, table: Any, image_column: str | None, label_column: str | None, **shape: int | None) -> _Images:  # noqa: ANN401
+def _from_columns(name: str, table: Any, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401
     import datasets
 
     columns = list(table.column_names)

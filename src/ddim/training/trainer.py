@@ -153,10 +153,11 @@ def _to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def _call(network: nn.Module, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _call(network: Callable[..., Any], labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         output = network(x_t, t, return_dict=False) if labels is None else network(x_t, t, class_labels=labels, return_dict=False)
-        return output[0].float()
+        prediction: Tensor = output[0].float()
+        return prediction
 
     return predict
 
@@ -242,7 +243,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     count, validation = len(data) - held_out, range(len(data) - held_out, len(data))
     if config.class_conditional and not data.class_names:
         raise DDIMError(
-            f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, or sort images into subfolders."
+            f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, "
+            "or sort images into subfolders."
         )
 
     schedule = make_schedule(config)
@@ -449,11 +451,13 @@ def _continue(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> d
             before = record.get(group, {}).get(name)
             if name not in FREE_FIELDS and before != value:
                 raise CheckpointError(
-                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; use another --out, or the same options."
+                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
+                    "use another --out, or the same options."
                 )
     if record.get("processes") != fresh["processes"]:
         raise CheckpointError(
-            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; use the same number."
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; "
+            "use the same number."
         )
     return fresh | record | {"config": fresh["config"], "versions": fresh["versions"]}
 

@@ -1,0 +1,124 @@
+"""The commands, end to end: train on real digits for seconds, sample what came out, and refuse what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim.cli import main
+
+TRAIN = ["train", "--data", "digits", "--block-out-channels", "8", "16", "--batch-size", "8", "--images", "64"]
+TRAIN += ["--checkpoint-every", "4", "--log-every", "2", "--validation-images", "32", "--lr-warmup-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+        assert main([*TRAIN, "--out", str(out)]) == 0
+    return out
+
+
+class Silent:
+    """In place of tensorboard's writer, whose import warns of its own dependencies."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def add_scalar(self, *args): ...
+
+    def close(self): ...
+
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_training_writes_a_model_that_plain_diffusers_samples_without_ddim(model):
+    card = json.loads((model / "card.json").read_text())
+    assert card["images_seen"] == 64
+    assert card["command"].startswith("ddim ")
+    code = (
+        "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]);"
+        "p.set_progress_bar_config(disable=True); p(num_inference_steps=2); assert 'ddim' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True)
+
+
+def test_a_stopped_run_resumes_to_the_same_losses_bit_by_bit(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+    from ddim.training.config import TrainConfig
+    from ddim.training.trainer import train
+
+    config = json.loads((model / "card.json").read_text())["config"]
+    config |= {"block_out_channels": tuple(config["block_out_channels"]), "dropout": 0.1}
+    whole = train(TrainConfig(out=str(tmp_path / "a"), **config))
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / f"{whole.step:07d}")
+    rest = train(TrainConfig(out=str(tmp_path / "a"), **config))
+    assert len(rest.losses) == 4
+    assert rest.losses == whole.losses[-4:]
+
+
+def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model, tmp_path, capsys):
+    common = ["sample", str(model), "--steps", "4", "--eta", "1"]
+    assert main([*common, "--count", "5", "--batch-size", "5", "--out", str(tmp_path / "a")]) == 0
+    assert main([*common, "--count", "2", "--seed", "3", "--batch-size", "1", "--out", str(tmp_path / "b")]) == 0
+    for name in ("000003.png", "000004.png"):
+        assert np.abs(read(tmp_path / "a" / name) - read(tmp_path / "b" / name)).max() <= 1
+    capsys.readouterr()
+    assert main([*common, "--count", "6", "--out", str(tmp_path / "a")]) == 0
+    assert "1 images drawn, 5 were there" in capsys.readouterr().out
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["results"][5] == {"seed": 5, "file": "000005.png"}
+    assert record["evaluations"] == 4
+    assert (tmp_path / "a" / "grid.png").exists()
+    assert main([*common[:2], "--steps", "5", "--out", str(tmp_path / "a")]) == 2
+    assert "another protocol (timesteps, eta differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dance"], "there is no command 'dance'"),
+        (
+            ["sample", "nowhere"],
+            "'nowhere' is not an existing folder; give a diffusers folder, or one of the embedded models: fashion-mnist",
+        ),
+        (["sample", "--count", "0"], "must be at least 1; got 0"),
+        (["sample", "--seed", "-1"], "a seed must be a whole number"),
+        (["sample", "--eta", "-1"], "eta must be at least 0"),
+        (["sample", "--eta", "much"], "--eta must be a number or sigma-hat; got 'much'"),
+        (["sample", "--steps", "1001"], "from 1 to 1000"),
+        (["sample", "--steps", "few"], "Error parsing --steps"),
+        (["train", "--preset", "mars"], "--preset must be one of fashion-mnist, digits; got 'mars'"),
+        (["train", "--data", "./none", "--out", "x"], "there is no data at './none'"),
+        (
+            ["train", "--data", "digits", "--out", "x", "--rescale-betas-zero-snr"],
+            "epsilon prediction cannot be trained at zero terminal SNR",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert [p for p in tmp_path.rglob("*") if p.suffix in (".png", ".json")] == []
+
+
+def test_damaged_weights_are_named(model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    assert main(["sample", str(broken), "--out", str(tmp_path / "o")]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_help_and_import_need_neither_torch_nor_diffusers():
+    code = "import sys, ddim, ddim.cli; ddim.cli.main(['--help']); assert not {'torch', 'diffusers', 'tyro'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
