@@ -15,7 +15,8 @@ LAYERS = [
     {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "distributed"},
     {"doctor", "pipelines"},
     {"training", "evaluation"},
-    {"cli", "studio", "__main__"},
+    {"cli", "studio"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "doctor"}
