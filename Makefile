@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types bench docs clean
+.PHONY: demo test test-all lint types docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.")'
@@ -28,11 +28,8 @@ test: lint types
 test-all: lint types
 	$(BIN)/pytest -m 'slow or not slow'
 
-bench: $(VENV)/installed
-	$(BIN)/python benchmarks/run.py
-
 docs: $(VENV)/installed
-	$(BIN)/python docs/build.py
+	$(BIN)/pdoc --docformat google --math --output-directory docs/api ddim
 
 clean:
 	rm -rf $(VENV) build dist docs/api out
