@@ -17,7 +17,7 @@ _HOMES = {
     "objective": ("draw_timesteps", "loss_weights", "training_loss"),
     "sampler": ("State", "sample", "trajectory"),
     "oracle": ("GaussianOracle",),
-    "scheduler": ("DDIMScheduler",),
+    "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "errors": ("CheckpointError", "DDIMError", "DataError", "OutputError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,92 +1,554 @@
-r"""A drop-in for diffusers' ``DDIMScheduler`` whose steps go to the next timestep of the list, not one stride down.
+r"""DDIM and its inversion as diffusers schedulers: drop-ins that stay on their own grid of levels.
 
-The protocol is diffusers': construct or ``from_config``, ``set_timesteps``, ``step``. Beyond it: quadratic and custom
-timesteps, refusals in place of silent NaN, ``eta="sigma-hat"``, and noise coefficients computed before the cast.
+Both are subclasses of diffusers' classes of the same names, with the same options, methods and configuration files. What
+differs: a step goes to the neighbour in the list of timesteps, coefficients come from float64 tables, a zero terminal SNR is
+exact, lists of your own and a timestep a sample are accepted, and what cannot work is refused in words.
+
+Where nothing is clipped a step is linear in the sample, the model's output and the noise. All coefficients are rows of one
+table over the T levels,
+
+.. math::
+    \hat x_0 = a\,x_t + b\,m, \qquad x_s = c\,x_t + d\,m + e\,\mathrm{clip}(\hat x_0) + f\,z,
+
+so a step with a tensor timestep gathers a row and combines it: no host reads a device, and ``torch.compile`` sees one graph.
+Options are read from ``config`` at each step, since pipelines rewrite it; compiled code keeps those of the last
+``set_timesteps`` or eager step.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+import copy
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # diffusers' loader looks for this name in this module
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import deprecate, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.prediction import clip_static, threshold_dynamic, to_eps, to_x0_eps
-from ddim.schedule import NoiseSchedule, add_noise, velocity
-from ddim.step import Eta, ddim_step
-from ddim.timesteps import check_timesteps, select_timesteps, step_pairs
+from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve, threshold_dynamic
+from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.step import Eta, check_eta, step_coefficients
+from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
-__all__ = ["DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin"]
+# SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
+__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "to_diffusers"]
+
+# A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted there is logged, not warned
+# about: code that turns warnings into errors keeps working.
+_logger = logging.get_logger("diffusers.ddim")
+_said: set[str] = set()
+
+_Mode = Literal["folded", "split", "rederived"]
+"""How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped x0 implies."""
+
+_Generator = torch.Generator | list[torch.Generator]
+_Converted = TypeVar("_Converted")
 
 
-class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
-    """diffusers' ``DDIMScheduler`` with neighbours for strides; constructor, configuration and saving are inherited.
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _logger.warning(message)
 
-    Options are read from ``self.config`` at call time, since pipelines rewrite it after construction.
 
-    References:
-        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12. https://arxiv.org/abs/2010.02502
-    """
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What the steps over one list of timesteps need; a new one is made when the list, the levels or an option changes."""
+
+    schedule: NoiseSchedule
+    options: tuple[Any, ...]
+    num_inference_steps: int
+    prediction_type: PredictionType
+    inverse: bool
+    clip: Callable[[Tensor], Tensor] | None
+    listed: frozenset[int]
+    source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
+    target: Tensor  # alpha_bar of the level that it steps to, [T] float64
+    rows: dict[tuple[Eta, _Mode], list[list[float]]] = field(default_factory=dict)
+    tables: dict[tuple[Eta, _Mode, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    def mode(self, dtype: torch.dtype, rederive: bool) -> _Mode:
+        if self.clip is not None:
+            return "rederived" if rederive else "split"
+        # In half precision an update of the folded form lies below half an ulp at many steps, and vanishes; x0 and eps do not.
+        return "folded" if dtype in (torch.float32, torch.float64) else "split"
+
+    def table(self, eta: Eta, mode: _Mode, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The coefficients (a, b, c, d, e, f), [T, 6]; float64 for float64 samples, float32 for all others."""
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        key = (eta, mode, dtype, device)
+        table = self.tables.get(key)
+        if table is None and torch.compiler.is_compiling():
+            return _coefficients(self, eta, mode).to(device, dtype)  # a traced step must not change its own guards
+        if table is None:
+            with torch.inference_mode(False):  # else it could not take part in a backward pass later
+                table = self.tables[key] = _coefficients(self, eta, mode).to(device, dtype)
+        return table
+
+    def row(self, t: int, eta: Eta, mode: _Mode) -> list[float]:
+        rows = self.rows.get((eta, mode))
+        if rows is None:
+            rows = self.rows[(eta, mode)] = _coefficients(self, eta, mode).tolist()
+        return rows[t]
+
+
+def _solution(plan: _Plan) -> Solution:
+    """x0 and eps from (x, m) at the source level of each t."""
+    found = solve(plan.prediction_type, plan.source)
+    if not (plan.inverse and plan.prediction_type == "sample"):
+        return found
+    # Clean data determines x0 (itself) but no eps. The network was called at t, so its x0 is read as eps there: the inversion
+    # is then that of the same network expressed as an epsilon prediction.
+    clean, at_t = plan.source == 1, solve("sample", plan.target)
+    instead = Solution(torch.ones_like(plan.source), torch.zeros_like(plan.source), at_t.eps_x, at_t.eps_m)
+    return Solution(*(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True)))
+
+
+def _coefficients(plan: _Plan, eta: Eta, mode: _Mode) -> Tensor:
+    """All rows (a, b, c, d, e, f) of the module's equation, [T, 6], float64 on the CPU."""
+    if isinstance(eta, float) and eta > 1:  # levels that no step leaves may not admit such an eta, and must not refuse it
+        listed = torch.tensor(sorted(plan.listed))
+        weights = type(step_coefficients(plan.source[:1], plan.source[:1]))(
+            *(
+                torch.full_like(plan.source, math.nan).index_copy(0, listed, weight)
+                for weight in step_coefficients(plan.source[listed], plan.target[listed], eta=eta)
+            )
+        )
+    else:
+        weights = step_coefficients(plan.source, plan.target, eta=eta)
+    found, none = _solution(plan), torch.zeros_like(plan.source)
+    if mode == "folded":
+        x = weights.x0 * found.x0_x + weights.eps * found.eps_x
+        output, x0 = weights.x0 * found.x0_m + weights.eps * found.eps_m, none
+    elif mode == "split":
+        x, output, x0 = weights.eps * found.eps_x, weights.eps * found.eps_m, weights.x0
+    else:
+        derived = solve("sample", plan.source)
+        x, output, x0 = weights.eps * derived.eps_x, none, weights.x0 + weights.eps * derived.eps_m
+    return torch.stack([found.x0_x, found.x0_m, x, output, x0, weights.noise], dim=1)
+
+
+def _times(coefficient: float | Tensor, x: Tensor) -> Tensor:
+    product = x * coefficient
+    return product if product.dtype == x.dtype else product.to(x.dtype)
+
+
+def _plus(total: Tensor, coefficient: float | Tensor, x: Tensor) -> Tensor:
+    # In place: ``total`` is always a product that was made here, and an allocation costs a fifth of a step.
+    return total.addcmul_(x, coefficient) if isinstance(coefficient, Tensor) else total.add_(x, alpha=coefficient)
+
+
+def _advance(
+    plan: _Plan, row: Sequence[float | Tensor], mode: _Mode, output: Tensor, x: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
+    a, b, c, d, e, f = row
+    x0 = output if plan.prediction_type == "sample" and not plan.inverse else _plus(_times(a, x), b, output)
+    if plan.clip is not None:
+        x0 = plan.clip(x0)
+    if mode == "folded":
+        x_s = _plus(_times(c, x), d, output)
+    elif mode == "rederived":
+        x_s = _plus(_times(c, x), e, x0)
+    elif plan.prediction_type == "epsilon":
+        x_s = _plus(_times(e, x0), d, output)
+    else:
+        x_s = _plus(_plus(_times(c, x), d, output), e, x0)
+    if noise is not None:
+        x_s = _plus(x_s, f, noise)
+    return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
+
+
+def _gather(table: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The columns of the rows t of a table, each shaped to multiply x [B, ...]; reads nothing back to the host."""
+    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
+        raise DDIMError(f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}.")
+    t = t if t.device == x.device else t.to(x.device, non_blocking=True)
+    rows = table.index_select(0, t if t.dtype in (torch.int64, torch.int32) else t.long())
+    ones = (1,) * (x.ndim - 1)
+    return (rows.view(-1, 1, *ones) if t.ndim == 0 or t.shape[0] == 1 else rows.t().reshape(table.shape[1], -1, *ones)).unbind(0)
+
+
+def _whole(t: object) -> int:
+    """A timestep that is no tensor, as an int."""
+    try:
+        level = operator.index(t)  # type: ignore[arg-type]
+    except TypeError:
+        level = int(t) if isinstance(t, float) and t.is_integer() else CLEAN - 1
+    if level < CLEAN or isinstance(t, bool):
+        raise DDIMError(f"a timestep must be a whole number at or above 0, or a tensor of them; got {t!r}.")
+    return level
+
+
+class _Scheduler:
+    """What both directions share: the levels, the list of timesteps, and the plan made of both."""
+
+    order = 1
+    _inverse = False
+    # One call of these reads all options of its kind from a config, as attributes: that is where pipelines write them.
+    _recipe = operator.attrgetter(
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one"
+    )
+    _options = operator.attrgetter("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
+
+    config: Any
+    num_inference_steps: int | None
+
+    def _begin(self) -> None:
+        """The end of both constructors; ``config`` is registered by then."""
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self._plan: _Plan | None = None
+        self._made_of: tuple[Any, Any] = (None, None)
+        self._schedule_key: tuple[Any, ...] | None = None
+        self._levels()
+        self._grid: list[int] = list(range(self.config.num_train_timesteps))[::-1]
+        self._timesteps = self._as_timesteps(self._grid, None)
+
+    # --- levels
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_bar of all levels, [T], float32 on the CPU; a table that you assign, or edit, is the one that is used."""
+        return self._alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, table: Tensor) -> None:
+        self._alphas_cumprod, self._schedule_key = table, None
+
+    @property
+    def _clean_alpha_cumprod(self) -> Tensor:
+        """alpha_bar of clean data: 1, or the first level's where ``set_alpha_to_one`` is off."""
+        return self._clean
+
+    @_clean_alpha_cumprod.setter
+    def _clean_alpha_cumprod(self, value: Tensor) -> None:
+        self._clean, self._schedule_key = value, None
+
+    def _levels(self) -> NoiseSchedule:
+        """The exact levels: the options' own, unless the public tables say otherwise."""
+        recipe, trained = self._recipe(self.config), self.config.trained_betas
+        if recipe != self._made_of[0] or trained is not self._made_of[1]:
+            self._make_levels(recipe, trained)
+        table, clean = self._alphas_cumprod, self._clean
+        # Inference tensors count no versions; there an edit in place shows when the table is next assigned.
+        key = (-1 if table.is_inference() else table._version, -1 if clean.is_inference() else clean._version)
+        if key != self._schedule_key:
+            self._schedule = self._adopt(table.detach().to("cpu", torch.float64), float(clean))
+            self._schedule_key = key
+        return self._schedule
+
+    def _make_levels(self, recipe: tuple[Any, ...], trained: Iterable[float] | None) -> None:
+        count, start, end, kind, rescale, to_one = recipe
+        with torch.device("cpu"), torch.inference_mode(False):
+            if trained is None:
+                betas = make_betas(kind, count, beta_start=start, beta_end=end)
+            else:
+                betas = torch.as_tensor(np.asarray(trained), dtype=torch.float64)
+                if betas.numel() != count:
+                    _say_once(f"trained_betas has {betas.numel()} levels, but num_train_timesteps is {count}; only the former can be used.")
+            if bool(((betas < 0) | (betas > 1)).any()):
+                _say_once(
+                    f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to {float(betas.max()):.4g}): this is no schedule."
+                )
+            betas = rescale_zero_terminal_snr(betas) if rescale else betas
+            self._exact = NoiseSchedule.from_betas(betas, set_alpha_to_one=to_one)
+            self.betas, self.alphas = betas.float(), (1 - betas).float()
+            self.alphas_cumprod = self._exact.alphas_cumprod.float()
+            self._clean_alpha_cumprod = torch.tensor(1.0) if to_one else self.alphas_cumprod[0].clone()
+        self._made_of = (recipe, trained)
+
+    def _adopt(self, table: Tensor, clean: float) -> NoiseSchedule:
+        """Public tables that are the exact ones, rounded, stand for them, also after a move; others replace them."""
+        exact = self._exact
+        same = table.shape == exact.alphas_cumprod.shape and torch.equal(table.float(), exact.alphas_cumprod.float())
+        same_clean = np.float32(clean) == np.float32(exact.final_alpha_cumprod)
+        return NoiseSchedule(exact.alphas_cumprod if same else table, exact.final_alpha_cumprod if same_clean else clean)
+
+    def register_to_config(self, **kwargs: Any) -> None:  # noqa: ANN401 - any option
+        """Changes options; where they define the levels, the public tables follow at once."""
+        super().register_to_config(**kwargs)  # type: ignore[misc]
+        if "_made_of" in self.__dict__:
+            self._levels()
+
+    # --- timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps; a slice keeps the old ones."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor | Sequence[int]) -> None:
+        self._timesteps = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
+        levels = self._timesteps.tolist()
+        levels = levels[::-1] if self._inverse else levels
+        start = self._grid.index(levels[0]) if levels and levels[0] in self._grid else 0
+        if self._grid[start : start + len(levels)] != levels:
+            try:
+                self._grid = check_timesteps(levels, self.config.num_train_timesteps)
+            except DDIMError as error:
+                self._grid = []
+                _say_once(f"A list of timesteps has no neighbours, so steps go to t - T // N as in diffusers: {error}")
+        if self.num_inference_steps is None:
+            self.num_inference_steps = max(len(levels), 1)
+        self._renew()
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Chooses the levels to visit.
+        """Chooses the levels to visit, by ``config.timestep_spacing`` or from a list of your own.
 
         Args:
-            num_inference_steps: N, in 1..T, spaced as ``config.timestep_spacing`` says (quadratic too).
-            device: Where ``self.timesteps`` is put.
-            timesteps: A custom falling list of levels, in place of N.
+            num_inference_steps: N, a whole number in 1..T: exactly N distinct levels in [0, T).
+            device: Where ``timesteps``, and the table of coefficients, are to lie.
+            timesteps: Your own levels (a list, array or tensor), falling from noise to data; instead of N. The inverse takes
+                the same list, and visits it from data to noise.
 
         Raises:
-            DDIMError: If both or neither are given, either is invalid, or epsilon prediction would start at zero SNR.
+            DDIMError: If N or the list is invalid, the spacing or prediction type is unknown, or epsilon is predicted at a
+                level whose SNR is 0.
+
+        References:
+            Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2. https://arxiv.org/abs/2305.08891
         """
-        total = len(self.alphas_cumprod)
+        config = self.config
+        total = config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise DDIMError("give either num_inference_steps or timesteps, not both and not neither.")
-        if timesteps is None:
-            levels = select_timesteps(
-                total, cast(int, num_inference_steps), self.config.timestep_spacing, steps_offset=self.config.steps_offset
-            )
+            raise DDIMError("give either num_inference_steps or a list of timesteps, one of the two.")
+        if timesteps is not None:
+            values = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else list(timesteps)
+            grid = check_timesteps(values[::-1] if self._inverse and values[:1] < values[-1:] else values, total)
         else:
-            levels = check_timesteps(timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else timesteps, total)
-        if self.config.prediction_type == "epsilon":
-            silent = [t for t in levels if float(self.alphas_cumprod[t]) == 0]
-            if silent:
+            if isinstance(num_inference_steps, (int, np.integer)) and num_inference_steps > total:
                 raise DDIMError(
-                    f"epsilon prediction cannot be used at t={silent[0]}: terminal SNR is 0, so x0 = (x_t - sigma eps) / alpha "
-                    "divides by 0. "
-                    f"Use v_prediction, or start below {silent[0]}."
+                    f"`num_inference_steps`: {num_inference_steps} cannot be larger than {total}, "
+                    "the number of levels the model was trained on (config.num_train_timesteps)."
                 )
-        self.num_inference_steps = len(levels)
-        self.timesteps = torch.tensor(levels, dtype=torch.int64, device=device)
-        self._next = dict(step_pairs(levels))
+            spacing: Spacing = config.timestep_spacing
+            grid = select_timesteps(total, num_inference_steps, spacing, steps_offset=config.steps_offset)  # type: ignore[arg-type]
+        self.num_inference_steps, self._grid = len(grid), grid
+        self._timesteps = self._as_timesteps(grid, device)
+        self._renew()
 
-    def _schedule(self) -> NoiseSchedule:
-        """The levels in float64, kept until someone replaces the public tables."""
-        key = (id(self.alphas_cumprod), id(self.betas), self.config.set_alpha_to_one)
-        kept: tuple[Any, NoiseSchedule] | None = getattr(self, "_kept", None)
-        if kept is not None and kept[0] == key:
-            return kept[1]
-        replaced = not torch.allclose(self.alphas_cumprod.cpu(), (1 - self.betas.cpu()).cumprod(0), rtol=1e-4, atol=1e-7)
-        table = self.alphas_cumprod.double().cpu() if replaced else (1 - self.betas.double().cpu()).cumprod(0)
-        schedule = NoiseSchedule(table, 1.0 if self.config.set_alpha_to_one else float(table[0]))
-        self._kept = (key, schedule)
-        return schedule
+    def _as_timesteps(self, grid: list[int], device: str | torch.device | None) -> Tensor:
+        return torch.from_numpy(np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)).to(device)
 
-    def _target(self, t: int) -> int:
-        """The next timestep of the list; for a level that was never in it, one stride down, as diffusers does."""
-        if t in self._next:
-            return self._next[t]
-        return max(t - len(self.alphas_cumprod) // self.num_inference_steps, -1)
+    # --- plan
+
+    def _current(self) -> _Plan:
+        """The plan for the options of this moment."""
+        plan = self._plan
+        if torch.compiler.is_compiling() and plan is not None:
+            return plan
+        if self.num_inference_steps is None:
+            raise DDIMError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
+        schedule = self._levels()
+        if (
+            plan is None
+            or plan.schedule is not schedule
+            or plan.num_inference_steps != self.num_inference_steps
+            or plan.options != self._options(self.config)
+        ):
+            plan = self._renew()
+        return plan
+
+    def _renew(self) -> _Plan:
+        old, self._plan = self._plan, None
+        plan = self._plan = self._make_plan()
+        # What was in use is made at once, so that the first step of the next image does not wait, and compiled code finds it.
+        usual: tuple[Eta, _Mode, torch.dtype, torch.device] = (0.0, plan.mode(torch.float32, False), torch.float32, self._timesteps.device)
+        for eta, mode, dtype, device in {usual, *(old.tables if old else ())}:
+            if isinstance(eta, str) or eta <= 1:  # larger ones may be refused for these timesteps, but only if they are asked for
+                plan.table(eta, mode, dtype, device)
+        return plan
+
+    def _make_plan(self) -> _Plan:
+        config, schedule, steps = self.config, self._levels(), self.num_inference_steps or 1
+        prediction_row(config.prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
+        levels = len(schedule)
+        below = (torch.arange(levels) - max(config.num_train_timesteps // steps, 1)).clamp(min=CLEAN)
+        pairs = [(t, s) for t, s in step_pairs(self._grid) if t < levels]
+        for t, s in pairs:
+            below[t] = s
+        # CLEAN is -1, and so the last entry.
+        lower = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])[below]
+        source, target = (lower, schedule.alphas_cumprod) if self._inverse else (schedule.alphas_cumprod, lower)
+        unsolvable = [t for t, _ in pairs if config.prediction_type == "epsilon" and source[t] == 0 and self._sound()]
+        if unsolvable:
+            raise DDIMError(_no_signal(unsolvable[0]))
+        return _Plan(
+            schedule=schedule,
+            options=self._options(config),
+            num_inference_steps=steps,
+            prediction_type=config.prediction_type,
+            inverse=self._inverse,
+            clip=self._clip(),
+            listed=frozenset(t for t, _ in pairs),
+            source=source,
+            target=target,
+        )
+
+    def _sound(self) -> bool:
+        """Whether the betas are variances at all; diffusers accepts others, and nothing can be said about those."""
+        return bool(((self.betas >= 0) & (self.betas <= 1)).all())
+
+    def _clip(self) -> Callable[[Tensor], Tensor] | None:
+        config = self.config
+        if not config.clip_sample:
+            return None
+        bound = config.clip_sample_range
+        return lambda x0: clip_static(x0, bound)
+
+    # --- step
+
+    def _transition(
+        self,
+        output: Tensor,
+        timestep: int | Tensor,
+        x: Tensor,
+        *,
+        eta: Eta = 0.0,
+        rederive: bool = False,
+        draw: Callable[[], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The step of either direction: (x_s, x0)."""
+        plan = self._current()
+        if output.shape != x.shape:
+            output = _mean_of(output, x)
+        mode = plan.mode(x.dtype, rederive)
+        row: Sequence[float | Tensor]
+        if isinstance(timestep, Tensor):
+            row = _gather(plan.table(eta, mode, x.dtype, x.device), timestep, x)
+        elif torch.compiler.is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
+            row = plan.table(eta, mode, x.dtype, x.device).narrow(0, timestep, 1).view(-1, *[1] * x.ndim).unbind(0)
+        else:
+            t = timestep if type(timestep) is int else _whole(timestep)
+            if t not in plan.listed:
+                self._check_unlisted(plan, t, eta)
+            row = plan.row(t, eta, mode)
+        return _advance(plan, row, mode, output, x, draw() if draw else None)
+
+    def _check_unlisted(self, plan: _Plan, t: int, eta: Eta) -> None:
+        levels = len(plan.schedule)
+        if not 0 <= t < levels:
+            raise DDIMError(f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}.")
+        if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound():
+            raise DDIMError(_no_signal(t))
+        if eta != 0:
+            step_coefficients(plan.source[t], plan.target[t], eta=eta)
+            if isinstance(eta, float) and eta > 1:
+                raise DDIMError(f"eta above 1 is for the listed timesteps only; got eta={eta} and t={t}.")
+        _say_once("A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers.")
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Returns the sample: a network of this family takes it as it is."""
+        return sample
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+
+def _no_signal(t: int) -> str:
+    return (
+        f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - sigma eps) / alpha divides by 0. "
+        f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
+    )
+
+
+def _mean_of(output: Tensor, x: Tensor) -> Tensor:
+    """The mean's channels of a network that also predicts a variance; DDIM has no use for the others."""
+    if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        _say_once("The model's output has twice the channels of the sample: the second half, a learned variance, is not used.")
+        return output[:, : x.shape[1]]
+    raise DDIMError(
+        f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, a mean and a learned variance); "
+        f"got {list(output.shape)}."
+    )
+
+
+class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
+    r"""Denoises from t to the next timestep of the list, as :mod:`ddim.step` does, with diffusers' protocol.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: Of linear, scaled_linear and sigmoid betas.
+        beta_end: Of the same.
+        beta_schedule: See :func:`ddim.schedule.make_betas`; two more than in diffusers' DDIM.
+        trained_betas: Betas that replace all of the above.
+        clip_sample: Whether predicted data is clamped to +-clip_sample_range. True by default, as in diffusers: right for
+            pixels in [-1, 1], wrong for latents.
+        set_alpha_to_one: Whether clean data has alpha_bar 1; otherwise the first level's, which leaves that level's noise in.
+        steps_offset: Added to the timesteps of ``leading``.
+        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
+        thresholding: Dynamic thresholding instead of clipping (:func:`ddim.prediction.threshold_dynamic`).
+        dynamic_thresholding_ratio: Its percentile.
+        clip_sample_range: Bound of clip_sample.
+        sample_max_value: Largest threshold of thresholding; at 1.0, thresholding is clipping.
+        timestep_spacing: See :func:`ddim.timesteps.select_timesteps`.
+        rescale_betas_zero_snr: Whether the last level is pure noise (:func:`ddim.schedule.rescale_zero_terminal_snr`).
+
+    References:
+        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
+    """
+
+    _options = operator.attrgetter(
+        "num_train_timesteps",
+        "prediction_type",
+        "clip_sample",
+        "clip_sample_range",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+    )
+    final_alpha_cumprod = _Scheduler._clean_alpha_cumprod
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: PredictionType = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: Spacing = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._begin()  # not super().__init__(): it would make float32 tables, and refuse two of the schedules
+
+    def _clip(self) -> Callable[[Tensor], Tensor] | None:
+        config = self.config
+        if not config.thresholding:
+            return super()._clip()
+        ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
+        if largest < 1:  # every threshold is then cut to it
+            _say_once(f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides by it at every step.")
+            return lambda x0: clip_static(x0, largest) / largest
+        return lambda x0: threshold_dynamic(x0, ratio=ratio, max_value=largest)
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding with the options of ``config``, [B, ...]."""
+        return threshold_dynamic(sample, ratio=self.config.dynamic_thresholding_ratio, max_value=self.config.sample_max_value)
 
     def step(
         self,
@@ -95,78 +557,250 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
         sample: Tensor,
         eta: Eta = 0.0,
         use_clipped_model_output: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: _Generator | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Moves ``sample`` from ``timestep`` to its neighbour in the list.
+        r"""Moves a sample from level t to its neighbour in the list of timesteps. Keeps no state: any t, in any order.
 
         Args:
-            model_output: The network's raw output, shape [B, ...].
-            timestep: One level, or one a sample, shape [B].
-            sample: x_t, shape [B, ...].
-            eta: 0 deterministic, 1 DDPM, or ``"sigma-hat"``.
-            use_clipped_model_output: Whether eps is derived again from the clipped x0.
-            generator: Of the noise, one or one a sample; used only where eta is not 0.
-            variance_noise: The noise itself, in place of a generator.
-            return_dict: Whether to return an object or a tuple.
+            model_output: What the network predicted, shape [B, C, ...]; with twice the channels, the first half is used.
+            timestep: t in [0, T): an int, or a tensor of shape [], [1] or [B] (a timestep a sample). One that is not in the
+                list steps to t - T // N.
+            sample: x_t, shape [B, C, ...].
+            eta: Scales the standard deviation of the noise: 0 deterministic, 1 the DDPM posterior; or ``"sigma-hat"``.
+            use_clipped_model_output: Whether eps is derived again from the clipped x0, so that both decompose x_t.
+            generator: Draws the noise, one or a list with one a sample; at eta=0 nothing is drawn.
+            variance_noise: The noise itself, shape [B, C, ...], instead of a generator.
+            return_dict: Whether to return an object with names, or a tuple.
 
         Returns:
-            The sample at the next level, and the predicted x0, both in ``sample``'s dtype.
+            ``prev_sample`` (x_s) in the sample's dtype and ``pred_original_sample`` (x0, after clipping), shape [B, C, ...].
 
         Raises:
-            ValueError: If timesteps are not set, or shapes, levels or options do not fit.
+            DDIMError: If ``set_timesteps`` was not called, shapes do not match, an int t lies outside [0, T), eta is negative
+                or too large, or both noise and a generator are given. A CPU tensor outside [0, T) is an IndexError.
+
+        References:
+            Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
         """
-        if self.num_inference_steps is None or not hasattr(self, "_next"):
-            raise ValueError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
-        if model_output.shape != sample.shape:
+        if not isinstance(eta, str):
+            eta = float(eta)
+
+        def draw() -> Tensor:
+            return _draw(model_output, sample, generator, variance_noise)
+
+        moved = self._transition(
+            model_output, timestep, sample, eta=eta, rederive=use_clipped_model_output, draw=None if eta == 0 else draw
+        )
+        return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
+
+    def batch_step_no_noise(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor | Sequence[int],
+        sample: Tensor,
+        eta: Eta = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> Tensor:
+        """The step of each sample at its own timestep, without the noise (DDIMParallelScheduler's protocol).
+
+        Args:
+            model_output: Shape [B, C, ...].
+            timesteps: One a sample, [B].
+            sample: Shape [B, C, ...].
+            eta: As in :meth:`step`; the caller adds the noise that it takes from the direction.
+            use_clipped_model_output: As in :meth:`step`.
+
+        Returns:
+            The mean of x_s, shape [B, C, ...], dtype of the sample.
+        """
+        eta = eta if isinstance(eta, (float, str)) else float(eta)
+        t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device=sample.device)
+        return self._transition(model_output, t.flatten(), sample, eta=check_eta(eta), rederive=use_clipped_model_output)[0]
+
+    def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
+        """The posterior variance of a step between two levels at eta = 1, float32 []; a negative level is clean data."""
+        schedule = self._levels()
+        weights = step_coefficients(schedule.alpha_bar(int(timestep)), schedule.alpha_bar(max(int(prev_timestep), CLEAN)), eta=1.0)
+        return (weights.noise**2).float()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
+        r"""Draws from the forward process: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
+
+        Args:
+            original_samples: Clean data, shape [B, ...].
+            noise: Standard normal, shape [B, ...].
+            timesteps: One level, or one a sample, in [0, T). -1 is refused: diffusers would read it as T - 1.
+
+        Returns:
+            The noisy samples, shape [B, ...], in the samples' dtype. Half precision is computed in float32 and rounded once.
+
+        Raises:
+            DDIMError: If a level that the host can see is no whole number in [0, T).
+        """
+        alpha, sigma = self._signal_and_noise(timesteps, original_samples)
+        return _plus(original_samples * alpha, sigma, noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
+        r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as :meth:`add_noise`."""
+        alpha, sigma = self._signal_and_noise(timesteps, sample)
+        return _plus(noise * alpha, -sigma, sample).to(sample.dtype)
+
+    def _signal_and_noise(self, timesteps: int | Sequence[int] | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, shaped to multiply x; computed in float64, rounded once."""
+        schedule = self._levels()
+        t = torch.as_tensor(timesteps).flatten()
+        if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+            if t.is_floating_point() and bool((t != t.round()).any()):
+                raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
+            if int(t.min()) < 0 or int(t.max()) >= len(schedule):
+                raise DDIMError(f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}.")
+        alpha_bar = schedule.alphas_cumprod
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).to(x.device, dtype)
+        alpha, sigma = _gather(table, t, x)
+        return alpha, sigma
+
+
+def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor | None) -> Tensor:
+    """The noise of a step, as diffusers draws it."""
+    if given is not None:
+        if generator is not None:
             raise DDIMError(
-                f"model_output and sample must have one shape; got {list(model_output.shape)} and {list(sample.shape)}. "
-                "If the network also predicts a variance, pass the mean's channels only."
+                "Cannot pass both generator and variance_noise. Please make sure that either `generator` or `variance_noise` stays `None`."
             )
-        levels = torch.as_tensor(timestep, dtype=torch.int64).cpu()
-        if bool((levels < 0).any()) or bool((levels >= len(self.alphas_cumprod)).any()):
-            raise DDIMError(f"timestep must lie in [0, {len(self.alphas_cumprod)}); got {levels.tolist()}.")
-        targets = torch.tensor([self._target(int(t)) for t in levels.flatten()]).reshape(levels.shape)
-        levels, targets = (x.reshape(()) if x.numel() == 1 else x for x in (levels, targets))
-        schedule = self._schedule()
-        alpha_bar_t, alpha_bar_s = schedule.alpha_bar(levels), schedule.alpha_bar(targets)
-
-        x0, eps = to_x0_eps(model_output, sample, alpha_bar_t=alpha_bar_t, prediction_type=self.config.prediction_type)
-        if self.config.thresholding:
-            x0 = threshold_dynamic(x0, ratio=self.config.dynamic_thresholding_ratio, max_value=self.config.sample_max_value)
-        elif self.config.clip_sample:
-            x0 = clip_static(x0, self.config.clip_sample_range)
-        if use_clipped_model_output:
-            eps = to_eps(x0, sample, alpha_bar_t=alpha_bar_t)
-        noise = None
-        if eta != 0:
-            if variance_noise is not None and generator is not None:
-                raise ValueError(
-                    "Cannot pass both generator and variance_noise. Please make sure that either "
-                    "`generator` or `variance_noise` stays `None`."
-                )
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
-        previous = ddim_step(x0, eps, alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s, eta=eta, noise=noise).to(sample.dtype)
-        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """Noises data to levels, coefficients computed in float64 before the cast; see :func:`ddim.schedule.add_noise`."""
-        return add_noise(self._schedule(), original_samples, noise, _integers(timesteps))
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """The target of v-prediction; see :func:`ddim.schedule.velocity`."""
-        return velocity(self._schedule(), sample, noise, _integers(timesteps))
+        return given
+    if isinstance(generator, (list, tuple)) and len(generator) != x.shape[0]:
+        raise DDIMError(f"a list of generators must have one for each of the {x.shape[0]} samples; got {len(generator)}.")
+    drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)
+    return drawn
 
 
-def _integers(timesteps: int | Tensor) -> Tensor:
-    """Levels as integers; LEDITS++ passes whole numbers in a float tensor."""
-    levels = torch.as_tensor(timesteps)
-    if levels.is_floating_point() and bool((levels != levels.round()).any()):
-        raise DDIMError(f"timesteps must be whole numbers; got {levels.tolist()}.")
-    whole = levels.to(torch.int64)
-    if bool((whole < 0).any()):
-        raise DDIMError(f"timesteps of training noise must be at least 0; got {whole.tolist()}.")
-    return whole.reshape(()) if whole.numel() == 1 else whole
+class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
+    r"""Encodes: moves a sample up from the previous timestep of the list to t, with the model called at t on the lower sample.
+
+    With the prediction held fixed it is the exact inverse of :meth:`DDIMScheduler.step`. The first step starts from clean data.
+
+    Options are those of :class:`DDIMScheduler` without thresholding, which is accepted and ignored, as unknown ones are, with
+    a line in the log. ``clip_sample`` is True by default, as in diffusers: turn it off to encode latents.
+
+    References:
+        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Sec. 4.3. https://arxiv.org/abs/2010.02502
+    """
+
+    _inverse = True
+    initial_alpha_cumprod = _Scheduler._clean_alpha_cumprod
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: PredictionType = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: Spacing = "leading",
+        rescale_betas_zero_snr: bool = False,
+        **kwargs: Any,  # noqa: ANN401 - diffusers' own protocol
+    ) -> None:
+        if kwargs.get("set_alpha_to_zero") is not None:
+            deprecate("set_alpha_to_zero", "1.0.0", "Use `set_alpha_to_one` instead of `set_alpha_to_zero`.", standard_warn=False)
+            self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
+        ignored = sorted(set(kwargs) - {"set_alpha_to_zero"})
+        if ignored:
+            _say_once(f"DDIMInverseScheduler ignores: {', '.join(ignored)}.")
+        self._begin()
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        r"""Moves a sample up to level t from its neighbour below in the list of timesteps. Keeps no state.
+
+        .. math:: x_t = \sqrt{\bar\alpha_t}\,\hat x_0 + \sqrt{1 - \bar\alpha_t}\,\hat\epsilon
+
+        x0 and eps come from the sample's own level. ``sample`` prediction has no eps at clean data (diffusers divides by 0):
+        the first step reads it at t, the level that the network was told.
+
+        Args:
+            model_output: What the network predicted at t for the lower sample, shape [B, C, ...].
+            timestep: t, the level to reach: an int, or a tensor of shape [], [1] or [B].
+            sample: x at the level below t, shape [B, C, ...].
+            return_dict: Whether to return an object with names, or a tuple.
+
+        Returns:
+            ``prev_sample`` (x_t) and ``pred_original_sample`` (x0), shape [B, C, ...], in the sample's dtype.
+
+        Raises:
+            DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies outside [0, T).
+        """
+        moved = self._transition(model_output, timestep, sample)
+        return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
+
+
+def to_diffusers(obj: _Converted) -> _Converted:
+    """Returns the same scheduler, or the same pipeline, with diffusers' own class: its files load without this package.
+
+    Sigmoid and laplace betas are exported as ``trained_betas``. Timesteps are not part of a configuration: set them again. Where
+    diffusers would then step to other levels (``linspace``, and ``trailing`` where N does not divide T), a warning says so.
+
+    Args:
+        obj: A scheduler of this module, or a pipeline that holds one; others are returned as they are. Models are shared, and
+            the given pipeline keeps its scheduler.
+
+    Returns:
+        A new scheduler or pipeline.
+
+    Raises:
+        DDIMError: If the spacing is quadratic, which diffusers does not know, or ``obj`` is neither scheduler nor pipeline.
+    """
+    if isinstance(obj, _Scheduler):
+        exported_scheduler: _Converted = _export(obj)
+        return exported_scheduler
+    if isinstance(obj, diffusers.DiffusionPipeline):
+        stock = {name: _export(part) for name, part in obj.components.items() if isinstance(part, _Scheduler)}
+        exported = copy.copy(obj)
+        exported.register_modules(**stock)
+        return exported
+    if isinstance(obj, SchedulerMixin):
+        return obj
+    raise DDIMError(f"only a scheduler or a pipeline can be converted to diffusers; got {type(obj).__name__}.")
+
+
+def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffusers
+    config = dict(scheduler.config)
+    known = ("leading", "trailing") if scheduler._inverse else ("leading", "linspace", "trailing")
+    if scheduler.config.timestep_spacing not in known:
+        raise DDIMError(
+            f"diffusers has no {scheduler.config.timestep_spacing!r} timesteps for this scheduler; "
+            f"set timestep_spacing to one of {', '.join(known)} before the export."
+        )
+    schedule = scheduler._levels()
+    if not torch.equal(schedule.alphas_cumprod, scheduler._exact.alphas_cumprod):
+        warnings.warn("The replaced alphas_cumprod is not part of the configuration, and is not exported.", stacklevel=3)
+    if config["trained_betas"] is None and config["beta_schedule"] in ("sigmoid", "laplace"):
+        # Before the rescale, which the exported class does itself.
+        kind, count = config["beta_schedule"], config["num_train_timesteps"]
+        betas = make_betas(kind, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
+        config |= {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
+    config["_use_default_values"] = []
+    cls = diffusers.DDIMInverseScheduler if scheduler._inverse else diffusers.DDIMScheduler
+    stock = cls.from_config(config)
+    if scheduler.num_inference_steps is not None:
+        stock.set_timesteps(scheduler.num_inference_steps)
+        if stock.timesteps.tolist() != scheduler.timesteps.tolist():
+            warnings.warn("The timesteps that are set are not part of the configuration, and diffusers would choose others.", stacklevel=3)
+        stride = len(scheduler) // scheduler.num_inference_steps
+        if any(max(t - stride, CLEAN) != s for t, s in step_pairs(scheduler._grid)):
+            warnings.warn(
+                f"diffusers steps to t - {stride} whatever the next timestep is, so at {scheduler.num_inference_steps} steps with "
+                f"{scheduler.config.timestep_spacing!r} spacing it gives other images.",
+                stacklevel=3,
+            )
+        stock = cls.from_config(config)
+    return stock
