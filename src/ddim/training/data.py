@@ -1,13 +1,14 @@
 """Where training images come from: folders, arrays, IDX files, parquet, the hub, and two sets that need no path.
 
 Every source becomes an :class:`ImageData`: a map-style data set of (uint8 image [C, H, W], label). Arrays stay arrays in
-memory; files are decoded when they are asked for.
+memory; files are decoded when they are asked for. A data set can be sent to other processes (a loader's workers).
 """
 
 import gzip
+import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
@@ -27,12 +28,17 @@ FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's pac
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_FILES = {*_SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}  # never the end of a hub data set's name
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
+_SPLITS = ("train", "test", "val", "valid", "validation")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_MOST_CLASSES = 100_000  # a label above it is an identity or damage, and would make as many class names
 
 
 class _Shape(TypedDict):
     resolution: int | None
     channels: int | None
+    center_crop: bool
 
 
 class ImageData(Protocol):
@@ -71,6 +77,7 @@ def load_images(
     split: str = "train",
     resolution: int | None = None,
     channels: int | None = None,
+    center_crop: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ImageData:
@@ -79,10 +86,12 @@ def load_images(
     Args:
         source: A folder of images (class names from its subfolders, if the images lie there), a ``.npz``, IDX files (the
             folder or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, or a hub
-            dataset id.
-        split: ``train``, ``test``, or whatever the source has.
+            dataset id. A folder that is called like one of the two sets is meant by ``./digits``.
+        split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays ``test_images``, files
+            ``test-*.parquet``. A source without splits is all ``train``; a file named by itself is what it is.
         resolution: Resize the shorter side to this and cut out the centre square. None: all images must have one size.
         channels: 1 grey, 3 colour (alpha over white). None: as the first image.
+        center_crop: Without ``resolution``, which crops anyway: cut out the centre square, and do not resize.
         image_column: Column of parquet or hub data; None: the first one that holds images.
         label_column: Column of labels; None: ``label``, ``labels``, ``fine_label`` or ``class`` if there is one.
 
@@ -92,50 +101,126 @@ def load_images(
     Raises:
         DataError: If the source is missing, damaged, or of an unusable shape; the message says what to do.
     """
-    shape = _Shape(resolution=resolution, channels=channels)
+    if resolution is not None and resolution < 1:
+        raise DataError(f"resolution must be at least 1; got {resolution}.")
+    if channels not in (None, 1, 3):
+        raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
+    shape = _Shape(resolution=resolution, channels=channels, center_crop=center_crop)
     if source == "digits":
         return _Images.of_arrays(source, *_digits(split), tuple("0123456789"), **shape)
     if source == "fashion-mnist":
-        folder = Path(os.environ.get("DDIM_FASHION_MNIST", FASHION_MNIST_FOLDER))
+        chosen = os.environ.get("DDIM_FASHION_MNIST")
+        folder = Path(chosen or FASHION_MNIST_FOLDER)
         if folder.is_dir():
             return _Images.of_arrays(source, *_read_idx_folder(folder, split), FASHION_MNIST_CLASSES, **shape)
+        if chosen:
+            raise DataError(f"DDIM_FASHION_MNIST names {chosen}, which is no folder; correct it, or unset it.")
         return _from_hub(source, FASHION_MNIST_HUB, split, image_column, label_column, **shape)
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
+    if not source or not path.exists():
+        if not source or source.startswith((".", "/", "~")) or path.suffix in _FILES or source.count("/") > 1 or "ubyte" in path.name:
+            raise DataError(f"there is no data at {source!r}; check the path.")
+        return _from_hub(source, source, split, image_column, label_column, **shape)
+    if path.is_dir():
+        if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
+            return _from_parquet(source, _of_split(source, tables, split), image_column, label_column, **shape)
+        if next(path.glob("*idx3-ubyte*"), None):
+            return _Images.of_arrays(source, *_read_idx_folder(path, split), None, **shape)
+        return _from_folder(source, path, split, **shape)
     if path.suffix == ".npz":
         return _Images.of_arrays(source, *_read_npz(path, split), None, **shape)
     if "idx3-ubyte" in path.name:
-        images = read_idx(path)
-        beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        return _Images.of_arrays(source, images, read_idx(beside) if beside.exists() and beside != path else None, None, **shape)
-    if path.suffix == ".parquet" or (path.is_dir() and next(path.glob("*.parquet"), None)):
-        files = [str(path)] if path.is_file() else sorted(map(str, path.glob("*.parquet")))
-        return _from_columns(source, _open_dataset("parquet", source, data_files=files, split="train"), image_column, label_column, **shape)
-    if path.is_dir():
-        if next(path.glob("*idx3-ubyte*"), None):
-            return _Images.of_arrays(source, *_read_idx_folder(path, split), None, **shape)
-        return _from_folder(source, path, **shape)
-    if path.exists():
-        raise DataError(
-            f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id."
-        )
-    if source.startswith((".", "/", "~")) or path.suffix or source.count("/") > 1 or not source:
-        raise DataError(f"there is no data at {source!r}; check the path.")
-    return _from_hub(source, source, split, image_column, label_column, **shape)
+        return _Images.of_arrays(source, read_idx(path), _labels_beside(path), None, **shape)
+    if path.suffix == ".parquet":
+        return _from_parquet(source, [path], image_column, label_column, **shape)
+    raise DataError(f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id.")
+
+
+class _Items(Protocol):
+    """Images by index: arrays [H, W(, C)] or Pillow images. Not closures, which a loader's workers could not be sent."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - an array or a Pillow image
+
+
+@dataclass(frozen=True, eq=False)
+class _Files:
+    """Image files, decoded when asked for."""
+
+    paths: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - a Pillow image
+        from PIL import Image, ImageOps
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture)  # a copy, upright as viewers show it
+        except Exception as error:
+            raise _not_an_image(path, error) from error
+
+    def check_sizes(self, source: str, *, center_crop: bool) -> None:
+        """Reads the header of every file, so that a stray size ends a run before it starts and not hours into it."""
+        from PIL import Image
+
+        first: list[int] | None = None
+        for path in self.paths:
+            try:
+                with Image.open(path) as picture:
+                    size = [min(picture.size)] if center_crop else sorted(picture.size)  # sorted: EXIF may turn it on its side
+            except Exception as error:
+                raise _not_an_image(path, error) from error
+            first = first or size
+            if size != first:
+                raise DataError(
+                    f"{path} is of size {'x'.join(map(str, size))} and the first image of {source} is {'x'.join(map(str, first))}; "
+                    f"use --resolution {min(first)} to bring all to one size."
+                )
+
+
+def _not_an_image(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not an image that can be read ({error}); remove or replace it.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """The images of a table of ``datasets``, decoded when asked for."""
+
+    name: str
+    table: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - a Pillow image
+        try:
+            picture = self.table[index][self.column]
+        except IndexError:
+            raise
+        except Exception as error:
+            raise DataError(f"image {index} of {self.name} cannot be decoded ({error}); remove or replace it.") from error
+        if picture is None:
+            raise DataError(f"image {index} of {self.name} is empty; remove its row.")
+        return picture
 
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """A data set as a list of images behind a function, brought to one size and number of channels."""
+    """A data set over a list of images, which it brings to one size and number of channels."""
 
     name: str
-    count: int
-    fetch: Callable[[int], Any]
-    """Index to an array [H, W(, C)] or a PIL image."""
+    items: _Items
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
     channels: int
     resolution: tuple[int, int]
     resize: bool
+    center_crop: bool
 
     @classmethod
     def of_arrays(
@@ -144,67 +229,64 @@ class _Images:
         images: NDArray[Any],
         labels: NDArray[Any] | None,
         class_names: tuple[str, ...] | None,
-        *,
-        resolution: int | None,
-        channels: int | None,
+        **shape: Unpack[_Shape],
     ) -> "_Images":
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
+        usable = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
+        if images.dtype != np.uint8 or not usable or 0 in images.shape[1:]:
             raise DataError(
                 f"images in {name} must be uint8 of shape [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels; "
                 f"got {images.dtype} of shape {list(images.shape)}."
             )
-        return cls.build(name, len(images), lambda i: images[i], labels, class_names, resolution=resolution, channels=channels)
+        return cls.of_items(name, images, labels, class_names, **shape)
 
     @classmethod
-    def build(
+    def of_items(
         cls,
         name: str,
-        count: int,
-        fetch: Callable[[int], Any],
-        labels: Sequence[int] | NDArray[Any] | None,
+        items: _Items,
+        labels: Sequence[int] | Sequence[str] | NDArray[Any] | None,
         class_names: tuple[str, ...] | None,
         *,
         resolution: int | None,
         channels: int | None,
+        center_crop: bool,
     ) -> "_Images":
-        if count == 0:
+        if len(items) == 0:
             raise DataError(f"{name} holds no images.")
-        checked = None if labels is None else np.asarray(labels, dtype=np.int64)
-        if checked is not None and len(checked) != count:
-            raise DataError(f"{name} holds {count} images but {len(checked)} labels; there must be one label an image.")
-        if checked is not None and class_names is None:
-            class_names = tuple(str(i) for i in range(int(checked.max()) + 1))
-        first = np.asarray(fetch(0))
-        found = 1 if first.ndim == 2 or first.shape[2] == 1 else 3
-        size = (resolution, resolution) if resolution else (first.shape[0], first.shape[1])
-        return cls(
-            name, count, fetch, checked, class_names if checked is not None else None, channels or found, size, resolution is not None
-        )
+        numbers, class_names = _number_labels(name, labels, class_names, len(items))
+        first = items[0]
+        if isinstance(first, np.ndarray):
+            height, width = first.shape[:2]
+            grey = first.ndim == 2 or first.shape[2] == 1
+        else:
+            width, height = first.size
+            grey = first.mode in ("1", "L", "LA", "I", "F") or first.mode.startswith("I;16")
+        if resolution or center_crop:
+            height = width = resolution or min(height, width)
+        return cls(name, items, numbers, class_names, channels or (1 if grey else 3), (height, width), resolution is not None, center_crop)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.fetch(index)
+        image = self.items[index]
         label = -1 if self.labels is None else int(self.labels[index])
-        if (
-            isinstance(image, np.ndarray)
-            and image.shape[:2] == self.resolution
-            and (image.ndim == 2 or image.shape[2] == 1)
-            and self.channels == 1
-        ):
-            return torch.from_numpy(np.array(image)).reshape(1, *self.resolution), label
-        return torch.from_numpy(self._shaped(image, index).copy()), label
+        if isinstance(image, np.ndarray):
+            image = image[..., None] if image.ndim == 2 else image
+            if image.shape == (*self.resolution, self.channels):
+                return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
+            image = image[..., 0] if image.shape[2] == 1 else image
+        return torch.from_numpy(self._shaped(image, index)), label
 
-    def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:  # noqa: ANN401 - an array or a PIL image
-        """Converts mode and size with Pillow: [C, H, W]."""
+    def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:  # noqa: ANN401 - an array or a Pillow image
+        """Converts mode and size with Pillow: a new array [C, H, W]."""
         from PIL import Image
 
-        picture = (
-            image
-            if isinstance(image, Image.Image)
-            else Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-        )
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        if picture.mode == "F":
+            raise DataError(f"image {index} of {self.name} has floating-point pixels of unknown range; convert it to 8 bits.")
+        if picture.mode == "I" or picture.mode.startswith("I;16"):  # 16 bits, which convert("L") would cut off at 255
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -214,37 +296,67 @@ class _Images:
             scale = height / min(picture.size)
             grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
             picture = picture.resize(grown, Image.Resampling.LANCZOS)
-            left, top = (grown[0] - width) // 2, (grown[1] - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))
+        if self.resize or self.center_crop:
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
         if picture.size != (width, height):
             raise DataError(
                 f"image {index} of {self.name} is {picture.height}x{picture.width} and the first is {height}x{width}; "
                 f"use --resolution {min(height, width)} to bring all to one size."
             )
-        array = np.asarray(picture, dtype=np.uint8)
+        array = np.array(picture, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _number_labels(
+    name: str, labels: Sequence[int] | Sequence[str] | NDArray[Any] | None, class_names: tuple[str, ...] | None, count: int
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Checks labels, and numbers those that are words. Labels that are all -1, as in test sets of the hub, are none."""
+    if labels is None:
+        return None, None
+    array = np.asarray(labels)
+    if array.ndim == 1 and len(array) != count:
+        raise DataError(f"{name} holds {count} images but {len(array)} labels; there must be one label an image.")
+    if array.ndim == 1 and array.dtype.kind == "U":
+        words, numbers = np.unique(array, return_inverse=True)
+        array, class_names = numbers, tuple(str(w) for w in words)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise DataError(f"labels of {name} must be whole numbers, one an image; got {array.dtype} of shape {list(array.shape)}.")
+    if (array == -1).all():
+        return None, None
+    limit = _MOST_CLASSES if class_names is None else len(class_names)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= limit:
+        raise DataError(f"labels of {name} must lie in 0..{limit - 1}; got {low if low < 0 else high}.")
+    return array.astype(np.int64), class_names or tuple(str(i) for i in range(high + 1))
 
 
 def read_idx(path: Path | str) -> NDArray[np.uint8]:
     """Reads an IDX file of bytes (MNIST's format), gzipped or not, into an array of its own shape.
 
     Raises:
-        DataError: If the file is missing, of another type, or shorter than its header says.
+        DataError: If the file is missing, of another type, or not as long as its header says.
     """
     path = Path(path)
     try:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}; check the path.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as an IDX file ({error}).") from error
+        raise DataError(f"{path} cannot be read as an IDX file ({error}); fetch it again.") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"{path} is not an IDX file of bytes: it starts with {content[:4].hex() or 'nothing'} instead of 000008.")
     ndim = content[3]
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
-    body = content[4 + 4 * ndim :]
-    if len(body) != int(np.prod(shape)):
+    header, body = content[4 : 4 + 4 * ndim], content[4 + 4 * ndim :]
+    if len(header) != 4 * ndim:
+        raise DataError(f"{path} is damaged: it ends within its header of {4 + 4 * ndim} bytes; fetch it again.")
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4))
+    if len(body) != math.prod(shape):
         raise DataError(
-            f"{path} is damaged: its header promises {int(np.prod(shape))} bytes of shape {list(shape)}, and it holds {len(body)}."
+            f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape {list(shape)}, and it holds {len(body)}; "
+            "fetch it again."
         )
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
@@ -253,110 +365,172 @@ def _read_idx_folder(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArr
     prefix = _IDX_PREFIX.get(split, split)
     images = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
     if images is None:
-        raise DataError(
-            f"{folder} holds no images of split {split!r} ({prefix}-images-idx3-ubyte); it has splits train and test in MNIST's naming."
-        )
-    labels = next(iter(sorted(folder.glob(f"{prefix}-labels*idx1-ubyte*"))), None)
-    return read_idx(images), None if labels is None else read_idx(labels)
+        there = ", ".join(sorted(p.name for p in folder.glob("*idx3-ubyte*"))) or "no images at all"
+        raise DataError(f"{folder} holds no images of split {split!r}, which would be {prefix}-images-idx3-ubyte[.gz]; it holds {there}.")
+    return read_idx(images), _labels_beside(images)
+
+
+def _labels_beside(images: Path) -> NDArray[np.uint8] | None:
+    """Reads the labels that MNIST's naming puts beside an images file, whichever of the two is gzipped."""
+    plain = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    found = next((p for p in (images.with_name(plain), images.with_name(f"{plain}.gz")) if p.exists()), None)
+    return None if found is None else read_idx(found)
 
 
 def _digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    part = {"train": slice(0, 1500), "test": slice(1500, None)}.get(split)
+    if part is None:
+        raise DataError(f"digits has splits train and test; got {split!r}.")
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise DataError("the data set digits comes with scikit-learn, which is not installed; run: pip install 'ddim[train]'.") from error
-    part = {"train": slice(0, 1500), "test": slice(1500, None)}.get(split)
-    if part is None:
-        raise DataError(f"digits has splits train and test; got {split!r}.")
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8)[part], digits.target[part]
 
 
 def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    if not path.exists():
-        raise DataError(f"there is no file {path}; check the path.")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # opened here: numpy leaves a damaged file open
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise TypeError("it holds a single array")
             names = list(file.files)
-            image_key = next((k for k in (f"{split}_images", "images", "arr_0") if k in names), None)
-            if image_key is None:
-                raise DataError(
-                    f"{path} holds {', '.join(names)}, and images of split {split!r} are looked for under {split}_images, images or arr_0."
-                )
-            label_key = next((k for k in (f"{split}_labels", "labels") if k in names), None)
-            return file[image_key], None if label_key is None else file[label_key]
+            images_key, labels_key = _npz_keys(path, names, split)
+            images, labels = file[images_key], file[labels_key] if labels_key in names else None
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an .npz file ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with numpy.savez.") from error
+    if labels_key == "arr_1" and labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+        labels = None  # the arrays have no names, and the second is something else
+    return images, labels
 
 
-def _from_folder(source: str, folder: Path, *, resolution: int | None, channels: int | None) -> _Images:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and not p.name.startswith("."))
+def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
+    """Names the arrays of images and of labels (which need not be there)."""
+    splits = [n.removesuffix("_images") for n in names if n.endswith("_images")]
+    if split in splits:
+        return f"{split}_images", f"{split}_labels"
+    if splits:
+        raise _no_such_split(str(path), splits, split)
+    keys = next((k for k in (("images", "labels"), ("arr_0", "arr_1")) if k[0] in names), None)
+    if keys is None:
+        raise DataError(f"{path} holds {', '.join(names) or 'no arrays'}; its images must be called {split}_images, images or arr_0.")
+    if split != "train":
+        raise _no_such_split(str(path), [], split)
+    return keys
+
+
+def _no_such_split(source: str, splits: Iterable[str], split: str) -> DataError:
+    there = ", ".join(sorted(splits))
+    has = f"it has {there}" if there else "it is not divided into splits, so leave out --split"
+    return DataError(f"{source} has no split {split!r}; {has}.")
+
+
+def _from_folder(source: str, folder: Path, split: str, **shape: Unpack[_Shape]) -> _Images:
+    found = [(p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES]
+    files = sorted((p, parts) for p, parts in found if not any(part.startswith(".") for part in parts) and p.is_file())
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(_SUFFIXES))}).")
-    names = sorted({p.relative_to(folder).parts[0] for p in files if p.parent != folder})
-    labelled = bool(names) and all(p.parent != folder for p in files)
-    labels = [names.index(p.relative_to(folder).parts[0]) for p in files] if labelled else None
+    tops = {parts[0] if len(parts) > 1 else "" for _, parts in files}
+    if tops <= set(_SPLITS):
+        if split not in tops:
+            raise _no_such_split(source, tops, split)
+        files = [(p, parts[1:]) for p, parts in files if parts[0] == split]
+        tops = {parts[0] if len(parts) > 1 else "" for _, parts in files}
+    elif split != "train":
+        raise _no_such_split(source, [], split)
+    names = None if "" in tops else tuple(sorted(tops))
+    labels = None if names is None else [names.index(parts[0]) for _, parts in files]
+    items = _Files([p for p, _ in files])
+    if shape["resolution"] is None:
+        items.check_sizes(source, center_crop=shape["center_crop"])
+    return _Images.of_items(source, items, labels, names, **shape)
 
-    def fetch(index: int) -> Any:  # noqa: ANN401 - a PIL image
-        from PIL import Image
 
-        try:
-            with Image.open(files[index]) as picture:
-                picture.load()
-                return picture.copy()
-        except Exception as error:
-            raise DataError(f"{files[index]} is not an image that can be read ({error}); remove or replace it.") from error
-
-    return _Images.build(source, len(files), fetch, labels, tuple(names) if labelled else None, resolution=resolution, channels=channels)
+def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
+    """Picks the parquet files of a split by the start of their names, as the hub writes them (``test-00000-of-00001.parquet``)."""
+    starts = {p: p.stem.split("-")[0] for p in tables}
+    chosen = [p for p in tables if starts[p] == split]
+    splits = set(starts.values()) & set(_SPLITS)
+    if not chosen and (splits or split != "train"):
+        raise _no_such_split(source, splits, split)
+    return chosen or tables
 
 
 def _open_dataset(kind: str, source: str, **options: Any) -> Any:  # noqa: ANN401 - datasets has no types
+    """Calls ``datasets.load_dataset``; whatever that raises comes through."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise DataError(f"reading {source} needs datasets, which is not installed; run: pip install 'ddim[train]'.") from error
+    return datasets.load_dataset(kind, **options)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _from_parquet(source: str, files: list[Path], image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:
     try:
-        return datasets.load_dataset(kind, **options)
+        table = _open_dataset("parquet", source, data_files=[str(p) for p in files], split="train")
+    except DataError:
+        raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"the data set {source!r} cannot be opened: {first}") from error
+        reason = _first_line(error.__cause__ or error)
+        raise DataError(f"{source} cannot be read as parquet ({reason}); check the file, or write it again.") from error
+    return _from_columns(source, table, image_column, label_column, **shape)
 
 
 def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:
     try:
-        table = _open_dataset(hub_id, hub_id, split=split)
-    except DataError as error:
-        hint = f" Install Debian's package dataset-fashion-mnist, or put its files into a folder named by DDIM_FASHION_MNIST. ({error})"
-        other = f" It is neither a path that exists nor a hub data set that can be reached now. ({error})"
-        raise DataError(f"{name!r} cannot be loaded.{hint if name == 'fashion-mnist' else other}") from error
+        table = _open_dataset(hub_id, name, split=split)
+    except DataError:
+        raise
+    except Exception as error:
+        reason = _first_line(error)
+        if "unknown split" in reason.lower():
+            raise DataError(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
+        if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in ("httpx", "requests"):
+            if name == "fashion-mnist":
+                advice = "install Debian's package dataset-fashion-mnist, or name a folder with its four files in DDIM_FASHION_MNIST"
+            else:
+                advice = "check the path if one was meant, else the network"
+            raise DataError(f"{name!r} is not on this machine, and the hub cannot be reached ({reason}); {advice}.") from error
+        if isinstance(error, FileNotFoundError):  # as datasets' DatasetNotFoundError is
+            raise DataError(f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); check the name.") from error
+        raise DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub.") from error
     return _from_columns(name, table, image_column, label_column, **shape)
 
 
 def _from_columns(name: str, table: Any, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401
     import datasets
 
-    columns = list(table.column_names)
-    pictures = [c for c in columns if isinstance(table.features[c], datasets.Image)] or [
-        c for c in columns if c in ("image", "img", "images")
-    ]
-    column = image_column or next(iter(pictures), None)
-    if column is None or column not in columns:
-        raise DataError(
-            f"{name} has columns {', '.join(columns)}, and none of them holds images; its image column must be of datasets' Image type."
-        )
-    if not isinstance(table.features[column], datasets.Image):
-        table = table.cast_column(column, datasets.Image())
-    label = label_column or next((c for c in ("label", "labels", "fine_label", "class") if c in columns), None)
-    labels = None if label is None else np.asarray(table[label])
-    feature = None if label is None else table.features[label]
-    class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-    def fetch(index: int) -> Any:  # noqa: ANN401 - a PIL image
+    columns, features = list(table.column_names), table.features
+    for asked in (image_column, label_column):
+        if asked is not None and asked not in columns:
+            raise DataError(f"{name} has no column {asked!r}; it has {', '.join(columns)}.")
+    typed = [c for c in columns if isinstance(features[c], datasets.Image)]
+    column = image_column or next(iter(typed + [c for c in ("image", "img", "images") if c in columns]), None)
+    if column is None:
+        raise DataError(f"{name} has columns {', '.join(columns)}, and none is called image or is of datasets' Image type; name it.")
+    pictures = table.select_columns([column])
+    if column not in typed:
         try:
-            return table[index][column]
+            pictures = pictures.cast_column(column, datasets.Image())
         except Exception as error:
-            raise DataError(f"image {index} of {name} cannot be decoded ({error}).") from error
+            raise DataError(f"column {column!r} of {name} does not hold images ({_first_line(error)}); name another.") from error
+    label = label_column or next((c for c in _LABEL_COLUMNS if c in columns and _is_scalar(features[c])), None)
+    feature = None if label is None else features[label]
+    class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    labels = None if label is None else table[label][:]
+    return _Images.of_items(name, _Column(name, pictures, column), labels, class_names, **shape)
 
-    return _Images.build(name, len(table), fetch, labels, class_names, resolution=shape["resolution"], channels=shape["channels"])
+
+def _is_scalar(feature: Any) -> bool:  # noqa: ANN401 - datasets has no types
+    """Whether a column that was not asked for can be labels: a class, a whole number or a word, not a list of them."""
+    import datasets
+
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "bool", "string"))
+    )
