@@ -1,16 +1,62 @@
-"""Models in diffusers format: where the embedded ones lie, and how a folder is opened."""
+"""Models in diffusers format: where the embedded ones lie, and how folders and hub ids are opened.
+
+Weights are read from safetensors; a ``.bin`` file only where there is nothing else, and then by ``torch.load`` with
+``weights_only=True``, which runs no code out of it.
+"""
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ddim.errors import CheckpointError
+import torch
 
-__all__ = ["embedded_models", "load_network", "read_json", "resolve_model", "weight_hash"]
+from ddim.errors import CheckpointError
+from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+
+__all__ = [
+    "embedded_models",
+    "fetch_model",
+    "find_model",
+    "has_scheduler",
+    "is_unconditional",
+    "load_network",
+    "noise_schedule",
+    "read_json",
+    "read_model_index",
+    "read_scheduler_config",
+    "resolve_model",
+    "weight_hash",
+]
 
 _ZOO = Path(__file__).parent / "zoo"
-_FAMILY = ("DDIM", "DDPM", "PNDM", "DPMSolver", "Euler", "LMS", "Heun", "UniPC", "KDPM2", "DEIS", "LCM", "TCD")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
+
+# Schedulers that are configured by betas over discrete levels: what DDIM can walk.
+_FAMILY = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
+        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverMultistepInverse"),
+        *("DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD", "RePaint"),
+    )
+)
+
+# What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
+_DEFAULT_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "timestep_spacing": "trailing",
+}
 
 
 def embedded_models() -> list[str]:
@@ -18,18 +64,68 @@ def embedded_models() -> list[str]:
     return sorted(p.parent.name for p in _ZOO.glob("*/model_index.json"))
 
 
-def resolve_model(model: str) -> Path:
-    """The folder of an embedded model's name, or of a path.
+def resolve_model(model: str | Path) -> Path | str:
+    """What a model's name stands for: an embedded model, else an existing folder, else a hub id, in this order.
+
+    Args:
+        model: A name, path or hub id. ``./NAME`` is always a path.
+
+    Returns:
+        The folder, or the hub id as it was given.
 
     Raises:
-        CheckpointError: If it is neither.
+        CheckpointError: If it is none of the three.
     """
-    if model in embedded_models():
-        return _ZOO / model
-    if (Path(model) / "model_index.json").is_file():
-        return Path(model)
-    what = "a folder without model_index.json" if Path(model).is_dir() else "not an existing folder"
-    raise CheckpointError(f"{model!r} is {what}; give a diffusers folder, or one of the embedded models: {', '.join(embedded_models())}.")
+    name, path = str(model), Path(model).expanduser()
+    known = embedded_models()
+    if name in known:
+        return _ZOO / name
+    if path.is_dir():
+        return path
+    ours = f"the embedded models are: {', '.join(known)}" if known else "no model is embedded"
+    if path.exists():
+        raise CheckpointError(f"{name!r} is a file, and a model is a folder in diffusers format; {ours}.")
+    if _HUB_ID.fullmatch(name):
+        return name
+    close = get_close_matches(name, known, n=1)
+    guess = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    raise CheckpointError(
+        f"{name!r} is neither an embedded model nor an existing folder; {guess}give a diffusers folder or a hub id; {ours}."
+    )
+
+
+def fetch_model(hub_id: str, **options: Any) -> Path:  # noqa: ANN401 - diffusers' own options
+    """Downloads what a pipeline of the hub needs into Hugging Face's cache, and returns the folder there.
+
+    Args:
+        hub_id: OWNER/NAME.
+        **options: Of ``diffusers.DiffusionPipeline.download``: revision, token, cache_dir, variant, local_files_only, ...
+
+    Raises:
+        CheckpointError: If the hub cannot be reached, or holds no such pipeline.
+    """
+    import diffusers
+
+    try:
+        return Path(diffusers.DiffusionPipeline.download(hub_id, **options))
+    except Exception as error:
+        known = ", ".join(embedded_models()) or "none"
+        reason = (
+            "the hub has no model of that name that can be read without a login"
+            if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError", "EntryNotFoundError", "RevisionNotFoundError")
+            else "the hub cannot be reached, or holds no pipeline there; check the name and the connection"
+        )
+        raise CheckpointError(f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and {reason}.") from error
+
+
+def find_model(model: str | Path, **options: Any) -> Path:  # noqa: ANN401 - as fetch_model
+    """The folder of an embedded model, a path or a hub id, downloaded if need be; options as :func:`fetch_model`.
+
+    Raises:
+        CheckpointError: If there is no such model.
+    """
+    found = resolve_model(model)
+    return found if isinstance(found, Path) else fetch_model(found, **options)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,42 +135,183 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If it is missing, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the model's folder is not complete.") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
+        raise CheckpointError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}.")
     return content
 
 
-def load_network(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The UNet2DModel of an unconditional checkpoint, and its scheduler's configuration.
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's index: its class, and the class of each part. A folder of a network alone reads as an index of that.
 
     Raises:
-        CheckpointError: If a part is missing or damaged, the pipeline is of another kind, or its scheduler is of another family.
+        CheckpointError: If the folder is no model.
+    """
+    if (folder / "model_index.json").is_file():
+        return read_json(folder / "model_index.json")
+    if (folder / "config.json").is_file():
+        return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
+    unfinished = sorted(p for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    hint = (
+        f"it is a training run that has not finished: take {unfinished[-1]}"
+        if unfinished
+        else f"a model in diffusers format has that file; the embedded models are: {', '.join(embedded_models()) or 'none'}"
+    )
+    raise CheckpointError(f"{folder} is a folder without model_index.json; {hint}.")
+
+
+def is_unconditional(index: Mapping[str, Any]) -> bool:
+    """Whether an index (:func:`read_model_index`) is of a network and a scheduler, and nothing else."""
+    parts = {name for name, value in index.items() if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]}
+    return index.get("_class_name") in _UNCONDITIONAL or (parts <= {"unet", "scheduler"} and index.get("unet", [0, 0])[1] == "UNet2DModel")
+
+
+def has_scheduler(folder: Path) -> bool:
+    """Whether the folder says what noise schedule its network was trained on."""
+    return (_part(folder, "scheduler") / "scheduler_config.json").is_file()
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration; that of DDPM for a folder that holds a network alone.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or the scheduler's family is not DDIM's: flow matching, EDM, ...
+    """
+    path = _part(folder, "scheduler") / "scheduler_config.json"
+    if not path.is_file() and not (folder / "model_index.json").is_file():
+        return dict(_DEFAULT_SCHEDULER)
+    config = read_json(path)
+    kind = str(config.get("_class_name"))
+    if "Flow" in kind or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        raise CheckpointError(
+            f"{path} is a {kind} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
+            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
+        )
+    if kind not in _FAMILY:
+        raise CheckpointError(
+            f"{path} is a {kind}, which has no noise schedule of discrete betas for DDIM to follow; use diffusers' own pipeline for it."
+        )
+    return config
+
+
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The levels that a scheduler's configuration describes, float64; absent keys mean what they mean in diffusers.
+
+    Raises:
+        DDIMError: If the beta schedule is unknown.
+    """
+    trained = config.get("trained_betas")
+    betas = (
+        make_betas(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            beta_start=config.get("beta_start", 1e-4),
+            beta_end=config.get("beta_end", 0.02),
+        )
+        if trained is None
+        else torch.as_tensor(trained, dtype=torch.float64)
+    )
+    betas = rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+    return NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
+
+
+def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:  # noqa: ANN401 - any diffusers model
+    """The network of a model, in evaluation mode on the CPU, its convolutions laid out channels-last.
+
+    Args:
+        folder: A pipeline's folder, or the network's own.
+        dtype: What to cast the weights to; None: float32, as diffusers does.
+        variant: Of the weight files, such as ``fp16``.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or weights and configuration do not fit together.
     """
     import diffusers
+    from diffusers.utils import is_accelerate_available
 
-    network_class = read_json(folder / "model_index.json").get("unet", [None, None])[1]
-    if network_class != "UNet2DModel":
-        raise CheckpointError(f"{folder} is no unconditional model: its network is {network_class}, and UNet2DModel is needed.")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    kind = str(scheduler.get("_class_name", ""))
-    if "FlowMatch" in kind or not kind.startswith(_FAMILY):
-        raise CheckpointError(
-            f"{folder} is sampled by {kind or 'an unnamed scheduler'}, which is not of the DDIM family; use diffusers' own pipeline for it."
-        )
+    index = read_model_index(folder)
+    name = (index.get("unet") or [None, None])[1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise CheckpointError(f"{folder} has no network that diffusers knows: its index says unet = {name!r}, and UNet2DModel would do.")
+    place = _part(folder, "unet")
+    read_json(place / "config.json")
+    for path in _weight_files(folder, variant=variant):
+        _check_weights(path)
     try:
-        network = diffusers.UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True).eval()
+        with torch.random.fork_rng(devices=[]):  # without accelerate, weights are drawn first and then overwritten
+            network, report = kind.from_pretrained(
+                place,
+                dtype=dtype,
+                variant=variant,
+                output_loading_info=True,
+                low_cpu_mem_usage=is_accelerate_available(),
+                local_files_only=True,
+            )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the network in {folder / 'unet'} cannot be loaded ({first}).") from error
-    return network, scheduler
+        raise CheckpointError(
+            f"the network in {place} cannot be loaded: weights and config.json do not fit ({_first_line(error)})."
+        ) from error
+    missing = report["missing_keys"]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"the weights in {place} are not complete: {sorted(missing)[0]}{more} missing; config.json is of another network."
+        )
+    # The same numbers up to rounding, and faster convolutions on the CPU and on GPUs.
+    return network.eval().to(memory_format=torch.channels_last)
 
 
-def weight_hash(folder: Path) -> str:
-    """First 16 hex digits of the SHA-256 over the network's safetensors files, in the order of their names."""
+def weight_hash(folder: Path, *, variant: str | None = None) -> str:
+    """First 16 hex digits of the SHA-256 over the bytes of the network's weight files, shards in the order of their names.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
     digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for path in _weight_files(folder, variant=variant):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: in its own folder, or beside the index, as in the oldest checkpoints."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
+    """The files that hold the network's weights: safetensors, whole or in shards, else the pickled one."""
+    place, stem = _part(folder, "unet"), f"diffusion_pytorch_model{'.' + variant if variant else ''}"
+    for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.bin", f"{stem}-*-of-*.bin"):
+        found = sorted(place.glob(pattern))
+        if found:
+            return found
+    raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
+
+
+def _check_weights(path: Path) -> None:
+    """Refuses a file that is cut off, or only stands for its contents."""
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is only a pointer of git-lfs; run `git lfs pull` where the model was cloned.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The first sentence of an error's text; diffusers' and torch's go on with what their own callers could pass."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ") if lines else type(error).__name__

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ddim.errors import DDIMError
+from ddim.errors import DataError, DDIMError
 
-__all__ = ["from_uint8", "make_grid", "save_png", "to_pil", "to_uint8", "write_atomically"]
+__all__ = ["from_uint8", "load_image", "make_grid", "save_png", "to_pil", "to_uint8", "write_atomically"]
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
@@ -32,6 +32,22 @@ def from_uint8(images: NDArray[np.uint8]) -> Tensor:
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
     """Turns bytes [B, H, W, C] into Pillow images, grey where C is 1."""
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def load_image(path: Path | str) -> NDArray[np.uint8]:
+    """Reads a picture file as bytes [H, W, C], C being 1 for grey pictures and 3 for all others.
+
+    Raises:
+        DataError: If there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
+    except FileNotFoundError:
+        raise DataError(f"there is no picture at {path}.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow reports a damaged PNG as a SyntaxError
+        raise DataError(f"{path} is not a picture, or is damaged ({str(error).splitlines()[0]}); give a PNG or JPEG file.") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def make_grid(images: NDArray[np.uint8], *, columns: int | None = None, padding: int = 2, background: int = 255) -> NDArray[np.uint8]:
@@ -55,9 +71,9 @@ def make_grid(images: NDArray[np.uint8], *, columns: int | None = None, padding:
     return grid
 
 
-def save_png(image: NDArray[np.uint8], path: Path | str, *, scale: int = 1) -> None:
-    """Writes one image [H, W, C] as a PNG, whole or not at all; ``scale`` enlarges each pixel to a square."""
-    picture = to_pil(image[None])[0]
+def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1) -> None:
+    """Writes one image, bytes [H, W, C] or Pillow's, as a PNG, whole or not at all; ``scale`` enlarges each pixel to a square."""
+    picture = image if isinstance(image, Image.Image) else to_pil(image[None])[0]
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     partial = _partial(path)
@@ -72,7 +88,7 @@ def write_atomically(path: Path | str, content: str) -> None:
     """Writes a text file, whole or not at all."""
     partial = _partial(path)
     try:
-        partial.write_text(content)
+        partial.write_text(content, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

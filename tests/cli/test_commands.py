@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddim.cli import main
 
-TRAIN = ["train", "--data", "digits", "--block-out-channels", "8", "16", "--batch-size", "8", "--images", "64"]
+TRAIN = ["train", "--data", "digits", "--block-out-channels", "8,16", "--batch-size", "8", "--images", "64"]
 TRAIN += ["--checkpoint-every", "4", "--log-every", "2", "--validation-images", "32", "--lr-warmup-steps", "2"]
 
 
@@ -77,23 +77,20 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
     assert record["evaluations"] == 4
     assert (tmp_path / "a" / "grid.png").exists()
     assert main([*common[:2], "--steps", "5", "--out", str(tmp_path / "a")]) == 2
-    assert "another protocol (timesteps, eta differ)" in capsys.readouterr().err
+    assert "holds results of another protocol: timesteps is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["dance"], "there is no command 'dance'"),
-        (
-            ["sample", "nowhere"],
-            "'nowhere' is not an existing folder; give a diffusers folder, or one of the embedded models: fashion-mnist",
-        ),
+        (["sample", "nowhere"], "'nowhere' is neither an embedded model nor an existing folder"),
         (["sample", "--count", "0"], "must be at least 1; got 0"),
         (["sample", "--seed", "-1"], "a seed must be a whole number"),
         (["sample", "--eta", "-1"], "eta must be at least 0"),
-        (["sample", "--eta", "much"], "--eta must be a number or sigma-hat; got 'much'"),
+        (["sample", "--eta", "much"], "--eta: it must be a number or sigma-hat; got 'much'"),
         (["sample", "--steps", "1001"], "from 1 to 1000"),
-        (["sample", "--steps", "few"], "Error parsing --steps"),
+        (["sample", "--steps", "few"], "--steps: it must be a whole number; got 'few'"),
         (["train", "--preset", "mars"], "--preset must be one of fashion-mnist, digits; got 'mars'"),
         (["train", "--data", "./none", "--out", "x"], "there is no data at './none'"),
         (
@@ -116,7 +113,7 @@ def test_damaged_weights_are_named(model, tmp_path, capsys):
     shutil.copytree(model, broken)
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
     assert main(["sample", str(broken), "--out", str(tmp_path / "o")]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "is damaged or cut off" in capsys.readouterr().err
 
 
 def test_help_and_import_need_neither_torch_nor_diffusers():

@@ -1,49 +1,61 @@
-"""The command line: one file a command; each composes and prints, and computes nothing itself."""
+"""The command line: one file a command; each composes and prints, and computes nothing itself.
 
-import contextlib
+A command's module holds ``Command``, a frozen dataclass whose field docstrings are its help; ``defaults(arguments)``, which
+takes presets off the arguments; and ``run(command)``. Only the module of the command that was asked for is loaded.
+"""
+
 import importlib
-import io
-import re
 import sys
+from typing import Any
 
 from ddim.errors import DDIMError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
 COMMANDS = {"sample": "draw images from a model", "train": "train a model on your own images"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 on bad input after one sentence on standard error."""
-    given = sys.argv[1:] if arguments is None else arguments
+    """Runs one command.
+
+    Returns:
+        0; 2 on bad input, or where a file cannot be read or written; 130 where the user interrupts. One sentence on standard
+        error says what happened. Anything else is a bug, and shows its traceback.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help"):
         print("usage: ddim COMMAND [OPTIONS]\n")
         print("\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items()))
         print("\nddim COMMAND --help tells a command's options.")
         return 0
+    if given[0] == "--version":
+        from ddim import __version__
+
+        print(f"ddim {__version__}")
+        return 0
     try:
         if given[0] not in COMMANDS:
             raise DDIMError(f"there is no command {given[0]!r}; the commands are {', '.join(COMMANDS)}.")
-        module = importlib.import_module(f"ddim.cli.{given[0]}")
+        module: Any = importlib.import_module(f"ddim.cli.{given[0]}")
         module.run(_parse(module, given[0], given[1:]))
-    except (DDIMError, OSError) as error:
-        print(f"ddim: {error}", file=sys.stderr)
-        return 2
+    except DDIMError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"cannot read or write {error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from what is there.")
+        return 130
     return 0
 
 
-def _parse(module: object, command: str, arguments: list[str]) -> object:
-    """Lets tyro read the arguments into the command's dataclass; its boxed errors become one sentence."""
-    import tyro
+def _parse(module: Any, name: str, arguments: list[str]) -> object:  # noqa: ANN401 - a command's module
+    from ddim.cli._arguments import parse
 
-    errors = io.StringIO()
-    try:
-        default, rest = module.defaults(arguments)  # type: ignore[attr-defined]
-        with contextlib.redirect_stderr(errors):
-            options = {} if default is None else {"default": default}
-            return tyro.cli(module.Command, prog=f"ddim {command}", args=rest, **options)  # type: ignore[attr-defined]
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        words = re.sub(r"[\u2500-\u257f]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue()))
-        raise DDIMError(re.sub(r"\s+", " ", words).strip()) from stop
+    default, rest = module.defaults(arguments)
+    return parse(module.Command, name=name, arguments=rest, default=default)
+
+
+def _fail(message: str) -> int:
+    print(f"ddim: {' '.join(message.split())}", file=sys.stderr)
+    return 2

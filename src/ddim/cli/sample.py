@@ -1,42 +1,67 @@
 """``ddim sample``: draws images from a model."""
 
-import json
+import contextlib
+import re
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._arguments import EtaOption, TimestepsOption
 from ddim.errors import DDIMError, OutputError
 
+if TYPE_CHECKING:
+    from ddim.denoiser import Clip
+    from ddim.pipelines import UnconditionalPipeline
+    from ddim.sampler import State
+
 __all__ = ["Command", "defaults", "run"]
+
+GRID = 64
+"""Images that the grid shows at most, so that memory does not grow with the count."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """Draws images from a model with DDIM, one file a seed, a grid, and a record of the run."""
+    """Draws images from a model with DDIM: one file a seed, a grid of the first 64, and a record of the run.
+
+    Running again into the same folder draws what is missing.
+    """
 
     model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
-    """An embedded model, or a diffusers folder of an unconditional model."""
-    steps: int = 50
-    """DDIM steps: network evaluations an image."""
+    """An embedded model, a folder in diffusers format, or a hub id."""
+    steps: int | None = None
+    """DDIM steps: network evaluations an image. 50 unless --timesteps is given."""
     count: int = 16
-    """Images: the seeds SEED to SEED+COUNT-1."""
+    """How many images: the seeds SEED to SEED+COUNT-1."""
     seed: int = 0
     """Seed of the first image."""
-    eta: str = "0"
-    """0 is deterministic, 1 is DDPM; or `sigma-hat`."""
-    spacing: Literal["leading", "linspace", "trailing", "quadratic"] = "trailing"
-    """Which levels are visited."""
-    clip: Literal["none", "static", "dynamic"] = "none"
-    """How predicted images are kept in range on the way; the noise is derived again when on."""
+    eta: EtaOption = None
+    """0 is deterministic and the default, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
+    """Which levels are visited; by default what the model's configuration says."""
+    timesteps: TimestepsOption = None
+    """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the key `timesteps`."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddpm: sigma-hat noise, and static clipping with the noise derived again."""
+    clip: Literal["none", "static", "dynamic"] | None = None
+    """How predicted images are kept in range on the way, the noise being derived again; by default what the configuration says."""
+    class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
     batch_size: int = 16
-    """Images sampled together; it never changes an image."""
-    out: str = "out/sample"
-    """Folder for the pictures."""
-    device: str = "cpu"
-    """Where to compute, such as cpu or cuda."""
+    """Images drawn together; it never changes an image."""
+    out: str | None = None
+    """Folder for the pictures; by default out/sample-MODEL."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network; the image between the steps is float32 always."""
+    compile: bool = False
+    """Compile the network first: a minute, and then faster steps."""
 
 
 def defaults(arguments: list[str]) -> tuple[None, list[str]]:
@@ -45,92 +70,204 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 
 def run(command: Command) -> None:
-    """Samples what is missing in ``out``, then writes the grid and run.json."""
-    if command.count < 1 or command.batch_size < 1:
-        raise DDIMError(f"--count and --batch-size must be at least 1; got {command.count} and {command.batch_size}.")
+    """Draws what is missing in the folder, then writes the grid and run.json."""
+    began = time.perf_counter()
+    for name in ("count", "batch_size"):
+        if getattr(command, name) < 1:
+            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(command, name)}.")
+    if command.sampler == "ddpm" and command.eta is not None:
+        raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
+
+    import diffusers
     import numpy as np
     import torch
-    from PIL import Image
 
-    from ddim.checkpoints import load_network, resolve_model, weight_hash
-    from ddim.denoiser import Clip, ModelDenoiser
-    from ddim.images import make_grid, save_png, to_uint8, write_atomically
-    from ddim.noise import SeededNoise, check_seeds
-    from ddim.sampler import sample
-    from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+    from ddim.checkpoints import find_model, has_scheduler
+    from ddim.cli._run import RunRecord, check_protocol, versions, write_run
+    from ddim.images import load_image, make_grid, save_png
+    from ddim.noise import check_seeds
+    from ddim.pipelines import UnconditionalPipeline
     from ddim.step import SIGMA_HAT, Eta, check_eta
-    from ddim.timesteps import select_timesteps, step_pairs
 
-    began = time.perf_counter()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    device = _device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
-    try:
-        eta: Eta = SIGMA_HAT if command.eta == SIGMA_HAT else float(command.eta)
-    except ValueError:
-        raise DDIMError(f"--eta must be a number or sigma-hat; got {command.eta!r}.") from None
-    check_eta(eta)
-    folder = resolve_model(command.model)
-    network, config = load_network(folder)
-    betas = config.get("trained_betas") or make_betas(
-        config.get("beta_schedule", "linear"),
-        config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 1e-4),
-        beta_end=config.get("beta_end", 0.02),
-    )
-    betas = torch.as_tensor(betas, dtype=torch.float64)
-    betas = rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
-    schedule = NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
-    timesteps = select_timesteps(len(schedule), command.steps, command.spacing, steps_offset=config.get("steps_offset", 0))
-    denoise = ModelDenoiser(network.to(command.device), schedule, config.get("prediction_type", "epsilon"), Clip(command.clip))
+    eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
-    protocol = {
+    folder = find_model(command.model)
+    pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, command.dtype)).to(device)
+    if pipe.image_shape[0] not in (1, 3):
+        raise DDIMError(f"{command.model} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")
+    timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps)
+    pipe.check_path(timesteps, eta=eta)
+    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
+    classes = pipe.unet.config.get("num_class_embeds")
+    if command.class_ is not None and not 0 <= command.class_ < (classes or 0):
+        told = f"must be from 0 to {classes - 1}" if classes else f"is of no use: {command.model} was trained without classes"
+        raise DDIMError(f"--class {told}; got {command.class_}.")
+    protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, clip=clip)
+
+    out = Path(command.out or f"out/sample-{_short(command.model)}")
+    there = {int(p.stem): p for p in out.glob("*.png") if re.fullmatch(r"\d{6,}", p.stem)}
+    before = check_protocol(out, protocol, empty=not there)
+    if there and before is None:
+        raise OutputError(f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder.")
+    missing = [s for s in seeds if s not in there]
+    _note(command, pipe, clip, timesteps, assumed=not has_scheduler(folder))
+
+    def label(seed: int) -> dict[str, int]:
+        return {"class": seed % classes if command.class_ is None else command.class_} if classes else {}
+
+    def record(done: list[int], seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
+        listed = sorted({*done, *there})
+        return RunRecord(
+            protocol=protocol,
+            results=[{"seed": s, "file": f"{s:06d}.png", **label(s)} for s in listed],
+            seconds=seconds,
+            seconds_total=time.perf_counter() - began,
+            evaluations=len(timesteps),
+            execution={
+                "count": command.count,
+                "batch_size": command.batch_size,
+                "device": str(device),
+                "compile": command.compile,
+                **execution,
+            },
+            versions=versions(),
+        )
+
+    out.mkdir(parents=True, exist_ok=True)
+    if before is None:
+        write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
+    try:
+        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, timesteps=timesteps, eta=eta, clip=clip)
+    except torch.OutOfMemoryError:
+        raise DDIMError(f"{device} has too little memory for {command.batch_size} images at once; give a smaller --batch-size.") from None
+
+    shown = np.stack([load_image(out / f"{s:06d}.png") for s in seeds[:GRID]])
+    save_png(make_grid(shown), out / "grid.png", scale=max(1, 96 // shown.shape[2]))
+    if missing:
+        write_run(out, record(missing, seconds, drawn=len(missing), warm_up_seconds=warm_up))
+    there_before = len(seeds) - len(missing)
+    print(f"{len(missing)} images drawn, {there_before} were there; they are in {out}, together in {out / 'grid.png'}.")
+    if missing:
+        step = seconds / (batches * len(timesteps))
+        total = len(pipe.noise_schedule)
+        print(
+            f"{len(timesteps)} steps took {seconds:.1f} s, {1000 * step:.1f} ms a step; "
+            f"all {total} steps would have taken {seconds / len(timesteps) * total:.0f} s."
+        )
+
+
+def _draw(
+    command: Command,
+    pipe: "UnconditionalPipeline",
+    seeds: list[int],
+    out: Path,
+    *,
+    label: Callable[[int], dict[str, int]],
+    timesteps: list[int],
+    **options: Any,  # noqa: ANN401 - of the pipeline's call
+) -> tuple[float, float, int]:
+    """Draws and writes the pictures of the seeds; returns the seconds of sampling, those of the warm-up, and the number of batches."""
+    if not seeds:
+        return 0.0, 0.0, 0
+    from ddim.images import save_png
+
+    size = min(command.batch_size, len(seeds))
+    batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    began = time.perf_counter()
+    (pipe.compile() if command.compile else pipe).warm_up(size)
+    warm_up, seconds = time.perf_counter() - began, 0.0
+    with pipe.progress_bar(total=len(batches) * len(timesteps)) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+        for batch in batches:
+            # A compiled network is compiled for one size: a short last batch is filled up, and the surplus dropped.
+            filled = batch + batch[-1:] * (size - len(batch)) if command.compile else batch
+            labels = [number for s in filled for number in label(s).values()]
+            advance = None if bar is None else _advance(bar)
+            began = time.perf_counter()
+            pictures = pipe(
+                seeds=filled, timesteps=timesteps, class_labels=labels or None, callback=advance, progress=False, **options
+            ).images
+            seconds += time.perf_counter() - began
+            for seed, picture in zip(batch, pictures, strict=False):
+                save_png(picture, out / f"{seed:06d}.png")
+    return seconds, warm_up, len(batches)
+
+
+def _protocol(
+    command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, clip: "Clip"
+) -> dict[str, Any]:
+    """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
+    from ddim.checkpoints import weight_hash
+
+    config = pipe.scheduler.config
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
+    by_seed = "seed modulo the number of classes" if pipe.unet.config.get("num_class_embeds") else None
+    return {
+        "command": "sample",
         "model": command.model,
         "weight_hash": weight_hash(folder),
-        "sampler": "ddim",
+        "schedule": {name: config[name] for name in (*names, "prediction_type", "set_alpha_to_one")},
+        "sampler": command.sampler,
+        "steps": len(timesteps),
+        "spacing": None if command.timesteps else command.spacing or config.timestep_spacing,
         "timesteps": timesteps,
         "eta": eta,
         "order": 1,
-        "clip": command.clip,
+        "clip": {"kind": clip.kind, **bounds[clip.kind]},
         "prior": "standard",
-        "dtype": "float32",
+        "prompt": None,
+        "guidance_scale": None,
+        "dtype": command.dtype,
+        "class": by_seed if command.class_ is None else command.class_,
     }
-    out = Path(command.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "run.json"
-    if record.exists():
-        before = json.loads(record.read_text()).get("protocol", {})
-        changed = [k for k in protocol if before.get(k) != protocol[k]]
-        if changed:
-            raise OutputError(f"{out} holds samples of another protocol ({', '.join(changed)} differ); use another --out.")
 
-    size = network.config.sample_size
-    shape = (network.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    missing = [s for s in seeds if not (out / f"{s:06d}.png").exists()] if record.exists() else seeds
-    seconds = 0.0
-    with torch.inference_mode():
-        if missing:
-            denoise(SeededNoise(missing[: command.batch_size], shape, device=command.device)(), timesteps[-1])  # warm-up
-        for first in range(0, len(missing), command.batch_size):
-            part = missing[first : first + command.batch_size]
-            noise = SeededNoise(part, shape, device=command.device)
-            start = time.perf_counter()
-            images = to_uint8(sample(denoise, noise(), step_pairs(timesteps), schedule=schedule, eta=eta, noise=noise))
-            seconds += time.perf_counter() - start
-            for seed, image in zip(part, images, strict=True):
-                save_png(image, out / f"{seed:06d}.png")
-    pictures = [np.asarray(Image.open(out / f"{s:06d}.png")) for s in seeds]
-    grid = make_grid(np.stack([p[..., None] if p.ndim == 2 else p for p in pictures]))
-    save_png(grid, out / "grid.png", scale=max(1, 96 // shape[-1]))
-    content = {
-        "protocol": protocol,
-        "results": [{"seed": s, "file": f"{s:06d}.png"} for s in seeds],
-        "seconds": seconds,
-        "seconds_total": time.perf_counter() - began,
-        "evaluations": len(timesteps),
-        "execution": {"count": command.count, "batch_size": command.batch_size, "device": command.device, "compile": False},
-        "versions": {"torch": torch.__version__},
-    }
-    write_atomically(record, json.dumps(content, indent=2) + "\n")
-    print(f"{len(missing)} images drawn, {len(seeds) - len(missing)} were there; they are in {out}, together in {out / 'grid.png'}.")
-    if missing:
-        step = seconds / len(timesteps)
-        print(f"{len(timesteps)} steps took {seconds:.1f} s, {1000 * step:.0f} ms a step; 1000 steps would have taken {step * 1000:.0f} s.")
+
+def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timesteps: list[int], *, assumed: bool) -> None:
+    """Says in one line what a model's configuration does to its images, where that is not what ours do."""
+    last = len(pipe.noise_schedule) - 1
+    clips = command.clip is None and command.sampler == "ddim" and clip.kind != "none"
+    short = command.spacing is None and command.timesteps is None and timesteps[0] != last
+    if assumed:
+        print(
+            f"note: {command.model} comes without a scheduler; it is taken for a model of {last + 1} linear levels that predicts epsilon."
+        )
+    elif clips or short:
+        does = [f"clips predicted images ({clip.kind})"] * clips + [f"starts at level {timesteps[0]}, not at {last}"] * short
+        instead = ["--clip none"] * clips + ["--spacing trailing"] * short
+        print(f"note: the model's configuration {' and '.join(does)}; {' '.join(instead)} would not.")
+
+
+def _device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is
+    """The device of that name.
+
+    Raises:
+        DDIMError: If there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DDIMError(f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}.") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DDIMError(f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu.") from None
+    return device
+
+
+def _short(model: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
+
+
+def _advance(bar: Any) -> Callable[["State"], None]:  # noqa: ANN401 - tqdm has no types
+    def advance(state: "State") -> None:
+        bar.update()
+
+    return advance

@@ -1,0 +1,379 @@
+"""Pipelines: a network and its scheduler, called to make images.
+
+:class:`UnconditionalPipeline` is diffusers' ``DDIMPipeline`` on this package's core. :class:`DiffusionPipeline` opens any
+checkpoint of the DDIM family: unconditional ones as that, every other kind as diffusers' own pipeline with our scheduler.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import ImagePipelineOutput
+from torch import Tensor
+
+from ddim.checkpoints import find_model, is_unconditional, load_network, noise_schedule, read_model_index, read_scheduler_config
+from ddim.denoiser import Clip, ModelDenoiser
+from ddim.errors import CheckpointError, DDIMError
+from ddim.images import to_pil, to_uint8
+from ddim.noise import SeededNoise, check_seeds
+from ddim.prediction import to_x0_eps
+from ddim.sampler import State, trajectory
+from ddim.schedule import NoiseSchedule
+from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.step import Eta, step_coefficients
+from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
+
+__all__ = ["DiffusionPipeline", "UnconditionalPipeline"]
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
+
+
+class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """Images from noise, with DDIM: an unconditional or class-conditional network and its scheduler.
+
+    What diffusers' pipelines do is inherited: ``.to``, offloading, ``set_progress_bar_config``. The state is float32 whatever
+    the network's dtype, and the scheduler's configuration is read at each call.
+
+    Args:
+        unet: Any network of diffusers that is called as ``unet(x, t, class_labels)``; ``UNet2DModel`` as a rule.
+        scheduler: Any scheduler of the DDIM family, or its configuration; replaced by a :class:`ddim.scheduler.DDIMScheduler`.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(getattr(scheduler, "config", scheduler)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        unet: torch.nn.Module | None = None,
+        scheduler: Any = None,  # noqa: ANN401 - any scheduler of diffusers
+        variant: str | None = None,
+        **hub: Any,  # noqa: ANN401 - options of the download, checked below
+    ) -> "UnconditionalPipeline":
+        """Opens an unconditional model.
+
+        Args:
+            pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, a network's own folder, or a hub id.
+            dtype: Of the network; None: float32.
+            torch_dtype: The same, under its older name.
+            unet: A network to take in place of the checkpoint's.
+            scheduler: A scheduler to take in place of the checkpoint's.
+            variant: Of the weight files, such as ``fp16``.
+            **hub: cache_dir, force_download, local_files_only, proxies, revision, token, use_safetensors.
+
+        Raises:
+            CheckpointError: If the model cannot be found or opened, or is of another kind.
+        """
+        unknown = sorted(set(hub) - set(_HUB_OPTIONS))
+        if unknown:
+            raise TypeError(f"UnconditionalPipeline.from_pretrained() got an unexpected keyword argument {unknown[0]!r}")
+        folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
+        index = read_model_index(folder)
+        if not is_unconditional(index):
+            raise CheckpointError(
+                f"{folder} is a {index.get('_class_name')}, which needs more than a network and a scheduler; "
+                "open it with ddim.DiffusionPipeline.from_pretrained."
+            )
+        config = read_scheduler_config(folder) if scheduler is None else scheduler
+        network = load_network(folder, dtype=dtype or torch_dtype, variant=variant) if unet is None else unet
+        pipe = cls(network, config)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own options
+        """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers' ``save_pretrained``.
+
+        Raises:
+            DDIMError: If the scheduler's configuration says what diffusers does not know.
+        """
+        plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
+        plain.save_pretrained(save_directory, **options)
+
+    def compile(self, **options: Any) -> "UnconditionalPipeline":  # noqa: ANN401 - torch.compile's own options
+        """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before."""
+        self.unet.compile(**options)
+        return self
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The levels that the scheduler's configuration describes, float64."""
+        return noise_schedule(self.scheduler.config)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the network was trained on.
+
+        Raises:
+            DDIMError: If the network's configuration has no size.
+        """
+        size = self.unet.config.sample_size
+        if size is None:
+            raise DDIMError("the network's configuration has no sample_size; give latents of the size to sample.")
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.unet.config.in_channels), int(height), int(width)
+
+    def select_timesteps(
+        self, num_inference_steps: int | None = None, *, timestep_spacing: Spacing | None = None, timesteps: Sequence[int] | None = None
+    ) -> list[int]:
+        """The levels that a call with these options visits.
+
+        Args:
+            num_inference_steps: N; None: 50.
+            timestep_spacing: How they are spaced; None: as the scheduler's configuration says.
+            timesteps: The levels themselves, in place of both.
+
+        Raises:
+            DDIMError: If the options exclude each other, or are invalid.
+        """
+        config = self.scheduler.config
+        total = len(self.noise_schedule)
+        if timesteps is None:
+            steps = 50 if num_inference_steps is None else num_inference_steps
+            return select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
+        if num_inference_steps is not None or timestep_spacing is not None:
+            raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
+        return check_timesteps(timesteps, total)
+
+    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0) -> None:
+        """Refuses levels and an eta that would come to no finite image, before anything is evaluated.
+
+        Raises:
+            DDIMError: If eta is invalid or too large for these levels, or the prediction has no solution at one of them.
+        """
+        schedule = self.noise_schedule
+        alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
+        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+        nothing = torch.zeros_like(alpha_bar_t)
+        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self.scheduler.config.prediction_type)
+
+    def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
+        """How a call with this option keeps the predicted x0 in range; None: as the scheduler's configuration says."""
+        config = self.scheduler.config
+        if isinstance(clip, Clip):
+            return clip
+        if clip is None:
+            clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
+        return Clip(clip, config.clip_sample_range, config.dynamic_thresholding_ratio, max(1.0, config.sample_max_value))
+
+    @torch.no_grad()
+    def warm_up(self, batch_size: int = 1) -> None:
+        """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
+        labels = self._labels(0 if self._takes_labels else None, batch_size)
+        x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
+        ModelDenoiser(self._network(labels), self.noise_schedule, self.scheduler.config.prediction_type, dtype=self.unet.dtype)(x, 0)
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        eta: Eta = 0.0,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+        callback: Callable[[State], bool | None] | None = None,
+        progress: bool = True,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+    ) -> Any:  # noqa: ANN401 - diffusers' ImagePipelineOutput, or a tuple where that is asked for
+        """Makes images.
+
+        Args:
+            batch_size: How many; None: as many as there are seeds, generators, latents or labels, else 1.
+            num_inference_steps: N; None: 50.
+            eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+            timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
+            timesteps: The levels themselves, falling, in place of N and a spacing.
+            seeds: One an image; the image of a seed does not depend on the others. Gives x_T and all later noise.
+            generator: One an image, with diffusers' meaning; or one for all, drawn from image by image in turn, so that with
+                eta > 0 an image depends on the size of its batch. None, without seeds: seeds from torch's global generator.
+            latents: x_T, [B, C, H, W], in place of drawn noise; of any size that the network takes. Seeds pass over their x_T
+                then, so that the x_T of a seed with that seed gives its image.
+            class_labels: One for all or one an image, of a class-conditional network.
+            clip: What happens to the predicted x0. None: what the configuration says. Where it is on, eps is derived again
+                from the clipped x0 (diffusers' default does not do so).
+            callback: Called with the state after each step. Returning True stops: the images are its ``x0`` then.
+            progress: Whether to show a progress bar.
+            output_type: ``pil``; or float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
+            return_dict: Whether to return an object with ``images``, or a tuple of them.
+
+        Returns:
+            The images.
+
+        Raises:
+            DDIMError: If options exclude each other or do not fit the network, or the network's output is not finite.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise DDIMError(f"output_type must be pil, np or pt; got {output_type!r}.")
+        channels = int(self.unet.config.in_channels)
+        if output_type == "pil" and channels not in (1, 3):
+            raise DDIMError(f"the network makes images of {channels} channels, and a picture has 1 or 3; use output_type='np' or 'pt'.")
+        schedule = self.noise_schedule
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+        self.check_path(levels, eta=eta)
+        pairs = step_pairs(levels)
+        count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
+        network = self._network(self._labels(class_labels, count))
+        x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
+        denoise = ModelDenoiser(network, schedule, self.scheduler.config.prediction_type, self.select_clip(clip), self.unet.dtype)
+
+        with self.progress_bar(total=len(pairs)) if progress else contextlib.nullcontext() as bar:
+            for state in trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise):
+                x = state.x_s
+                if bar is not None:
+                    bar.update()
+                if callback is not None and callback(state) is True:
+                    x = state.x0
+                    break
+        self.maybe_free_model_hooks()
+        if not bool(torch.isfinite(x).all()):
+            raise DDIMError(
+                f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
+                "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong together."
+            )
+        images = _finish(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _count(self, batch_size: int | None, **given: Any) -> int:  # noqa: ANN401 - what the call was given
+        """The number of images, from whatever says it; refuses where two say different numbers."""
+        sizes = {} if batch_size is None else {"batch_size": batch_size}
+        for name, value in given.items():
+            if isinstance(value, (Tensor, Sequence)) and not (isinstance(value, Tensor) and value.ndim == 0):
+                sizes[name] = len(value)
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            raise DDIMError(f"the arguments tell different numbers of images ({told}); give one of each an image.")
+        count = next(iter(sizes.values()), 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
+        return count
+
+    def _start(
+        self,
+        count: int,
+        *,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> tuple[Tensor, SeededNoise]:
+        """x_T, and the stream of later noise."""
+        if seeds is not None and generator is not None:
+            raise DDIMError("seeds and generator both say where noise comes from; give one of them.")
+        channels = int(self.unet.config.in_channels)
+        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
+            raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
+        device = self._execution_device
+        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+        shape = self.image_shape if latents is None else tuple(latents.shape[1:])
+        if generator is not None:
+            sources: Sequence[Any] = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+        else:
+            sources = check_seeds(torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds)
+        noise = SeededNoise(sources, shape, device=device, dtype=dtype)
+        if latents is None:
+            return noise(), noise
+        if seeds is not None:
+            noise()
+        return latents.to(device, dtype), noise
+
+    @property
+    def _takes_labels(self) -> bool:
+        config = self.unet.config
+        return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+
+    def _labels(self, class_labels: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+        """One label an image on the network's device, or None for a network without classes."""
+        classes = self.unet.config.get("num_class_embeds")
+        if class_labels is None and not self._takes_labels:
+            return None
+        if class_labels is None:
+            which = f", from 0 to {classes - 1}" if classes else ""
+            raise DDIMError(f"the network is class-conditional: give class_labels{which}.")
+        if not self._takes_labels:
+            raise DDIMError("the network was trained without classes; leave out class_labels.")
+        labels = torch.as_tensor(class_labels)
+        labels = (labels.expand(count) if labels.ndim == 0 else labels).contiguous().to(self._execution_device)
+        if classes is not None and (labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())):
+            raise DDIMError(f"class_labels must be whole numbers from 0 to {classes - 1}; got {torch.as_tensor(class_labels).tolist()}.")
+        return labels
+
+    def _network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned variance left out."""
+        channels = int(self.unet.config.in_channels)
+        made = int(self.unet.config.out_channels)
+        if made not in (channels, 2 * channels):
+            raise DDIMError(
+                f"the network takes {channels} channels and returns {made}; an unconditional model returns as many as it takes, "
+                "or twice as many where it predicts a variance too."
+            )
+        options: dict[str, Any] = {"return_dict": False} if labels is None else {"class_labels": labels, "return_dict": False}
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
+            x_t = x_t.contiguous().flatten().view(x_t.shape)
+            output: Tensor = self.unet(x_t, t, **options)[0]
+            return output[:, :channels]
+
+        return predict
+
+
+class DiffusionPipeline:
+    """Opens any checkpoint of the DDIM family as the pipeline that fits it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # noqa: ANN401 - one of many pipelines
+        """Opens a model.
+
+        Args:
+            pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, or a hub id.
+            **options: Of :meth:`UnconditionalPipeline.from_pretrained`, or of diffusers' for other kinds of checkpoints.
+
+        Returns:
+            An :class:`UnconditionalPipeline` for a network and a scheduler; else diffusers' own pipeline with a
+            :class:`ddim.scheduler.DDIMScheduler` in it, unless ``scheduler=`` was given.
+
+        Raises:
+            CheckpointError: If the model cannot be found or opened, or its scheduler is not of the DDIM family (flow matching).
+        """
+        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in _HUB_OPTIONS if k in options})
+        index = read_model_index(folder)
+        if is_unconditional(index):
+            pipe: Any = UnconditionalPipeline.from_pretrained(folder, **options)
+        else:
+            given = options.get("scheduler") is not None
+            if not given:
+                read_scheduler_config(folder)  # refuses another family before gigabytes are read
+            try:
+                pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0].rstrip(".: ")
+                raise CheckpointError(f"{folder} cannot be opened as a {index.get('_class_name')} ({first}).") from error
+            if not given:
+                pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+
+def _finish(x: Tensor, output_type: str) -> Any:  # noqa: ANN401 - the type that was asked for
+    """Finished images of a state [B, C, H, W]: clamped, in [0, 1], or pictures."""
+    if output_type == "pil":
+        return to_pil(to_uint8(x))
+    images = (x.float() / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()

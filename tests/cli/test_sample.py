@@ -1,0 +1,348 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim import cli
+from ddim.checkpoints import weight_hash
+from ddim.cli import main
+from ddim.cli._run import IDENTITY, read_run
+from ddim.errors import OutputError
+from ddim.pipelines import UnconditionalPipeline
+
+
+def sample(model, out, *options):
+    """Runs the command in this process with few steps; returns its exit code."""
+    steps = () if any(o in ("--steps", "--timesteps") for o in options) else ("--steps", "4")
+    return main(["sample", str(model), *steps, "--out", str(out), *map(str, options)])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    assert sample(tiny, out, "--count", 3, "--seed", 5) == 0
+    assert names(out) == ["000005.png", "000006.png", "000007.png", "grid.png", "run.json"]
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    expected = pipe(seeds=[5, 6, 7], num_inference_steps=4, progress=False).images
+    for seed, picture in zip((5, 6, 7), expected, strict=True):
+        assert np.abs(pixels(out / f"{seed:06d}.png") - np.asarray(picture).astype(int)).max() <= 1
+    run = record(out)
+    assert set(run) == {"protocol", "results", "seconds", "seconds_total", "evaluations", "execution", "versions"}
+    assert set(IDENTITY) <= set(run["protocol"])
+    assert run["protocol"]["weight_hash"] == weight_hash(tiny)
+    assert run["protocol"]["timesteps"] == [999, 749, 499, 249]
+    assert run["protocol"]["eta"] == 0
+    assert run["protocol"]["clip"] == {"kind": "none"}
+    assert run["results"] == [{"seed": s, "file": f"{s:06d}.png"} for s in (5, 6, 7)]
+    assert run["evaluations"] == 4
+    assert 0 < run["seconds"] < run["seconds_total"]
+    assert run["execution"]["count"] == 3
+    assert run["execution"]["device"] == "cpu"
+    assert set(run["versions"]) == {"python", "ddim", "torch", "diffusers", "numpy"}
+    told = capsys.readouterr().out
+    assert f"3 images drawn, 0 were there; they are in {out}" in told
+    assert "all 1000 steps would have taken" in told
+
+
+@pytest.mark.parametrize("options", [(), ("--eta", "1"), ("--sampler", "ddpm"), ("--eta", "sigma-hat", "--clip", "dynamic")])
+def test_a_seed_is_one_picture_whatever_its_batch(options, tiny, tmp_path):
+    assert sample(tiny, tmp_path / "a", "--count", 5, *options) == 0
+    assert sample(tiny, tmp_path / "b", "--count", 4, "--seed", 1, "--batch-size", 3, *options) == 0
+    for seed in range(1, 5):
+        assert np.abs(pixels(tmp_path / "a" / f"{seed:06d}.png") - pixels(tmp_path / "b" / f"{seed:06d}.png")).max() <= 1
+
+
+def test_running_again_draws_what_is_missing(tiny, tmp_path, capsys, monkeypatch):
+    assert sample(tiny, tmp_path, "--count", 3) == 0
+    first = record(tmp_path)
+    (tmp_path / "000001.png").unlink()
+    times = {s: (tmp_path / f"{s:06d}.png").stat().st_mtime_ns for s in (0, 2)}
+    assert sample(tiny, tmp_path, "--count", 2, "--seed", 1, "--batch-size", 1) == 0
+    assert "1 images drawn, 1 were there" in capsys.readouterr().out
+    assert {s: (tmp_path / f"{s:06d}.png").stat().st_mtime_ns for s in (0, 2)} == times
+    assert [r["seed"] for r in record(tmp_path)["results"]] == [0, 1, 2]
+    second = record(tmp_path)
+    assert second["protocol"] == first["protocol"]
+    assert second["execution"]["drawn"] == 1
+    assert sample(tiny, tmp_path, "--count", 3) == 0
+    assert "0 images drawn, 3 were there" in capsys.readouterr().out
+    assert record(tmp_path) == second
+
+
+def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
+    from ddim import images
+
+    real, written = images.save_png, []
+
+    def interrupt(image, path, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        real(image, path, **options)
+
+    monkeypatch.setattr(images, "save_png", interrupt)
+    assert sample(tiny, tmp_path, "--count", 4, "--batch-size", 2) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert names(tmp_path) == ["000000.png", "000001.png", "run.json"]
+    monkeypatch.undo()
+    assert sample(tiny, tmp_path, "--count", 4) == 0
+    assert "2 images drawn, 2 were there" in capsys.readouterr().out
+    assert len(record(tmp_path)["results"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", "5"), "timesteps is [999, 749, 499, 249] there and [999, 799, ... 199] (5 levels) here"),
+        (("--eta", "0.5"), "eta is 0.0 there and 0.5 here"),
+        (("--clip", "static"), 'clip is {"kind": "none"} there and {"kind": "static", "bound": 1.0} here'),
+        (("--dtype", "bfloat16"), 'dtype is "float32" there and "bfloat16" here'),
+        (("--spacing", "linspace"), "timesteps is"),
+    ],
+)
+def test_another_protocol_is_refused_with_what_differs(options, message, tiny, tmp_path, capsys):
+    assert sample(tiny, tmp_path, "--count", 1) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sample(tiny, tmp_path, "--count", 2, *options) == 2
+    told = capsys.readouterr().err
+    assert f"ddim: {tmp_path} holds results of another protocol: " in told
+    assert message in told
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_other_weights_or_another_schedule_are_another_protocol(tiny, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    assert sample(model, tmp_path / "out", "--count", 1) == 0
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"linear"', '"squaredcos_cap_v2"'))
+    assert sample(model, tmp_path / "out") == 2
+    assert "another protocol: schedule is" in capsys.readouterr().err
+
+
+def test_pictures_without_a_record_are_not_mixed_with(tiny, tmp_path, capsys):
+    Image.new("L", (8, 8)).save(tmp_path / "000000.png")
+    assert sample(tiny, tmp_path) == 2
+    assert "holds pictures and no run.json that says how they were made" in capsys.readouterr().err
+    assert names(tmp_path) == ["000000.png"]
+
+
+def test_what_a_run_left_without_a_picture_binds_nobody_but_another_command_does(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(UnconditionalPipeline, "warm_up", interrupted)
+    assert sample(tiny, tmp_path, "--steps", 3) == 130
+    assert names(tmp_path) == ["run.json"]
+    monkeypatch.undo()
+    assert sample(tiny, tmp_path, "--steps", 2, "--count", 1) == 0
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace('"command": "sample"', '"command": "reconstruct"'))
+    (tmp_path / "000000.png").unlink()
+    assert sample(tiny, tmp_path, "--steps", 2, "--count", 1) == 2
+    assert 'another protocol: command is "reconstruct" there and "sample" here' in capsys.readouterr().err
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_record_is_named(tiny, tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(OutputError, match=r"run\.json is not a record of this program"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"protocol": {}}')
+    assert sample(tiny, tmp_path) == 2
+
+
+def test_timesteps_are_a_list_or_a_file_that_holds_one(tiny, tmp_path):
+    assert sample(tiny, tmp_path / "a", "--timesteps", "900,500,3", "--count", 1) == 0
+    assert record(tmp_path / "a")["protocol"]["timesteps"] == [900, 500, 3]
+    (tmp_path / "levels.json").write_text('{"timesteps": [900, 500, 3]}')
+    for file in (tmp_path / "levels.json", tmp_path / "a" / "run.json"):
+        assert sample(tiny, tmp_path / "a", "--timesteps", file, "--count", 2) == 0
+
+
+def test_the_ddpm_sampler_is_sigma_hat_with_static_clipping(tiny, tmp_path, capsys):
+    assert sample(tiny, tmp_path / "a", "--sampler", "ddpm", "--count", 1) == 0
+    protocol = record(tmp_path / "a")["protocol"]
+    assert (protocol["sampler"], protocol["eta"], protocol["clip"]) == ("ddpm", "sigma-hat", {"kind": "static", "bound": 1.0})
+    assert sample(tiny, tmp_path / "b", "--eta", "sigma-hat", "--clip", "static", "--count", 1) == 0
+    assert np.array_equal(pixels(tmp_path / "a" / "000000.png"), pixels(tmp_path / "b" / "000000.png"))
+    assert sample(tiny, tmp_path / "c", "--sampler", "ddpm", "--eta", 1) == 2
+    assert "--sampler ddpm fixes the noise at sigma-hat; leave out --eta" in capsys.readouterr().err
+
+
+def test_classes_go_round_the_seeds_unless_one_is_asked_for(tiny, tiny_classes, tmp_path, capsys):
+    assert sample(tiny_classes, tmp_path / "all", "--count", 6) == 0
+    assert [r["class"] for r in record(tmp_path / "all")["results"]] == [0, 1, 2, 3, 0, 1]
+    assert sample(tiny_classes, tmp_path / "one", "--count", 6, "--class", 1) == 0
+    assert np.abs(pixels(tmp_path / "all" / "000005.png") - pixels(tmp_path / "one" / "000005.png")).max() <= 1
+    assert not np.array_equal(pixels(tmp_path / "all" / "000002.png"), pixels(tmp_path / "one" / "000002.png"))
+    assert sample(tiny_classes, tmp_path / "x", "--class", 4) == 2
+    assert "--class must be from 0 to 3; got 4" in capsys.readouterr().err
+    assert sample(tiny, tmp_path / "x", "--class", 1) == 2
+    assert "--class is of no use" in capsys.readouterr().err
+
+
+def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path, capsys):
+    assert sample(foreign, tmp_path / "a", "--count", 1) == 0
+    told = capsys.readouterr().out
+    assert "note: the model's configuration clips predicted images (static) and starts at level 750, not at 999; " in told
+    assert "--clip none --spacing trailing would not." in told
+    assert pixels(tmp_path / "a" / "000000.png").shape == (8, 8, 3)
+    assert sample(foreign, tmp_path / "b", "--count", 1, "--clip", "none", "--spacing", "trailing") == 0
+    assert "note:" not in capsys.readouterr().out
+    assert sample(tiny / "unet", tmp_path / "c", "--count", 1) == 0
+    assert "comes without a scheduler; it is taken for a model of 1000 linear levels that predicts epsilon" in capsys.readouterr().out
+
+
+def test_half_precision_runs_and_is_recorded(tiny, tmp_path):
+    assert sample(tiny, tmp_path, "--count", 1, "--dtype", "bfloat16") == 0
+    assert record(tmp_path)["protocol"]["dtype"] == "bfloat16"
+
+
+def test_the_grid_does_not_grow_without_end(tiny, tmp_path):
+    assert sample(tiny, tmp_path, "--count", 70, "--batch-size", 35, "--steps", 1) == 0
+    assert len(record(tmp_path)["results"]) == 70
+    assert pixels(tmp_path / "grid.png").shape == (12 * (8 * 10 + 2), 12 * (8 * 10 + 2))
+
+
+def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(tiny), "--steps", "1", "--count", "1"]) == 0
+    assert (tmp_path / "out" / "sample-tiny" / "000000.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stepz", "3"), "there is no option --stepz; did you mean --steps?"),
+        (("--zzz",), "there is no option --zzz; `ddim sample --help` lists the options."),
+        (("again",), "there is an argument too many: 'again'"),
+        (("--steps",), "--steps needs a value"),
+        (("--steps", "many"), "--steps: it must be a whole number; got 'many'."),
+        (("--steps", "1001"), "num_inference_steps must be a whole number from 1 to 1000"),
+        (("--steps", "0"), "num_inference_steps must be a whole number from 1 to 1000"),
+        (("--steps", "2", "--timesteps", "5,4"), "leave out num_inference_steps"),
+        (("--count", "0"), "--count must be at least 1; got 0."),
+        (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
+        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
+        (("--eta", "-0.5"), "eta must be at least 0 and finite; got -0.5."),
+        (("--eta", "3"), "eta=3.0 would draw more noise than the level can hold"),
+        (("--eta", "nan"), "eta must be at least 0 and finite; got nan."),
+        (("--eta", "big"), "--eta: it must be a number or sigma-hat; got 'big'."),
+        (("--timesteps", "5,5"), "timesteps must not repeat a level; got 5 twice."),
+        (("--timesteps", "4,5"), "timesteps must fall from noise to data; got 5 after 4."),
+        (("--timesteps", "1000"), "timesteps must lie in [0, 1000)"),
+        (("--timesteps", "5,x"), "--timesteps: it must be a whole number; got 'x'."),
+        (("--timesteps", ","), "timesteps must name at least one level"),
+        (("--timesteps", "none.json"), "--timesteps: none.json cannot be read as JSON"),
+        (("--spacing", "cubic"), "--spacing must be one of leading, linspace, trailing, quadratic; got 'cubic'."),
+        (("--clip", "soft"), "--clip must be one of none, static, dynamic; got 'soft'."),
+        (("--device", "abacus"), "--device must be auto, or one that torch knows such as cpu or cuda; got 'abacus'."),
+        (("--device", "meta:x"), "--device must be auto"),
+        (("--dtype", "float8"), "--dtype must be one of float32, bfloat16, float16; got 'float8'."),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = () if any(o in ("--steps", "--timesteps") for o in options) else ("--steps", "2")
+    assert main(["sample", str(tiny), "--out", "out", *steps, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ddim: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
+    def changed(name, path, **keys):
+        folder = tmp_path / name
+        shutil.copytree(tiny, folder)
+        file = folder / path
+        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+        assert sample(folder, tmp_path / "out") == 2
+        return capsys.readouterr().err
+
+    flow = changed("flow", "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    assert "is a FlowMatchEulerDiscreteScheduler of a flow-matching model" in flow
+    assert "weights and config.json do not fit" in changed("channels", "unet/config.json", in_channels=3)
+    assert "is a LDMPipeline, which needs more" in changed(
+        "ldm", "model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]
+    )
+    (tmp_path / "ldm" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 40)
+    shutil.copy(tiny / "model_index.json", tmp_path / "ldm")
+    assert sample(tmp_path / "ldm", tmp_path / "out") == 2
+    assert "is damaged or cut off" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert sample(tiny, tmp_path / "file" / "out") == 2
+    assert f"cannot read or write {tmp_path / 'file' / 'out'}" in capsys.readouterr().err
+    assert sample(tiny, tmp_path / "file") == 2
+    assert "cannot read or write" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_half_written(tiny, tmp_path, capsys, monkeypatch):
+    real = Image.Image.save
+
+    def full(self, path, **options):
+        real(self, path, **options)
+        if "000001" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert sample(tiny, tmp_path, "--count", 3) == 2
+    assert "No space left on device; nothing is left half-written." in capsys.readouterr().err
+    assert names(tmp_path) == ["000000.png", "run.json"]
+
+
+def test_too_little_memory_says_what_to_do(tiny, tmp_path, capsys, monkeypatch):
+    def starve(self, *args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UnconditionalPipeline, "__call__", starve)
+    assert sample(tiny, tmp_path, "--count", 3) == 2
+    assert "cpu has too little memory for 16 images at once; give a smaller --batch-size." in capsys.readouterr().err
+
+
+def test_a_bug_shows_its_traceback(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(UnconditionalPipeline, "warm_up", lambda self, size: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(tiny, tmp_path)
+
+
+def test_version_and_unknown_commands(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "ddim 0.1.0\n"
+    assert main(["fly"]) == 2
+    assert capsys.readouterr().err == f"ddim: there is no command 'fly'; the commands are {', '.join(cli.COMMANDS)}.\n"
+
+
+def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
+    run = [sys.executable, "-m", "ddim", "sample", "--steps", "2", "--count", "1"]
+    result = subprocess.run([*run, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert pixels(tmp_path / "000000.png").shape == (28, 28)
+    bad = subprocess.run([*run, "--steps", "0"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert "Traceback" not in bad.stderr
