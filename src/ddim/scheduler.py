@@ -16,7 +16,7 @@ Options are read from ``config`` at each step, since pipelines rewrite it; compi
 """
 
 import copy
-import math
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -33,10 +33,11 @@ from diffusers.utils import deprecate, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddim.denoiser import Clip
 from ddim.errors import DDIMError
-from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve, threshold_dynamic
+from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
 from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import Eta, check_eta, step_coefficients
+from ddim.step import Eta, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
@@ -61,6 +62,15 @@ def _say_once(message: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class _Table:
+    """The coefficients (a, b, c, d, e, f) of all levels, [6, T], and the columns that integers have asked for."""
+
+    mode: _Mode
+    columns: Tensor
+    at: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What the steps over one list of timesteps need; a new one is made when the list, the levels or an option changes."""
 
@@ -73,32 +83,25 @@ class _Plan:
     listed: frozenset[int]
     source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
     target: Tensor  # alpha_bar of the level that it steps to, [T] float64
-    rows: dict[tuple[Eta, _Mode], list[list[float]]] = field(default_factory=dict)
-    tables: dict[tuple[Eta, _Mode, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+    tables: dict[tuple[Eta, bool, torch.dtype, torch.device], _Table] = field(default_factory=dict)
 
-    def mode(self, dtype: torch.dtype, rederive: bool) -> _Mode:
-        if self.clip is not None:
-            return "rederived" if rederive else "split"
-        # In half precision an update of the folded form lies below half an ulp at many steps, and vanishes; x0 and eps do not.
-        return "folded" if dtype in (torch.float32, torch.float64) else "split"
-
-    def table(self, eta: Eta, mode: _Mode, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The coefficients (a, b, c, d, e, f), [T, 6]; float64 for float64 samples, float32 for all others."""
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        key = (eta, mode, dtype, device)
-        table = self.tables.get(key)
+    def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
+        table = self.tables.get((eta, rederive, dtype, device))
         if table is None and torch.compiler.is_compiling():
-            return _coefficients(self, eta, mode).to(device, dtype)  # a traced step must not change its own guards
+            return self._make_table(eta, rederive, dtype, device)  # not kept: a traced step must not change its own guards
         if table is None:
             with torch.inference_mode(False):  # else it could not take part in a backward pass later
-                table = self.tables[key] = _coefficients(self, eta, mode).to(device, dtype)
+                table = self.tables[(eta, rederive, dtype, device)] = self._make_table(eta, rederive, dtype, device)
         return table
 
-    def row(self, t: int, eta: Eta, mode: _Mode) -> list[float]:
-        rows = self.rows.get((eta, mode))
-        if rows is None:
-            rows = self.rows[(eta, mode)] = _coefficients(self, eta, mode).tolist()
-        return rows[t]
+    def _make_table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
+        mode: _Mode
+        if self.clip is not None:
+            mode = "rederived" if rederive else "split"
+        else:
+            # In half precision an update of the folded form lies below half an ulp at many steps, and vanishes; in x0 and eps not.
+            mode = "folded" if dtype in (torch.float32, torch.float64) else "split"
+        return _Table(mode, _coefficients(self, eta, mode).to(device, torch.float64 if dtype == torch.float64 else torch.float32))
 
 
 def _solution(plan: _Plan) -> Solution:
@@ -114,79 +117,65 @@ def _solution(plan: _Plan) -> Solution:
 
 
 def _coefficients(plan: _Plan, eta: Eta, mode: _Mode) -> Tensor:
-    """All rows (a, b, c, d, e, f) of the module's equation, [T, 6], float64 on the CPU."""
-    if isinstance(eta, float) and eta > 1:  # levels that no step leaves may not admit such an eta, and must not refuse it
-        listed = torch.tensor(sorted(plan.listed))
-        weights = type(step_coefficients(plan.source[:1], plan.source[:1]))(
-            *(
-                torch.full_like(plan.source, math.nan).index_copy(0, listed, weight)
-                for weight in step_coefficients(plan.source[listed], plan.target[listed], eta=eta)
-            )
-        )
-    else:
-        weights = step_coefficients(plan.source, plan.target, eta=eta)
-    found, none = _solution(plan), torch.zeros_like(plan.source)
+    """All columns (a, b, c, d, e, f) of the module's equation, [6, T], float64 on the CPU."""
+    source, target = plan.source, plan.target
+    if isinstance(eta, float) and eta > 1:  # a level that no step leaves may not admit it, and must not refuse it
+        listed = torch.zeros(len(source), dtype=torch.bool).index_fill(0, torch.tensor(sorted(plan.listed)), True)
+        target = torch.where(listed, target, source)
+    weights, found, none = step_coefficients(source, target, eta=eta), _solution(plan), torch.zeros_like(source)
     if mode == "folded":
         x = weights.x0 * found.x0_x + weights.eps * found.eps_x
         output, x0 = weights.x0 * found.x0_m + weights.eps * found.eps_m, none
     elif mode == "split":
         x, output, x0 = weights.eps * found.eps_x, weights.eps * found.eps_m, weights.x0
     else:
-        derived = solve("sample", plan.source)
-        x, output, x0 = weights.eps * derived.eps_x, none, weights.x0 + weights.eps * derived.eps_m
-    return torch.stack([found.x0_x, found.x0_m, x, output, x0, weights.noise], dim=1)
+        implied = solve("sample", source)
+        x, output, x0 = weights.eps * implied.eps_x, none, weights.x0 + weights.eps * implied.eps_m
+    return torch.stack([found.x0_x, found.x0_m, x, output, x0, weights.noise])
 
 
-def _times(coefficient: float | Tensor, x: Tensor) -> Tensor:
+def _gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The entries at t of each row of [k, T], shaped to multiply x [B, ...]; reads nothing back to the host."""
+    t = t if t.device == x.device else t.to(x.device, non_blocking=True)
+    t = t if t.dtype == torch.int64 else t.long()
+    if t.ndim == 0 or t.shape == (1,):
+        return columns.index_select(1, t).unbind(0)
+    if t.shape != x.shape[:1]:
+        raise DDIMError(f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}.")
+    return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
+
+
+def _times(coefficient: Tensor, x: Tensor) -> Tensor:
     product = x * coefficient
     return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
-def _plus(total: Tensor, coefficient: float | Tensor, x: Tensor) -> Tensor:
-    # In place: ``total`` is always a product that was made here, and an allocation costs a fifth of a step.
-    return total.addcmul_(x, coefficient) if isinstance(coefficient, Tensor) else total.add_(x, alpha=coefficient)
-
-
-def _advance(
-    plan: _Plan, row: Sequence[float | Tensor], mode: _Mode, output: Tensor, x: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _advance(plan: _Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
-    a, b, c, d, e, f = row
-    x0 = output if plan.prediction_type == "sample" and not plan.inverse else _plus(_times(a, x), b, output)
+    a, b, c, d, e, f = at
+    # In place, but only on products made here: an allocation costs a fifth of a step.
+    x0 = output if plan.prediction_type == "sample" and not plan.inverse else _times(a, x).addcmul_(output, b)
     if plan.clip is not None:
         x0 = plan.clip(x0)
     if mode == "folded":
-        x_s = _plus(_times(c, x), d, output)
+        x_s = _times(c, x).addcmul_(output, d)
     elif mode == "rederived":
-        x_s = _plus(_times(c, x), e, x0)
+        x_s = _times(c, x).addcmul_(x0, e)
     elif plan.prediction_type == "epsilon":
-        x_s = _plus(_times(e, x0), d, output)
+        x_s = _times(e, x0).addcmul_(output, d)
     else:
-        x_s = _plus(_plus(_times(c, x), d, output), e, x0)
+        x_s = _times(c, x).addcmul_(output, d).addcmul_(x0, e)
     if noise is not None:
-        x_s = _plus(x_s, f, noise)
+        x_s = x_s.addcmul_(noise, f)
     return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
-
-
-def _gather(table: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The columns of the rows t of a table, each shaped to multiply x [B, ...]; reads nothing back to the host."""
-    if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
-        raise DDIMError(f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}.")
-    t = t if t.device == x.device else t.to(x.device, non_blocking=True)
-    rows = table.index_select(0, t if t.dtype in (torch.int64, torch.int32) else t.long())
-    ones = (1,) * (x.ndim - 1)
-    return (rows.view(-1, 1, *ones) if t.ndim == 0 or t.shape[0] == 1 else rows.t().reshape(table.shape[1], -1, *ones)).unbind(0)
 
 
 def _whole(t: object) -> int:
     """A timestep that is no tensor, as an int."""
     try:
-        level = operator.index(t)  # type: ignore[arg-type]
+        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)  # type: ignore[arg-type]
     except TypeError:
-        level = int(t) if isinstance(t, float) and t.is_integer() else CLEAN - 1
-    if level < CLEAN or isinstance(t, bool):
-        raise DDIMError(f"a timestep must be a whole number at or above 0, or a tensor of them; got {t!r}.")
-    return level
+        raise DDIMError(f"a timestep must be a whole number, or a tensor of them; got {t!r}.") from None
 
 
 class _Scheduler:
@@ -208,11 +197,13 @@ class _Scheduler:
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self._plan: _Plan | None = None
+        self._schedule: NoiseSchedule
         self._made_of: tuple[Any, Any] = (None, None)
-        self._schedule_key: tuple[Any, ...] | None = None
+        self._schedule_key: tuple[int, int] | None = None
+        self._signal_tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._levels()
-        self._grid: list[int] = list(range(self.config.num_train_timesteps))[::-1]
-        self._timesteps = self._as_timesteps(self._grid, None)
+        self._grid: list[int] = []  # the listed levels, falling in both directions
+        self._timesteps = self._as_timesteps(list(range(self.config.num_train_timesteps))[::-1], None)
 
     # --- levels
 
@@ -236,6 +227,8 @@ class _Scheduler:
 
     def _levels(self) -> NoiseSchedule:
         """The exact levels: the options' own, unless the public tables say otherwise."""
+        if torch.compiler.is_compiling():
+            return self._schedule
         recipe, trained = self._recipe(self.config), self.config.trained_betas
         if recipe != self._made_of[0] or trained is not self._made_of[1]:
             self._make_levels(recipe, trained)
@@ -243,8 +236,8 @@ class _Scheduler:
         # Inference tensors count no versions; there an edit in place shows when the table is next assigned.
         key = (-1 if table.is_inference() else table._version, -1 if clean.is_inference() else clean._version)
         if key != self._schedule_key:
-            self._schedule = self._adopt(table.detach().to("cpu", torch.float64), float(clean))
-            self._schedule_key = key
+            self._schedule, self._schedule_key = self._adopt(table.detach().cpu(), clean.detach().cpu()), key
+            self._signal_tables.clear()
         return self._schedule
 
     def _make_levels(self, recipe: tuple[Any, ...], trained: Iterable[float] | None) -> None:
@@ -256,7 +249,8 @@ class _Scheduler:
                 betas = torch.as_tensor(np.asarray(trained), dtype=torch.float64)
                 if betas.numel() != count:
                     _say_once(f"trained_betas has {betas.numel()} levels, but num_train_timesteps is {count}; only the former can be used.")
-            if bool(((betas < 0) | (betas > 1)).any()):
+            self._sound = bool(((betas >= 0) & (betas <= 1)).all())
+            if not self._sound:  # accepted by diffusers; nothing more can be said about it
                 _say_once(
                     f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to {float(betas.max()):.4g}): this is no schedule."
                 )
@@ -267,12 +261,18 @@ class _Scheduler:
             self._clean_alpha_cumprod = torch.tensor(1.0) if to_one else self.alphas_cumprod[0].clone()
         self._made_of = (recipe, trained)
 
-    def _adopt(self, table: Tensor, clean: float) -> NoiseSchedule:
+    def _adopt(self, table: Tensor, clean: Tensor) -> NoiseSchedule:
         """Public tables that are the exact ones, rounded, stand for them, also after a move; others replace them."""
         exact = self._exact
-        same = table.shape == exact.alphas_cumprod.shape and torch.equal(table.float(), exact.alphas_cumprod.float())
-        same_clean = np.float32(clean) == np.float32(exact.final_alpha_cumprod)
-        return NoiseSchedule(exact.alphas_cumprod if same else table, exact.final_alpha_cumprod if same_clean else clean)
+
+        def is_rounded(given: Tensor, truth: Tensor) -> bool:
+            return given.shape == truth.shape and torch.equal(given, truth.float().to(given.dtype))
+
+        own, own_clean = exact.alphas_cumprod, exact.final_alpha_cumprod
+        return NoiseSchedule(
+            own if is_rounded(table, own) else table,
+            own_clean if is_rounded(clean, torch.tensor(own_clean, dtype=torch.float64, device="cpu")) else float(clean),
+        )
 
     def register_to_config(self, **kwargs: Any) -> None:  # noqa: ANN401 - any option
         """Changes options; where they define the levels, the public tables follow at once."""
@@ -367,50 +367,40 @@ class _Scheduler:
 
     def _renew(self) -> _Plan:
         old, self._plan = self._plan, None
-        plan = self._plan = self._make_plan()
+        with torch.device("cpu"), torch.inference_mode(False):
+            plan = self._plan = self._make_plan()
         # What was in use is made at once, so that the first step of the next image does not wait, and compiled code finds it.
-        usual: tuple[Eta, _Mode, torch.dtype, torch.device] = (0.0, plan.mode(torch.float32, False), torch.float32, self._timesteps.device)
-        for eta, mode, dtype, device in {usual, *(old.tables if old else ())}:
+        usual: tuple[Eta, bool, torch.dtype, torch.device] = (0.0, False, torch.float32, self._timesteps.device)
+        for eta, rederive, dtype, device in {usual, *(old.tables if old else ())}:
             if isinstance(eta, str) or eta <= 1:  # larger ones may be refused for these timesteps, but only if they are asked for
-                plan.table(eta, mode, dtype, device)
+                plan.table(eta, rederive, dtype, device)
         return plan
 
     def _make_plan(self) -> _Plan:
         config, schedule, steps = self.config, self._levels(), self.num_inference_steps or 1
         prediction_row(config.prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
-        levels = len(schedule)
-        below = (torch.arange(levels) - max(config.num_train_timesteps // steps, 1)).clamp(min=CLEAN)
-        pairs = [(t, s) for t, s in step_pairs(self._grid) if t < levels]
-        for t, s in pairs:
-            below[t] = s
-        # CLEAN is -1, and so the last entry.
-        lower = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])[below]
+        neighbour = {t: s for t, s in (step_pairs(self._grid) if self._grid else ()) if t < len(schedule)}
+        stride = max(config.num_train_timesteps // steps, 1)
+        lower = schedule.alpha_bar(torch.tensor([neighbour.get(t, max(t - stride, CLEAN)) for t in range(len(schedule))]))
         source, target = (lower, schedule.alphas_cumprod) if self._inverse else (schedule.alphas_cumprod, lower)
-        unsolvable = [t for t, _ in pairs if config.prediction_type == "epsilon" and source[t] == 0 and self._sound()]
-        if unsolvable:
-            raise DDIMError(_no_signal(unsolvable[0]))
-        return _Plan(
+        plan = _Plan(
             schedule=schedule,
             options=self._options(config),
             num_inference_steps=steps,
             prediction_type=config.prediction_type,
             inverse=self._inverse,
             clip=self._clip(),
-            listed=frozenset(t for t, _ in pairs),
+            listed=frozenset(neighbour),
             source=source,
             target=target,
         )
-
-    def _sound(self) -> bool:
-        """Whether the betas are variances at all; diffusers accepts others, and nothing can be said about those."""
-        return bool(((self.betas >= 0) & (self.betas <= 1)).all())
+        for t in (source == 0).nonzero().flatten().tolist():
+            if t in neighbour:
+                self._check_solvable(plan, t)
+        return plan
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
-        config = self.config
-        if not config.clip_sample:
-            return None
-        bound = config.clip_sample_range
-        return lambda x0: clip_static(x0, bound)
+        return Clip("static", bound=self.config.clip_sample_range) if self.config.clip_sample else None
 
     # --- step
 
@@ -419,7 +409,6 @@ class _Scheduler:
         output: Tensor,
         timestep: int | Tensor,
         x: Tensor,
-        *,
         eta: Eta = 0.0,
         rederive: bool = False,
         draw: Callable[[], Tensor] | None = None,
@@ -428,30 +417,37 @@ class _Scheduler:
         plan = self._current()
         if output.shape != x.shape:
             output = _mean_of(output, x)
-        mode = plan.mode(x.dtype, rederive)
-        row: Sequence[float | Tensor]
+        table = plan.table(eta, rederive, x.dtype, x.device)
         if isinstance(timestep, Tensor):
-            row = _gather(plan.table(eta, mode, x.dtype, x.device), timestep, x)
+            at = _gather(table.columns, timestep, x)
         elif torch.compiler.is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
-            row = plan.table(eta, mode, x.dtype, x.device).narrow(0, timestep, 1).view(-1, *[1] * x.ndim).unbind(0)
+            at = table.columns.narrow(1, timestep, 1).unbind(0)
         else:
             t = timestep if type(timestep) is int else _whole(timestep)
-            if t not in plan.listed:
-                self._check_unlisted(plan, t, eta)
-            row = plan.row(t, eta, mode)
-        return _advance(plan, row, mode, output, x, draw() if draw else None)
+            found = table.at.get(t)
+            if found is None:
+                self._check_level(plan, t, eta)
+                found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
+            at = found
+        return _advance(plan, table.mode, at, output, x, draw() if draw else None)
 
-    def _check_unlisted(self, plan: _Plan, t: int, eta: Eta) -> None:
+    def _check_level(self, plan: _Plan, t: int, eta: Eta) -> None:
         levels = len(plan.schedule)
         if not 0 <= t < levels:
             raise DDIMError(f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}.")
-        if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound():
-            raise DDIMError(_no_signal(t))
-        if eta != 0:
-            step_coefficients(plan.source[t], plan.target[t], eta=eta)
-            if isinstance(eta, float) and eta > 1:
-                raise DDIMError(f"eta above 1 is for the listed timesteps only; got eta={eta} and t={t}.")
+        if t in plan.listed:
+            return
+        self._check_solvable(plan, t)
+        if isinstance(eta, float) and eta > 1:
+            raise DDIMError(f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}.")
         _say_once("A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers.")
+
+    def _check_solvable(self, plan: _Plan, t: int) -> None:
+        if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound:
+            raise DDIMError(
+                f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - sigma eps) / alpha divides by 0. "
+                f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Returns the sample: a network of this family takes it as it is."""
@@ -461,11 +457,8 @@ class _Scheduler:
         return int(self.config.num_train_timesteps)
 
 
-def _no_signal(t: int) -> str:
-    return (
-        f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - sigma eps) / alpha divides by 0. "
-        f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
-    )
+def _clamp_and_divide(x0: Tensor, bound: float) -> Tensor:
+    return clip_static(x0, bound) / bound
 
 
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
@@ -482,36 +475,18 @@ def _mean_of(output: Tensor, x: Tensor) -> Tensor:
 class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     r"""Denoises from t to the next timestep of the list, as :mod:`ddim.step` does, with diffusers' protocol.
 
-    Args:
-        num_train_timesteps: T.
-        beta_start: Of linear, scaled_linear and sigmoid betas.
-        beta_end: Of the same.
-        beta_schedule: See :func:`ddim.schedule.make_betas`; two more than in diffusers' DDIM.
-        trained_betas: Betas that replace all of the above.
-        clip_sample: Whether predicted data is clamped to +-clip_sample_range. True by default, as in diffusers: right for
-            pixels in [-1, 1], wrong for latents.
-        set_alpha_to_one: Whether clean data has alpha_bar 1; otherwise the first level's, which leaves that level's noise in.
-        steps_offset: Added to the timesteps of ``leading``.
-        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
-        thresholding: Dynamic thresholding instead of clipping (:func:`ddim.prediction.threshold_dynamic`).
-        dynamic_thresholding_ratio: Its percentile.
-        clip_sample_range: Bound of clip_sample.
-        sample_max_value: Largest threshold of thresholding; at 1.0, thresholding is clipping.
-        timestep_spacing: See :func:`ddim.timesteps.select_timesteps`.
-        rescale_betas_zero_snr: Whether the last level is pure noise (:func:`ddim.schedule.rescale_zero_terminal_snr`).
+    Options, their names and defaults are diffusers'. Beyond them, ``beta_schedule`` knows ``sigmoid`` and ``laplace``, and
+    ``timestep_spacing`` ``quadratic``. ``clip_sample`` is True by default: right for pixels in [-1, 1], wrong for latents.
+    ``set_alpha_to_one=False`` leaves the first level's noise in the finished sample. ``thresholding`` at the default
+    ``sample_max_value`` of 1.0 is clipping.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
     """
 
     _options = operator.attrgetter(
-        "num_train_timesteps",
-        "prediction_type",
-        "clip_sample",
-        "clip_sample_range",
-        "thresholding",
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
+        *["num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"],
+        *["thresholding", "dynamic_thresholding_ratio", "sample_max_value"],
     )
     final_alpha_cumprod = _Scheduler._clean_alpha_cumprod
 
@@ -537,18 +512,13 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         self._begin()  # not super().__init__(): it would make float32 tables, and refuse two of the schedules
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
-        config = self.config
-        if not config.thresholding:
+        if not self.config.thresholding:
             return super()._clip()
-        ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
-        if largest < 1:  # every threshold is then cut to it
+        ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+        if largest < 1:  # accepted by diffusers, where every threshold is then cut to it
             _say_once(f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides by it at every step.")
-            return lambda x0: clip_static(x0, largest) / largest
-        return lambda x0: threshold_dynamic(x0, ratio=ratio, max_value=largest)
-
-    def _threshold_sample(self, sample: Tensor) -> Tensor:
-        """Dynamic thresholding with the options of ``config``, [B, ...]."""
-        return threshold_dynamic(sample, ratio=self.config.dynamic_thresholding_ratio, max_value=self.config.sample_max_value)
+            return functools.partial(_clamp_and_divide, bound=largest)
+        return Clip("dynamic", ratio=ratio, max_value=largest)
 
     def step(
         self,
@@ -579,7 +549,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
 
         Raises:
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, an int t lies outside [0, T), eta is negative
-                or too large, or both noise and a generator are given. A CPU tensor outside [0, T) is an IndexError.
+                or too large, or both noise and a generator are given. Tensors of timesteps are not checked: that would wait for the device.
 
         References:
             Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
@@ -590,9 +560,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         def draw() -> Tensor:
             return _draw(model_output, sample, generator, variance_noise)
 
-        moved = self._transition(
-            model_output, timestep, sample, eta=eta, rederive=use_clipped_model_output, draw=None if eta == 0 else draw
-        )
+        moved = self._transition(model_output, timestep, sample, eta, use_clipped_model_output, None if eta == 0 else draw)
         return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
 
     def batch_step_no_noise(
@@ -617,7 +585,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device=sample.device)
-        return self._transition(model_output, t.flatten(), sample, eta=check_eta(eta), rederive=use_clipped_model_output)[0]
+        return self._transition(model_output, t.flatten(), sample, eta, use_clipped_model_output)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
         """The posterior variance of a step between two levels at eta = 1, float32 []; a negative level is clean data."""
@@ -640,25 +608,29 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             DDIMError: If a level that the host can see is no whole number in [0, T).
         """
         alpha, sigma = self._signal_and_noise(timesteps, original_samples)
-        return _plus(original_samples * alpha, sigma, noise).to(original_samples.dtype)
+        return (original_samples * alpha).addcmul_(noise, sigma).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
         r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as :meth:`add_noise`."""
         alpha, sigma = self._signal_and_noise(timesteps, sample)
-        return _plus(noise * alpha, -sigma, sample).to(sample.dtype)
+        return (noise * alpha).addcmul_(sample, sigma, value=-1).to(sample.dtype)
 
     def _signal_and_noise(self, timesteps: int | Sequence[int] | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, shaped to multiply x; computed in float64, rounded once."""
         schedule = self._levels()
-        t = torch.as_tensor(timesteps).flatten()
+        t = (timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")).flatten()
         if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
             if t.is_floating_point() and bool((t != t.round()).any()):
                 raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
             if int(t.min()) < 0 or int(t.max()) >= len(schedule):
                 raise DDIMError(f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}.")
-        alpha_bar = schedule.alphas_cumprod
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], dim=1).to(x.device, dtype)
+        key = (torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+        table = self._signal_tables.get(key)
+        if table is None:
+            alpha_bar = schedule.alphas_cumprod
+            table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(x.device, key[0])
+            if not torch.compiler.is_compiling():
+                self._signal_tables[key] = table
         alpha, sigma = _gather(table, t, x)
         return alpha, sigma
 
@@ -793,10 +765,10 @@ def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffuser
     stock = cls.from_config(config)
     if scheduler.num_inference_steps is not None:
         stock.set_timesteps(scheduler.num_inference_steps)
+        stride = len(scheduler) // scheduler.num_inference_steps
         if stock.timesteps.tolist() != scheduler.timesteps.tolist():
             warnings.warn("The timesteps that are set are not part of the configuration, and diffusers would choose others.", stacklevel=3)
-        stride = len(scheduler) // scheduler.num_inference_steps
-        if any(max(t - stride, CLEAN) != s for t, s in step_pairs(scheduler._grid)):
+        elif any(max(t - stride, CLEAN) != s for t, s in step_pairs(scheduler._grid)):
             warnings.warn(
                 f"diffusers steps to t - {stride} whatever the next timestep is, so at {scheduler.num_inference_steps} steps with "
                 f"{scheduler.config.timestep_spacing!r} spacing it gives other images.",

@@ -83,9 +83,8 @@ def step_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.
     variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
     remainder = 1 - alpha_bar_s - variance
     # At eta = 1 from zero terminal SNR the remainder is 0 and rounds to -1 ulp: that is rounding; anything larger is not.
-    if scale > 1 and bool((remainder < -1e-12).any()):
-        worst = remainder.argmin()
-        largest = (((1 - alpha_bar_t) / added).sqrt()).flatten()[worst]
+    if scale > 1 and bool((excess := remainder < -1e-12).any()):
+        largest = ((1 - alpha_bar_t) / added)[excess].min().sqrt()
         raise DDIMError(
             f"eta={eta} would draw more noise than the level can hold (the direction term becomes the root of a negative number, NaN); "
             f"use at most {float(largest):.4g} for these timesteps."
