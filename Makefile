@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PUBLIC := schedule prediction timesteps noise step denoiser objective sampler oracle scheduler pipelines images checkpoints errors
 
 .PHONY: demo test test-all lint types docs clean
 
@@ -29,7 +30,7 @@ test-all: lint types
 	$(BIN)/pytest -m 'slow or not slow'
 
 docs: $(VENV)/installed
-	$(BIN)/pdoc --docformat google --math --output-directory docs/api ddim
+	$(BIN)/pdoc --docformat google --math --output-directory docs/api $(PUBLIC:%=ddim.%)
 
 clean:
 	rm -rf $(VENV) build dist docs/api out

@@ -109,6 +109,12 @@ def test_errors():
         step_coefficients(level(0.0), level(0.1), eta=1.5)
 
 
+def test_an_eta_that_is_one_but_for_rounding_is_no_error_at_zero_snr():
+    c = step_coefficients(level(0.0), level(0.1), eta=1 + 1e-13)
+    assert float(c.eps) == 0.0
+    assert float(c.noise) == pytest.approx(math.sqrt(0.9))
+
+
 def test_the_largest_eta_that_the_error_names_works():
     a_t, a_s = LINEAR.alpha_bar(600), LINEAR.alpha_bar(500)
     with pytest.raises(DDIMError) as caught:

@@ -82,7 +82,8 @@ def step_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.
     added = (1 - alpha_bar_t / alpha_bar_s).clamp(min=0)  # two levels that are equal round to -1 ulp
     variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
     remainder = 1 - alpha_bar_s - variance
-    # At eta = 1 from zero terminal SNR the remainder is 0 and rounds to -1 ulp: that is rounding; anything larger is not.
+    # At eta = 1 from zero terminal SNR the remainder is 0. This order of operations keeps it so in float64 (in float32 it rounds
+    # below); an eta that is 1 but for its own rounding goes just below too, and is no error; anything larger is.
     if scale > 1 and bool((excess := remainder < -1e-12).any()):
         largest = ((1 - alpha_bar_t) / added)[excess].min().sqrt()
         raise DDIMError(
