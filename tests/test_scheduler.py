@@ -12,8 +12,7 @@ import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import ddim.scheduler
 from ddim.errors import DDIMError

@@ -7,87 +7,38 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
-    from ddim.denoiser import Clip as Clip
-    from ddim.denoiser import Denoiser as Denoiser
-    from ddim.denoiser import ModelDenoiser as ModelDenoiser
-    from ddim.errors import CheckpointError as CheckpointError
-    from ddim.errors import DataError as DataError
-    from ddim.errors import DDIMError as DDIMError
-    from ddim.errors import OutputError as OutputError
-    from ddim.noise import SeededNoise as SeededNoise
-    from ddim.noise import make_generators as make_generators
-    from ddim.noise import seeded_randn as seeded_randn
-    from ddim.objective import draw_timesteps as draw_timesteps
-    from ddim.objective import loss_weights as loss_weights
-    from ddim.objective import training_loss as training_loss
+    from ddim.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
+    from ddim.errors import CheckpointError as CheckpointError, DataError as DataError, DDIMError as DDIMError, OutputError as OutputError
+    from ddim.noise import SeededNoise as SeededNoise, make_generators as make_generators, seeded_randn as seeded_randn
+    from ddim.objective import draw_timesteps as draw_timesteps, loss_weights as loss_weights, training_loss as training_loss
     from ddim.oracle import GaussianOracle as GaussianOracle
-    from ddim.pipelines import DiffusionPipeline as DiffusionPipeline
-    from ddim.pipelines import UnconditionalPipeline as UnconditionalPipeline
+    from ddim.pipelines import DiffusionPipeline as DiffusionPipeline, UnconditionalPipeline as UnconditionalPipeline
     from ddim.prediction import (
         Denoised as Denoised,
-    )
-    from ddim.prediction import (
         clip_static as clip_static,
-    )
-    from ddim.prediction import (
         from_x0_eps as from_x0_eps,
-    )
-    from ddim.prediction import (
         threshold_dynamic as threshold_dynamic,
-    )
-    from ddim.prediction import (
         to_eps as to_eps,
-    )
-    from ddim.prediction import (
         to_x0_eps as to_x0_eps,
     )
-    from ddim.sampler import State as State
-    from ddim.sampler import sample as sample
-    from ddim.sampler import trajectory as trajectory
+    from ddim.sampler import State as State, sample as sample, trajectory as trajectory
     from ddim.schedule import (
         BETA_SCHEDULES as BETA_SCHEDULES,
-    )
-    from ddim.schedule import (
         CLEAN as CLEAN,
-    )
-    from ddim.schedule import (
         NoiseSchedule as NoiseSchedule,
-    )
-    from ddim.schedule import (
         add_noise as add_noise,
-    )
-    from ddim.schedule import (
         make_betas as make_betas,
-    )
-    from ddim.schedule import (
         rescale_zero_terminal_snr as rescale_zero_terminal_snr,
-    )
-    from ddim.schedule import (
         velocity as velocity,
     )
-    from ddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler
-    from ddim.scheduler import DDIMScheduler as DDIMScheduler
-    from ddim.scheduler import to_diffusers as to_diffusers
-    from ddim.step import SIGMA_HAT as SIGMA_HAT
-    from ddim.step import ddim_step as ddim_step
-    from ddim.step import linear_step as linear_step
-    from ddim.step import step_coefficients as step_coefficients
+    from ddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler, DDIMScheduler as DDIMScheduler, to_diffusers as to_diffusers
+    from ddim.step import SIGMA_HAT as SIGMA_HAT, ddim_step as ddim_step, linear_step as linear_step, step_coefficients as step_coefficients
     from ddim.timesteps import (
         SPACINGS as SPACINGS,
-    )
-    from ddim.timesteps import (
         check_timesteps as check_timesteps,
-    )
-    from ddim.timesteps import (
         reverse_pairs as reverse_pairs,
-    )
-    from ddim.timesteps import (
         select_timesteps as select_timesteps,
-    )
-    from ddim.timesteps import (
         step_pairs as step_pairs,
-    )
-    from ddim.timesteps import (
         truncate_timesteps as truncate_timesteps,
     )
 

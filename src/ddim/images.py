@@ -1,7 +1,9 @@
 """Between tensors in [-1, 1], bytes, and picture files."""
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,23 +78,22 @@ def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale:
     picture = image if isinstance(image, Image.Image) else to_pil(image[None])[0]
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    partial = _partial(path)
-    try:
+    with _replacing(path) as partial:
         picture.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path | str, content: str) -> None:
     """Writes a text file, whole or not at all."""
-    partial = _partial(path)
-    try:
+    with _replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path | str) -> Iterator[Path]:
+    """A name to write under; what is there takes the place of ``path`` at the end, and vanishes on an error."""
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    try:
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path | str) -> Path:
-    return Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")

@@ -37,7 +37,7 @@ from ddim.denoiser import Clip
 from ddim.errors import DDIMError
 from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
 from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import Eta, step_coefficients
+from ddim.step import Eta, fold, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
@@ -124,8 +124,7 @@ def _coefficients(plan: _Plan, eta: Eta, mode: _Mode) -> Tensor:
         target = torch.where(listed, target, source)
     weights, found, none = step_coefficients(source, target, eta=eta), _solution(plan), torch.zeros_like(source)
     if mode == "folded":
-        x = weights.x0 * found.x0_x + weights.eps * found.eps_x
-        output, x0 = weights.x0 * found.x0_m + weights.eps * found.eps_m, none
+        (x, output, _), x0 = fold(weights, found), none
     elif mode == "split":
         x, output, x0 = weights.eps * found.eps_x, weights.eps * found.eps_m, weights.x0
     else:

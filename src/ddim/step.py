@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.prediction import PredictionType, solve
+from ddim.prediction import PredictionType, Solution, solve
 from ddim.schedule import match
 
-__all__ = ["SIGMA_HAT", "Eta", "LinearStep", "StepCoefficients", "check_eta", "ddim_step", "linear_step", "step_coefficients"]
+__all__ = ["SIGMA_HAT", "Eta", "LinearStep", "StepCoefficients", "check_eta", "ddim_step", "fold", "linear_step", "step_coefficients"]
 
 SIGMA_HAT: Literal["sigma-hat"] = "sigma-hat"
 
@@ -125,8 +125,11 @@ def linear_step(prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_
 
     Shapes and errors as :func:`step_coefficients`; infinite or NaN where the parametrisation has no solution.
     """
-    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
-    solution = solve(prediction_type, alpha_bar_t)
+    return fold(step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), solve(prediction_type, alpha_bar_t))
+
+
+def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
+    """Puts x0 and eps, as linear maps of (x_t, model output), into the step's weighted sum."""
     return LinearStep(
         weights.x0 * solution.x0_x + weights.eps * solution.eps_x,
         weights.x0 * solution.x0_m + weights.eps * solution.eps_m,

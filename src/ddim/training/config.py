@@ -3,7 +3,7 @@
 This module imports nothing heavy, since the command line reads its fields to print its help.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ddim.errors import DDIMError
@@ -153,7 +153,7 @@ class Preset:
     """Options that made a model of ours, with what they cost and what to expect."""
 
     options: dict[str, object]
-    note: str = field(default="")
+    note: str
 
 
 PRESETS: dict[str, Preset] = {

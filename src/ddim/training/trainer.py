@@ -21,24 +21,25 @@ from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from ddim.checkpoints import noise_schedule
 from ddim.denoiser import ModelDenoiser
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import make_grid, save_png, to_uint8
 from ddim.noise import seeded_randn
 from ddim.objective import draw_timesteps, loss_weights, training_loss
 from ddim.sampler import sample
-from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.schedule import NoiseSchedule
 from ddim.timesteps import select_timesteps, step_pairs
 from ddim.training.checkpoint import latest_checkpoint, load_training_state, prune, publish, read_record, save_checkpoint
 from ddim.training.config import TrainConfig
 from ddim.training.data import ImageData, load_images
 from ddim.training.ema import EMA
 
-__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "make_network", "make_schedule", "train"]
+__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "make_network", "train"]
 
-# What may differ between the parts of a resumed run: it changes where a run ends or what is reported, not its losses.
+# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt, but for rounding.
 FREE_FIELDS = frozenset(
-    {"out", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
+    {"checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
 )
 
 
@@ -69,12 +70,6 @@ class TrainResult:
     loss: float | None
     losses: tuple[tuple[int, float], ...]
     """(step, loss) of every step that this call took on this process."""
-
-
-def make_schedule(config: TrainConfig) -> NoiseSchedule:
-    """The levels that noise is added at: the same ones the written scheduler samples with."""
-    betas = make_betas(config.beta_schedule, config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
-    return NoiseSchedule.from_betas(rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas)
 
 
 def make_network(config: TrainConfig, data: ImageData) -> nn.Module:
@@ -125,6 +120,7 @@ class _Batches(Sampler[list[int]]):
 
     def __init__(self, length: int, config: TrainConfig, *, start: int, stop: int, rank: int, world: int) -> None:
         self.length, self.config, self.start, self.stop, self.rank, self.world = length, config, start, stop, rank, world
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self.config.batch_size
@@ -134,9 +130,9 @@ class _Batches(Sampler[list[int]]):
 
     def _index(self, place: int) -> int:
         epoch, offset = divmod(place, self.length)
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             self._epoch = epoch
-            self._order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1))).tolist()
+            self._order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1)))
         return int(self._order[offset])
 
 
@@ -247,7 +243,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
             "or sort images into subfolders."
         )
 
-    schedule = make_schedule(config)
+    schedule = noise_schedule(vars(config))  # the same levels that the written scheduler samples with
     torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
     network = make_network(config, data).to(accelerator.device)
     average = EMA(network, config.ema_decay)
