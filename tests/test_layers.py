@@ -13,14 +13,15 @@ LAYERS = [
     {"sampler"},
     {"inversion", "reversible"},
     {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "distributed"},
-    {"doctor", "pipelines"},
+    {"codes", "doctor", "pipelines"},
     {"training", "evaluation"},
     {"cli", "studio"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "doctor"}
-STANDARD = {"collections", "dataclasses", "typing", "math", "json", "enum", "functools", "itertools", "pathlib", "numpy", "torch", "ddim"}
+STANDARD = {"collections", "dataclasses", "typing", "math", "json", "enum", "functools", "itertools", "pathlib", "hashlib", "warnings"}
+STANDARD |= {"numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
 
 

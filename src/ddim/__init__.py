@@ -7,8 +7,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
+    from ddim.codes import load_code as load_code, save_code as save_code
     from ddim.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
+    from ddim.encoding import (
+        Code as Code,
+        decode as decode,
+        decode_trajectory as decode_trajectory,
+        encode as encode,
+        reconstruction_error as reconstruction_error,
+    )
     from ddim.errors import CheckpointError as CheckpointError, DataError as DataError, DDIMError as DDIMError, OutputError as OutputError
+    from ddim.interpolation import interpolate as interpolate, interpolate_grid as interpolate_grid, lerp as lerp, slerp as slerp
+    from ddim.inversion import (
+        ConvergenceWarning as ConvergenceWarning,
+        encodable_timesteps as encodable_timesteps,
+        encode_explicit as encode_explicit,
+        encode_implicit as encode_implicit,
+    )
     from ddim.noise import SeededNoise as SeededNoise, make_generators as make_generators, seeded_randn as seeded_randn
     from ddim.objective import draw_timesteps as draw_timesteps, loss_weights as loss_weights, training_loss as training_loss
     from ddim.oracle import GaussianOracle as GaussianOracle
@@ -20,6 +35,13 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         threshold_dynamic as threshold_dynamic,
         to_eps as to_eps,
         to_x0_eps as to_x0_eps,
+    )
+    from ddim.reversible import (
+        ReversibleSampler as ReversibleSampler,
+        StatePair as StatePair,
+        decode_pair as decode_pair,
+        encode_pair as encode_pair,
+        reversible_trajectory as reversible_trajectory,
     )
     from ddim.sampler import State as State, sample as sample, trajectory as trajectory
     from ddim.schedule import (
@@ -53,6 +75,11 @@ _HOMES = {
     "denoiser": ("Clip", "Denoiser", "ModelDenoiser"),
     "objective": ("draw_timesteps", "loss_weights", "training_loss"),
     "sampler": ("State", "sample", "trajectory"),
+    "interpolation": ("interpolate", "interpolate_grid", "lerp", "slerp"),
+    "inversion": ("ConvergenceWarning", "encodable_timesteps", "encode_explicit", "encode_implicit"),
+    "reversible": ("ReversibleSampler", "StatePair", "decode_pair", "encode_pair", "reversible_trajectory"),
+    "encoding": ("Code", "decode", "decode_trajectory", "encode", "reconstruction_error"),
+    "codes": ("load_code", "save_code"),
     "oracle": ("GaussianOracle",),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "pipelines": ("DiffusionPipeline", "UnconditionalPipeline"),

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 from ddim.prediction import Denoised, PredictionType, clip_static, threshold_dynamic, to_eps, to_x0_eps
-from ddim.schedule import NoiseSchedule
+from ddim.schedule import CLEAN, NoiseSchedule, match
 
-__all__ = ["Clip", "Denoiser", "ModelDenoiser"]
+__all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean"]
 
 
 class Denoiser(Protocol):
@@ -109,6 +109,19 @@ class ModelDenoiser:
             return self.dtype
         parameter = next(self.network.parameters(), None) if isinstance(self.network, torch.nn.Module) else None
         return x_t.dtype if parameter is None else parameter.dtype
+
+
+def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
+    """The same denoiser, callable at :data:`~ddim.schedule.CLEAN`: eps is that of level 0, and x0 what it leaves of the sample."""
+
+    def extended(x_t: Tensor, t: int | Tensor) -> Denoised:
+        if isinstance(t, Tensor) or t != CLEAN:
+            return denoise(x_t, t)
+        eps = denoise(x_t, 0).eps
+        alpha_bar = schedule.alpha_bar(CLEAN)
+        return Denoised((x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps)
+
+    return extended
 
 
 def _tensor(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network returns

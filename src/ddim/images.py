@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,20 @@ from torch import Tensor
 
 from ddim.errors import DataError, DDIMError
 
-__all__ = ["from_uint8", "load_image", "make_grid", "save_png", "to_pil", "to_uint8", "write_atomically"]
+__all__ = [
+    "convert_mode",
+    "crop_square",
+    "fit_picture",
+    "from_pictures",
+    "from_uint8",
+    "load_image",
+    "make_grid",
+    "replacing",
+    "save_png",
+    "to_pil",
+    "to_uint8",
+    "write_atomically",
+]
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
@@ -34,6 +48,82 @@ def from_uint8(images: NDArray[np.uint8]) -> Tensor:
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
     """Turns bytes [B, H, W, C] into Pillow images, grey where C is 1."""
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:  # noqa: ANN401 - checked below
+    """Turns what a user holds into images in [-1, 1], [B, C, H, W], float32; tensors keep their dtype.
+
+    Args:
+        images: A Pillow image, bytes [H, W, C] or [H, W]; a list of those; bytes [B, H, W, C]; or a tensor [B, C, H, W] in [-1, 1].
+        shape: (C, H, W) that is wanted.
+        resize: Whether pictures of another size are resized (shorter side) and cut in the centre. Tensors never are.
+
+    Raises:
+        DDIMError: If the size, the channels, the type or the range is another one; the message says what to do.
+    """
+    channels, height, width = shape
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+            raise DDIMError(f"a tensor of images must have shape [B, {channels}, {height}, {width}]; got {list(images.shape)}.")
+        if not images.is_floating_point() or (images.numel() and not float(images.abs().max()) <= 1 + 1e-3):
+            told = f"{images.dtype} from {float(images.min()):.4g} to {float(images.max()):.4g}"
+            raise DDIMError(f"a tensor of images must be floating-point in [-1, 1]; got {told}. Bytes go in as an array.")
+        return images
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    pictures = []
+    for number, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+                raise DDIMError(f"an array of images must hold bytes, [B, H, W, C]; image {number} is {image.dtype} {list(image.shape)}.")
+            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+        if not isinstance(image, Image.Image):
+            raise DDIMError(f"images must be Pillow images, arrays of bytes, or a tensor; image {number} is a {type(image).__name__}.")
+        picture = convert_mode(image, channels)
+        if resize:
+            picture = fit_picture(picture, height, width)
+        if picture.size != (width, height):
+            raise DDIMError(
+                f"image {number} is {picture.height}x{picture.width} and the model's are {height}x{width}; "
+                "ask for resizing (resize=True, --resize), or bring it to that size."
+            )
+        pixels = np.asarray(picture, dtype=np.uint8)
+        pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)
+    return from_uint8(np.stack(pictures) if pictures else np.empty((0, height, width, channels), np.uint8))
+
+
+def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
+    """A picture of any mode as grey (1 channel) or colour (3): alpha over white, 16 bits cut to their upper 8.
+
+    Raises:
+        DataError: If its pixels are floating-point, whose range nobody knows.
+    """
+    if picture.mode == "F":
+        raise DataError("the image has floating-point pixels of unknown range; convert it to 8 bits.")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):  # 16 bits, which convert("L") would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def fit_picture(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes a picture so that it covers height x width, and cuts out the centre."""
+    if picture.size == (width, height):
+        return picture
+    scale = max(height / picture.height, width / picture.width)
+    grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    picture = picture.resize(grown, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def crop_square(picture: Image.Image) -> Image.Image:
+    """Cuts the largest square out of a picture's centre."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 def load_image(path: Path | str) -> NDArray[np.uint8]:
@@ -78,18 +168,18 @@ def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale:
     picture = image if isinstance(image, Image.Image) else to_pil(image[None])[0]
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         picture.save(partial, format="PNG")
 
 
 def write_atomically(path: Path | str, content: str) -> None:
     """Writes a text file, whole or not at all."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str) -> Iterator[Path]:
     """A name to write under; what is there takes the place of ``path`` at the end, and vanishes on an error."""
     partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:

@@ -5,7 +5,7 @@ checkpoint of the DDIM family: unconditional ones as that, every other kind as d
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +16,20 @@ from torch import Tensor
 
 from ddim.checkpoints import find_model, is_unconditional, load_network, noise_schedule, read_model_index, read_scheduler_config
 from ddim.denoiser import Clip, ModelDenoiser
+from ddim.encoding import Code, EncodingMethod, decode_trajectory, encode, fingerprint
 from ddim.errors import CheckpointError, DDIMError
-from ddim.images import to_pil, to_uint8
+from ddim.images import from_pictures, to_pil, to_uint8
+from ddim.inversion import encodable_timesteps
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
+from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
 from ddim.scheduler import DDIMScheduler, to_diffusers
 from ddim.step import Eta, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
-__all__ = ["DiffusionPipeline", "UnconditionalPipeline"]
+__all__ = ["DiffusionPipeline", "UnconditionalPipeline", "check_exact"]
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
 
@@ -188,6 +191,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         latents: Tensor | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+        sampler: Literal["ddim"] | Reversible = "ddim",
         callback: Callable[[State], bool | None] | None = None,
         progress: bool = True,
         output_type: Literal["pil", "np", "pt"] = "pil",
@@ -209,6 +213,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             class_labels: One for all or one an image, of a class-conditional network.
             clip: What happens to the predicted x0. None: what the configuration says. Where it is on, eps is derived again
                 from the clipped x0 (diffusers' default does not do so).
+            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0, no clipping).
             callback: Called with the state after each step. Returning True stops: the images are its ``x0`` then.
             progress: Whether to show a progress bar.
             output_type: ``pil``; or float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
@@ -220,11 +225,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         Raises:
             DDIMError: If options exclude each other or do not fit the network, or the network's output is not finite.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise DDIMError(f"output_type must be pil, np or pt; got {output_type!r}.")
-        channels = int(self.unet.config.in_channels)
-        if output_type == "pil" and channels not in (1, 3):
-            raise DDIMError(f"the network makes images of {channels} channels, and a picture has 1 or 3; use output_type='np' or 'pt'.")
+        self._check_output_type(output_type)
         schedule = self.noise_schedule
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
         self.check_path(levels, eta=eta)
@@ -232,10 +233,155 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
         network = self._network(self._labels(class_labels, count))
         x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
-        denoise = ModelDenoiser(network, schedule, self.scheduler.config.prediction_type, self.select_clip(clip), self.unet.dtype)
+        keep_in_range = self.select_clip(clip)
+        denoise = ModelDenoiser(network, schedule, self.scheduler.config.prediction_type, keep_in_range, self.unet.dtype)
+        if sampler == "ddim":
+            states: Iterable[State] = trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise)
+        else:
+            check_exact(sampler, eta=eta, clip=keep_in_range)
+            states = reversible_trajectory(denoise, x.double(), levels, schedule=schedule, sampler=ReversibleSampler(sampler))
+        images = self._finish(self._walk(states, x, len(pairs), callback=callback, progress=progress), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        with self.progress_bar(total=len(pairs)) if progress else contextlib.nullcontext() as bar:
-            for state in trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise):
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Any,  # noqa: ANN401 - pictures, bytes or a tensor
+        num_inference_steps: int | None = None,
+        *,
+        method: EncodingMethod = "o-belm",
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        resize: bool = False,
+        gamma: float = 1.0,
+        mixing: float = 0.93,
+        tolerance: float = 5e-5,
+        max_evaluations: int = 100,
+        batch_size: int = 64,
+    ) -> Code:
+        """Finds the latents of images, with clipping off; :meth:`decode` brings the images back.
+
+        Args:
+            images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C, H, W].
+            num_inference_steps: N; None: 50.
+            method: ``o-belm``, ``bdia`` and ``edict`` come back exactly, ``fixed-point`` to its tolerance, ``ddim`` (the paper's) nearly.
+                A half-precision network rounds what it sees, and may round otherwise on the way back: encode in float32.
+            timestep_spacing: As in a call.
+            timesteps: As in a call. A level of zero SNR is moved to the one below, since a sample holds nothing of an image there.
+            class_labels: As in a call; kept in the code.
+            resize: Whether images of another size are resized (shorter side) and cut to the network's, rather than refused.
+            gamma: Of ``bdia``: :class:`ddim.reversible.ReversibleSampler`.
+            mixing: Of ``edict``.
+            tolerance: Of ``fixed-point``: :func:`ddim.inversion.encode_implicit`.
+            max_evaluations: Of ``fixed-point``.
+            batch_size: Images encoded together.
+
+        Returns:
+            The code, on the CPU.
+
+        Raises:
+            DDIMError: If images or options do not fit the network, or the method diverges.
+        """
+        x0 = from_pictures(images, self.image_shape, resize=resize)
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+        levels = encodable_timesteps(self.noise_schedule, levels)
+        if len(x0) == 0 or batch_size < 1:
+            raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
+        labels = self._labels(class_labels, len(x0))
+        parts = []
+        for first in range(0, len(x0), batch_size):
+            chosen = slice(first, first + batch_size)
+            some = None if labels is None else labels[chosen]
+            parts.append(
+                encode(
+                    self._exact_denoiser(some),
+                    x0[chosen].to(self._execution_device),
+                    levels,
+                    schedule=self.noise_schedule,
+                    method=method,
+                    gamma=gamma,
+                    mixing=mixing,
+                    tolerance=tolerance,
+                    max_evaluations=max_evaluations,
+                    labels=some,
+                    origin=self._origin(),
+                )
+            )
+        self.maybe_free_model_hooks()
+        return Code.join(parts)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        code: Code,
+        num_inference_steps: int | None = None,
+        *,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        callback: Callable[[State], bool | None] | None = None,
+        progress: bool = False,
+        batch_size: int = 64,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+    ) -> Any:  # noqa: ANN401 - the type that was asked for
+        """Brings the images of a code back.
+
+        Args:
+            code: From :meth:`encode`, of this model.
+            num_inference_steps: Other steps than the code's, which only a code of ``fixed-point`` or ``ddim`` takes; None: the code's.
+            timestep_spacing: Of those.
+            timesteps: Those.
+            callback: As in a call.
+            progress: As in a call.
+            batch_size: Images decoded together.
+            output_type: As in a call.
+
+        Returns:
+            The images: a list of Pillow images, an array [B, H, W, C], or a tensor [B, C, H, W] in [0, 1].
+
+        Raises:
+            DDIMError: If the code is of another model, or of other steps, or does not fit.
+        """
+        self._check_output_type(output_type)
+        if tuple(code.x_T.shape[1:]) != self.image_shape:
+            raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
+        others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
+        finished = []
+        for first in range(0, len(code), max(1, batch_size)):
+            part = code[first : first + max(1, batch_size)].to(self._execution_device)
+            states = decode_trajectory(
+                self._exact_denoiser(self._labels(part.labels, len(part))),
+                part,
+                schedule=self.noise_schedule,
+                timesteps=levels,
+                origin=self._origin(),
+            )
+            total = len(levels or code.timesteps)
+            finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))
+        return self._finish(torch.cat(finished), output_type)
+
+    def _exact_denoiser(self, labels: Tensor | None) -> ModelDenoiser:
+        """Without clipping, which cannot be undone."""
+        config = self.scheduler.config
+        return ModelDenoiser(self._network(labels), self.noise_schedule, config.prediction_type, dtype=self.unet.dtype)
+
+    def _origin(self) -> dict[str, str]:
+        """What a code depends on beside its own options."""
+        schedule = self.noise_schedule
+        levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
+        return {
+            "network": fingerprint(self.unet),
+            "schedule": f"{fingerprint(levels)} {self.scheduler.config.prediction_type}",
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+        }
+
+    def _walk(
+        self, states: Iterable[State], x: Tensor, total: int, *, callback: Callable[[State], bool | None] | None, progress: bool
+    ) -> Tensor:
+        """Runs a trajectory to its end, or until the callback stops it; the last sample, which is finite."""
+        with self.progress_bar(total=total) if progress else contextlib.nullcontext() as bar:
+            for state in states:
                 x = state.x_s
                 if bar is not None:
                     bar.update()
@@ -248,8 +394,22 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                 f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
                 "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong together."
             )
-        images = _finish(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return x
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt"):
+            raise DDIMError(f"output_type must be pil, np or pt; got {output_type!r}.")
+        channels = int(self.unet.config.in_channels)
+        if output_type == "pil" and channels not in (1, 3):
+            raise DDIMError(f"the network makes images of {channels} channels, and a picture has 1 or 3; use output_type='np' or 'pt'.")
+
+    @staticmethod
+    def _finish(x: Tensor, output_type: str) -> Any:  # noqa: ANN401 - the type that was asked for
+        """Finished images of a state [B, C, H, W]: clamped, in [0, 1], or pictures."""
+        if output_type == "pil":
+            return to_pil(to_uint8(x))
+        images = (x.float() / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
     def _count(self, batch_size: int | None, **given: Any) -> int:  # noqa: ANN401 - what the call was given
         """The number of images, from whatever says it; refuses where two say different numbers."""
@@ -371,9 +531,13 @@ class DiffusionPipeline:
         return pipe
 
 
-def _finish(x: Tensor, output_type: str) -> Any:  # noqa: ANN401 - the type that was asked for
-    """Finished images of a state [B, C, H, W]: clamped, in [0, 1], or pictures."""
-    if output_type == "pil":
-        return to_pil(to_uint8(x))
-    images = (x.float() / 2 + 0.5).clamp(0, 1)
-    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+def check_exact(sampler: str, *, eta: Eta, clip: Clip) -> None:
+    """Refuses what a sampler that can be run backwards cannot have.
+
+    Raises:
+        DDIMError: If eta is not 0, or clipping is on.
+    """
+    if eta != 0:
+        raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
+    if clip.kind != "none":
+        raise DDIMError(f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind}).")

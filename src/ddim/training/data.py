@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim.errors import DataError
+from ddim.images import convert_mode, crop_square, fit_picture
 
 __all__ = ["FASHION_MNIST_CLASSES", "ImageData", "load_images", "read_idx"]
 
@@ -283,23 +284,15 @@ class _Images:
         from PIL import Image
 
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        if picture.mode == "F":
-            raise DataError(f"image {index} of {self.name} has floating-point pixels of unknown range; convert it to 8 bits.")
-        if picture.mode == "I" or picture.mode.startswith("I;16"):  # 16 bits, which convert("L") would cut off at 255
-            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        try:
+            picture = convert_mode(picture, self.channels)
+        except DataError as error:
+            raise DataError(f"image {index} of {self.name}: {error}") from None
         height, width = self.resolution
-        if self.resize and picture.size != (width, height):
-            scale = height / min(picture.size)
-            grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-            picture = picture.resize(grown, Image.Resampling.LANCZOS)
-        if self.resize or self.center_crop:
-            side = min(picture.size)
-            left, top = (picture.width - side) // 2, (picture.height - side) // 2
-            picture = picture.crop((left, top, left + side, top + side))
+        if self.resize:
+            picture = fit_picture(picture, height, width)
+        elif self.center_crop:
+            picture = crop_square(picture)
         if picture.size != (width, height):
             raise DataError(
                 f"image {index} of {self.name} is {picture.height}x{picture.width} and the first is {height}x{width}; "
