@@ -1,58 +1,53 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
-import shlex
 import subprocess
-import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig
 
-__all__ = ["Command", "defaults", "preset_defaults", "run", "take_preset"]
+if TYPE_CHECKING:
+    from ddim.training.trainer import Progress
 
-Command = TrainConfig
+__all__ = ["Command", "defaults", "run"]
 
-
-def defaults(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """What a ``--preset`` among the arguments stands for, and the other arguments."""
-    name, rest = take_preset(arguments)
-    return (None if name is None else preset_defaults(name)), rest
+_PRESETS_HELP = "Begin with the options of a preset, which those given replace. " + " ".join(f"{k}: {v.note}" for k, v in PRESETS.items())
 
 
-def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Splits ``--preset NAME`` off the arguments: a preset is a set of defaults, so it must be known before they are parsed.
+@dataclass(frozen=True)
+class Command(TrainConfig):
+    """Trains an unconditional or class-conditional model, and writes a folder that diffusers loads too."""
+
+    preset: Annotated[str | None, tyro.conf.arg(help=_PRESETS_HELP, metavar="|".join(PRESETS))] = None
+
+
+def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
+    """What a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME, and the arguments.
 
     Raises:
-        DDIMError: If the name is missing or unknown.
+        DDIMError: If the preset's name is missing or unknown.
     """
-    rest, name = [], None
-    values = iter(arguments)
-    for value in values:
+    name = None
+    for value, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if value == "--preset" or value.startswith("--preset="):
-            name = value.partition("=")[2] if "=" in value else next(values, "")
+            name = value.partition("=")[2] if "=" in value else following
             if name not in PRESETS:
                 raise DDIMError(f"--preset must be one of {', '.join(PRESETS)}; got {name!r}.")
-        else:
-            rest.append(value)
-    return name, rest
-
-
-def preset_defaults(name: str) -> TrainConfig:
-    """The configuration that a preset stands for; its ``out`` is runs/NAME."""
+    if name is None:
+        return None, arguments
     options: dict[str, Any] = {"out": f"runs/{name}", **PRESETS[name].options}
-    return TrainConfig(**options)
+    return Command(**options), arguments
 
 
-def run(config: TrainConfig) -> None:
+def run(command: Command) -> None:
     """Trains, reports progress on standard output, and says how to sample the result."""
-    try:
-        from ddim.training.trainer import NonFiniteLossError, Progress, train
-    except ModuleNotFoundError as error:
-        raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
 
-    def show(progress: Progress) -> None:
+    def show(progress: "Progress") -> None:
         left = (
             time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
             if progress.seconds_left < 86400
@@ -65,11 +60,13 @@ def run(config: TrainConfig) -> None:
             flush=True,
         )
 
-    card = {"command": shlex.join(["ddim", *sys.argv[1:]]), "revision": _revision()}
+    config = TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
     try:
-        result = train(config, on_progress=show, card=card)
-    except NonFiniteLossError as error:
-        raise DDIMError(str(error)) from error
+        from ddim.training.trainer import train
+
+        result = train(config, on_progress=show, revision=_revision())
+    except ModuleNotFoundError as error:
+        raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
     if result.finished:
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}")
     else:
@@ -77,12 +74,15 @@ def run(config: TrainConfig) -> None:
 
 
 def _revision() -> str | None:
-    """The git revision of this code, with -dirty where it has uncommitted changes; None outside a repository."""
-    folder = Path(__file__).parent
+    """The git revision of this code, with -dirty where it has uncommitted changes; None where git does not track it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-        )
-    except OSError:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else an environment inside someone's repository has theirs
+        return git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return answer.stdout.strip() or None

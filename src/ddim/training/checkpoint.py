@@ -4,9 +4,12 @@ A checkpoint is a folder ``checkpoints/<step>`` in diffusers format (the average
 sampled) with a folder ``training`` inside: the network's own weights, the optimiser, and a JSON record.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,18 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ddim.errors import CheckpointError
+from ddim.checkpoints import weight_hash
+from ddim.errors import CheckpointError, OutputError
 from ddim.schedule import make_betas
 from ddim.training.config import TrainConfig
 
-__all__ = ["latest_checkpoint", "load_training_state", "make_scheduler", "publish", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "load_training_state", "make_scheduler", "prune", "publish", "resume_record", "save_checkpoint"]
+
+# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``
+# changes the rounding as well, so that only a run that keeps it continues to the same bits.
+FREE_FIELDS = frozenset(
+    {"checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
+)
 
 
 def make_scheduler(config: TrainConfig) -> diffusers.DDIMScheduler:
@@ -47,6 +57,28 @@ def make_scheduler(config: TrainConfig) -> diffusers.DDIMScheduler:
 def save_model(folder: Path, network: nn.Module, config: TrainConfig) -> None:
     """Writes network and scheduler as a diffusers DDIMPipeline into a new folder."""
     diffusers.DDIMPipeline(unet=network, scheduler=make_scheduler(config)).save_pretrained(folder)
+    for weights in folder.glob("unet/*.safetensors"):  # written for this user alone, unlike the files beside them
+        shutil.copymode(folder / "model_index.json", weights)
+
+
+@contextlib.contextmanager
+def _partial(folder: Path, what: str) -> Iterator[Path]:
+    """A name to write a folder under, which is gone at the end whatever happens.
+
+    Raises:
+        OutputError: If something cannot be written, as on a full disk.
+    """
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise OutputError(
+            f"{what} cannot be written to {folder.parent} ({reason}); mend that, and the same command goes on from the last checkpoint."
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -60,20 +92,21 @@ def save_checkpoint(
     config: TrainConfig,
 ) -> Path:
     """Writes ``root/<step>`` under a temporary name and renames it: whoever sees the folder sees all of it."""
-    root.mkdir(parents=True, exist_ok=True)
-    target, partial = root / f"{step:07d}", root / f".partial-{step:07d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, averaged, config)
-    inner = partial / "training"
-    inner.mkdir()
-    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, inner / "network.safetensors")
-    torch.save(optimizer.state_dict(), inner / "optimizer.pt")
-    (inner / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    for path in inner.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    target = root / f"{step:07d}"
+    with _partial(root / f".partial-{step:07d}", f"the checkpoint of step {step}") as partial:
+        save_model(partial, averaged, config)
+        inner = partial / "training"
+        inner.mkdir()
+        safetensors.torch.save_file(
+            {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, inner / "network.safetensors"
+        )
+        torch.save(optimizer.state_dict(), inner / "optimizer.pt")
+        (inner / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        for path in partial.rglob("*.*"):  # onto the disk before the name, so that a power cut leaves no empty files under it
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
     return target
 
 
@@ -111,6 +144,37 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
+def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The record of a checkpoint, if it belongs to this run: ``fresh`` is the record that the run would begin with.
+
+    Raises:
+        CheckpointError: If it is damaged, or was made with other options, other data, or another number of processes.
+    """
+    record = read_record(checkpoint)
+    defaults = {field.name: field.default for field in fields(TrainConfig)}  # of options that the run's own version did not have
+    for group in ("config", "data"):
+        for name, value in fresh[group].items():
+            before = record.get(group, {}).get(name, defaults.get(name))
+            if name not in FREE_FIELDS and before != value:
+                raise CheckpointError(
+                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
+                    "use another --out, or the same options."
+                )
+    if record.get("processes") != fresh["processes"]:
+        raise CheckpointError(
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; "
+            "use the same number."
+        )
+    if "held_out" not in record:  # the first version held out the end of the data
+        count = len(range(*fresh["held_out"]))
+        record["held_out"] = [fresh["data"]["images"] - count, fresh["data"]["images"], 1]
+    part = fresh["revisions"][0] | {"step": record["step"]}
+    revisions = record.get("revisions", [])
+    if not revisions or revisions[-1]["revision"] != part["revision"]:
+        revisions = [*revisions, part]
+    return fresh | record | {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
+
+
 def load_training_state(checkpoint: Path, *, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores weights, averages and optimiser in place.
 
@@ -130,14 +194,13 @@ def load_training_state(checkpoint: Path, *, network: nn.Module, averaged: nn.Mo
 
 def publish(out: Path, network: nn.Module, config: TrainConfig, card: dict[str, Any]) -> None:
     """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable."""
-    partial = out / ".partial-model"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, network, config)
-    (partial / "card.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
-    (out / "model_index.json").unlink(missing_ok=True)
-    for name in ("unet", "scheduler"):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (partial / name).rename(out / name)
-    for name in ("card.json", "model_index.json"):
-        (partial / name).replace(out / name)
-    partial.rmdir()
+    with _partial(out / ".partial-model", "the model") as partial:
+        save_model(partial, network, config)
+        facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)
+        (partial / "card.json").write_text(facts + "\n")
+        (out / "model_index.json").unlink(missing_ok=True)
+        for name in ("unet", "scheduler"):
+            shutil.rmtree(out / name, ignore_errors=True)
+            (partial / name).rename(out / name)
+        for name in ("card.json", "model_index.json"):
+            (partial / name).replace(out / name)

@@ -3,12 +3,43 @@
 This module imports nothing heavy, since the command line reads its fields to print its help.
 """
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ddim.errors import DDIMError
 
-__all__ = ["PRESETS", "TrainConfig"]
+__all__ = ["PRESETS", "Preset", "TrainConfig", "command_line"]
+
+# The least value of each number; what is not listed has a rule of its own below.
+_AT_LEAST = {
+    1: (
+        "block_out_channels",
+        "layers_per_block",
+        "attention_head_dim",
+        "norm_num_groups",
+        "num_train_timesteps",
+        "images",
+        "batch_size",
+        "gradient_accumulation",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "preview_count",
+        "preview_steps",
+        "log_every",
+    ),
+    0: (
+        "validation_images",
+        "attention_levels",
+        "weight_floor",
+        "lr_warmup_steps",
+        "weight_decay",
+        "gradient_clip",
+        "seed",
+        "preview_every",
+        "workers",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -23,15 +54,21 @@ class TrainConfig:
     split: str = "train"
     """Split of the data set to train on."""
     resolution: int | None = None
-    """Resize (shorter side) and centre-crop images to this size; by default all must have one size already."""
+    """Resize the shorter side to this and cut out the centre square (never a random one); by default all must have one size already."""
+    center_crop: bool = False
+    """Cut out the centre square without resizing; with a resolution that happens anyway."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; by default what the first image has."""
     horizontal_flip: bool = False
     """Mirror half of the images at random."""
+    image_column: str | None = None
+    """Column of parquet or hub data that holds the images; by default the first one that does."""
+    label_column: str | None = None
+    """Column of labels; by default label, labels, fine_label or class."""
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
-    """Images held out from the end of the data; the loss on them chooses the best checkpoint. 0: none."""
+    """Images held out, evenly spread over the data (a tenth of it at most); the loss on them chooses the best checkpoint. 0: none."""
 
     block_out_channels: tuple[int, ...] = (32, 64, 128)
     """Channels of the network at each resolution, from full to lowest."""
@@ -86,7 +123,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network's forward pass; noise, targets and the loss stay float32."""
     compile: bool = False
-    """Compile the network with torch.compile (minutes at the start, faster steps)."""
+    """Compile the network with torch.compile (minutes at the start, faster steps); changed on resuming, it changes the rounding."""
     seed: int = 0
     """Seed of weights, data order, timesteps and noise."""
 
@@ -106,32 +143,16 @@ class TrainConfig:
     """Processes that load images; 0: the training process itself."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "images",
-            "batch_size",
-            "gradient_accumulation",
-            "num_train_timesteps",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise DDIMError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name in (
-            "validation_images",
-            "lr_warmup_steps",
-            "preview_every",
-            "workers",
-            "seed",
-            "gradient_clip",
-            "weight_decay",
-            "weight_floor",
-            "attention_levels",
-        ):
-            if getattr(self, name) < 0:
-                raise DDIMError(f"{name} must be at least 0; got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise DDIMError(f"learning_rate must be above 0; got {self.learning_rate}.")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if not (min(value, default=0) if isinstance(value, tuple) else value) >= least:
+                    raise DDIMError(f"{name} must be at least {least}; got {value}.")
+        for name in ("learning_rate", "snr_gamma"):
+            if not getattr(self, name) > 0:
+                raise DDIMError(f"{name} must be above 0; got {getattr(self, name)}.")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise DDIMError(f"betas must rise within (0, 1); got beta_start={self.beta_start}, beta_end={self.beta_end}.")
         if not 0 <= self.ema_decay < 1:
             raise DDIMError(f"ema_decay must lie in [0, 1); got {self.ema_decay}.")
         if not 0 <= self.dropout < 1:
@@ -141,11 +162,23 @@ class TrainConfig:
                 "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
                 "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
             )
-        if not self.block_out_channels:
-            raise DDIMError("block_out_channels must name at least one resolution; got none.")
-        bad = [c for c in self.block_out_channels if c < 1 or c % self.norm_num_groups]
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
             raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
+
+
+def command_line(config: TrainConfig, *, processes: int = 1) -> str:
+    """The command that trains this configuration: the options that differ from their defaults, as a shell reads them."""
+    words = ["ddim", "train"]
+    if processes > 1:  # without --multi_gpu, accelerate starts one process where there are no GPUs
+        words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "-m", *words]
+    for field in fields(TrainConfig):
+        value = getattr(config, field.name)
+        if value != field.default:
+            words.append(f"--{field.name.replace('_', '-')}")
+            if value is not True:
+                words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ process) alone, so a run that is resumed from step n continues to the same losse
 
 import contextlib
 import json
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,34 +18,29 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from ddim.checkpoints import noise_schedule
 from ddim.denoiser import ModelDenoiser
-from ddim.errors import CheckpointError, DDIMError
-from ddim.images import make_grid, save_png, to_uint8
+from ddim.errors import DDIMError
+from ddim.images import make_grid, save_png, to_uint8, write_atomically
 from ddim.noise import seeded_randn
 from ddim.objective import draw_timesteps, loss_weights, training_loss
 from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
 from ddim.timesteps import select_timesteps, step_pairs
-from ddim.training.checkpoint import latest_checkpoint, load_training_state, prune, publish, read_record, save_checkpoint
-from ddim.training.config import TrainConfig
+from ddim.training.checkpoint import latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
+from ddim.training.config import TrainConfig, command_line
 from ddim.training.data import ImageData, load_images
 from ddim.training.ema import EMA
 
 __all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "make_network", "train"]
 
-# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt, but for rounding.
-FREE_FIELDS = frozenset(
-    {"checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
-)
 
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step."""
+class NonFiniteLossError(DDIMError):
+    """The loss or the weights became NaN or infinite; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +107,15 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     if config.lr_schedule == "constant":
         return config.learning_rate
     part = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
-    fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * part, dtype=torch.float64)).item())
+    fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * part))
     return config.learning_rate * fall
 
 
 class _Batches(Sampler[list[int]]):
-    """The indices of every batch from step ``start`` on: epoch after epoch of permutations, each process its own share."""
+    """The images of every batch from step ``start`` on: epoch after epoch of permutations, each process its own share."""
 
-    def __init__(self, length: int, config: TrainConfig, *, start: int, stop: int, rank: int, world: int) -> None:
-        self.length, self.config, self.start, self.stop, self.rank, self.world = length, config, start, stop, rank, world
+    def __init__(self, images: Sequence[int], config: TrainConfig, *, start: int, stop: int, rank: int, world: int) -> None:
+        self.images, self.config, self.start, self.stop, self.rank, self.world = images, config, start, stop, rank, world
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -129,11 +125,11 @@ class _Batches(Sampler[list[int]]):
             yield [self._index(first + i) for i in range(size)]
 
     def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, self.length)
+        epoch, offset = divmod(place, len(self.images))
         if self._epoch != epoch:
             self._epoch = epoch
-            self._order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1)))
-        return int(self._order[offset])
+            self._order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1)))
+        return self.images[int(self._order[offset])]
 
 
 def _mix(*numbers: int) -> int:
@@ -147,6 +143,17 @@ def _mix(*numbers: int) -> int:
 
 def _to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
+
+
+def _draw(images: Tensor, place: tuple[int, int, int], config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Float images (half of them mirrored if asked for), their timesteps and their noise: a function of (step, part, process)."""
+    generator = torch.Generator(images.device).manual_seed(_mix(config.seed, 3, *place))
+    x0 = _to_float(images)
+    if config.horizontal_flip:
+        mirror = torch.rand((len(x0), 1, 1, 1), generator=generator, device=x0.device) < 0.5
+        x0 = torch.where(mirror, x0.flip(-1), x0)
+    t = draw_timesteps(len(x0), config.num_train_timesteps, generator=torch.Generator().manual_seed(_mix(config.seed, 5, *place)))
+    return x0, t, torch.randn(x0.shape, generator=generator, device=x0.device)
 
 
 def _call(network: Callable[..., Any], labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -211,7 +218,7 @@ class _StopSignals:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None, card: dict[str, Any] | None = None) -> TrainResult:
+def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None, revision: str | None = None) -> TrainResult:
     r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in ``config.out`` if there is one.
 
     Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch``.
@@ -219,24 +226,26 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     Args:
         config: The run.
         on_progress: Called on the main process after each logged interval.
-        card: What to record in the model's card beside the facts of the run (the command, the code's revision).
+        revision: Of the code, for the model's card.
 
     Returns:
         How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a checkpoint.
 
     Raises:
         DDIMError: If data, configuration or checkpoint do not fit together.
-        NonFiniteLossError: If the loss is NaN or infinite; no checkpoint is written after that step.
+        NonFiniteLossError: If the loss or the weights become NaN or infinite; no checkpoint is written from that step on.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
+    accelerator = _accelerator(config)
     out, root = Path(config.out), Path(config.out) / "checkpoints"
-    data = load_images(config.data, split=config.split, resolution=config.resolution, channels=config.channels)
-    held_out = min(config.validation_images, len(data) // 10)
-    count, validation = len(data) - held_out, range(len(data) - held_out, len(data))
+    data = load_images(
+        config.data,
+        split=config.split,
+        resolution=config.resolution,
+        channels=config.channels,
+        center_crop=config.center_crop,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
     if config.class_conditional and not data.class_names:
         raise DDIMError(
             f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, "
@@ -251,11 +260,11 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     steps = -(-config.images // per_step)
 
-    step, record = 0, _new_record(config, data, accelerator)
+    step, record = 0, _new_record(config, data, accelerator, revision)
     record["parameters"] = sum(p.numel() for p in network.parameters())
     found = latest_checkpoint(root)
     if found is not None:
-        record = _continue(found, record, config)
+        record = resume_record(found, record, config)
         step = int(record["step"])
         load_training_state(found, network=network, averaged=average.network, optimizer=optimizer)
         if accelerator.scaler is not None and record.get("scaler"):
@@ -263,9 +272,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
 
     model, optimizer = accelerator.prepare(network, optimizer)
     compiled = torch.compile(model) if config.compile else model
-    batches = _Batches(count, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
+    validation = range(*record["held_out"])
+    training = [i for i in range(len(data)) if i not in validation]
+    batches = _Batches(training, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
     loader = iter(DataLoader(data, batch_sampler=batches, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"))  # type: ignore[arg-type]
-    generator = torch.Generator(accelerator.device)
     log = _Log(out / "log", start=step) if accelerator.is_main_process else None
 
     losses: list[tuple[int, float]] = []
@@ -279,11 +289,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
         """Moves the pending losses to the host, once, and refuses to go on from one that is not finite."""
         values = accelerator.reduce(torch.stack([loss for _, loss in pending]), "mean").tolist()
         for (number, _), value in zip(pending, values, strict=True):
-            if not abs(value) < float("inf"):
-                raise NonFiniteLossError(
-                    f"the loss became {value} at step {number}; the last good checkpoint is {latest_checkpoint(root) or 'none'}. "
-                    "Lower --learning-rate, or use --mixed-precision bf16 or no."
-                )
+            if not math.isfinite(value):
+                raise _not_finite("loss", value, number, root)
         losses.extend((number, value) for (number, _), value in zip(pending, values, strict=True))
         pending.clear()
         return float(sum(values) / len(values))
@@ -295,27 +302,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, config)
             for part in range(config.gradient_accumulation):
-                generator.manual_seed(_mix(config.seed, 3, step, part, accelerator.process_index))
-                torch.manual_seed(_mix(config.seed, 4, step, part, accelerator.process_index))  # dropout
                 images, labels = next(loader)
-                x0 = _to_float(images.to(accelerator.device, non_blocking=True))
-                if config.horizontal_flip:
-                    mirror = torch.rand((len(x0), 1, 1, 1), generator=generator, device=accelerator.device) < 0.5
-                    x0 = torch.where(mirror, x0.flip(-1), x0)
-                t = draw_timesteps(
-                    len(x0),
-                    len(schedule),
-                    generator=torch.Generator().manual_seed(_mix(config.seed, 5, step, part, accelerator.process_index)),
-                )
-                noise = torch.randn(x0.shape, generator=generator, device=accelerator.device)
-                weights = loss_weights(
-                    schedule,
-                    t,
-                    prediction_type=config.prediction_type,
-                    weighting=config.weighting,
-                    gamma=config.snr_gamma,
-                    floor=config.weight_floor,
-                )
+                place = (step, part, accelerator.process_index)
+                x0, t, noise = _draw(images.to(accelerator.device, non_blocking=True), place, config)
+                torch.manual_seed(_mix(config.seed, 4, *place))  # dropout
                 classes = labels.to(accelerator.device, non_blocking=True) if config.class_conditional else None
                 with accelerator.accumulate(model), accelerator.autocast():
                     loss = training_loss(
@@ -325,7 +315,14 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                         t=t,
                         noise=noise,
                         prediction_type=config.prediction_type,
-                        weights=weights,
+                        weights=loss_weights(
+                            schedule,
+                            t,
+                            prediction_type=config.prediction_type,
+                            weighting=config.weighting,
+                            gamma=config.snr_gamma,
+                            floor=config.weight_floor,
+                        ),
                     ).mean()
                     accelerator.backward(loss)
                     if accelerator.sync_gradients and config.gradient_clip > 0:
@@ -351,7 +348,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                 rate = (step - clock_step) * per_step / elapsed if elapsed else float("nan")
                 clock, clock_step = time.perf_counter(), step
                 held = (
-                    validation_loss(average.network, data, validation, config, schedule, accelerator.device) if due and held_out else None
+                    validation_loss(average.network, data, validation, config, schedule, accelerator.device) if due and validation else None
                 )
                 if log is not None:
                     log.add(
@@ -364,6 +361,9 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                 if on_progress is not None and accelerator.is_main_process:
                     on_progress(Progress(step, steps, step * per_step, last_loss, rate, (steps - step) * per_step / rate, held))
                 if due:
+                    largest = torch.stack([p.abs().max() for p in average.network.parameters()]).max().item()
+                    if not math.isfinite(largest):  # a gradient may overflow where the loss did not
+                        raise _not_finite("largest weight", largest, step, root)
                     record |= {"step": step, "images_seen": step * per_step, "loss": last_loss, "validation_loss": held}
                     record["seconds"] = round(seconds_before + time.perf_counter() - started, 1)
                     record["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -390,24 +390,52 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
         log.close()
     finished = step >= steps
     if finished and accelerator.is_main_process:
-        publish(out, average.network, config, {**_facts(record), **(card or {})})
+        publish(out, average.network, config, _card(record, config))
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses))
 
 
-def _facts(record: dict[str, Any]) -> dict[str, Any]:
+def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the {what} became {value} at step {step}; the last good checkpoint is {latest_checkpoint(root) or 'none'}. "
+        "Lower --learning-rate, or use --mixed-precision bf16 or no."
+    )
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # else processes that are launched without a GPU would not find each other
+            # A plugin, since accelerate launch sets the plain argument to its own default through the environment.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        )
+    except ValueError as error:
+        raise DDIMError(f"--mixed-precision {config.mixed_precision} cannot be used here ({error}); use no.") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out without a word
+        raise DDIMError("--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no.")
+    return accelerator
+
+
+def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What a model's card says of its run."""
+    names = ("config", "data", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "processes", "device")
     return {
-        k: record[k]
-        for k in ("config", "data", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "device", "versions")
+        "command": command_line(config, processes=record["processes"]),
+        **{name: record[name] for name in (*names, "revisions", "versions")},
     }
 
 
-def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator) -> dict[str, Any]:
+def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator, revision: str | None) -> dict[str, Any]:
     import accelerate
 
+    options = json.loads(json.dumps(asdict(config)))  # as a checkpoint gives it back
+    del options["out"]
+    held_out = min(config.validation_images, len(data) // 10)
+    stride = len(data) // max(1, held_out)
     return {
-        "config": _plain(config),
+        "config": options,
         "data": {
             "name": data.name,
             "images": len(data),
@@ -415,6 +443,7 @@ def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator) 
             "resolution": list(data.resolution),
             "classes": list(data.class_names or ()),
         },
+        "held_out": [0, held_out * stride, stride],  # a range spread over the data, which may be sorted by class
         "step": 0,
         "images_seen": 0,
         "seconds": 0.0,
@@ -424,38 +453,9 @@ def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator) 
         "scaler": None,
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
+        "revisions": [{"step": 0, "revision": revision}],
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__},
     }
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back, without the folder it is written to."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    del plain["out"]
-    return plain
-
-
-def _continue(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """The record of a checkpoint, if it belongs to this run.
-
-    Raises:
-        CheckpointError: If it was made with other options, other data, or another number of processes.
-    """
-    record = read_record(checkpoint)
-    for group in ("config", "data"):
-        for name, value in fresh[group].items():
-            before = record.get(group, {}).get(name)
-            if name not in FREE_FIELDS and before != value:
-                raise CheckpointError(
-                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
-                    "use another --out, or the same options."
-                )
-    if record.get("processes") != fresh["processes"]:
-        raise CheckpointError(
-            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; "
-            "use the same number."
-        )
-    return fresh | record | {"config": fresh["config"], "versions": fresh["versions"]}
 
 
 class _Log:
@@ -465,8 +465,12 @@ class _Log:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(folder), purge_step=start)
-        self.lines = (folder / "log.jsonl").open("a")
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        path = folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # A run that was killed has logged steps that are taken again now, the last one perhaps in part.
+        write_atomically(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
+        self.lines = path.open("a")
 
     def add(self, step: int, **values: float | None) -> None:
         given = {k: v for k, v in values.items() if v is not None}

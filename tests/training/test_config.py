@@ -1,0 +1,123 @@
+"""A configuration refuses what cannot be trained, and is the command that trains it."""
+
+import shlex
+from dataclasses import fields
+
+import pytest
+
+from ddim.cli._arguments import parse
+from ddim.cli.train import Command, defaults
+from ddim.errors import DDIMError
+from ddim.training.config import PRESETS, TrainConfig, command_line
+
+# One value that is not the default for every option.
+OTHER = {
+    "data": "a folder/it's",
+    "out": "runs/x y",
+    "split": "test",
+    "resolution": 16,
+    "center_crop": True,
+    "channels": 3,
+    "horizontal_flip": True,
+    "image_column": "scan",
+    "label_column": "kind",
+    "class_conditional": True,
+    "validation_images": 0,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 2,
+    "attention_levels": 0,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+    "dropout": 0.1,
+    "prediction_type": "v_prediction",
+    "num_train_timesteps": 500,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "rescale_betas_zero_snr": True,
+    "weighting": "min-snr",
+    "snr_gamma": 3.0,
+    "weight_floor": 0.0,
+    "images": 7,
+    "batch_size": 2,
+    "gradient_accumulation": 3,
+    "learning_rate": 1e-5,
+    "lr_schedule": "constant",
+    "lr_warmup_steps": 0,
+    "weight_decay": 0.01,
+    "gradient_clip": 0.0,
+    "ema_decay": 0.0,
+    "mixed_precision": "bf16",
+    "compile": True,
+    "seed": 5,
+    "checkpoint_every": 3,
+    "keep_checkpoints": 1,
+    "preview_every": 4,
+    "preview_count": 9,
+    "preview_steps": 10,
+    "log_every": 1,
+    "workers": 2,
+}
+
+
+def parsed(words):
+    default, rest = defaults(words)
+    command = parse(Command, name="train", arguments=rest, default=default)
+    return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("options", [OTHER, {"data": "digits", "out": "x"}, *[{"out": "x", **p.options} for p in PRESETS.values()]])
+def test_the_command_line_of_a_configuration_gives_that_configuration(options):
+    config = TrainConfig(**options)
+    words = shlex.split(command_line(config))
+    assert words[:2] == ["ddim", "train"]
+    assert parsed(words[2:]) == vars(config)
+
+
+def test_every_option_is_tried():
+    assert {field.name for field in fields(TrainConfig) if OTHER[field.name] != field.default} == set(OTHER)
+
+
+def test_several_processes_are_launched_by_accelerate():
+    line = command_line(TrainConfig(data="digits", out="x"), processes=2)
+    assert line == "accelerate launch --multi_gpu --num_processes 2 -m ddim train --data digits --out x"
+
+
+def test_options_replace_those_of_a_preset():
+    expected = vars(TrainConfig(**{**PRESETS["digits"].options, "out": "runs/digits", "batch_size": 3}))
+    assert parsed(["--preset", "digits", "--batch-size", "3"]) == expected
+    assert parsed(["--batch-size=3", "--preset=digits"]) == expected
+
+
+@pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "mars"]])
+def test_a_preset_that_does_not_exist(words):
+    with pytest.raises(DDIMError, match="--preset must be one of fashion-mnist, digits; got"):
+        defaults(words)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"images": 0}, "images must be at least 1; got 0"),
+        ({"block_out_channels": (8, 0)}, r"block_out_channels must be at least 1; got \(8, 0\)"),
+        ({"block_out_channels": ()}, r"block_out_channels must be at least 1; got \(\)"),
+        ({"block_out_channels": (8, 12)}, "block_out_channels must be multiples of norm_num_groups=8; got 12"),
+        ({"norm_num_groups": 0}, "norm_num_groups must be at least 1; got 0"),
+        ({"layers_per_block": 0}, "layers_per_block must be at least 1; got 0"),
+        ({"attention_head_dim": 0}, "attention_head_dim must be at least 1; got 0"),
+        ({"preview_steps": 0}, "preview_steps must be at least 1; got 0"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0; got nan"),
+        ({"learning_rate": 0.0}, r"learning_rate must be above 0; got 0\.0"),
+        ({"snr_gamma": float("nan")}, "snr_gamma must be above 0; got nan"),
+        ({"beta_start": 0.0}, r"betas must rise within \(0, 1\); got beta_start=0\.0, beta_end=0\.02"),
+        ({"beta_end": 1e-5}, "betas must rise within"),
+        ({"beta_end": 1.0}, "betas must rise within"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\); got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\); got -0\.1"),
+        ({"rescale_betas_zero_snr": True}, "epsilon prediction cannot be trained at zero terminal SNR"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options, text):
+    with pytest.raises(DDIMError, match=text):
+        TrainConfig(data="digits", out="x", **options)
