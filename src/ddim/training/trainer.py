@@ -276,7 +276,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     training = [i for i in range(len(data)) if i not in validation]
     batches = _Batches(training, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
     loader = iter(DataLoader(data, batch_sampler=batches, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"))  # type: ignore[arg-type]
-    log = _Log(out / "log", start=step) if accelerator.is_main_process else None
 
     losses: list[tuple[int, float]] = []
     pending: list[tuple[int, Tensor]] = []
@@ -295,7 +294,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
         pending.clear()
         return float(sum(values) / len(values))
 
-    with _StopSignals() as stop:
+    with _StopSignals() as stop, contextlib.ExitStack() as opened:
+        log = opened.enter_context(contextlib.closing(_Log(out / "log", start=step))) if accelerator.is_main_process else None
         asked_to_stop = False
         while step < steps and not asked_to_stop:
             total = torch.zeros((), device=accelerator.device)
@@ -386,8 +386,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                 preview(average.network, data, config, schedule, accelerator.device, out / "previews" / f"{step:07d}.png")
                 clock, clock_step = time.perf_counter(), step
 
-    if log is not None:
-        log.close()
     finished = step >= steps
     if finished and accelerator.is_main_process:
         publish(out, average.network, config, _card(record, config))

@@ -1,0 +1,402 @@
+"""A run is a function of its configuration, whatever happens to it on the way."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ddim.checkpoints import weight_hash
+from ddim.errors import CheckpointError, DDIMError, OutputError
+from ddim.schedule import BETA_SCHEDULES
+from ddim.training import checkpoint, trainer
+from ddim.training.checkpoint import latest_checkpoint, prune
+from ddim.training.config import TrainConfig
+from ddim.training.data import load_images
+from ddim.training.ema import EMA, ema_decay_at
+from ddim.training.trainer import NonFiniteLossError, learning_rate_at, make_network, train
+
+TINY = {
+    "data": "digits",
+    "block_out_channels": (8, 16),
+    "batch_size": 4,
+    "images": 24,
+    "lr_warmup_steps": 2,
+    "validation_images": 8,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "keep_checkpoints": 9,
+}
+
+
+class Silent:
+    """In place of tensorboard's writer, whose import warns of its own dependencies."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def add_scalar(self, *args): ...
+
+    def close(self): ...
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Each test may choose its precision, which accelerate otherwise fixes for the whole process."""
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(out, **options):
+    return TrainConfig(out=str(out), **{**TINY, **options})
+
+
+def steps_in(out):
+    return sorted(int(p.name) for p in (out / "checkpoints").glob("[0-9]*"))
+
+
+def record_of(folder):
+    return json.loads((folder / "training" / "record.json").read_text())
+
+
+def only_in_training(monkeypatch, replacement):
+    """Puts a function in the place of the training loss, and leaves the one on held-out images alone."""
+    usual = trainer.training_loss
+
+    def loss(network, x0, **options):
+        return (replacement if "weights" in options else usual)(network, x0, **options)
+
+    monkeypatch.setattr(trainer, "training_loss", loss)
+    return usual
+
+
+# Numbers that are not finite
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    calls = []
+
+    def loss(network, x0, **options):
+        calls.append(0)
+        return usual(network, x0, **options) * (float("nan") if len(calls) == 5 else 1)
+
+    usual = only_in_training(monkeypatch, loss)
+    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at step 5; the last good checkpoint is .*/0000004\. Lower"):
+        train(config(tmp_path, log_every=6))
+    assert steps_in(tmp_path) == [2, 4]
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
+    """A gradient may overflow where the loss does not: the weights are broken one step before the loss tells."""
+    monkeypatch.setattr(trainer, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4)
+    with pytest.raises(
+        NonFiniteLossError, match=r"the largest weight became (nan|inf) at step 4; the last good checkpoint is .*/0000002\."
+    ):
+        train(config(tmp_path))
+    assert steps_in(tmp_path) == [2]
+
+
+# Precision
+
+
+def test_bf16_trains_with_noise_and_loss_in_float32(tmp_path, monkeypatch):
+    dtypes, inside = set(), set()
+
+    def loss(network, x0, **options):
+        result = usual(network, x0, **options)
+        dtypes.update({x0.dtype, options["noise"].dtype, result.dtype})
+        return result
+
+    usual = only_in_training(monkeypatch, loss)
+    make = trainer.make_network
+
+    def spied(*args):
+        network = make(*args)
+        network.conv_in.register_forward_hook(lambda module, inputs, output: inside.add((inputs[0].dtype, output.dtype)))
+        return network
+
+    monkeypatch.setattr(trainer, "make_network", spied)
+    result = train(config(tmp_path, mixed_precision="bf16", images=400, learning_rate=3e-3, validation_images=0, checkpoint_every=100))
+    assert dtypes == {torch.float32}
+    assert inside == {(torch.float32, torch.bfloat16)}
+    losses = [value for _, value in result.losses]
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
+    weights = torch.load(tmp_path / "checkpoints" / "0000100" / "training" / "optimizer.pt", weights_only=True)
+    assert {v.dtype for state in weights["state"].values() for v in state.values()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
+    with pytest.raises(DDIMError, match=r"^--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no\.$"):
+        train(config(tmp_path / "out", mixed_precision="fp16"))
+    assert not (tmp_path / "out").exists()
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 2, "horizontal_flip": True, "dropout": 0.2, "class_conditional": True}])
+def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, options):
+    whole = train(config(tmp_path, **options), revision="a")
+    hashes = weight_hash(tmp_path)
+    for step in steps_in(tmp_path)[1:]:
+        shutil.rmtree(tmp_path / "checkpoints" / f"{step:07d}")
+    rest = train(config(tmp_path, **options), revision="b")
+    assert rest.losses == whole.losses[2:]
+    assert weight_hash(tmp_path) == hashes
+    log = [json.loads(line)["step"] for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(1, whole.step + 1))  # the steps that were taken twice are logged once
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["revisions"] == [{"step": 0, "revision": "a"}, {"step": 2, "revision": "b"}]
+    assert card["weight_hash"] == hashes
+    assert card["command"].startswith(f"ddim train --data digits --out {tmp_path}")
+    assert card["processes"] == 1
+
+
+def test_a_log_whose_last_line_was_cut_off_is_mended(tmp_path):
+    train(config(tmp_path, images=8))
+    with (tmp_path / "log" / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    train(config(tmp_path, images=8))
+    assert [json.loads(line)["step"] for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
+    def interrupt(progress):
+        if progress.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    result = train(config(tmp_path), on_progress=interrupt)
+    assert (result.finished, result.step, steps_in(tmp_path)) == (False, 4, [2, 4])
+    assert not (tmp_path / "model_index.json").exists()
+    assert train(config(tmp_path)).finished
+
+
+def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
+    """It held out the end of the data, recorded no revisions, and had fewer options."""
+    train(config(tmp_path, images=8), revision="a")
+    path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
+    record = json.loads(path.read_text())
+    del record["held_out"], record["revisions"], record["config"]["center_crop"], record["config"]["image_column"]
+    path.write_text(json.dumps(record | {"config": {**record["config"], "images": 16}}))
+    train(config(tmp_path, images=16), revision="b")
+    after = record_of(tmp_path / "checkpoints" / "0000004")
+    assert after["held_out"] == [1492, 1500, 1]
+    assert after["revisions"] == [{"step": 2, "revision": "b"}]
+
+
+def test_other_options_than_the_folders_are_refused(tmp_path):
+    train(config(tmp_path, images=8))
+    with pytest.raises(
+        CheckpointError, match=r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use another"
+    ):
+        train(config(tmp_path, images=8, learning_rate=1e-3))
+    path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    with pytest.raises(CheckpointError, match=r"holds a run on 2 process\(es\), and this one has 1; use the same number"):
+        train(config(tmp_path, images=8, checkpoint_every=1, workers=0))  # a free option may differ
+
+
+@pytest.mark.parametrize("name", ["record.json", "optimizer.pt", "network.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name):
+    train(config(tmp_path, images=8))
+    (tmp_path / "checkpoints" / "0000002" / "training" / name).write_bytes(b"words")
+    with pytest.raises(CheckpointError, match=r"0000002 cannot be (read|restored) \(.*\); delete that folder to go on from an earlier one"):
+        train(config(tmp_path, images=8))
+
+
+# Disks
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("ddim.training.checkpoint.torch.save", full),
+        ("ddim.training.checkpoint.safetensors.torch.save_file", full),
+        ("ddim.training.checkpoint.os.fsync", full),
+        ("pathlib.Path.rename", full),
+    ],
+)
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(tmp_path, monkeypatch, place, error):
+    def fill(progress):
+        if progress.step == 3:
+            monkeypatch.setattr(place, error)
+
+    with pytest.raises(
+        OutputError, match=r"^the checkpoint of step 4 cannot be written to .*/checkpoints \(No space left on device\); mend"
+    ):
+        train(config(tmp_path), on_progress=fill)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+    assert train(config(tmp_path)).losses[0][0] == 3
+
+
+def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "weight_hash", full)
+    with pytest.raises(
+        OutputError, match=r"^the model cannot be written to .* \(No space left on device\); mend that, and the same command"
+    ):
+        train(config(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+    result = train(config(tmp_path))
+    assert (result.finished, result.losses) == (True, ())
+    assert (tmp_path / "model_index.json").exists()
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_folder(tmp_path):
+    before = os.umask(0o022)
+    try:
+        train(config(tmp_path, images=4))
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("unet/*.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    for step in (1, 2, 3, 10, 11):
+        (tmp_path / f"{step:07d}").mkdir()
+    (tmp_path / ".partial-0000012").mkdir()
+    prune(tmp_path, keep=2, best=2)
+    assert sorted(int(p.name) for p in tmp_path.glob("[0-9]*")) == [2, 10, 11]
+    assert latest_checkpoint(tmp_path) == tmp_path / "0000011"
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_the_best_is_the_one_of_least_loss_on_held_out_images(tmp_path, monkeypatch):
+    held = iter([0.5, 0.2, 0.3])
+    monkeypatch.setattr(trainer, "validation_loss", lambda *args: next(held))
+    train(config(tmp_path, keep_checkpoints=1))
+    assert steps_in(tmp_path) == [4, 6]
+    assert record_of(tmp_path / "checkpoints" / "0000006")["best"] == {"step": 4, "validation_loss": 0.2}
+
+
+# What is trained
+
+
+def test_every_class_is_trained_and_held_out_where_images_are_sorted_by_class(tmp_path):
+    labels = np.repeat(np.arange(5), 20)
+    np.savez(tmp_path / "sorted.npz", images=np.zeros((100, 8, 8), np.uint8), labels=labels)
+    train(config(tmp_path / "out", data=str(tmp_path / "sorted.npz"), validation_images=10, images=8))
+    held = range(*record_of(tmp_path / "out" / "checkpoints" / "0000002")["held_out"])
+    assert np.bincount(labels[list(held)]).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize(("count", "asked", "expected"), [(1500, 512, 150), (1500, 7, 7), (1500, 0, 0), (9, 512, 0)])
+def test_the_images_held_out_are_as_many_as_asked_and_never_trained(tmp_path, monkeypatch, count, asked, expected):
+    class Stop(Exception): ...
+
+    def batches(images, *args, **kwargs):
+        seen.append(set(images))
+        raise Stop
+
+    seen = []
+    monkeypatch.setattr(trainer, "_Batches", batches)
+    np.savez(tmp_path / "a.npz", images=np.zeros((count, 8, 8), np.uint8))
+    with pytest.raises(Stop):
+        train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), validation_images=asked))
+    assert len(seen[0]) == count - expected
+    assert seen[0] <= set(range(count))
+
+
+def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path):
+    images = list(range(5, 29))
+    shares = [
+        [i for batch in trainer._Batches(images, config(tmp_path), start=0, stop=6, rank=rank, world=2) for i in batch] for rank in (0, 1)
+    ]
+    first = [i for share in shares for i in share[:12]]
+    assert sorted(first) == images
+    assert first != images
+    later = list(trainer._Batches(images, config(tmp_path), start=4, stop=6, rank=1, world=2))
+    assert [i for batch in later for i in batch] == shares[1][16:]
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_every_schedule_trains_at_zero_terminal_snr(tmp_path, beta_schedule, prediction_type):
+    options = {"beta_schedule": beta_schedule, "prediction_type": prediction_type, "weighting": "min-snr", "num_train_timesteps": 50}
+    result = train(config(tmp_path, images=4, rescale_betas_zero_snr=True, **options))
+    assert np.isfinite(result.loss)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.alphas_cumprod[-1] < 1e-6  # diffusers leaves 2**-24 in float32
+    assert scheduler.config.prediction_type == prediction_type
+    assert scheduler.config.clip_sample is False
+
+
+def test_gradients_are_accumulated_under_accelerate_launch_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as it sets it
+    result = train(config(tmp_path, gradient_accumulation=3, images=24))
+    assert result.step == 2
+    state = torch.load(tmp_path / "checkpoints" / "0000002" / "training" / "optimizer.pt", weights_only=True)["state"]
+    assert state[0]["step"] == 2
+
+
+def test_previews_and_class_labels(tmp_path):
+    train(config(tmp_path, class_conditional=True, preview_every=3, preview_count=4, preview_steps=2))
+    assert [p.name for p in sorted((tmp_path / "previews").iterdir())] == ["0000003.png", "0000006.png"]
+    assert json.loads((tmp_path / "unet" / "config.json").read_text())["num_class_embeds"] == 10
+
+
+def test_class_labels_that_are_not_there(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 8, 8), np.uint8))
+    with pytest.raises(DDIMError, match="a class-conditional model needs labels, and .* has none; leave out --class-conditional"):
+        train(config(tmp_path, data=str(tmp_path / "a.npz"), class_conditional=True))
+
+
+def test_images_that_cannot_be_halved(tmp_path):
+    with pytest.raises(DDIMError, match=r"images of 8x8 cannot be halved 4 times, .*; use --resolution 16, or fewer entries"):
+        make_network(config(tmp_path, block_out_channels=(8,) * 5), load_images("digits"))
+
+
+# The learning rate and the average
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])
+def test_the_learning_rate_rises_and_falls(tmp_path, kind):
+    run = config(tmp_path, lr_schedule=kind, lr_warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate_at(step, 100, run) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(1 if kind == "constant" else 0.5)
+    assert rates[99] == pytest.approx({"constant": 1, "linear": 1 / 90, "cosine": 0.5 * (1 + np.cos(np.pi * 89 / 90))}[kind])
+
+
+def test_the_average_follows_parameters_and_copies_buffers():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = EMA(network, 0.9)
+    expected = torch.zeros(2, 2) + average.network[0].weight
+    for step in range(200):
+        with torch.no_grad():
+            network[0].weight.add_(torch.ones(2, 2))
+            network[1].running_mean.fill_(step)
+        average.update(network, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network[0].weight.detach()
+    torch.testing.assert_close(average.network[0].weight, expected)
+    assert average.network[1].running_mean.tolist() == [199, 199]
+    assert not any(p.requires_grad for p in average.network.parameters())
+    assert [ema_decay_at(n, 0.9995) for n in (0, 10**6)] == [0.1, 0.9995]
+
+
+# Slow
+
+
+@pytest.mark.slow
+def test_compiled_and_loaded_by_workers_it_learns_the_same(tmp_path):
+    plain, other = train(config(tmp_path / "a")), train(config(tmp_path / "b", compile=True, workers=2))
+    assert [value for _, value in other.losses] == pytest.approx([value for _, value in plain.losses], rel=1e-4)
+    assert latest_checkpoint(Path(tmp_path / "b" / "checkpoints"))
