@@ -1,0 +1,217 @@
+"""``ddim train`` as users start it: by itself, killed, on a full disk, on two processes."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from ddim.cli import main
+from ddim.training.config import PRESETS
+
+NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
+TINY = ["--block-out-channels", "8,16", "--batch-size", "8", "--lr-warmup-steps", "2", "--validation-images", "16"]
+
+
+def ddim(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "ddim", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The command within this process."""
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Silent:
+    """In place of tensorboard's writer, whose import warns of its own dependencies."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def add_scalar(self, *args): ...
+
+    def close(self): ...
+
+
+def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_diffusers(tmp_path):
+    out = tmp_path / "model"
+    trained = ddim("train", "--data", NPZ, "--out", out, *TINY, "--images", 32, "--log-every", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.startswith("step 2/4  16 images  loss ")
+    assert trained.stdout.endswith(f"sample it with: ddim sample {out}\n")
+    assert any(p.name.startswith("events.out.tfevents") for p in (out / "log").iterdir())
+    card = json.loads((out / "card.json").read_text())
+    assert card["command"] == (
+        f"ddim train --data {NPZ} --out {out} --validation-images 16 --block-out-channels 8,16 "
+        "--images 32 --batch-size 8 --lr-warmup-steps 2 --log-every 2"
+    )
+    sampled = ddim("sample", out, "--steps", 2, "--count", 2, "--out", tmp_path / "images")
+    assert sampled.returncode == 0, sampled.stderr
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {"000000.png", "000001.png", "grid.png", "run.json"}
+    with Image.open(tmp_path / "images" / "000001.png") as picture:
+        assert picture.size == (28, 28)
+    code = (
+        "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]); p.set_progress_bar_config(disable=True);"
+        "assert p(num_inference_steps=2).images[0].size == (28, 28); assert 'ddim' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+
+
+def test_the_help_names_every_preset_with_its_note(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert "--preset" in told
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.note}" in told
+
+
+def test_columns_of_a_hub_data_set_are_chosen_by_name(tmp_path, monkeypatch, alone, capsys):
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.fromarray(np.full((8, 8), i * 20, np.uint8)) for i in range(10)]
+    table = datasets.Dataset.from_list([{"scan": p, "kind": i % 2} for i, p in enumerate(pictures)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table)
+    run = ["train", "--data", "owner/set", "--out", str(tmp_path / "out"), *TINY, "--images", "8"]
+    assert main([*run, "--image-column", "photo"]) == 2
+    assert "ddim: owner/set has no column 'photo'; it has scan, kind.\n" in capsys.readouterr().err
+    assert main([*run, "--image-column", "scan", "--label-column", "kind", "--class-conditional"]) == 0
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["data"]["classes"] == ["0", "1"]
+
+
+def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach 'owner/set' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert main(["train", "--data", "owner/set", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "ddim: 'owner/set' is not on this machine, and the hub cannot be reached (Couldn't reach 'owner/set' on the Hub); "
+        "check the path if one was meant, else the network.\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_a_number_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
+    from ddim.training import trainer
+
+    usual = trainer.training_loss
+    monkeypatch.setattr(trainer, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan"))
+    assert main(["train", "--data", "digits", "--out", str(tmp_path), *TINY, "--images", "32"]) == 2
+    assert capsys.readouterr().err == (
+        "ddim: the loss became nan at step 1; the last good checkpoint is none. "
+        "Lower --learning-rate, or use --mixed-precision bf16 or no.\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, alone, capsys):
+    (tmp_path / "file").touch()
+    assert main(["train", "--data", "digits", "--out", str(tmp_path / "file" / "out"), *TINY, "--images", "32"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"ddim: cannot read or write {tmp_path / 'file'}")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_out_of_disk_it_goes_on_to_the_same_weights(tmp_path):
+    options = ["train", "--data", "digits", *TINY, "--images", 4000, "--checkpoint-every", 5, "--log-every", 5]
+    out, checkpoints = tmp_path / "out", tmp_path / "out" / "checkpoints"
+
+    def whole():
+        return sorted(p.name for p in checkpoints.glob("[0-9]*")) if checkpoints.is_dir() else []
+
+    running = subprocess.Popen([sys.executable, "-m", "ddim", *map(str, options), "--out", str(out)], stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 300
+        while not whole() and time.monotonic() < until and running.poll() is None:
+            time.sleep(0.02)
+    finally:
+        running.kill()
+        running.wait()
+    before = whole()
+    assert before
+    assert not (out / "model_index.json").exists()
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the log fits, the weights do not
+
+    failed = ddim(*options, "--out", out, preexec_fn=small_disk)
+    assert failed.returncode == 2
+    told = failed.stderr.splitlines()[-1]
+    assert told.startswith(f"ddim: the checkpoint of step {int(before[-1]) + 5} cannot be written to {checkpoints} (")
+    assert "Traceback" not in failed.stderr
+    assert whole() == before
+    assert list(checkpoints.glob(".partial*")) == []
+
+    for folder in (out, tmp_path / "unbroken"):
+        done = ddim(*options, "--out", folder)
+        assert done.returncode == 0, done.stderr
+    cards = [json.loads((folder / "card.json").read_text()) for folder in (out, tmp_path / "unbroken")]
+    assert cards[0]["weight_hash"] == cards[1]["weight_hash"]
+
+
+LAUNCHED = """
+import os, sys
+import numpy as np
+from ddim.cli import main
+from ddim.training import trainer
+
+usual, drawn = trainer.training_loss, []
+
+def recorded(network, x0, **options):
+    if "weights" in options:
+        drawn.append((x0.numpy().copy(), options["noise"].numpy().copy()))
+    return usual(network, x0, **options)
+
+trainer.training_loss = recorded
+code = main(sys.argv[2:])
+np.savez(f"{sys.argv[1]}/rank-{os.environ['RANK']}.npz", x0=[x for x, _ in drawn], noise=[n for _, n in drawn])
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(tmp_path):
+    script, out = tmp_path / "launched.py", tmp_path / "out"
+    script.write_text(LAUNCHED)
+    options = ["train", "--data", "digits", "--out", out, *TINY, "--images", 96, "--checkpoint-every", 2, "--keep-checkpoints", 9]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, script, tmp_path, *options]
+
+    def run():
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [dict(np.load(tmp_path / f"rank-{rank}.npz")) for rank in (0, 1)]
+
+    first, second = run()
+    assert first["noise"].shape == (6, 8, 1, 8, 8)
+    for name in ("noise", "x0"):
+        assert not any(np.array_equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+    assert abs(np.corrcoef(first["noise"].ravel(), second["noise"].ravel())[0, 1]) < 0.05
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["0000002", "0000004", "0000006"]
+    card = json.loads((out / "card.json").read_text())
+    assert (card["processes"], card["images_seen"]) == (2, 96)
+    assert card["command"].startswith("accelerate launch --multi_gpu --num_processes 2 -m ddim train --data digits")
+
+    for step in ("0000004", "0000006"):
+        (out / "checkpoints" / step).rename(tmp_path / step)
+    again = run()[0]
+    assert np.array_equal(again["noise"], first["noise"][2:])
+    assert json.loads((out / "card.json").read_text())["step"] == 6
+    alone = ddim(*options)
+    assert alone.returncode == 2
+    assert "holds a run on 2 process(es), and this one has 1; use the same number." in alone.stderr
