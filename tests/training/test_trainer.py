@@ -396,6 +396,7 @@ def test_the_average_follows_parameters_and_copies_buffers():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's compiler, about itself
 def test_compiled_and_loaded_by_workers_it_learns_the_same(tmp_path):
     plain, other = train(config(tmp_path / "a")), train(config(tmp_path / "b", compile=True, workers=2))
     assert [value for _, value in other.losses] == pytest.approx([value for _, value in plain.losses], rel=1e-4)
