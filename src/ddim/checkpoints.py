@@ -7,7 +7,7 @@ Weights are read from safetensors; a ``.bin`` file only where there is nothing e
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 __all__ = [
     "embedded_models",
     "fetch_model",
+    "file_hash",
     "find_model",
     "has_scheduler",
     "is_unconditional",
@@ -272,8 +273,13 @@ def weight_hash(folder: Path, *, variant: str | None = None) -> str:
     Raises:
         CheckpointError: If there are none.
     """
+    return file_hash(_weight_files(folder, variant=variant))
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """First 16 hex digits of the SHA-256 over the bytes of files, one after the other."""
     digest = hashlib.sha256()
-    for path in _weight_files(folder, variant=variant):
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption, TimestepsOption
+from ddim.cli._model import describe_model, draw, find_device, short_name
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def run(command: Command) -> None:
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    device = _device(command.device)
+    device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
@@ -108,7 +109,7 @@ def run(command: Command) -> None:
         raise DDIMError(f"--class {told}; got {command.class_}.")
     protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, clip=clip)
 
-    out = Path(command.out or f"out/sample-{_short(command.model)}")
+    out = Path(command.out or f"out/sample-{short_name(command.model)}")
     there = {int(p.stem): p for p in out.glob("*.png") if re.fullmatch(r"\d{6,}", p.stem)}
     before = check_protocol(out, protocol, empty=not there)
     if there and before is None:
@@ -176,52 +177,34 @@ def _draw(
     from ddim.images import save_png
 
     size = min(command.batch_size, len(seeds))
-    batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    batches = -(-len(seeds) // size)
     began = time.perf_counter()
     (pipe.compile() if command.compile else pipe).warm_up(size)
     warm_up, seconds = time.perf_counter() - began, 0.0
-    with pipe.progress_bar(total=len(batches) * len(timesteps)) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
-        for batch in batches:
-            # A compiled network is compiled for one size: a short last batch is filled up, and the surplus dropped.
-            filled = batch + batch[-1:] * (size - len(batch)) if command.compile else batch
-            labels = [number for s in filled for number in label(s).values()]
-            advance = None if bar is None else _advance(bar)
-            began = time.perf_counter()
-            pictures = pipe(
-                seeds=filled, timesteps=timesteps, class_labels=labels or None, callback=advance, progress=False, **options
-            ).images
-            seconds += time.perf_counter() - began
-            for seed, picture in zip(batch, pictures, strict=False):
+    with pipe.progress_bar(total=batches * len(timesteps)) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+        advance = None if bar is None else _advance(bar)
+        options |= {"timesteps": timesteps, "callback": advance}
+        for batch, pictures, took in draw(pipe, seeds, batch_size=size, fill=command.compile, label=label, **options):
+            seconds += took
+            for seed, picture in zip(batch, pictures, strict=True):
                 save_png(picture, out / f"{seed:06d}.png")
-    return seconds, warm_up, len(batches)
+    return seconds, warm_up, batches
 
 
 def _protocol(
     command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, clip: "Clip"
 ) -> dict[str, Any]:
     """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
-    from ddim.checkpoints import weight_hash
-
-    config = pipe.scheduler.config
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
-    bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
     by_seed = "seed modulo the number of classes" if pipe.unet.config.get("num_class_embeds") else None
     return {
         "command": "sample",
-        "model": command.model,
-        "weight_hash": weight_hash(folder),
-        "schedule": {name: config[name] for name in (*names, "prediction_type", "set_alpha_to_one")},
+        **describe_model(command.model, pipe, folder, clip=clip, dtype=command.dtype),
         "sampler": command.sampler,
         "steps": len(timesteps),
-        "spacing": None if command.timesteps else command.spacing or config.timestep_spacing,
+        "spacing": None if command.timesteps else command.spacing or pipe.scheduler.config.timestep_spacing,
         "timesteps": timesteps,
         "eta": eta,
         "order": 1,
-        "clip": {"kind": clip.kind, **bounds[clip.kind]},
-        "prior": "standard",
-        "prompt": None,
-        "guidance_scale": None,
-        "dtype": command.dtype,
         "class": by_seed if command.class_ is None else command.class_,
     }
 
@@ -239,31 +222,6 @@ def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timeste
         does = [f"clips predicted images ({clip.kind})"] * clips + [f"starts at level {timesteps[0]}, not at {last}"] * short
         instead = ["--clip none"] * clips + ["--spacing trailing"] * short
         print(f"note: the model's configuration {' and '.join(does)}; {' '.join(instead)} would not.")
-
-
-def _device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is
-    """The device of that name.
-
-    Raises:
-        DDIMError: If there is none.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DDIMError(f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}.") from None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DDIMError(f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu.") from None
-    return device
-
-
-def _short(model: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
 
 
 def _advance(bar: Any) -> Callable[["State"], None]:  # noqa: ANN401 - tqdm has no types

@@ -1,0 +1,91 @@
+"""What the commands that draw from a model share: where they compute, what a protocol says of the model, and the batches."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddim.errors import DDIMError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ddim.denoiser import Clip
+    from ddim.pipelines import UnconditionalPipeline
+
+__all__ = ["describe_model", "draw", "find_device", "short_name"]
+
+
+def describe_model(name: str, pipe: "UnconditionalPipeline", folder: Path, *, clip: "Clip", dtype: str) -> dict[str, Any]:
+    """The part of a protocol that says which network is sampled, on which levels, and how its prediction is read."""
+    from ddim.checkpoints import weight_hash
+
+    config = pipe.scheduler.config
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
+    return {
+        "model": name,
+        "weight_hash": weight_hash(folder),
+        "schedule": {key: config[key] for key in (*names, "prediction_type", "set_alpha_to_one")},
+        "clip": {"kind": clip.kind, **bounds[clip.kind]},
+        "prior": "standard",
+        "prompt": None,
+        "guidance_scale": None,
+        "dtype": dtype,
+    }
+
+
+def draw(
+    pipe: "UnconditionalPipeline",
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    fill: bool,
+    label: Callable[[int], dict[str, int]],
+    **options: Any,  # noqa: ANN401 - of the pipeline's call
+) -> Iterator[tuple[list[int], "list[Image]", float]]:
+    """Draws batch by batch: the seeds, their pictures, and the seconds that took.
+
+    Args:
+        pipe: The model.
+        seeds: One an image.
+        batch_size: Images drawn together.
+        fill: Whether a short last batch is filled up, and the surplus dropped: a compiled network is compiled for one size.
+        label: ``{"class": n}`` of a seed's image, or an empty dictionary for a model without classes.
+        **options: Of the pipeline's call.
+    """
+    size = min(batch_size, len(seeds))
+    for first in range(0, len(seeds), max(1, size)):
+        batch = list(seeds[first : first + size])
+        filled = batch + batch[-1:] * (size - len(batch)) if fill else batch
+        labels = [number for s in filled for number in label(s).values()]
+        began = time.perf_counter()
+        pictures = pipe(seeds=filled, class_labels=labels or None, progress=False, **options).images
+        yield batch, pictures[: len(batch)], time.perf_counter() - began
+
+
+def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is
+    """The device of that name.
+
+    Raises:
+        DDIMError: If there is none.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DDIMError(f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}.") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DDIMError(f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu.") from None
+    return device
+
+
+def short_name(path: str) -> str:
+    """A folder's name for results about a model or a file."""
+    return re.sub(r"[^\w.-]+", "-", Path(path).name) or "model"

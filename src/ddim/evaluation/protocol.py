@@ -1,0 +1,339 @@
+"""How a number is measured: which metrics, on how many images, against what, beside which floor and with what spread.
+
+A metric is named METRIC-EXTRACTOR, as ``fd-fashion``. Images pass through the extractors batch by batch, and of them stays what
+the metrics need (:class:`Sketch`): sums for a Frechet distance, features or projections for the others.
+
+The reference's M images come in an order that means nothing (shuffled). The first of them play the samples for the floor, real
+against real: as many as there are samples, or M // 2, so that both sides are disjoint. The spread is over the samples' disjoint
+thirds, each measured by itself; divided by the root of 3 it estimates the spread of the whole set's number over seeds.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DataError, DDIMError
+from ddim.evaluation import metrics
+from ddim.evaluation.features import EXTRACTORS, Extractor, load_extractor
+from ddim.evaluation.statistics import Statistics, frechet_distance
+
+__all__ = [
+    "METRICS",
+    "Collected",
+    "Metric",
+    "Panel",
+    "Reference",
+    "Result",
+    "Sketch",
+    "collect",
+    "collect_reference",
+    "default_metrics",
+    "load_panel",
+    "measure",
+    "over_repeats",
+    "sample_cuts",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """What is kept of some images under one extractor. Sketches of two sets add up to that of their union."""
+
+    count: int = 0
+    statistics: Statistics | None = None
+    features: tuple[Tensor, ...] = ()
+    projections: tuple[Tensor, ...] = ()
+
+    def __add__(self, other: "Sketch") -> "Sketch":
+        one, two = self.statistics, other.statistics
+        return Sketch(
+            self.count + other.count,
+            one + two if one is not None and two is not None else one or two,
+            self.features + other.features,
+            self.projections + other.projections,
+        )
+
+
+class Metric(NamedTuple):
+    """A number: what it needs of the images, and how it is made of two sketches."""
+
+    needs: str
+    compute: Callable[[Sketch, Sketch, Extractor], float]
+    minimum: Callable[[Extractor], int]
+    whole: bool = False
+    """Whether it compares with all of the reference, or with as many of its images as there are samples."""
+    higher_is_better: bool = False
+
+
+def _frechet(a: Sketch, b: Sketch, extractor: Extractor) -> float:
+    assert a.statistics is not None
+    assert b.statistics is not None
+    return frechet_distance(a.statistics, b.statistics)
+
+
+def _of_features(compute: Callable[[Tensor, Tensor], float]) -> Callable[[Sketch, Sketch, Extractor], float]:
+    return lambda a, b, extractor: compute(torch.cat(a.features), torch.cat(b.features))
+
+
+def _classes(a: Sketch, b: Sketch, extractor: Extractor) -> float:
+    return metrics.total_variation(histogram(a, extractor), histogram(b, extractor))
+
+
+def histogram(sketch: Sketch, extractor: Extractor) -> list[int]:
+    """How many of the images the extractor tells to be of each of its classes."""
+    assert extractor.classify is not None
+    return metrics.class_histogram(extractor.classify(torch.cat(sketch.features)), count=len(extractor.classes))
+
+
+METRICS: dict[str, Metric] = {
+    # Below D images the covariance has no full rank.
+    "fd": Metric("statistics", _frechet, lambda e: max(2, e.dimensions), whole=True),
+    "kid": Metric("features", _of_features(metrics.kernel_distance), lambda e: 2),
+    "precision": Metric("features", _of_features(metrics.precision), lambda e: metrics.NEIGHBOURS + 1, higher_is_better=True),
+    "recall": Metric("features", _of_features(metrics.recall), lambda e: metrics.NEIGHBOURS + 1, higher_is_better=True),
+    "nearest": Metric("features", _of_features(lambda x, y: float(metrics.nearest_distances(x, y).mean())), lambda e: 1, whole=True),
+    "classes": Metric("features", _classes, lambda e: 1, whole=True),
+    "swd": Metric(
+        "projections",
+        lambda a, b, e: metrics.sliced_wasserstein(torch.cat(a.projections), torch.cat(b.projections)),
+        lambda e: 1,
+    ),
+}
+"""Frechet distance, KID, precision and recall, mean distance to the nearest reference image, wrong classes, sliced Wasserstein."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number, and what it takes to read it."""
+
+    metric: str
+    extractor: str
+    value: float
+    floor: float
+    """The same number of real images against real ones."""
+    std: float | None
+    """Spread of the value over seeds; None where thirds of the samples would be too few."""
+    count: int
+    floor_count: int
+    """Real images that played the samples; fewer than ``count`` where the reference is small, and then the floor is too high."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The metrics of a run, by full name, and their extractors."""
+
+    metrics: tuple[str, ...]
+    extractors: Mapping[str, Extractor]
+
+    def parts(self, name: str) -> tuple[Metric, Extractor]:
+        """The metric and the extractor that a full name stands for."""
+        metric, _, extractor = name.partition("-")
+        return METRICS[metric], self.extractors[extractor]
+
+    def check_counts(self, counts: Iterable[int], available: int) -> None:
+        """Refuses counts that are too small for a metric, or larger than the reference.
+
+        Raises:
+            DDIMError: With the number that would do.
+        """
+        smallest, largest = min(counts := list(counts)), max(counts)
+        for name in self.metrics:
+            metric, extractor = self.parts(name)
+            needed = metric.minimum(extractor)
+            if smallest < needed:
+                raise DDIMError(f"{name} needs at least {needed} images; got {smallest}.")
+            if available < 2 * needed:
+                raise DataError(f"{name} needs a reference of at least {2 * needed} images, for its floor too; got {available}.")
+        if available < largest:
+            raise DataError(
+                f"the reference holds {available} images, and {largest} samples need as many; give --count {available}, or less."
+            )
+
+
+def default_metrics(image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """What is measured unless something else is asked for, by the shape (C, H, W) of the images."""
+    if image_shape == (1, 28, 28):
+        return (*(f"{m}-fashion" for m in ("fd", "kid", "precision", "recall", "nearest", "classes")), "swd-pixels")
+    extractor = "pixels" if image_shape[0] == 1 else "efficientnet-lite0"
+    return (*(f"{m}-{extractor}" for m in ("kid", "precision", "recall", "nearest")), "swd-pixels")
+
+
+def load_panel(
+    names: Sequence[str],
+    *,
+    image_shape: tuple[int, int, int],
+    weights: Mapping[str, Path] | None = None,
+    device: torch.device | str = "cpu",
+) -> Panel:
+    """Opens the extractors of metrics.
+
+    Args:
+        names: METRIC-EXTRACTOR each, of :data:`METRICS` and :data:`~ddim.evaluation.features.EXTRACTORS`.
+        image_shape: (C, H, W).
+        weights: Where the weights of extractors lie.
+        device: Where they compute.
+
+    Raises:
+        DDIMError: If a name is unknown or names repeat; also what :func:`~ddim.evaluation.features.load_extractor` raises.
+    """
+    pairs = [name.partition("-") for name in names]
+    if not names or len(set(names)) < len(names):
+        raise DDIMError(f"metrics must be named, each once; got {', '.join(names) or 'none'}.")
+    for name, (metric, _, extractor) in zip(names, pairs, strict=True):
+        if metric not in METRICS or extractor not in EXTRACTORS:
+            raise DDIMError(
+                f"{name!r} is no metric; a metric is one of {', '.join(METRICS)}, a hyphen, and one of {', '.join(EXTRACTORS)}, "
+                "such as fd-fashion."
+            )
+    given = dict(weights or {})
+    if unused := set(given) - {extractor for *_, extractor in pairs}:
+        raise DDIMError(f"weights are given for {', '.join(sorted(unused))}, and no metric uses them; add one such as fd-{min(unused)}.")
+    opened = {
+        e: load_extractor(e, image_shape=image_shape, weights=given.get(e), device=device) for e in dict.fromkeys(p[2] for p in pairs)
+    }
+    for name, (metric, _, extractor) in zip(names, pairs, strict=True):
+        if metric == "classes" and opened[extractor].classify is None:
+            raise DDIMError(f"{name} needs an extractor that tells classes, which {extractor} does not; use classes-fashion.")
+    return Panel(tuple(names), opened)
+
+
+class Collected:
+    """Sketches of a stream of images, cut where sets begin or end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._pieces: dict[str, dict[int, Sketch]] = {}
+
+    def add(self, extractor: str, start: int, sketch: Sketch) -> None:
+        """Adds images to the piece that starts at ``start``."""
+        pieces = self._pieces.setdefault(extractor, {})
+        pieces[start] = pieces[start] + sketch if start in pieces else sketch
+
+    def between(self, extractor: str, first: int, last: int) -> Sketch:
+        """The sketch of images ``first`` to ``last`` - 1; both must be cuts."""
+        chosen = sum((s for start, s in self._pieces[extractor].items() if first <= start < last), Sketch())
+        assert chosen.count == last - first, f"{first} or {last} is no cut"
+        return chosen
+
+
+def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> Collected:
+    """Passes a stream of images through the extractors; the result does not depend on how it is divided into batches.
+
+    Args:
+        images: Batches [B, C, H, W] in [-1, 1].
+        panel: What is to be measured.
+        cuts: Indices of images at which a set begins or ends.
+
+    Returns:
+        Sketches between the cuts.
+    """
+    needs = {e: {metric.needs for metric, x in map(panel.parts, panel.metrics) if x.name == e} for e in panel.extractors}
+    edges = sorted({0, *cuts})
+    result = Collected()
+    for batch in images:
+        first, last = result.count, result.count + len(batch)
+        start = max(e for e in edges if e <= first)
+        bounds = [first, *(e for e in edges if first < e < last), last]
+        for name, extractor in panel.extractors.items():
+            features = extractor.embed(batch)
+            for a, b in pairwise(bounds):
+                part = features[a - first : b - first]
+                sketch = Sketch(
+                    len(part),
+                    Statistics.of(part) if "statistics" in needs[name] else None,
+                    (part,) if "features" in needs[name] else (),
+                    (metrics.project(part),) if "projections" in needs[name] else (),
+                )
+                result.add(name, start if a == first else a, sketch)
+        result.count = last
+    return result
+
+
+def sample_cuts(counts: Iterable[int]) -> set[int]:
+    """Where a stream of samples is cut that is to be measured on its first ``counts`` images."""
+    return {i * (count // 3) for count in counts for i in (1, 2, 3)} | set(counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Real images, and the floor of each metric at each number of images."""
+
+    collected: Collected
+    floors: Mapping[tuple[str, int], tuple[float, int]]
+
+    def against(self, metric: Metric, extractor: str, count: int) -> Sketch:
+        """What ``count`` samples are compared with: all, or the last as many."""
+        return _last(self.collected, metric, extractor, count, before=0)
+
+
+def _last(collected: Collected, metric: Metric, extractor: str, count: int, *, before: int) -> Sketch:
+    return collected.between(extractor, before if metric.whole else collected.count - count, collected.count)
+
+
+def collect_reference(images: Iterable[Tensor], panel: Panel, *, available: int, counts: Iterable[int]) -> Reference:
+    """Passes the reference through the extractors, and measures real against real.
+
+    Args:
+        images: Batches [B, C, H, W] in [-1, 1], in an order that means nothing.
+        panel: What is to be measured.
+        available: M, the number of images.
+        counts: Numbers of samples that are to be measured.
+
+    Raises:
+        DDIMError: As :meth:`Panel.check_counts`.
+    """
+    counts = list(counts)
+    panel.check_counts(counts, available)
+    halves = {count: min(count, available // 2) for count in counts}
+    cuts = {available, *halves.values()}
+    cuts |= {available - n for count, half in halves.items() for n in (count, count // 3, half)}
+    collected = collect(images, panel, cuts=cuts)
+    floors = {}
+    for name in panel.metrics:
+        metric, extractor = panel.parts(name)
+        for count, half in halves.items():
+            held = collected.between(extractor.name, 0, half)
+            others = _last(collected, metric, extractor.name, half, before=half)
+            floors[name, count] = metric.compute(held, others, extractor), half
+    return Reference(collected, floors)
+
+
+def measure(samples: Collected, reference: Reference, panel: Panel, *, count: int) -> list[Result]:
+    """The panel's numbers for the first ``count`` samples.
+
+    Args:
+        samples: Collected with the cuts of :func:`sample_cuts`.
+        reference: Collected for the same panel and count.
+        panel: What is measured.
+        count: N.
+    """
+    results = []
+    for name in panel.metrics:
+        metric, extractor = panel.parts(name)
+
+        def value(first: int, last: int, metric: Metric = metric, extractor: Extractor = extractor) -> float:
+            part = samples.between(extractor.name, first, last)
+            return metric.compute(part, reference.against(metric, extractor.name, last - first), extractor)
+
+        third = count // 3
+        spread = None
+        if third >= metric.minimum(extractor):
+            spread = stdev(value(i * third, (i + 1) * third) for i in range(3)) / math.sqrt(3)
+        floor, floor_count = reference.floors[name, count]
+        results.append(Result(name, extractor.name, value(0, count), floor, spread, count, floor_count))
+    return results
+
+
+def over_repeats(repeats: Sequence[Sequence[Result]]) -> list[Result]:
+    """One list of results of several runs with other seeds: the mean value, and its spread where there are two or more."""
+    if len(repeats) == 1:
+        return list(repeats[0])
+    groups = [[r.value for r in same] for same in zip(*repeats, strict=True)]
+    return [replace(first, value=mean(values), std=stdev(values)) for first, values in zip(repeats[0], groups, strict=True)]
