@@ -12,7 +12,12 @@ from ddim.errors import DDIMError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {"sample": "draw images from a model", "train": "train a model on your own images"}
+COMMANDS = {
+    "sample": "draw images from a model",
+    "train": "train a model on your own images",
+    "evaluate": "measure images, or a model's, against real ones",
+    "table": "measure a model at every eta and number of steps, as the paper's Table 1",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

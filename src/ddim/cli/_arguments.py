@@ -15,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ddim.errors import DDIMError
 
-__all__ = ["EtaOption", "TimestepsOption", "parse"]
+__all__ = ["EtaOption", "EtasOption", "TimestepsOption", "parse"]
 
 C = TypeVar("C")
 
@@ -180,4 +180,7 @@ def _timesteps(text: str) -> tuple[int, ...]:
 
 
 EtaOption = Annotated[float | Literal["sigma-hat"] | None, _spec(_eta, metavar="NUMBER|sigma-hat")]
+EtasOption = Annotated[
+    tuple[float | Literal["sigma-hat"], ...], _spec(lambda text: tuple(map(_eta, _split(text))), metavar="NUMBER|sigma-hat,...")
+]
 TimestepsOption = Annotated[tuple[int, ...] | None, _spec(_timesteps, metavar="INT,...|FILE.json")]

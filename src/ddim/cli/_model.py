@@ -14,15 +14,46 @@ if TYPE_CHECKING:
     from ddim.denoiser import Clip
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["describe_model", "draw", "find_device", "short_name"]
+__all__ = ["describe_model", "draw", "find_device", "open_model", "seed_label", "short_name"]
 
 
-def describe_model(name: str, pipe: "UnconditionalPipeline", folder: Path, *, clip: "Clip", dtype: str) -> dict[str, Any]:
-    """The part of a protocol that says which network is sampled, on which levels, and how its prediction is read."""
+def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[UnconditionalPipeline, Path]":  # noqa: ANN401 - as find_device
+    """The pipeline of a model that makes pictures, and its folder.
+
+    Raises:
+        CheckpointError: If there is no such model.
+        DDIMError: If its images are no pictures.
+    """
+    import diffusers
+    import torch
+
+    from ddim.checkpoints import find_model
+    from ddim.pipelines import UnconditionalPipeline
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    folder = find_model(name)
+    pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    if pipe.image_shape[0] not in (1, 3):
+        raise DDIMError(f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")
+    return pipe, folder
+
+
+def seed_label(pipe: "UnconditionalPipeline", fixed: int | None = None) -> Callable[[int], dict[str, int]]:
+    """``{"class": n}`` of a seed's image: one for all, else the seeds go round the classes; empty for a model without classes."""
+    classes = pipe.unet.config.get("num_class_embeds")
+    return lambda seed: {"class": seed % classes if fixed is None else fixed} if classes else {}
+
+
+def describe_model(
+    name: str, pipe: "UnconditionalPipeline", folder: Path, *, clip: "Clip", dtype: str = "float32", fixed: int | None = None
+) -> dict[str, Any]:
+    """The part of a protocol that says which network is sampled, for which classes, and how its prediction is read."""
     from ddim.checkpoints import weight_hash
 
     config = pipe.scheduler.config
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    by_seed = "seed modulo the number of classes" if pipe.unet.config.get("num_class_embeds") else None
     bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
     return {
         "model": name,
@@ -33,6 +64,7 @@ def describe_model(name: str, pipe: "UnconditionalPipeline", folder: Path, *, cl
         "prompt": None,
         "guidance_scale": None,
         "dtype": dtype,
+        "class": by_seed if fixed is None else fixed,
     }
 
 

@@ -29,6 +29,14 @@ IDENTITY = (
     "guidance_scale",
     "dtype",
     "class",
+    "samples",
+    "reference",
+    "metrics",
+    "extractors",
+    "count",
+    "long_count",
+    "repeats",
+    "seed",
 )
 """The keys of a protocol in which two runs must agree to share a folder; one that is absent counts as null."""
 

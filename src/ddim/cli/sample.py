@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption, TimestepsOption
-from ddim.cli._model import describe_model, draw, find_device, short_name
+from ddim.cli._model import describe_model, draw, find_device, open_model, seed_label, short_name
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -79,27 +79,20 @@ def run(command: Command) -> None:
     if command.sampler == "ddpm" and command.eta is not None:
         raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
 
-    import diffusers
     import numpy as np
     import torch
 
-    from ddim.checkpoints import find_model, has_scheduler
+    from ddim.checkpoints import has_scheduler
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.images import load_image, make_grid, save_png
     from ddim.noise import check_seeds
-    from ddim.pipelines import UnconditionalPipeline
     from ddim.step import SIGMA_HAT, Eta, check_eta
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
-    folder = find_model(command.model)
-    pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, command.dtype)).to(device)
-    if pipe.image_shape[0] not in (1, 3):
-        raise DDIMError(f"{command.model} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")
+    pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps)
     pipe.check_path(timesteps, eta=eta)
     clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
@@ -117,8 +110,7 @@ def run(command: Command) -> None:
     missing = [s for s in seeds if s not in there]
     _note(command, pipe, clip, timesteps, assumed=not has_scheduler(folder))
 
-    def label(seed: int) -> dict[str, int]:
-        return {"class": seed % classes if command.class_ is None else command.class_} if classes else {}
+    label = seed_label(pipe, command.class_)
 
     def record(done: list[int], seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
         listed = sorted({*done, *there})
@@ -195,17 +187,15 @@ def _protocol(
     command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, clip: "Clip"
 ) -> dict[str, Any]:
     """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
-    by_seed = "seed modulo the number of classes" if pipe.unet.config.get("num_class_embeds") else None
     return {
         "command": "sample",
-        **describe_model(command.model, pipe, folder, clip=clip, dtype=command.dtype),
+        **describe_model(command.model, pipe, folder, clip=clip, dtype=command.dtype, fixed=command.class_),
         "sampler": command.sampler,
         "steps": len(timesteps),
         "spacing": None if command.timesteps else command.spacing or pipe.scheduler.config.timestep_spacing,
         "timesteps": timesteps,
         "eta": eta,
         "order": 1,
-        "class": by_seed if command.class_ is None else command.class_,
     }
 
 

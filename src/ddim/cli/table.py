@@ -1,0 +1,311 @@
+"""``ddim table``: measures a model at every eta and number of steps, as the paper's Table 1."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from ddim.cli._arguments import EtasOption
+from ddim.cli._evaluation import describe_reference, draw_batches, open_panel, open_reference, shuffled_batches
+from ddim.cli._model import describe_model, find_device, open_model, short_name
+from ddim.errors import DDIMError, OutputError
+
+if TYPE_CHECKING:
+    from ddim.evaluation.report import Cell
+
+__all__ = ["Command", "defaults", "run"]
+
+LONG = 100
+"""Cells of more steps than this draw --long-count images."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Measures a model at every eta and number of steps: quality, time, and the ratio of both to DDPM.
+
+    Each finished cell is kept. Running again into the same folder measures what is missing, other etas and steps too.
+    """
+
+    reference: str
+    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
+    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    """An embedded model, a folder in diffusers format, or a hub id."""
+    split: str = "train"
+    """Split of the reference."""
+    eta: EtasOption = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
+    """0 is deterministic, 1 DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    """DDIM steps: network evaluations an image."""
+    spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
+    """Which levels are visited; by default what the model's configuration says."""
+    clip: Literal["none", "static", "dynamic"] | None = None
+    """How predicted images are kept in range on the way; by default what the configuration says."""
+    count: int = 2048
+    """Images a cell: the seeds SEED to SEED+COUNT-1, the same in every cell."""
+    long_count: int | None = None
+    """Images of the cells of more than 100 steps, by default COUNT. Every cell is measured on that many too, for the ratios."""
+    repeats: int = 1
+    """Times that each cell is drawn, from other seeds each time; from 2 on, the spread is over these."""
+    seed: int = 0
+    """Seed of the first image."""
+    metrics: tuple[str, ...] | None = None
+    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; the first is the quality of the ratios and plots."""
+    weights: tuple[str, ...] = ()
+    """NAME=PATH each: where the weights of the extractors inception and dinov2 lie."""
+    batch_size: int = 64
+    """Images drawn together; it never changes an image."""
+    processes: int = 1
+    """Processes that measure cells side by side; each gets its share of the cores."""
+    out: str | None = None
+    """Folder for the table; by default out/table-MODEL."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+    compile: bool = False
+    """Compile the network first: a minute, and then faster steps."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Images of a cell, and of a long one."""
+        return self.count, self.count if self.long_count is None else self.long_count
+
+
+def defaults(arguments: list[str]) -> tuple[None, list[str]]:
+    """This command has no presets."""
+    return None, arguments
+
+
+def run(command: Command) -> None:
+    """Measures the cells that are missing in the folder, and writes the table of all that are there."""
+    began = time.perf_counter()
+    for name in ("count", "repeats", "batch_size", "processes"):
+        if getattr(command, name) < 1:
+            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(command, name)}.")
+    if not 1 <= command.counts[1] <= command.count:
+        raise DDIMError(f"--long-count must be from 1 to --count, {command.count}; got {command.long_count}.")
+    if not command.eta or not command.steps:
+        raise DDIMError("--eta and --steps must each name at least one value.")
+
+    from filelock import FileLock, Timeout
+
+    from ddim.cli._run import check_protocol
+    from ddim.evaluation.report import check_plots, save_plots
+
+    check_plots()
+    bench = Bench(command)
+    wanted = [(eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)]
+    for eta, steps in wanted:
+        bench.pipe.check_path(bench.timesteps(steps), eta=eta)
+    out = Path(command.out or f"out/table-{short_name(command.model)}")
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            check_protocol(out, bench.protocol, empty=not any((out / "cells").iterdir()))
+            missing = [(eta, steps) for eta, steps in wanted if not _cell_file(out, eta, steps).exists()]
+            _write(out, bench, began)  # so that what an interrupted run leaves is known for what it is
+            with contextlib.closing(_measured(command, bench, missing, out)) as measured:
+                for done, cell in enumerate(measured, start=1):
+                    quality = cell.results[0]
+                    print(
+                        f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, {cell.seconds:.1f} s for {cell.count} "
+                        f"images; {done} of {len(missing)} cells",
+                        flush=True,
+                    )
+                    _write(out, bench, began)
+            save_plots(_read_cells(out), out)
+    except Timeout:
+        raise OutputError(f"{out} is being written by another run; wait for it, or use another --out.") from None
+    print(f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}.")
+
+
+class Bench:
+    """What measures cells: the model, the metrics, and, once a cell is asked for, the reference."""
+
+    def __init__(self, command: Command) -> None:
+        from ddim.noise import check_seeds
+
+        self.command = command
+        self.device = find_device(command.device)
+        self.seeds = check_seeds(range(command.seed, command.seed + command.repeats * command.count))
+        self.pipe, folder = open_model(command.model, device=self.device)
+        self.clip = self.pipe.select_clip(command.clip)
+        shape = self.pipe.image_shape
+        self.data = open_reference(command.reference, split=command.split, shape=shape, what=command.model)
+        self.panel = open_panel(command.metrics, shape=shape, weights=command.weights, device=self.device)
+        self.panel.check_counts(command.counts, len(self.data))
+        self.levels = len(self.pipe.noise_schedule)
+        self.protocol = {
+            "command": "table",
+            **describe_model(command.model, self.pipe, folder, clip=self.clip),
+            "sampler": "ddim",
+            "timesteps": command.spacing or self.pipe.scheduler.config.timestep_spacing,
+            "order": 1,
+            **describe_reference(self.data, command.split, self.panel),
+            "count": command.count,
+            "long_count": command.counts[1],
+            "repeats": command.repeats,
+            "seed": command.seed,
+        }
+        self._reference: Any = None
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The levels that a cell visits."""
+        return self.pipe.select_timesteps(steps, timestep_spacing=self.command.spacing)
+
+    def cell(self, eta: float | str, steps: int) -> "Cell":
+        """Draws and measures one cell; of the images stays what the metrics need."""
+        from ddim.evaluation.protocol import collect, collect_reference, measure, over_repeats, sample_cuts
+        from ddim.evaluation.report import Cell
+
+        long, size = self.command.counts[1], min(self.command.batch_size, *self.command.counts)
+        if self._reference is None:
+            images = shuffled_batches(self.data)
+            self._reference = collect_reference(images, self.panel, available=len(self.data), counts=self.command.counts)
+            (self.pipe.compile() if self.command.compile else self.pipe).warm_up(size)
+        timesteps = self.timesteps(steps)
+        count = long if steps > LONG else self.command.count
+        options = {"batch_size": size, "fill": self.command.compile, "timesteps": timesteps, "eta": eta, "clip": self.clip}
+        results, compared, seconds = [], [], []
+        for first in range(0, len(self.seeds), self.command.count):
+            took: list[float] = []
+            images = draw_batches(self.pipe, self.seeds[first : first + count], took, **options)
+            collected = collect(images, self.panel, cuts=sample_cuts({count, long}))
+            results.append(measure(collected, self._reference, self.panel, count=count))
+            compared.append(measure(collected, self._reference, self.panel, count=long))
+            seconds.append(sum(took))
+        return Cell(
+            eta=eta,
+            steps=steps,
+            timesteps=tuple(timesteps),
+            evaluations=len(timesteps),
+            seconds=sum(seconds) / len(seconds),
+            results=tuple(over_repeats(results)),
+            compared=tuple(over_repeats(compared)),
+        )
+
+
+def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | str, int]], out: Path) -> "Generator[Cell]":
+    """Measures cells, here or in processes; each is in its file before it is told."""
+    if command.processes == 1 or len(missing) < 2:
+        for eta, steps in missing:
+            yield _save_cell(bench, eta, steps, out)
+        return
+    count = min(command.processes, len(missing))
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(command, count))
+    try:
+        for future in as_completed([executor.submit(_save_in_process, eta, steps, out) for eta, steps in missing]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DDIMError(
+            "a process ended before its cell, perhaps for want of memory; finished cells are kept, so run again with fewer --processes."
+        ) from None
+    finally:
+        for process in multiprocessing.active_children():  # idle ones, unless the run was interrupted
+            process.terminate()
+        executor.shutdown(cancel_futures=True)
+
+
+_bench: Bench | None = None
+
+
+def _start(command: Command, processes: int) -> None:
+    """Prepares a process: a share of the cores, and an end when the command ends in whatever way."""
+    import signal
+
+    import torch
+
+    global _bench
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's own process answers, and ends this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+    threading.Thread(target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _bench = Bench(command)
+
+
+def _save_in_process(eta: float | str, steps: int, out: Path) -> "Cell":
+    assert _bench is not None
+    return _save_cell(_bench, eta, steps, out)
+
+
+def _cell_file(out: Path, eta: float | str, steps: int) -> Path:
+    return out / "cells" / f"eta-{eta}-steps-{steps}.json"
+
+
+def _save_cell(bench: Bench, eta: float | str, steps: int, out: Path) -> "Cell":
+    from ddim.images import write_atomically
+
+    cell = bench.cell(eta, steps)
+    write_atomically(_cell_file(out, eta, steps), json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
+    return cell
+
+
+def _read_cells(out: Path) -> "list[Cell]":
+    """All finished cells of a folder."""
+    from ddim.evaluation.protocol import Result
+    from ddim.evaluation.report import Cell
+
+    cells = []
+    for path in sorted((out / "cells").glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            numbers: Any = {key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")}
+            cells.append(Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content))
+        except (ValueError, TypeError, KeyError) as error:
+            raise OutputError(f"{path} is not a cell of this program ({error}); delete it, and it is measured again.") from error
+    return cells
+
+
+def _write(out: Path, bench: Bench, began: float) -> None:
+    """Writes run.json, and the table in markdown and CSV as far as there are cells."""
+    from ddim.cli._run import RunRecord, versions, write_run
+    from ddim.evaluation.report import flat_records, to_csv, to_markdown
+    from ddim.images import write_atomically
+
+    command, cells = bench.command, _read_cells(out)
+    records = flat_records(cells, levels=bench.levels)
+    execution = {"device": str(bench.device), "batch_size": command.batch_size, "compile": command.compile, "processes": command.processes}
+    record = RunRecord(
+        protocol=bench.protocol,
+        results=records,
+        seconds=sum(cell.seconds for cell in cells),
+        seconds_total=time.perf_counter() - began,
+        evaluations=sum(cell.evaluations for cell in cells),
+        execution=execution,
+        versions=versions(),
+    )
+    write_run(out, record)
+    if cells:
+        write_atomically(out / "table.csv", to_csv(records))
+        text = to_markdown(
+            cells, levels=bench.levels, title=f"{command.model}: eta and steps", protocol=_told(bench), reference=command.reference
+        )
+        write_atomically(out / "table.md", text)
+
+
+def _told(bench: Bench) -> str:
+    """What was done, in sentences."""
+    command, told = bench.command, bench.protocol
+    networks = ", ".join(f"{name} ({code})" if code else name for name, code in told["extractors"].items())
+    count, long = command.counts
+    fewer = f" ({long} above {LONG} steps)" if long < count else ""
+    spread = f"over {command.repeats} repeats" if command.repeats > 1 else "from disjoint thirds of the images"
+    return (
+        f"DDIM, {told['timesteps']} timesteps, clipping {told['clip']['kind']}, float32, weights {told['weight_hash']}; "
+        f"{count} images a cell{fewer}, seeds from {command.seed} on, the same in every cell; "
+        f"reference {command.reference} ({command.split}, {len(bench.data)} images); extractors: {networks}; "
+        f"± is the spread over seeds, {spread}. Time: {bench.device}, batches of {command.batch_size}, "
+        f"{command.processes} at once, {'compiled' if command.compile else 'not compiled'}."
+    )

@@ -1,0 +1,247 @@
+"""A table of cells (eta, steps): flat records, CSV, markdown beside the paper's numbers, and two plots."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ddim.errors import DDIMError
+from ddim.evaluation.protocol import METRICS, Result
+from ddim.images import save_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PAPER", "Cell", "check_plots", "flat_records", "make_plots", "save_plots", "text_table", "to_csv", "to_markdown"]
+
+_ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
+_STEPS = (10, 20, 50, 100, 1000)
+_FID = {
+    "CIFAR-10": (
+        (13.36, 6.84, 4.67, 4.16, 4.04),
+        (14.04, 7.11, 4.77, 4.25, 4.09),
+        (16.66, 8.35, 5.25, 4.46, 4.29),
+        (41.07, 18.36, 8.01, 5.78, 4.73),
+        (367.43, 133.37, 32.72, 9.99, 3.17),
+    ),
+    "CelebA": (
+        (17.33, 13.73, 9.17, 6.53, 3.51),
+        (17.66, 14.11, 9.51, 6.79, 3.64),
+        (19.86, 16.06, 11.01, 8.09, 4.28),
+        (33.12, 26.03, 18.48, 13.93, 5.98),
+        (299.71, 183.83, 71.71, 45.20, 3.26),
+    ),
+}
+
+PAPER = {data: {eta: dict(zip(_STEPS, row, strict=True)) for eta, row in zip(_ETAS, rows, strict=True)} for data, rows in _FID.items()}
+"""FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Table 1. https://arxiv.org/abs/2010.02502"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One eta at one number of steps."""
+
+    eta: float | str
+    steps: int
+    timesteps: tuple[int, ...]
+    evaluations: int
+    """Network calls an image."""
+    seconds: float
+    """Of sampling all images of the cell; the mean over repeats."""
+    results: tuple[Result, ...]
+    """On all its images."""
+    compared: tuple[Result, ...]
+    """On as many images as every cell has, so that ratios compare equal numbers."""
+
+    @property
+    def count(self) -> int:
+        """Images of the cell, in each repeat."""
+        return self.results[0].count
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of sampling."""
+        return self.seconds / self.count
+
+
+def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
+    """One flat record a cell, in the order of eta and steps.
+
+    ``quality_ratio`` is the first metric over that of DDPM, which is eta = 1 at all ``levels`` steps, on equally many images;
+    ``quality_ratio_sigma_hat`` the same over sigma-hat at all steps; ``speedup`` is DDPM's seconds over the cell's. They are None
+    where the table has no such cell.
+    """
+    ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
+    records = []
+    for cell in _sorted(cells):
+        record: dict[str, Any] = {"eta": cell.eta, "steps": cell.steps, "evaluations": cell.evaluations, "count": cell.count}
+        record["seconds"] = cell.seconds
+        for result in cell.results:
+            record |= {result.metric: result.value, f"{result.metric}_floor": result.floor, f"{result.metric}_std": result.std}
+        record["quality_ratio"], record["quality_ratio_sigma_hat"] = (_ratio(cell, other) for other in (ddpm, larger))
+        record["speedup"] = ddpm and ddpm.seconds_per_image / cell.seconds_per_image
+        records.append(record)
+    return records
+
+
+def to_csv(records: Sequence[dict[str, Any]]) -> str:
+    """Records of the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them the head, as a markdown table that is straight in plain text too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+
+
+def to_markdown(cells: Sequence[Cell], *, levels: int, title: str, protocol: str, reference: str) -> str:
+    """The table as a document: each metric by eta and steps, time, ratios to DDPM, and the paper's numbers.
+
+    Args:
+        cells: What was measured.
+        levels: T, the steps of DDPM.
+        title: Of the document.
+        protocol: What was done, in sentences.
+        reference: The data that the samples were compared with; where it is a set of the paper's, that is said.
+    """
+    parts = [f"# {title}\n", f"{protocol}\n"]
+    for i, result in enumerate(cells[0].results):
+        better = "higher" if METRICS[result.metric.partition("-")[0]].higher_is_better else "lower"
+        floors = {(c.results[i].floor_count, c.results[i].floor) for c in cells}
+        told = " and ".join(f"{_number(floor)} on {count} images" for count, floor in sorted(floors, reverse=True))
+        parts += [f"## {result.metric}\n", f"{better.capitalize()} is better; real images against real ones: {told}.\n"]
+        parts.append(_by_steps(cells, lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells))))
+    parts += ["## Seconds an image\n", _by_steps(cells, lambda cell: _number(cell.seconds_per_image))]
+    parts += _against_ddpm(cells, levels)
+    return "\n".join([*parts, *_beside_paper(cells, reference)])
+
+
+def _against_ddpm(cells: Sequence[Cell], levels: int) -> list[str]:
+    if _find(cells, 1.0, levels) is None and _find(cells, "sigma-hat", levels) is None:
+        return []
+    quality = cells[0].compared[0]
+    rows = [["eta", "steps", f"{quality.metric} / eta 1", f"{quality.metric} / sigma-hat", "times faster than eta 1"]]
+    for r in flat_records(cells, levels=levels):
+        ratios = [_number(r[key]) for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")]
+        rows.append([_eta(r["eta"]), str(r["steps"]), *ratios])
+    head = f"## Against DDPM of {levels} steps\n", f"All on {quality.count} images of the same seeds; eta 1 and sigma-hat are DDPM.\n"
+    return [*head, text_table(rows)]
+
+
+def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
+    """The paper's table, and where its order of etas is met."""
+    name = "".join(c for c in reference.lower() if c.isalnum())
+    own = next((data for data in PAPER if data.lower().replace("-", "") in name), None)
+    data = own or "CIFAR-10"
+    said = f"FID of {data} in the paper (Table 1; Inception features, 50,000 images, its own network)"
+    said += ", the data of this table." if own else ", for orientation: other data, so compare orders, not values."
+    rows = [["eta", *(f"S={s}" for s in PAPER[data][0.0])]]
+    rows += [[_eta(eta), *(f"{v:.2f}" for v in row.values())] for eta, row in PAPER[data].items()]
+    orders = []
+    metric = cells[0].compared[0].metric
+    sign = -1 if METRICS[metric.partition("-")[0]].higher_is_better else 1
+    for steps in sorted({c.steps for c in cells}):
+        here = {c.eta: sign * c.compared[0].value for c in cells if c.steps == steps and c.eta in PAPER[data]}
+        there = {eta: PAPER[data][eta][steps] for eta in here if steps in PAPER[data][eta]}
+        if len(there) > 1:
+            ours, theirs = (" < ".join(_eta(e) for e in sorted(values, key=values.__getitem__)) for values in (here, there))
+            orders.append(f"- S={steps}: {'as the paper' if ours == theirs else f'here {ours}; in the paper {theirs}'}.")
+    compared = [f"The order of eta by {metric}, best first:\n", "\n".join(orders) + "\n"] if orders else []
+    return ["## The paper's numbers\n", f"{said}\n", text_table(rows), *compared]
+
+
+def check_plots() -> None:
+    """Refuses where plots cannot be drawn, before hours are spent on what they would show.
+
+    Raises:
+        DDIMError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DDIMError("plots need matplotlib, which is not installed; run: pip install 'ddim[evaluate]'.") from error
+
+
+def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
+    """Quality against network evaluations and against seconds, a line an eta, by file name; all on equally many images."""
+    from matplotlib.figure import Figure
+
+    metric, count, floor = cells[0].compared[0].metric, cells[0].compared[0].count, cells[0].compared[0].floor
+    axes: dict[str, tuple[str, Any]] = {
+        "quality-evaluations.png": ("network evaluations an image", lambda cell: cell.evaluations),
+        "quality-seconds.png": ("seconds an image", lambda cell: cell.seconds_per_image),
+    }
+    figures = {}
+    for file, (label, x) in axes.items():
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        plot = figure.add_subplot()
+        for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
+            line = sorted((c for c in cells if c.eta == eta), key=x)
+            values = [c.compared[0] for c in line]
+            name = r"$\hat\sigma$" if eta == "sigma-hat" else rf"$\eta$ = {_eta(eta)}"
+            bars = [v.std or 0.0 for v in values]
+            plot.errorbar([x(c) for c in line], [v.value for v in values], yerr=bars, marker="o", markersize=4, capsize=2, label=name)
+        plot.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real images")
+        plot.set_xscale("log")
+        if all(c.compared[0].value > 0 for c in cells) and floor > 0:
+            plot.set_yscale("log")
+        plot.set_xlabel(label)
+        plot.set_ylabel(f"{metric}, {count} images")
+        plot.grid(alpha=0.3, which="both")
+        plot.legend()
+        figures[file] = figure
+    return figures
+
+
+def save_plots(cells: Sequence[Cell], folder: Path) -> None:
+    """Writes the plots as PNG files, each whole or not at all."""
+    for name, figure in make_plots(cells).items():
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+        save_png(Image.open(drawn), folder / name)
+
+
+def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:
+    return next((c for c in cells if c.eta == eta and c.steps == steps), None)
+
+
+def _ratio(cell: Cell, other: Cell | None) -> float | None:
+    return cell.compared[0].value / other.compared[0].value if other is not None and other.compared[0].value else None
+
+
+def _sorted(cells: Sequence[Cell]) -> list[Cell]:
+    """By eta, sigma-hat last, then by steps."""
+    return sorted(cells, key=lambda c: (isinstance(c.eta, str), c.eta, c.steps))
+
+
+def _by_steps(cells: Sequence[Cell], told: Any) -> str:  # noqa: ANN401 - a function of a cell
+    steps = sorted({c.steps for c in cells})
+    rows = [["eta", *(f"S={s}" for s in steps)]]
+    for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
+        found = [_find(cells, eta, s) for s in steps]
+        rows.append([_eta(eta), *("" if c is None else told(c) for c in found)])
+    return text_table(rows)
+
+
+def _told(cell: Cell, result: Result, *, most: int) -> str:
+    spread = "" if result.std is None else f" ± {result.std:.2g}"
+    fewer = f" ({result.count} images)" if cell.count < most else ""
+    return f"{_number(result.value)}{spread}{fewer}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _eta(eta: float | str) -> str:
+    return eta if isinstance(eta, str) else f"{eta:g}"
