@@ -85,9 +85,13 @@ def draw_batches(
 ) -> "Iterator[Tensor]":
     """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch are added to ``seconds``."""
     import numpy as np
+    import torch
 
     from ddim.images import from_uint8
 
-    for _, pictures, took in draw(pipe, seeds, label=seed_label(pipe), **options):
-        seconds.append(took)
-        yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))
+    try:
+        for _, pictures, took in draw(pipe, seeds, label=seed_label(pipe), **options):
+            seconds.append(took)
+            yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))
+    except torch.OutOfMemoryError:
+        raise DDIMError(f"{pipe.device} has too little memory for so many images at once; give a smaller --batch-size.") from None

@@ -85,7 +85,7 @@ def run(command: Command) -> None:
 
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.evaluation.protocol import collect, collect_reference, measure, sample_cuts
-    from ddim.evaluation.report import text_table
+    from ddim.evaluation.report import spread_text, text_table
 
     device = find_device(command.device)
     samples = _of_model(command, device) if _is_model(command.samples_or_model) else _of_images(command)
@@ -111,8 +111,10 @@ def run(command: Command) -> None:
     )
     write_run(out, record)
     rows = [["metric", "value", "spread", "real images"]]
-    rows += [[r.metric, f"{r.value:.4g}", "" if r.std is None else f"{r.std:.2g}", f"{r.floor:.4g}"] for r in results]
+    rows += [[r.metric, f"{r.value:.4g}", spread_text(r), f"{r.floor:.4g}"] for r in results]
     print(text_table(rows), end="")
+    if (halves := results[0].floor_count) < samples.count:
+        print(f"note: the reference has {halves} images a half, so its floor is of {halves} and too high for {samples.count}.")
     print(f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the record is in {out / 'run.json'}.")
 
 

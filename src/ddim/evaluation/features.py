@@ -171,7 +171,8 @@ def _library(module: str, advice: str) -> Any:  # noqa: ANN401 - libraries that 
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CheckpointError(f"this extractor needs {error.name or module}, which is not installed; run: {advice}.") from error
+        missing = (error.name or module).partition(".")[0]
+        raise CheckpointError(f"this extractor needs {missing}, which is not installed; run: {advice}.") from error
 
 
 def _read_weights(path: Path) -> Any:  # noqa: ANN401 - a state dict

@@ -152,9 +152,7 @@ class Panel:
             if available < 2 * needed:
                 raise DataError(f"{name} needs a reference of at least {2 * needed} images, for its floor too; got {available}.")
         if available < largest:
-            raise DataError(
-                f"the reference holds {available} images, and {largest} samples need as many; give --count {available}, or less."
-            )
+            raise DataError(f"{largest} samples need a reference of as many images, and it holds {available}; use at most {available}.")
 
 
 def default_metrics(image_shape: tuple[int, int, int]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ddim.images import save_png
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAPER", "Cell", "check_plots", "flat_records", "make_plots", "save_plots", "text_table", "to_csv", "to_markdown"]
+__all__ = ["PAPER", "Cell", "check_plots", "flat_records", "make_plots", "save_plots", "spread_text", "text_table", "to_csv", "to_markdown"]
 
 _ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
 _STEPS = (10, 20, 50, 100, 1000)
@@ -169,13 +169,15 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise DDIMError("plots need matplotlib, which is not installed; run: pip install 'ddim[evaluate]'.") from error
+        raise DDIMError("plots need matplotlib, which is not installed; run: pip install 'ddim[plot]'.") from error
 
 
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by file name; all on equally many images."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     metric, count, floor = cells[0].compared[0].metric, cells[0].compared[0].count, cells[0].compared[0].floor
     axes: dict[str, tuple[str, Any]] = {
         "quality-evaluations.png": ("network evaluations an image", lambda cell: cell.evaluations),
@@ -195,6 +197,9 @@ def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
         plot.set_xscale("log")
         if all(c.compared[0].value > 0 for c in cells) and floor > 0:
             plot.set_yscale("log")
+        for axis in (plot.xaxis, plot.yaxis):  # plain numbers: a table spans few powers of ten
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain if axis is plot.yaxis else NullFormatter())
         plot.set_xlabel(label)
         plot.set_ylabel(f"{metric}, {count} images")
         plot.grid(alpha=0.3, which="both")
@@ -234,9 +239,14 @@ def _by_steps(cells: Sequence[Cell], told: Any) -> str:  # noqa: ANN401 - a func
 
 
 def _told(cell: Cell, result: Result, *, most: int) -> str:
-    spread = "" if result.std is None else f" ± {result.std:.2g}"
+    spread = f" ± {spread_text(result)}" if result.std is not None else ""
     fewer = f" ({result.count} images)" if cell.count < most else ""
     return f"{_number(result.value)}{spread}{fewer}"
+
+
+def spread_text(result: Result) -> str:
+    """Two digits of a result's spread; nothing where there is none."""
+    return "" if result.std is None else f"{result.std:.2g}" if result.std < 99.5 else f"{result.std:.0f}"
 
 
 def _number(value: float | None) -> str:

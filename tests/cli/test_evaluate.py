@@ -1,0 +1,124 @@
+"""``ddim evaluate``: pictures, arrays and models come to the same numbers, and what cannot be compared is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim.cli import main
+
+METRICS = ["--metrics", "kid-pixels,precision-pixels,swd-pixels"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Sixty grey images of 8x8."""
+    path = tmp_path_factory.mktemp("data") / "reference.npz"
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    return path
+
+
+def evaluate(samples, reference, out, *options):
+    metrics = [] if "--metrics" in options else METRICS
+    return main(["evaluate", str(samples), "--reference", str(reference), "--out", str(out), *metrics, *map(str, options)])
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(tiny, reference, tmp_path, capsys):
+    assert main(["sample", str(tiny), "--steps", "3", "--count", "20", "--out", str(tmp_path / "pictures")]) == 0
+    assert evaluate(tmp_path / "pictures", reference, tmp_path / "a") == 0
+    assert evaluate(tiny, reference, tmp_path / "b", "--steps", 3, "--count", 20, "--batch-size", 7) == 0
+    told = capsys.readouterr().out
+    assert "| kid-pixels " in told
+    assert f"20 images against 60 of {reference} (train); the record is in" in told
+    pictures, model = record(tmp_path / "a"), record(tmp_path / "b")
+    for one, other in zip(pictures["results"], model["results"], strict=True):
+        assert set(one) == {"metric", "extractor", "value", "floor", "std", "count", "floor_count"}
+        assert (one["metric"], one["count"]) == (other["metric"], other["count"])
+        for key in ("value", "floor", "std"):
+            assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-3)
+    assert [r["metric"] for r in model["results"]] == METRICS[1].split(",")
+    assert model["protocol"]["timesteps"] == [999, 666, 332]
+    assert model["protocol"]["reference"] == {"name": str(reference), "split": "train", "images": 60}
+    assert model["protocol"]["extractors"] == {"pixels": None}
+    assert (model["evaluations"], pictures["evaluations"], pictures["seconds"]) == (3, 3, 0)
+    assert 0 < model["seconds"] < model["seconds_total"]
+    assert pictures["protocol"]["sampled"]["timesteps"] == [999, 666, 332]
+
+
+def test_any_folder_of_pictures_and_any_array_file(reference, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{i:02d}.png")
+    np.savez(tmp_path / "samples.npz", images=pixels)
+    assert evaluate(tmp_path / "pictures", reference, tmp_path / "a") == 0
+    assert evaluate(tmp_path / "samples.npz", reference, tmp_path / "b") == 0
+    assert record(tmp_path / "a")["results"] == record(tmp_path / "b")["results"]
+    assert evaluate(tmp_path / "samples.npz", reference, tmp_path / "c", "--count", 9) == 0
+    assert [r["count"] for r in record(tmp_path / "c")["results"]] == [9, 9, 9]
+
+
+def test_a_small_reference_is_told(reference, tmp_path, capsys):
+    assert evaluate(reference, reference, tmp_path) == 0
+    assert "note: the reference has 30 images a half, so its floor is of 30 and too high for 60." in capsys.readouterr().out
+
+
+def test_classes_go_round_the_seeds(tiny_classes, reference, tmp_path):
+    assert evaluate(tiny_classes, reference, tmp_path, "--steps", 1, "--count", 8, "--metrics", "swd-pixels") == 0
+    assert record(tmp_path)["protocol"]["class"] == "seed modulo the number of classes"
+
+
+def test_results_of_another_protocol_are_not_overwritten(reference, tmp_path, capsys):
+    assert evaluate(reference, reference, tmp_path, "--count", 30) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    assert evaluate(reference, reference, tmp_path, "--count", 20) == 2
+    assert "holds results of another protocol: count is 30 there and 20 here" in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert evaluate(reference, reference, tmp_path, "--count", 30) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--count", "0"), "--count must be at least 1; got 0."),
+        (("--count", "61"), "holds 60 images; got --count 61."),
+        (("--count", "5"), "precision-pixels needs at least 6 images; got 5."),
+        (("--steps", "5"), "--steps tells how a model is sampled, and"),
+        (("--metrics", "fid"), "'fid' is no metric"),
+        (("--metrics", "fd-fashion"), "the extractor fashion takes grey images of 28x28; got grey ones of 8x8."),
+        (
+            ("--metrics", "fd-inception"),
+            "this extractor needs torch_fidelity, which is not installed; run: pip install torch-fidelity torchvision.",
+        ),
+        (("--weights", "inception"), "--weights are NAME=PATH, such as inception=weights.pth; got 'inception'."),
+        (("--split", "test"), "has no split 'test'"),
+        (("--device", "abacus"), "--device must be auto"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, reference, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert evaluate(reference, reference, tmp_path / "out", *options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, capsys):
+    np.savez(tmp_path / "large.npz", images=np.zeros((60, 9, 9), np.uint8))
+    assert evaluate(tmp_path / "large.npz", reference, tmp_path / "out") == 2
+    assert f"large.npz has images of 9x9 and the reference {reference} of 8x8; resize one of them" in capsys.readouterr().err
+    assert evaluate(tiny, reference, tmp_path / "out") == 2
+    assert "2048 samples need a reference of as many images, and it holds 60; use at most 60." in capsys.readouterr().err
+    assert main(["evaluate", str(tiny)]) == 2
+    assert "--reference must be given" in capsys.readouterr().err
+    assert evaluate("nowhere", reference, tmp_path / "out") == 2
+    assert "'nowhere' is neither an embedded model nor an existing folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

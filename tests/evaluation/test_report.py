@@ -1,0 +1,100 @@
+"""Tables: ratios compare equal numbers of images, and the paper's numbers stand beside ours as what they are."""
+
+import csv
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim.errors import DDIMError
+from ddim.evaluation.protocol import Result
+from ddim.evaluation.report import PAPER, Cell, check_plots, flat_records, save_plots, text_table, to_csv, to_markdown
+
+
+def cell(eta, steps, value, *, seconds=1.0, count=200, compared=None):
+    def result(v, n):
+        return (Result("fd-fashion", "fashion", v, 1.5, 0.25, n, n),)
+
+    return Cell(eta, steps, tuple(range(steps))[::-1], steps, seconds, result(value, count), result(compared or value, 50))
+
+
+@pytest.fixture
+def cells():
+    return [
+        cell("sigma-hat", 100, 2.0, seconds=50, count=50),
+        cell(1.0, 100, 3.0, seconds=50, count=50, compared=4.0),
+        cell(0.0, 10, 9.0, seconds=20, compared=6.0),
+        cell(1.0, 10, 30.0, seconds=20, compared=20.0),
+        cell(0.0, 20, 5.0, seconds=40),
+        cell(1.0, 20, 4.5, seconds=40),
+    ]
+
+
+def markdown(cells, reference="fashion-mnist"):
+    return to_markdown(cells, levels=100, title="A table", protocol="As it was done.", reference=reference)
+
+
+def test_records_are_sorted_and_compare_equal_numbers(cells):
+    records = flat_records(cells, levels=100)
+    assert [(r["eta"], r["steps"]) for r in records] == [(0, 10), (0, 20), (1, 10), (1, 20), (1, 100), ("sigma-hat", 100)]
+    first = records[0]
+    assert (first["fd-fashion"], first["fd-fashion_floor"], first["fd-fashion_std"]) == (9.0, 1.5, 0.25)
+    assert (first["evaluations"], first["count"], first["seconds"]) == (10, 200, 20)
+    assert first["quality_ratio"] == 6.0 / 4.0
+    assert first["quality_ratio_sigma_hat"] == 6.0 / 2.0
+    assert first["speedup"] == (50 / 50) / (20 / 200)
+    assert records[4]["quality_ratio"] == records[4]["speedup"] == 1
+
+
+def test_without_ddpm_there_are_no_ratios(cells):
+    records = flat_records(cells, levels=1000)
+    assert {r[key] for r in records for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")} == {None}
+    assert "Against DDPM" not in to_markdown(cells, levels=1000, title="", protocol="", reference="x")
+    assert "Against DDPM of 100 steps" in markdown(cells)
+
+
+def test_csv_reads_back(cells):
+    records = flat_records(cells, levels=100)
+    rows = list(csv.DictReader(io.StringIO(to_csv(records))))
+    assert [float(r["fd-fashion"]) for r in rows] == [r["fd-fashion"] for r in records]
+
+
+def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
+    text = markdown(cells)
+    assert text.startswith("# A table\n\nAs it was done.\n")
+    assert "Lower is better; real images against real ones: 1.5 on 200 images and 1.5 on 50 images." in text
+    assert "| 1         | 30 ± 0.25 | 4.5 ± 0.25 | 3 ± 0.25 (50 images) |" in text
+    assert "for orientation: other data, so compare orders, not values" in text
+    assert "- S=10: as the paper." in text
+    assert "- S=20: here 1 < 0; in the paper 0 < 1." in text
+    assert "| sigma-hat | 367.43 | 133.37 | 32.72 | 9.99  | 3.17   |" in text
+    assert "FID of CIFAR-10 in the paper" in markdown(cells, "uoft-cs/cifar10")
+    assert "the data of this table" in markdown(cells, "uoft-cs/cifar10")
+    assert "FID of CelebA in the paper" in markdown(cells, "./celeba-64")
+
+
+def test_the_papers_table_is_the_papers():
+    assert PAPER["CIFAR-10"][0.0] == {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04}
+    assert PAPER["CelebA"]["sigma-hat"][1000] == 3.26
+    assert all(list(row.values()) == sorted(row.values(), reverse=True) for table in PAPER.values() for row in table.values())
+
+
+def test_plots_are_pictures_with_something_in_them(cells, tmp_path):
+    save_plots(cells, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["quality-evaluations.png", "quality-seconds.png"]
+    for path in tmp_path.iterdir():
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.shape[:2] == (660, 960)
+        assert (np.ptp(pixels, axis=2) > 100).sum() > 500  # coloured lines
+
+
+def test_missing_matplotlib_is_told_before_anything_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DDIMError, match=r"plots need matplotlib, which is not installed; run: pip install 'ddim\[plot\]'"):
+        check_plots()
+
+
+def test_text_tables_are_straight():
+    assert text_table([["a", "bcd"], ["12", "3"]]) == "| a  | bcd |\n|----|-----|\n| 12 | 3   |\n"
