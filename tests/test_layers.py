@@ -8,20 +8,22 @@ import ddim
 LAYERS = [
     {"errors"},
     {"schedule"},
-    {"prediction", "timesteps", "guidance", "noise"},
+    {"prediction", "timesteps", "guidance", "noise", "prior"},
     {"step", "denoiser", "objective", "interpolation"},
     {"sampler"},
     {"inversion", "reversible"},
-    {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "distributed"},
+    {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed"},
+    {"symptoms"},
+    {"checks"},
     {"codes", "doctor", "pipelines"},
     {"training", "evaluation"},
     {"cli", "studio"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "doctor"}
-STANDARD = {"collections", "dataclasses", "typing", "math", "json", "enum", "functools", "itertools", "pathlib", "hashlib", "warnings"}
-STANDARD |= {"numpy", "torch", "ddim"}
+TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "symptoms", "checks", "doctor"}
+STANDARD = {"collections", "dataclasses", "difflib", "typing", "math", "json", "enum", "functools", "itertools", "pathlib"}
+STANDARD |= {"hashlib", "warnings", "numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
 
 

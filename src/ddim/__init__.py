@@ -7,8 +7,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
+    from ddim.checks import Finding as Finding, Model as Model
     from ddim.codes import load_code as load_code, save_code as save_code
     from ddim.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
+    from ddim.doctor import Diagnosis as Diagnosis, diagnose as diagnose
     from ddim.encoding import (
         Code as Code,
         decode as decode,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         to_eps as to_eps,
         to_x0_eps as to_x0_eps,
     )
+    from ddim.prior import DataPrior as DataPrior, fit_prior as fit_prior
     from ddim.reversible import (
         ReversibleSampler as ReversibleSampler,
         StatePair as StatePair,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
     )
     from ddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler, DDIMScheduler as DDIMScheduler, to_diffusers as to_diffusers
     from ddim.step import SIGMA_HAT as SIGMA_HAT, ddim_step as ddim_step, linear_step as linear_step, step_coefficients as step_coefficients
+    from ddim.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
     from ddim.timesteps import (
         SPACINGS as SPACINGS,
         check_timesteps as check_timesteps,
@@ -81,6 +85,10 @@ _HOMES = {
     "encoding": ("Code", "decode", "decode_trajectory", "encode", "reconstruction_error"),
     "codes": ("load_code", "save_code"),
     "oracle": ("GaussianOracle",),
+    "prior": ("DataPrior", "fit_prior"),
+    "symptoms": ("Brightness", "Probe", "probe"),
+    "checks": ("Finding", "Model"),
+    "doctor": ("Diagnosis", "diagnose"),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "pipelines": ("DiffusionPipeline", "UnconditionalPipeline"),
     "errors": ("CheckpointError", "DDIMError", "DataError", "OutputError"),

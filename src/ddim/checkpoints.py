@@ -22,6 +22,7 @@ __all__ = [
     "fetch_model",
     "file_hash",
     "find_model",
+    "foreign_family",
     "has_scheduler",
     "is_unconditional",
     "load_network",
@@ -186,17 +187,22 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     if not path.is_file() and not (folder / "model_index.json").is_file():
         return dict(_DEFAULT_SCHEDULER)
     config = read_json(path)
+    if reason := foreign_family(config):
+        raise CheckpointError(f"{path} is {reason}")
+    return config
+
+
+def foreign_family(config: Mapping[str, Any]) -> str | None:
+    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of DDIM."""
     kind = str(config.get("_class_name"))
     if "Flow" in kind or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
-        raise CheckpointError(
-            f"{path} is a {kind} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
+        return (
+            f"a {kind} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
             "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
         )
     if kind not in _FAMILY:
-        raise CheckpointError(
-            f"{path} is a {kind}, which has no noise schedule of discrete betas for DDIM to follow; use diffusers' own pipeline for it."
-        )
-    return config
+        return f"a {kind}, which has no noise schedule of discrete betas for DDIM to follow; use diffusers' own pipeline for it."
+    return None
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:

@@ -22,6 +22,7 @@ from ddim.images import from_pictures, to_pil, to_uint8
 from ddim.inversion import encodable_timesteps
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
+from ddim.prior import DataPrior
 from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
@@ -189,6 +190,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prior: DataPrior | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         clip: Clip | Literal["none", "static", "dynamic"] | None = None,
         sampler: Literal["ddim"] | Reversible = "ddim",
@@ -210,6 +212,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                 eta > 0 an image depends on the size of its batch. None, without seeds: seeds from torch's global generator.
             latents: x_T, [B, C, H, W], in place of drawn noise; of any size that the network takes. Seeds pass over their x_T
                 then, so that the x_T of a seed with that seed gives its image.
+            prior: What is known of the data's brightness, for a schedule that starts above zero SNR; None: x_T is N(0, I).
             class_labels: One for all or one an image, of a class-conditional network.
             clip: What happens to the predicted x0. None: what the configuration says. Where it is on, eps is derived again
                 from the clipped x0 (diffusers' default does not do so).
@@ -233,6 +236,10 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
         network = self._network(self._labels(class_labels, count))
         x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
+        if prior is not None:
+            if latents is not None:
+                raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")
+            x = prior.start(x, schedule.alpha_bar(levels[0]))
         keep_in_range = self.select_clip(clip)
         denoise = ModelDenoiser(network, schedule, self.scheduler.config.prediction_type, keep_in_range, self.unet.dtype)
         if sampler == "ddim":

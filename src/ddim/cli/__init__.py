@@ -1,7 +1,8 @@
 """The command line: one file a command; each composes and prints, and computes nothing itself.
 
 A command's module holds ``Command``, a frozen dataclass whose field docstrings are its help; ``defaults(arguments)``, which
-takes presets off the arguments; and ``run(command)``. Only the module of the command that was asked for is loaded.
+takes presets off the arguments; and ``run(command)``, which may return an exit code. Only the module of the command that was
+asked for is loaded.
 """
 
 import importlib
@@ -17,6 +18,7 @@ COMMANDS = {
     "train": "train a model on your own images",
     "evaluate": "measure images, or a model's, against real ones",
     "table": "measure a model at every eta and number of steps, as the paper's Table 1",
+    "doctor": "tell what is wrong with a model's noise schedule and sampler",
 }
 
 
@@ -24,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 on bad input, or where a file cannot be read or written; 130 where the user interrupts. One sentence on standard
-        error says what happened. Anything else is a bug, and shows its traceback.
+        0; 1 where the doctor finds an error; 2 on bad input, or where a file cannot be read or written; 130 where the user
+        interrupts. One sentence on standard error says what happened. Anything else is a bug, and shows its traceback.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given[0] not in COMMANDS:
             raise DDIMError(f"there is no command {given[0]!r}; the commands are {', '.join(COMMANDS)}.")
         module: Any = importlib.import_module(f"ddim.cli.{given[0]}")
-        module.run(_parse(module, given[0], given[1:]))
+        code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
         return _fail(str(error))
     except OSError as error:
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from what is there.")
         return 130
-    return 0
+    return code or 0
 
 
 def _parse(module: Any, name: str, arguments: list[str]) -> object:  # noqa: ANN401 - a command's module

@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from ddim.errors import DDIMError, OutputError
 if TYPE_CHECKING:
     from ddim.denoiser import Clip
     from ddim.pipelines import UnconditionalPipeline
+    from ddim.prior import DataPrior
     from ddim.sampler import State
 
 __all__ = ["Command", "defaults", "run"]
@@ -51,6 +52,9 @@ class Command:
     """ddpm: sigma-hat noise, and static clipping with the noise derived again."""
     clip: Literal["none", "static", "dynamic"] | None = None
     """How predicted images are kept in range on the way, the noise being derived again; by default what the configuration says."""
+    prior: str = "standard"
+    """What the first noise is drawn from: standard is N(0, I); data knows the data's mean colours, from the model's prior.json;
+    or a FILE.json that `ddim doctor --prior` wrote."""
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
     batch_size: int = 16
@@ -96,11 +100,14 @@ def run(command: Command) -> None:
     timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps)
     pipe.check_path(timesteps, eta=eta)
     clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
+    prior = _prior(command, folder)
     classes = pipe.unet.config.get("num_class_embeds")
     if command.class_ is not None and not 0 <= command.class_ < (classes or 0):
         told = f"must be from 0 to {classes - 1}" if classes else f"is of no use: {command.model} was trained without classes"
         raise DDIMError(f"--class {told}; got {command.class_}.")
     protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, clip=clip)
+    if prior is not None:
+        protocol["prior"] = asdict(prior)
 
     out = Path(command.out or f"out/sample-{short_name(command.model)}")
     there = {int(p.stem): p for p in out.glob("*.png") if re.fullmatch(r"\d{6,}", p.stem)}
@@ -134,7 +141,7 @@ def run(command: Command) -> None:
     if before is None:
         write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
     try:
-        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, timesteps=timesteps, eta=eta, clip=clip)
+        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, timesteps=timesteps, eta=eta, clip=clip, prior=prior)
     except torch.OutOfMemoryError:
         raise DDIMError(f"{device} has too little memory for {command.batch_size} images at once; give a smaller --batch-size.") from None
 
@@ -197,6 +204,22 @@ def _protocol(
         "eta": eta,
         "order": 1,
     }
+
+
+def _prior(command: Command, folder: Path) -> "DataPrior | None":
+    """What the start of sampling is told of the data; None for N(0, I)."""
+    if command.prior == "standard":
+        return None
+    from ddim.checkpoints import read_json
+    from ddim.prior import DataPrior
+
+    path = folder / "prior.json" if command.prior == "data" else Path(command.prior)
+    if not path.is_file():
+        raise DDIMError(
+            f"there is no prior at {path}; measure one with `ddim doctor {command.model} --data DATA --prior FILE.json`, "
+            "and give --prior FILE.json."
+        )
+    return DataPrior.from_dict(read_json(path))
 
 
 def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timesteps: list[int], *, assumed: bool) -> None:

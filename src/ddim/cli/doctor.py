@@ -1,0 +1,325 @@
+"""``ddim doctor``: tells what is wrong with a model's noise schedule and sampler, and what it costs."""
+
+import difflib
+import io
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import tyro
+
+from ddim.cli._arguments import EtaOption, TimestepsOption
+from ddim.errors import CheckpointError, DDIMError, OutputError
+
+if TYPE_CHECKING:
+    from ddim.checks import Finding, Model
+    from ddim.doctor import Diagnosis
+    from ddim.prior import DataPrior
+    from ddim.symptoms import Brightness, Probe
+
+__all__ = ["Command", "defaults", "run"]
+
+_CONFIG = "scheduler_config.json"
+_IMAGES = 10_000  # as many as a mean and a covariance need
+_PROBED = 64
+_COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Looks a scheduler's configuration over: every finding with its numbers, what it does to images, and the keys that mend it.
+
+    Needs no weights. Exits with 1 if there is an error.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or card.json of a training run."""
+    steps: int | None = None
+    """DDIM steps that you sample with; by default 50, and a finding that says so."""
+    spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
+    """Which levels are visited; by default what the configuration says."""
+    timesteps: TimestepsOption = None
+    """The levels themselves, in place of --steps and --spacing."""
+    eta: EtaOption = None
+    """The eta that you sample with."""
+    guidance_scale: float | None = None
+    """The guidance that you sample with."""
+    guidance_rescale: float = 0.0
+    """The rescale of guidance that you sample with."""
+    latent: bool = False
+    """The model works on latents; known by itself for a folder."""
+    data: str | None = None
+    """Training data, as of `ddim train`: brightness is predicted for these images."""
+    brightness: tuple[float, ...] | None = None
+    """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
+    prior: str | None = None
+    """Write what --data tells of the images' mean colours into this file, for `ddim sample --prior`."""
+    probe: bool = False
+    """Call the network a few times on --data: what does it predict, and was it trained at the last level?"""
+    fix: str | None = None
+    """Write a corrected configuration into this new file or folder; what needs training is left as it is."""
+    plot: str | None = None
+    """Draw log-SNR, visited levels and step sizes of each spacing into this PNG."""
+    json: bool = False
+    """Print JSON on standard output in place of the report."""
+    strict: bool = False
+    """Exit with 1 on a warning too."""
+
+
+def defaults(arguments: list[str]) -> tuple[None, list[str]]:
+    """This command has no presets."""
+    return None, arguments
+
+
+def run(command: Command) -> int:
+    """Prints the findings, writes what was asked for, and returns the exit code."""
+    fixed = None if command.fix is None else Path(command.fix) / _CONFIG if Path(command.fix).is_dir() else Path(command.fix)
+    for path in (fixed, None if command.prior is None else Path(command.prior)):
+        if path is not None and path.exists():
+            raise OutputError(f"{path} is there already, and is not overwritten; give another name.")
+    for name in ("prior", "probe"):
+        if getattr(command, name) and command.data is None:
+            raise DDIMError(f"--{name} looks at real images; give --data.")
+    given = command.brightness
+    if given is not None and (command.data is not None or len(given) != 2 or not given[1] > 0):
+        raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
+
+    from ddim.doctor import diagnose
+
+    config, model, folder = _read(command)
+    brightness, prior, probe = _look_at_data(command, config, model, folder)
+    diagnosis = diagnose(
+        config,
+        steps=command.steps,
+        spacing=command.spacing,
+        timesteps=command.timesteps,
+        eta=command.eta,
+        guidance_scale=command.guidance_scale,
+        guidance_rescale=command.guidance_rescale,
+        model=model,
+        brightness=brightness,
+        probe=probe,
+    )
+    if command.json:
+        content = {"source": command.source, **asdict(diagnosis), "fixed": diagnosis.fixed(), "probe": probe and asdict(probe)}
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        _report(command.source, diagnosis, probe)
+    say = sys.stderr if command.json else sys.stdout
+    if prior is not None and command.prior:
+        _write_json(command.prior, {**asdict(prior), "data": command.data})
+        print(f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}", file=say)
+    if fixed is not None:
+        print(_fix(diagnosis, fixed), file=say)
+    if command.plot is not None and diagnosis.summary:
+        _plot(diagnosis, command.plot)
+        print(f"The plot is in {command.plot}.", file=say)
+    return int(diagnosis.has("error") or (command.strict and diagnosis.has("warning")))
+
+
+def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
+    """The scheduler's configuration, what lies beside it about the model, and the model's folder if there is one.
+
+    Raises:
+        CheckpointError: If there is no scheduler, or a file is damaged.
+    """
+    from ddim.checkpoints import is_unconditional, read_json, read_model_index, resolve_model
+    from ddim.checks import Model
+
+    path, training = Path(command.source).expanduser(), None
+    if path.is_file():
+        content = read_json(path)
+        training = _training(content)
+        folder = path.parent.parent if path.parent.name == "scheduler" else path.parent
+        config = content if training is None else training
+    else:
+        found = resolve_model(command.source)
+        folder = found if isinstance(found, Path) else _fetch(found)
+        places = [place for place in (folder / "scheduler" / _CONFIG, folder / _CONFIG) if place.is_file()]
+        if not places:
+            read_model_index(folder)  # says what else the folder may be
+            raise CheckpointError(f"{folder} holds no scheduler/{_CONFIG}, so there is no noise schedule to look at.")
+        config = read_json(places[0])
+        records = [place for place in (folder / "card.json", folder / "training" / "record.json") if place.is_file()]
+        training = _training(read_json(records[0])) if records else None
+    if not (folder / "model_index.json").is_file():
+        return config, Model(latent=command.latent or None, training=training), None
+    index = read_model_index(folder)
+    latent = command.latent or any(index.get(name, [None])[0] is not None for name in ("vae", "vqvae", "movq"))
+    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else {}
+    size, channels = unet.get("sample_size"), unet.get("in_channels")
+    height, width = size if isinstance(size, list) else (size, size)
+    model = Model(
+        latent=latent,
+        guided=not is_unconditional(index),
+        shape=(channels, height, width) if channels and height and width and not latent else None,
+        num_train_timesteps=unet.get("num_train_timesteps"),
+        training=training,
+    )
+    return config, model, folder
+
+
+def _training(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The schedule of a training run, from its card, its record, or its bare options; None if the content is something else.
+
+    Raises:
+        CheckpointError: If it has options that `ddim train` does not know.
+    """
+    options = content.get("config", content)
+    if not (isinstance(options, dict) and "beta_schedule" in options and "data" in options):
+        return None
+    from ddim.training.checkpoint import make_scheduler
+    from ddim.training.config import TrainConfig
+
+    try:
+        return dict(make_scheduler(TrainConfig(**{"out": "", **options})).config)
+    except TypeError as error:
+        raise CheckpointError(f"the configuration of the training run cannot be read ({error}).") from error
+
+
+def _fetch(hub_id: str) -> Path:
+    """Downloads the configurations of a model of the hub, and no weights."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["*.json", "scheduler/*.json", "unet/*.json"]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub has nothing of that name that can be "
+            "read from here; check the name and the connection."
+        ) from error
+
+
+def _look_at_data(
+    command: Command, config: dict[str, Any], model: "Model", folder: Path | None
+) -> "tuple[Brightness | None, DataPrior | None, Probe | None]":
+    """What the images tell: their brightness, the prior, and the network's answers."""
+    if command.data is None:
+        return _known_brightness(command, model, folder), None, None
+    if model.latent:
+        raise DDIMError("--data tells the brightness of pixels, and this model works on latents; leave it out.")
+    import torch
+
+    from ddim.checkpoints import find_model, load_network, noise_schedule
+    from ddim.prior import fit_prior
+    from ddim.symptoms import Brightness, probe
+    from ddim.training.data import load_images
+
+    channels, resolution = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
+    data = load_images(command.data, channels=channels, resolution=resolution)
+    chosen = range(0, len(data), max(1, len(data) // _IMAGES))
+
+    def images(places: range) -> torch.Tensor:
+        return torch.stack([data[i][0] for i in places]).float().div(127.5).sub(1)
+
+    prior = fit_prior(images(chosen[first : first + 512]) for first in range(0, len(chosen), 512))
+    brightness = Brightness.of(prior, data.channels * data.resolution[0] * data.resolution[1])
+    if not command.probe:
+        return brightness, prior, None
+    if folder is None or model.guided:
+        raise DDIMError("--probe calls the network of an unconditional model; give the model's folder, not a configuration alone.")
+    network = load_network(folder if Path(command.source).exists() else find_model(command.source))
+    few = chosen[:: max(1, len(chosen) // _PROBED)][:_PROBED]
+    labels = {"class_labels": torch.tensor([data[i][1] for i in few])} if network.config.get("num_class_embeds") else {}
+    found = probe(lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]], noise_schedule(config), images(few))
+    return brightness, prior, found
+
+
+def _known_brightness(command: Command, model: "Model", folder: Path | None) -> "Brightness | None":
+    """The brightness that was given, or that the model's prior.json tells."""
+    from ddim.checkpoints import read_json
+    from ddim.prior import DataPrior
+    from ddim.symptoms import Brightness
+
+    channels, height, width = model.shape or (1, 64, 64)
+    if command.brightness is not None:
+        return Brightness(command.brightness[0], command.brightness[1], channels * height * width)
+    if folder is None or model.shape is None or not (folder / "prior.json").is_file():
+        return None
+    return Brightness.of(DataPrior.from_dict(read_json(folder / "prior.json")), channels * height * width)
+
+
+def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
+    """Prints the findings for people, in colour on a terminal."""
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if summary := diagnosis.summary:
+        known = summary["brightness"]
+        images = f"images of brightness {known['mean']:.2f} +- {known['std']:.2f} ({known['dimensions']} numbers each"
+        print(
+            f"{source}: {summary['scheduler']}, {summary['levels']} levels ({summary['beta_schedule']}), {summary['prediction_type']}, "
+            f"terminal SNR {summary['terminal_snr']:.4g}\n"
+            f"{summary['steps']} steps, {summary['timestep_spacing']}: levels {summary['first_level']} to {summary['last_level']}\n"
+            f"predicted for {images}{', assumed' if known['assumed'] else ''}): brightness off by {summary['brightness_bias']:+.3f}, "
+            f"spread {summary['brightness_spread']:.3f} of theirs"
+        )
+    if probe is not None:
+        told = {True: "trained", False: "not trained", None: "cannot be told whether it was trained"}[probe.trained_at_end]
+        print(f"the network's answers are those of {probe.prediction_type}; at the last level it was {told}")
+    for finding in diagnosis.findings:
+        colour, reset = (_COLOURS[finding.severity], "\x1b[0m") if coloured else ("", "")
+        print(f"\n{colour}{finding.severity} {finding.code}{reset}  {finding.message}")
+        for line in (finding.consequence, _told_fix(finding), finding.advice, f"See {finding.reference}."):
+            if line:
+                print(f"  {line}")
+    counts = [sum(f.severity == s for f in diagnosis.findings) for s in ("error", "warning", "info")]
+    print(f"\n{counts[0]} errors, {counts[1]} warnings, {counts[2]} notes.")
+
+
+def _told_fix(finding: "Finding") -> str:
+    keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in finding.fix.items())
+    return keys and f"Fix: {keys}{' (for a network that is trained anew)' if finding.retrain else ''}"
+
+
+def _fix(diagnosis: "Diagnosis", path: Path) -> str:
+    """Writes the corrected configuration, and returns the difference and what is left to training."""
+    left = [f"{f.code} needs training: {_told_fix(f)}" for f in diagnosis.findings if f.retrain and f.severity != "info"]
+    fixed = diagnosis.fixed()
+    if fixed == diagnosis.config:
+        return "\n".join([f"There is nothing to change without training; {path} is not written.", *left])
+    _write_json(path, fixed)
+    before, after = (json.dumps(c, indent=2, sort_keys=True).splitlines() for c in (diagnosis.config, fixed))
+    diff = difflib.unified_diff(before, after, "as it is", str(path), lineterm="")
+    return "\n".join([*diff, f"The corrected configuration is in {path}.", *left])
+
+
+def _write_json(path: Path | str, content: dict[str, Any]) -> None:
+    from ddim.images import write_atomically
+
+    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _plot(diagnosis: "Diagnosis", path: str) -> None:
+    """Draws the schedule, and for each spacing the visited levels and the steps between them in log-SNR."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise DDIMError("--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'.") from None
+    import torch
+    from PIL import Image
+
+    from ddim.doctor import complete, levels_of
+    from ddim.images import save_png
+    from ddim.timesteps import Spacing, select_timesteps
+
+    config = complete(diagnosis.config)
+    schedule, steps = levels_of(config), diagnosis.summary["steps"]
+    log_snr = schedule.log_snr(torch.arange(len(schedule)))
+    log_snr[log_snr.isinf()] = torch.nan  # zero terminal SNR has no place on this axis
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    curve, visited, sizes = figure.subplots(1, 3)
+    curve.plot(log_snr, color="black")
+    curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
+    spacings: tuple[Spacing, ...] = get_args(Spacing)
+    for row, spacing in enumerate(spacings):
+        levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=config["steps_offset"]))
+        visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
+        sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
+    visited.set(title=f"levels of {steps} steps", xlabel="level", yticks=range(len(spacings)), yticklabels=spacings)
+    sizes.set(title="step sizes", xlabel="level that is reached", ylabel="gain of log-SNR")
+    sizes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    save_png(Image.open(drawn), path)

@@ -1,0 +1,168 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim.cli import main
+
+DATA = Path(__file__).parents[1] / "data"
+CONFIGS = DATA / "scheduler_configs"
+SD = CONFIGS / "stable-diffusion-v1-5.json"
+SOUND = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+SOUND |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+FASHION = str(DATA / "fashion_mnist_2048.npz")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration and returns its path."""
+
+    def write(**keys):
+        path = tmp_path / "scheduler_config.json"
+        path.write_text(json.dumps(SOUND | keys))
+        return str(path)
+
+    return write
+
+
+def findings(capsys, *arguments):
+    code = main(["doctor", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_exit_code_tells_errors_and_strictly_warnings(config, capsys):
+    assert findings(capsys, config(), "--steps", 50, "--strict")[0] == 0
+    assert findings(capsys, SD)[0] == 0
+    assert findings(capsys, SD, "--strict")[0] == 1
+    code, content = findings(capsys, config(prediction_type="epsilon"), "--steps", 50)
+    assert code == 1
+    (error,) = (f for f in content["findings"] if f["severity"] == "error")
+    assert {"code", "severity", "message", "evidence", "fix"} <= set(error)
+    assert error["code"] == "DDIM006"
+    assert findings(capsys, config(), "--steps", 50, "--eta", "1.5")[0] == 1
+
+
+def test_the_report_is_for_people(capsys):
+    assert main(["doctor", str(SD), "--steps", "50"]) == 0
+    told = capsys.readouterr().out
+    assert "warning DDIM001  The terminal SNR is 0.004682, not 0" in told
+    assert 'Fix: timestep_spacing="trailing"' in told
+    assert "0 errors, 2 warnings, 1 notes." in told
+    assert "\x1b" not in told
+
+
+def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, capsys):
+    out = tmp_path / "fixed.json"
+    assert main(["doctor", str(SD), "--fix", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert '+  "timestep_spacing": "trailing",' in told
+    assert "DDIM001 needs training" in told
+    before, after = json.loads(SD.read_text()), json.loads(out.read_text())
+    assert after == {**before, "timestep_spacing": "trailing"}
+    assert main(["doctor", str(SD), "--fix", str(out)]) == 2
+    assert "is there already, and is not overwritten" in capsys.readouterr().err
+    assert main(["doctor", str(out), "--fix", str(tmp_path / "again.json")]) == 0
+    assert "nothing to change without training" in capsys.readouterr().out
+    assert not (tmp_path / "again.json").exists()
+
+
+def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_path, capsys):
+    assert findings(capsys, tiny)[1]["summary"]["prediction_type"] == "v_prediction"
+    assert findings(capsys, foreign)[1]["summary"]["brightness"]["dimensions"] == 3 * 8 * 8
+    code, content = findings(capsys, "fashion-mnist", "--steps", 50, "--strict")
+    assert code == 0
+    assert [f["code"] for f in content["findings"]] == ["DDIM001"]  # linear betas at 28x28: too little to be seen
+    zoo = Path(__import__("ddim").__file__).parent / "zoo" / "fashion-mnist"
+    assert findings(capsys, zoo / "card.json")[1]["summary"]["beta_schedule"] == "linear"
+    run = tmp_path / "run"
+    shutil.copytree(zoo, run)
+    path = run / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": "scaled_linear"}))
+    code, content = findings(capsys, run)
+    (found,) = (f for f in content["findings"] if f["code"] == "DDIM019")
+    assert found["fix"] == {"beta_schedule": "linear"}
+
+
+def test_latents_are_known_by_the_autoencoder(tiny, tmp_path, capsys):
+    model = tmp_path / "latent"
+    shutil.copytree(tiny, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True}))
+    assert "DDIM009" in [f["code"] for f in findings(capsys, model)[1]["findings"] if f["severity"] == "warning"]
+    assert main(["doctor", str(model), "--data", FASHION]) == 2
+    assert "this model works on latents" in capsys.readouterr().err
+
+
+def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
+    prior = tmp_path / "prior.json"
+    code, content = findings(capsys, "fashion-mnist", "--steps", 50, "--data", FASHION, "--prior", prior, "--probe")
+    assert code == 0
+    assert content["probe"]["prediction_type"] == "epsilon"
+    assert not content["summary"]["brightness"]["assumed"]
+    assert content["summary"]["brightness"]["mean"] == pytest.approx(-0.43, abs=0.02)
+    common = ["sample", "fashion-mnist", "--count", "2", "--timesteps", "600,200"]
+    assert main([*common, "--out", str(tmp_path / "a")]) == 0
+    assert main([*common, "--out", str(tmp_path / "b"), "--prior", str(prior)]) == 0
+    a, b = (np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int) for name in "ab")
+    assert a.mean() > b.mean() + 5  # the images of Fashion-MNIST are dark
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["protocol"]["prior"]["mean"] == [pytest.approx(-0.43, abs=0.02)]
+    capsys.readouterr()
+    assert main([*common, "--out", str(tmp_path / "b")]) == 2
+    assert "prior is" in capsys.readouterr().err
+
+
+def test_a_plot_is_drawn_for_every_schedule(config, tmp_path):
+    assert main(["doctor", config(), "--steps", "10", "--plot", str(tmp_path / "plot.png")]) == 0
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"beta_start": 0.1', "cannot be read as JSON"),
+        ("[]", "must hold a JSON object; got list"),
+        ('{"beta_strat": 1}', "unknown key 'beta_strat'; did you mean 'beta_start'?"),
+        ('{"trained_betas": [NaN]}', "trained_betas[0] must lie in [0, 1]; got nan"),
+    ],
+)
+def test_a_damaged_configuration_is_refused_and_nothing_is_written(content, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["doctor", str(tmp_path / "config.json"), "--fix", str(tmp_path / "out.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--probe",), "--probe looks at real images; give --data"),
+        (("--prior", "x.json"), "--prior looks at real images; give --data"),
+        (("--brightness", "0.1"), "--brightness must be MEAN,STD"),
+        (("--steps", "0"), "from 1 to 1000"),
+        (("--eta", "-1"), "eta must be at least 0"),
+        (("--data", FASHION, "--probe"), "--probe calls the network of an unconditional model"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, capsys):
+    assert main(["doctor", str(SD), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_scheduler_is_refused(tiny, tmp_path, capsys):
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is a folder without model_index.json" in capsys.readouterr().err
+    shutil.copytree(tiny, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "scheduler")
+    assert main(["doctor", str(tmp_path / "model")]) == 2
+    assert "holds no scheduler/scheduler_config.json" in capsys.readouterr().err
+
+
+def test_a_prior_that_is_missing_is_told_with_the_way_to_one(tiny, tmp_path, capsys):
+    assert main(["sample", str(tiny), "--prior", "data", "--out", str(tmp_path)]) == 2
+    assert "there is no prior at" in capsys.readouterr().err

@@ -1,0 +1,316 @@
+"""Each check finds the flaw that is planted for it, and is silent on a sound configuration; figures match what really happens."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ddim.checks import CHECKS, FAINT, Model
+from ddim.doctor import complete, diagnose, levels_of
+from ddim.errors import DDIMError
+from ddim.oracle import GaussianOracle
+from ddim.pipelines import UnconditionalPipeline
+from ddim.prediction import PREDICTION_TYPES, from_x0_eps
+from ddim.prior import DataPrior, fit_prior
+from ddim.schedule import NoiseSchedule, make_betas
+from ddim.symptoms import Brightness, Probe, leaked_brightness, predict_brightness, probe, stock_nan_levels, stock_pairs, stock_timesteps
+from ddim.timesteps import select_timesteps, step_pairs
+
+DATA = Path(__file__).parent / "data"
+CONFIGS = sorted((DATA / "scheduler_configs").glob("*.json"))
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+SOUND = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+LEAKY = {**SD, "timestep_spacing": "trailing"}
+COSINE = {**LEAKY, "beta_schedule": "squaredcos_cap_v2"}
+ERRORS = dict.fromkeys(PREDICTION_TYPES, 1.0)
+EPSILON_AT_END = {"error_at_end": 0.9, "error_below": 0.1}
+
+PLANTED = [
+    ("DDIM001", "warning", LEAKY, {}),
+    ("DDIM001", "info", LEAKY, {"brightness": Brightness(-0.01, 0.1, 64)}),
+    ("DDIM002", "warning", {**SOUND, "timestep_spacing": "leading"}, {"steps": 10}),
+    ("DDIM002", "info", {**SOUND, "timestep_spacing": "leading"}, {"steps": 10, "brightness": Brightness(0.001, 0.1, 64)}),
+    ("DDIM002", "warning", SOUND, {"timesteps": [500, 100]}),
+    ("DDIM003", "error", SOUND, {"timesteps": [999, 500, 500]}),
+    ("DDIM003", "error", SOUND, {"timesteps": [999, -1]}),
+    ("DDIM003", "error", {**SD, "timestep_spacing": "leading", "steps_offset": 1}, {"steps": 1000}),
+    ("DDIM004", "warning", SOUND, {"steps": 150}),
+    ("DDIM004", "warning", {**SD, "timestep_spacing": "linspace"}, {"steps": 10}),
+    ("DDIM004", "info", LEAKY, {"steps": 30}),
+    ("DDIM005", "error", SOUND, {"steps": 61}),
+    ("DDIM006", "error", {**SOUND, "prediction_type": "epsilon"}, {"steps": 50}),
+    ("DDIM007", "warning", {**SOUND, "timestep_spacing": "leading"}, {"steps": 50}),
+    ("DDIM008", "error", SOUND, {"steps": 50, "eta": 1.5}),
+    ("DDIM009", "warning", {**SOUND, "clip_sample": True}, {"model": Model(latent=True)}),
+    ("DDIM009", "warning", {**SOUND, "clip_sample": True, "_class_name": "DDIMInverseScheduler"}, {}),
+    ("DDIM009", "info", {**SOUND, "clip_sample": True}, {"model": Model(latent=False)}),
+    ("DDIM010", "info", {**SOUND, "set_alpha_to_one": False}, {}),
+    ("DDIM010", "warning", {**SOUND, "set_alpha_to_one": False, "beta_start": 0.01, "beta_end": 0.02}, {}),
+    ("DDIM011", "warning", COSINE, {}),
+    ("DDIM011", "info", {**COSINE, "clip_sample": True}, {}),
+    ("DDIM011", "error", {**SOUND, "prediction_type": "sample", "_class_name": "DDIMInverseScheduler"}, {}),
+    ("DDIM012", "warning", {**SOUND, "thresholding": True}, {}),
+    ("DDIM013", "info", SOUND, {"guidance_scale": 7.5}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 1}, {}),
+    ("DDIM015", "error", {**LEAKY, "trained_betas": [0.1, 0.2]}, {}),
+    ("DDIM015", "warning", {**LEAKY, "trained_betas": [0.01] * 1001}, {}),
+    ("DDIM016", "error", SOUND, {"steps": 1001}),
+    ("DDIM017", "error", SOUND, {"model": Model(num_train_timesteps=4000)}),
+    ("DDIM018", "warning", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {}),
+    ("DDIM019", "warning", LEAKY, {"model": Model(training={**LEAKY, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})}),
+    ("DDIM019", "error", SOUND, {"model": Model(training={**SOUND, "prediction_type": "sample"})}),
+    ("DDIM020", "info", SOUND, {}),
+    ("DDIM021", "error", SOUND, {"probe": Probe(ERRORS, "epsilon", True, {})}),
+    ("DDIM021", "warning", SOUND, {"probe": Probe(ERRORS, None, None, {})}),
+    ("DDIM022", "warning", SOUND, {"probe": Probe(ERRORS, "v_prediction", False, EPSILON_AT_END)}),
+]
+
+
+@pytest.mark.parametrize(("code", "severity", "config", "options"), PLANTED)
+def test_a_planted_flaw_is_found_with_numbers_and_words(code, severity, config, options):
+    (found,) = (f for f in diagnose(config, **options).findings if f.code == code)
+    assert found.severity == severity
+    assert found.message
+    assert found.consequence
+    assert found.reference
+    assert found.evidence or code == "DDIM018"
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+def test_every_check_has_a_planted_flaw():
+    assert {code for code, *_ in PLANTED} == {*CHECKS, "DDIM018"}
+
+
+@pytest.mark.parametrize("steps", [n for n in range(1, 1001) if 1000 % n == 0])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_a_sound_configuration_has_no_warning_and_with_all_told_no_finding(steps, schedule):
+    config = {**SOUND, "beta_schedule": schedule}
+    assert {f.severity for f in diagnose(config, steps=steps).findings} <= {"info"}
+    told = {"steps": steps, "eta": 0.0, "guidance_scale": 7.5, "guidance_rescale": 0.7}
+    model = Model(latent=True, num_train_timesteps=1000, training=config)
+    assert diagnose(config, **told, model=model, probe=Probe(ERRORS, "v_prediction", True, {})).findings == ()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_real_configurations_are_diagnosed(path):
+    diagnosis = diagnose(json.loads(path.read_text()))
+    assert not diagnosis.has("error")
+    assert diagnosis.findings
+    if diagnosis.summary:
+        again = diagnose(diagnosis.fixed())
+        assert [f.code for f in again.findings if f.severity != "info" and not f.retrain] == []
+
+
+def test_zero_snr_of_cogvideox_is_seen_through_its_shift():
+    config = json.loads((DATA / "scheduler_configs" / "THUDM_CogVideoX-2b.json").read_text())
+    ours, stock = levels_of(complete({**config, "rescale_betas_zero_snr": False})), diffusers.CogVideoXDDIMScheduler()
+    assert torch.allclose(ours.alphas_cumprod, stock.alphas_cumprod.double(), atol=1e-6)
+    assert diagnose(config, steps=50).summary["terminal_snr"] == 0
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_the_lists_of_plain_diffusers_are_as_it_makes_them(spacing):
+    stock = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
+    for count in (1, 2, 7, 50, 61, 97, 150, 600, 999, 1000):
+        stock.set_timesteps(count)
+        assert stock_timesteps(1000, count, spacing, steps_offset=1) == stock.timesteps.tolist()
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("eta", [1.0, 1.5])
+def test_nan_is_predicted_exactly_where_plain_diffusers_makes_it(kind, eta):
+    config = complete({**SOUND, "beta_schedule": kind})
+    stock = diffusers.DDIMScheduler(**config)
+    x = torch.ones(1, 1, 1, 1)
+    for count in (5, *range(17, 26), 50):
+        stock.set_timesteps(count)
+        steps = [stock.step(x, t, x, eta=eta, variance_noise=x).prev_sample for t in stock.timesteps]
+        expected = [int(t) for t, y in zip(stock.timesteps, steps, strict=True) if y.isnan().any()]
+        assert stock_nan_levels(config, stock_pairs(stock.timesteps.tolist(), 1000, count), eta) == expected
+
+
+def test_the_error_of_strides_is_what_plain_diffusers_makes():
+    (finding,) = (f for f in diagnose(LEAKY, steps=600).findings if f.code == "DDIM004")
+    schedule = NoiseSchedule.from_betas(make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012))
+    oracle = GaussianOracle(schedule, 0.5, 0.25)
+    stock = diffusers.DDIMScheduler(**LEAKY)
+    stock.set_timesteps(600)
+    x = oracle.draw((20_000, 1), t=999, generator=torch.Generator().manual_seed(0))
+    for t in stock.timesteps:
+        x = stock.step(oracle.network("epsilon")(x, t), t, x).prev_sample
+    assert finding.evidence["diffusers"] == pytest.approx([float(x.mean()), float(x.std())], abs=0.01)
+    assert finding.evidence["error"] > 5 * FAINT
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "brightness", "bias", "factor"),
+    [
+        ("linear", 999, Brightness(-0.43, 0.35, 28 * 28), 0.027, 0.998),
+        ("scaled_linear", 999, Brightness(-0.43, 0.35, 28 * 28), 0.239, 0.832),
+        ("linear", 999, Brightness(-0.1, 0.4, 64 * 64), 0.016, 0.987),
+        ("scaled_linear", 999, Brightness(-0.1, 0.4, 64 * 64), 0.087, 0.497),
+        ("squaredcos_cap_v2", 900, Brightness(-0.1, 0.4, 64 * 64), 0.097, 0.247),
+    ],
+)
+def test_leaked_brightness_is_the_closed_form(kind, level, brightness, bias, factor):
+    options = {"beta_start": 0.00085, "beta_end": 0.012} if kind == "scaled_linear" else {}
+    schedule = NoiseSchedule.from_betas(make_betas(kind, **options))
+    got = leaked_brightness(schedule, level, brightness)
+    assert got == pytest.approx((bias, factor), abs=6e-4)
+    alpha_bar, s = float(schedule.alpha_bar(level)), brightness.std * brightness.dimensions**0.5
+    root = math.sqrt(alpha_bar * s * s + 1 - alpha_bar)
+    assert got == pytest.approx((-brightness.std * math.sqrt(alpha_bar) * brightness.mean * brightness.dimensions**0.5 / root, 1 / root))
+
+
+def test_many_steps_come_to_the_closed_form():
+    schedule = NoiseSchedule.from_betas(make_betas())
+    brightness = Brightness(-0.43, 0.35, 784)
+    limit = leaked_brightness(schedule, 999, brightness)
+    errors = [
+        max(abs(a - b) for a, b in zip(predict_brightness(schedule, step_pairs(select_timesteps(1000, n)), brightness), limit, strict=True))
+        for n in (10, 100, 1000)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.005
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    with np.load(DATA / "fashion_mnist_2048.npz") as file:
+        images = next(file[k] for k in file.files if file[k].ndim >= 3)
+    return torch.from_numpy(images).reshape(-1, 1, 28, 28).float().div(127.5).sub(1)
+
+
+def test_the_predicted_bias_is_what_the_prior_takes_from_the_embedded_models_samples(fashion):
+    pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
+    prior = fit_prior([fashion])
+    brightness = Brightness.of(prior, 784)
+    timesteps = [800, 600, 400, 200, 50]  # starts where much of the image is left, so that the bias rises above the sampling error
+    options = {"seeds": range(48), "timesteps": timesteps, "progress": False, "output_type": "pt"}
+    plain, corrected = (pipe(**options, prior=p).images.mul(2).sub(1).mean((1, 2, 3)) for p in (None, prior))
+    bias, _ = predict_brightness(pipe.noise_schedule, step_pairs(timesteps), brightness)
+    assert bias > 0.05
+    assert float((plain - corrected).mean()) == pytest.approx(bias, rel=0.35)  # the same seeds, so the sampling error cancels
+    assert float(plain.std() / corrected.std()) == pytest.approx(leaked_brightness(pipe.noise_schedule, 800, brightness)[1], rel=0.35)
+
+
+@pytest.mark.parametrize("alpha_bar", [0.0, 0.0047, 0.5])
+def test_the_prior_draws_what_it_says(alpha_bar):
+    prior = DataPrior((-0.4, 0.1, 0.3), ((0.1, 0.05, 0.0), (0.05, 0.2, 0.02), (0.0, 0.02, 0.05)))
+    z = torch.randn(20_000, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = prior.start(z, torch.tensor(alpha_bar, dtype=torch.float64))
+    colour = x.mean((2, 3))
+    assert torch.allclose(colour.mean(0), alpha_bar**0.5 * torch.tensor(prior.mean), atol=0.01)
+    expected = alpha_bar * torch.tensor(prior.covariance) + (1 - alpha_bar) / 16 * torch.eye(3)
+    assert torch.allclose(colour.T.cov(), expected, atol=0.005)
+    assert torch.allclose(x - colour[..., None, None], z - z.mean((2, 3), keepdim=True), atol=1e-5)
+    if alpha_bar == 0:
+        assert torch.allclose(x, z, atol=1e-6)
+
+
+def test_the_prior_of_images_is_their_mean_and_covariance_and_bad_ones_are_refused():
+    images = torch.rand(50, 3, 4, 4) * 2 - 1
+    prior = fit_prior(images.split(20))
+    assert torch.allclose(torch.tensor(prior.covariance), images.mean((2, 3)).T.cov(), atol=1e-6)
+    assert DataPrior.from_dict(json.loads(json.dumps(dataclasses.asdict(prior)))) == prior
+    for content, message in [
+        ({"mean": [0]}, "needs the keys mean and covariance"),
+        ({"mean": [0, 0], "covariance": [[1]]}, "as many rows"),
+        ({"mean": [0], "covariance": [[-1]]}, "no negative eigenvalue"),
+        ({"mean": [math.nan], "covariance": [[1]]}, "must be finite"),
+    ]:
+        with pytest.raises(DDIMError, match=message):
+            DataPrior.from_dict(content)
+    with pytest.raises(DDIMError, match="at least 2 images"):
+        fit_prior([])
+    with pytest.raises(DDIMError, match="3 channels; the model makes images of 1"):
+        prior.start(torch.zeros(1, 1, 2, 2), torch.tensor(0.1))
+
+
+class ImageOracle:
+    """A perfect network for images whose brightness is Gaussian and whose pixels are so too around it."""
+
+    def __init__(self, schedule, kind, *, mean=-0.3, bright=0.3, std=0.2, pixels=64):
+        self.schedule, self.kind = schedule, kind
+        self.flat = GaussianOracle(schedule, 0.0, std)
+        self.dc = Brightness(mean, bright, pixels).oracle(schedule)
+        self.root = pixels**0.5
+
+    def __call__(self, x_t, t):
+        t = int(t[0])
+        centre = x_t.mean((2, 3), keepdim=True)
+        rest, dc = self.flat.denoise(x_t - centre, t), self.dc.denoise(centre * self.root, t)
+        x0, eps = (a + b / self.root for a, b in zip(rest, dc, strict=True))
+        return from_x0_eps(x0, eps, alpha_bar_t=self.schedule.alpha_bar(t), prediction_type=self.kind)
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(64, 1, 8, 8, generator=generator)
+    return -0.3 + 0.3 * torch.randn(64, 1, 1, 1, generator=generator) + 0.2 * (noise - noise.mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("config", [LEAKY, SOUND], ids=["leaky", "zero"])
+def test_a_probe_tells_the_types_apart_and_sees_a_trained_end(kind, config, images):
+    schedule = levels_of(complete(config))
+    found = probe(ImageOracle(schedule, kind), schedule, images)
+    assert found.prediction_type == kind
+    assert found.trained_at_end is (None if kind == "epsilon" and config is SOUND else True)
+
+
+def test_a_probe_sees_that_a_leaky_model_was_never_shown_pure_noise(images):
+    zero = levels_of(complete(SOUND))
+    uneven = images + 3 * (images.mean((1, 2, 3), keepdim=True) + 0.3)
+    found = probe(ImageOracle(levels_of(complete(LEAKY)), "v_prediction", bright=1.2), zero, uneven)
+    assert found.trained_at_end is False
+    assert found.evidence["brightness_following_noise"] > 0.2
+
+
+def test_a_probe_sees_a_level_that_was_left_out_and_a_network_that_says_nothing(images):
+    schedule = levels_of(complete(LEAKY))
+    network = ImageOracle(schedule, "epsilon")
+    assert probe(lambda x, t: torch.zeros_like(x) if int(t[0]) == 999 else network(x, t), schedule, images).trained_at_end is False
+    assert probe(lambda x, t: torch.zeros_like(x), schedule, images).prediction_type is None
+
+
+def test_a_probe_of_the_embedded_model(fashion):
+    pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
+    found = probe(lambda x, t: pipe.unet(x, t).sample, pipe.noise_schedule, fashion[:32])
+    assert found.prediction_type == "epsilon"
+    assert found.errors["epsilon"] < 0.2 < min(found.errors["sample"], found.errors["v_prediction"])
+    assert found.trained_at_end is True
+
+
+def test_fixes_that_need_training_are_left_out():
+    diagnosis = diagnose({**SD, "set_alpha_to_one": False, "_diffusers_version": "0.1"}, steps=20)
+    assert diagnosis.has("warning")
+    assert diagnosis.fixed() == {**diagnosis.config, "timestep_spacing": "trailing"}
+    assert [f.code for f in diagnosis.findings if f.retrain] == ["DDIM001"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_strat": 0.1}, "unknown key 'beta_strat'; did you mean 'beta_start'?"),
+        ({"colour": 1}, "unknown key 'colour'; no scheduler of this family has it"),
+        ({"beta_end": math.nan}, "beta_end must be a finite number; got nan"),
+        ({"beta_end": 2.0}, r"beta_end must lie in \[0, 1\]; got 2.0"),
+        ({"trained_betas": [0.1, math.nan]}, r"trained_betas\[1\] must lie in \[0, 1\]; got nan"),
+        ({"trained_betas": "many"}, "trained_betas must be a list of numbers, or null; got str"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be a whole number; got '1000'"),
+        ({"clip_sample": 1}, "clip_sample must be true or false; got 1"),
+        ({"beta_schedule": "lines"}, "beta_schedule must be one of"),
+        ({"prediction_type": "noise"}, "prediction_type must be one of"),
+        ({"timestep_spacing": "wide"}, "timestep_spacing must be one of"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(config, message):
+    with pytest.raises(DDIMError, match=message):
+        diagnose(config)
