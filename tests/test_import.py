@@ -38,6 +38,6 @@ except SystemExit as stop:
     assert not stop.code
 assert not {"torch", "diffusers"} & set(sys.modules)
 """
-    for command in ("doctor", "sample", "train"):
+    for command in ("convert", "doctor", "sample", "train"):
         result = subprocess.run([sys.executable, "-c", code, command], check=True, capture_output=True, text=True)
         assert f"usage: ddim {command}" in result.stdout

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
     from ddim.checks import Finding as Finding, Model as Model
     from ddim.codes import load_code as load_code, save_code as save_code
+    from ddim.conversion import convert as convert, read_state_dict as read_state_dict, write_model as write_model
     from ddim.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
     from ddim.doctor import Diagnosis as Diagnosis, diagnose as diagnose
     from ddim.encoding import (
@@ -88,6 +89,7 @@ _HOMES = {
     "prior": ("DataPrior", "fit_prior"),
     "symptoms": ("Brightness", "Probe", "probe"),
     "checks": ("Finding", "Model"),
+    "conversion": ("convert", "read_state_dict", "write_model"),
     "doctor": ("Diagnosis", "diagnose"),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "pipelines": ("DiffusionPipeline", "UnconditionalPipeline"),

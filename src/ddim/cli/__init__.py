@@ -14,6 +14,8 @@ from ddim.errors import DDIMError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
+    "doctor": "tell what is wrong with a model's noise schedule and sampler",
     "sample": "draw images from a model",
     "train": "train a model on your own images",
     "evaluate": "measure images, or a model's, against real ones",

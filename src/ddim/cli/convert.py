@@ -1,0 +1,63 @@
+"""``ddim convert``: a checkpoint of another codebase into a model in diffusers format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+__all__ = ["Command", "defaults", "run"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Converts a checkpoint of ermongroup/ddim or openai/improved-diffusion; no code out of the file is run."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A file of weights: safetensors, a state dict, or a training checkpoint (the averaged weights are taken)."""
+    out: Annotated[str, tyro.conf.Positional]
+    """Folder for the model; it must not exist."""
+    layout: Literal["ddim", "improved-diffusion"] | None = None
+    """Where the checkpoint is from; by default told by the names of its weights."""
+    sample_size: int | None = None
+    """Side of the images; by default told by the attention at 16x16, for ddim only."""
+    num_heads: int | None = None
+    """Heads of attention of improved-diffusion, by default 4."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+    num_train_timesteps: int = 1000
+    """Levels of the noise schedule it was trained with."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
+    """Noise schedule it was trained with; improved-diffusion's cosine is squaredcos_cap_v2."""
+    beta_start: float = 1e-4
+    """First beta of linear, scaled_linear and sigmoid."""
+    beta_end: float = 0.02
+    """Last beta of the same."""
+
+
+def defaults(arguments: list[str]) -> tuple[None, list[str]]:
+    """This command has no presets."""
+    return None, arguments
+
+
+def run(command: Command) -> None:
+    """Reads, renames, writes, and says how to sample the result."""
+    from ddim.conversion import convert, read_state_dict, write_model
+
+    converted = convert(
+        read_state_dict(Path(command.checkpoint)),
+        layout=command.layout,
+        sample_size=command.sample_size,
+        num_heads=command.num_heads,
+        prediction_type=command.prediction_type,
+        num_train_timesteps=command.num_train_timesteps,
+        beta_schedule=command.beta_schedule,
+        beta_start=command.beta_start,
+        beta_end=command.beta_end,
+    )
+    write_model(converted, Path(command.out))
+    count = sum(weight.numel() for weight in converted.state.values())
+    print(
+        f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}; "
+        f"sample the model with: ddim sample {command.out}"
+    )
