@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import runpy
 from pathlib import Path
 
 import diffusers
@@ -314,3 +315,9 @@ def test_fixes_that_need_training_are_left_out():
 def test_a_configuration_that_makes_no_sense_is_refused(config, message):
     with pytest.raises(DDIMError, match=message):
         diagnose(config)
+
+
+def test_the_tables_in_the_documents_are_current():
+    module = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "doctor_tables.py"))
+    text = module["PAGE"].read_text()
+    assert module["page"](text) == text, "run: python docs/doctor_tables.py"

@@ -108,6 +108,7 @@ def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     common = ["sample", "fashion-mnist", "--count", "2", "--timesteps", "600,200"]
     assert main([*common, "--out", str(tmp_path / "a")]) == 0
     assert main([*common, "--out", str(tmp_path / "b"), "--prior", str(prior)]) == 0
+    assert main([*common, "--out", str(tmp_path / "c"), "--prior", "data"]) == 0  # of all images, stored with the model
     a, b = (np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int) for name in "ab")
     assert a.mean() > b.mean() + 5  # the images of Fashion-MNIST are dark
     assert json.loads((tmp_path / "b" / "run.json").read_text())["protocol"]["prior"]["mean"] == [pytest.approx(-0.43, abs=0.02)]
