@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import ddim
+import ddim.cli
 
 
 def test_every_public_name_is_there_and_public_at_home():
@@ -38,6 +39,6 @@ except SystemExit as stop:
     assert not stop.code
 assert not {"torch", "diffusers"} & set(sys.modules)
 """
-    for command in ("convert", "doctor", "sample", "train"):
+    for command in ddim.cli.COMMANDS:
         result = subprocess.run([sys.executable, "-c", code, command], check=True, capture_output=True, text=True)
         assert f"usage: ddim {command}" in result.stdout

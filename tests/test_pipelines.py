@@ -144,6 +144,19 @@ def test_the_scheduler_is_read_at_call_time(tiny):
     assert (draw(pipe, seeds=[0]) - before).abs().max() > 1e-3
 
 
+def test_the_order_is_the_configurations_unless_the_call_says_another(tiny):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    first, second = draw(pipe, seeds=[0]), draw(pipe, seeds=[0], order=2)
+    assert (first - second).abs().max() > 1e-3
+    pipe.scheduler.register_to_config(solver_order=2)
+    assert torch.equal(draw(pipe, seeds=[0]), second)
+    assert torch.equal(draw(pipe, seeds=[0], order=1), first)
+    with pytest.raises(DDIMError, match="order 2 solves the deterministic flow and draws no noise; got eta=1"):
+        draw(pipe, seeds=[0], eta=1.0)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3)
+    assert pipe.select_order() == 1
+
+
 def test_class_labels_choose_the_image(classes):
     mixed = draw(classes, seeds=[0, 0, 1], class_labels=[1, 3, 3])
     assert not torch.allclose(mixed[0], mixed[1], atol=1e-4)
@@ -254,7 +267,7 @@ assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
     again = UnconditionalPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(again.scheduler, DDIMScheduler)
     assert again.scheduler.config["solver_order"] == 2
-    images = draw(again, seeds=[3], num_inference_steps=10, output_type="np")
+    images = draw(again, seeds=[3], order=1, num_inference_steps=10, output_type="np")  # diffusers passes over the order
     assert np.abs(images - np.load(tmp_path / "saved" / "images.npy")).max() < 2e-5
     assert torch.equal(draw(again, seeds=[3]), draw(pipe, seeds=[3]))
 

@@ -66,6 +66,74 @@ def test_ddim_converges_with_first_order():
     assert slope == pytest.approx(-1, abs=0.05)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.25), (0.0, 1.0)])
+def test_the_error_falls_with_the_order_of_the_solver(order, mean, std):
+    errors, counts = [], [20, 40, 80, 160, 320]
+    for count in counts:
+        schedule = NoiseSchedule(torch.linspace(6, -6, count, dtype=torch.float64).sigmoid())  # even in log-SNR, the multistep's variable
+        oracle = GaussianOracle(schedule, mean=mean, std=std)
+        x_t = oracle.draw((256, 1), t=count - 1, generator=torch.Generator().manual_seed(1))
+        end = sample(oracle.denoise, x_t, step_pairs(list(range(count - 1, 0, -1)), end=0), schedule=schedule, order=order)
+        errors.append(float((end - oracle.flow(x_t, count - 1, 0)).pow(2).mean().sqrt()))
+    assert np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(-order, abs=0.06)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("count", [20, 50, 200])
+def test_order_two_is_nearer_to_the_flow_in_both_directions(name, kind, count):
+    schedule = SCHEDULES[name]
+    if kind == "epsilon" and name.endswith("zero"):
+        pytest.skip("epsilon cannot be solved at zero SNR")
+    oracle = GaussianOracle(schedule, mean=0.4, std=0.3)
+    denoise, x = ModelDenoiser(oracle.network(kind), schedule, kind), torch.randn(64, 4, dtype=torch.float64)
+    exact = oracle.flow(x, 999, -1)
+    first, second = (float((sample(denoise, x, pairs_of(count), schedule=schedule, order=o) - exact).pow(2).mean()) for o in (1, 2))
+    assert second < first, (first, second)
+    if kind == "sample":
+        return  # no eps at clean data
+    exact, up = oracle.flow(x, -1, 799), reverse_pairs(step_pairs(select_timesteps(800, count)))
+    first, second = (float((sample(denoise, x, up, schedule=schedule, order=o) - exact).pow(2).mean()) for o in (1, 2))
+    assert second < first, (first, second)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' own code
+def test_the_multistep_is_dpm_solver_in_diffusers():
+    timesteps = [999, 870, 700, 410, 230, 90, 20]
+    stock = diffusers.DPMSolverMultistepScheduler(solver_order=2, lower_order_final=True, final_sigmas_type="zero")
+    stock.set_timesteps(timesteps=timesteps)
+    oracle = GaussianOracle(SCHEDULES["linear"], mean=0.3, std=0.4)
+    network, x = oracle.network("epsilon"), torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule, order=2), x
+    for t in stock.timesteps:
+        theirs = stock.step(network(theirs, t), t, theirs).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule), theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_trajectory_goes_on_from_a_state(order):
+    oracle = GaussianOracle(SCHEDULES["sd"], mean=0.2, std=0.4)
+    x, pairs = torch.randn(3, 2), pairs_of(9)
+    whole = list(trajectory(oracle.denoise, x, pairs, schedule=oracle.schedule, order=order))
+    rest = list(trajectory(oracle.denoise, whole[3].x_s, pairs[4:], schedule=oracle.schedule, order=order, previous=whole[3]))
+    assert [s.number for s in rest] == [4, 5, 6, 7, 8]
+    assert all(torch.equal(a.x_s, b.x_s) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_the_first_step_and_the_step_to_clean_data_are_ddims_at_order_two():
+    schedule = NoiseSchedule.from_betas(BETAS["sd"], set_alpha_to_one=False)  # its clean level has a finite log-SNR
+    oracle = GaussianOracle(schedule, mean=0.2, std=0.4)
+    x, pairs = torch.randn(3, 2, dtype=torch.float64), pairs_of(4)
+    states = list(trajectory(oracle.denoise, x, pairs, schedule=schedule, order=2))
+    assert torch.equal(states[0].x_s, sample(oracle.denoise, x, pairs[:1], schedule=schedule))
+    assert torch.equal(states[3].x_s, sample(oracle.denoise, states[2].x_s, pairs[3:], schedule=schedule))
+    assert not torch.equal(states[1].x_s, sample(oracle.denoise, states[0].x_s, pairs[1:2], schedule=schedule))
+    with pytest.raises(DDIMError, match="order 2 solves the deterministic flow"):
+        sample(oracle.denoise, x, pairs, schedule=schedule, order=2, eta=1.0, noise=lambda: x)
+
+
 @pytest.mark.parametrize("count", [150, 300, 600])
 def test_neighbours_reach_the_datas_spread_where_strides_do_not(count):
     schedule = SCHEDULES["linear"]

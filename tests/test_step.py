@@ -6,7 +6,7 @@ import torch
 from ddim.errors import DDIMError
 from ddim.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.schedule import BETA_SCHEDULES, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import SIGMA_HAT, check_eta, ddim_step, linear_step, step_coefficients
+from ddim.step import SIGMA_HAT, check_eta, check_order, ddim_step, linear_step, multistep_weight, step_coefficients
 from ddim.timesteps import SPACINGS, select_timesteps, step_pairs
 
 LINEAR = NoiseSchedule.from_betas(make_betas())
@@ -97,7 +97,7 @@ def test_the_sample_keeps_its_dtype(dtype):
 
 def test_errors():
     x = torch.ones(1, 2)
-    with pytest.raises(DDIMError, match="noise is required when eta is not 0; got eta=0.5"):
+    with pytest.raises(DDIMError, match="noise is required when eta is not 0, and for the analytic variance; got eta=0.5"):
         ddim_step(x, x, alpha_bar_t=level(0.3), alpha_bar_s=level(0.5), eta=0.5)
     with pytest.raises(DDIMError, match="eta must be at least 0 and finite; got -1"):
         check_eta(-1)
@@ -123,3 +123,32 @@ def test_the_largest_eta_that_the_error_names_works():
     assert torch.isfinite(step_coefficients(a_t, a_s, eta=largest * 0.999).eps)
     with pytest.raises(DDIMError):
         step_coefficients(a_t, a_s, eta=largest * 1.01)
+
+
+def test_the_multistep_is_the_published_formula():
+    previous, t, s = (LINEAR.alpha_bar(i) for i in (800, 700, 550))
+    x_t, x0, x0_previous = (torch.randn(7, dtype=torch.float64) for _ in range(3))
+    eps = (x_t - t.sqrt() * x0) / (1 - t).sqrt()
+    ours = ddim_step(x0, eps, alpha_bar_t=t, alpha_bar_s=s) + multistep_weight(previous, t, s) * (x0 - x0_previous)
+    l_previous, l_t, l_s = (((a / (1 - a)).sqrt()).log() for a in (previous, t, s))
+    h = l_s - l_t
+    d = x0 + (x0 - x0_previous) / (2 * (l_t - l_previous) / h)
+    torch.testing.assert_close(ours, ((1 - s) / (1 - t)).sqrt() * x_t - s.sqrt() * torch.expm1(-h) * d)
+
+
+def test_the_multistep_is_ddim_where_a_log_snr_is_infinite_or_two_levels_are_one():
+    for levels in ((0.0, 0.2, 0.5), (0.2, 0.5, 1.0), (1.0, 0.5, 0.2), (0.5, 0.2, 0.0), (0.1, 0.0, 0.2), (0.5, 1.0, 0.2), (0.5, 0.5, 0.2)):
+        assert float(multistep_weight(*map(level, levels))) == 0
+    assert float(multistep_weight(level(0.1), level(0.2), level(0.2))) == 0
+    assert float(multistep_weight(level(0.1), level(0.2), level(0.5))) > 0
+    assert float(multistep_weight(level(0.5), level(0.2), level(0.1))) < 0
+
+
+def test_orders_that_cannot_be_are_refused():
+    for order in (0, 3, "2"):
+        with pytest.raises(DDIMError, match=f"order of the solver must be 1 .* got {order!r}"):
+            check_order(order)
+    for eta in (0.5, SIGMA_HAT):
+        assert check_order(1, eta=eta) == 1
+        with pytest.raises(DDIMError, match=f"order 2 solves the deterministic flow and draws no noise; got eta={eta}"):
+            check_order(2, eta=eta)

@@ -20,6 +20,14 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         reconstruction_error as reconstruction_error,
     )
     from ddim.errors import CheckpointError as CheckpointError, DataError as DataError, DDIMError as DDIMError, OutputError as OutputError
+    from ddim.fitting import (
+        Batch as Batch,
+        Fit as Fit,
+        estimate_gamma as estimate_gamma,
+        fit_timesteps as fit_timesteps,
+        geometric_mean as geometric_mean,
+        ode_error as ode_error,
+    )
     from ddim.interpolation import interpolate as interpolate, interpolate_grid as interpolate_grid, lerp as lerp, slerp as slerp
     from ddim.inversion import (
         ConvergenceWarning as ConvergenceWarning,
@@ -58,7 +66,13 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         velocity as velocity,
     )
     from ddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler, DDIMScheduler as DDIMScheduler, to_diffusers as to_diffusers
-    from ddim.step import SIGMA_HAT as SIGMA_HAT, ddim_step as ddim_step, linear_step as linear_step, step_coefficients as step_coefficients
+    from ddim.step import (
+        SIGMA_HAT as SIGMA_HAT,
+        ddim_step as ddim_step,
+        linear_step as linear_step,
+        multistep_weight as multistep_weight,
+        step_coefficients as step_coefficients,
+    )
     from ddim.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
     from ddim.timesteps import (
         SPACINGS as SPACINGS,
@@ -76,7 +90,7 @@ _HOMES = {
     "prediction": ("Denoised", "clip_static", "from_x0_eps", "threshold_dynamic", "to_eps", "to_x0_eps"),
     "timesteps": ("SPACINGS", "check_timesteps", "reverse_pairs", "select_timesteps", "step_pairs", "truncate_timesteps"),
     "noise": ("SeededNoise", "make_generators", "seeded_randn"),
-    "step": ("SIGMA_HAT", "ddim_step", "linear_step", "step_coefficients"),
+    "step": ("SIGMA_HAT", "ddim_step", "linear_step", "multistep_weight", "step_coefficients"),
     "denoiser": ("Clip", "Denoiser", "ModelDenoiser"),
     "objective": ("draw_timesteps", "loss_weights", "training_loss"),
     "sampler": ("State", "sample", "trajectory"),
@@ -91,6 +105,7 @@ _HOMES = {
     "checks": ("Finding", "Model"),
     "conversion": ("convert", "read_state_dict", "write_model"),
     "doctor": ("Diagnosis", "diagnose"),
+    "fitting": ("Batch", "Fit", "estimate_gamma", "fit_timesteps", "geometric_mean", "ode_error"),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "pipelines": ("DiffusionPipeline", "UnconditionalPipeline"),
     "errors": ("CheckpointError", "DDIMError", "DataError", "OutputError"),

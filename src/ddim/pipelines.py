@@ -5,7 +5,7 @@ checkpoint of the DDIM family: unconditional ones as that, every other kind as d
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from ddim.prior import DataPrior
 from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
-from ddim.scheduler import DDIMScheduler, to_diffusers
-from ddim.step import Eta, step_coefficients
+from ddim.scheduler import DDIMScheduler, fitted_timesteps, to_diffusers
+from ddim.step import Eta, check_order, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
 __all__ = ["DiffusionPipeline", "UnconditionalPipeline", "check_exact"]
@@ -127,14 +127,20 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         return int(self.unet.config.in_channels), int(height), int(width)
 
     def select_timesteps(
-        self, num_inference_steps: int | None = None, *, timestep_spacing: Spacing | None = None, timesteps: Sequence[int] | None = None
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        order: int | None = None,
     ) -> list[int]:
         """The levels that a call with these options visits.
 
         Args:
             num_inference_steps: N; None: 50.
-            timestep_spacing: How they are spaced; None: as the scheduler's configuration says.
+            timestep_spacing: How they are spaced; None: as the scheduler's configuration says, where fitted timesteps go first.
             timesteps: The levels themselves, in place of both.
+            order: Of the solver; fitted timesteps are for the configuration's own.
 
         Raises:
             DDIMError: If the options exclude each other, or are invalid.
@@ -143,20 +149,31 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         total = len(self.noise_schedule)
         if timesteps is None:
             steps = 50 if num_inference_steps is None else num_inference_steps
-            return select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
+            fitted = None
+            if timestep_spacing is None and self.select_order(order) == self.select_order():
+                fitted = fitted_timesteps(config, steps)
+            return fitted or select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
         if num_inference_steps is not None or timestep_spacing is not None:
             raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
         return check_timesteps(timesteps, total)
 
-    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0) -> None:
-        """Refuses levels and an eta that would come to no finite image, before anything is evaluated.
+    def select_order(self, order: int | None = None) -> int:
+        """The order of the solver that a call with this option uses; None: as the scheduler's configuration says."""
+        if order is None:  # another class's solver_order is not DDIM's
+            order = self.scheduler.config.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
+        return check_order(order)
+
+    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False) -> None:
+        """Refuses levels, an eta, an order and an analytic variance that would come to no finite image, before anything is evaluated.
 
         Raises:
-            DDIMError: If eta is invalid or too large for these levels, or the prediction has no solution at one of them.
+            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise, or the prediction has no solution, or
+                the analytic variance no value, at a level.
         """
+        check_order(self.select_order(order), eta=eta, analytic=analytic)
         schedule = self.noise_schedule
         alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
-        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=torch.ones_like(alpha_bar_t) if analytic else None)
         nothing = torch.zeros_like(alpha_bar_t)
         to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self.scheduler.config.prediction_type)
 
@@ -169,12 +186,26 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
         return Clip(clip, config.clip_sample_range, config.dynamic_thresholding_ratio, max(1.0, config.sample_max_value))
 
+    def denoiser(
+        self,
+        batch_size: int,
+        *,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+    ) -> ModelDenoiser:
+        """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that size.
+
+        Raises:
+            DDIMError: If the labels do not fit the network, or the network is no unconditional one.
+        """
+        network = self._network(self._labels(class_labels, batch_size))
+        return ModelDenoiser(network, self.noise_schedule, self.scheduler.config.prediction_type, self.select_clip(clip), self.unet.dtype)
+
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
         """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
-        labels = self._labels(0 if self._takes_labels else None, batch_size)
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        ModelDenoiser(self._network(labels), self.noise_schedule, self.scheduler.config.prediction_type, dtype=self.unet.dtype)(x, 0)
+        self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none")(x, 0)
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)
 
@@ -185,6 +216,8 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int | None = None,
         *,
         eta: Eta = 0.0,
+        order: int | None = None,
+        gamma: Mapping[int, float] | None = None,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
@@ -205,6 +238,8 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             batch_size: How many; None: as many as there are seeds, generators, latents or labels, else 1.
             num_inference_steps: N; None: 50.
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+            order: 1 DDIM, 2 its multistep: as many evaluations, a smaller error, at eta = 0. None: as the scheduler's configuration says.
+            gamma: For the analytic variance (:func:`ddim.fitting.estimate_gamma`), which draws noise at eta = 0 too; None: eta's variance.
             timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
             timesteps: The levels themselves, falling, in place of N and a spacing.
             seeds: One an image; the image of a seed does not depend on the others. Gives x_T and all later noise.
@@ -230,22 +265,21 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         """
         self._check_output_type(output_type)
         schedule = self.noise_schedule
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
-        self.check_path(levels, eta=eta)
+        given_order, order = order, self.select_order(order)
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
+        self.check_path(levels, eta=eta, order=order, analytic=gamma is not None)
         pairs = step_pairs(levels)
         count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
-        network = self._network(self._labels(class_labels, count))
+        denoise = self.denoiser(count, class_labels=class_labels, clip=clip)
         x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")
             x = prior.start(x, schedule.alpha_bar(levels[0]))
-        keep_in_range = self.select_clip(clip)
-        denoise = ModelDenoiser(network, schedule, self.scheduler.config.prediction_type, keep_in_range, self.unet.dtype)
         if sampler == "ddim":
-            states: Iterable[State] = trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise)
+            states: Iterable[State] = trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma)
         else:
-            check_exact(sampler, eta=eta, clip=keep_in_range)
+            check_exact(sampler, eta=eta, clip=denoise.clip, order=given_order, analytic=gamma is not None)
             states = reversible_trajectory(denoise, x.double(), levels, schedule=schedule, sampler=ReversibleSampler(sampler))
         images = self._finish(self._walk(states, x, len(pairs), callback=callback, progress=progress), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -300,9 +334,10 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         for first in range(0, len(x0), batch_size):
             chosen = slice(first, first + batch_size)
             some = None if labels is None else labels[chosen]
+            size = len(x0[chosen])
             parts.append(
                 encode(
-                    self._exact_denoiser(some),
+                    self.denoiser(size, class_labels=some, clip="none"),  # clipping cannot be undone
                     x0[chosen].to(self._execution_device),
                     levels,
                     schedule=self.noise_schedule,
@@ -358,7 +393,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         for first in range(0, len(code), max(1, batch_size)):
             part = code[first : first + max(1, batch_size)].to(self._execution_device)
             states = decode_trajectory(
-                self._exact_denoiser(self._labels(part.labels, len(part))),
+                self.denoiser(len(part), class_labels=part.labels, clip="none"),
                 part,
                 schedule=self.noise_schedule,
                 timesteps=levels,
@@ -367,11 +402,6 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             total = len(levels or code.timesteps)
             finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))
         return self._finish(torch.cat(finished), output_type)
-
-    def _exact_denoiser(self, labels: Tensor | None) -> ModelDenoiser:
-        """Without clipping, which cannot be undone."""
-        config = self.scheduler.config
-        return ModelDenoiser(self._network(labels), self.noise_schedule, config.prediction_type, dtype=self.unet.dtype)
 
     def _origin(self) -> dict[str, str]:
         """What a code depends on beside its own options."""
@@ -538,13 +568,17 @@ class DiffusionPipeline:
         return pipe
 
 
-def check_exact(sampler: str, *, eta: Eta, clip: Clip) -> None:
+def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False) -> None:
     """Refuses what a sampler that can be run backwards cannot have.
 
     Raises:
-        DDIMError: If eta is not 0, or clipping is on.
+        DDIMError: If noise is drawn, clipping is on, or the order of another solver is asked for.
     """
     if eta != 0:
         raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
+    if analytic:
+        raise DDIMError(f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of them.")
+    if order == 2:
+        raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
     if clip.kind != "none":
         raise DDIMError(f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind}).")

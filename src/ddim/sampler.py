@@ -1,14 +1,15 @@
 """The sampling loop: a generator of states, and a function that runs it to the end."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddim.denoiser import Denoiser
 from ddim.errors import DDIMError
-from ddim.schedule import NoiseSchedule
-from ddim.step import Eta, check_eta, ddim_step
+from ddim.schedule import CLEAN, NoiseSchedule, match
+from ddim.step import Eta, check_eta, check_order, ddim_step, multistep_weight
 from ddim.timesteps import Pair
 
 __all__ = ["State", "sample", "trajectory"]
@@ -39,6 +40,9 @@ def trajectory(
     schedule: NoiseSchedule,
     eta: Eta = 0.0,
     noise: Callable[[], Tensor] | None = None,
+    order: int = 1,
+    gamma: Mapping[int, float] | None = None,
+    previous: State | None = None,
 ) -> Iterator[State]:
     """Yields the state after every step; the caller owns progress bars, previews and early stopping.
 
@@ -48,31 +52,44 @@ def trajectory(
         pairs: From :func:`ddim.timesteps.step_pairs`; reversed pairs walk the flow the other way (eta = 0).
         schedule: The levels.
         eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
-        noise: Called once a step for z [B, ...] where eta is not 0; never called otherwise.
+        noise: Called once a step for z [B, ...] where eta is not 0, or gamma is given; never called otherwise.
+        order: 1 is DDIM. 2 is its multistep, which also looks at the prediction of the step before: as many evaluations, a smaller
+            error; eta = 0 only. Its first step, and the step to clean data, are DDIM's.
+        gamma: For the analytic variance, from :func:`ddim.fitting.estimate_gamma`: the value of each level that a step leaves. It adds the
+            noise that the prediction leaves out, at eta = 0 too.
+        previous: The last state of a trajectory that these pairs go on with, whose ``x_s`` is x_t.
 
     Yields:
         One :class:`State` a pair.
 
     Raises:
-        DDIMError: If eta is not 0 and there is no noise, or eta is invalid.
+        DDIMError: If noise is needed and there is none, eta or the order is invalid, they ask for what cannot be, or gamma lacks a level.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12. https://arxiv.org/abs/2010.02502
+
+        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. Algorithm 2.
+        https://arxiv.org/abs/2211.01095
     """
     check_eta(eta)
-    if eta != 0 and noise is None:
-        raise DDIMError(f"eta={eta} draws noise at every step; give noise=..., for example a SeededNoise.")
-    for number, (t, s) in enumerate(pairs):
+    check_order(order, eta=eta, analytic=gamma is not None)
+    random = eta != 0 or gamma is not None
+    if random and noise is None:
+        what = f"eta={eta}" if gamma is None else "the analytic variance"
+        raise DDIMError(f"{what} draws noise at every step; give noise=..., for example a SeededNoise.")
+    missing = [t for t, _ in pairs if gamma is not None and t not in gamma]
+    if missing:
+        raise DDIMError(f"gamma has no value for level {missing[0]}; estimate it for all levels that are visited.")
+    for number, (t, s) in enumerate(pairs, start=0 if previous is None else previous.number + 1):
         x0, eps = denoise(x_t, t)
-        x_t = ddim_step(
-            x0,
-            eps,
-            alpha_bar_t=schedule.alpha_bar(t),
-            alpha_bar_s=schedule.alpha_bar(s),
-            eta=eta,
-            noise=noise() if eta != 0 and noise is not None else None,
-        )
-        yield State(x_t, x0, eps, t, s, number)
+        alpha_bar_t, alpha_bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+        z = noise() if random and noise is not None else None
+        gamma_t = None if gamma is None else torch.tensor(gamma[t], dtype=torch.float64)
+        x_t = ddim_step(x0, eps, alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s, eta=eta, gamma=gamma_t, noise=z)
+        if order == 2 and previous is not None and s != CLEAN:
+            x_t = x_t + match(multistep_weight(schedule.alpha_bar(previous.t), alpha_bar_t, alpha_bar_s), x0) * (x0 - previous.x0)
+        previous = State(x_t, x0, eps, t, s, number)
+        yield previous
 
 
 def sample(
@@ -83,8 +100,10 @@ def sample(
     schedule: NoiseSchedule,
     eta: Eta = 0.0,
     noise: Callable[[], Tensor] | None = None,
+    order: int = 1,
+    gamma: Mapping[int, float] | None = None,
 ) -> Tensor:
     """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there are no pairs."""
-    for state in trajectory(denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise):
+    for state in trajectory(denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma):
         x_t = state.x_s
     return x_t

@@ -19,7 +19,7 @@ import copy
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -37,11 +37,11 @@ from ddim.denoiser import Clip
 from ddim.errors import DDIMError
 from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
 from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import Eta, fold, step_coefficients
+from ddim.step import Eta, check_order, fold, multistep_weight, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
-__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "to_diffusers"]
+__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "fitted_timesteps", "to_diffusers"]
 
 # A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted there is logged, not warned
 # about: code that turns warnings into errors keeps working.
@@ -63,10 +63,11 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The coefficients (a, b, c, d, e, f) of all levels, [6, T], and the columns that integers have asked for."""
+    """The coefficients (a, b, c, d, e, f) of all levels, [6, T], the plan's multistep, and the columns that integers have asked for."""
 
     mode: _Mode
     columns: Tensor
+    multistep: Tensor | None = None
     at: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
@@ -83,6 +84,7 @@ class _Plan:
     listed: frozenset[int]
     source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
     target: Tensor  # alpha_bar of the level that it steps to, [T] float64
+    multistep: Tensor | None = None  # order 2: the weight of x0 - x0_previous at each t, and the level before t; [2, T] float64
     tables: dict[tuple[Eta, bool, torch.dtype, torch.device], _Table] = field(default_factory=dict)
 
     def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
@@ -96,12 +98,15 @@ class _Plan:
 
     def _make_table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
         mode: _Mode
+        check_order(1 if self.multistep is None else 2, eta=eta)
         if self.clip is not None:
             mode = "rederived" if rederive else "split"
         else:
             # In half precision an update of the folded form lies below half an ulp at many steps, and vanishes; in x0 and eps not.
             mode = "folded" if dtype in (torch.float32, torch.float64) else "split"
-        return _Table(mode, _coefficients(self, eta, mode).to(device, torch.float64 if dtype == torch.float64 else torch.float32))
+        held = torch.float64 if dtype == torch.float64 else torch.float32
+        multistep = None if self.multistep is None else self.multistep.to(device, held)
+        return _Table(mode, _coefficients(self, eta, mode).to(device, held), multistep)
 
 
 def _solution(plan: _Plan) -> Solution:
@@ -177,6 +182,19 @@ def _whole(t: object) -> int:
         raise DDIMError(f"a timestep must be a whole number, or a tensor of them; got {t!r}.") from None
 
 
+def fitted_timesteps(config: Mapping[str, Any], num_inference_steps: int | None) -> list[int] | None:
+    """The list of that many levels among ``config["fitted_timesteps"]``; None where there is none of that length.
+
+    Raises:
+        DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
+    """
+    lists = config.get("fitted_timesteps") or []
+    if not all(isinstance(levels, (list, tuple)) for levels in lists):
+        raise DDIMError(f"fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, 300]]; got {lists!r}.")
+    found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
+    return None if found is None else check_timesteps(found, config["num_train_timesteps"])
+
+
 class _Scheduler:
     """What both directions share: the levels, the list of timesteps, and the plan made of both."""
 
@@ -196,6 +214,7 @@ class _Scheduler:
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self._plan: _Plan | None = None
+        self._before: tuple[Tensor, Tensor] | None = None
         self._schedule: NoiseSchedule
         self._made_of: tuple[Any, Any] = (None, None)
         self._schedule_key: tuple[int, int] | None = None
@@ -308,7 +327,7 @@ class _Scheduler:
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Chooses the levels to visit, by ``config.timestep_spacing`` or from a list of your own.
+        """Chooses the levels to visit: of ``config.fitted_timesteps`` where that has N, else by ``config.timestep_spacing``; or your own.
 
         Args:
             num_inference_steps: N, a whole number in 1..T: exactly N distinct levels in [0, T).
@@ -337,7 +356,12 @@ class _Scheduler:
                     "the number of levels the model was trained on (config.num_train_timesteps)."
                 )
             spacing: Spacing = config.timestep_spacing
-            grid = select_timesteps(total, num_inference_steps, spacing, steps_offset=config.steps_offset)  # type: ignore[arg-type]
+            grid = fitted_timesteps(config, num_inference_steps) or select_timesteps(
+                total,
+                num_inference_steps,  # type: ignore[arg-type]
+                spacing,
+                steps_offset=config.steps_offset,
+            )
         self.num_inference_steps, self._grid = len(grid), grid
         self._timesteps = self._as_timesteps(grid, device)
         self._renew()
@@ -365,13 +389,14 @@ class _Scheduler:
         return plan
 
     def _renew(self) -> _Plan:
-        old, self._plan = self._plan, None
+        old, self._plan, self._before = self._plan, None, None
         with torch.device("cpu"), torch.inference_mode(False):
             plan = self._plan = self._make_plan()
         # What was in use is made at once, so that the first step of the next image does not wait, and compiled code finds it.
         usual: tuple[Eta, bool, torch.dtype, torch.device] = (0.0, False, torch.float32, self._timesteps.device)
         for eta, rederive, dtype, device in {usual, *(old.tables if old else ())}:
-            if isinstance(eta, str) or eta <= 1:  # larger ones may be refused for these timesteps, but only if they are asked for
+            # Some may be refused for these timesteps or this order, but only if they are asked for.
+            if eta == 0 or (plan.multistep is None and (isinstance(eta, str) or eta <= 1)):
                 plan.table(eta, rederive, dtype, device)
         return plan
 
@@ -392,11 +417,15 @@ class _Scheduler:
             listed=frozenset(neighbour),
             source=source,
             target=target,
+            multistep=self._multistep(schedule),
         )
         for t in (source == 0).nonzero().flatten().tolist():
             if t in neighbour:
                 self._check_solvable(plan, t)
         return plan
+
+    def _multistep(self, schedule: NoiseSchedule) -> Tensor | None:  # noqa: ARG002
+        return None
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
         return Clip("static", bound=self.config.clip_sample_range) if self.config.clip_sample else None
@@ -479,13 +508,23 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     ``set_alpha_to_one=False`` leaves the first level's noise in the finished sample. ``thresholding`` at the default
     ``sample_max_value`` of 1.0 is clipping.
 
+    ``solver_order=2`` is the second-order multistep (:func:`ddim.step.multistep_weight`): a smaller error at the same number of
+    evaluations, at eta = 0. It keeps the prediction of the step before, until the next ``set_timesteps``: one scheduler walks one
+    batch at a time through the list. The first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
+
+    ``fitted_timesteps`` are lists of levels that were fitted to the model at that order (:mod:`ddim.fitting`): each is visited where
+    as many steps are asked for as it has levels. diffusers passes over both options, with a line in its log.
+
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
+
+        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. Algorithm 2.
+        https://arxiv.org/abs/2211.01095
     """
 
     _options = operator.attrgetter(
         *["num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"],
-        *["thresholding", "dynamic_thresholding_ratio", "sample_max_value"],
+        *["thresholding", "dynamic_thresholding_ratio", "sample_max_value", "solver_order"],
     )
     final_alpha_cumprod = _Scheduler._clean_alpha_cumprod
 
@@ -507,8 +546,26 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         sample_max_value: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
+        solver_order: Literal[1, 2] = 1,
+        fitted_timesteps: list[list[int]] | None = None,
     ) -> None:
         self._begin()  # not super().__init__(): it would make float32 tables, and refuse two of the schedules
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:  # noqa: ANN401 - diffusers' protocol
+        """As diffusers'; but the ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless you ask."""
+        if isinstance(config, Mapping) and "solver_type" in config and config.get("_class_name") != cls.__name__:
+            config = {name: value for name, value in config.items() if name != "solver_order"}
+        return super().from_config(config, return_unused_kwargs, **options)
+
+    def _multistep(self, schedule: NoiseSchedule) -> Tensor | None:
+        if check_order(self.config.solver_order) == 1:
+            return None
+        table = torch.stack([torch.zeros(len(schedule)), torch.full((len(schedule),), CLEAN)]).double()
+        grid = torch.tensor([t for t in self._grid if t < len(schedule)], dtype=torch.int64)
+        table[1, grid[1:]] = grid[:-1].double()
+        table[0, grid[1:-1]] = multistep_weight(*(schedule.alpha_bar(levels) for levels in (grid[:-2], grid[1:-1], grid[2:])))
+        return table
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
         if not self.config.thresholding:
@@ -530,7 +587,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""Moves a sample from level t to its neighbour in the list of timesteps. Keeps no state: any t, in any order.
+        r"""Moves a sample from level t to its neighbour in the list of timesteps; at order 1 with no state: any t, in any order.
 
         Args:
             model_output: What the network predicted, shape [B, C, ...]; with twice the channels, the first half is used.
@@ -548,7 +605,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
 
         Raises:
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, an int t lies outside [0, T), eta is negative
-                or too large, or both noise and a generator are given. Tensors of timesteps are not checked: that would wait for the device.
+                or too large, or both noise and a generator are given; at order 2, if eta is not 0, or t does not follow the last one in
+                the list and starts no new image either. Tensors of timesteps on a device are not checked: that would wait for it.
 
         References:
             Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
@@ -560,7 +618,28 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             return _draw(model_output, sample, generator, variance_noise)
 
         moved = self._transition(model_output, timestep, sample, eta, use_clipped_model_output, None if eta == 0 else draw)
+        if self._plan is not None and self._plan.multistep is not None:
+            self._correct(self._plan, self._plan.table(eta, use_clipped_model_output, sample.dtype, sample.device), timestep, *moved)
         return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
+
+    def _correct(self, plan: _Plan, table: _Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor) -> None:
+        """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour above; keeps x0 for the next."""
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+        before, self._before = self._before, (t, x0)
+        if before is None or before[1].shape != x0.shape or plan.multistep is None or table.multistep is None:
+            return
+        if t.numel() == before[0].numel() == 1 and t.device.type == "cpu" and not torch.compiler.is_compiling():
+            now, last = int(t), int(before[0])
+            if now <= last != int(plan.multistep[1, now]) and len(self._grid) > 1:
+                self._before = before
+                raise DDIMError(
+                    f"solver_order=2 goes on from the step before, and t={now} does not follow t={last} in the list of timesteps; call "
+                    "set_timesteps before each image, take one scheduler for each batch, or use solver_order=1."
+                )
+        # What is not sure to be the same image's last step counts as none: elsewhere the step stays DDIM's.
+        weight, above = _gather(table.multistep, t, x0)
+        last_t = before[0].to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
+        x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - before[1]))
 
     def batch_step_no_noise(
         self,
@@ -584,6 +663,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device=sample.device)
+        if self.config.solver_order != 1:
+            raise DDIMError("samples that are stepped in parallel have no step before them; use solver_order=1.")
         return self._transition(model_output, t.flatten(), sample, eta, use_clipped_model_output)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
@@ -759,6 +840,9 @@ def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffuser
         kind, count = config["beta_schedule"], config["num_train_timesteps"]
         betas = make_betas(kind, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
         config |= {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
+    for name, default in (("solver_order", 1), ("fitted_timesteps", None)):
+        if name in config and config[name] == default:
+            del config[name]  # it says nothing, and diffusers would tell of a key that it does not know
     config["_use_default_values"] = []
     cls = diffusers.DDIMInverseScheduler if scheduler._inverse else diffusers.DDIMScheduler
     stock = cls.from_config(config)

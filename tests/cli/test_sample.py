@@ -113,6 +113,7 @@ def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch)
     [
         (("--steps", "5"), "timesteps is [999, 749, 499, 249] there and [999, 799, ... 199] (5 levels) here"),
         (("--eta", "0.5"), "eta is 0.0 there and 0.5 here"),
+        (("--order", "2"), "order is 1 there and 2 here"),
         (("--clip", "static"), 'clip is {"kind": "none"} there and {"kind": "static", "bound": 1.0} here'),
         (("--dtype", "bfloat16"), 'dtype is "float32" there and "bfloat16" here'),
         (("--spacing", "linspace"), "timesteps is"),
@@ -223,6 +224,61 @@ def test_the_grid_does_not_grow_without_end(tiny, tmp_path):
     assert pixels(tmp_path / "grid.png").shape == (12 * (8 * 10 + 2), 12 * (8 * 10 + 2))
 
 
+def test_the_analytic_variance_is_measured_once_and_draws_noise_at_eta_zero(tiny_classes, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(10) % 4)
+    options = ("--variance", "analytic", "--data", tmp_path / "data.npz", "--clip", "none")
+    assert sample(tiny_classes, tmp_path / "a", "--count", 3, *options) == 0
+    assert record(tmp_path / "a")["protocol"]["variance"] == {"kind": "analytic", "data": str(tmp_path / "data.npz"), "images": 256}
+    gamma = json.loads((tmp_path / "a" / "gamma.json").read_text())["gamma"]
+    assert list(gamma) == ["999", "749", "499", "249"]
+    assert all(0 <= value <= 1 for value in gamma.values())
+    assert sample(tiny_classes, tmp_path / "b", "--count", 2, "--seed", 1, "--batch-size", 1, *options) == 0
+    assert sample(tiny_classes, tmp_path / "c", "--count", 2, "--seed", 1) == 0
+    for seed in (1, 2):
+        first, same, without = (pixels(tmp_path / name / f"{seed:06d}.png") for name in "abc")
+        assert np.abs(first - same).max() <= 1
+        assert np.abs(first - without).max() > 1
+    (tmp_path / "data.npz").unlink()  # opened before, so the file is asked for again
+    assert sample(tiny_classes, tmp_path / "a", "--count", 4, *options) == 2
+    assert "there is no data at" in capsys.readouterr().err
+    assert sample(tiny_classes, tmp_path / "c", *options[:2]) == 2
+    assert "does not say what it was trained on; name images for --variance analytic with --data" in capsys.readouterr().err
+
+
+def test_a_measured_gamma_is_used_again(tiny, tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((3, 8, 8), np.uint8))
+    options = ("--variance", "analytic", "--data", tmp_path / "data.npz")
+    assert sample(tiny, tmp_path / "a", "--count", 1, *options) == 0
+    path = tmp_path / "a" / "gamma.json"
+    before = pixels(tmp_path / "a" / "000000.png")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"gamma": dict.fromkeys(content["gamma"], 0.0)}))
+    assert sample(tiny, tmp_path / "a", "--count", 2, *options) == 0
+    (tmp_path / "a" / "000000.png").unlink()
+    assert sample(tiny, tmp_path / "a", "--count", 1, *options) == 0
+    assert np.abs(pixels(tmp_path / "a" / "000000.png") - before).max() > 1  # by the file, which says something else now
+
+
+def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_order(tiny, tmp_path, capsys):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
+    pipe.save_pretrained(tmp_path / "model")
+    for options, timesteps, spacing in (
+        (("--steps", 3), [900, 700, 100], "fitted"),
+        (("--steps", 2), [999, 499], "trailing"),
+        (("--steps", 3, "--spacing", "trailing"), [999, 666, 332], "trailing"),
+        (("--steps", 3, "--order", 1), [999, 666, 332], "trailing"),
+        (("--timesteps", "5,4,3"), [5, 4, 3], None),
+    ):
+        out = tmp_path / "-".join(map(str, options)).replace("--", "")
+        assert sample(tmp_path / "model", out, "--count", 1, *options) == 0
+        protocol = record(out)["protocol"]
+        assert (protocol["timesteps"], protocol["spacing"]) == (timesteps, spacing)
+        assert protocol["order"] == (1 if "--order" in options else 2)
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["sample", str(tiny), "--steps", "1", "--count", "1"]) == 0
@@ -246,6 +302,12 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--eta", "-0.5"), "eta must be at least 0 and finite; got -0.5."),
         (("--eta", "3"), "eta=3.0 would draw more noise than the level can hold"),
         (("--eta", "nan"), "eta must be at least 0 and finite; got nan."),
+        (("--variance", "learned"), "--variance must be one of eta, analytic; got 'learned'."),
+        (("--variance", "analytic", "--order", "2"), "the analytic variance draws noise; use order 1"),
+        (("--variance", "analytic", "--sampler", "ddpm"), "the analytic variance is that of a number eta; got sigma-hat."),
+        (("--variance", "analytic", "--data", "none.npz"), "there is no data at 'none.npz'"),
+        (("--order", "3"), "--order must be one of 1, 2; got '3'."),
+        (("--order", "2", "--eta", "1"), "order 2 solves the deterministic flow and draws no noise; got eta=1.0"),
         (("--eta", "big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--timesteps", "5,5"), "timesteps must not repeat a level; got 5 twice."),
         (("--timesteps", "4,5"), "timesteps must fall from noise to data; got 5 after 4."),

@@ -14,13 +14,18 @@ from ddim.errors import DDIMError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
-    "doctor": "tell what is wrong with a model's noise schedule and sampler",
     "sample": "draw images from a model",
     "train": "train a model on your own images",
+    "encode": "turn images into codes of a model's latent space",
+    "decode": "turn codes back into images",
+    "interpolate": "draw the path between two images or seeds",
+    "reconstruct": "measure how images come back from their codes, as the paper's Table 2",
+    "consistency": "compare what one code becomes under other steps and samplers",
     "evaluate": "measure images, or a model's, against real ones",
     "table": "measure a model at every eta and number of steps, as the paper's Table 1",
+    "fit-steps": "fit the timesteps of a few steps to a model",
     "doctor": "tell what is wrong with a model's noise schedule and sampler",
+    "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 
 
@@ -34,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help"):
         print("usage: ddim COMMAND [OPTIONS]\n")
-        print("\n".join(f"  {name:10s} {what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:11s} {what}" for name, what in COMMANDS.items()))
         print("\nddim COMMAND --help tells a command's options.")
         return 0
     if given[0] == "--version":
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given[0] not in COMMANDS:
             raise DDIMError(f"there is no command {given[0]!r}; the commands are {', '.join(COMMANDS)}.")
-        module: Any = importlib.import_module(f"ddim.cli.{given[0]}")
+        module: Any = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
         return _fail(str(error))

@@ -23,6 +23,7 @@ IDENTITY = (
     "timesteps",
     "eta",
     "order",
+    "variance",
     "clip",
     "prior",
     "prompt",

@@ -152,7 +152,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
         "spacing": command.spacing or pipe.scheduler.config.timestep_spacing,
         "timesteps": timesteps,
         "eta": eta,
-        "order": 1,
+        "order": pipe.select_order(),
         "seed": command.seed,
     }
     return Samples(count, pipe.image_shape, batches(), protocol, len(timesteps), seconds)

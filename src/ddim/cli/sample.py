@@ -1,10 +1,11 @@
 """``ddim sample``: draws images from a model."""
 
 import contextlib
+import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,15 +17,21 @@ from ddim.cli._model import describe_model, draw, find_device, open_model, seed_
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
-    from ddim.denoiser import Clip
+    from torch import Tensor
+
+    from ddim.denoiser import Clip, Denoiser
     from ddim.pipelines import UnconditionalPipeline
     from ddim.prior import DataPrior
     from ddim.sampler import State
+    from ddim.training.data import ImageData
 
 __all__ = ["Command", "defaults", "run"]
 
 GRID = 64
 """Images that the grid shows at most, so that memory does not grow with the count."""
+
+MEASURED = 256
+"""Images of the data that the analytic variance is measured on."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,18 @@ class Command:
     """Seed of the first image."""
     eta: EtaOption = None
     """0 is deterministic and the default, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    order: Literal[1, 2] | None = None
+    """Of the solver: 1 is DDIM, 2 its multistep, with a smaller error at the same steps; by default what the configuration says."""
+    variance: Literal["eta", "analytic"] = "eta"
+    """analytic: the noise that makes up for what the prediction leaves out, at eta 0 too; measured on data first, into gamma.json."""
+    data: str | None = None
+    """Of --variance analytic: images as `ddim train --data` takes them; by default those that the model was trained on."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
-    """Which levels are visited; by default what the model's configuration says."""
+    """Which levels are visited; by default what the model's configuration says, fitted ones first."""
     timesteps: TimestepsOption = None
     """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the key `timesteps`."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """ddpm: sigma-hat noise, and static clipping with the noise derived again."""
+    sampler: Literal["ddim", "ddpm", "o-belm", "bdia", "edict"] = "ddim"
+    """ddpm: sigma-hat noise, and static clipping with the noise derived again; the last three can be run backwards exactly."""
     clip: Literal["none", "static", "dynamic"] | None = None
     """How predicted images are kept in range on the way, the noise being derived again; by default what the configuration says."""
     prior: str = "standard"
@@ -90,6 +103,7 @@ def run(command: Command) -> None:
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.images import load_image, make_grid, save_png
     from ddim.noise import check_seeds
+    from ddim.pipelines import check_exact
     from ddim.step import SIGMA_HAT, Eta, check_eta
 
     device = find_device(command.device)
@@ -97,15 +111,22 @@ def run(command: Command) -> None:
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
-    timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps)
-    pipe.check_path(timesteps, eta=eta)
+    order = pipe.select_order(command.order)
+    timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
+    analytic = command.variance == "analytic"
+    pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic)
     clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
+    sampler = "ddim" if command.sampler == "ddpm" else command.sampler
+    if sampler != "ddim":
+        check_exact(sampler, eta=eta, clip=clip, order=command.order, analytic=analytic)
     prior = _prior(command, folder)
     classes = pipe.unet.config.get("num_class_embeds")
     if command.class_ is not None and not 0 <= command.class_ < (classes or 0):
         told = f"must be from 0 to {classes - 1}" if classes else f"is of no use: {command.model} was trained without classes"
         raise DDIMError(f"--class {told}; got {command.class_}.")
-    protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, clip=clip)
+    images = _open_data(command, pipe, folder) if analytic else None
+    protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, order=order, clip=clip)
+    protocol["variance"] = None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
     if prior is not None:
         protocol["prior"] = asdict(prior)
 
@@ -126,7 +147,7 @@ def run(command: Command) -> None:
             results=[{"seed": s, "file": f"{s:06d}.png", **label(s)} for s in listed],
             seconds=seconds,
             seconds_total=time.perf_counter() - began,
-            evaluations=len(timesteps),
+            evaluations=len(timesteps) * (2 if sampler == "edict" else 1),
             execution={
                 "count": command.count,
                 "batch_size": command.batch_size,
@@ -141,7 +162,19 @@ def run(command: Command) -> None:
     if before is None:
         write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
     try:
-        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, timesteps=timesteps, eta=eta, clip=clip, prior=prior)
+        gamma = None
+        if images is not None and missing:
+            gamma = _measure_gamma(protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size)
+        options: dict[str, Any] = {
+            "timesteps": timesteps,
+            "eta": eta,
+            "order": order,
+            "gamma": gamma,
+            "clip": clip,
+            "prior": prior,
+            "sampler": sampler,
+        }
+        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, **options)
     except torch.OutOfMemoryError:
         raise DDIMError(f"{device} has too little memory for {command.batch_size} images at once; give a smaller --batch-size.") from None
 
@@ -191,18 +224,20 @@ def _draw(
 
 
 def _protocol(
-    command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, clip: "Clip"
+    command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, order: int, clip: "Clip"
 ) -> dict[str, Any]:
     """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
+    config = pipe.scheduler.config
+    fitted = timesteps in (config.get("fitted_timesteps") or [])
     return {
         "command": "sample",
         **describe_model(command.model, pipe, folder, clip=clip, dtype=command.dtype, fixed=command.class_),
         "sampler": command.sampler,
         "steps": len(timesteps),
-        "spacing": None if command.timesteps else command.spacing or pipe.scheduler.config.timestep_spacing,
+        "spacing": None if command.timesteps else command.spacing or ("fitted" if fitted else config.timestep_spacing),
         "timesteps": timesteps,
         "eta": eta,
-        "order": 1,
+        "order": order,
     }
 
 
@@ -222,11 +257,58 @@ def _prior(command: Command, folder: Path) -> "DataPrior | None":
     return DataPrior.from_dict(read_json(path))
 
 
+def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) -> "ImageData":
+    """The images of the analytic variance: those that were asked for, or those that the model's card says it was trained on."""
+    from ddim.checkpoints import read_json
+    from ddim.training.data import load_images
+
+    card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
+    source = command.data or card.get("config", {}).get("data")
+    if source is None:
+        raise DDIMError(f"{command.model} does not say what it was trained on; name images for --variance analytic with --data.")
+    channels, height, width = pipe.image_shape
+    images = load_images(str(source), channels=channels, resolution=height if height == width else None)
+    if tuple(images.resolution) != (height, width):
+        raise DDIMError(
+            f"the model makes images of {height}x{width}, and those of {source} are {images.resolution}; give others as --data."
+        )
+    return images
+
+
+def _measure_gamma(
+    protocol: dict[str, Any], pipe: "UnconditionalPipeline", images: "ImageData", path: Path, *, batch_size: int
+) -> dict[int, float]:
+    """What the analytic variance needs at the protocol's levels: from the file where that is of the same protocol, else measured."""
+    import numpy as np
+
+    from ddim.checkpoints import read_json
+    from ddim.cli._run import IDENTITY
+    from ddim.fitting import estimate_gamma
+    from ddim.images import from_uint8, write_atomically
+
+    identity = json.loads(json.dumps({name: protocol[name] for name in IDENTITY}))
+    if path.is_file() and (content := read_json(path)).get("protocol") == identity:
+        return {int(t): float(value) for t, value in content["gamma"].items()}
+    chosen = list(range(0, len(images), max(1, len(images) // MEASURED)))[:MEASURED]
+    classes = pipe.unet.config.get("num_class_embeds")
+
+    def batches() -> "Iterator[tuple[Denoiser, Tensor]]":
+        for first in range(0, len(chosen), batch_size):
+            pixels, labels = zip(*(images[i] for i in chosen[first : first + batch_size]), strict=True)
+            x0 = from_uint8(np.stack([image.permute(1, 2, 0).numpy() for image in pixels])).to(pipe.device)
+            yield pipe.denoiser(len(x0), class_labels=labels if classes else None), x0
+
+    gamma = estimate_gamma(batches(), protocol["timesteps"], schedule=pipe.noise_schedule)
+    write_atomically(path, json.dumps({"gamma": gamma, "protocol": identity}, indent=2) + "\n")
+    return gamma
+
+
 def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timesteps: list[int], *, assumed: bool) -> None:
     """Says in one line what a model's configuration does to its images, where that is not what ours do."""
     last = len(pipe.noise_schedule) - 1
     clips = command.clip is None and command.sampler == "ddim" and clip.kind != "none"
-    short = command.spacing is None and command.timesteps is None and timesteps[0] != last
+    fitted = timesteps in (pipe.scheduler.config.get("fitted_timesteps") or [])
+    short = command.spacing is None and command.timesteps is None and timesteps[0] != last and not fitted
     if assumed:
         print(
             f"note: {command.model} comes without a scheduler; it is taken for a model of {last + 1} linear levels that predicts epsilon."

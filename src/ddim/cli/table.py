@@ -149,7 +149,7 @@ class Bench:
             **describe_model(command.model, self.pipe, folder, clip=self.clip),
             "sampler": "ddim",
             "timesteps": command.spacing or self.pipe.scheduler.config.timestep_spacing,
-            "order": 1,
+            "order": self.pipe.select_order(),
             **describe_reference(self.data, command.split, self.panel),
             "count": command.count,
             "long_count": command.counts[1],

@@ -1,0 +1,144 @@
+"""``ddim fit-steps``: fits the timesteps of a few steps to a model."""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddim.errors import DDIMError, OutputError
+
+__all__ = ["Command", "defaults", "run"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Finds the levels at which a few steps of a model come nearest to its own images of many steps, and tells by how much.
+
+    The result goes into a JSON file for `ddim sample --timesteps`. No data is needed.
+    """
+
+    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    """An embedded model, a folder in diffusers format, or a hub id."""
+    steps: int = 10
+    """How many levels to choose: network evaluations an image."""
+    order: Literal[1, 2] | None = None
+    """Of the solver that will visit them: 1 is DDIM, 2 its multistep; by default what the model's configuration says."""
+    out: str = "steps.json"
+    """The file for the result; it must not exist."""
+    count: int = 16
+    """Images that the search looks at."""
+    held_out: int = 32
+    """Other images, on which the result is compared with every spacing."""
+    exact: bool = False
+    """Measure the held-out errors against DDIM at all of the model's levels, which is their definition, and not against 100 steps of
+    order 2, which are nearly the same and ten times as fast."""
+    evaluations: int = 800
+    """About how many evaluations of the network on all COUNT images the search may take."""
+    seed: int = 1_000_000
+    """Seed of the first image; far from the seeds that images are drawn and measured at."""
+    batch_size: int = 16
+    """Held-out images evaluated together."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+
+
+def defaults(arguments: list[str]) -> tuple[None, list[str]]:
+    """This command has no presets."""
+    return None, arguments
+
+
+def run(command: Command) -> None:
+    """Fits, prints the comparison, and writes the file."""
+    began = time.perf_counter()
+    for name, least in (("steps", 1), ("count", 1), ("held_out", 2), ("evaluations", 0), ("batch_size", 1)):
+        if getattr(command, name) < least:
+            raise DDIMError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(command, name)}.")
+    out = Path(command.out)
+    if out.exists():
+        raise OutputError(f"{out} is there already; use another --out, or delete that file.")
+
+    from torch import Tensor
+
+    from ddim.checkpoints import weight_hash
+    from ddim.cli._model import find_device, open_model
+    from ddim.cli._run import RunRecord, versions
+    from ddim.denoiser import Denoiser
+    from ddim.fitting import Batch, fit_timesteps, geometric_mean
+    from ddim.images import write_atomically
+    from ddim.noise import check_seeds, seeded_randn
+    from ddim.prediction import Denoised
+    from ddim.sampler import sample
+    from ddim.timesteps import select_timesteps, step_pairs
+
+    device = find_device(command.device)
+    seeds = check_seeds(range(command.seed, command.seed + command.count + command.held_out))
+    pipe, folder = open_model(command.model, device=device)
+    schedule, order, clip = pipe.noise_schedule, pipe.select_order(command.order), pipe.select_clip()
+    classes, total = pipe.unet.config.get("num_class_embeds"), len(pipe.noise_schedule)
+    select_timesteps(total, command.steps)  # refuses a number that cannot be
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    started = time.perf_counter()
+    with pipe.progress_bar(total=None) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+
+        def batch(drawn: list[int]) -> Batch:
+            labels = [seed % classes for seed in drawn] if classes else None
+            denoise: Denoiser = pipe.denoiser(len(drawn), class_labels=labels, clip=clip)
+
+            def told(x_t: Tensor, t: int | Tensor) -> Denoised:
+                if bar is not None:
+                    bar.update()
+                return denoise(x_t, t)
+
+            return Batch(told, seeded_randn(pipe.image_shape, drawn).to(device))
+
+        def finish(part: Batch) -> Tensor:
+            return sample(part.denoise, part.x_t, step_pairs(select_timesteps(total, total)), schedule=schedule)
+
+        found, judged = seeds[: command.count], seeds[command.count :]
+        fit = fit_timesteps(
+            batch(found),
+            [batch(judged[first : first + command.batch_size]) for first in range(0, len(judged), command.batch_size)],
+            schedule=schedule,
+            steps=command.steps,
+            order=order,
+            evaluations=command.evaluations,
+            finish=finish if command.exact else None,
+        )
+    seconds = time.perf_counter() - started
+
+    results = []
+    print(f"{'timesteps':10s} {'ODE error':>10s}   {fit.name} / this one, with its 95 % interval")
+    for name, errors in fit.errors.items():
+        error, ratio = geometric_mean(errors), fit.ratio(name)
+        results.append({"name": name, "timesteps": fit.paths.get(name), "ode_error": error._asdict(), "ratio": ratio._asdict()})
+        print(f"{name:10s} {error.mean:10.2e}   {ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    protocol = {
+        "command": "fit-steps",
+        "model": command.model,
+        "weight_hash": weight_hash(folder),
+        "steps": command.steps,
+        "order": order,
+        "clip": asdict(clip),
+        "seeds": [found[0], found[-1]],
+        "held_out": [judged[0], judged[-1]],
+        "reference": {"order": 1, "steps": total} if command.exact else {"order": 2, "steps": min(100, total)},
+        "evaluations": command.evaluations,
+    }
+    record = RunRecord(
+        protocol=protocol,
+        results=results,
+        seconds=seconds,
+        seconds_total=time.perf_counter() - began,
+        evaluations=command.steps,
+        execution={"device": str(device), "batch_size": command.batch_size},
+        versions=versions(),
+    )
+    write_atomically(out, json.dumps({"timesteps": fit.timesteps, **asdict(record)}, indent=2, allow_nan=False) + "\n")
+    print(f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found in {seconds:.0f} s.")
+    print(f"Draw with them: ddim sample {command.model} --order {order} --timesteps {out}")

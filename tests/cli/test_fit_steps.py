@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ddim.checkpoints import weight_hash
+from ddim.cli import main
+from ddim.timesteps import SPACINGS, check_timesteps
+
+QUICK = ("--steps", 4, "--count", 4, "--held-out", 6, "--evaluations", 20)
+
+
+def fit(model, out, *options):
+    return main(["fit-steps", str(model), "--out", str(out), *map(str, (*QUICK, *options))])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
+    path = tmp_path / "deep" / "steps.json"
+    assert fit(tiny, path, "--order", order) == 0
+    told = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert len(check_timesteps(content["timesteps"], 1000)) == 4
+    assert content["protocol"]["order"] == order
+    assert content["protocol"]["weight_hash"] == weight_hash(tiny)
+    rows = {row["name"]: row for row in content["results"]}
+    assert set(rows) == {"fitted", "ddim-50", *SPACINGS}
+    assert content["timesteps"] in [row["timesteps"] for row in rows.values()]
+    assert all(rows[name]["ratio"]["mean"] <= 1 for name in ("fitted", *SPACINGS))
+    assert all(row["ode_error"]["low"] < row["ode_error"]["mean"] < row["ode_error"]["high"] for row in rows.values())
+    assert 0 < content["seconds"] < content["seconds_total"]
+    assert f"ddim sample {tiny} --order {order} --timesteps {path}" in told
+    assert ", ".join(map(str, content["timesteps"])) in told
+    assert main(["sample", str(tiny), "--order", str(order), "--timesteps", str(path), "--count", "1", "--out", str(tmp_path / "o")]) == 0
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"] == content["timesteps"]
+
+
+def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_near(tiny_classes, tmp_path):
+    found = {}
+    for name, options in {"a": (), "b": ("--batch-size", 4), "c": ("--exact",)}.items():
+        assert fit(tiny_classes, tmp_path / f"{name}.json", *options) == 0
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["a"]["timesteps"] == found["b"]["timesteps"]
+    assert found["c"]["protocol"]["reference"] == {"order": 1, "steps": 1000}
+    for other, relative in (("b", 1e-3), ("c", 0.2)):
+        for one, same in zip(found["a"]["results"][:5], found[other]["results"][:5], strict=True):
+            assert one["ode_error"]["mean"] == pytest.approx(same["ode_error"]["mean"], rel=relative)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", "0"), "--steps must be at least 1; got 0."),
+        (("--steps", "1001"), "num_inference_steps must be a whole number from 1 to 1000"),
+        (("--order", "3"), "--order must be one of 1, 2; got '3'."),
+        (("--held-out", "1"), "--held-out must be at least 2; got 1."),
+        (("--count", "0"), "--count must be at least 1; got 0."),
+        (("--evaluations", "-1"), "--evaluations must be at least 0; got -1."),
+        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
+        (("--out", "there.json"), "there.json is there already; use another --out, or delete that file."),
+    ],
+)
+def test_bad_options_are_one_sentence_and_leave_nothing(options, message, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there.json").write_text("{}")
+    assert main(["fit-steps", str(tiny), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"ddim: {message}\n" or message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["there.json"]
+    assert Path("there.json").read_text() == "{}"
