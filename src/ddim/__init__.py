@@ -19,7 +19,13 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         encode as encode,
         reconstruction_error as reconstruction_error,
     )
-    from ddim.errors import CheckpointError as CheckpointError, DataError as DataError, DDIMError as DDIMError, OutputError as OutputError
+    from ddim.errors import (
+        CheckpointError as CheckpointError,
+        DataError as DataError,
+        DDIMError as DDIMError,
+        DivergenceError as DivergenceError,
+        OutputError as OutputError,
+    )
     from ddim.fitting import (
         Batch as Batch,
         Fit as Fit,
@@ -108,7 +114,7 @@ _HOMES = {
     "fitting": ("Batch", "Fit", "estimate_gamma", "fit_timesteps", "geometric_mean", "ode_error"),
     "scheduler": ("DDIMInverseScheduler", "DDIMScheduler", "to_diffusers"),
     "pipelines": ("DiffusionPipeline", "UnconditionalPipeline"),
-    "errors": ("CheckpointError", "DDIMError", "DataError", "OutputError"),
+    "errors": ("CheckpointError", "DDIMError", "DataError", "DivergenceError", "OutputError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.denoiser import Denoiser
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps, encode_explicit, encode_implicit
 from ddim.reversible import ReversibleSampler, StatePair, decode_pair, encode_pair
 from ddim.sampler import State, trajectory
@@ -178,7 +178,8 @@ def encode(
         The code.
 
     Raises:
-        DDIMError: If the method is unknown, or what it found is not finite.
+        DDIMError: If the method is unknown.
+        DivergenceError: If what it found is not finite.
     """
     if method not in ENCODERS:
         raise DDIMError(f"method must be one of {', '.join(ENCODERS)}; got {method!r}.")
@@ -195,7 +196,9 @@ def encode(
         states = torch.stack(encode_pair(denoise, x0, levels, schedule=schedule, sampler=sampler))
         evaluations = sampler.evaluations_per_step * len(levels)
     if not bool(torch.isfinite(states).all()):
-        raise DDIMError(f"the code became NaN or infinite: {method} diverged at {len(levels)} steps; use more steps, or method o-belm.")
+        raise DivergenceError(
+            f"the code became NaN or infinite: {method} diverged at {len(levels)} steps; use more steps, or method o-belm."
+        )
     return Code(states, method, tuple(levels), evaluations, gamma, mixing, residual, labels, origin or {})
 
 

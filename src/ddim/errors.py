@@ -4,7 +4,7 @@ Each is a ``ValueError`` whose text is one sentence or two: what was wrong, what
 print that text and exit with code 2.
 """
 
-__all__ = ["CheckpointError", "DDIMError", "DataError", "OutputError"]
+__all__ = ["CheckpointError", "DDIMError", "DataError", "DivergenceError", "OutputError"]
 
 
 class DDIMError(ValueError):
@@ -21,3 +21,7 @@ class DataError(DDIMError):
 
 class OutputError(DDIMError):
     """A result that cannot be written, or that would mix with results of another protocol."""
+
+
+class DivergenceError(DDIMError):
+    """A prediction, a sample or a code became NaN or infinite."""

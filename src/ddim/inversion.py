@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddim.denoiser import Denoiser, at_clean
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, DivergenceError
 from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
 from ddim.step import linear_step
@@ -129,7 +129,8 @@ def encode_implicit(
         The latent, the evaluations (of the slowest sample at each step, since a batch is evaluated whole), and the residuals.
 
     Raises:
-        DDIMError: If a residual is not finite, or an option is out of range.
+        DDIMError: If an option is out of range.
+        DivergenceError: If a residual is not finite.
 
     Warns:
         ConvergenceWarning: If a step was not solved; the best iterate was taken, and ``residual`` tells how good it is.
@@ -164,7 +165,7 @@ def encode_implicit(
         worst = torch.maximum(worst, residual)
         largest = float(residual.max()) if len(residual) else 0.0
         if not math.isfinite(largest):
-            raise DDIMError(
+            raise DivergenceError(
                 f"the implicit encoder diverged at t={t}: the network's prediction became NaN or infinite; use float32, or method o-belm."
             )
         if largest > wanted:

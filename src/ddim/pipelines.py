@@ -17,7 +17,7 @@ from torch import Tensor
 from ddim.checkpoints import find_model, is_unconditional, load_network, noise_schedule, read_model_index, read_scheduler_config
 from ddim.denoiser import Clip, ModelDenoiser
 from ddim.encoding import Code, EncodingMethod, decode_trajectory, encode, fingerprint
-from ddim.errors import CheckpointError, DDIMError
+from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.images import from_pictures, to_pil, to_uint8
 from ddim.inversion import encodable_timesteps
 from ddim.noise import SeededNoise, check_seeds
@@ -427,7 +427,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                     break
         self.maybe_free_model_hooks()
         if not bool(torch.isfinite(x).all()):
-            raise DDIMError(
+            raise DivergenceError(
                 f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
                 "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong together."
             )

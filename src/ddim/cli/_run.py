@@ -30,6 +30,8 @@ IDENTITY = (
     "guidance_scale",
     "dtype",
     "class",
+    "data",
+    "interpolation",
     "samples",
     "reference",
     "metrics",

@@ -2,21 +2,31 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ddim.errors import DDIMError
 from ddim.evaluation.protocol import METRICS, Result
-from ddim.images import save_png
+from ddim.images import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAPER", "Cell", "check_plots", "flat_records", "make_plots", "save_plots", "spread_text", "text_table", "to_csv", "to_markdown"]
+__all__ = [
+    "PAPER",
+    "Cell",
+    "check_plots",
+    "flat_records",
+    "make_plots",
+    "save_lines",
+    "save_plots",
+    "spread_text",
+    "text_table",
+    "to_csv",
+    "to_markdown",
+]
 
 _ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
 _STEPS = (10, 20, 50, 100, 1000)
@@ -211,9 +221,28 @@ def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
 def save_plots(cells: Sequence[Cell], folder: Path) -> None:
     """Writes the plots as PNG files, each whole or not at all."""
     for name, figure in make_plots(cells).items():
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=150)
-        save_png(Image.open(drawn), folder / name)
+        with replacing(folder / name) as partial:
+            figure.savefig(partial, format="png", dpi=150)
+
+
+def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str) -> None:
+    """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at all."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
+    axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:

@@ -1,0 +1,94 @@
+"""``ddim decode``: a code file back to images."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddim.cli._latent import check_positive, clear_folder, scaled
+from ddim.cli._model import describe_model, find_device, open_model
+from ddim.errors import DDIMError
+
+__all__ = ["Command", "defaults", "run"]
+
+GRID = 64
+"""Images that the grid shows at most."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Turns a code file back into pictures: one file an image, and a grid of the first 64."""
+
+    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    """The model that encoded: an embedded model, a folder in diffusers format, or a hub id."""
+    code: str = "code.safetensors"
+    """The file that `ddim encode` wrote."""
+    steps: int | None = None
+    """Other steps than the code's, which only codes of fixed-point and ddim take."""
+    spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
+    """Of those steps."""
+    batch_size: int = 64
+    """Images decoded together."""
+    out: str = "out/decode"
+    """Folder for the pictures."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the network, as it was when encoding; the states are float64 always."""
+
+
+def defaults(arguments: list[str]) -> tuple[None, list[str]]:
+    """This command has no presets."""
+    return None, arguments
+
+
+def run(command: Command) -> None:
+    """Decodes the code and writes the pictures."""
+    began = time.perf_counter()
+    check_positive(command, "batch_size")
+    import numpy as np
+
+    from ddim.cli._run import RunRecord, versions, write_run
+    from ddim.codes import load_code
+    from ddim.encoding import fingerprint
+    from ddim.images import make_grid, save_png
+
+    code = load_code(command.code)
+    device = find_device(command.device)
+    pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
+    steps = command.steps if command.steps is not None or command.spacing is None else len(code.timesteps)
+    others = steps is not None
+    timesteps = pipe.select_timesteps(steps, timestep_spacing=command.spacing) if others else list(code.timesteps)
+    protocol = {
+        "command": "decode",
+        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), dtype=command.dtype),
+        "sampler": code.method if code.is_exact else "ddim",
+        "timesteps": timesteps,
+        "eta": 0.0,
+        "data": {"code": fingerprint(code.states), "method": code.method},
+    }
+    out = Path(command.out)
+    clear_folder(out, protocol)
+    pipe.warm_up(min(command.batch_size, len(code)))
+    started = time.perf_counter()
+    pictures = pipe.decode(code, timesteps=timesteps if others else None, batch_size=command.batch_size)
+    seconds = time.perf_counter() - started
+    if not pictures:
+        raise DDIMError(f"{command.code} holds no images.")
+    for number, picture in enumerate(pictures):
+        save_png(picture, out / f"{number:06d}.png")
+    shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:GRID]])
+    save_png(make_grid(shown), out / "grid.png", scale=scaled(shown))
+    record = RunRecord(
+        protocol=protocol,
+        results=[{"image": number, "file": f"{number:06d}.png"} for number in range(len(pictures))],
+        seconds=seconds,
+        seconds_total=time.perf_counter() - began,
+        evaluations=len(timesteps) * (2 if code.method == "edict" else 1) - (1 if code.method in ("o-belm", "bdia") else 0),
+        execution={"count": len(pictures), "batch_size": command.batch_size, "device": str(device)},
+        versions=versions(),
+    )
+    write_run(out, record)
+    print(f"{len(pictures)} images decoded in {seconds:.1f} s; they are in {out}, together in {out / 'grid.png'}.")
