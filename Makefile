@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PUBLIC := schedule prediction timesteps noise step denoiser objective sampler oracle scheduler pipelines images checkpoints errors
+PUBLIC := schedule prediction timesteps noise step denoiser objective interpolation sampler inversion reversible encoding codes oracle \
+  fitting scheduler pipelines doctor checks symptoms prior conversion images checkpoints evaluation errors
 
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all lint types bench docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,plot]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -28,6 +29,9 @@ test: lint types
 
 test-all: lint types
 	$(BIN)/pytest -m 'slow or not slow'
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/bench.py
 
 docs: $(VENV)/installed
 	$(BIN)/pdoc --docformat google --math --output-directory docs/api $(PUBLIC:%=ddim.%)

@@ -1,0 +1,178 @@
+"""Measures this package beside diffusers, in one run: ratios, since machines differ and are noisy.
+
+Run: make bench (about six minutes on two cores, on a machine that does nothing else). Writes benchmarks/result.md.
+"""
+
+import argparse
+import gc
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import ddim
+from ddim.pipelines import UnconditionalPipeline
+
+BATCH, STEPS = 16, 50
+
+
+def ratio(name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False) -> list[str]:
+    """A row of the table: both times, and their ratio (how many times faster ours is, where that is the question)."""
+    scale, digits = (1e6, 1) if unit == "us" else (1.0, 2)
+    told = [f"{took[who] * scale:.{digits}f} {unit}" for who in ("ours", "theirs")]
+    quotient = f"{took['theirs'] / took['ours']:.2f}x" if faster else f"{took['ours'] / took['theirs']:.2f}"
+    return [name, *told, quotient, wanted]
+
+
+def medians(calls: dict[str, Callable[[], object]], *, repeats: int, warm_up: int = 50) -> dict[str, float]:
+    """Median seconds of each call, taken in turn so that what the machine does besides falls on all alike."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    gc.collect()
+    gc.disable()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - began)
+    gc.enable()
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts the operators that read a tensor's value on the host."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def bench_step(rows: list[list[str]]) -> None:
+    """A scheduler's step on [1, 4, 64, 64], both tensors returned."""
+    options = {"clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    ours, theirs = ddim.DDIMScheduler(**options), diffusers.DDIMScheduler(**options)
+    sample, output, noise = (torch.randn(1, 4, 64, 64) for _ in range(3))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(50)
+    t = ours.timesteps[10]
+    number = int(t)
+
+    def call(scheduler: diffusers.DDIMScheduler, timestep: object, **more: object) -> Callable[[], object]:
+        return lambda: scheduler.step(output, timestep, sample, **more)
+
+    noisy = {"eta": 1.0, "variance_noise": noise}
+    with torch.no_grad():
+        for name, timestep, more, target in (
+            ("a step, tensor t, eta 0", t, {}, 1 / 3),
+            ("a step, tensor t, eta 1, noise given", t, noisy, 0.4),
+            ("a step, int t, eta 0", number, {}, 1 / 4),
+        ):
+            took = medians({"ours": call(ours, timestep, **more), "theirs": call(theirs, timestep, **more)}, repeats=3000)
+            rows.append(ratio(name, took, f"at most {target:.2f}", unit="us"))
+        reads = []
+        for scheduler in (ours, theirs):
+            with CountedReads() as counted:
+                scheduler.step(output, t, sample)
+            reads.append(counted.reads)
+    rows.append(["values read by the host in such a step", str(reads[0]), str(reads[1]), "", "0"])
+
+
+def bench_sampling(rows: list[list[str]]) -> None:
+    """The embedded model, 16 images in 50 steps, and the share of the machine's matrix-product rate."""
+    folder = Path(ddim.__file__).parent / "zoo" / "fashion-mnist"
+    ours = UnconditionalPipeline.from_pretrained(folder)
+    theirs = diffusers.DDIMPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+
+    def draw() -> object:
+        return ours(seeds=range(BATCH), num_inference_steps=STEPS, progress=False)
+
+    def draw_theirs() -> object:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(BATCH)]
+        return theirs(batch_size=BATCH, generator=generators, num_inference_steps=STEPS)
+
+    took = medians({"ours": draw, "theirs": draw_theirs}, repeats=5, warm_up=1)
+    rows.append(ratio(f"{BATCH} images, {STEPS} steps", took, "at least 1.1x", faster=True))
+
+    x, t = torch.randn(BATCH, *ours.image_shape), torch.full((BATCH,), 500)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours.unet(x, t)
+    size = 1024
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    peak = 2 * size**3 / medians({"product": lambda: a @ b}, repeats=50)["product"]
+    eager = counter.get_total_flops() * STEPS / took["ours"]
+
+    began = time.perf_counter()
+    ours.compile().warm_up(BATCH)
+    compiling = time.perf_counter() - began
+    both = medians({"ours": draw, "theirs": draw_theirs}, repeats=5, warm_up=1)
+    rows.append(ratio(f"the same with --compile (once: {compiling:.0f} s)", both, "at least 1.4x", faster=True))
+    compiled = counter.get_total_flops() * STEPS / both["ours"]
+    shares = f"{eager / peak:.0%}, compiled {compiled / peak:.0%}"
+    rows.append([f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s", shares, "", "", ""])
+
+    fresh = UnconditionalPipeline.from_pretrained(folder)
+    few = medians({"few": lambda: fresh(seeds=range(BATCH), num_inference_steps=STEPS, progress=False)}, repeats=3, warm_up=1)["few"]
+    began = time.perf_counter()
+    fresh(seeds=range(BATCH), num_inference_steps=1000, eta="sigma-hat", clip="static", progress=False)
+    many = time.perf_counter() - began
+    rows.append([f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)", f"{few:.2f} s", f"{many:.1f} s", f"{many / few:.1f}x", ""])
+
+
+def bench_process(rows: list[list[str]]) -> None:
+    """Memory while many images are drawn, and what starting costs above a bare interpreter."""
+    code = (
+        "import resource, sys; from ddim.cli import main; assert main(sys.argv[1:]) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (64, 1000):
+            out = [sys.executable, "-c", code, "sample", "--steps", "2", "--count", str(count), "--out", f"{folder}/{count}"]
+            printed = subprocess.run(out, check=True, capture_output=True, text=True).stdout
+            peaks.append(int(printed.split()[-1]) / 1024)
+    grown = f"{peaks[1] / peaks[0]:.2f}x"
+    rows.append(["peak memory, 64 images and 1,000", f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB", grown, "does not grow"])
+
+    def started(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    calls = {"bare": started("-c", ""), "import": started("-c", "import ddim"), "help": started("-m", "ddim", "--help")}
+    took = medians(calls, repeats=15, warm_up=2)
+    rows.append(["`import ddim`, above a bare interpreter", f"{(took['import'] - took['bare']) * 1000:.0f} ms", "", "", "under 50 ms"])
+    rows.append(["`ddim --help`, interpreter and all", f"{took['help'] * 1000:.0f} ms", "", "", "under 300 ms"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "result.md")
+    out = parser.parse_args().out
+    rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
+    for part in (bench_step, bench_sampling, bench_process):
+        first = len(rows)
+        part(rows)
+        for row in rows[first:]:
+            print("  ".join(cell for cell in row if cell), flush=True)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}"
+    told = f"torch {torch.__version__}, diffusers {diffusers.__version__}, ddim {ddim.__version__}"
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 5, *rows[1:]])
+    out.write_text(f"# Beside diffusers\n\n`make bench` on {machine}; {told}.\n\n{table}\n")
+    print(f"written to {out}; peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Every example runs, does what it says, and stays short."""
+
+import pathlib
+import runpy
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_numbered_and_short(path):
+    assert path.name[:2].isdigit()
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_the_path_between_two_images_ends_at_them(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "10_interpolate.py"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # how well an implicit step is solved is not what this is about
+        missed = example["main"](str(tmp_path / "path.png"))
+    assert missed < 1e-5
+    assert Image.open(tmp_path / "path.png").width > 11 * 28
+
+
+def test_an_edit_of_strength_0_is_the_image_itself(tmp_path):
+    rows = runpy.run_path(str(EXAMPLES / "11_edit.py"))["main"](str(tmp_path / "edit.png"), group=3, steps=5).numpy()
+    assert (rows[1] == rows[0]).all()
+    moved = np.abs(rows.astype(float) - rows[0]).mean((1, 2, 3, 4))
+    assert moved[3] > moved[2] > 5
