@@ -23,7 +23,8 @@ def test_the_path_between_two_images_ends_at_them(tmp_path):
         warnings.simplefilter("ignore", UserWarning)  # how well an implicit step is solved is not what this is about
         missed = example["main"](str(tmp_path / "path.png"))
     assert missed < 1e-5
-    assert Image.open(tmp_path / "path.png").width > 11 * 28
+    with Image.open(tmp_path / "path.png") as picture:
+        assert picture.width > 11 * 28
 
 
 def test_an_edit_of_strength_0_is_the_image_itself(tmp_path):

@@ -46,7 +46,8 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
         assert np.abs(pixels(out / f"{seed:06d}.png") - np.asarray(picture).astype(int)).max() <= 1
     run = record(out)
     assert set(run) == {"protocol", "results", "seconds", "seconds_total", "evaluations", "execution", "versions"}
-    assert set(IDENTITY) <= set(run["protocol"])
+    ours = {"sampler", "timesteps", "eta", "order", "variance", "clip", "prior", "prompt", "guidance_scale", "dtype", "class"}
+    assert ours | {"command", "weight_hash", "schedule"} <= set(run["protocol"]) & set(IDENTITY)
     assert run["protocol"]["weight_hash"] == weight_hash(tiny)
     assert run["protocol"]["timesteps"] == [999, 749, 499, 249]
     assert run["protocol"]["eta"] == 0

@@ -174,6 +174,7 @@ def _training(content: dict[str, Any]) -> dict[str, Any] | None:
     from ddim.training.checkpoint import make_scheduler
     from ddim.training.config import TrainConfig
 
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # JSON has no tuples
     try:
         return dict(make_scheduler(TrainConfig(**{"out": "", **options})).config)
     except TypeError as error:

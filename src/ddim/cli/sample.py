@@ -286,7 +286,7 @@ def _measure_gamma(
     from ddim.fitting import estimate_gamma
     from ddim.images import from_uint8, write_atomically
 
-    identity = json.loads(json.dumps({name: protocol[name] for name in IDENTITY}))
+    identity = json.loads(json.dumps({name: protocol.get(name) for name in IDENTITY}))
     if path.is_file() and (content := read_json(path)).get("protocol") == identity:
         return {int(t): float(value) for t, value in content["gamma"].items()}
     chosen = list(range(0, len(images), max(1, len(images) // MEASURED)))[:MEASURED]
