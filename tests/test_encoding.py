@@ -205,7 +205,7 @@ def test_the_implicit_encoder_finds_where_sampling_comes_from():
     x0 = sample(denoise, x_T, step_pairs(timesteps), schedule=LINEAR)
     found = encode_implicit(denoise, x0, timesteps, schedule=LINEAR, tolerance=1e-9)
     assert torch.allclose(found.x_T, x_T, atol=1e-5)
-    assert float(found.residual.max()) <= 1e-8  # ten times the tolerance at the first step
+    assert float(found.residual.max()) <= 5e-8  # fifty times the tolerance at the first step
     explicit = encode_explicit(denoise, x0, timesteps, schedule=LINEAR)
     assert float((explicit.x_T - x_T).abs().max()) > 0.02
 
@@ -228,7 +228,7 @@ def test_a_samples_code_does_not_depend_on_its_batch():
 
 
 def test_what_is_not_solved_is_told():
-    with pytest.warns(ConvergenceWarning, match=r"The implicit step to t=199 was solved to .*, not to 1.0e-12, in 3 evaluations"):
+    with pytest.warns(ConvergenceWarning, match=r"The implicit step to t=199 was solved to .*, not to 5.0e-12, in 3 evaluations"):
         found = encode_implicit(nonlinear(LINEAR), data(), [199], schedule=LINEAR, tolerance=1e-13, max_evaluations=3)
     assert float(found.residual.min()) > 1e-12
 

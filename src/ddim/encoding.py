@@ -153,8 +153,8 @@ def encode(
     method: EncodingMethod = "o-belm",
     gamma: float = 1.0,
     mixing: float = 0.93,
-    tolerance: float = 5e-5,
-    max_evaluations: int = 100,
+    tolerance: float = 1e-5,
+    max_evaluations: int = 60,
     labels: Tensor | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Code:

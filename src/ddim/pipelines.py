@@ -297,8 +297,8 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         resize: bool = False,
         gamma: float = 1.0,
         mixing: float = 0.93,
-        tolerance: float = 5e-5,
-        max_evaluations: int = 100,
+        tolerance: float = 1e-5,
+        max_evaluations: int = 60,
         batch_size: int = 64,
     ) -> Code:
         """Finds the latents of images, with clipping off; :meth:`decode` brings the images back.
