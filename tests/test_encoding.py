@@ -390,7 +390,9 @@ def test_real_images_come_back_exactly(pipe, garments, method):
 
 
 def test_the_implicit_encoder_on_real_images(pipe, garments):
-    code = pipe.encode(garments[:4], 50, method="fixed-point")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the stiff first step, whose residual is what the error below is about
+        code = pipe.encode(garments[:4], 50, method="fixed-point")
     back = pipe.decode(code, output_type="np")
     assert float(np.square(back - garments[:4] / 255.0).mean()) < 1e-6
     assert code.evaluations <= 6 * 50

@@ -325,7 +325,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             DDIMError: If images or options do not fit the network, or the method diverges.
         """
         x0 = from_pictures(images, self.image_shape, resize=resize)
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
         levels = encodable_timesteps(self.noise_schedule, levels)
         if len(x0) == 0 or batch_size < 1:
             raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
@@ -385,6 +385,8 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             DDIMError: If the code is of another model, or of other steps, or does not fit.
         """
         self._check_output_type(output_type)
+        if len(code) == 0:
+            raise DDIMError("the code holds no images.")
         if tuple(code.x_T.shape[1:]) != self.image_shape:
             raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
         others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None

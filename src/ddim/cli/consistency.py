@@ -120,7 +120,7 @@ def run(command: Command) -> None:
     reference = draw("ddim", longest)
     results: list[dict[str, Any]] = []
     sheet = []
-    for sampler in command.sampler:
+    for sampler in dict.fromkeys(command.sampler):
         for steps in chosen:
             images = reference if sampler == "ddim" and steps == longest else draw(sampler, steps)
             error = reconstruction_error(reference, images)

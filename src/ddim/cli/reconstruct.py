@@ -112,7 +112,12 @@ def run(command: Command) -> None:
 
     save()  # so that what an interrupted run leaves is known for what it is
     pipe.warm_up(min(command.batch_size, len(x0)))
-    missing = [(m, s) for s in command.steps for m in command.method if not any(r["method"] == m and r["steps"] == s for r in results)]
+    missing = [
+        (m, s)
+        for s in dict.fromkeys(command.steps)
+        for m in dict.fromkeys(command.method)
+        if not any(r["method"] == m and r["steps"] == s for r in results)
+    ]
     for method, steps in missing:
         cell, took = _measure(pipe, x0, labels, command, method=method, steps=steps)
         results, seconds = [*results, cell], seconds + took

@@ -33,7 +33,7 @@ def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
         DDIMError: If the preset's name is missing or unknown.
     """
     name = None
-    for value, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for value, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if value == "--preset" or value.startswith("--preset="):
             name = value.partition("=")[2] if "=" in value else following
             if name not in PRESETS:
