@@ -23,6 +23,7 @@ __all__ = [
     "from_uint8",
     "load_image",
     "make_grid",
+    "open_picture",
     "replacing",
     "save_png",
     "to_pil",
@@ -126,19 +127,25 @@ def crop_square(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
-def load_image(path: Path | str) -> NDArray[np.uint8]:
-    """Reads a picture file as bytes [H, W, C], C being 1 for grey pictures and 3 for all others.
+def open_picture(path: Path | str) -> Image.Image:
+    """Reads a picture file whole.
 
     Raises:
         DataError: If there is no such file, or it is no picture.
     """
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
+            return picture.copy()
     except FileNotFoundError:
         raise DataError(f"there is no picture at {path}.") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow reports a damaged PNG as a SyntaxError
         raise DataError(f"{path} is not a picture, or is damaged ({str(error).splitlines()[0]}); give a PNG or JPEG file.") from error
+
+
+def load_image(path: Path | str) -> NDArray[np.uint8]:
+    """Reads a picture file as bytes [H, W, C], C being 1 for grey pictures and 3 for all others; errors as :func:`open_picture`."""
+    picture = open_picture(path)
+    pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

@@ -330,7 +330,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         if len(x0) == 0 or batch_size < 1:
             raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
         labels = self._labels(class_labels, len(x0))
-        parts = []
+        origin, parts = self._origin(), []
         for first in range(0, len(x0), batch_size):
             chosen = slice(first, first + batch_size)
             some = None if labels is None else labels[chosen]
@@ -347,7 +347,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                     tolerance=tolerance,
                     max_evaluations=max_evaluations,
                     labels=some,
-                    origin=self._origin(),
+                    origin=origin,
                 )
             )
         self.maybe_free_model_hooks()
@@ -391,7 +391,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
         others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
-        finished = []
+        origin, finished = self._origin(), []
         for first in range(0, len(code), max(1, batch_size)):
             part = code[first : first + max(1, batch_size)].to(self._execution_device)
             states = decode_trajectory(
@@ -399,7 +399,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
                 part,
                 schedule=self.noise_schedule,
                 timesteps=levels,
-                origin=self._origin(),
+                origin=origin,
             )
             total = len(levels or code.timesteps)
             finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))

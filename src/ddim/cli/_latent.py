@@ -13,18 +13,7 @@ if TYPE_CHECKING:
 
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["check_positive", "clear_folder", "read_images", "scaled"]
-
-
-def check_positive(command: object, *names: str) -> None:
-    """Refuses options below 1.
-
-    Raises:
-        DDIMError: Which of them.
-    """
-    for name in names:
-        if getattr(command, name) < 1:
-            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(command, name)}.")
+__all__ = ["clear_folder", "read_images", "scaled"]
 
 
 def read_images(
@@ -43,27 +32,16 @@ def read_images(
         DDIMError: If neither or both are given, an image does not fit, or a class is missing.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
     from ddim.errors import DataError
-    from ddim.images import from_pictures
+    from ddim.images import from_pictures, open_picture
     from ddim.training.data import load_images
 
     if (files is None) == (data is None):
         raise DDIMError("give images as files (--images a.png,b.png) or as a data set (--data), one of the two.")
     shape, labels = pipe.image_shape, None
     if files is not None:
-        pictures: list[Any] = []
-        for file in files:
-            try:
-                with Image.open(file) as picture:
-                    picture.load()
-                    pictures.append(picture.copy())
-            except FileNotFoundError:
-                raise DataError(f"there is no picture at {file}.") from None
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise DataError(f"{file} is not a picture, or is damaged ({first}); give a PNG or JPEG file.") from error
+        pictures = [open_picture(file) for file in files]
         try:
             x0 = from_pictures(pictures, shape, resize=resize)
         except DDIMError as error:

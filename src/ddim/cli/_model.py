@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from ddim.denoiser import Clip
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["describe_model", "draw", "find_device", "open_model", "seed_label", "short_name"]
+__all__ = ["check_positive", "describe_model", "draw", "find_device", "open_model", "seed_label", "short_name"]
+
+
+def check_positive(command: object, *names: str) -> None:
+    """Refuses options below 1; one that is None was not given.
+
+    Raises:
+        DDIMError: Which of them.
+    """
+    for name in names:
+        given = getattr(command, name)
+        if given is not None and given < 1:
+            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
 
 
 def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[UnconditionalPipeline, Path]":  # noqa: ANN401 - as find_device

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import check_positive, clear_folder, scaled
-from ddim.cli._model import describe_model, find_device, open_model, seed_label, short_name
+from ddim.cli._latent import clear_folder, scaled
+from ddim.cli._model import check_positive, describe_model, find_device, open_model, seed_label, short_name
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddim.cli._latent import check_positive, clear_folder, scaled
-from ddim.cli._model import describe_model, find_device, open_model
-from ddim.errors import DDIMError
+from ddim.cli._latent import clear_folder, scaled
+from ddim.cli._model import check_positive, describe_model, find_device, open_model
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -75,8 +74,6 @@ def run(command: Command) -> None:
     started = time.perf_counter()
     pictures = pipe.decode(code, timesteps=timesteps if others else None, batch_size=command.batch_size)
     seconds = time.perf_counter() - started
-    if not pictures:
-        raise DDIMError(f"{command.code} holds no images.")
     for number, picture in enumerate(pictures):
         save_png(picture, out / f"{number:06d}.png")
     shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:GRID]])

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddim.cli._latent import check_positive, read_images
-from ddim.cli._model import find_device, open_model
+from ddim.cli._latent import read_images
+from ddim.cli._model import check_positive, find_device, open_model
 from ddim.errors import OutputError
 
 __all__ = ["Command", "defaults", "run"]
@@ -55,7 +55,7 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 def run(command: Command) -> None:
     """Encodes the images and writes the code."""
-    check_positive(command, "batch_size", *(["count"] if command.count is not None else []))
+    check_positive(command, "batch_size", "count")
     out = Path(command.out)
     if out.exists():
         raise OutputError(f"{out} is there already; use another --out, or delete that file.")

@@ -10,7 +10,7 @@ import tyro
 
 from ddim.cli._arguments import EtaOption
 from ddim.cli._evaluation import BATCH, describe_reference, draw_batches, image_batches, open_panel, open_reference, shuffled_batches
-from ddim.cli._model import describe_model, find_device, open_model, short_name
+from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DataError, DDIMError
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 def run(command: Command) -> None:
     """Measures, prints the numbers, and writes run.json."""
     began = time.perf_counter()
-    for name in ("count", "batch_size"):
-        given = getattr(command, name)
-        if given is not None and given < 1:
-            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
+    check_positive(command, "count", "batch_size")
 
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.evaluation.protocol import collect, collect_reference, measure, sample_cuts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption, TimestepsOption
-from ddim.cli._model import describe_model, draw, find_device, open_model, seed_label, short_name
+from ddim.cli._model import check_positive, describe_model, draw, find_device, open_model, seed_label, short_name
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 def run(command: Command) -> None:
     """Draws what is missing in the folder, then writes the grid and run.json."""
     began = time.perf_counter()
-    for name in ("count", "batch_size"):
-        if getattr(command, name) < 1:
-            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(command, name)}.")
+    check_positive(command, "count", "batch_size")
     if command.sampler == "ddpm" and command.eta is not None:
         raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
 

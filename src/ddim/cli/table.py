@@ -18,7 +18,7 @@ import tyro
 
 from ddim.cli._arguments import EtasOption
 from ddim.cli._evaluation import describe_reference, draw_batches, open_panel, open_reference, shuffled_batches
-from ddim.cli._model import describe_model, find_device, open_model, short_name
+from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 def run(command: Command) -> None:
     """Measures the cells that are missing in the folder, and writes the table of all that are there."""
     began = time.perf_counter()
-    for name in ("count", "repeats", "batch_size", "processes"):
-        if getattr(command, name) < 1:
-            raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(command, name)}.")
+    check_positive(command, "count", "repeats", "batch_size", "processes")
     if not 1 <= command.counts[1] <= command.count:
         raise DDIMError(f"--long-count must be from 1 to --count, {command.count}; got {command.long_count}.")
     if not command.eta or not command.steps:
