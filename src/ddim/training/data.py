@@ -1,17 +1,20 @@
-"""Where training images come from: folders, arrays, IDX files, parquet, the hub, and two sets that need no path.
+"""Where training images come from: folders, arrays, IDX files, parquet, the hub, and sets that need no path.
 
-Every source becomes an :class:`ImageData`: a map-style data set of (uint8 image [C, H, W], label). Arrays stay arrays in
-memory; files are decoded when they are asked for. A data set can be sent to other processes (a loader's workers).
+Every source becomes an :class:`ImageData`: a map-style data set of (uint8 image [C, H, W], label), with a caption an image
+where captions are asked for. Arrays stay arrays in memory; files are decoded when they are asked for. A data set can be sent to
+other processes (a loader's workers).
 """
 
+import csv
 import gzip
+import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor
 from ddim.errors import DataError
 from ddim.images import convert_mode, crop_square, fit_picture
 
-__all__ = ["FASHION_MNIST_CLASSES", "ImageData", "load_images", "read_idx"]
+__all__ = ["FASHION_MNIST_CLASSES", "ImageData", "NamedSource", "load_images", "read_idx"]
 
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -33,6 +36,7 @@ _FILES = {*_SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}  # neve
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _SPLITS = ("train", "test", "val", "valid", "validation")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 _MOST_CLASSES = 100_000  # a label above it is an identity or damage, and would make as many class names
 
 
@@ -42,8 +46,19 @@ class _Shape(TypedDict):
     center_crop: bool
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns of a table are meant; None: found by their names."""
+
+    image: str | None
+    label: str | None
+    caption: str | None
+    captions: bool
+    """Whether captions are wanted at all: reading them may take as many files as there are images."""
+
+
 class ImageData(Protocol):
-    """Images and labels by index."""
+    """Images, labels and captions by index."""
 
     @property
     def name(self) -> str:
@@ -65,11 +80,35 @@ class ImageData(Protocol):
         """None where there are no labels."""
         ...
 
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """A caption an image, in the order of the images; None where none were asked for."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """A uint8 image [C, H, W] and its label; -1 where there are none."""
         ...
+
+
+class ImageItems(Protocol):
+    """Images by index: arrays [H, W(, C)] of bytes, or Pillow images. Not closures, which a loader's workers could not be sent."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - an array or a Pillow image
+
+
+class NamedSource(NamedTuple):
+    """What the function behind a source of a name of its own (:data:`_NAMED`) gives for a split."""
+
+    images: ImageItems
+    """Images by index, drawn when they are asked for, the same each time."""
+    labels: Sequence[int] | NDArray[Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    captions: Sequence[str] | None = None
+    """A caption an image, by the same index; may compute it when it is asked for."""
 
 
 def load_images(
@@ -81,13 +120,15 @@ def load_images(
     center_crop: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
+    captions: bool = False,
+    caption_column: str | None = None,
 ) -> ImageData:
     """Opens a data set.
 
     Args:
         source: A folder of images (class names from its subfolders, if the images lie there), a ``.npz``, IDX files (the
             folder or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, or a hub
-            dataset id. A folder that is called like one of the two sets is meant by ``./digits``.
+            dataset id. A folder that is called like a named set is meant by ``./digits``.
         split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays ``test_images``, files
             ``test-*.parquet``. A source without splits is all ``train``; a file named by itself is what it is.
         resolution: Resize the shorter side to this and cut out the centre square. None: all images must have one size.
@@ -95,20 +136,36 @@ def load_images(
         center_crop: Without ``resolution``, which crops anyway: cut out the centre square, and do not resize.
         image_column: Column of parquet or hub data; None: the first one that holds images.
         label_column: Column of labels; None: ``label``, ``labels``, ``fine_label`` or ``class`` if there is one.
+        captions: Whether to read captions: of a folder from ``metadata.jsonl`` or ``metadata.csv`` (columns ``file_name``, relative
+            to that file, and the caption), as Hugging Face's imagefolder has it, else from ``NAME.txt`` beside each image; of a
+            table from a column; of a ``.npz`` from an array ``captions``. Where an image has several, the first is taken.
+        caption_column: Column of captions; None: ``text``, ``caption``, ``captions`` or ``prompt``.
 
     Returns:
         The data set.
 
     Raises:
-        DataError: If the source is missing, damaged, or of an unusable shape; the message says what to do.
+        DataError: If the source is missing, damaged, of an unusable shape, or without the captions asked for; the message says
+            what to do.
     """
     if resolution is not None and resolution < 1:
         raise DataError(f"resolution must be at least 1; got {resolution}.")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
     shape = _Shape(resolution=resolution, channels=channels, center_crop=center_crop)
-    if source == "digits":
-        return _Images.of_arrays(source, *_digits(split), tuple("0123456789"), **shape)
+    data = _open(source, split, _Columns(image_column, label_column, caption_column, captions), **shape)
+    if captions and data.captions is None:
+        raise DataError(
+            f"{source} has no captions; put metadata.jsonl (with file_name and text) or NAME.txt beside the images of a folder, "
+            "or name a table's column with --caption-column."
+        )
+    return data
+
+
+def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> "_Images":
+    if source in _NAMED:
+        images, labels, class_names, captions = _NAMED[source](split)
+        return _Images.of_items(source, images, labels, class_names, captions if columns.captions else None, **shape)
     if source == "fashion-mnist":
         chosen = os.environ.get("DDIM_FASHION_MNIST")
         folder = Path(chosen or FASHION_MNIST_FOLDER)
@@ -116,33 +173,26 @@ def load_images(
             return _Images.of_arrays(source, *_read_idx_folder(folder, split), FASHION_MNIST_CLASSES, **shape)
         if chosen:
             raise DataError(f"DDIM_FASHION_MNIST names {chosen}, which is no folder; correct it, or unset it.")
-        return _from_hub(source, FASHION_MNIST_HUB, split, image_column, label_column, **shape)
+        return _from_hub(source, FASHION_MNIST_HUB, split, columns, **shape)
     path = Path(os.path.expanduser(source))
     if not source or not path.exists():
         if not source or source.startswith((".", "/", "~")) or path.suffix in _FILES or source.count("/") > 1 or "ubyte" in path.name:
             raise DataError(f"there is no data at {source!r}; check the path.")
-        return _from_hub(source, source, split, image_column, label_column, **shape)
+        return _from_hub(source, source, split, columns, **shape)
     if path.is_dir():
         if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-            return _from_parquet(source, _of_split(source, tables, split), image_column, label_column, **shape)
+            return _from_parquet(source, _of_split(source, tables, split), columns, **shape)
         if next(path.glob("*idx3-ubyte*"), None):
             return _Images.of_arrays(source, *_read_idx_folder(path, split), None, **shape)
-        return _from_folder(source, path, split, **shape)
+        return _from_folder(source, path, split, columns, **shape)
     if path.suffix == ".npz":
-        return _Images.of_arrays(source, *_read_npz(path, split), None, **shape)
+        images, labels, captions = _read_npz(path, split)
+        return _Images.of_arrays(source, images, labels, None, captions if columns.captions else None, **shape)
     if "idx3-ubyte" in path.name:
         return _Images.of_arrays(source, read_idx(path), _labels_beside(path), None, **shape)
     if path.suffix == ".parquet":
-        return _from_parquet(source, [path], image_column, label_column, **shape)
+        return _from_parquet(source, [path], columns, **shape)
     raise DataError(f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id.")
-
-
-class _Items(Protocol):
-    """Images by index: arrays [H, W(, C)] or Pillow images. Not closures, which a loader's workers could not be sent."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - an array or a Pillow image
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,9 +265,10 @@ class _Images:
     """A data set over a list of images, which it brings to one size and number of channels."""
 
     name: str
-    items: _Items
+    items: ImageItems
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
+    captions: Sequence[str] | None
     channels: int
     resolution: tuple[int, int]
     resize: bool
@@ -230,6 +281,7 @@ class _Images:
         images: NDArray[Any],
         labels: NDArray[Any] | None,
         class_names: tuple[str, ...] | None,
+        captions: Sequence[str] | None = None,
         **shape: Unpack[_Shape],
     ) -> "_Images":
         usable = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
@@ -238,15 +290,16 @@ class _Images:
                 f"images in {name} must be uint8 of shape [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels; "
                 f"got {images.dtype} of shape {list(images.shape)}."
             )
-        return cls.of_items(name, images, labels, class_names, **shape)
+        return cls.of_items(name, images, labels, class_names, captions, **shape)
 
     @classmethod
     def of_items(
         cls,
         name: str,
-        items: _Items,
+        items: ImageItems,
         labels: Sequence[int] | Sequence[str] | NDArray[Any] | None,
         class_names: tuple[str, ...] | None,
+        captions: Sequence[str] | None = None,
         *,
         resolution: int | None,
         channels: int | None,
@@ -254,6 +307,8 @@ class _Images:
     ) -> "_Images":
         if len(items) == 0:
             raise DataError(f"{name} holds no images.")
+        if captions is not None and len(captions) != len(items):
+            raise DataError(f"{name} holds {len(items)} images but {len(captions)} captions; there must be one caption an image.")
         numbers, class_names = _number_labels(name, labels, class_names, len(items))
         first = items[0]
         if isinstance(first, np.ndarray):
@@ -264,7 +319,8 @@ class _Images:
             grey = first.mode in ("1", "L", "LA", "I", "F") or first.mode.startswith("I;16")
         if resolution or center_crop:
             height = width = resolution or min(height, width)
-        return cls(name, items, numbers, class_names, channels or (1 if grey else 3), (height, width), resolution is not None, center_crop)
+        size, depth = (height, width), channels or (1 if grey else 3)
+        return cls(name, items, numbers, class_names, captions, depth, size, resize=resolution is not None, center_crop=center_crop)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -370,7 +426,7 @@ def _labels_beside(images: Path) -> NDArray[np.uint8] | None:
     return None if found is None else read_idx(found)
 
 
-def _digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _digits(split: str) -> NamedSource:
     part = {"train": slice(0, 1500), "test": slice(1500, None)}.get(split)
     if part is None:
         raise DataError(f"digits has splits train and test; got {split!r}.")
@@ -379,10 +435,14 @@ def _digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     except ModuleNotFoundError as error:
         raise DataError("the data set digits comes with scikit-learn, which is not installed; run: pip install 'ddim[train]'.") from error
     digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8)[part], digits.target[part]
+    return NamedSource(np.round(digits.images * (255 / 16)).astype(np.uint8)[part], digits.target[part], tuple("0123456789"))
 
 
-def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
+# Sets with a name and no path, each a function of the split's name; they import what they need when they are called.
+_NAMED: dict[str, Callable[[str], NamedSource]] = {"digits": _digits}
+
+
+def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None, list[str] | None]:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # opened here: numpy leaves a damaged file open
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -390,13 +450,17 @@ def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None
             names = list(file.files)
             images_key, labels_key = _npz_keys(path, names, split)
             images, labels = file[images_key], file[labels_key] if labels_key in names else None
+            captions_key = images_key.replace("images", "captions")  # arrays without names have none
+            captions = file[captions_key] if captions_key != images_key and captions_key in names else None
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with numpy.savez.") from error
     if labels_key == "arr_1" and labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
         labels = None  # the arrays have no names, and the second is something else
-    return images, labels
+    if captions is not None and (captions.ndim != 1 or captions.dtype.kind != "U"):
+        raise DataError(f"{captions_key} of {path} must be text, one an image; got {captions.dtype} of shape {list(captions.shape)}.")
+    return images, labels, None if captions is None else captions.tolist()
 
 
 def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
@@ -420,7 +484,7 @@ def _no_such_split(source: str, splits: Iterable[str], split: str) -> DataError:
     return DataError(f"{source} has no split {split!r}; {has}.")
 
 
-def _from_folder(source: str, folder: Path, split: str, **shape: Unpack[_Shape]) -> _Images:
+def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
     found = [(p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES]
     files = sorted((p, parts) for p, parts in found if not any(part.startswith(".") for part in parts) and p.is_file())
     if not files:
@@ -436,9 +500,64 @@ def _from_folder(source: str, folder: Path, split: str, **shape: Unpack[_Shape])
     names = None if "" in tops else tuple(sorted(tops))
     labels = None if names is None else [names.index(parts[0]) for _, parts in files]
     items = _Files([p for p, _ in files])
+    captions = _captions_of_files(source, folder, items.paths, columns.caption) if columns.captions else None
     if shape["resolution"] is None:
         items.check_sizes(source, center_crop=shape["center_crop"])
-    return _Images.of_items(source, items, labels, names, **shape)
+    return _Images.of_items(source, items, labels, names, captions, **shape)
+
+
+def _captions_of_files(source: str, folder: Path, paths: list[Path], column: str | None) -> list[str] | None:
+    """Captions from metadata files, as Hugging Face's imagefolder has them, else from ``NAME.txt`` beside each image."""
+    tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
+    if tables:
+        rows = {name: caption for table in tables for name, caption in _read_metadata(table, column).items()}
+        missing = [p for p in paths if os.path.normpath(p) not in rows]
+        if missing:
+            told = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
+            raise DataError(f"{tables[0]} has no row for {told} of {source}, such as {missing[0]}; add it, or move the image away.")
+        return [rows[os.path.normpath(p)] for p in paths]
+    texts = [p.with_suffix(".txt") for p in paths]
+    there = [t.is_file() for t in texts]
+    if not any(there):
+        return None
+    if not all(there):
+        first = texts[there.index(False)]
+        raise DataError(
+            f"{there.count(False)} of {len(paths)} images of {source} have no caption: {first} is missing; an empty file will do."
+        )
+    try:
+        return [text.read_text(encoding="utf-8-sig").strip() for text in texts]
+    except ValueError as error:
+        raise DataError(f"a caption of {source} is no UTF-8 text ({error}); save it as UTF-8.") from error
+
+
+def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
+    """The captions of a metadata file by the paths of their images."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({_first_line(error)}); write one row an image.") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must hold a row an image with file_name and a caption; got {'nothing' if not rows else 'other values'}.")
+    names = list(rows[0])
+    caption = column or next((c for c in _CAPTION_COLUMNS if c in names), None)
+    if "file_name" not in names or caption not in names:
+        raise DataError(
+            f"{path} must have columns file_name and {column or 'text (or --caption-column)'}; it has {', '.join(map(str, names))}."
+        )
+    return {
+        os.path.normpath(path.parent / str(row.get("file_name"))): _one_caption(row.get(caption), f"row {number} of {path}")
+        for number, row in enumerate(rows, 1)
+    }
+
+
+def _one_caption(value: Any, where: str) -> str:  # noqa: ANN401 - whatever a table holds
+    """A caption as it was written; the first of several."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    if not isinstance(first, str):
+        raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")
+    return first
 
 
 def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
@@ -464,7 +583,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _from_parquet(source: str, files: list[Path], image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:
+def _from_parquet(source: str, files: list[Path], columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
     try:
         table = _open_dataset("parquet", source, data_files=[str(p) for p in files], split="train")
     except DataError:
@@ -472,10 +591,10 @@ def _from_parquet(source: str, files: list[Path], image_column: str | None, labe
     except Exception as error:
         reason = _first_line(error.__cause__ or error)
         raise DataError(f"{source} cannot be read as parquet ({reason}); check the file, or write it again.") from error
-    return _from_columns(source, table, image_column, label_column, **shape)
+    return _from_columns(source, table, columns, **shape)
 
 
-def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:
+def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
     try:
         table = _open_dataset(hub_id, name, split=split)
     except DataError:
@@ -493,18 +612,18 @@ def _from_hub(name: str, hub_id: str, split: str, image_column: str | None, labe
         if isinstance(error, FileNotFoundError):  # as datasets' DatasetNotFoundError is
             raise DataError(f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); check the name.") from error
         raise DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub.") from error
-    return _from_columns(name, table, image_column, label_column, **shape)
+    return _from_columns(name, table, columns, **shape)
 
 
-def _from_columns(name: str, table: Any, image_column: str | None, label_column: str | None, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401
+def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401
     import datasets
 
     columns, features = list(table.column_names), table.features
-    for asked in (image_column, label_column):
+    for asked in (asked_for.image, asked_for.label, asked_for.caption):
         if asked is not None and asked not in columns:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(columns)}.")
     typed = [c for c in columns if isinstance(features[c], datasets.Image)]
-    column = image_column or next(iter(typed + [c for c in ("image", "img", "images") if c in columns]), None)
+    column = asked_for.image or next(iter(typed + [c for c in ("image", "img", "images") if c in columns]), None)
     if column is None:
         raise DataError(f"{name} has columns {', '.join(columns)}, and none is called image or is of datasets' Image type; name it.")
     pictures = table.select_columns([column])
@@ -513,11 +632,15 @@ def _from_columns(name: str, table: Any, image_column: str | None, label_column:
             pictures = pictures.cast_column(column, datasets.Image())
         except Exception as error:
             raise DataError(f"column {column!r} of {name} does not hold images ({_first_line(error)}); name another.") from error
-    label = label_column or next((c for c in _LABEL_COLUMNS if c in columns and _is_scalar(features[c])), None)
+    label = asked_for.label or next((c for c in _LABEL_COLUMNS if c in columns and _is_scalar(features[c])), None)
     feature = None if label is None else features[label]
     class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else table[label][:]
-    return _Images.of_items(name, _Column(name, pictures, column), labels, class_names, **shape)
+    captions = None
+    caption = asked_for.caption or next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    if asked_for.captions and caption is not None:
+        captions = [_one_caption(value, f"row {number} of column {caption!r} of {name}") for number, value in enumerate(table[caption][:])]
+    return _Images.of_items(name, _Column(name, pictures, column), labels, class_names, captions, **shape)
 
 
 def _is_scalar(feature: Any) -> bool:  # noqa: ANN401 - datasets has no types
