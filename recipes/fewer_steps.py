@@ -1,0 +1,253 @@
+"""Measures how many evaluations of the network each method needs, for the page docs/fewer-steps.md.
+
+    python recipes/fewer_steps.py errors --out out/fewer-steps
+    python recipes/fewer_steps.py quality --out out/fewer-steps --reference fashion-mnist
+    python recipes/fewer_steps.py report --out out/fewer-steps
+
+``errors`` fits steps and measures the ODE error of every method at every number of steps, on the same held-out seeds; ``quality`` draws
+images by each of them and measures the Frechet distance; ``report`` puts what is there into markdown and plots. What is measured stays
+in files of its own, and is not measured again.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ddim
+from ddim.checkpoints import find_model, weight_hash
+from ddim.evaluation.protocol import Reference, collect, collect_reference, default_metrics, load_panel, measure, sample_cuts
+from ddim.evaluation.report import save_lines, text_table
+from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
+from ddim.images import from_uint8, write_atomically
+from ddim.noise import seeded_randn
+from ddim.sampler import sample
+from ddim.timesteps import SPACINGS, select_timesteps, step_pairs
+from ddim.training.data import load_images
+
+STEPS = (5, 8, 10, 20, 50)
+FITTED = (5, 8, 10, 12, 15, 20, 50)
+BETWEEN = (12, 15, 18, 22, 25, 30, 40)
+"""More numbers of trailing steps, to find the smallest that reaches a quality."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend evaluations."""
+
+    name: str
+    order: int
+    steps: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-order-{self.order}-steps-{self.steps}.json"
+
+
+MANY = Method("trailing", 1, 50)
+METHODS = [
+    *(Method(spacing, order, steps) for steps in STEPS for order in (1, 2) for spacing in SPACINGS),
+    *(Method("fitted", order, steps) for steps in FITTED for order in (1, 2)),
+    *(Method("trailing", 2, steps) for steps in BETWEEN),
+    *(Method("trailing", 1, steps) for steps in (100, 200)),
+]
+"""Without noise, so that each has an ODE error."""
+DRAWN = [*METHODS, Method("trailing", 2, 200), *(Method("analytic", 1, steps) for steps in STEPS)]
+"""What is judged by its images; 200 steps of order 2 stand for the flow itself."""
+
+
+class Run:
+    """A folder of measurements of one model."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.pipe = ddim.UnconditionalPipeline.from_pretrained(options.model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.schedule = self.pipe.noise_schedule
+        self.hash = weight_hash(find_model(options.model))
+        self.compiled = False
+
+    def kept(self, kind: str, method: Method) -> dict[str, Any] | None:
+        """A measurement that was made before, of the same weights."""
+        path = self.out / kind / method.file
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["weight_hash"] != self.hash:
+            raise SystemExit(f"{path} is of other weights, {content['weight_hash']}; use another --out.")
+        return content
+
+    def keep(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:  # noqa: ANN401 - anything that JSON holds
+        (self.out / kind).mkdir(parents=True, exist_ok=True)
+        record = {"weight_hash": self.hash, **asdict(method), **content}
+        write_atomically(self.out / kind / method.file, json.dumps(record) + "\n")
+        return record
+
+    def levels(self, method: Method) -> list[int]:
+        """The timesteps of a method; fitted ones are searched for where they are not kept."""
+        if method.name == "analytic":
+            return select_timesteps(len(self.schedule), method.steps, "trailing")
+        if method.name != "fitted":
+            return select_timesteps(len(self.schedule), method.steps, method.name)
+        found = self.kept("fits", method)
+        if found is None:  # what `ddim fit-steps` does by default
+            seed = 1_000_000
+            batches = [self.batch(range(seed + first, seed + first + 16)) for first in (0, 16, 32)]
+            fit = fit_timesteps(batches[0], batches[1:], schedule=self.schedule, steps=method.steps, order=method.order)
+            found = self.keep("fits", method, timesteps=fit.timesteps, found=fit.name)
+        return list(found["timesteps"])
+
+    def batch(self, seeds: range) -> Batch:
+        return Batch(self.pipe.denoiser(len(seeds), clip="none"), seeded_randn(self.pipe.image_shape, seeds))
+
+    def compile(self) -> None:
+        if not self.compiled:
+            self.pipe.compile()
+            self.compiled = True
+
+    @torch.no_grad()
+    def errors(self) -> None:
+        """The ODE error of every method, against DDIM at all levels."""
+        self.compile()
+        count, size = self.options.held_out, 64
+        parts = [self.batch(range(first, min(first + size, count))) for first in range(0, count, size)]
+        path = self.out / "exact.pt"
+        if path.is_file():
+            exact = torch.load(path, weights_only=True)
+        else:
+            exact = self.finish(parts, select_timesteps(len(self.schedule), len(self.schedule), "trailing"), 1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(exact, path)
+        for method in METHODS:
+            if self.kept("errors", method) is None:
+                levels = self.levels(method)
+                values = ode_error(self.finish(parts, levels, method.order), exact)
+                self.keep("errors", method, timesteps=levels, errors=values.tolist())
+                print(f"{method.name}, order {method.order}, {method.steps} steps: {geometric_mean(values).mean:.3e}", flush=True)
+
+    def finish(self, parts: list[Batch], levels: list[int], order: int) -> Tensor:
+        return torch.cat([sample(b.denoise, b.x_t, step_pairs(levels), schedule=self.schedule, order=order) for b in parts])
+
+    @torch.no_grad()
+    def quality(self) -> None:
+        """The first metric of the panel for every method, on the same seeds, and on the seeds that long cells of `ddim table` draw."""
+        self.compile()
+        data = load_images(self.options.reference, channels=self.pipe.image_shape[0])
+        panel = load_panel(default_metrics(self.pipe.image_shape)[:1], image_shape=self.pipe.image_shape)
+        count, reference = self.options.count, None
+        counts = sorted({count, min(256, count)})
+        for method in DRAWN:
+            if self.kept("quality", method) is None:
+                reference = reference or self.reference(data, panel, counts)
+                collected = collect(self.images(method, data), panel, cuts=sample_cuts(counts))
+                results = [asdict(r) for n in counts for r in measure(collected, reference, panel, count=n)]
+                self.keep("quality", method, results=results)
+                told = results[-1]
+                print(f"{method.name}, order {method.order}, {method.steps} steps: {told['metric']} {told['value']:.4g}", flush=True)
+
+    def reference(self, data: Any, panel: Any, counts: list[int]) -> Reference:  # noqa: ANN401 - ImageData, Panel
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        batches = (self.pixels(data, order[i : i + 256]) for i in range(0, len(order), 256))
+        return collect_reference(batches, panel, available=len(data), counts=counts)
+
+    def pixels(self, data: Any, indices: list[int]) -> Tensor:  # noqa: ANN401 - ImageData
+        return from_uint8(torch.stack([data[i][0] for i in indices]).permute(0, 2, 3, 1).numpy())
+
+    def images(self, method: Method, data: Any) -> Iterator[Tensor]:  # noqa: ANN401 - ImageData
+        """Pictures of 256 grey levels in [-1, 1], batch by batch."""
+        size, levels, gamma = 64, self.levels(method), None
+        if method.name == "analytic":
+            chosen = list(range(0, len(data), len(data) // 256))[:256]
+            parts = [self.pixels(data, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            gamma = estimate_gamma([(self.pipe.denoiser(len(x0), clip="none"), x0) for x0 in parts], levels, schedule=self.schedule)
+        for first in range(0, self.options.count, size):
+            seeds = range(first, min(first + size, self.options.count))
+            made = self.pipe(
+                seeds=seeds, timesteps=levels, order=method.order, gamma=gamma, clip="none", progress=False, output_type="pt"
+            ).images
+            yield (made * 255).round() / 127.5 - 1
+
+    def report(self) -> None:
+        """Writes report.md and two plots of what was measured."""
+        errors = {m: torch.tensor(e["errors"], dtype=torch.float64) for m in METHODS if (e := self.kept("errors", m))}
+        quality = {m: q["results"] for m in DRAWN if (q := self.kept("quality", m))}
+        parts = [f"Weights {self.hash}.\n"]
+        if MANY in errors:
+            parts += [f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 trailing steps of DDIM)\n"]
+            parts += [self.table(errors.keys(), lambda m: self.told_error(errors, m))]
+        if quality:
+            last = next(iter(quality.values()))[-1]
+            parts += [f"## {last['metric']} ({last['count']} images; real against real {last['floor']:.3g})\n"]
+            parts += [self.table(quality.keys(), lambda m: f"{quality[m][-1]['value']:.3g} ± {quality[m][-1]['std']:.1g}")]
+        parts += [*self.reached(errors, quality)]
+        for name, values, up in (
+            ("errors.png", {m: geometric_mean(v).mean for m, v in errors.items()}, "ODE error"),
+            ("quality.png", {m: q[-1]["value"] for m, q in quality.items()}, "Frechet distance"),
+        ):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for m, value in values.items():
+                lines.setdefault(f"{m.name}, order {m.order}", []).append((m.steps, value))
+            chosen = {k: sorted(v) for k, v in lines.items() if not k.startswith(("leading", "linspace", "quadratic"))}
+            if chosen:
+                save_lines(chosen, self.out / name, across="evaluations an image", up=up)
+        write_atomically(self.out / "report.md", "\n".join(parts))
+        print("\n".join(parts))
+
+    def told_error(self, errors: dict[Method, Tensor], method: Method) -> str:
+        ratio = geometric_mean(errors[method] / errors[MANY])
+        return f"{geometric_mean(errors[method]).mean:.2e} ({ratio.mean:.3g}; {ratio.low:.3g} to {ratio.high:.3g})"
+
+    def table(self, methods: Any, told: Any) -> str:  # noqa: ANN401 - an iterable and a function of methods
+        methods = list(methods)
+        steps = sorted({m.steps for m in methods})
+        rows = [["method", *(f"{s} steps" for s in steps)]]
+        for name, order in dict.fromkeys((m.name, m.order) for m in methods):
+            there = {m.steps: told(m) for m in methods if (m.name, m.order) == (name, order)}
+            rows.append([f"{name}, order {order}", *(there.get(s, "") for s in steps)])
+        return text_table(rows)
+
+    def reached(self, errors: dict[Method, Tensor], quality: dict[Method, Any]) -> Iterator[str]:
+        """The fewest evaluations by which each method reaches 50 steps of DDIM, and the flow."""
+        flow = Method("trailing", 2, 200)
+        rows = [["method", "ODE error of DDIM at 50", "distance of DDIM at 50", "distance of the flow"]]
+        for name, order in dict.fromkeys((m.name, m.order) for m in DRAWN if m != flow):
+            mine = sorted((m for m in DRAWN if (m.name, m.order) == (name, order)), key=lambda m: m.steps)
+            near = {m: bool(geometric_mean(errors[m] / errors[MANY]).mean <= 1) for m in mine if m in errors and MANY in errors}
+            judged = [m for m in mine if m in quality]
+            good = {g: {m: within(quality[m][-1], quality[g][-1]) for m in judged if g in quality} for g in (MANY, flow)}
+            rows.append([f"{name}, order {order}", *(fewest(reached) for reached in (near, good[MANY], good[flow]))])
+        yield "## Fewest evaluations that reach it (a distance is reached within one spread over seeds)\n"
+        yield text_table(rows)
+
+
+def fewest(reached: dict[Method, bool]) -> str:
+    """The smallest number of steps that reaches a goal, in words where there is none."""
+    steps = [m.steps for m, there in reached.items() if there]
+    return str(min(steps)) if steps else "none" if reached else "not measured"
+
+
+def within(result: dict[str, Any], goal: dict[str, Any]) -> bool:
+    """Whether a distance is no larger than another's, but for that one's spread over seeds."""
+    return bool(result["value"] <= goal["value"] + goal["std"])
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("errors", "quality", "report"))
+    parser.add_argument("--model", default="fashion-mnist")
+    parser.add_argument("--reference", default="fashion-mnist")
+    parser.add_argument("--held-out", type=int, default=128, help="images of the ODE errors")
+    parser.add_argument("--count", type=int, default=1024, help="images of the quality")
+    parser.add_argument("--out", type=Path, default=Path("out/fewer-steps"))
+    options = parser.parse_args()
+    getattr(Run(options), options.what)()
+
+
+if __name__ == "__main__":
+    main()
