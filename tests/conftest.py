@@ -29,6 +29,24 @@ def ours(**options):
     return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options)
 
 
+class SilentWriter:
+    """What training asks of tensorboard's writer, saying nothing."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def add_scalar(self, *args): ...
+
+    def close(self): ...
+
+
+@pytest.fixture(scope="session")
+def silent_log():
+    """Puts a silent writer in tensorboard's place, whose import warns of its own dependencies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", SilentWriter)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """An unconditional model as this package writes it."""

@@ -16,22 +16,10 @@ TRAIN += ["--checkpoint-every", "4", "--log-every", "2", "--validation-images", 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, silent_log):
     out = tmp_path_factory.mktemp("run") / "digits"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
-        assert main([*TRAIN, "--out", str(out)]) == 0
+    assert main([*TRAIN, "--out", str(out)]) == 0
     return out
-
-
-class Silent:
-    """In place of tensorboard's writer, whose import warns of its own dependencies."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def add_scalar(self, *args): ...
-
-    def close(self): ...
 
 
 def read(path):
@@ -49,8 +37,7 @@ def test_training_writes_a_model_that_plain_diffusers_samples_without_ddim(model
     subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True)
 
 
-def test_a_stopped_run_resumes_to_the_same_losses_bit_by_bit(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+def test_a_stopped_run_resumes_to_the_same_losses_bit_by_bit(model, tmp_path):
     from ddim.training.config import TrainConfig
     from ddim.training.trainer import train
 

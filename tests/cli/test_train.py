@@ -25,20 +25,9 @@ def ddim(*arguments, **options):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone(silent_log):
     """The command within this process."""
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Silent:
-    """In place of tensorboard's writer, whose import warns of its own dependencies."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def add_scalar(self, *args): ...
-
-    def close(self): ...
 
 
 def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_diffusers(tmp_path):
@@ -186,18 +175,18 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     script, out = tmp_path / "launched.py", tmp_path / "out"
     script.write_text(LAUNCHED)
     options = ["train", "--data", "digits", "--out", out, *TINY, "--images", 96, "--checkpoint-every", 2, "--keep-checkpoints", 9]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, script, tmp_path, *options]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
-    def run():
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        )
+    def run(launcher):
+        command = list(map(str, [*launcher, script, tmp_path, *options]))
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("The model is in ") == 1
         return [dict(np.load(tmp_path / f"rank-{rank}.npz")) for rank in (0, 1)]
 
-    first, second = run()
+    first, second = run(torchrun)
     assert first["noise"].shape == (6, 8, 1, 8, 8)
     for name in ("noise", "x0"):
         assert not any(np.array_equal(a, b) for a, b in zip(first[name], second[name], strict=True))
@@ -205,11 +194,11 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["0000002", "0000004", "0000006"]
     card = json.loads((out / "card.json").read_text())
     assert (card["processes"], card["images_seen"]) == (2, 96)
-    assert card["command"].startswith("accelerate launch --multi_gpu --num_processes 2 -m ddim train --data digits")
+    assert card["command"].startswith("torchrun --nproc-per-node 2 -m ddim train --data digits")
 
     for step in ("0000004", "0000006"):
         (out / "checkpoints" / step).rename(tmp_path / step)
-    again = run()[0]
+    again = run(accelerate)[0]
     assert np.array_equal(again["noise"], first["noise"][2:])
     assert json.loads((out / "card.json").read_text())["step"] == 6
     alone = ddim(*options)

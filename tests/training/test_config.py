@@ -78,9 +78,9 @@ def test_every_option_is_tried():
     assert {field.name for field in fields(TrainConfig) if OTHER[field.name] != field.default} == set(OTHER)
 
 
-def test_several_processes_are_launched_by_accelerate():
+def test_several_processes_are_launched_by_torchrun():
     line = command_line(TrainConfig(data="digits", out="x"), processes=2)
-    assert line == "accelerate launch --multi_gpu --num_processes 2 -m ddim train --data digits --out x"
+    assert line == "torchrun --nproc-per-node 2 -m ddim train --data digits --out x"
 
 
 def test_options_replace_those_of_a_preset():
@@ -106,6 +106,15 @@ def test_a_preset_that_does_not_exist(words):
         ({"layers_per_block": 0}, "layers_per_block must be at least 1; got 0"),
         ({"attention_head_dim": 0}, "attention_head_dim must be at least 1; got 0"),
         ({"preview_steps": 0}, "preview_steps must be at least 1; got 0"),
+        (
+            {"attention_head_dim": 33, "attention_levels": 9},
+            "attention_head_dim must be at most 32, the fewest channels that have attention; got 33",
+        ),
+        ({"attention_head_dim": 129, "attention_levels": 0}, "attention_head_dim must be at most 128, .*; got 129"),
+        ({"seed": 2**63}, r"seed must lie in 0\.\.2\*\*63 - 1; got 9223372036854775808"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
+        ({"gradient_clip": float("inf")}, "gradient_clip must be finite; got inf"),
+        ({"out": ""}, "out must name a folder; got an empty name"),
         ({"seed": -1}, "seed must be at least 0; got -1"),
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0; got nan"),
         ({"learning_rate": 0.0}, r"learning_rate must be above 0; got 0\.0"),
@@ -120,4 +129,4 @@ def test_a_preset_that_does_not_exist(words):
 )
 def test_what_cannot_be_trained_is_refused(options, text):
     with pytest.raises(DDIMError, match=text):
-        TrainConfig(data="digits", out="x", **options)
+        TrainConfig(**{"data": "digits", "out": "x"} | options)

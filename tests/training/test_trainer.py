@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from ddim.checkpoints import weight_hash
-from ddim.errors import CheckpointError, DDIMError, OutputError
+from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
 from ddim.schedule import BETA_SCHEDULES
 from ddim.training import checkpoint, trainer
 from ddim.training.checkpoint import latest_checkpoint, prune
@@ -35,20 +36,9 @@ TINY = {
 }
 
 
-class Silent:
-    """In place of tensorboard's writer, whose import warns of its own dependencies."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def add_scalar(self, *args): ...
-
-    def close(self): ...
-
-
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def alone(silent_log):
     """Each test may choose its precision, which accelerate otherwise fixes for the whole process."""
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -191,6 +181,18 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
     assert after["revisions"] == [{"step": 2, "revision": "b"}]
 
 
+@pytest.mark.parametrize("found", ["model_index.json", "card.json", "unet", "scheduler"])
+def test_a_model_of_someone_elses_is_not_replaced(tmp_path, found):
+    (tmp_path / found).mkdir()
+    (tmp_path / found / "precious").touch()
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(
+        OutputError, match=rf"holds {found} and no checkpoint of a run that made them, and the trained .* use another --out"
+    ):
+        train(config(tmp_path, data="a missing folder/x"))
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == sorted([found, f"{found}/precious", "checkpoints"])
+
+
 def test_other_options_than_the_folders_are_refused(tmp_path):
     train(config(tmp_path, images=8))
     with pytest.raises(
@@ -238,7 +240,6 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(
         train(config(tmp_path), on_progress=fill)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
     monkeypatch.undo()
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
     assert train(config(tmp_path)).losses[0][0] == 3
 
 
@@ -250,7 +251,6 @@ def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkey
         train(config(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
     monkeypatch.undo()
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
     result = train(config(tmp_path))
     assert (result.finished, result.losses) == (True, ())
     assert (tmp_path / "model_index.json").exists()
@@ -362,6 +362,17 @@ def test_images_that_cannot_be_halved(tmp_path):
 
 
 # The learning rate and the average
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_sentence_from_a_worker_too(tmp_path, workers):
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_text("words")
+    with pytest.raises(DataError) as caught:
+        train(config(tmp_path / "out", data=str(tmp_path), resolution=8, workers=workers, validation_images=0))
+    assert str(caught.value).startswith(f"{tmp_path}/5.png is not an image that can be read (")
+    assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "linear"])

@@ -67,6 +67,8 @@ def run(command: Command) -> None:
         result = train(config, on_progress=show, revision=_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
+    if not result.is_main_process:
+        return
     if result.finished:
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}")
     else:

@@ -23,13 +23,24 @@ from ddim.errors import CheckpointError, OutputError
 from ddim.schedule import make_betas
 from ddim.training.config import TrainConfig
 
-__all__ = ["latest_checkpoint", "load_training_state", "make_scheduler", "prune", "publish", "resume_record", "save_checkpoint"]
+__all__ = [
+    "check_out",
+    "latest_checkpoint",
+    "load_training_state",
+    "make_scheduler",
+    "prune",
+    "publish",
+    "resume_record",
+    "save_checkpoint",
+]
 
 # What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``
 # changes the rounding as well, so that only a run that keeps it continues to the same bits.
 FREE_FIELDS = frozenset(
     {"checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
 )
+
+_PUBLISHED = ("unet", "scheduler", "card.json", "model_index.json")  # two folders, two files, in the order they are put in place
 
 
 def make_scheduler(config: TrainConfig) -> diffusers.DDIMScheduler:
@@ -128,6 +139,20 @@ def latest_checkpoint(root: Path) -> Path | None:
     return root / f"{steps[-1]:07d}" if steps else None
 
 
+def check_out(out: Path) -> None:
+    """Refuses a folder whose model :func:`publish` would replace though no run in it made that model.
+
+    Raises:
+        OutputError: If there is one.
+    """
+    found = [name for name in _PUBLISHED if (out / name).exists()]
+    if found and latest_checkpoint(out / "checkpoints") is None:
+        raise OutputError(
+            f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the trained model would replace them; "
+            "use another --out, or move them away."
+        )
+
+
 def read_record(checkpoint: Path) -> dict[str, Any]:
     """The JSON record of a checkpoint.
 
@@ -199,8 +224,8 @@ def publish(out: Path, network: nn.Module, config: TrainConfig, card: dict[str, 
         facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)
         (partial / "card.json").write_text(facts + "\n")
         (out / "model_index.json").unlink(missing_ok=True)
-        for name in ("unet", "scheduler"):
+        for name in _PUBLISHED[:2]:
             shutil.rmtree(out / name, ignore_errors=True)
             (partial / name).rename(out / name)
-        for name in ("card.json", "model_index.json"):
+        for name in _PUBLISHED[2:]:
             (partial / name).replace(out / name)

@@ -3,6 +3,7 @@
 This module imports nothing heavy, since the command line reads its fields to print its help.
 """
 
+import math
 import shlex
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -143,6 +144,8 @@ class TrainConfig:
     """Processes that load images; 0: the training process itself."""
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise DDIMError("out must name a folder; got an empty name.")
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
@@ -151,6 +154,11 @@ class TrainConfig:
         for name in ("learning_rate", "snr_gamma"):
             if not getattr(self, name) > 0:
                 raise DDIMError(f"{name} must be above 0; got {getattr(self, name)}.")
+        for field in fields(TrainConfig):
+            if isinstance(value := getattr(self, field.name), float) and math.isinf(value):
+                raise DDIMError(f"{field.name} must be finite; got {value}.")
+        if self.seed >= 2**63:
+            raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise DDIMError(f"betas must rise within (0, 1); got beta_start={self.beta_start}, beta_end={self.beta_end}.")
         if not 0 <= self.ema_decay < 1:
@@ -165,13 +173,18 @@ class TrainConfig:
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
             raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
+        narrowest = min(self.block_out_channels[-max(1, self.attention_levels) :])  # the middle of the network always has attention
+        if self.attention_head_dim > narrowest:
+            raise DDIMError(
+                f"attention_head_dim must be at most {narrowest}, the fewest channels that have attention; got {self.attention_head_dim}."
+            )
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:
     """The command that trains this configuration: the options that differ from their defaults, as a shell reads them."""
     words = ["ddim", "train"]
-    if processes > 1:  # without --multi_gpu, accelerate starts one process where there are no GPUs
-        words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "-m", *words]
+    if processes > 1:  # torchrun, since accelerate launch starts a single process where there are no GPUs
+        words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words]
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
         if value != field.default:

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ddim.checkpoints import noise_schedule
 from ddim.denoiser import ModelDenoiser
@@ -31,7 +31,7 @@ from ddim.objective import draw_timesteps, loss_weights, training_loss
 from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
 from ddim.timesteps import select_timesteps, step_pairs
-from ddim.training.checkpoint import latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
+from ddim.training.checkpoint import check_out, latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
 from ddim.training.config import TrainConfig, command_line
 from ddim.training.data import ImageData, load_images
 from ddim.training.ema import EMA
@@ -66,6 +66,8 @@ class TrainResult:
     loss: float | None
     losses: tuple[tuple[int, float], ...]
     """(step, loss) of every step that this call took on this process."""
+    is_main_process: bool
+    """Whether this is the process that speaks, of those that ran together."""
 
 
 def make_network(config: TrainConfig, data: ImageData) -> nn.Module:
@@ -130,6 +132,23 @@ class _Batches(Sampler[list[int]]):
             self._epoch = epoch
             self._order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1)))
         return self.images[int(self._order[offset])]
+
+
+class _Loadable(Dataset[tuple[Tensor, int]]):
+    """Images by lists of indices. An error comes as a value: one raised in a worker would have its traceback for its message."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
+        try:
+            return [self.data[i] for i in indices]
+        except DDIMError as error:
+            return error
+
+
+def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:  # noqa: ANN401 - a batch, or the error that came in its place
+    return items if isinstance(items, DDIMError) else default_collate(items)
 
 
 def _mix(*numbers: int) -> int:
@@ -221,7 +240,7 @@ class _StopSignals:
 def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None, revision: str | None = None) -> TrainResult:
     r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in ``config.out`` if there is one.
 
-    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch``.
+    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch`` or ``torchrun``.
 
     Args:
         config: The run.
@@ -237,6 +256,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     """
     accelerator = _accelerator(config)
     out, root = Path(config.out), Path(config.out) / "checkpoints"
+    check_out(out)
     data = load_images(
         config.data,
         split=config.split,
@@ -275,7 +295,15 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     validation = range(*record["held_out"])
     training = [i for i in range(len(data)) if i not in validation]
     batches = _Batches(training, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
-    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=config.workers, pin_memory=accelerator.device.type == "cuda"))  # type: ignore[arg-type]
+    loader = iter(
+        DataLoader(
+            _Loadable(data),
+            batch_sampler=batches,
+            num_workers=config.workers,
+            collate_fn=_collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
 
     losses: list[tuple[int, float]] = []
     pending: list[tuple[int, Tensor]] = []
@@ -302,7 +330,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, config)
             for part in range(config.gradient_accumulation):
-                images, labels = next(loader)
+                batch = next(loader)
+                if isinstance(batch, DDIMError):
+                    raise batch
+                images, labels = batch
                 place = (step, part, accelerator.process_index)
                 x0, t, noise = _draw(images.to(accelerator.device, non_blocking=True), place, config)
                 torch.manual_seed(_mix(config.seed, 4, *place))  # dropout
@@ -390,7 +421,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     if finished and accelerator.is_main_process:
         publish(out, average.network, config, _card(record, config))
     accelerator.wait_for_everyone()
-    return TrainResult(out, step, finished, last_loss, tuple(losses))
+    return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
 
 def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLossError:
