@@ -1,0 +1,361 @@
+"""Makes the folder that fashion-text models are trained from: a VAE, a text encoder, and a UNet and scheduler of the same shapes.
+
+    python recipes/fashion_text.py all --out runs/fashion-text-base
+
+It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``, ``text`` and ``base`` are its three parts, each
+of which can be made by itself, in this order, into one folder. The seed gives the initial weights and the order of the images, so a
+rerun on one thread gives the same weights.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddim.checkpoints import file_hash
+from ddim.images import from_uint8, to_uint8, write_atomically
+from ddim.training.data import load_images
+from ddim.training.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination, FashionText
+
+LENGTH = 16
+"""Tokens of a caption, with its beginning and its end; the longest caption has 14."""
+WIDTH = 96
+"""Channels of a token."""
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def read(split: str) -> tuple[NDArray[np.uint8], list[str]]:
+    """Images [N, 32, 32, 3] and captions."""
+    garments = load_images("fashion-mnist", split=split)
+    pairs = [garments[i] for i in range(len(garments))]
+    data = FashionText.of_garments(np.stack([image[0].numpy() for image, _ in pairs]), np.array([label for _, label in pairs]))
+    return np.stack([data[i] for i in range(len(data))]), list(data.captions)
+
+
+def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torch.Generator) -> Any:  # noqa: ANN401 - a generator of arrays
+    """Indices [size] of ``count`` images in all, every epoch in another order."""
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(count // size):
+        if len(left) < size:
+            left = torch.cat([left, torch.randperm(len(images), generator=generator)])
+        yield left[:size].numpy()
+        left = left[size:]
+
+
+def one_cycle(parameters: Any, *, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:  # noqa: ANN401 - torch's own
+    """AdamW whose learning rate rises over a tenth of the steps and falls to nothing."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+
+
+class Log:
+    """Prints the mean of a loss now and then."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.losses, self.began = every, [], time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, seen: int) -> None:
+        """Takes the loss of a step; stops the run where it is no number."""
+        self.losses.append(loss.detach())
+        if step % self.every == 0:
+            mean, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - self.began
+            if mean != mean:
+                raise SystemExit(f"the loss is not a number at step {step}; use a smaller --learning-rate.")
+            print(f"step {step}  {seen} images  loss {mean:.5f}  {seen / seconds:.0f} images/s", flush=True)
+            self.losses = []
+
+
+def make_vae() -> AutoencoderKL:
+    """Factor 2, four channels: 3x32x32 -> 4x16x16. No attention, since nothing in these images needs a wide view to be encoded."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(32, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(options: argparse.Namespace) -> dict[str, Any]:
+    r"""Trains the VAE on mean squared and absolute error and on
+
+    .. math:: KL = \\tfrac12(\\mu^2 + \\sigma^2 - 1 - \\log\\sigma^2)
+
+    which is small: it keeps codes near each other smooth, and is not to make them a Gaussian.
+    """
+    torch.manual_seed(options.seed)
+    images, _ = read("train")
+    vae = make_vae().to(memory_format=torch.channels_last).train()
+    generator = torch.Generator().manual_seed(options.seed)
+    optimizer, cycle = one_cycle(vae.parameters(), rate=options.vae_learning_rate, steps=options.vae_images // 32)
+    log = Log(100)
+    for step, chosen in enumerate(batches(images, count=options.vae_images, size=32, generator=generator), 1):
+        x = from_uint8(images[chosen]).contiguous(memory_format=torch.channels_last)
+        code = vae.encode(x).latent_dist
+        error = vae.decode(code.sample()).sample - x
+        kl = 0.5 * (code.mean.square() + code.var - 1 - code.logvar).mean()
+        loss = error.square().mean() + 0.1 * error.abs().mean() + options.kl_weight * kl
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        cycle.step()
+        log.add(step, loss, step * 32)
+    vae.eval().requires_grad_(False)
+    codes = torch.cat([vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean for i in range(0, 10_000, 500)])
+    vae.register_to_config(scaling_factor=round(1 / codes.std().item(), 4))
+    seconds = time.perf_counter() - log.began
+    vae.save_pretrained(options.out / "vae")
+    measured = measure_vae(vae, *read("test"))
+    channels = {"latent_mean": codes.mean((0, 2, 3)) * vae.config.scaling_factor, "latent_std": codes.std((0, 2, 3)) * vae.config.scaling_factor}
+    return {
+        "images_seen": options.vae_images,
+        "learning_rate": options.vae_learning_rate,
+        "kl_weight": options.kl_weight,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "seconds": round(seconds, 1),
+        "scaling_factor": vae.config.scaling_factor,
+        **{name: [round(v, 4) for v in values.tolist()] for name, values in channels.items()},
+        "test": measured,
+        "weight_hash": file_hash([options.out / "vae" / "diffusion_pytorch_model.safetensors"]),
+    }
+
+
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]) -> dict[str, Any]:
+    """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each background."""
+    back = np.concatenate([to_uint8(vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample) for i in range(0, len(images), 500)])
+    error = (back.astype(np.float64) - images) / 255
+    frame = np.ones(images.shape[1:3], dtype=bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    names = np.array([next(n for n in BACKGROUNDS if c.endswith(f"on a {n} background")) for c in captions])
+    return {
+        "rmse": round(float(np.sqrt((error**2).mean())), 5),
+        "frame_mean_error": {n: round(float(error[names == n][:, frame].mean()), 5) for n in BACKGROUNDS},
+        "frame_largest_mean_error": {n: round(float(np.abs(error[names == n][:, frame].mean((1, 2))).max()), 5) for n in BACKGROUNDS},
+    }
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Writes and reads a tokenizer of CLIP's kind in which every word of the captions is one token.
+
+    Byte pairs are merged, the most frequent first, until no word is left in parts; what is in no caption stays in bytes.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    captions = [Combination(c, g, b).caption for c in COLOURS for g in GARMENTS for b in BACKGROUNDS]
+    counts = Counter(word for caption in captions for word in caption.replace("-", " - ").split())
+    words = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
+    merges: list[tuple[str, str]] = []
+    while any(len(parts) > 1 for parts in words.values()):
+        pairs = Counter[tuple[str, str]]()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += counts[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for parts in words.values():
+            for i in range(len(parts) - 2, -1, -1):
+                if (parts[i], *parts[i + 1 : i + 2]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_image_encoder() -> nn.Module:
+    """What the text encoder is trained against, and then thrown away: 3x32x32 -> a vector."""
+
+    def block(before: int, after: int) -> list[nn.Module]:
+        return [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128 * 4 * 4, WIDTH))
+
+
+def train_text(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains the text encoder by contrast: a caption's vector is to be near those of its images, and far from those of others.
+
+    Images of one caption in a batch are all right answers: images choose among the batch's distinct captions, and a caption's target
+    is spread evenly over its images.
+
+    References:
+        Radford and others. Learning Transferable Visual Models From Natural Language Supervision. 2021. https://arxiv.org/abs/2103.00020
+    """
+    torch.manual_seed(options.seed)
+    images, captions = read("train")
+    tokenizer = make_tokenizer(options.out / "tokenizer")
+    text, vision, head = make_text_encoder(tokenizer).train(), make_image_encoder().train(), nn.Linear(WIDTH, WIDTH, bias=False)
+    scale = nn.Parameter(torch.tensor(2.3))
+    distinct = sorted(set(captions))
+    tokens = tokenize(tokenizer, distinct)
+    numbers = torch.tensor([distinct.index(c) for c in captions])
+    parameters = [*text.parameters(), *vision.parameters(), *head.parameters(), scale]
+    optimizer, cycle = one_cycle(parameters, rate=options.text_learning_rate, steps=options.text_images // 128)
+    generator, log = torch.Generator().manual_seed(options.seed), Log(100)
+    for step, chosen in enumerate(batches(images, count=options.text_images, size=128, generator=generator), 1):
+        present, answers = numbers[chosen].unique(return_inverse=True)
+        seen = nn.functional.normalize(vision(from_uint8(images[chosen])), dim=1)
+        said = nn.functional.normalize(head(text(tokens[present]).pooler_output), dim=1)
+        logits = scale.exp().clamp(max=100) * seen @ said.T
+        shares = nn.functional.one_hot(answers, len(present)).float()
+        loss = nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, (shares / shares.sum(0)).T)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cycle.step()
+        log.add(step, loss / 2, step * 128)
+    seconds = time.perf_counter() - log.began
+    text.eval().requires_grad_(False).save_pretrained(options.out / "text_encoder")
+    return {
+        "images_seen": options.text_images,
+        "learning_rate": options.text_learning_rate,
+        "parameters": sum(p.numel() for p in text.parameters()),
+        "tokens": len(tokenizer),
+        "captions": len(distinct),
+        "seconds": round(seconds, 1),
+        "test": measure_text(text, vision.eval(), head, tokens, distinct, *read("test")),
+        "weight_hash": file_hash([options.out / "text_encoder" / "model.safetensors"]),
+    }
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """[B, LENGTH] as a pipeline does it."""
+    tokens: Tensor = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokens
+
+
+@torch.no_grad()
+def measure_text(
+    text: CLIPTextModel, vision: nn.Module, head: nn.Module, tokens: Tensor, distinct: list[str], images: NDArray[np.uint8], captions: list[str]
+) -> dict[str, float]:
+    """How often an image finds its caption among all, and a caption one of its own images among all; and what is told right in part."""
+    seen = torch.cat([nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1) for i in range(0, len(images), 500)])
+    likeness = seen @ nn.functional.normalize(head(text(tokens).pooler_output), dim=1).T
+    found = [distinct[i] for i in likeness.argmax(1).tolist()]
+    split = [(a.split(" on a "), b.split(" on a ")) for a, b in zip(found, captions, strict=True)]
+    return {
+        "image_to_caption": round(float(np.mean([a == b for a, b in zip(found, captions, strict=True)])), 4),
+        "caption_to_image": round(float(np.mean([captions[i] == c for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)])), 4),
+        "background": round(float(np.mean([a[1] == b[1] for a, b in split])), 4),
+        "colour": round(float(np.mean([a[0].split()[1] == b[0].split()[1] for a, b in split])), 4),
+        "garment": round(float(np.mean([a[0].split()[2:] == b[0].split()[2:] for a, b in split])), 4),
+    }
+
+
+def make_unet(seed: int) -> UNet2DConditionModel:
+    """Looks at the caption at 4x4, where the garment, its colour and the background are each a thing of the whole image."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers reads it as the number of heads
+        norm_num_groups=8,
+    ).eval()
+
+
+def write_base(options: argparse.Namespace) -> dict[str, Any]:
+    """Puts a fresh UNet and the scheduler beside the two trained parts, as a pipeline that diffusers loads."""
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    unet = make_unet(options.seed)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(options.out / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(options.out / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(options.out / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(options.out)
+    weights = sorted(options.out.rglob("*.safetensors"))
+    return {
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "weight_hash": file_hash([options.out / "unet" / "diffusion_pytorch_model.safetensors"]),
+        "bytes": sum(path.stat().st_size for path in weights),
+    }
+
+
+PARTS = {"vae": train_vae, "text": train_text, "base": write_base}
+
+
+def main() -> None:
+    """Makes the parts that are asked for, and enters each in the folder's card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vae-images", type=int, default=70_000)
+    parser.add_argument("--vae-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
+    parser.add_argument("--kl-weight", type=float, default=1e-3)
+    parser.add_argument("--text-images", type=int, default=180_000)
+    parser.add_argument("--text-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    place = options.out / "card.json"
+    for part in PARTS if options.part == "all" else [options.part]:
+        made = PARTS[part](options)
+        card = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+        card |= {"data": "fashion-text: 60,000 training images", "seed": options.seed, "versions": {"torch": torch.__version__}}
+        card[part] = {"command": shlex.join(["python", *sys.argv]), **made}
+        write_atomically(place, json.dumps(card, indent=2, sort_keys=True) + "\n")
+        print(json.dumps({part: made}, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()
