@@ -2,9 +2,9 @@
 
     python recipes/fashion_text.py all --out runs/fashion-text-base
 
-It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``, ``text`` and ``base`` are its three parts, each
-of which can be made by itself, in this order, into one folder. The seed gives the initial weights and the order of the images, so a
-rerun on one thread gives the same weights.
+It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``, ``text`` and ``base`` are its three
+parts, each of which can be made by itself, in this order, into one folder. The seed gives the initial weights and the order of the
+images, so a rerun on one thread gives the same weights.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ddim.checkpoints import file_hash
 from ddim.images import from_uint8, to_uint8, write_atomically
 from ddim.training.data import load_images
-from ddim.training.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination, FashionText
+from ddim.training.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination
 
 LENGTH = 16
 """Tokens of a caption, with its beginning and its end; the longest caption has 14."""
@@ -37,10 +37,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def read(split: str) -> tuple[NDArray[np.uint8], list[str]]:
     """Images [N, 32, 32, 3] and captions."""
-    garments = load_images("fashion-mnist", split=split)
-    pairs = [garments[i] for i in range(len(garments))]
-    data = FashionText.of_garments(np.stack([image[0].numpy() for image, _ in pairs]), np.array([label for _, label in pairs]))
-    return np.stack([data[i] for i in range(len(data))]), list(data.captions)
+    data = load_images("fashion-text", split=split, captions=True)
+    return torch.stack([data[i][0] for i in range(len(data))]).permute(0, 2, 3, 1).numpy(), list(data.captions or ())
 
 
 def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torch.Generator) -> Any:  # noqa: ANN401 - a generator of arrays
@@ -121,7 +119,10 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - log.began
     vae.save_pretrained(options.out / "vae")
     measured = measure_vae(vae, *read("test"))
-    channels = {"latent_mean": codes.mean((0, 2, 3)) * vae.config.scaling_factor, "latent_std": codes.std((0, 2, 3)) * vae.config.scaling_factor}
+    channels = {
+        "latent_mean": codes.mean((0, 2, 3)) * vae.config.scaling_factor,
+        "latent_std": codes.std((0, 2, 3)) * vae.config.scaling_factor,
+    }
     return {
         "images_seen": options.vae_images,
         "learning_rate": options.vae_learning_rate,
@@ -138,7 +139,9 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]) -> dict[str, Any]:
     """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each background."""
-    back = np.concatenate([to_uint8(vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample) for i in range(0, len(images), 500)])
+    back = np.concatenate(
+        [to_uint8(vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample) for i in range(0, len(images), 500)]
+    )
     error = (back.astype(np.float64) - images) / 255
     frame = np.ones(images.shape[1:3], dtype=bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
@@ -266,7 +269,13 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def measure_text(
-    text: CLIPTextModel, vision: nn.Module, head: nn.Module, tokens: Tensor, distinct: list[str], images: NDArray[np.uint8], captions: list[str]
+    text: CLIPTextModel,
+    vision: nn.Module,
+    head: nn.Module,
+    tokens: Tensor,
+    distinct: list[str],
+    images: NDArray[np.uint8],
+    captions: list[str],
 ) -> dict[str, float]:
     """How often an image finds its caption among all, and a caption one of its own images among all; and what is told right in part."""
     seen = torch.cat([nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1) for i in range(0, len(images), 500)])
@@ -275,7 +284,9 @@ def measure_text(
     split = [(a.split(" on a "), b.split(" on a ")) for a, b in zip(found, captions, strict=True)]
     return {
         "image_to_caption": round(float(np.mean([a == b for a, b in zip(found, captions, strict=True)])), 4),
-        "caption_to_image": round(float(np.mean([captions[i] == c for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)])), 4),
+        "caption_to_image": round(
+            float(np.mean([captions[i] == c for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)])), 4
+        ),
         "background": round(float(np.mean([a[1] == b[1] for a, b in split])), 4),
         "colour": round(float(np.mean([a[0].split()[1] == b[0].split()[1] for a, b in split])), 4),
         "garment": round(float(np.mean([a[0].split()[2:] == b[0].split()[2:] for a, b in split])), 4),

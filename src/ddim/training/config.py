@@ -48,7 +48,7 @@ class TrainConfig:
     """Trains an unconditional or class-conditional model, and writes a folder that diffusers loads too."""
 
     data: str
-    """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, or a hub dataset id."""
+    """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, `fashion-text`, or a hub dataset id."""
     out: str
     """Folder for the model, its checkpoints and its log. Running again with the same options goes on from the last checkpoint."""
 

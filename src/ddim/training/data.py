@@ -127,8 +127,8 @@ def load_images(
 
     Args:
         source: A folder of images (class names from its subfolders, if the images lie there), a ``.npz``, IDX files (the
-            folder or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, or a hub
-            dataset id. A folder that is called like a named set is meant by ``./digits``.
+            folder or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, ``fashion-text``
+            (:mod:`ddim.training.fashion_text`), or a hub dataset id. A folder that is called like a named set is meant by ``./digits``.
         split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays ``test_images``, files
             ``test-*.parquet``. A source without splits is all ``train``; a file named by itself is what it is.
         resolution: Resize the shorter side to this and cut out the centre square. None: all images must have one size.
@@ -438,8 +438,18 @@ def _digits(split: str) -> NamedSource:
     return NamedSource(np.round(digits.images * (255 / 16)).astype(np.uint8)[part], digits.target[part], tuple("0123456789"))
 
 
+def _fashion_text(split: str) -> NamedSource:
+    from ddim.training.fashion_text import FashionText
+
+    garments = load_images("fashion-mnist", split=split)
+    pairs = [garments[i] for i in range(len(garments))]
+    labels = np.array([label for _, label in pairs])
+    images = FashionText.of_garments(np.stack([image[0].numpy() for image, _ in pairs]), labels)
+    return NamedSource(images, labels, FASHION_MNIST_CLASSES, images.captions)
+
+
 # Sets with a name and no path, each a function of the split's name; they import what they need when they are called.
-_NAMED: dict[str, Callable[[str], NamedSource]] = {"digits": _digits}
+_NAMED: dict[str, Callable[[str], NamedSource]] = {"digits": _digits, "fashion-text": _fashion_text}
 
 
 def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None, list[str] | None]:

@@ -1,0 +1,99 @@
+"""Whether an image of ``fashion-text`` shows what its caption says: the background's brightness, the garment's hue and class.
+
+Images are [B, 3, H, W] in [0, 1]. Brightness is the mean over pixels and channels. What the palette is, and how a grey garment
+is read out of a coloured image, belongs to the data set and is passed in.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Summary",
+    "frame_brightness",
+    "frame_spread",
+    "garment_hue",
+    "hue_distance",
+    "judge_classes",
+    "nearest_hue",
+    "saturated",
+    "summarise",
+]
+
+
+def _frame(images: Tensor, width: int) -> Tensor:
+    """The pixels of the frame, [B, 3, P]."""
+    height, length = images.shape[-2:]
+    if not 0 < 2 * width < min(height, length):
+        raise ValueError(f"the frame's width must be at least 1 and leave an image within; got {width} for images of {height}x{length}.")
+    inside = torch.zeros(height, length, dtype=torch.bool, device=images.device)
+    inside[width:-width, width:-width] = True
+    return images[..., ~inside]
+
+
+def frame_brightness(images: Tensor, *, width: int = 2) -> Tensor:
+    """Mean of the outermost ``width`` pixels, where there is background alone: [B]."""
+    return _frame(images, width).mean((1, 2))
+
+
+def frame_spread(images: Tensor, *, width: int = 2) -> Tensor:
+    """Standard deviation over the same pixels of an image, 0 where the background is plain: [B]."""
+    return _frame(images, width).flatten(1).std(1, correction=0)
+
+
+def garment_hue(images: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The mean hue, each pixel weighing as much as it has colour; a background of grey weighs nothing.
+
+    The chroma plane is spanned by the angles of red, green and blue, 120 degrees apart; hue is the angle of the summed vector,
+
+    .. math:: \tfrac{1}{HW}\sum (r\,e^{0} + g\,e^{2\pi i/3} + b\,e^{4\pi i/3})
+
+    Returns:
+        The hue in degrees in [0, 360), [B], and the length of the mean vector, [B]: 0 for an image without colour, whose hue means nothing.
+    """
+    angles = torch.arange(3, dtype=images.dtype, device=images.device) * (2 * math.pi / 3)
+    mean = images.mean((2, 3))
+    x, y = mean @ angles.cos(), mean @ angles.sin()
+    return torch.rad2deg(torch.atan2(y, x)).remainder(360), torch.hypot(x, y)
+
+
+def hue_distance(a: Tensor, b: Tensor | float) -> Tensor:
+    """The way between two hues round the circle, in degrees, at most 180."""
+    return ((a - b + 180).remainder(360) - 180).abs()
+
+
+def nearest_hue(hue: Tensor, palette: Sequence[float]) -> Tensor:
+    """Which entry of the palette each hue is nearest to: [B]."""
+    return hue_distance(hue[:, None], torch.as_tensor(palette, dtype=hue.dtype, device=hue.device)).argmin(1)
+
+
+@torch.no_grad()
+def judge_classes(garments: Tensor, classifier: nn.Module) -> Tensor:
+    """The class that the classifier sees in grey garments [B, 28, 28] in [0, 1]: [B]."""
+    answers: Tensor = classifier(garments[:, None].float() * 2 - 1).argmax(1)
+    return answers
+
+
+def saturated(images: Tensor, *, tolerance: float = 0.5 / 255) -> Tensor:
+    """The share of values that are 0 or 1, which in a clamped image are those that lay there or beyond: [B]."""
+    return ((images <= tolerance) | (images >= 1 - tolerance)).flatten(1).float().mean(1)
+
+
+class Summary(NamedTuple):
+    """Numbers of a set of values."""
+
+    mean: float
+    spread: float
+    """Standard deviation over the values."""
+    count: int
+
+
+def summarise(values: Tensor) -> Summary:
+    """Mean, standard deviation (of the population) and number of the values."""
+    if values.numel() == 0:
+        raise ValueError("there are no values to summarise.")
+    values = values.double()
+    return Summary(values.mean().item(), values.std(correction=0).item(), values.numel())
