@@ -88,7 +88,7 @@ class Summary(NamedTuple):
     mean: float
     spread: float
     """Standard deviation over the values."""
-    count: int
+    values: int
 
 
 def summarise(values: Tensor) -> Summary:

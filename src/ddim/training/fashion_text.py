@@ -72,14 +72,16 @@ def compose(garment: NDArray[np.uint8], combination: Combination) -> NDArray[np.
     mask = np.minimum(grey / _SOFT, 1)
     colour = np.array(COLOURS[combination.colour]) * 255
     pixels = (1 - mask) * BACKGROUNDS[combination.background] + mask * (_AMBIENT + (1 - _AMBIENT) * grey) * colour
-    return np.rint(pixels).astype(np.uint8)
+    composed: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
+    return composed
 
 
 def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
     """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4] in [0, 1]."""
     chroma = (images.max(-1) - images.min(-1))[:, FRAME:-FRAME, FRAME:-FRAME] / _CHROMA
     grey = np.linspace(0, 1, 1025)
-    return np.interp(chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey)
+    read: NDArray[np.float64] = np.interp(chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey)
+    return read
 
 
 def hues() -> dict[str, float]:
