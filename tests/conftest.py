@@ -69,3 +69,88 @@ def foreign(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "foreign"
     diffusers.DDPMPipeline(tiny_unet(in_channels=3, out_channels=3), diffusers.DDPMScheduler()).save_pretrained(folder)
     return folder
+
+
+WORDS = ("a", "red", "green", "blue", "square", "on", "black", "white", "background")
+
+
+def tiny_tokenizer():
+    """A CLIP tokenizer that knows :data:`WORDS` whole and all other words by their letters, of 12 tokens at most."""
+    import transformers
+
+    tokens = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>"))]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:  # byte-pair encoding: the oldest merge that fits, else a new one at the start
+            pairs = list(zip(parts, parts[1:], strict=False))
+            pair = min((p for p in pairs if p in merges), key=merges.index, default=pairs[0])
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+            place = pairs.index(pair)
+            parts[place : place + 2] = ["".join(pair)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=12, pad_token="<|endoftext|>")
+
+
+def tiny_text_parts(**options):
+    """The parts of a Stable-Diffusion-format model for 16x16 colour images: 8x8 latents of 4 channels, 12 tokens; random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    text_encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).eval()
+    vae = diffusers.AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    ).eval()
+    unet = diffusers.UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            **options,
+        }
+    ).eval()
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    """A text-conditional model as Stable Diffusion 1.5 writes it: epsilon, scaled_linear betas, leading, no zero terminal SNR."""
+    folder = tmp_path_factory.mktemp("models") / "text"
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        **tiny_text_parts(), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(folder)
+    return folder

@@ -274,12 +274,20 @@ def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:
-    """First 16 hex digits of the SHA-256 over the bytes of the network's weight files, shards in the order of their names.
+    """First 16 hex digits of the SHA-256 over the bytes of a model's weight files, shards in the order of their names.
+
+    They are those of the network, and of a text model's text encoder and autoencoder after it: what its images depend on.
 
     Raises:
-        CheckpointError: If there are none.
+        CheckpointError: If the network has none.
     """
-    return file_hash(_weight_files(folder, variant=variant))
+    end = f".{variant}" if variant else ""
+    others = [
+        p
+        for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"))
+        for p in (_files_of(folder / part, f"{stem}{end}") or _files_of(folder / part, stem))
+    ]
+    return file_hash([*_weight_files(folder, variant=variant), *others])
 
 
 def file_hash(paths: Iterable[Path]) -> str:
@@ -300,11 +308,18 @@ def _part(folder: Path, name: str) -> Path:
 def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     """The files that hold the network's weights: safetensors, whole or in shards, else the pickled one."""
     place, stem = _part(folder, "unet"), f"diffusion_pytorch_model{'.' + variant if variant else ''}"
-    for pattern in (f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.bin", f"{stem}-*-of-*.bin"):
-        found = sorted(place.glob(pattern))
-        if found:
-            return found
+    if found := _files_of(place, stem):
+        return found
     raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
+
+
+def _files_of(place: Path, stem: str) -> list[Path]:
+    """Weight files of that name: safetensors, whole or in shards, else pickled ones."""
+    for kind in ("safetensors", "bin"):
+        for pattern in (f"{stem}.{kind}", f"{stem}-*-of-*.{kind}"):
+            if found := sorted(place.glob(pattern)):
+                return found
+    return []
 
 
 def _check_weights(path: Path) -> None:

@@ -13,7 +13,7 @@ from ddim.errors import DDIMError
 from ddim.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps
 from ddim.schedule import NoiseSchedule, add_noise
 
-__all__ = ["Weighting", "draw_timesteps", "loss_weights", "training_loss"]
+__all__ = ["Weighting", "draw_timesteps", "loss_weights", "offset_noise", "training_loss"]
 
 Weighting = Literal["uniform", "min-snr"]
 
@@ -70,6 +70,30 @@ def loss_weights(
 def draw_timesteps(batch_size: int, num_train_timesteps: int, *, generator: torch.Generator) -> Tensor:
     """Draws levels uniformly from 0..T-1, shape [B], int64 on the CPU."""
     return torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+
+
+def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) -> Tensor:
+    r"""Adds to the noise one normal number an image and channel: :math:`\epsilon + s\,\xi\,\mathbf 1`, of variance 1 + s^2.
+
+    It teaches brightness to a model whose schedule leaks it at the last level. No sampler draws such noise, so training and
+    sampling then differ; with zero terminal SNR there is no leak to mend.
+
+    Args:
+        noise: Standard normal, shape [B, C, ...].
+        strength: s, at least 0; 0 draws nothing.
+        generator: On the CPU.
+
+    Returns:
+        Shape [B, C, ...].
+
+    References:
+        Guttenberg. Diffusion with Offset Noise. 2023. https://www.crosslabs.org/blog/diffusion-with-offset-noise
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. https://arxiv.org/abs/2305.08891
+    """
+    if strength == 0:
+        return noise
+    shift = torch.randn(noise.shape[:2], generator=generator).reshape(*noise.shape[:2], *[1] * (noise.ndim - 2))
+    return noise + strength * shift.to(noise.device, noise.dtype)
 
 
 def training_loss(

@@ -16,12 +16,13 @@ from PIL import Image
 from ddim.checkpoints import weight_hash
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
 from ddim.schedule import BETA_SCHEDULES
-from ddim.training import checkpoint, trainer
+from ddim.training import checkpoint, subject, trainer
 from ddim.training.checkpoint import latest_checkpoint, prune
 from ddim.training.config import TrainConfig
 from ddim.training.data import load_images
 from ddim.training.ema import EMA, ema_decay_at
-from ddim.training.trainer import NonFiniteLossError, learning_rate_at, make_network, train
+from ddim.training.subject import make_network
+from ddim.training.trainer import NonFiniteLossError, learning_rate_at, train
 
 TINY = {
     "data": "digits",
@@ -104,14 +105,14 @@ def test_bf16_trains_with_noise_and_loss_in_float32(tmp_path, monkeypatch):
         return result
 
     usual = only_in_training(monkeypatch, loss)
-    make = trainer.make_network
+    make = subject.make_network
 
     def spied(*args):
         network = make(*args)
         network.conv_in.register_forward_hook(lambda module, inputs, output: inside.add((inputs[0].dtype, output.dtype)))
         return network
 
-    monkeypatch.setattr(trainer, "make_network", spied)
+    monkeypatch.setattr(subject, "make_network", spied)
     result = train(config(tmp_path, mixed_precision="bf16", images=400, learning_rate=3e-3, validation_images=0, checkpoint_every=100))
     assert dtypes == {torch.float32}
     assert inside == {(torch.float32, torch.bfloat16)}

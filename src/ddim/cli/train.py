@@ -1,6 +1,7 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ _PRESETS_HELP = "Begin with the options of a preset, which those given replace. 
 
 @dataclass(frozen=True)
 class Command(TrainConfig):
-    """Trains an unconditional or class-conditional model, and writes a folder that diffusers loads too."""
+    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder that diffusers loads too."""
 
     preset: Annotated[str | None, tyro.conf.arg(help=_PRESETS_HELP, metavar="|".join(PRESETS))] = None
 
@@ -64,7 +65,7 @@ def run(command: Command) -> None:
     try:
         from ddim.training.trainer import train
 
-        result = train(config, on_progress=show, revision=_revision())
+        result = train(config, on_progress=show, on_note=lambda note: print(f"ddim: {note}", file=sys.stderr), revision=_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
     if not result.is_main_process:

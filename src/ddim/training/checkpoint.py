@@ -1,15 +1,16 @@
 """Training checkpoints: written whole or not at all, and read back to the same bits.
 
-A checkpoint is a folder ``checkpoints/<step>`` in diffusers format (the averaged network and the scheduler, ready to be
-sampled) with a folder ``training`` inside: the network's own weights, the optimiser, and a JSON record.
+A checkpoint is a folder ``checkpoints/<step>`` in diffusers format (the averaged network, the scheduler and what a base gave,
+ready to be sampled) with a folder ``training`` inside: the network's own weights, the optimiser, and a JSON record. Files that
+training does not change are the same file on the disk in all checkpoints, where the file system has hard links.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from torch import nn
 
 from ddim.checkpoints import weight_hash
-from ddim.errors import CheckpointError, OutputError
+from ddim.errors import CheckpointError, DDIMError, OutputError
 from ddim.schedule import make_betas
-from ddim.training.config import TrainConfig
+from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
 __all__ = [
+    "Package",
     "check_out",
     "latest_checkpoint",
     "load_training_state",
@@ -37,39 +39,101 @@ __all__ = [
 # What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``
 # changes the rounding as well, so that only a run that keeps it continues to the same bits.
 FREE_FIELDS = frozenset(
-    {"checkpoint_every", "keep_checkpoints", "preview_every", "preview_count", "preview_steps", "log_every", "workers", "compile"}
+    {
+        *("checkpoint_every", "keep_checkpoints", "log_every", "workers", "compile", "cache_latents", "gradient_checkpointing"),
+        *("preview_every", "preview_count", "preview_steps", "preview_guidance_scale"),
+    }
 )
 
-_PUBLISHED = ("unet", "scheduler", "card.json", "model_index.json")  # two folders, two files, in the order they are put in place
+# Of a finished model: folders, then two files, the index last.
+_PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "card.json", "model_index.json")
+
+_BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+_DDPM: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+}
 
 
-def make_scheduler(config: TrainConfig) -> diffusers.DDIMScheduler:
-    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps, to clean data."""
-    native = config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
-    betas = (
-        None
-        if native
-        else make_betas(config.beta_schedule, config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
-    )
+@dataclass(frozen=True, eq=False)
+class Package:
+    """What the folder of a trained model holds.
+
+    Attributes:
+        index: The pipeline's class, and the library and class of each part: model_index.json.
+        scheduler: What samples it.
+        parts: The trained parts of a network, by their folders.
+        frozen: Parts that are copied as they are, by their folders.
+    """
+
+    index: Mapping[str, Any]
+    scheduler: diffusers.DDIMScheduler
+    parts: Callable[[nn.Module], Mapping[str, Any]]
+    frozen: Mapping[str, Path]
+
+
+def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = None) -> diffusers.DDIMScheduler:
+    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps, to clean data.
+
+    Args:
+        config: The run.
+        inherited: The scheduler's configuration of the base, for what the run does not say.
+
+    Raises:
+        DDIMError: If it is epsilon prediction at zero terminal SNR.
+    """
+    base = dict(inherited or {})
+    given = {name: value for name in (*_BETAS, "prediction_type") if (value := getattr(config, name)) is not None}
+    options = _DDPM | {name: base[name] for name in _DDPM if name in base} | given
+    kept = not given.keys() & set(_BETAS)  # another schedule is another table, not the base's rescaled one
+    rescale = config.rescale_betas_zero_snr or (kept and bool(base.get("rescale_betas_zero_snr")))
+    if rescale and options["prediction_type"] == "epsilon":
+        raise DDIMError(EPSILON_AT_ZERO_SNR if config.rescale_betas_zero_snr else f"{config.base} has it: {EPSILON_AT_ZERO_SNR}")
+    trained = base.get("trained_betas") if kept else None
+    if trained is None and options["beta_schedule"] not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        betas = make_betas(
+            options["beta_schedule"], options["num_train_timesteps"], beta_start=options["beta_start"], beta_end=options["beta_end"]
+        )
+        trained = betas.tolist()
     return diffusers.DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        trained_betas=None if betas is None else betas.tolist(),
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        **options,
+        trained_betas=trained,
+        rescale_betas_zero_snr=rescale,
         clip_sample=False,
         timestep_spacing="trailing",
         set_alpha_to_one=True,
+        steps_offset=base.get("steps_offset", 0),  # unused by trailing; pipelines of diffusers want 1 of a text model
     )
 
 
-def save_model(folder: Path, network: nn.Module, config: TrainConfig) -> None:
-    """Writes network and scheduler as a diffusers DDIMPipeline into a new folder."""
-    diffusers.DDIMPipeline(unet=network, scheduler=make_scheduler(config)).save_pretrained(folder)
-    for weights in folder.glob("unet/*.safetensors"):  # written for this user alone, unlike the files beside them
+def save_model(folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None) -> None:
+    """Writes a model in diffusers format into a new folder; what was written before, and does not change, is linked from there."""
+    for name, part in package.parts(network).items():
+        part.save_pretrained(folder / name)
+    package.scheduler.save_pretrained(folder / "scheduler")
+    for name, source in package.frozen.items():
+        _copy_part(source, folder / name, None if previous is None else previous / name)
+    index = {**package.index, "_diffusers_version": diffusers.__version__, "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for weights in folder.glob("*/*.safetensors"):  # written for this user alone, unlike the files beside them
         shutil.copymode(folder / "model_index.json", weights)
+
+
+def _copy_part(source: Path, target: Path, before: Path | None) -> None:
+    """Copies the files of a part, of weights the safetensors without a variant; from ``before`` by hard links where that can be."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        stem, _, kind = file.name.rpartition(".")
+        if not file.is_file() or kind not in ("json", "txt", "model", "safetensors") or (kind == "safetensors" and "." in stem):
+            continue
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.link(before / file.name, target / file.name)
+                continue
+        shutil.copyfile(file, target / file.name)
 
 
 @contextlib.contextmanager
@@ -100,12 +164,12 @@ def save_checkpoint(
     averaged: nn.Module,
     optimizer: torch.optim.Optimizer,
     record: dict[str, Any],
-    config: TrainConfig,
+    package: Package,
 ) -> Path:
     """Writes ``root/<step>`` under a temporary name and renames it: whoever sees the folder sees all of it."""
-    target = root / f"{step:07d}"
+    target, previous = root / f"{step:07d}", latest_checkpoint(root)
     with _partial(root / f".partial-{step:07d}", f"the checkpoint of step {step}") as partial:
-        save_model(partial, averaged, config)
+        save_model(partial, averaged, package, previous=previous)
         inner = partial / "training"
         inner.mkdir()
         safetensors.torch.save_file(
@@ -177,7 +241,7 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     """
     record = read_record(checkpoint)
     defaults = {field.name: field.default for field in fields(TrainConfig)}  # of options that the run's own version did not have
-    for group in ("config", "data"):
+    for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
             if name not in FREE_FIELDS and before != value:
@@ -200,7 +264,9 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     return fresh | record | {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
 
 
-def load_training_state(checkpoint: Path, *, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_training_state(
+    checkpoint: Path, *, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, package: Package
+) -> None:
     """Restores weights, averages and optimiser in place.
 
     Raises:
@@ -208,7 +274,9 @@ def load_training_state(checkpoint: Path, *, network: nn.Module, averaged: nn.Mo
     """
     try:
         network.load_state_dict(safetensors.torch.load_file(checkpoint / "training" / "network.safetensors"))
-        averaged.load_state_dict(safetensors.torch.load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors"))
+        for name, part in package.parts(averaged).items():
+            files = (checkpoint / name).glob("*.safetensors")
+            part.load_state_dict({key: value for file in files for key, value in safetensors.torch.load_file(file).items()})
         optimizer.load_state_dict(torch.load(checkpoint / "training" / "optimizer.pt", weights_only=True, map_location="cpu"))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -217,15 +285,15 @@ def load_training_state(checkpoint: Path, *, network: nn.Module, averaged: nn.Mo
         ) from error
 
 
-def publish(out: Path, network: nn.Module, config: TrainConfig, card: dict[str, Any]) -> None:
+def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any]) -> None:
     """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable."""
     with _partial(out / ".partial-model", "the model") as partial:
-        save_model(partial, network, config)
+        save_model(partial, network, package)
         facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)
         (partial / "card.json").write_text(facts + "\n")
         (out / "model_index.json").unlink(missing_ok=True)
-        for name in _PUBLISHED[:2]:
-            shutil.rmtree(out / name, ignore_errors=True)
-            (partial / name).rename(out / name)
-        for name in _PUBLISHED[2:]:
+        for folder in sorted(p for p in partial.iterdir() if p.is_dir()):
+            shutil.rmtree(out / folder.name, ignore_errors=True)
+            folder.rename(out / folder.name)
+        for name in _PUBLISHED[-2:]:
             (partial / name).replace(out / name)

@@ -33,6 +33,8 @@ _AT_LEAST = {
         "validation_images",
         "attention_levels",
         "weight_floor",
+        "offset_noise",
+        "preview_guidance_scale",
         "lr_warmup_steps",
         "weight_decay",
         "gradient_clip",
@@ -43,14 +45,63 @@ _AT_LEAST = {
 }
 
 
+# What nothing but a text model has.
+_OF_A_BASE = ("from_scratch", "train_text_encoder", "caption_column")
+
+EPSILON_AT_ZERO_SNR = (
+    "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
+    "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a new unconditional network."""
+
+    block_out_channels: tuple[int, ...] = (32, 64, 128)
+    layers_per_block: int = 1
+    attention_levels: int = 1
+    attention_head_dim: int = 8
+    norm_num_groups: int = 8
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        """Refuses what does not fit together.
+
+        Raises:
+            DDIMError: What that is.
+        """
+        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
+        if bad:
+            raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
+        narrowest = min(self.block_out_channels[-max(1, self.attention_levels) :])  # the middle of the network always has attention
+        if self.attention_head_dim > narrowest:
+            raise DDIMError(
+                f"attention_head_dim must be at most {narrowest}, the fewest channels that have attention; got {self.attention_head_dim}."
+            )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains an unconditional or class-conditional model, and writes a folder that diffusers loads too."""
+    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder that diffusers loads too."""
 
     data: str
     """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, `fashion-text`, or a hub dataset id."""
     out: str
     """Folder for the model, its checkpoints and its log. Running again with the same options goes on from the last checkpoint."""
+
+    base: str | None = None
+    """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's format is trained on the data's captions."""
+    from_scratch: bool = False
+    """Begin with a new network, of the base's configuration where the options below say nothing; its autoencoder and text encoder stay."""
+    train_text_encoder: bool = False
+    """Train the base's text encoder along with the network."""
+    caption_dropout: float = 0.1
+    """Share of the captions that are replaced by the empty one, which guidance needs."""
+    cache_latents: Literal["no", "memory", "disk"] = "no"
+    """Encode every image (and its mirror image) once before the run. Disk: in OUT, while the run lasts; 8 bytes a latent element."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice, and hold less of them in memory."""
 
     split: str = "train"
     """Split of the data set to train on."""
@@ -66,36 +117,41 @@ class TrainConfig:
     """Column of parquet or hub data that holds the images; by default the first one that does."""
     label_column: str | None = None
     """Column of labels; by default label, labels, fine_label or class."""
+    caption_column: str | None = None
+    """Column of captions, of a table or a folder's metadata file; by default text, caption, captions or prompt."""
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
     """Images held out, evenly spread over the data (a tenth of it at most); the loss on them chooses the best checkpoint. 0: none."""
 
-    block_out_channels: tuple[int, ...] = (32, 64, 128)
-    """Channels of the network at each resolution, from full to lowest."""
-    layers_per_block: int = 1
-    """Residual blocks at each resolution."""
-    attention_levels: int = 1
-    """How many of the lowest resolutions have self-attention."""
-    attention_head_dim: int = 8
-    """Channels of an attention head."""
-    norm_num_groups: int = 8
-    """Groups of the group normalisation; must divide every entry of block_out_channels."""
-    dropout: float = 0.0
-    """Dropout in the residual blocks."""
+    block_out_channels: tuple[int, ...] | None = None
+    """Channels of a new network at each resolution, from full to lowest; by default the base's, or 32,64,128."""
+    layers_per_block: int | None = None
+    """Residual blocks at each resolution; by default the base's, or 1."""
+    attention_levels: int | None = None
+    """How many of the lowest resolutions have attention; by default as the base, or 1."""
+    attention_head_dim: int | None = None
+    """Channels of an attention head; by default the base's, or 8."""
+    norm_num_groups: int | None = None
+    """Groups of the group normalisation; must divide every entry of block_out_channels. By default the base's, or 8."""
+    dropout: float | None = None
+    """Dropout in the residual blocks; by default the base's, or 0."""
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts."""
-    num_train_timesteps: int = 1000
-    """Levels T of the noise schedule."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
-    """Noise schedule."""
-    beta_start: float = 1e-4
-    """First beta of linear, scaled_linear and sigmoid."""
-    beta_end: float = 0.02
-    """Last beta of linear, scaled_linear and sigmoid."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the network predicts; by default what the base's does, or epsilon."""
+    num_train_timesteps: int | None = None
+    """Levels T of the noise schedule; by default the base's, or 1000."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None = None
+    """Noise schedule; by default the base's, or linear. One that is named here replaces the base's, rescaling included."""
+    beta_start: float | None = None
+    """First beta of linear, scaled_linear and sigmoid; by default the base's, or 0.0001."""
+    beta_end: float | None = None
+    """Last beta of linear, scaled_linear and sigmoid; by default the base's, or 0.02."""
     rescale_betas_zero_snr: bool = False
-    """Rescale the schedule to zero terminal SNR; needs v_prediction or sample."""
+    """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or sample."""
+    offset_noise: float = 0.0
+    """Add this much of one number an image and channel to the noise (0.1 is usual). The model then learns noise that samplers do not draw,
+    for brightness that its schedule hides; with zero terminal SNR nothing is hidden, and it is not needed."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
     """Loss weight of the levels."""
     snr_gamma: float = 5.0
@@ -109,8 +165,8 @@ class TrainConfig:
     """Images of one forward pass on one process."""
     gradient_accumulation: int = 1
     """Forward passes an optimiser step."""
-    learning_rate: float = 4e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; by default 0.0004 for a new network, and 0.00001 where a base's goes on."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up."""
     lr_warmup_steps: int = 500
@@ -138,10 +194,25 @@ class TrainConfig:
     """Images of a preview."""
     preview_steps: int = 25
     """DDIM steps of a preview."""
+    preview_guidance_scale: float = 7.5
+    """Guidance of the previews of a text model; 1: none."""
     log_every: int = 50
     """Optimiser steps between log entries (OUT/log, for tensorboard)."""
     workers: int = 0
     """Processes that load images; 0: the training process itself."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The shape of a network that is made without a base."""
+        given = {f.name: value for f in fields(Architecture) if (value := getattr(self, f.name)) is not None}
+        return Architecture(**given)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 4e-4 if self.base is None or self.from_scratch else 1e-5
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -149,35 +220,39 @@ class TrainConfig:
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if not (min(value, default=0) if isinstance(value, tuple) else value) >= least:
+                if value is not None and (value == () or not min(value if isinstance(value, tuple) else (value,)) >= least):  # not: NaN
                     raise DDIMError(f"{name} must be at least {least}; got {value}.")
-        for name in ("learning_rate", "snr_gamma"):
+        for name in ("peak_learning_rate", "snr_gamma"):
             if not getattr(self, name) > 0:
-                raise DDIMError(f"{name} must be above 0; got {getattr(self, name)}.")
+                raise DDIMError(f"{name.removeprefix('peak_')} must be above 0; got {getattr(self, name)}.")
         for field in fields(TrainConfig):
             if isinstance(value := getattr(self, field.name), float) and math.isinf(value):
                 raise DDIMError(f"{field.name} must be finite; got {value}.")
         if self.seed >= 2**63:
             raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise DDIMError(f"betas must rise within (0, 1); got beta_start={self.beta_start}, beta_end={self.beta_end}.")
-        if not 0 <= self.ema_decay < 1:
-            raise DDIMError(f"ema_decay must lie in [0, 1); got {self.ema_decay}.")
-        if not 0 <= self.dropout < 1:
-            raise DDIMError(f"dropout must lie in [0, 1); got {self.dropout}.")
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise DDIMError(
-                "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
-                "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
-            )
-        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
-        if bad:
-            raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
-        narrowest = min(self.block_out_channels[-max(1, self.attention_levels) :])  # the middle of the network always has attention
-        if self.attention_head_dim > narrowest:
-            raise DDIMError(
-                f"attention_head_dim must be at most {narrowest}, the fewest channels that have attention; got {self.attention_head_dim}."
-            )
+        start, end = 1e-4 if self.beta_start is None else self.beta_start, 0.02 if self.beta_end is None else self.beta_end
+        if not 0 < start <= end < 1:
+            raise DDIMError(f"betas must rise within (0, 1); got beta_start={start}, beta_end={end}.")
+        for name in ("ema_decay", "dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise DDIMError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise DDIMError(f"caption_dropout must lie in [0, 1]; got {self.caption_dropout}.")
+        if self.rescale_betas_zero_snr and (self.prediction_type == "epsilon" or (self.prediction_type is None and self.base is None)):
+            raise DDIMError(EPSILON_AT_ZERO_SNR)
+        self._check_base()
+        if self.base is None or self.from_scratch:
+            self.architecture.check()
+
+    def _check_base(self) -> None:
+        if self.base is None:
+            idle = [name for name in _OF_A_BASE if getattr(self, name)]
+            if idle:
+                raise DDIMError(f"{idle[0]} needs a model to begin with; name it by --base.")
+        elif not self.from_scratch:
+            given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
+            if given:
+                raise DDIMError(f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, or leave it out.")
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:

@@ -27,16 +27,19 @@ from ddim.denoiser import ModelDenoiser
 from ddim.errors import DDIMError
 from ddim.images import make_grid, save_png, to_uint8, write_atomically
 from ddim.noise import seeded_randn
-from ddim.objective import draw_timesteps, loss_weights, training_loss
+from ddim.objective import draw_timesteps, loss_weights, offset_noise, training_loss
 from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
 from ddim.timesteps import select_timesteps, step_pairs
+from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import check_out, latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
 from ddim.training.config import TrainConfig, command_line
 from ddim.training.data import ImageData, load_images
+from ddim.training.draws import Draws, Place, mix
 from ddim.training.ema import EMA
+from ddim.training.subject import Subject, pixel_subject
 
-__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "make_network", "train"]
+__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "train"]
 
 
 class NonFiniteLossError(DDIMError):
@@ -70,47 +73,44 @@ class TrainResult:
     """Whether this is the process that speaks, of those that ran together."""
 
 
-def make_network(config: TrainConfig, data: ImageData) -> nn.Module:
-    """A diffusers UNet2DModel for this data.
+def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Subject]:
+    """The data of a run, and what is trained on them.
 
     Raises:
-        DDIMError: If the images' size cannot be halved as often as the network has resolutions.
+        DDIMError: If base, data and configuration do not fit together.
     """
-    levels = len(config.block_out_channels)
-    height, width = data.resolution
-    factor = 2 ** (levels - 1)
-    if height % factor or width % factor:
-        usable = max(factor, round(height / factor) * factor)
-        raise DDIMError(
-            f"images of {height}x{width} cannot be halved {levels - 1} times, as {levels} entries of block_out_channels ask; "
-            f"use --resolution {usable}, or fewer entries."
-        )
-    attention = [level >= levels - config.attention_levels for level in range(levels)]
-    network: nn.Module = diffusers.UNet2DModel(
-        sample_size=height if height == width else (height, width),
-        in_channels=data.channels,
-        out_channels=data.channels,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=config.block_out_channels,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-        dropout=config.dropout,
-        num_class_embeds=len(data.class_names or ()) if config.class_conditional else None,
+    is_text = base is not None and base.is_text
+    if base is not None and not is_text and (config.train_text_encoder or config.caption_column is not None):
+        given = "train_text_encoder" if config.train_text_encoder else "caption_column"
+        raise DDIMError(f"{given} is of text models, and {config.base} has no text encoder; leave it out, or take another --base.")
+    data = load_images(
+        config.data,
+        split=config.split,
+        resolution=config.resolution,
+        channels=config.channels or (None if base is None else base.channels),
+        center_crop=config.center_crop,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        captions=is_text,
+        caption_column=config.caption_column,
     )
-    return network
+    if base is None or not is_text:
+        return data, pixel_subject(config, data, base)
+    from ddim.training.text import text_subject
+
+    return data, text_subject(config, data, base)
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     """The learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up, then the schedule to 0."""
+    peak = config.peak_learning_rate
     if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+        return peak * (step + 1) / config.lr_warmup_steps
     if config.lr_schedule == "constant":
-        return config.learning_rate
+        return peak
     part = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
     fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * part))
-    return config.learning_rate * fall
+    return peak * fall
 
 
 class _Batches(Sampler[list[int]]):
@@ -130,19 +130,19 @@ class _Batches(Sampler[list[int]]):
         epoch, offset = divmod(place, len(self.images))
         if self._epoch != epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(_mix(self.config.seed, epoch, 1)))
+            self._order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(mix(self.config.seed, epoch, 1)))
         return self.images[int(self._order[offset])]
 
 
 class _Loadable(Dataset[tuple[Tensor, int]]):
-    """Images by lists of indices. An error comes as a value: one raised in a worker would have its traceback for its message."""
+    """Examples by lists of indices. An error comes as a value: one raised in a worker would have its traceback for its message."""
 
-    def __init__(self, data: ImageData) -> None:
-        self.data = data
+    def __init__(self, examples: Any) -> None:  # noqa: ANN401 - as Subject
+        self.examples = examples
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
         try:
-            return [self.data[i] for i in indices]
+            return [self.examples[i] for i in indices]
         except DDIMError as error:
             return error
 
@@ -151,69 +151,43 @@ def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:  # noqa: ANN40
     return items if isinstance(items, DDIMError) else default_collate(items)
 
 
-def _mix(*numbers: int) -> int:
-    """One seed out of several numbers (FNV-1a over their 64-bit values), so that neighbouring steps share no stream."""
-    value = 0xCBF29CE484222325
-    for number in numbers:
-        for shift in range(0, 64, 8):
-            value = ((value ^ ((number >> shift) & 0xFF)) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    return value & 0x7FFFFFFFFFFFFFFF
-
-
-def _to_float(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
-def _draw(images: Tensor, place: tuple[int, int, int], config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Float images (half of them mirrored if asked for), their timesteps and their noise: a function of (step, part, process)."""
-    generator = torch.Generator(images.device).manual_seed(_mix(config.seed, 3, *place))
-    x0 = _to_float(images)
-    if config.horizontal_flip:
-        mirror = torch.rand((len(x0), 1, 1, 1), generator=generator, device=x0.device) < 0.5
-        x0 = torch.where(mirror, x0.flip(-1), x0)
-    t = draw_timesteps(len(x0), config.num_train_timesteps, generator=torch.Generator().manual_seed(_mix(config.seed, 5, *place)))
-    return x0, t, torch.randn(x0.shape, generator=generator, device=x0.device)
-
-
-def _call(network: Callable[..., Any], labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        output = network(x_t, t, return_dict=False) if labels is None else network(x_t, t, class_labels=labels, return_dict=False)
-        prediction: Tensor = output[0].float()
-        return prediction
-
-    return predict
+def _draw(x0: Tensor, draws: Draws, config: TrainConfig, levels: int) -> tuple[Tensor, Tensor]:
+    """The timesteps of clean data and their noise."""
+    t = draw_timesteps(len(x0), levels, generator=draws.stream(5))
+    noise = torch.randn(x0.shape, generator=draws.generator, device=x0.device)
+    return t, offset_noise(noise, config.offset_noise, generator=draws.stream(8))
 
 
 @torch.no_grad()
 def validation_loss(
-    network: nn.Module, data: ImageData, indices: range, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
+    network: nn.Module, subject: Subject, indices: range, seed: int, schedule: NoiseSchedule, device: torch.device
 ) -> float:
     """The unweighted loss over held-out images, with the same noise and evenly spread timesteps every time."""
-    generator = torch.Generator().manual_seed(_mix(config.seed, 2))
+    generator = torch.Generator().manual_seed(mix(seed, 2))
     total = 0.0
     for first in range(0, len(indices), 128):
         part = indices[first : first + 128]
-        items = [data[i] for i in part]
-        x0 = _to_float(torch.stack([image for image, _ in items])).to(device)
-        labels = torch.tensor([label for _, label in items], device=device) if config.class_conditional else None
+        x0, condition = subject.clean(default_collate([subject.examples[i] for i in part]), device, None)
         t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        losses = training_loss(_call(network, labels), x0, schedule=schedule, t=t, noise=noise, prediction_type=config.prediction_type)
+        kind = subject.package.scheduler.config.prediction_type
+        losses = training_loss(subject.predictor(network, condition), x0, schedule=schedule, t=t, noise=noise, prediction_type=kind)
         total += float(losses.sum())
     return total / len(indices)
 
 
 @torch.no_grad()
-def preview(network: nn.Module, data: ImageData, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, path: Path) -> None:
-    """Samples a grid from fixed seeds and writes it as a PNG."""
-    seeds = range(config.preview_count)
-    labels = torch.tensor([s % len(data.class_names or ()) for s in seeds], device=device) if config.class_conditional else None
-    denoise = ModelDenoiser(_call(network, labels), schedule, config.prediction_type)
-    x_t = seeded_randn((data.channels, *data.resolution), seeds).to(device)
+def preview(network: nn.Module, subject: Subject, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, path: Path) -> None:
+    """Samples a grid from fixed seeds and writes it as a PNG, with the captions of a text model as a text file beside it."""
+    predict, captions = subject.preview(network, config.preview_count, device)
+    denoise = ModelDenoiser(predict, schedule, subject.package.scheduler.config.prediction_type)
+    x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
     steps = min(config.preview_steps, len(schedule))
-    images = sample(denoise, x_t, step_pairs(select_timesteps(len(schedule), steps, "trailing")), schedule=schedule)
+    x0 = sample(denoise, x_t, step_pairs(select_timesteps(len(schedule), steps, "trailing")), schedule=schedule)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(to_uint8(images)), path)
+    save_png(make_grid(to_uint8(subject.images(x0))), path)
+    if captions:
+        write_atomically(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
 
 
 class _StopSignals:
@@ -237,7 +211,13 @@ class _StopSignals:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None = None, revision: str | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    revision: str | None = None,
+) -> TrainResult:
     r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in ``config.out`` if there is one.
 
     Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch`` or ``torchrun``.
@@ -245,6 +225,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     Args:
         config: The run.
         on_progress: Called on the main process after each logged interval.
+        on_note: Called there with each sentence that the user should read before the run begins.
         revision: Of the code, for the model's card.
 
     Returns:
@@ -257,39 +238,33 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     accelerator = _accelerator(config)
     out, root = Path(config.out), Path(config.out) / "checkpoints"
     check_out(out)
-    data = load_images(
-        config.data,
-        split=config.split,
-        resolution=config.resolution,
-        channels=config.channels,
-        center_crop=config.center_crop,
-        image_column=config.image_column,
-        label_column=config.label_column,
-    )
-    if config.class_conditional and not data.class_names:
-        raise DDIMError(
-            f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, "
-            "or sort images into subfolders."
-        )
+    base = None if config.base is None else open_base(config.base)
+    data, subject = make_subject(config, base)
+    if on_note is not None and accelerator.is_main_process:
+        for note in subject.notes:
+            on_note(note)
 
-    schedule = noise_schedule(vars(config))  # the same levels that the written scheduler samples with
-    torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
-    network = make_network(config, data).to(accelerator.device)
+    scheduler = subject.package.scheduler.config
+    schedule = noise_schedule(scheduler)  # the same levels that the written scheduler samples with
+    network = subject.network.to(accelerator.device)
     average = EMA(network, config.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay)
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     steps = -(-config.images // per_step)
 
-    step, record = 0, _new_record(config, data, accelerator, revision)
+    step, record = 0, _new_record(config, data, subject, base, accelerator, revision)
     record["parameters"] = sum(p.numel() for p in network.parameters())
     found = latest_checkpoint(root)
     if found is not None:
         record = resume_record(found, record, config)
         step = int(record["step"])
-        load_training_state(found, network=network, averaged=average.network, optimizer=optimizer)
+        load_training_state(found, network=network, averaged=average.network, optimizer=optimizer, package=subject.package)
         if accelerator.scaler is not None and record.get("scaler"):
             accelerator.scaler.load_state_dict(record["scaler"])
 
+    started = time.perf_counter()
+    cache = out / "latents.bin"
+    subject = subject.prepared(accelerator, cache)
     model, optimizer = accelerator.prepare(network, optimizer)
     compiled = torch.compile(model) if config.compile else model
     validation = range(*record["held_out"])
@@ -297,7 +272,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     batches = _Batches(training, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
     loader = iter(
         DataLoader(
-            _Loadable(data),
+            _Loadable(subject.examples),
             batch_sampler=batches,
             num_workers=config.workers,
             collate_fn=_collate,
@@ -310,7 +285,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
     last_loss: float | None = record.get("loss")
     clock, clock_step = time.perf_counter(), step
     seconds_before = float(record["seconds"])
-    started = time.perf_counter()
 
     def flush() -> float:
         """Moves the pending losses to the host, once, and refuses to go on from one that is not finite."""
@@ -333,23 +307,23 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                 batch = next(loader)
                 if isinstance(batch, DDIMError):
                     raise batch
-                images, labels = batch
-                place = (step, part, accelerator.process_index)
-                x0, t, noise = _draw(images.to(accelerator.device, non_blocking=True), place, config)
-                torch.manual_seed(_mix(config.seed, 4, *place))  # dropout
-                classes = labels.to(accelerator.device, non_blocking=True) if config.class_conditional else None
+                place: Place = (step, part, accelerator.process_index)
+                draws = Draws.at(config.seed, place, accelerator.device)
+                x0, condition = subject.clean(batch, accelerator.device, draws)
+                t, noise = _draw(x0, draws, config, len(schedule))
+                torch.manual_seed(mix(config.seed, 4, *place))  # dropout
                 with accelerator.accumulate(model), accelerator.autocast():
                     loss = training_loss(
-                        _call(compiled, classes),
+                        subject.predictor(compiled, condition),
                         x0,
                         schedule=schedule,
                         t=t,
                         noise=noise,
-                        prediction_type=config.prediction_type,
+                        prediction_type=scheduler.prediction_type,
                         weights=loss_weights(
                             schedule,
                             t,
-                            prediction_type=config.prediction_type,
+                            prediction_type=scheduler.prediction_type,
                             weighting=config.weighting,
                             gamma=config.snr_gamma,
                             floor=config.weight_floor,
@@ -378,9 +352,9 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                 elapsed = time.perf_counter() - clock
                 rate = (step - clock_step) * per_step / elapsed if elapsed else float("nan")
                 clock, clock_step = time.perf_counter(), step
-                held = (
-                    validation_loss(average.network, data, validation, config, schedule, accelerator.device) if due and validation else None
-                )
+                held = None
+                if due and validation:
+                    held = validation_loss(average.network, subject, validation, config.seed, schedule, accelerator.device)
                 if log is not None:
                     log.add(
                         step,
@@ -408,18 +382,19 @@ def train(config: TrainConfig, *, on_progress: Callable[[Progress], None] | None
                             averaged=average.network,
                             optimizer=optimizer.optimizer,
                             record=record,
-                            config=config,
+                            package=subject.package,
                         )
                         prune(root, keep=config.keep_checkpoints, best=record["best"]["step"] if record["best"] else None)
                     accelerator.wait_for_everyone()
                     clock = time.perf_counter()
             if config.preview_every and step % config.preview_every == 0 and accelerator.is_main_process:
-                preview(average.network, data, config, schedule, accelerator.device, out / "previews" / f"{step:07d}.png")
+                preview(average.network, subject, config, schedule, accelerator.device, out / "previews" / f"{step:07d}.png")
                 clock, clock_step = time.perf_counter(), step
 
     finished = step >= steps
     if finished and accelerator.is_main_process:
-        publish(out, average.network, config, _card(record, config))
+        publish(out, average.network, subject.package, _card(record, config))
+        cache.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
@@ -449,17 +424,22 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What a model's card says of its run."""
-    names = ("config", "data", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "processes", "device")
+    names = ("config", "data", "base", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "processes", "device")
     return {
         "command": command_line(config, processes=record["processes"]),
         **{name: record[name] for name in (*names, "revisions", "versions")},
     }
 
 
-def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator, revision: str | None) -> dict[str, Any]:
+def _new_record(
+    config: TrainConfig, data: ImageData, subject: Subject, base: Base | None, accelerator: Accelerator, revision: str | None
+) -> dict[str, Any]:
     import accelerate
 
-    options = json.loads(json.dumps(asdict(config)))  # as a checkpoint gives it back
+    scheduler = subject.package.scheduler.config  # what an option left to its default came out as is recorded too
+    settled = {name: scheduler[name] for name in vars(config) if name in scheduler} | {"learning_rate": config.peak_learning_rate}
+    options = asdict(config) | settled | (asdict(config.architecture) if base is None else {})
+    options = json.loads(json.dumps(options))  # as a checkpoint gives it back
     del options["out"]
     held_out = min(config.validation_images, len(data) // 10)
     stride = len(data) // max(1, held_out)
@@ -470,8 +450,9 @@ def _new_record(config: TrainConfig, data: ImageData, accelerator: Accelerator, 
             "images": len(data),
             "channels": data.channels,
             "resolution": list(data.resolution),
-            "classes": list(data.class_names or ()),
+            **subject.facts,
         },
+        "base": {} if base is None else base.facts,
         "held_out": [0, held_out * stride, stride],  # a range spread over the data, which may be sorted by class
         "step": 0,
         "images_seen": 0,

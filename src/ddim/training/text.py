@@ -1,0 +1,350 @@
+"""A text-conditional network on the latents of an autoencoder: what Stable Diffusion is.
+
+The autoencoder is never trained, and the text encoder only where it is asked for. A latent is drawn from the autoencoder's
+posterior anew at every step; what is drawn follows from the seed and the step, as all noise of a run.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ddim.checkpoints import load_network
+from ddim.errors import DDIMError
+from ddim.training.base import Base, load_part
+from ddim.training.checkpoint import Package, make_scheduler
+from ddim.training.config import Architecture, TrainConfig
+from ddim.training.data import ImageData
+from ddim.training.draws import Draws
+from ddim.training.subject import Predictor, check_halvings, mirror, to_float
+
+__all__ = ["TextSubject", "TrainedAlong", "text_subject", "vae_factor"]
+
+_MOST_EMBEDDINGS = 2**30
+"""Bytes up to which the embeddings of all captions are held; above it they are computed batch by batch."""
+
+_EMPTY = 0  # the row of the empty prompt among the captions
+
+
+class TrainedAlong(nn.Module):
+    """A network and the text encoder that is trained along with it, as one module: (x_t, t, tokens) -> prediction."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:  # noqa: ANN401 - as the network's own
+        """The network's output under the captions of ``tokens``, shape [B, L]."""
+        return self.unet(x_t, t, encoder_hidden_states=self.text_encoder(tokens)[0], return_dict=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Captions:
+    """All different captions of a data set, tokenised once.
+
+    Attributes:
+        texts: The empty prompt, then each caption once.
+        rows: The caption of each image, shape [N].
+        tokens: Shape [len(texts), L].
+        cut: How many images have a caption longer than L tokens.
+    """
+
+    texts: list[str]
+    rows: Tensor
+    tokens: Tensor
+    cut: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Indexed:
+    """Images with their indices."""
+
+    data: ImageData
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.data[index][0], index
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """Posteriors that were computed before, with the indices of their images: [mirrored or not, mean or std, C, H, W]."""
+
+    moments: Tensor
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.moments[index], index
+
+
+@dataclass(frozen=True, eq=False)
+class TextSubject:
+    """A text-conditional network on latents; the frozen parts that its condition and its pictures need."""
+
+    config: TrainConfig
+    data: ImageData
+    network: nn.Module
+    package: Package
+    vae: Any
+    text_encoder: Any
+    captions: Captions
+    shape: tuple[int, int, int]
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+    embeddings: Tensor | None = None
+    moments: Tensor | None = None
+
+    @property
+    def examples(self) -> Any:  # noqa: ANN401 - as Subject
+        """Images, or their posteriors where those are cached, and their indices."""
+        return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
+
+    def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
+        """Moves the frozen parts to the device, embeds the captions where they fit, and encodes the images where that is asked for."""
+        device = accelerator.device
+        self.vae.to(device)
+        self.text_encoder.to(device)
+        embeddings = moments = None
+        if not self.config.train_text_encoder:
+            width = self.captions.tokens.shape[1] * self.text_encoder.config.hidden_size * 4
+            if len(self.captions.tokens) * width <= _MOST_EMBEDDINGS:
+                parts = torch.split(self.captions.tokens, 256)
+                embeddings = torch.cat([self._embed(part.to(device)) for part in parts])
+        if self.config.cache_latents == "memory":
+            moments = torch.cat([part.cpu() for part in self._encode_all(device)])
+        elif self.config.cache_latents == "disk":
+            if accelerator.is_main_process:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                self._write(self._encode_all(device), cache)
+            accelerator.wait_for_everyone()
+            shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
+            moments = torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
+        return replace(self, embeddings=embeddings, moments=moments)
+
+    def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their captions."""
+        first, index = batch
+        flip = mirror(len(first), draws, device) if draws is not None and self.config.horizontal_flip else None
+        first = first.to(device, non_blocking=True)
+        if self.moments is None:
+            pixels = to_float(first)
+            mean, std = self._posterior(pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels))
+        else:
+            chosen = first[:, 0] if flip is None else torch.where(flip[..., None], first[:, 1], first[:, 0])
+            mean, std = chosen.unbind(1)
+        rows = self.captions.rows[index]
+        if draws is not None:
+            mean = mean + std * torch.randn(mean.shape, generator=draws.stream(6)).to(device)
+            dropped = torch.rand(len(rows), generator=draws.stream(7)) < self.config.caption_dropout
+            rows = torch.where(dropped, _EMPTY, rows)
+        return (mean - _shift(self.vae)) * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
+
+    def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:
+        """The network under the captions of these rows."""
+        if self.config.train_text_encoder:
+            tokens = self.captions.tokens.to(condition.device)[condition]
+            return lambda x_t, t: network(x_t, t, tokens)[0].float()
+        if self.embeddings is not None:
+            hidden = self.embeddings[condition]
+        else:
+            hidden = self._embed(self.captions.tokens.to(condition.device)[condition])
+        return lambda x_t, t: network(x_t, t, encoder_hidden_states=hidden, return_dict=False)[0].float()
+
+    def preview(self, network: nn.Module, count: int, device: torch.device) -> tuple[Predictor, list[str]]:
+        """Captions spread over all that there are, under guidance."""
+        different = len(self.captions.texts) - 1
+        places = [i * different // count if count <= different else i % max(1, different) for i in range(count)]
+        rows = torch.tensor([1 + place if different else _EMPTY for place in places])
+        scale = self.config.preview_guidance_scale
+        both = self.predictor(network, torch.cat([torch.full_like(rows, _EMPTY), rows]).to(device))
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            without, under = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+            return without + scale * (under - without)
+
+        captions = [self.captions.texts[int(row)] for row in rows]
+        return guided if scale != 1 else self.predictor(network, rows.to(device)), captions
+
+    def images(self, x0: Tensor) -> Tensor:
+        """Decodes latents."""
+        decoded: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor + _shift(self.vae), return_dict=False)[0]
+        return decoded
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.text_encoder(tokens)[0]
+        return hidden
+
+    @torch.no_grad()
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels, return_dict=False)[0]
+        return posterior.mean, posterior.std
+
+    def _encode_all(self, device: torch.device) -> Any:  # noqa: ANN401 - an iterator of tensors [b, F, 2, C, H, W]
+        loader: Any = DataLoader(_Indexed(self.data), batch_size=self.config.batch_size, num_workers=self.config.workers)  # type: ignore[arg-type]
+        for images, _ in loader:
+            pixels = to_float(images.to(device, non_blocking=True))
+            views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
+            yield torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1).float()
+
+    def _write(self, parts: Any, path: Path) -> None:  # noqa: ANN401 - as _encode_all
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part.cpu().contiguous().numpy().tobytes())
+
+
+def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubject:
+    """A Stable-Diffusion-format base to be trained on captioned images.
+
+    Raises:
+        DDIMError: If base, data and configuration do not fit together; the message says what to do.
+    """
+    if config.class_conditional:
+        raise DDIMError(f"{base.name} is a text model, which knows captions and no classes; leave out --class-conditional.")
+    vae, text_encoder, tokenizer = (load_part(base, part) for part in ("vae", "text_encoder", "tokenizer"))
+    vae.requires_grad_(False).eval()
+    text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
+    shape = _latent_shape(config, data, base, vae)
+    torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
+    factor, width = vae_factor(vae), int(text_encoder.config.hidden_size)
+    unet = _fresh(config, base, shape, factor, width) if config.from_scratch else load_network(base.folder)
+    _check_network(unet, base, shape, factor, width)
+    unet.train().to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if config.train_text_encoder:
+            enable = getattr(text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5 on
+            (enable or text_encoder.gradient_checkpointing_enable)()
+    captions = _tokenise(list(data.captions or ()), tokenizer, text_encoder)
+    package, notes = _package(config, base)
+    if captions.cut:
+        length = captions.tokens.shape[1]
+        notes += (f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that {base.name} reads, and are cut there.",)
+    facts = {"captions": len(captions.texts) - 1, "captions_cut": captions.cut}
+    network = TrainedAlong(unet, text_encoder) if config.train_text_encoder else unet
+    return TextSubject(config, data, network, package, vae, text_encoder, captions, shape, facts, notes)
+
+
+def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]:
+    """What the trained model's folder holds, and what of the base's is left out."""
+    trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None]}
+    frozen: dict[str, Path] = {}
+    notes: tuple[str, ...] = ()
+    for name, value in base.index.items():
+        folder = base.folder / name
+        if name.startswith("_") or name == "scheduler":
+            continue
+        if name in trained or not isinstance(value, (list, tuple)):
+            index[name] = value
+        elif any(folder.glob("*.bin")) and not any("." not in p.stem for p in folder.glob("*.safetensors")):
+            notes += (f"the {name} of {base.name} has pickled weights alone, and is left out.",)
+            index[name] = [None, None]
+        else:
+            index[name] = value if folder.is_dir() else [None, None]
+            frozen |= {name: folder} if folder.is_dir() else {}
+    if index["safety_checker"][0] is None:
+        index["requires_safety_checker"] = False
+    package = Package(
+        index,
+        make_scheduler(config, {**base.scheduler, "steps_offset": 1}),
+        parts=(lambda module: {"unet": module.unet, "text_encoder": module.text_encoder}) if len(trained) > 1 else lambda m: {"unet": m},
+        frozen=frozen,
+    )
+    return package, notes
+
+
+def vae_factor(vae: Any) -> int:  # noqa: ANN401 - an autoencoder of diffusers
+    """Pixels of an image along a side of one latent."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _shift(vae: Any) -> float:  # noqa: ANN401 - an autoencoder of diffusers
+    return float(vae.config.get("shift_factor") or 0)
+
+
+def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:  # noqa: ANN401 - an autoencoder
+    factor, (height, width) = vae_factor(vae), data.resolution
+    if data.channels != vae.config.in_channels:
+        raise DDIMError(
+            f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the images have {data.channels}; "
+            f"use --channels {vae.config.in_channels}."
+        )
+    if height % factor or width % factor:
+        usable = max(factor, round(min(height, width) / factor) * factor)
+        raise DDIMError(
+            f"images of {height}x{width} cannot be made into latents: the autoencoder of {base.name} divides by {factor}; "
+            f"use --resolution {usable}."
+        )
+    return (int(vae.config.latent_channels), height // factor, width // factor)
+
+
+def _fresh(config: TrainConfig, base: Base, shape: tuple[int, int, int], factor: int, width: int) -> Any:  # noqa: ANN401 - a network
+    """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give."""
+    options = {key: value for key, value in base.network_config.items() if not key.startswith("_")}
+    if any(getattr(config, f.name) is not None for f in fields(Architecture)):
+        given = config.architecture
+        levels = len(given.block_out_channels)
+        attention = [level >= levels - given.attention_levels for level in range(levels)]
+        options = {
+            "block_out_channels": given.block_out_channels,
+            "layers_per_block": given.layers_per_block,
+            "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            # diffusers' name for the number of heads
+            "attention_head_dim": tuple(max(1, c // given.attention_head_dim) for c in given.block_out_channels),
+            "norm_num_groups": given.norm_num_groups,
+            "dropout": given.dropout,
+        }
+    size = shape[1] if shape[1] == shape[2] else shape[1:]
+    options |= {"sample_size": size, "in_channels": shape[0], "out_channels": shape[0], "cross_attention_dim": width}
+    check_halvings(shape[1:], len(options["block_out_channels"]), unit=factor)
+    try:
+        return diffusers.UNet2DConditionModel.from_config(options)
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DDIMError(f"no network can be made of these options, or of {base.name}'s configuration ({reason}).") from error
+
+
+def _check_network(unet: Any, base: Base, shape: tuple[int, int, int], factor: int, width: int) -> None:  # noqa: ANN401 - a network
+    config = unet.config
+    size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size or shape[1:])
+    wanted = (size, size) if isinstance(size, int) else size
+    if (config.in_channels, config.out_channels) != (shape[0], shape[0]):
+        raise DDIMError(
+            f"the network of {base.name} takes {config.in_channels} channels and gives {config.out_channels}, and its autoencoder has "
+            f"{shape[0]}: it is of another task (inpainting, upscaling, ...), which diffusers' own scripts train."
+        )
+    if config.cross_attention_dim != width:
+        raise DDIMError(
+            f"the network of {base.name} reads captions of width {config.cross_attention_dim}, and its text encoder gives {width}; "
+            "the two do not belong together."
+        )
+    if tuple(wanted) != shape[1:]:
+        raise DDIMError(
+            f"{base.name} makes images of {wanted[0] * factor}x{wanted[1] * factor}, and those of the data are "
+            f"{shape[1] * factor}x{shape[2] * factor}; use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
+        )
+
+
+def _tokenise(captions: list[str], tokenizer: Any, text_encoder: Any) -> Captions:  # noqa: ANN401 - of transformers
+    length = min(int(tokenizer.model_max_length), int(text_encoder.config.max_position_embeddings))
+    numbers = {text: row for row, text in enumerate(dict.fromkeys(["", *captions]))}
+    texts = list(numbers)
+    encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=length).input_ids
+    tokens = torch.tensor(encoded, dtype=torch.int64)
+    whole = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+    long = torch.tensor([len(ids) > length for ids in whole])
+    rows = torch.tensor([numbers[text] for text in captions], dtype=torch.int64)
+    return Captions(texts, rows, tokens, int(long[rows].sum()))
