@@ -28,8 +28,8 @@ from ddim.images import from_uint8, to_uint8, write_atomically
 from ddim.training.data import load_images
 from ddim.training.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination
 
-LENGTH = 16
-"""Tokens of a caption, with its beginning and its end; the longest caption has 14."""
+LENGTH = 24
+"""Tokens of a caption, with its beginning and its end; the longest caption has 12, and unknown words take a token a byte or so."""
 WIDTH = 96
 """Channels of a token."""
 START, END = "<|startoftext|>", "<|endoftext|>"

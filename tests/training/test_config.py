@@ -100,7 +100,7 @@ def test_options_replace_those_of_a_preset():
 
 @pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "mars"]])
 def test_a_preset_that_does_not_exist(words):
-    with pytest.raises(DDIMError, match="--preset must be one of fashion-mnist, digits; got"):
+    with pytest.raises(DDIMError, match=f"--preset must be one of {', '.join(PRESETS)}; got"):
         defaults(words)
 
 

@@ -277,6 +277,24 @@ class Preset:
     note: str
 
 
+# Of the three text models that show what the fixes do: all but the prediction and the terminal SNR.
+_FASHION_TEXT: dict[str, object] = {
+    "data": "fashion-text",
+    "base": "fashion-text",
+    "from_scratch": True,
+    "cache_latents": "memory",
+    "caption_dropout": 0.1,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "images": 150_000,
+    "batch_size": 32,
+    "learning_rate": 8e-4,
+    "lr_warmup_steps": 300,
+    "ema_decay": 0.999,
+    "checkpoint_every": 500,
+}
+
 PRESETS: dict[str, Preset] = {
     "fashion-mnist": Preset(
         {
@@ -295,6 +313,12 @@ PRESETS: dict[str, Preset] = {
         },
         note="The embedded model: 2.7 M parameters, 28x28, epsilon, linear betas.",
     ),
+    "fashion-text": Preset(
+        _FASHION_TEXT | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "images": 400_000},
+        note="The embedded text model: 2.5 M parameters, 16x16 latents, v-prediction, zero terminal SNR.",
+    ),
+    "fashion-text-v": Preset(_FASHION_TEXT | {"prediction_type": "v_prediction"}, note="Its twin without zero terminal SNR."),
+    "fashion-text-epsilon": Preset(_FASHION_TEXT | {"prediction_type": "epsilon"}, note="Its twin without v-prediction, too."),
     "digits": Preset(
         {
             "data": "digits",
