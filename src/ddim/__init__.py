@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         geometric_mean as geometric_mean,
         ode_error as ode_error,
     )
+    from ddim.guidance import guide as guide, guided as guided
     from ddim.interpolation import interpolate as interpolate, interpolate_grid as interpolate_grid, lerp as lerp, slerp as slerp
     from ddim.inversion import (
         ConvergenceWarning as ConvergenceWarning,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         step_coefficients as step_coefficients,
     )
     from ddim.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
+    from ddim.text_to_image import ImageToImagePipeline as ImageToImagePipeline, TextToImagePipeline as TextToImagePipeline
     from ddim.timesteps import (
         SPACINGS as SPACINGS,
         check_timesteps as check_timesteps,
@@ -98,6 +100,8 @@ _HOMES = {
     "noise": ("SeededNoise", "make_generators", "seeded_randn"),
     "step": ("SIGMA_HAT", "ddim_step", "linear_step", "multistep_weight", "step_coefficients"),
     "denoiser": ("Clip", "Denoiser", "ModelDenoiser"),
+    "guidance": ("guide", "guided"),
+    "text_to_image": ("ImageToImagePipeline", "TextToImagePipeline"),
     "objective": ("draw_timesteps", "loss_weights", "training_loss"),
     "sampler": ("State", "sample", "trajectory"),
     "interpolation": ("interpolate", "interpolate_grid", "lerp", "slerp"),

@@ -7,7 +7,7 @@ Weights are read from safetensors; a ``.bin`` file only where there is nothing e
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ddim.errors import CheckpointError
 from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 
 __all__ = [
+    "STABLE_DIFFUSION",
     "embedded_models",
     "fetch_model",
     "file_hash",
@@ -26,6 +27,7 @@ __all__ = [
     "has_scheduler",
     "is_unconditional",
     "load_network",
+    "load_pipeline",
     "noise_schedule",
     "read_json",
     "read_model_index",
@@ -36,6 +38,9 @@ __all__ = [
 
 _ZOO = Path(__file__).parent / "zoo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "TextToImagePipeline", "ImageToImagePipeline")
+"""Classes of checkpoints in Stable Diffusion's format."""
+
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
 
 # Schedulers that are configured by betas over discrete levels: what DDIM can walk.
@@ -271,6 +276,32 @@ def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str
         )
     # The same numbers up to rounding, and faster convolutions on the CPU and on GPUs.
     return network.eval().to(memory_format=torch.channels_last)
+
+
+def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:  # noqa: ANN401 - of diffusers' from_pretrained
+    """A pipeline of diffusers from a folder, by ``load``: a class's ``from_pretrained``.
+
+    Raises:
+        CheckpointError: If a part is missing, the scheduler's family is not DDIM's, or diffusers cannot open it.
+    """
+    index = read_model_index(folder)
+    kind = index.get("_class_name")
+    if options.get("scheduler") is None:
+        read_scheduler_config(folder)  # refuses another family before gigabytes are read
+    for name, value in index.items():
+        present = isinstance(value, list) and value[:1] != [None] and name not in options
+        if present and not name.startswith("_") and not (folder / name).is_dir():
+            raise CheckpointError(f"{folder} has no {name}, and its model_index.json lists one; copy or download the checkpoint again.")
+    if "torch_dtype" in options:  # its older name, of which diffusers warns
+        options["dtype"] = options.pop("torch_dtype")
+    try:
+        return load(folder, **options)
+    except ImportError as error:
+        raise CheckpointError(
+            f"opening a {kind} needs more than is installed; run: pip install 'ddim[text]' ({_first_line(error)})."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be opened as a {kind} ({_first_line(error)}).") from error
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:

@@ -4,15 +4,18 @@ A sampler needs a :class:`Denoiser` and nothing else. :class:`ModelDenoiser` mak
 prediction``: a diffusers UNet, your own module, a guided network, a closed-form oracle.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.prediction import Denoised, PredictionType, clip_static, threshold_dynamic, to_eps, to_x0_eps
+from ddim.guidance import network_output
+from ddim.prediction import Denoised, PredictionType, clip_static, solve, threshold_dynamic, to_eps, to_x0_eps
 from ddim.schedule import CLEAN, NoiseSchedule, match
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean"]
@@ -90,19 +93,32 @@ class ModelDenoiser:
         Raises:
             DDIMError: If the output has another shape than x_t, or cannot be converted at this level.
         """
-        levels = torch.as_tensor(t, dtype=torch.int64)
-        output = _tensor(self.network(x_t.to(self._dtype(x_t)), levels.to(x_t.device).expand(x_t.shape[0])))
+        if isinstance(t, Tensor):
+            levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
+        else:
+            levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
+        output = network_output(self.network(x_t.to(self._dtype(x_t)), levels))
         if output.shape != x_t.shape:
             raise DDIMError(
                 f"the network must return a prediction of its input's shape {list(x_t.shape)}; got {list(output.shape)}. "
                 "If it also predicts a variance, wrap it to return the mean's channels only."
             )
-        alpha_bar_t = self.schedule.alpha_bar(levels)
-        denoised = to_x0_eps(output.to(x_t.dtype), x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type)
+        output = output.to(x_t.dtype)
+        if not isinstance(t, Tensor) and self.clip.kind == "none" and math.isfinite(sum(known := self._solutions.get(t, (math.inf,)))):
+            x0_x, x0_m, eps_x, eps_m = known
+            x0 = output if self.prediction_type == "sample" else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
+            return Denoised(x0, output if self.prediction_type == "epsilon" else torch.mul(x_t, eps_x).add_(output, alpha=eps_m))
+        alpha_bar_t = self.schedule.alpha_bar(t)
+        denoised = to_x0_eps(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type)
         if self.clip.kind == "none":
             return denoised
         x0 = self.clip(denoised.x0)
         return Denoised(x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps)
+
+    @cached_property
+    def _solutions(self) -> dict[int, tuple[float, ...]]:
+        """:func:`ddim.prediction.solve` at every level, as numbers: a step then waits for no device."""
+        return dict(enumerate(zip(*(c.tolist() for c in solve(self.prediction_type, self.schedule.alphas_cumprod)), strict=True)))
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         if self.dtype is not None:
@@ -122,16 +138,3 @@ def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
         return Denoised((x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps)
 
     return extended
-
-
-def _tensor(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network returns
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "sample", None)
-    if isinstance(found, Tensor):
-        return found
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise DDIMError(
-        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {type(output).__name__}."
-    )

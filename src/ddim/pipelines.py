@@ -1,11 +1,11 @@
 """Pipelines: a network and its scheduler, called to make images.
 
 :class:`UnconditionalPipeline` is diffusers' ``DDIMPipeline`` on this package's core. :class:`DiffusionPipeline` opens any
-checkpoint of the DDIM family: unconditional ones as that, every other kind as diffusers' own pipeline with our scheduler.
+checkpoint of the DDIM family: unconditional ones as that, Stable Diffusion's format as the pipelines of :mod:`ddim.text_to_image`,
+every other kind as diffusers' own pipeline with our scheduler.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,28 +14,32 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ddim.checkpoints import find_model, is_unconditional, load_network, noise_schedule, read_model_index, read_scheduler_config
+from ddim.checkpoints import (
+    STABLE_DIFFUSION,
+    find_model,
+    is_unconditional,
+    load_network,
+    load_pipeline,
+    read_model_index,
+    read_scheduler_config,
+)
 from ddim.denoiser import Clip, ModelDenoiser
-from ddim.encoding import Code, EncodingMethod, decode_trajectory, encode, fingerprint
-from ddim.errors import CheckpointError, DDIMError, DivergenceError
+from ddim.encoding import Code, EncodingMethod
+from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures, to_pil, to_uint8
-from ddim.inversion import encodable_timesteps
-from ddim.noise import SeededNoise, check_seeds
-from ddim.prediction import to_x0_eps
+from ddim.noise import SeededNoise
 from ddim.prior import DataPrior
-from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
-from ddim.sampler import State, trajectory
-from ddim.schedule import NoiseSchedule
-from ddim.scheduler import DDIMScheduler, fitted_timesteps, to_diffusers
-from ddim.step import Eta, check_order, step_coefficients
-from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
+from ddim.reversible import Reversible
+from ddim.sampler import State
+from ddim.sampling import HUB_OPTIONS, Generators, Sampling, check_exact
+from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.step import Eta
+from ddim.timesteps import Spacing
 
-__all__ = ["DiffusionPipeline", "UnconditionalPipeline", "check_exact"]
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
+__all__ = ["DiffusionPipeline", "UnconditionalPipeline"]
 
 
-class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
+class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ignore[misc]
     """Images from noise, with DDIM: an unconditional or class-conditional network and its scheduler.
 
     What diffusers' pipelines do is inherited: ``.to``, offloading, ``set_progress_bar_config``. The state is float32 whatever
@@ -78,7 +82,7 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         Raises:
             CheckpointError: If the model cannot be found or opened, or is of another kind.
         """
-        unknown = sorted(set(hub) - set(_HUB_OPTIONS))
+        unknown = sorted(set(hub) - set(HUB_OPTIONS))
         if unknown:
             raise TypeError(f"UnconditionalPipeline.from_pretrained() got an unexpected keyword argument {unknown[0]!r}")
         folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
@@ -103,16 +107,6 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
         plain.save_pretrained(save_directory, **options)
 
-    def compile(self, **options: Any) -> "UnconditionalPipeline":  # noqa: ANN401 - torch.compile's own options
-        """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before."""
-        self.unet.compile(**options)
-        return self
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        """The levels that the scheduler's configuration describes, float64."""
-        return noise_schedule(self.scheduler.config)
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the network was trained on.
@@ -125,66 +119,6 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             raise DDIMError("the network's configuration has no sample_size; give latents of the size to sample.")
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config.in_channels), int(height), int(width)
-
-    def select_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        *,
-        timestep_spacing: Spacing | None = None,
-        timesteps: Sequence[int] | None = None,
-        order: int | None = None,
-    ) -> list[int]:
-        """The levels that a call with these options visits.
-
-        Args:
-            num_inference_steps: N; None: 50.
-            timestep_spacing: How they are spaced; None: as the scheduler's configuration says, where fitted timesteps go first.
-            timesteps: The levels themselves, in place of both.
-            order: Of the solver; fitted timesteps are for the configuration's own.
-
-        Raises:
-            DDIMError: If the options exclude each other, or are invalid.
-        """
-        config = self.scheduler.config
-        total = len(self.noise_schedule)
-        if timesteps is None:
-            steps = 50 if num_inference_steps is None else num_inference_steps
-            fitted = None
-            if timestep_spacing is None and self.select_order(order) == self.select_order():
-                fitted = fitted_timesteps(config, steps)
-            return fitted or select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
-        if num_inference_steps is not None or timestep_spacing is not None:
-            raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
-        return check_timesteps(timesteps, total)
-
-    def select_order(self, order: int | None = None) -> int:
-        """The order of the solver that a call with this option uses; None: as the scheduler's configuration says."""
-        if order is None:  # another class's solver_order is not DDIM's
-            order = self.scheduler.config.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
-        return check_order(order)
-
-    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False) -> None:
-        """Refuses levels, an eta, an order and an analytic variance that would come to no finite image, before anything is evaluated.
-
-        Raises:
-            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise, or the prediction has no solution, or
-                the analytic variance no value, at a level.
-        """
-        check_order(self.select_order(order), eta=eta, analytic=analytic)
-        schedule = self.noise_schedule
-        alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
-        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=torch.ones_like(alpha_bar_t) if analytic else None)
-        nothing = torch.zeros_like(alpha_bar_t)
-        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self.scheduler.config.prediction_type)
-
-    def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
-        """How a call with this option keeps the predicted x0 in range; None: as the scheduler's configuration says."""
-        config = self.scheduler.config
-        if isinstance(clip, Clip):
-            return clip
-        if clip is None:
-            clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
-        return Clip(clip, config.clip_sample_range, config.dynamic_thresholding_ratio, max(1.0, config.sample_max_value))
 
     def denoiser(
         self,
@@ -268,7 +202,6 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         given_order, order = order, self.select_order(order)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
         self.check_path(levels, eta=eta, order=order, analytic=gamma is not None)
-        pairs = step_pairs(levels)
         count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
         denoise = self.denoiser(count, class_labels=class_labels, clip=clip)
         x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
@@ -276,12 +209,12 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             if latents is not None:
                 raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")
             x = prior.start(x, schedule.alpha_bar(levels[0]))
-        if sampler == "ddim":
-            states: Iterable[State] = trajectory(denoise, x, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma)
-        else:
+        if sampler != "ddim":
             check_exact(sampler, eta=eta, clip=denoise.clip, order=given_order, analytic=gamma is not None)
-            states = reversible_trajectory(denoise, x.double(), levels, schedule=schedule, sampler=ReversibleSampler(sampler))
-        images = self._finish(self._walk(states, x, len(pairs), callback=callback, progress=progress), output_type)
+        states = self._states(denoise, x, levels, sampler=sampler, eta=eta, noise=noise, order=order, gamma=gamma)
+        x = self._walk(states, x, len(levels), callback=callback, progress=progress)
+        self.maybe_free_model_hooks()
+        images = self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -326,32 +259,25 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         """
         x0 = from_pictures(images, self.image_shape, resize=resize)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
-        levels = encodable_timesteps(self.noise_schedule, levels)
-        if len(x0) == 0 or batch_size < 1:
-            raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
         labels = self._labels(class_labels, len(x0))
-        origin, parts = self._origin(), []
-        for first in range(0, len(x0), batch_size):
-            chosen = slice(first, first + batch_size)
-            some = None if labels is None else labels[chosen]
-            size = len(x0[chosen])
-            parts.append(
-                encode(
-                    self.denoiser(size, class_labels=some, clip="none"),  # clipping cannot be undone
-                    x0[chosen].to(self._execution_device),
-                    levels,
-                    schedule=self.noise_schedule,
-                    method=method,
-                    gamma=gamma,
-                    mixing=mixing,
-                    tolerance=tolerance,
-                    max_evaluations=max_evaluations,
-                    labels=some,
-                    origin=origin,
-                )
-            )
+
+        def denoiser(chosen: slice) -> ModelDenoiser:  # clipping cannot be undone
+            return self.denoiser(len(x0[chosen]), class_labels=None if labels is None else labels[chosen], clip="none")
+
+        code = self._encode(
+            x0,
+            levels,
+            denoiser,
+            method=method,
+            gamma=gamma,
+            mixing=mixing,
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            batch_size=batch_size,
+            labels=labels,
+        )
         self.maybe_free_model_hooks()
-        return Code.join(parts)
+        return code
 
     @torch.no_grad()
     def decode(
@@ -385,55 +311,18 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
             DDIMError: If the code is of another model, or of other steps, or does not fit.
         """
         self._check_output_type(output_type)
-        if len(code) == 0:
-            raise DDIMError("the code holds no images.")
         if tuple(code.x_T.shape[1:]) != self.image_shape:
             raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
         others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
-        origin, finished = self._origin(), []
-        for first in range(0, len(code), max(1, batch_size)):
-            part = code[first : first + max(1, batch_size)].to(self._execution_device)
-            states = decode_trajectory(
-                self.denoiser(len(part), class_labels=part.labels, clip="none"),
-                part,
-                schedule=self.noise_schedule,
-                timesteps=levels,
-                origin=origin,
-            )
-            total = len(levels or code.timesteps)
-            finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))
-        return self._finish(torch.cat(finished), output_type)
 
-    def _origin(self) -> dict[str, str]:
-        """What a code depends on beside its own options."""
-        schedule = self.noise_schedule
-        levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
-        return {
-            "network": fingerprint(self.unet),
-            "schedule": f"{fingerprint(levels)} {self.scheduler.config.prediction_type}",
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
-        }
+        def denoiser(chosen: slice) -> ModelDenoiser:
+            part = code[chosen]
+            return self.denoiser(len(part), class_labels=part.labels, clip="none")
 
-    def _walk(
-        self, states: Iterable[State], x: Tensor, total: int, *, callback: Callable[[State], bool | None] | None, progress: bool
-    ) -> Tensor:
-        """Runs a trajectory to its end, or until the callback stops it; the last sample, which is finite."""
-        with self.progress_bar(total=total) if progress else contextlib.nullcontext() as bar:
-            for state in states:
-                x = state.x_s
-                if bar is not None:
-                    bar.update()
-                if callback is not None and callback(state) is True:
-                    x = state.x0
-                    break
+        x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
         self.maybe_free_model_hooks()
-        if not bool(torch.isfinite(x).all()):
-            raise DivergenceError(
-                f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
-                "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong together."
-            )
-        return x
+        return self._finish(x, output_type)
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in ("pil", "np", "pt"):
@@ -465,32 +354,18 @@ class UnconditionalPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         return count
 
     def _start(
-        self,
-        count: int,
-        *,
-        seeds: Sequence[int] | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
+        self, count: int, *, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None
     ) -> tuple[Tensor, SeededNoise]:
         """x_T, and the stream of later noise."""
-        if seeds is not None and generator is not None:
-            raise DDIMError("seeds and generator both say where noise comes from; give one of them.")
         channels = int(self.unet.config.in_channels)
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
-        device = self._execution_device
-        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
-        shape = self.image_shape if latents is None else tuple(latents.shape[1:])
-        if generator is not None:
-            sources: Sequence[Any] = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-        else:
-            sources = check_seeds(torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds)
-        noise = SeededNoise(sources, shape, device=device, dtype=dtype)
+        noise = self._noise(count, self.image_shape if latents is None else latents.shape[1:], seeds=seeds, generator=generator)
         if latents is None:
             return noise(), noise
         if seeds is not None:
             noise()
-        return latents.to(device, dtype), noise
+        return latents.to(noise.device, noise.dtype), noise
 
     @property
     def _takes_labels(self) -> bool:
@@ -545,42 +420,30 @@ class DiffusionPipeline:
             **options: Of :meth:`UnconditionalPipeline.from_pretrained`, or of diffusers' for other kinds of checkpoints.
 
         Returns:
-            An :class:`UnconditionalPipeline` for a network and a scheduler; else diffusers' own pipeline with a
+            An :class:`UnconditionalPipeline` for a network and a scheduler; a ``TextToImagePipeline`` or ``ImageToImagePipeline``
+            (:mod:`ddim.text_to_image`) for Stable Diffusion's format; else diffusers' own pipeline with a
             :class:`ddim.scheduler.DDIMScheduler` in it, unless ``scheduler=`` was given.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, or its scheduler is not of the DDIM family (flow matching).
         """
-        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in _HUB_OPTIONS if k in options})
+        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options})
         index = read_model_index(folder)
         if is_unconditional(index):
             pipe: Any = UnconditionalPipeline.from_pretrained(folder, **options)
+        elif index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
+            pipe = _text_class(index["_class_name"]).from_pretrained(folder, **options)
         else:
-            given = options.get("scheduler") is not None
-            if not given:
-                read_scheduler_config(folder)  # refuses another family before gigabytes are read
-            try:
-                pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
-            except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0].rstrip(".: ")
-                raise CheckpointError(f"{folder} cannot be opened as a {index.get('_class_name')} ({first}).") from error
-            if not given:
+            pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
+            if options.get("scheduler") is None:
                 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
 
-def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False) -> None:
-    """Refuses what a sampler that can be run backwards cannot have.
-
-    Raises:
-        DDIMError: If noise is drawn, clipping is on, or the order of another solver is asked for.
-    """
-    if eta != 0:
-        raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
-    if analytic:
-        raise DDIMError(f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of them.")
-    if order == 2:
-        raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
-    if clip.kind != "none":
-        raise DDIMError(f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind}).")
+def _text_class(kind: str) -> Any:  # noqa: ANN401 - a class of a module that needs transformers
+    try:
+        from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
+    except ImportError as error:
+        raise DDIMError(str(error)) from error
+    return ImageToImagePipeline if kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline") else TextToImagePipeline

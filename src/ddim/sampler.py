@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ddim.denoiser import Denoiser
 from ddim.errors import DDIMError
-from ddim.schedule import CLEAN, NoiseSchedule, match
-from ddim.step import Eta, check_eta, check_order, ddim_step, multistep_weight
+from ddim.schedule import CLEAN, NoiseSchedule
+from ddim.step import Eta, check_eta, check_order, multistep_weight, step_coefficients
 from ddim.timesteps import Pair
 
 __all__ = ["State", "sample", "trajectory"]
@@ -77,18 +77,24 @@ def trajectory(
     if random and noise is None:
         what = f"eta={eta}" if gamma is None else "the analytic variance"
         raise DDIMError(f"{what} draws noise at every step; give noise=..., for example a SeededNoise.")
+    first = 0 if previous is None else previous.number + 1
     missing = [t for t, _ in pairs if gamma is not None and t not in gamma]
     if missing:
         raise DDIMError(f"gamma has no value for level {missing[0]}; estimate it for all levels that are visited.")
-    for number, (t, s) in enumerate(pairs, start=0 if previous is None else previous.number + 1):
+    # All coefficients at once, as numbers: looked up step by step they would cost more than the rest of the loop.
+    alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64)) for i in (0, 1))
+    gammas = None if gamma is None else torch.tensor([gamma[t] for t, _ in pairs], dtype=torch.float64)
+    weights = [w.tolist() for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gammas)]
+    before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
+    multistep = multistep_weight(torch.cat([before, alpha_bar_t])[: len(pairs)], alpha_bar_t, alpha_bar_s).tolist()
+    for number, ((t, s), of_x0, of_eps, of_noise, of_change) in enumerate(zip(pairs, *weights, multistep, strict=True)):
         x0, eps = denoise(x_t, t)
-        alpha_bar_t, alpha_bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
-        z = noise() if random and noise is not None else None
-        gamma_t = None if gamma is None else torch.tensor(gamma[t], dtype=torch.float64)
-        x_t = ddim_step(x0, eps, alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s, eta=eta, gamma=gamma_t, noise=z)
+        x_t = torch.mul(x0, of_x0).add_(eps, alpha=of_eps)
+        if random and noise is not None:
+            x_t.add_(noise(), alpha=of_noise)
         if order == 2 and previous is not None and s != CLEAN:
-            x_t = x_t + match(multistep_weight(schedule.alpha_bar(previous.t), alpha_bar_t, alpha_bar_s), x0) * (x0 - previous.x0)
-        previous = State(x_t, x0, eps, t, s, number)
+            x_t.add_(x0 - previous.x0, alpha=of_change)
+        previous = State(x_t, x0, eps, t, s, number + first)
         yield previous
 
 

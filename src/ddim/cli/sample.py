@@ -101,7 +101,7 @@ def run(command: Command) -> None:
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.images import load_image, make_grid, save_png
     from ddim.noise import check_seeds
-    from ddim.pipelines import check_exact
+    from ddim.sampling import check_exact
     from ddim.step import SIGMA_HAT, Eta, check_eta
 
     device = find_device(command.device)

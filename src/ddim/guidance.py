@@ -1,0 +1,134 @@
+r"""Classifier-free guidance: two predictions of one network combined into the one that a sampler is given.
+
+With c the prediction under a condition, u the one without (or under another, negative one), w the scale and
+:math:`\phi` the rescale,
+
+.. math::
+    g = u + w\,(c - u), \qquad m = \phi\,\frac{\mathrm{std}(c)}{\mathrm{std}(g)}\,g + (1 - \phi)\,g
+
+on the network's raw outputs, before they are converted or clipped: the rescale is not linear, so on x0 or eps it gives other images.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = ["guide", "guided", "is_guided", "network_output"]
+
+
+def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
+    r"""Combines two raw predictions: the module's equation.
+
+    Args:
+        conditional: c, shape [B, ...].
+        unconditional: u, same shape.
+        scale: w; 1 is the conditional prediction itself.
+        rescale: :math:`\phi` in [0, 1]: how far the standard deviation of each sample, over all other dimensions, is brought back
+            to the conditional one's. 0 is off; 0.5 to 0.75 are of use where a large scale overexposes images.
+
+    Returns:
+        m, same shape; float32 for half-precision predictions. A sample whose g is constant is not rescaled, since its std is 0.
+
+    Raises:
+        DDIMError: If the shapes differ, or rescale lies outside [0, 1].
+
+    References:
+        Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. Eq. 6 (its w is this scale minus 1). https://arxiv.org/abs/2207.12598
+
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Algorithm 2. https://arxiv.org/abs/2305.08891
+    """
+    if conditional.shape != unconditional.shape:
+        raise DDIMError(f"both predictions must have one shape; got {list(conditional.shape)} and {list(unconditional.shape)}.")
+    _check_rescale(rescale)
+    if conditional.dtype in (torch.float16, torch.bfloat16):  # a large scale overflows float16, and leaves bfloat16 two digits
+        conditional, unconditional = conditional.float(), unconditional.float()
+    combined = torch.lerp(unconditional, conditional, scale)
+    if rescale == 0 or combined.numel() == 0:
+        return combined
+    dims = tuple(range(1, combined.ndim))
+    wanted = conditional.std(dims, correction=0, keepdim=True)
+    std, mean = torch.std_mean(combined, dims, correction=0, keepdim=True)
+    # The std of a constant sample is what rounding left of it.
+    varies = std > 16 * torch.finfo(combined.dtype).eps * mean.abs()
+    factor = torch.where(varies, wanted / std, 1.0)
+    return combined.mul_(factor.mul_(rescale).add_(1 - rescale))
+
+
+def guided(
+    network: Callable[[Tensor, Tensor, Tensor], Any],
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    batched: bool = True,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Makes a network of a conditional one: (x_t, t) -> the guided raw prediction. A guided network is a network.
+
+    Args:
+        network: ``(x_t, t, condition) -> prediction``, such as diffusers' UNet2DConditionModel; what it may return:
+            :func:`network_output`.
+        cond: The condition of each sample, shape [B, ...]: embeddings of its prompt, or its class.
+        uncond: What it is guided away from, same shape. Needed if guidance is on.
+        scale: Of :func:`guide`. 1 or less is off: one evaluation a step, under ``cond``.
+        rescale: Of :func:`guide`.
+        batched: Whether both predictions are evaluated as one batch of 2B; otherwise one after the other, in half of the memory.
+
+    Returns:
+        A function of x_t [B, ...] and t [B].
+
+    Raises:
+        DDIMError: If ``uncond`` is missing or of another shape, or rescale lies outside [0, 1].
+    """
+    _check_rescale(rescale)
+    if not is_guided(scale):
+        return lambda x_t, t: network_output(network(x_t, t, cond))
+    if uncond is None or uncond.shape != cond.shape:
+        told = "none" if uncond is None else f"{list(uncond.shape)} beside {list(cond.shape)}"
+        raise DDIMError(f"guidance needs an uncond of the shape of cond; got {told}.")
+    if not batched:
+
+        def one_by_one(x_t: Tensor, t: Tensor) -> Tensor:
+            without = network_output(network(x_t, t, uncond))
+            return guide(network_output(network(x_t, t, cond)), without, scale=scale, rescale=rescale)
+
+        return one_by_one
+    both = torch.cat([uncond, cond])
+
+    def as_one_batch(x_t: Tensor, t: Tensor) -> Tensor:
+        without, under = network_output(network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)).chunk(2)
+        return guide(under, without, scale=scale, rescale=rescale)
+
+    return as_one_batch
+
+
+def is_guided(scale: float) -> bool:
+    """Whether guidance of this scale is on: above 1."""
+    return scale > 1
+
+
+def network_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network returns
+    """The prediction in what a network returned: a tensor, a tuple or list that starts with one, or an object with ``.sample``.
+
+    Raises:
+        DDIMError: If it is none of these.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "sample", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise DDIMError(
+        f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {type(output).__name__}."
+    )
+
+
+def _check_rescale(rescale: float) -> None:
+    if not 0 <= rescale <= 1:
+        raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale}.")

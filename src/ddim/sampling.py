@@ -1,0 +1,242 @@
+"""What the pipelines share: options resolved against the scheduler's configuration, walks along a trajectory, and codes of images."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ddim.checkpoints import noise_schedule
+from ddim.denoiser import Clip, Denoiser
+from ddim.encoding import Code, EncodingMethod, decode_trajectory, encode, fingerprint
+from ddim.errors import DDIMError, DivergenceError
+from ddim.inversion import encodable_timesteps
+from ddim.noise import SeededNoise, check_seeds
+from ddim.prediction import to_x0_eps
+from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
+from ddim.sampler import State, trajectory
+from ddim.schedule import NoiseSchedule
+from ddim.scheduler import DDIMScheduler, fitted_timesteps
+from ddim.step import Eta, check_order, step_coefficients
+from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
+
+__all__ = ["HUB_OPTIONS", "Generators", "Sampling", "check_exact"]
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
+"""Options of ``from_pretrained`` that say what is downloaded."""
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Sampling:
+    """DDIM for a diffusers pipeline that has a network ``unet`` and a ``scheduler``, whose configuration is read at each call."""
+
+    unet: Any
+    scheduler: Any
+    progress_bar: Callable[..., Any]
+    _execution_device: torch.device
+
+    def compile(self, **options: Any) -> Any:  # noqa: ANN401 - torch.compile's own options; returns itself
+        """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before."""
+        self.unet.compile(**options)
+        return self
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The levels that the scheduler's configuration describes, float64."""
+        return noise_schedule(self.scheduler.config)
+
+    def select_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        order: int | None = None,
+    ) -> list[int]:
+        """The levels that a call with these options visits.
+
+        Args:
+            num_inference_steps: N; None: 50.
+            timestep_spacing: How they are spaced; None: as the scheduler's configuration says, where fitted timesteps go first.
+            timesteps: The levels themselves, in place of both.
+            order: Of the solver; fitted timesteps are for the configuration's own.
+
+        Raises:
+            DDIMError: If the options exclude each other, or are invalid.
+        """
+        config = self.scheduler.config
+        total = len(self.noise_schedule)
+        if timesteps is None:
+            steps = 50 if num_inference_steps is None else num_inference_steps
+            fitted = None
+            if timestep_spacing is None and self.select_order(order) == self.select_order():
+                fitted = fitted_timesteps(config, steps)
+            return fitted or select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
+        if num_inference_steps is not None or timestep_spacing is not None:
+            raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
+        return check_timesteps(timesteps, total)
+
+    def select_order(self, order: int | None = None) -> int:
+        """The order of the solver that a call with this option uses; None: as the scheduler's configuration says."""
+        if order is None:  # another class's solver_order is not DDIM's
+            order = self.scheduler.config.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
+        return check_order(order)
+
+    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False) -> None:
+        """Refuses levels, an eta, an order and an analytic variance that would come to no finite image, before anything is evaluated.
+
+        Raises:
+            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise, or the prediction has no solution, or
+                the analytic variance no value, at a level.
+        """
+        check_order(self.select_order(order), eta=eta, analytic=analytic)
+        schedule = self.noise_schedule
+        alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
+        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=torch.ones_like(alpha_bar_t) if analytic else None)
+        nothing = torch.zeros_like(alpha_bar_t)
+        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self.scheduler.config.prediction_type)
+
+    def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
+        """How a call with this option keeps the predicted x0 in range; None: as the scheduler's configuration says."""
+        config = self.scheduler.config
+        if isinstance(clip, Clip):
+            return clip
+        if clip is None:
+            clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
+        return Clip(clip, config.clip_sample_range, config.dynamic_thresholding_ratio, max(1.0, config.sample_max_value))
+
+    def _states(
+        self,
+        denoise: Denoiser,
+        x_T: Tensor,
+        timesteps: Sequence[int],
+        *,
+        sampler: Literal["ddim"] | Reversible = "ddim",
+        eta: Eta = 0.0,
+        noise: Callable[[], Tensor] | None = None,
+        order: int = 1,
+        gamma: Mapping[int, float] | None = None,
+    ) -> Iterable[State]:
+        """The trajectory of DDIM, or of a sampler that can be run backwards (:func:`check_exact`)."""
+        if sampler == "ddim":
+            return trajectory(
+                denoise, x_T, step_pairs(timesteps), schedule=self.noise_schedule, eta=eta, noise=noise, order=order, gamma=gamma
+            )
+        return reversible_trajectory(denoise, x_T.double(), timesteps, schedule=self.noise_schedule, sampler=ReversibleSampler(sampler))
+
+    def _walk(
+        self, states: Iterable[State], x: Tensor, total: int, *, callback: Callable[[State], bool | None] | None, progress: bool
+    ) -> Tensor:
+        """Runs a trajectory to its end, or until the callback stops it; the last sample, which is finite."""
+        with self.progress_bar(total=total) if progress else contextlib.nullcontext() as bar:
+            for state in states:
+                x = state.x_s
+                if bar is not None:
+                    bar.update()
+                if callback is not None and callback(state) is True:
+                    x = state.x0
+                    break
+        if not bool(torch.isfinite(x).all()):
+            raise DivergenceError(
+                f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
+                "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong together."
+            )
+        return x
+
+    def _encode(
+        self,
+        x0: Tensor,
+        timesteps: Sequence[int],
+        denoiser: Callable[[slice], Denoiser],
+        *,
+        method: EncodingMethod,
+        gamma: float,
+        mixing: float,
+        tolerance: float,
+        max_evaluations: int,
+        batch_size: int,
+        labels: Tensor | None = None,
+    ) -> Code:
+        """The code of data [B, ...] batch by batch, under the denoiser of each batch's images."""
+        if len(x0) == 0 or batch_size < 1:
+            raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
+        levels, origin, parts = encodable_timesteps(self.noise_schedule, timesteps), self._origin(), []
+        for first in range(0, len(x0), batch_size):
+            chosen = slice(first, first + batch_size)
+            parts.append(
+                encode(
+                    denoiser(chosen),
+                    x0[chosen].to(self._execution_device),
+                    levels,
+                    schedule=self.noise_schedule,
+                    method=method,
+                    gamma=gamma,
+                    mixing=mixing,
+                    tolerance=tolerance,
+                    max_evaluations=max_evaluations,
+                    labels=None if labels is None else labels[chosen],
+                    origin=origin,
+                )
+            )
+        return Code.join(parts)
+
+    def _decode(
+        self,
+        code: Code,
+        timesteps: Sequence[int] | None,
+        denoiser: Callable[[slice], Denoiser],
+        *,
+        callback: Callable[[State], bool | None] | None,
+        progress: bool,
+        batch_size: int,
+    ) -> Tensor:
+        """The data [B, ...] of a code, under the denoiser of each batch's images; timesteps None: the code's own."""
+        if len(code) == 0:
+            raise DDIMError("the code holds no images.")
+        origin, finished = self._origin(), []
+        for first in range(0, len(code), max(1, batch_size)):
+            chosen = slice(first, first + max(1, batch_size))
+            part = code[chosen].to(self._execution_device)
+            states = decode_trajectory(denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps, origin=origin)
+            total = len(timesteps or code.timesteps)
+            finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))
+        return torch.cat(finished)
+
+    def _origin(self) -> dict[str, str]:
+        """What a code depends on beside its own options."""
+        schedule = self.noise_schedule
+        levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
+        return {
+            "network": fingerprint(self.unet),
+            "schedule": f"{fingerprint(levels)} {self.scheduler.config.prediction_type}",
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+        }
+
+    def _noise(self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None) -> SeededNoise:
+        """The stream of noise of that many images: of their seeds, of generators, else of seeds from torch's global generator."""
+        if seeds is not None and generator is not None:
+            raise DDIMError("seeds and generator both say where noise comes from; give one of them.")
+        if generator is not None:
+            sources: Sequence[Any] = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+        else:
+            sources = check_seeds(torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds)
+        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+        return SeededNoise(sources, shape, device=self._execution_device, dtype=dtype)
+
+
+def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False) -> None:
+    """Refuses what a sampler that can be run backwards cannot have.
+
+    Raises:
+        DDIMError: If noise is drawn, clipping is on, or the order of another solver is asked for.
+    """
+    if eta != 0:
+        raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
+    if analytic:
+        raise DDIMError(f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of them.")
+    if order == 2:
+        raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
+    if clip.kind != "none":
+        raise DDIMError(f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind}).")

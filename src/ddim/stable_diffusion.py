@@ -1,0 +1,465 @@
+"""What text-to-image and image-to-image share: prompts, the guided walk of latents, the VAE, and codes of real images.
+
+:class:`StableDiffusion` is put before one of diffusers' pipelines, whose loaders, adapters, offloading and variants it leaves as
+they are. Guidance wraps the network, on its raw outputs (:mod:`ddim.guidance`); the state between the steps is float32 whatever
+the network's dtype; each image has noise of its own seed.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import Tensor
+
+from ddim.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_model_index
+from ddim.denoiser import Clip, ModelDenoiser
+from ddim.encoding import Code, EncodingMethod
+from ddim.errors import CheckpointError, DDIMError, DivergenceError
+from ddim.guidance import guided
+from ddim.images import from_pictures
+from ddim.reversible import Reversible
+from ddim.sampler import State, trajectory
+from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
+from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.step import Eta
+from ddim.text_inputs import Conditions, check_size, count_images, encode_images, encode_prompts, number_of_prompts, open_size
+from ddim.timesteps import Spacing, step_pairs
+
+__all__ = ["Callback", "Prompt", "StableDiffusion", "StepEnd"]
+
+Prompt = str | Sequence[str]
+Callback = Callable[[State], bool | None]
+StepEnd = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+
+
+class StableDiffusion(Sampling):
+    """What both pipelines share; the class after it in the order of resolution is diffusers' pipeline."""
+
+    _exported: type
+    """The class of diffusers that is written into a saved folder."""
+
+    vae: Any
+    maybe_free_model_hooks: Callable[[], None]
+
+    def __init__(
+        self,
+        vae,  # noqa: ANN001 - diffusers reads these annotations, and warns of a part of another class
+        text_encoder,  # noqa: ANN001
+        tokenizer,  # noqa: ANN001
+        unet,  # noqa: ANN001
+        scheduler,  # noqa: ANN001
+        safety_checker=None,  # noqa: ANN001
+        feature_extractor=None,  # noqa: ANN001
+        image_encoder=None,  # noqa: ANN001
+        requires_safety_checker: bool = True,
+    ) -> None:
+        ours = DDIMScheduler.from_config(getattr(scheduler, "config", scheduler))
+        super().__init__(  # type: ignore[call-arg]
+            vae, text_encoder, tokenizer, unet, ours, safety_checker, feature_extractor, image_encoder, requires_safety_checker
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # noqa: ANN401 - this class
+        """Opens a checkpoint in Stable Diffusion's format.
+
+        Args:
+            pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, or a hub id.
+            **options: Of diffusers' ``from_pretrained``: dtype (or torch_dtype), variant, the parts by their names, ...
+
+        Raises:
+            CheckpointError: If the model cannot be found or opened, is of another kind, or lacks a part.
+        """
+        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options})
+        kind = read_model_index(folder).get("_class_name")
+        if kind not in STABLE_DIFFUSION:
+            raise CheckpointError(f"{folder} is a {kind}, not in Stable Diffusion's format; open it with ddim.DiffusionPipeline.")
+        pipe = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own options
+        """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers' ``save_pretrained``.
+
+        Raises:
+            DDIMError: If the scheduler's configuration says what diffusers does not know.
+        """
+        parts = {**self.components, "scheduler": None}  # one that diffusers is given it would edit
+        plain = self._exported(**parts, requires_safety_checker=False)
+        plain.register_modules(scheduler=to_diffusers(self.scheduler))
+        plain.register_to_config(requires_safety_checker=self.config.requires_safety_checker)
+        plain.save_pretrained(save_directory, **options)
+
+    @property
+    def guidance_rescale(self) -> float:
+        """Of the running call, for callbacks."""
+        return self._guidance_rescale
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures that the network was trained on.
+
+        Raises:
+            DDIMError: If the network's configuration has no size.
+        """
+        size = self.unet.config.sample_size
+        if size is None:
+            raise DDIMError("the network's configuration has no sample_size; give height and width.")
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(self.vae.config.out_channels), int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
+
+    def denoiser(
+        self,
+        conditions: Conditions,
+        *,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        guidance_batched: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+    ) -> ModelDenoiser:
+        """What a call with these options samples with, on latents: (x_t, t) -> (x0, eps) for the images of the conditions.
+
+        Raises:
+            DDIMError: If the network is not of this kind, or guidance lacks what it leads away from.
+        """
+        network = self._guided(conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs)
+        return self._model(network, clip)
+
+    def _model(
+        self, network: Callable[[Tensor, Tensor], Tensor], clip: Clip | Literal["none", "static", "dynamic"] | None
+    ) -> ModelDenoiser:
+        kind = self.scheduler.config.prediction_type
+        return ModelDenoiser(network, self.noise_schedule, kind, self.select_clip(clip), self.unet.dtype)
+
+    def _guided(
+        self, conditions: Conditions, scale: float, rescale: float, batched: bool, cross_attention_kwargs: Mapping[str, Any] | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        unet = self.unet
+        if unet.config.in_channels != unet.config.out_channels:
+            raise DDIMError(
+                f"the network takes {unet.config.in_channels} channels and returns {unet.config.out_channels}: it is one for inpainting, "
+                "depth or the like; open the checkpoint with ddim.DiffusionPipeline, which takes the pipeline that it names."
+            )
+        options = {"return_dict": False} | ({} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs})
+
+        def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Any:  # noqa: ANN401 - what diffusers' networks return
+            # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
+            return unet(x_t.contiguous(), t, condition, **options)
+
+        return guided(predict, *conditions, scale=scale, rescale=rescale, batched=batched)
+
+    @torch.no_grad()
+    def warm_up(self, batch_size: int = 1, *, guidance_scale: float = 7.5) -> None:
+        """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
+        width = self.unet.config.cross_attention_dim
+        empty = torch.zeros(batch_size, 1, width, device=self._execution_device, dtype=self.unet.dtype)
+        length = self.tokenizer.model_max_length if self.tokenizer is not None else 77
+        conditions = Conditions(*[empty.expand(-1, length, -1)] * 2)
+        _, height, across = self.image_shape
+        shape = (batch_size, self.unet.config.in_channels, height // self.vae_scale_factor, across // self.vae_scale_factor)
+        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(torch.zeros(shape, device=self._execution_device), 0)
+        if self._execution_device.type == "cuda":
+            torch.cuda.synchronize(self._execution_device)
+
+    # --- the call
+
+    def _why_elsewhere(self, others: Mapping[str, Any]) -> str | None:
+        """What sends a call to diffusers' own loop: an argument, or a part, that this one does not know; None: it is sampled here."""
+        known = {*inspect.signature(self._exported.__call__).parameters, "callback_steps"}
+        unknown = sorted(set(others) - known)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}")
+        if others:
+            return next(iter(others))
+        if not isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return f"a {type(self.scheduler).__name__}"
+        return "a network that is told the guidance scale" if self.unet.config.time_cond_proj_dim is not None else None
+
+    @staticmethod
+    def _refuse_elsewhere(reason: str, **ours: Any) -> None:  # noqa: ANN401 - arguments of a call
+        """Refuses what diffusers' own loop does not know."""
+        given = [name for name, value in ours.items() if value is not None]
+        if given:
+            raise DDIMError(
+                f"{reason} is sampled by diffusers' own loop, which does not know {', '.join(given)}; leave out one or the other."
+            )
+
+    def _sample(
+        self,
+        x: Tensor,
+        timesteps: Sequence[int],
+        conditions: Conditions,
+        noise: Callable[[], Tensor],
+        *,
+        scale: float,
+        rescale: float,
+        batched: bool,
+        eta: Eta,
+        order: int | None,
+        clip: Clip | Literal["none", "static", "dynamic"] | None,
+        sampler: Literal["ddim"] | Reversible,
+        cross_attention_kwargs: Mapping[str, Any] | None,
+        callback: Callback | None,
+        on_step_end: StepEnd | None,
+        inputs: Sequence[str],
+        progress: bool,
+    ) -> Tensor:
+        """Walks latents from the first of the levels to clean data."""
+        self._guidance_scale, self._guidance_rescale, self._interrupt = scale, rescale, False
+        self._cross_attention_kwargs, self._num_timesteps = cross_attention_kwargs, len(timesteps)
+        solver = self.select_order(order)
+        if sampler != "ddim":
+            check_exact(sampler, eta=eta, clip=self.select_clip(clip), order=order)
+        if on_step_end is None:
+            network = self._guided(conditions, scale, rescale, batched, cross_attention_kwargs)
+            states = self._states(self._model(network, clip), x, timesteps, sampler=sampler, eta=eta, noise=noise, order=solver)
+        else:
+            if sampler != "ddim":
+                raise DDIMError(f"callback_on_step_end may change latents, and {sampler} looks two steps back; use callback with it.")
+            inputs = on_step_end.tensor_inputs if isinstance(on_step_end, PipelineCallback | MultiPipelineCallbacks) else inputs
+            unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
+            if unknown:
+                raise DDIMError(f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}; got {unknown}.")
+            states = self._steered(x, timesteps, conditions, noise, batched=batched, eta=eta, order=solver, clip=clip, on_step_end=on_step_end, inputs=inputs)  # fmt: skip
+        return self._walk(states, x, len(timesteps), callback=callback, progress=progress)
+
+    def _steered(
+        self,
+        x: Tensor,
+        timesteps: Sequence[int],
+        conditions: Conditions,
+        noise: Callable[[], Tensor],
+        *,
+        batched: bool,
+        eta: Eta,
+        order: int,
+        clip: Clip | Literal["none", "static", "dynamic"] | None,
+        on_step_end: StepEnd,
+        inputs: Sequence[str],
+    ) -> Iterator[State]:
+        """The trajectory with diffusers' callback, which may replace latents and embeddings, change the guidance, or interrupt."""
+
+        def renew() -> Callable[[Tensor, Tensor], Tensor]:
+            return self._guided(conditions, self._guidance_scale, self._guidance_rescale, batched, self._cross_attention_kwargs)
+
+        network, state, schedule = renew(), None, self.noise_schedule
+        denoise = self._model(lambda x_t, t: network(x_t, t), clip)
+        for number, pair in enumerate(step_pairs(timesteps)):
+            (state,) = trajectory(denoise, x, [pair], schedule=schedule, eta=eta, noise=noise, order=order, previous=state)
+            both = conditions.cond if conditions.uncond is None else torch.cat([conditions.uncond, conditions.cond])
+            held = {"latents": state.x_s, "prompt_embeds": both, "negative_prompt_embeds": conditions.uncond}
+            before = self._guidance_scale, self._guidance_rescale
+            changed = on_step_end(self, number, torch.tensor(pair[0]), {name: held[name] for name in inputs}) or {}
+            x = changed.get("latents", state.x_s).to(state.x_s.dtype)
+            state = state._replace(x_s=x)
+            embeds = changed.get("prompt_embeds", both)
+            if embeds is not both or before != (self._guidance_scale, self._guidance_rescale):
+                halves = embeds.chunk(2) if len(embeds) == 2 * len(x) else (None, embeds)
+                conditions = Conditions(halves[1], halves[0])
+                network = renew()
+            yield state
+            if self._interrupt:
+                return
+
+    def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> Any:  # noqa: ANN401 - diffusers' output, or a tuple
+        """Pictures of finished latents."""
+        images: Any = latents
+        flags = None
+        if output_type != "latent":
+            images, flags = self.run_safety_checker(self._pictures(latents), self._execution_device, self.unet.dtype)
+            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[not f for f in flags or [False] * len(images)])  # fmt: skip
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags) if return_dict else (images, flags)
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """The VAE's pictures of latents, float32, about [-1, 1]."""
+        decoded: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0].float()
+        if not bool(torch.isfinite(decoded).all()):
+            raise DivergenceError(
+                f"the VAE's picture became NaN or infinite in {self.vae.dtype}; keep the VAE in float32: pipe.vae.to(torch.float32)."
+            )
+        return decoded
+
+    # --- codes of real images
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Any,  # noqa: ANN401 - pictures, bytes or a tensor
+        prompt: Prompt | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        negative_prompt: Prompt | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        method: EncodingMethod = "o-belm",
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        resize: bool = False,
+        gamma: float = 1.0,
+        mixing: float = 0.93,
+        tolerance: float = 1e-5,
+        max_evaluations: int = 60,
+        batch_size: int = 16,
+    ) -> Code:
+        """Finds the latents at the first level of images under a prompt; :meth:`decode` brings them back, or edits under another one.
+
+        What comes back is the VAE's picture of the image: the VAE itself loses something, its code nothing more.
+
+        Args:
+            images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C, H, W].
+            prompt: What the images show: one text for all, or one an image; the better it fits, the nearer to noise the code.
+            num_inference_steps: N; None: 50.
+            negative_prompt: As in a call.
+            guidance_scale: 1 by default, unlike a call: guidance stretches the difference of two predictions w times and with it every
+                error of a step, so guided codes of few steps lie far from noise, and ``fixed-point`` may find none.
+            guidance_rescale: As in a call.
+            prompt_embeds: As in a call.
+            negative_prompt_embeds: As in a call.
+            clip_skip: As in a call.
+            method: As in :meth:`ddim.pipelines.UnconditionalPipeline.encode`, and so are the following.
+            timestep_spacing: As in a call.
+            timesteps: As in a call.
+            resize: Whether images of another size than the network's are resized (shorter side) and cut; otherwise any size is taken
+                that the VAE takes.
+            gamma: Of ``bdia``.
+            mixing: Of ``edict``.
+            tolerance: Of ``fixed-point``.
+            max_evaluations: Of ``fixed-point``.
+            batch_size: Images encoded together.
+
+        Returns:
+            The code of the latents, on the CPU.
+
+        Raises:
+            DDIMError: If images, prompts or options do not fit, or the method diverges.
+        """
+        self._require("vae", "unet")
+        size = self.image_shape[1:] if resize else open_size(images)
+        check_size(*size, self.vae_scale_factor)
+        pictures = from_pictures(images, (int(self.vae.config.in_channels), *size), resize=resize)
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
+        chunks = [encode_images(self, pictures[i : i + max(1, batch_size)]).mean for i in range(0, len(pictures), max(1, batch_size))]
+        x0 = torch.cat(chunks) if chunks else pictures
+        denoiser = self._denoisers(
+            len(x0), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
+        )
+        code = self._encode(
+            x0,
+            levels,
+            denoiser,
+            method=method,
+            gamma=gamma,
+            mixing=mixing,
+            tolerance=tolerance,
+            max_evaluations=max_evaluations,
+            batch_size=batch_size,
+        )
+        self.maybe_free_model_hooks()
+        return code
+
+    @torch.no_grad()
+    def decode(
+        self,
+        code: Code,
+        prompt: Prompt | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        negative_prompt: Prompt | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        batch_size: int = 16,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+    ) -> Any:  # noqa: ANN401 - the type that was asked for
+        """Brings the images of a code back under the prompt that they were encoded with, or edits them under another one.
+
+        Args:
+            code: From :meth:`encode`, of this model.
+            prompt: One text for all, or one an image.
+            num_inference_steps: Other steps than the code's, which only a code of ``fixed-point`` or ``ddim`` takes; None: the code's.
+            negative_prompt: As in a call.
+            guidance_scale: The encoder's to come back; more than that follows another prompt more closely.
+            guidance_rescale: As in a call.
+            prompt_embeds: As in a call.
+            negative_prompt_embeds: As in a call.
+            clip_skip: As in a call.
+            timestep_spacing: Of those other steps.
+            timesteps: Those.
+            callback: As in a call.
+            progress: As in a call.
+            batch_size: Images decoded together.
+            output_type: As in a call.
+
+        Returns:
+            The images: a list of Pillow images, an array [B, H, W, C], a tensor [B, C, H, W] in [0, 1], or latents.
+
+        Raises:
+            DDIMError: If the code is of another model, or of other steps, or does not fit.
+        """
+        self._check_output_type(output_type)
+        channels = int(self.unet.config.in_channels)
+        if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
+            raise DDIMError(f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}.")
+        others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
+        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
+        denoiser = self._denoisers(
+            len(code), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
+        )
+        x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
+        return self._finish(x.float(), output_type, return_dict=True).images
+
+    def _denoisers(
+        self,
+        count: int,
+        prompt: Prompt | None,
+        negative_prompt: Prompt | None,
+        scale: float,
+        rescale: float,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        clip_skip: int | None,
+    ) -> Callable[[slice], ModelDenoiser]:
+        """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
+        groups, each = count_images(number_of_prompts(prompt, prompt_embeds), count, 1, {})
+        cond, uncond = encode_prompts(
+            self,
+            prompt,
+            negative_prompt,
+            scale=scale,
+            groups=groups,
+            each=each,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+
+        def denoiser(chosen: slice) -> ModelDenoiser:
+            conditions = Conditions(cond[chosen], None if uncond is None else uncond[chosen])
+            return self.denoiser(conditions, guidance_scale=scale, guidance_rescale=rescale, clip="none")
+
+        return denoiser
+
+    def _require(self, *names: str) -> None:
+        missing = [name for name in names if getattr(self, name, None) is None]
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {' and no '.join(missing)}; open one that has, or give it to from_pretrained.")
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise DDIMError(f"output_type must be pil, np, pt or latent; got {output_type!r}.")
+        self._require("unet", *[] if output_type == "latent" else ["vae"])
