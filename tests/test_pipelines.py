@@ -369,6 +369,9 @@ def test_a_checkpoint_that_diffusers_cannot_open_is_an_error_of_ours(dit, tmp_pa
         for path in (dit / name).iterdir():
             (tmp_path / name / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model_index.json").write_text((dit / "model_index.json").read_text())
+    with pytest.raises(CheckpointError, match="has no transformer, and its model_index.json lists one"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    (tmp_path / "transformer").mkdir()
     with pytest.raises(CheckpointError, match="cannot be opened as a DiTPipeline"):
         DiffusionPipeline.from_pretrained(tmp_path)
 

@@ -54,8 +54,8 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     std, mean = torch.std_mean(combined, dims, correction=0, keepdim=True)
     # The std of a constant sample is what rounding left of it.
     varies = std > 16 * torch.finfo(combined.dtype).eps * mean.abs()
-    factor = torch.where(varies, wanted / std, 1.0)
-    return combined.mul_(factor.mul_(rescale).add_(1 - rescale))
+    factor = torch.where(varies, wanted, 1.0) / torch.where(varies, std, 1.0)
+    return combined * (rescale * factor + (1 - rescale))
 
 
 def guided(

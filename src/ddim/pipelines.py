@@ -27,11 +27,10 @@ from ddim.denoiser import Clip, ModelDenoiser
 from ddim.encoding import Code, EncodingMethod
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures, to_pil, to_uint8
-from ddim.noise import SeededNoise
 from ddim.prior import DataPrior
 from ddim.reversible import Reversible
 from ddim.sampler import State
-from ddim.sampling import HUB_OPTIONS, Generators, Sampling, check_exact
+from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
 from ddim.scheduler import DDIMScheduler, to_diffusers
 from ddim.step import Eta
 from ddim.timesteps import Spacing
@@ -204,7 +203,11 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         self.check_path(levels, eta=eta, order=order, analytic=gamma is not None)
         count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
         denoise = self.denoiser(count, class_labels=class_labels, clip=clip)
-        x, noise = self._start(count, seeds=seeds, generator=generator, latents=latents)
+        channels = int(self.unet.config.in_channels)
+        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
+            raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
+        shape = self.image_shape if latents is None else latents.shape[1:]
+        x, noise = self._start(count, shape, seeds=seeds, generator=generator, latents=latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")
@@ -352,20 +355,6 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
         return count
-
-    def _start(
-        self, count: int, *, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None
-    ) -> tuple[Tensor, SeededNoise]:
-        """x_T, and the stream of later noise."""
-        channels = int(self.unet.config.in_channels)
-        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
-            raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
-        noise = self._noise(count, self.image_shape if latents is None else latents.shape[1:], seeds=seeds, generator=generator)
-        if latents is None:
-            return noise(), noise
-        if seeds is not None:
-            noise()
-        return latents.to(noise.device, noise.dtype), noise
 
     @property
     def _takes_labels(self) -> bool:

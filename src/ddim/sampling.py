@@ -225,6 +225,17 @@ class Sampling:
         dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
         return SeededNoise(sources, shape, device=self._execution_device, dtype=dtype)
 
+    def _start(
+        self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None
+    ) -> tuple[Tensor, SeededNoise]:
+        """x_T [B, *shape], and the stream of later noise."""
+        noise = self._noise(count, shape, seeds=seeds, generator=generator)
+        if latents is None:
+            return noise(), noise
+        if seeds is not None:  # the x_T of a seed, with that seed, gives its image
+            noise()
+        return latents.to(noise.device, noise.dtype), noise
+
 
 def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False) -> None:
     """Refuses what a sampler that can be run backwards cannot have.

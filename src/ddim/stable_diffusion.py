@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
@@ -30,11 +29,12 @@ from ddim.step import Eta
 from ddim.text_inputs import Conditions, check_size, count_images, encode_images, encode_prompts, number_of_prompts, open_size
 from ddim.timesteps import Spacing, step_pairs
 
-__all__ = ["Callback", "Prompt", "StableDiffusion", "StepEnd"]
+__all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
 
 Prompt = str | Sequence[str]
+ClipOption = Clip | Literal["none", "static", "dynamic"] | None
 Callback = Callable[[State], bool | None]
-StepEnd = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+StepEnd = Callable[..., dict[str, Any]]
 
 
 class StableDiffusion(Sampling):
@@ -43,10 +43,18 @@ class StableDiffusion(Sampling):
     _exported: type
     """The class of diffusers that is written into a saved folder."""
 
+    # Of diffusers' pipeline:
+    config: Any
+    components: dict[str, Any]
     vae: Any
+    tokenizer: Any
+    image_processor: Any
+    vae_scale_factor: int
+    run_safety_checker: Callable[..., Any]
     maybe_free_model_hooks: Callable[[], None]
+    _callback_tensor_inputs: list[str]
 
-    def __init__(
+    def __init__(  # type: ignore[no-untyped-def]
         self,
         vae,  # noqa: ANN001 - diffusers reads these annotations, and warns of a part of another class
         text_encoder,  # noqa: ANN001
@@ -120,7 +128,7 @@ class StableDiffusion(Sampling):
         guidance_rescale: float = 0.0,
         guidance_batched: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
-        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+        clip: ClipOption = None,
     ) -> ModelDenoiser:
         """What a call with these options samples with, on latents: (x_t, t) -> (x0, eps) for the images of the conditions.
 
@@ -130,9 +138,7 @@ class StableDiffusion(Sampling):
         network = self._guided(conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs)
         return self._model(network, clip)
 
-    def _model(
-        self, network: Callable[[Tensor, Tensor], Tensor], clip: Clip | Literal["none", "static", "dynamic"] | None
-    ) -> ModelDenoiser:
+    def _model(self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption) -> ModelDenoiser:
         kind = self.scheduler.config.prediction_type
         return ModelDenoiser(network, self.noise_schedule, kind, self.select_clip(clip), self.unet.dtype)
 
@@ -201,7 +207,7 @@ class StableDiffusion(Sampling):
         batched: bool,
         eta: Eta,
         order: int | None,
-        clip: Clip | Literal["none", "static", "dynamic"] | None,
+        clip: ClipOption,
         sampler: Literal["ddim"] | Reversible,
         cross_attention_kwargs: Mapping[str, Any] | None,
         callback: Callback | None,
@@ -221,11 +227,22 @@ class StableDiffusion(Sampling):
         else:
             if sampler != "ddim":
                 raise DDIMError(f"callback_on_step_end may change latents, and {sampler} looks two steps back; use callback with it.")
-            inputs = on_step_end.tensor_inputs if isinstance(on_step_end, PipelineCallback | MultiPipelineCallbacks) else inputs
+            inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
             unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
             if unknown:
                 raise DDIMError(f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}; got {unknown}.")
-            states = self._steered(x, timesteps, conditions, noise, batched=batched, eta=eta, order=solver, clip=clip, on_step_end=on_step_end, inputs=inputs)  # fmt: skip
+            states = self._steered(
+                x,
+                timesteps,
+                conditions,
+                noise,
+                batched=batched,
+                eta=eta,
+                order=solver,
+                clip=clip,
+                on_step_end=on_step_end,
+                inputs=inputs,
+            )
         return self._walk(states, x, len(timesteps), callback=callback, progress=progress)
 
     def _steered(
@@ -238,7 +255,7 @@ class StableDiffusion(Sampling):
         batched: bool,
         eta: Eta,
         order: int,
-        clip: Clip | Literal["none", "static", "dynamic"] | None,
+        clip: ClipOption,
         on_step_end: StepEnd,
         inputs: Sequence[str],
     ) -> Iterator[State]:
@@ -272,7 +289,8 @@ class StableDiffusion(Sampling):
         flags = None
         if output_type != "latent":
             images, flags = self.run_safety_checker(self._pictures(latents), self._execution_device, self.unet.dtype)
-            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=[not f for f in flags or [False] * len(images)])  # fmt: skip
+            safe = [not flag for flag in flags] if flags else [True] * len(images)  # a blacked-out picture is in [0, 1] already
+            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags) if return_dict else (images, flags)
 

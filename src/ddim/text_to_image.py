@@ -12,7 +12,6 @@ import torch
 from diffusers.utils import is_transformers_available
 from torch import Tensor
 
-from ddim.denoiser import Clip
 from ddim.errors import DDIMError
 from ddim.noise import SeededNoise, make_generators
 from ddim.reversible import Reversible
@@ -24,12 +23,10 @@ from ddim.timesteps import Spacing, truncate_timesteps
 if not is_transformers_available():
     raise ImportError("text models need transformers, which is not installed; run: pip install 'ddim[text]'.")
 
-from ddim.stable_diffusion import Callback, Prompt, StableDiffusion, StepEnd
+from ddim.stable_diffusion import Callback, ClipOption, Prompt, StableDiffusion, StepEnd
 from ddim.text_inputs import check_size, count_images, encode_images, encode_prompts, number_of_prompts, prepare_images
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
-
-ClipOption = Clip | Literal["none", "static", "dynamic"] | None
 
 
 class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
@@ -173,8 +170,7 @@ class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  
         lengths = _lengths(seeds=seeds, generator=generator, latents=latents)
         groups, each = count_images(number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths)
         shape = self._latent_shape(height, width, latents)
-        noise = self._noise(groups * each, shape, seeds=seeds, generator=generator)
-        x = noise() if latents is None or seeds is not None else None
+        x, noise = self._start(groups * each, shape, seeds=seeds, generator=generator, latents=latents)
         self._clip_skip = clip_skip
         conditions = encode_prompts(
             self,
@@ -189,7 +185,7 @@ class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  
             clip_skip=clip_skip,
         )
         x = self._sample(
-            x if latents is None else latents.to(noise.device, noise.dtype),
+            x,
             levels,
             conditions,
             noise,
@@ -271,8 +267,8 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
             prompt: One text, or a list.
             image: One, or one a prompt; or several for one prompt. Pillow images, bytes, arrays and tensors in [0, 1], or latents, of any
                 one size that the VAE takes.
-            strength: In (0, 1]: the share of the N steps that is walked, int(N strength) of them, so the share of noise. 1 keeps nothing of the
-                image where the first level has no signal.
+            strength: In (0, 1]: how many of the N steps are walked, int(N strength) of them, from their first level. 1 keeps nothing
+                of the image where that level has no signal.
             num_inference_steps: N; None: 50.
             timesteps: As in :meth:`TextToImagePipeline.__call__`, and so are all others.
             sigmas: Of diffusers' own call alone.
@@ -407,9 +403,6 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
 
 def _lengths(*, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None = None) -> dict[str, int]:
     """How many there are of what is given one an image."""
-    listed: Mapping[str, Any] = {
-        "seeds": seeds,
-        "generator": None if isinstance(generator, torch.Generator) else generator,
-        "latents": latents,
-    }
+    each = None if isinstance(generator, torch.Generator) else generator
+    listed: Mapping[str, Any] = {"seeds": seeds, "generator": each, "latents": latents}
     return {name: len(value) for name, value in listed.items() if value is not None}
