@@ -2,14 +2,27 @@
 
 import json
 import shutil
+import sys
 
 import diffusers
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from ddim.checkpoints import file_hash, weight_hash
+from ddim.checkpoints import file_hash, noise_schedule, weight_hash
+from ddim.denoiser import ModelDenoiser
+from ddim.errors import DDIMError
+from ddim.noise import seeded_randn
+from ddim.sampler import sample
+from ddim.timesteps import select_timesteps, step_pairs
+from ddim.training import text, trainer
+from ddim.training.base import open_base
+from ddim.training.checkpoint import make_scheduler
 from ddim.training.config import TrainConfig
+from ddim.training.draws import Draws
 from ddim.training.trainer import train
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -127,3 +140,317 @@ def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
     )
     losses = [loss for _, loss in train(run).losses]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
+
+
+# What follows from seed and step
+
+
+def first_batches(run, tiny_text, monkeypatch, count):
+    """What the loop gave the loss at its first steps: clean data, noise and the condition that the network was called with."""
+    seen, usual = [], trainer.training_loss
+
+    def spied(network, x0, **options):
+        if "weights" in options:
+            seen.append((x0, options["noise"], network.__closure__))
+        return usual(network, x0, **options)
+
+    monkeypatch.setattr(trainer, "training_loss", spied)
+    train(run)
+    monkeypatch.setattr(trainer, "training_loss", usual)
+    return seen[:count]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_cached_latents_are_those_of_the_moment(tmp_path, tiny_text, squares, monkeypatch, flip):
+    drawn = {}
+    for cache in ("no", "memory", "disk"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = config(tmp_path / cache, tiny_text, squares, cache_latents=cache, horizontal_flip=flip, images=16)
+        drawn[cache] = first_batches(run, tiny_text, monkeypatch, 4)
+    for (a, noise_a, _), (b, noise_b, _), (c, noise_c, _) in zip(*drawn.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert torch.equal(b, c)
+        assert torch.equal(noise_a, noise_b)
+        assert torch.equal(noise_b, noise_c)
+
+
+def subject_of(tmp_path, tiny_text, squares, **options):
+    run = config(tmp_path, tiny_text, squares, **options)
+    data, subject = trainer.make_subject(run, open_base(run.base))
+    return data, subject.prepared(Accelerator(cpu=True), tmp_path / "latents.bin")
+
+
+def test_a_latent_is_drawn_from_its_posterior_and_scaled(tmp_path, tiny_text, squares):
+    data, subject = subject_of(tmp_path, tiny_text, squares, cache_latents="memory")
+    vae = diffusers.AutoencoderKL.from_pretrained(tiny_text, subfolder="vae")
+    pixels = data[5][0][None].float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    batch = [subject.examples[5][0][None].expand(4000, -1, -1, -1, -1, -1), torch.full((4000,), 5)]
+    drawn, _ = subject.clean(batch, torch.device("cpu"), Draws.at(0, (0, 0, 0), torch.device("cpu")))
+    again, _ = subject.clean(batch, torch.device("cpu"), Draws.at(0, (1, 0, 0), torch.device("cpu")))
+    assert not torch.equal(drawn, again)
+    torch.testing.assert_close(drawn.mean(0), 0.5 * posterior.mean[0], atol=4 * 0.5 * float(posterior.std.max()) / 4000**0.5 + 1e-5, rtol=0)
+    torch.testing.assert_close(drawn.std(0), 0.5 * posterior.std[0], rtol=0.1, atol=0)
+    held, _ = subject.clean([b[:1] for b in batch], torch.device("cpu"), None)
+    torch.testing.assert_close(held, 0.5 * posterior.mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_their_rate_and_never_of_held_out_images(tmp_path, tiny_text, squares, share):
+    data, subject = subject_of(tmp_path, tiny_text, squares, caption_dropout=share)
+    batch = [torch.stack([data[i][0] for i in range(50)]), torch.arange(50)]
+    rows = torch.cat([subject.clean(batch, torch.device("cpu"), Draws.at(0, (s, 0, 0), torch.device("cpu")))[1] for s in range(80)])
+    dropped = rows.reshape(80, 50) == 0
+    assert float(dropped.float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+    told = [subject.captions.texts[int(row)] for row in rows[:50][~dropped[0]]]
+    assert told == [caption for caption, gone in zip(data.captions[:50], dropped[0], strict=True) if not gone]
+    assert not (subject.clean(batch, torch.device("cpu"), None)[1] == 0).any()
+
+
+def test_a_condition_is_what_a_pipeline_makes_of_the_caption(tmp_path, tiny_text, squares):
+    data, subject = subject_of(tmp_path, tiny_text, squares)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
+    conditional, empty = pipe.encode_prompt(list(data.captions[:3]), "cpu", 1, True)
+    torch.testing.assert_close(subject.embeddings[subject.captions.rows[:3]], conditional)
+    torch.testing.assert_close(subject.embeddings[:1], empty[:1])
+
+
+def test_embeddings_that_do_not_fit_are_computed_batch_by_batch(tmp_path, tiny_text, squares, monkeypatch):
+    losses = []
+    for most in (2**30, 1):
+        monkeypatch.setattr(text, "_MOST_EMBEDDINGS", most)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        losses.append([loss for _, loss in train(config(tmp_path / str(most), tiny_text, squares)).losses])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_previews_are_drawn_under_captions(tmp_path, tiny_text, squares):
+    options = {"preview_every": 3, "preview_count": 8, "preview_steps": 2}
+    train(config(tmp_path, tiny_text, squares, **options))
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["0000003.png", "0000006.png", "captions.txt"]
+    captions = (tmp_path / "previews" / "captions.txt").read_text().splitlines()
+    assert len(captions) == 8
+    assert len(set(captions)) == 6
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_a_preview_is_what_a_pipeline_draws(tmp_path, tiny_text, squares, scale):
+    options = {"preview_guidance_scale": scale, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    _, subject = subject_of(tmp_path, tiny_text, squares, **options)
+    scheduler = subject.package.scheduler
+    predict, captions = subject.preview(subject.network.eval(), 2, torch.device("cpu"))
+    schedule = noise_schedule(scheduler.config)
+    x_t = seeded_randn(subject.shape, [0, 1])
+    with torch.no_grad():
+        x0 = sample(
+            ModelDenoiser(predict, schedule, "v_prediction"), x_t, step_pairs(select_timesteps(1000, 5, "trailing")), schedule=schedule
+        )
+        ours = (subject.images(x0) / 2 + 0.5).clamp(0, 1)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(captions, num_inference_steps=5, guidance_scale=scale, latents=x_t, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# Schedules
+
+
+def test_without_options_the_base_says_what_is_predicted(tmp_path, tiny_text, squares):
+    """Only trailing, clipping and the last level are this package's own."""
+    theirs = diffusers.DDIMScheduler.from_pretrained(tiny_text, subfolder="scheduler")
+    ours = make_scheduler(config(tmp_path, tiny_text, squares), theirs.config)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    differing = {name for name in ours.config if ours.config[name] != theirs.config.get(name) and not name.startswith("_")}
+    assert differing == {"timestep_spacing", "set_alpha_to_one"}
+
+
+@pytest.mark.parametrize(
+    ("options", "inherited", "expected"),
+    [
+        ({"prediction_type": "v_prediction"}, {}, ("v_prediction", False, "scaled_linear")),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}, ("v_prediction", True, "scaled_linear")),
+        ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v_prediction", True, "scaled_linear")),
+        (
+            {"beta_schedule": "linear"},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            ("v_prediction", False, "linear"),
+        ),
+        ({}, {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}, ("epsilon", False, "scaled_linear")),
+    ],
+)
+def test_each_switch_replaces_what_the_base_says(tmp_path, options, inherited, expected):
+    base = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, **inherited}
+    made = make_scheduler(config(tmp_path, "base", "data", **options), base).config
+    assert (made.prediction_type, made.rescale_betas_zero_snr, made.beta_schedule) == expected
+    assert made.trained_betas == inherited.get("trained_betas")
+
+
+def test_epsilon_at_zero_terminal_snr_is_refused_whoever_asks_for_it(tmp_path):
+    with pytest.raises(
+        DDIMError, match="^epsilon prediction cannot be trained at zero terminal SNR, .*; use --prediction-type v_prediction"
+    ):
+        make_scheduler(config(tmp_path, "owner/base", "x", rescale_betas_zero_snr=True), {"prediction_type": "epsilon"})
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    with pytest.raises(DDIMError, match="^owner/base has zero terminal SNR, and epsilon prediction cannot be trained there"):
+        make_scheduler(config(tmp_path, "owner/base", "x", prediction_type="epsilon"), zero)
+
+
+def test_the_terminal_step_is_trained_under_min_snr(tmp_path, tiny_text, squares, monkeypatch):
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "weighting": "min-snr", "weight_floor": 0.02}
+    smallest = []
+    monkeypatch.setattr(trainer, "draw_timesteps", lambda count, levels, **_: torch.full((count,), levels - 1))
+    usual = trainer.loss_weights
+    monkeypatch.setattr(trainer, "loss_weights", lambda *a, **o: smallest.append(float(usual(*a, **o).min())) or usual(*a, **o))
+    result = train(config(tmp_path, tiny_text, squares, **options))
+    assert set(smallest) == {0.02}
+    assert all(loss > 0 for _, loss in result.losses)
+
+
+# Errors
+
+
+def broken(base, folder, **changes):
+    """A copy of a base whose index or configurations differ."""
+    shutil.copytree(base, folder)
+    for name, change in changes.items():
+        path = folder / {"index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name, f"{name}/config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"index": {"vae": None}}, "has no vae (the autoencoder), which a text model needs; complete the folder"),
+        ({"index": {"tokenizer": [None, None]}}, "has no tokenizer (the tokenizer), which a text model needs"),
+        (
+            {"index": {"text_encoder_2": ["transformers", "CLIPTextModel"]}},
+            "with a text_encoder_2, and training knows Stable Diffusion 1 and 2",
+        ),
+        ({"index": {"unet": ["diffusers", "UNet2DModel"]}}, "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel"),
+        ({"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "a FlowMatchEulerDiscreteScheduler of a flow-matching model"),
+        ({"unet": {"sample_size": 16}}, "makes images of 32x32, and those of the data are 16x16; use --resolution 32, or --from-scratch"),
+    ],
+)
+def test_bases_that_cannot_be_trained(tmp_path, tiny_text, squares, changes, text):
+    base = broken(tiny_text, tmp_path / "base", **changes)
+    with pytest.raises(DDIMError, match=text.replace("(", r"\(").replace(")", r"\)")):
+        train(config(tmp_path / "out", base, squares))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "unet"])
+def test_a_folder_that_is_missing_is_named(tmp_path, tiny_text, squares, part):
+    base = broken(tiny_text, tmp_path / "base")
+    shutil.rmtree(base / part)
+    with pytest.raises(DDIMError, match=rf"has no {part} \(the .*\), which a text model needs"):
+        train(config(tmp_path / "out", base, squares))
+
+
+def test_pickled_weights_are_not_copied(tmp_path, tiny_text, squares):
+    base = broken(tiny_text, tmp_path / "base")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").rename(base / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(DDIMError, match=r"the vae of .* has no \.safetensors file without a variant"):
+        train(config(tmp_path / "out", base, squares))
+
+
+def test_damaged_weights_are_named(tmp_path, tiny_text, squares):
+    base = broken(tiny_text, tmp_path / "base")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"words")
+    with pytest.raises(DDIMError, match=r"the vae of .* cannot be loaded \(.*\); check .*vae"):
+        train(config(tmp_path / "out", base, squares))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"resolution": 15}, "images of 15x15 cannot be made into latents: the autoencoder of .* divides by 2; use --resolution 16"),
+        ({"resolution": 32}, "makes images of 16x16, and those of the data are 32x32; use --resolution 16, or --from-scratch"),
+        ({"channels": 1}, r"the autoencoder of .* takes 3 channel\(s\), and the images have 1; use --channels 3"),
+        ({"class_conditional": True}, "is a text model, which knows captions and no classes; leave out --class-conditional"),
+        ({"from_scratch": True, "block_out_channels": (8,) * 5}, "images of 16x16 cannot be halved 4 times, .*; use --resolution 32"),
+        ({"data": "digits"}, "digits has no captions; put metadata.jsonl"),
+    ],
+)
+def test_data_and_options_that_do_not_fit_the_base(tmp_path, tiny_text, squares, options, text):
+    with pytest.raises(DDIMError, match=text):
+        train(config(tmp_path / "out", tiny_text, **{"data": squares, **options}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_is_no_place_for_its_successor(tmp_path, tiny_text, squares):
+    base = broken(tiny_text, tmp_path / "base")
+    with pytest.raises(DDIMError, match="holds unet, scheduler, .* and no checkpoint of a run that made them"):
+        train(config(base, base, squares))
+
+
+def test_a_text_model_without_transformers(tmp_path, tiny_text, squares, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DDIMError, match=r"^text models need transformers, which is not installed; run: pip install 'ddim\[text\]'\.$"):
+        train(config(tmp_path, tiny_text, squares))
+
+
+def test_captions_that_are_cut_are_counted(tmp_path, tiny_text, squares):
+    with np.load(squares) as file:
+        arrays = dict(file)
+    arrays["captions"] = np.array([*arrays["captions"][:57], *["a red square " * 9] * 2, "word " * 30])
+    np.savez(tmp_path / "long.npz", **arrays)
+    notes = []
+    train(config(tmp_path / "out", tiny_text, tmp_path / "long.npz", images=4), on_note=notes.append)
+    assert notes == [f"3 of 60 captions are longer than the 12 tokens that {tiny_text} reads, and are cut there."]
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["data"]["captions_cut"] == 3
+
+
+def test_another_base_than_the_runs_is_refused(tmp_path, tiny_text, squares):
+    base = broken(tiny_text, tmp_path / "base")
+    train(config(tmp_path / "out", base, squares, images=8))
+    parts = {"vae": diffusers.AutoencoderKL.from_pretrained(base, subfolder="vae")}
+    with torch.no_grad():
+        parts["vae"].quant_conv.bias.add_(1)
+    parts["vae"].save_pretrained(base / "vae")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(DDIMError, match="holds a run with base_weights='.*', and base_weights='.*' was asked for"):
+        train(config(tmp_path / "out", base, squares, images=8))
+
+
+# Unconditional bases
+
+
+def test_no_path_of_the_base_gets_into_the_model(tmp_path, tiny_text, squares):
+    train(config(tmp_path, tiny_text, squares, images=4, train_text_encoder=True))
+    for path in [*tmp_path.glob("*.json"), *tmp_path.glob("*/*.json")]:
+        assert path.name == "card.json" or str(tiny_text) not in path.read_text(), path
+
+
+def test_an_unconditional_base_goes_on(tmp_path, tiny):
+    train(config(tmp_path, tiny, "digits", learning_rate=1e-9, ema_decay=0.0))
+    before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (tiny, tmp_path))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    pipe = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    assert type(pipe.unet) is diffusers.UNet2DModel
+
+
+def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
+    train(config(tmp_path / "a", tiny, "digits", from_scratch=True, images=4))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config(tmp_path / "b", tiny, "digits", from_scratch=True, images=4, block_out_channels=(8, 8)))
+    theirs, a, b = (json.loads((f / "unet" / "config.json").read_text()) for f in (tiny, tmp_path / "a", tmp_path / "b"))
+    assert a == theirs
+    assert (b["block_out_channels"], b["norm_num_groups"]) == ([8, 8], 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"resolution": 16}, r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use --channels 1 --resolution 8"),
+        ({"class_conditional": True}, "knows no classes, and 10 were asked for; leave out --class-conditional, or add --from-scratch"),
+        ({"train_text_encoder": True}, "train_text_encoder is of text models, and .* has no text encoder"),
+    ],
+)
+def test_what_does_not_fit_an_unconditional_base(tmp_path, tiny, options, text):
+    with pytest.raises(DDIMError, match=text):
+        train(config(tmp_path / "out", tiny, "digits", **options))

@@ -1,5 +1,6 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ def run(command: Command) -> None:
     try:
         from ddim.training.trainer import train
 
+        _silence(command)
         result = train(config, on_progress=show, on_note=lambda note: print(f"ddim: {note}", file=sys.stderr), revision=_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
@@ -74,6 +76,18 @@ def run(command: Command) -> None:
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}")
     else:
         print(f"Stopped at step {result.step} with a checkpoint; the same command goes on from there.")
+
+
+def _silence(command: Command) -> None:
+    """Leaves out the bars and the remarks of libraries that open a base."""
+    if command.base is not None:
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        with contextlib.suppress(ModuleNotFoundError):  # an unconditional base needs no transformers
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()
 
 
 def _revision() -> str | None:

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ddim.checkpoints import weight_hash
+from ddim.checkpoints import read_json, weight_hash
 from ddim.errors import CheckpointError, DDIMError, OutputError
 from ddim.schedule import make_betas
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
@@ -91,7 +91,12 @@ def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = No
     kept = not given.keys() & set(_BETAS)  # another schedule is another table, not the base's rescaled one
     rescale = config.rescale_betas_zero_snr or (kept and bool(base.get("rescale_betas_zero_snr")))
     if rescale and options["prediction_type"] == "epsilon":
-        raise DDIMError(EPSILON_AT_ZERO_SNR if config.rescale_betas_zero_snr else f"{config.base} has it: {EPSILON_AT_ZERO_SNR}")
+        if config.rescale_betas_zero_snr:
+            raise DDIMError(EPSILON_AT_ZERO_SNR)
+        raise DDIMError(
+            f"{config.base} has zero terminal SNR, and epsilon prediction cannot be trained there; "
+            "leave out --prediction-type, or name a --beta-schedule, which is then not rescaled."
+        )
     trained = base.get("trained_betas") if kept else None
     if trained is None and options["beta_schedule"] not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         betas = make_betas(
@@ -113,6 +118,9 @@ def save_model(folder: Path, network: nn.Module, package: Package, *, previous: 
     """Writes a model in diffusers format into a new folder; what was written before, and does not change, is linked from there."""
     for name, part in package.parts(network).items():
         part.save_pretrained(folder / name)
+        config = read_json(folder / name / "config.json")
+        if config.pop("_name_or_path", None) is not None:  # where the base lay on this machine
+            (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)

@@ -93,7 +93,8 @@ class TrainConfig:
     base: str | None = None
     """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's format is trained on the data's captions."""
     from_scratch: bool = False
-    """Begin with a new network, of the base's configuration where the options below say nothing; its autoencoder and text encoder stay."""
+    """Begin with a new network of the base's configuration, or of block_out_channels to dropout if one of those is given; the base's
+    autoencoder and text encoder stay."""
     train_text_encoder: bool = False
     """Train the base's text encoder along with the network."""
     caption_dropout: float = 0.1
@@ -125,17 +126,17 @@ class TrainConfig:
     """Images held out, evenly spread over the data (a tenth of it at most); the loss on them chooses the best checkpoint. 0: none."""
 
     block_out_channels: tuple[int, ...] | None = None
-    """Channels of a new network at each resolution, from full to lowest; by default the base's, or 32,64,128."""
+    """Channels of a new network at each resolution, from full to lowest; by default 32,64,128."""
     layers_per_block: int | None = None
-    """Residual blocks at each resolution; by default the base's, or 1."""
+    """Residual blocks at each resolution; by default 1."""
     attention_levels: int | None = None
-    """How many of the lowest resolutions have attention; by default as the base, or 1."""
+    """How many of the lowest resolutions have attention; by default 1."""
     attention_head_dim: int | None = None
-    """Channels of an attention head; by default the base's, or 8."""
+    """Channels of an attention head; by default 8."""
     norm_num_groups: int | None = None
-    """Groups of the group normalisation; must divide every entry of block_out_channels. By default the base's, or 8."""
+    """Groups of the group normalisation; must divide every entry of block_out_channels. By default 8."""
     dropout: float | None = None
-    """Dropout in the residual blocks; by default the base's, or 0."""
+    """Dropout in the residual blocks; by default 0."""
 
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     """What the network predicts; by default what the base's does, or epsilon."""

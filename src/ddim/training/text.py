@@ -5,12 +5,11 @@ posterior anew at every step; what is drawn follows from the seed and the step, 
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,14 +17,16 @@ from torch.utils.data import DataLoader
 
 from ddim.checkpoints import load_network
 from ddim.errors import DDIMError
+from ddim.images import replacing
 from ddim.training.base import Base, load_part
 from ddim.training.checkpoint import Package, make_scheduler
-from ddim.training.config import Architecture, TrainConfig
+from ddim.training.config import TrainConfig
 from ddim.training.data import ImageData
 from ddim.training.draws import Draws
-from ddim.training.subject import Predictor, check_halvings, mirror, to_float
+from ddim.training.subject import Predictor, mirror, to_float
+from ddim.training.text_network import Surroundings, check_text_network, make_text_network
 
-__all__ = ["TextSubject", "TrainedAlong", "text_subject", "vae_factor"]
+__all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
 
 _MOST_EMBEDDINGS = 2**30
 """Bytes up to which the embeddings of all captions are held; above it they are computed batch by batch."""
@@ -111,26 +112,14 @@ class TextSubject:
         return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
-        """Moves the frozen parts to the device, embeds the captions where they fit, and encodes the images where that is asked for."""
+        """Moves the frozen parts to the device, embeds all captions where they fit, and encodes all images where that is asked for.
+
+        In memory each process holds all posteriors; on the disk all processes read the file that the first one writes.
+        """
         device = accelerator.device
         self.vae.to(device)
         self.text_encoder.to(device)
-        embeddings = moments = None
-        if not self.config.train_text_encoder:
-            width = self.captions.tokens.shape[1] * self.text_encoder.config.hidden_size * 4
-            if len(self.captions.tokens) * width <= _MOST_EMBEDDINGS:
-                parts = torch.split(self.captions.tokens, 256)
-                embeddings = torch.cat([self._embed(part.to(device)) for part in parts])
-        if self.config.cache_latents == "memory":
-            moments = torch.cat([part.cpu() for part in self._encode_all(device)])
-        elif self.config.cache_latents == "disk":
-            if accelerator.is_main_process:
-                cache.parent.mkdir(parents=True, exist_ok=True)
-                self._write(self._encode_all(device), cache)
-            accelerator.wait_for_everyone()
-            shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
-            moments = torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
-        return replace(self, embeddings=embeddings, moments=moments)
+        return replace(self, embeddings=self._embed_all(device), moments=self._encode_all(accelerator, cache))
 
     def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their captions."""
@@ -191,17 +180,38 @@ class TextSubject:
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         return posterior.mean, posterior.std
 
-    def _encode_all(self, device: torch.device) -> Any:  # noqa: ANN401 - an iterator of tensors [b, F, 2, C, H, W]
+    def _embed_all(self, device: torch.device) -> Tensor | None:
+        count, length = self.captions.tokens.shape
+        size = count * length * self.text_encoder.config.hidden_size * 4
+        if self.config.train_text_encoder or size > _MOST_EMBEDDINGS or count > self.config.images:
+            return None
+        return torch.cat([self._embed(part.to(device)) for part in torch.split(self.captions.tokens, 256)])
+
+    def _encode_all(self, accelerator: Accelerator, cache: Path) -> Tensor | None:
+        """The posteriors of all images: [N, mirrored or not, mean or std, C, H, W], float32."""
+        shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
+        if self.config.cache_latents == "no":
+            return None
+        if self.config.cache_latents == "memory":
+            moments = torch.empty(shape)
+            for first, part in self._encoded(accelerator.device):
+                moments[first : first + len(part)] = part
+            return moments
+        if accelerator.is_main_process:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(cache) as partial, partial.open("wb") as file:
+                for _, part in self._encoded(accelerator.device):
+                    file.write(part.numpy().tobytes())
+        accelerator.wait_for_everyone()
+        return torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
+
+    def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Posteriors batch by batch on the CPU, each with the index of its first image."""
         loader: Any = DataLoader(_Indexed(self.data), batch_size=self.config.batch_size, num_workers=self.config.workers)  # type: ignore[arg-type]
-        for images, _ in loader:
+        for images, indices in loader:
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
-            yield torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1).float()
-
-    def _write(self, parts: Any, path: Path) -> None:  # noqa: ANN401 - as _encode_all
-        with path.open("wb") as file:
-            for part in parts:
-                file.write(part.cpu().contiguous().numpy().tobytes())
+            yield int(indices[0]), torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1).float().cpu()
 
 
 def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubject:
@@ -217,9 +227,9 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
     shape = _latent_shape(config, data, base, vae)
     torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
-    factor, width = vae_factor(vae), int(text_encoder.config.hidden_size)
-    unet = _fresh(config, base, shape, factor, width) if config.from_scratch else load_network(base.folder)
-    _check_network(unet, base, shape, factor, width)
+    around = Surroundings(shape, _factor(vae), int(text_encoder.config.hidden_size))
+    unet = make_text_network(config, base, around) if config.from_scratch else load_network(base.folder)
+    check_text_network(unet, base, around)
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -265,8 +275,7 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
     return package, notes
 
 
-def vae_factor(vae: Any) -> int:  # noqa: ANN401 - an autoencoder of diffusers
-    """Pixels of an image along a side of one latent."""
+def _factor(vae: Any) -> int:  # noqa: ANN401 - an autoencoder of diffusers
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
@@ -275,7 +284,7 @@ def _shift(vae: Any) -> float:  # noqa: ANN401 - an autoencoder of diffusers
 
 
 def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:  # noqa: ANN401 - an autoencoder
-    factor, (height, width) = vae_factor(vae), data.resolution
+    factor, (height, width) = _factor(vae), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
             f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the images have {data.channels}; "
@@ -288,54 +297,6 @@ def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) ->
             f"use --resolution {usable}."
         )
     return (int(vae.config.latent_channels), height // factor, width // factor)
-
-
-def _fresh(config: TrainConfig, base: Base, shape: tuple[int, int, int], factor: int, width: int) -> Any:  # noqa: ANN401 - a network
-    """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give."""
-    options = {key: value for key, value in base.network_config.items() if not key.startswith("_")}
-    if any(getattr(config, f.name) is not None for f in fields(Architecture)):
-        given = config.architecture
-        levels = len(given.block_out_channels)
-        attention = [level >= levels - given.attention_levels for level in range(levels)]
-        options = {
-            "block_out_channels": given.block_out_channels,
-            "layers_per_block": given.layers_per_block,
-            "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-            "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-            # diffusers' name for the number of heads
-            "attention_head_dim": tuple(max(1, c // given.attention_head_dim) for c in given.block_out_channels),
-            "norm_num_groups": given.norm_num_groups,
-            "dropout": given.dropout,
-        }
-    size = shape[1] if shape[1] == shape[2] else shape[1:]
-    options |= {"sample_size": size, "in_channels": shape[0], "out_channels": shape[0], "cross_attention_dim": width}
-    check_halvings(shape[1:], len(options["block_out_channels"]), unit=factor)
-    try:
-        return diffusers.UNet2DConditionModel.from_config(options)
-    except (ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise DDIMError(f"no network can be made of these options, or of {base.name}'s configuration ({reason}).") from error
-
-
-def _check_network(unet: Any, base: Base, shape: tuple[int, int, int], factor: int, width: int) -> None:  # noqa: ANN401 - a network
-    config = unet.config
-    size = config.sample_size if isinstance(config.sample_size, int) else tuple(config.sample_size or shape[1:])
-    wanted = (size, size) if isinstance(size, int) else size
-    if (config.in_channels, config.out_channels) != (shape[0], shape[0]):
-        raise DDIMError(
-            f"the network of {base.name} takes {config.in_channels} channels and gives {config.out_channels}, and its autoencoder has "
-            f"{shape[0]}: it is of another task (inpainting, upscaling, ...), which diffusers' own scripts train."
-        )
-    if config.cross_attention_dim != width:
-        raise DDIMError(
-            f"the network of {base.name} reads captions of width {config.cross_attention_dim}, and its text encoder gives {width}; "
-            "the two do not belong together."
-        )
-    if tuple(wanted) != shape[1:]:
-        raise DDIMError(
-            f"{base.name} makes images of {wanted[0] * factor}x{wanted[1] * factor}, and those of the data are "
-            f"{shape[1] * factor}x{shape[2] * factor}; use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
-        )
 
 
 def _tokenise(captions: list[str], tokenizer: Any, text_encoder: Any) -> Captions:  # noqa: ANN401 - of transformers
