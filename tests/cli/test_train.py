@@ -54,6 +54,43 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
 
 
+@pytest.fixture
+def captioned(tmp_path):
+    """A folder of pictures with a metadata.jsonl, as Hugging Face's imagefolder has it."""
+    folder, rows = tmp_path / "pictures", []
+    folder.mkdir()
+    for i in range(20):
+        name, colour = [("red", (255, 0, 0)), ("blue", (0, 0, 255))][i % 2]
+        Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name} square" + " on a black background" * (i == 3) * 5}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(tmp_path, tiny_text, captioned):
+    out = tmp_path / "model"
+    options = ["--prediction-type", "v_prediction", "--rescale-betas-zero-snr", "--images", 16, "--batch-size", 4, "--log-every", 2]
+    trained = ddim("train", "--base", tiny_text, "--data", captioned, "--out", out, *options, "--preview-every", 4)
+    assert trained.returncode == 0, trained.stderr
+    assert (
+        trained.stderr.splitlines()[-1]
+        == f"ddim: 1 of 20 captions are longer than the 12 tokens that {tiny_text} reads, and are cut there."
+    )
+    assert trained.stdout.startswith("step 2/4  8 images  loss ")
+    assert trained.stdout.endswith(f"sample it with: ddim sample {out} --prompt '...'\n")
+    code = """
+import sys, diffusers, torch
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipe) is diffusers.StableDiffusionPipeline and type(pipe.scheduler) is diffusers.DDIMScheduler
+assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.config.prediction_type == "v_prediction"
+picture = pipe("a red square", num_inference_steps=5, guidance_scale=3.0, guidance_rescale=0.7, output_type="pt").images
+assert picture.shape == (1, 3, 16, 16) and torch.isfinite(picture).all()
+assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
+assert "ddim" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+
+
 def test_the_help_names_every_preset_with_its_note(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
@@ -148,6 +185,19 @@ def test_killed_at_any_moment_and_out_of_disk_it_goes_on_to_the_same_weights(tmp
         assert done.returncode == 0, done.stderr
     cards = [json.loads((folder / "card.json").read_text()) for folder in (out, tmp_path / "unbroken")]
     assert cards[0]["weight_hash"] == cards[1]["weight_hash"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_cache_of_latents(tmp_path, tiny_text, captioned):
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "train"]
+    options = ["--base", tiny_text, "--data", captioned, "--out", out, "--images", 32, "--batch-size", 4, "--cache-latents", "disk"]
+    command = list(map(str, [*launch, *options, "--train-text-encoder"]))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = json.loads((out / "card.json").read_text())
+    assert (card["processes"], card["step"], card["images_seen"]) == (2, 4, 32)
+    assert not list(out.glob("*latents*"))
 
 
 LAUNCHED = """

@@ -73,7 +73,8 @@ def run(command: Command) -> None:
     if not result.is_main_process:
         return
     if result.finished:
-        print(f"The model is in {result.out}; sample it with: ddim sample {result.out}")
+        prompt = " --prompt '...'" if (result.out / "text_encoder").is_dir() else ""
+        print(f"The model is in {result.out}; sample it with: ddim sample {result.out}{prompt}")
     else:
         print(f"Stopped at step {result.step} with a checkpoint; the same command goes on from there.")
 

@@ -36,8 +36,8 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``
-# changes the rounding as well, so that only a run that keeps it continues to the same bits.
+# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``,
+# ``cache_latents`` and ``gradient_checkpointing`` may change the rounding, so that only a run that keeps them continues to the same bits.
 FREE_FIELDS = frozenset(
     {
         *("checkpoint_every", "keep_checkpoints", "log_every", "workers", "compile", "cache_latents", "gradient_checkpointing"),

@@ -5,9 +5,7 @@ where captions are asked for. Arrays stay arrays in memory; files are decoded wh
 other processes (a loader's workers).
 """
 
-import csv
 import gzip
-import json
 import math
 import os
 import zlib
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from ddim.errors import DataError
 from ddim.images import convert_mode, crop_square, fit_picture
+from ddim.training.captions import CAPTION_COLUMNS, captions_of_files, one_caption
 
 __all__ = ["FASHION_MNIST_CLASSES", "ImageData", "NamedSource", "load_images", "read_idx"]
 
@@ -36,7 +35,6 @@ _FILES = {*_SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}  # neve
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _SPLITS = ("train", "test", "val", "valid", "validation")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-_CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 _MOST_CLASSES = 100_000  # a label above it is an identity or damage, and would make as many class names
 
 
@@ -510,64 +508,10 @@ def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **sha
     names = None if "" in tops else tuple(sorted(tops))
     labels = None if names is None else [names.index(parts[0]) for _, parts in files]
     items = _Files([p for p, _ in files])
-    captions = _captions_of_files(source, folder, items.paths, columns.caption) if columns.captions else None
+    captions = captions_of_files(source, folder, items.paths, columns.caption) if columns.captions else None
     if shape["resolution"] is None:
         items.check_sizes(source, center_crop=shape["center_crop"])
     return _Images.of_items(source, items, labels, names, captions, **shape)
-
-
-def _captions_of_files(source: str, folder: Path, paths: list[Path], column: str | None) -> list[str] | None:
-    """Captions from metadata files, as Hugging Face's imagefolder has them, else from ``NAME.txt`` beside each image."""
-    tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
-    if tables:
-        rows = {name: caption for table in tables for name, caption in _read_metadata(table, column).items()}
-        missing = [p for p in paths if os.path.normpath(p) not in rows]
-        if missing:
-            told = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
-            raise DataError(f"{tables[0]} has no row for {told} of {source}, such as {missing[0]}; add it, or move the image away.")
-        return [rows[os.path.normpath(p)] for p in paths]
-    texts = [p.with_suffix(".txt") for p in paths]
-    there = [t.is_file() for t in texts]
-    if not any(there):
-        return None
-    if not all(there):
-        first = texts[there.index(False)]
-        raise DataError(
-            f"{there.count(False)} of {len(paths)} images of {source} have no caption: {first} is missing; an empty file will do."
-        )
-    try:
-        return [text.read_text(encoding="utf-8-sig").strip() for text in texts]
-    except ValueError as error:
-        raise DataError(f"a caption of {source} is no UTF-8 text ({error}); save it as UTF-8.") from error
-
-
-def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
-    """The captions of a metadata file by the paths of their images."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({_first_line(error)}); write one row an image.") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} must hold a row an image with file_name and a caption; got {'nothing' if not rows else 'other values'}.")
-    names = list(rows[0])
-    caption = column or next((c for c in _CAPTION_COLUMNS if c in names), None)
-    if "file_name" not in names or caption not in names:
-        raise DataError(
-            f"{path} must have columns file_name and {column or 'text (or --caption-column)'}; it has {', '.join(map(str, names))}."
-        )
-    return {
-        os.path.normpath(path.parent / str(row.get("file_name"))): _one_caption(row.get(caption), f"row {number} of {path}")
-        for number, row in enumerate(rows, 1)
-    }
-
-
-def _one_caption(value: Any, where: str) -> str:  # noqa: ANN401 - whatever a table holds
-    """A caption as it was written; the first of several."""
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    if not isinstance(first, str):
-        raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")
-    return first
 
 
 def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
@@ -647,9 +591,9 @@ def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_S
     class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else table[label][:]
     captions = None
-    caption = asked_for.caption or next((c for c in _CAPTION_COLUMNS if c in columns), None)
+    caption = asked_for.caption or next((c for c in CAPTION_COLUMNS if c in columns), None)
     if asked_for.captions and caption is not None:
-        captions = [_one_caption(value, f"row {number} of column {caption!r} of {name}") for number, value in enumerate(table[caption][:])]
+        captions = [one_caption(value, f"row {number} of column {caption!r} of {name}") for number, value in enumerate(table[caption][:])]
     return _Images.of_items(name, _Column(name, pictures, column), labels, class_names, captions, **shape)
 
 

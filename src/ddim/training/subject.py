@@ -57,7 +57,7 @@ class Subject(Protocol):
         ...
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "Subject":
-        """The same with all that is computed once for the run; ``cache`` is a file that it may write, and the run removes."""
+        """The same with all that is computed once for the run; ``cache`` is the name of a file that it may write."""
         ...
 
     @property

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ddim.checkpoints import load_network
 from ddim.errors import DDIMError
+from ddim.guidance import guided
 from ddim.images import replacing
 from ddim.training.base import Base, load_part
 from ddim.training.checkpoint import Package, make_scheduler
@@ -114,7 +115,8 @@ class TextSubject:
     def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
         """Moves the frozen parts to the device, embeds all captions where they fit, and encodes all images where that is asked for.
 
-        In memory each process holds all posteriors; on the disk all processes read the file that the first one writes.
+        In memory each process holds all posteriors. On the disk all processes map the file that the first one writes, which loses its
+        name at once, so that the space is free again whenever and however the run ends.
         """
         device = accelerator.device
         self.vae.to(device)
@@ -137,7 +139,7 @@ class TextSubject:
             mean = mean + std * torch.randn(mean.shape, generator=draws.stream(6)).to(device)
             dropped = torch.rand(len(rows), generator=draws.stream(7)) < self.config.caption_dropout
             rows = torch.where(dropped, _EMPTY, rows)
-        return (mean - _shift(self.vae)) * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
+        return mean * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
 
     def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:
         """The network under the captions of these rows."""
@@ -155,19 +157,16 @@ class TextSubject:
         different = len(self.captions.texts) - 1
         places = [i * different // count if count <= different else i % max(1, different) for i in range(count)]
         rows = torch.tensor([1 + place if different else _EMPTY for place in places])
-        scale = self.config.preview_guidance_scale
-        both = self.predictor(network, torch.cat([torch.full_like(rows, _EMPTY), rows]).to(device))
 
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            without, under = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
-            return without + scale * (under - without)
+        def under(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self.predictor(network, condition)(x_t, t)
 
-        captions = [self.captions.texts[int(row)] for row in rows]
-        return guided if scale != 1 else self.predictor(network, rows.to(device)), captions
+        predict = guided(under, rows.to(device), torch.full_like(rows, _EMPTY, device=device), scale=self.config.preview_guidance_scale)
+        return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
         """Decodes latents."""
-        decoded: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor + _shift(self.vae), return_dict=False)[0]
+        decoded: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor, return_dict=False)[0]
         return decoded
 
     @torch.no_grad()
@@ -203,7 +202,11 @@ class TextSubject:
                 for _, part in self._encoded(accelerator.device):
                     file.write(part.numpy().tobytes())
         accelerator.wait_for_everyone()
-        return torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
+        mapped = torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            cache.unlink()
+        return mapped
 
     def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Posteriors batch by batch on the CPU, each with the index of its first image."""
@@ -277,10 +280,6 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
 
 def _factor(vae: Any) -> int:  # noqa: ANN401 - an autoencoder of diffusers
     return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def _shift(vae: Any) -> float:  # noqa: ANN401 - an autoencoder of diffusers
-    return float(vae.config.get("shift_factor") or 0)
 
 
 def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:  # noqa: ANN401 - an autoencoder

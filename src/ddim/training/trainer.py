@@ -7,18 +7,15 @@ process) alone, so a run that is resumed from step n continues to the same losse
 import contextlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -37,6 +34,7 @@ from ddim.training.config import TrainConfig, command_line
 from ddim.training.data import ImageData, load_images
 from ddim.training.draws import Draws, Place, mix
 from ddim.training.ema import EMA
+from ddim.training.process import RunLog, StopSignals, make_accelerator
 from ddim.training.subject import Subject, pixel_subject
 
 __all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "train"]
@@ -190,27 +188,6 @@ def preview(network: nn.Module, subject: Subject, config: TrainConfig, schedule:
         write_atomically(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
 
 
-class _StopSignals:
-    """While held, SIGINT and SIGTERM ask the loop to end after its step, with a checkpoint, instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "_StopSignals":
-        self._before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may hold signal handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def train(
     config: TrainConfig,
     *,
@@ -235,7 +212,7 @@ def train(
         DDIMError: If data, configuration or checkpoint do not fit together.
         NonFiniteLossError: If the loss or the weights become NaN or infinite; no checkpoint is written from that step on.
     """
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     out, root = Path(config.out), Path(config.out) / "checkpoints"
     check_out(out)
     base = None if config.base is None else open_base(config.base)
@@ -263,8 +240,7 @@ def train(
             accelerator.scaler.load_state_dict(record["scaler"])
 
     started = time.perf_counter()
-    cache = out / "latents.bin"
-    subject = subject.prepared(accelerator, cache)
+    subject = subject.prepared(accelerator, out / "latents.bin")
     model, optimizer = accelerator.prepare(network, optimizer)
     compiled = torch.compile(model) if config.compile else model
     validation = range(*record["held_out"])
@@ -296,8 +272,8 @@ def train(
         pending.clear()
         return float(sum(values) / len(values))
 
-    with _StopSignals() as stop, contextlib.ExitStack() as opened:
-        log = opened.enter_context(contextlib.closing(_Log(out / "log", start=step))) if accelerator.is_main_process else None
+    with StopSignals() as stop, contextlib.ExitStack() as opened:
+        log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=step))) if accelerator.is_main_process else None
         asked_to_stop = False
         while step < steps and not asked_to_stop:
             total = torch.zeros((), device=accelerator.device)
@@ -394,7 +370,6 @@ def train(
     finished = step >= steps
     if finished and accelerator.is_main_process:
         publish(out, average.network, subject.package, _card(record, config))
-        cache.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
@@ -404,22 +379,6 @@ def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLoss
         f"the {what} became {value} at step {step}; the last good checkpoint is {latest_checkpoint(root) or 'none'}. "
         "Lower --learning-rate, or use --mixed-precision bf16 or no."
     )
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # else processes that are launched without a GPU would not find each other
-            # A plugin, since accelerate launch sets the plain argument to its own default through the environment.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        )
-    except ValueError as error:
-        raise DDIMError(f"--mixed-precision {config.mixed_precision} cannot be used here ({error}); use no.") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out without a word
-        raise DDIMError("--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no.")
-    return accelerator
 
 
 def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
@@ -466,29 +425,3 @@ def _new_record(
         "revisions": [{"step": 0, "revision": revision}],
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__},
     }
-
-
-class _Log:
-    """Scalars for tensorboard, and the same as lines of JSON that any tool reads."""
-
-    def __init__(self, folder: Path, *, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
-        path = folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A run that was killed has logged steps that are taken again now, the last one perhaps in part.
-        write_atomically(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
-        self.lines = path.open("a")
-
-    def add(self, step: int, **values: float | None) -> None:
-        given = {k: v for k, v in values.items() if v is not None}
-        for name, value in given.items():
-            self.writer.add_scalar(name, value, step)
-        self.lines.write(json.dumps({"step": step, **given}) + "\n")
-        self.lines.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-        self.lines.close()
