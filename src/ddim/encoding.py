@@ -5,13 +5,13 @@ method          states of a code     evaluations       the way back
 =============== ==================== ================= ==========================================================
 ``o-belm``      :math:`x_N, x_{N-1}` N                 exact to rounding; the most accurate of the exact ones
 ``bdia``        :math:`x_N, x_{N-1}` N                 exact to rounding
-``edict``       two copies of x_N    2N                exact to rounding where it does not diverge: many steps
+``edict``       two copies of x_N    2N                exact to rounding up to about 200 steps, and diverges beyond
 ``fixed-point`` :math:`x_N`          3N to 6N          to the tolerance
 ``ddim``        :math:`x_N`          N                 at a distance of first order in 1/N: the paper's Table 2
 =============== ==================== ================= ==========================================================
 
-A code of one state may be decoded with any steps. A pair of states belongs to its steps, its method and its network, and is
-refused with others.
+Every code belongs to the network that made it, in its dtype, and is refused by others. A code of one state may be decoded with any
+steps, from its own first level; a pair of states belongs to its own steps too.
 """
 
 import hashlib
@@ -26,15 +26,37 @@ from torch import Tensor, nn
 from ddim.denoiser import Denoiser
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps, encode_explicit, encode_implicit
+from ddim.prediction import Denoised
 from ddim.reversible import ReversibleSampler, StatePair, decode_pair, encode_pair
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
-from ddim.timesteps import step_pairs
+from ddim.timesteps import check_timesteps, step_pairs
 
-__all__ = ["ENCODERS", "Code", "EncodingMethod", "decode", "decode_trajectory", "encode", "fingerprint", "reconstruction_error"]
+__all__ = [
+    "ENCODERS",
+    "Code",
+    "EncodingMethod",
+    "check_origin",
+    "decode",
+    "decode_trajectory",
+    "decoding_timesteps",
+    "encode",
+    "fingerprint",
+    "reconstruction_error",
+]
 
 EncodingMethod = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
 ENCODERS: tuple[str, ...] = get_args(EncodingMethod)
+
+_ROUNDING = 1e-6  # what the rounding of a code may do to the data, of a range of 2
+_SOUND = "look whether network, schedule and data belong together"
+_ADVICE: dict[str, str] = {
+    "o-belm": _SOUND,
+    "bdia": "use gamma 1, or method o-belm",
+    "edict": "use fewer steps, a mixing nearer to 1, or method o-belm",
+    "fixed-point": _SOUND,
+    "ddim": _SOUND,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +67,12 @@ class Code:
         states: x_N, shape [1, B, ...]; or a pair of states, shape [2, B, ...] (:class:`ddim.reversible.StatePair`).
         method: How it was encoded.
         timesteps: The levels, falling; ``states[0]`` lies at the first.
-        evaluations: Network calls an image that encoding took.
+        evaluations: Network calls an image that encoding took, counted.
         gamma: Of ``bdia``.
         mixing: Of ``edict``.
         residual: Of ``fixed-point``: how far the worst step is from its solution, shape [B]; None for the others.
         labels: Classes of the images, shape [B], int64; None without.
-        origin: Fingerprints by name (``network``, ``schedule``, ``dtype``), which a decoder must share; empty: anything goes.
+        origin: Fingerprints by name (``dtype``, ``network``, ``schedule``), which a decoder must share; empty: anything goes.
     """
 
     states: Tensor
@@ -179,25 +201,32 @@ def encode(
 
     Raises:
         DDIMError: If the method is unknown.
-        DivergenceError: If what it found is not finite.
+        DivergenceError: If what it found is not finite, or so large that float64 cannot bring the data back.
     """
     if method not in ENCODERS:
         raise DDIMError(f"method must be one of {', '.join(ENCODERS)}; got {method!r}.")
     levels, x0, residual = encodable_timesteps(schedule, timesteps), x0.double(), None
+    evaluations = 0
+
+    def counted(x_t: Tensor, t: int | Tensor) -> Denoised:
+        nonlocal evaluations
+        evaluations += 1
+        return denoise(x_t, t)
+
     if method == "ddim" or method == "fixed-point":
         found = (
-            encode_explicit(denoise, x0, levels, schedule=schedule)
+            encode_explicit(counted, x0, levels, schedule=schedule)
             if method == "ddim"
-            else encode_implicit(denoise, x0, levels, schedule=schedule, tolerance=tolerance, max_evaluations=max_evaluations)
+            else encode_implicit(counted, x0, levels, schedule=schedule, tolerance=tolerance, max_evaluations=max_evaluations)
         )
-        states, evaluations, residual = found.x_T.unsqueeze(0), found.evaluations, found.residual
+        states, residual = found.x_T.unsqueeze(0), found.residual
     else:
         sampler = ReversibleSampler(method, gamma, mixing)
-        states = torch.stack(encode_pair(denoise, x0, levels, schedule=schedule, sampler=sampler))
-        evaluations = sampler.evaluations_per_step * len(levels)
-    if not bool(torch.isfinite(states).all()):
+        states = torch.stack(encode_pair(counted, x0, levels, schedule=schedule, sampler=sampler))
+    largest = float(states.abs().max()) if states.numel() else 0.0
+    if not largest * torch.finfo(torch.float64).eps < _ROUNDING:  # or NaN
         raise DivergenceError(
-            f"the code became NaN or infinite: {method} diverged at {len(levels)} steps; use more steps, or method o-belm."
+            f"the code grew to {largest:.1e}, where noise is of order 1: {method} diverged at {len(levels)} steps; {_ADVICE[method]}."
         )
     return Code(states, method, tuple(levels), evaluations, gamma, mixing, residual, labels, origin or {})
 
@@ -216,31 +245,72 @@ def decode_trajectory(
         denoise: (x_t, t) -> (x0, eps), without clipping.
         code: From :func:`encode`.
         schedule: The levels.
-        timesteps: Other levels than the code's, for a code of one state: from its first level, or as near to it as may be.
+        timesteps: Other levels than the code's, for a code of one state (:func:`decoding_timesteps`).
         origin: Fingerprints of this decoder; they must be the code's.
 
     Returns:
         An iterator of states; the last one's ``x_s`` is the data.
 
     Raises:
-        DDIMError: If a pair of states is to be decoded with other steps, or another network or schedule than made it.
+        DDIMError: As :func:`decoding_timesteps` and :func:`check_origin`, before anything is evaluated.
     """
-    for name, value in (origin or {}).items():
-        if code.origin.get(name, value) != value:
-            raise DDIMError(
-                f"the code was made with another {name} ({code.origin[name]} there, {value} here); "
-                "decode it with the model that encoded it."
-            )
-    levels = code.timesteps if timesteps is None else tuple(encodable_timesteps(schedule, timesteps))
+    check_origin(code, origin or {})
+    levels = decoding_timesteps(code, timesteps, schedule=schedule)
     if not code.is_exact:
         return trajectory(denoise, code.x_T.double(), step_pairs(levels), schedule=schedule)
-    if levels != code.timesteps:
-        raise DDIMError(
-            f"a code of {code.method} is a pair of states of its own {len(code.timesteps)} steps, and cannot be decoded with "
-            f"{len(levels)} others; leave the steps out, or encode with method fixed-point or ddim."
-        )
     pair = StatePair(code.states[0].double(), code.states[1].double())
     return decode_pair(denoise, pair, levels, schedule=schedule, sampler=ReversibleSampler(code.method, code.gamma, code.mixing))  # type: ignore[arg-type]
+
+
+def check_origin(code: Code, origin: Mapping[str, str]) -> None:
+    """Refuses a decoder that is not the code's own.
+
+    Args:
+        code: To be decoded.
+        origin: Fingerprints of the decoder; what the code or the decoder does not name may be anything.
+
+    Raises:
+        DDIMError: If they differ; the message says in what. The dtype goes first, since it changes the network's fingerprint too.
+    """
+    shared = [name for name in origin if name in code.origin]
+    for name in sorted(shared, key=lambda name: name != "dtype"):
+        there, here = code.origin[name], origin[name]
+        if there != here and name == "dtype":
+            raise DDIMError(f"the code was made by a network in {there}, and this one is in {here}; decode it in {there}.")
+        if there != here:
+            raise DDIMError(
+                f"the code was made with another {name} ({there} there, {here} here); decode it with the model that encoded it."
+            )
+
+
+def decoding_timesteps(code: Code, timesteps: Sequence[int] | None, *, schedule: NoiseSchedule) -> tuple[int, ...]:
+    """The levels that a code is decoded over.
+
+    A code lies at its own first level, and nowhere else. So that one takes the place of the first level that is asked for, and of
+    any other that is not below it.
+
+    Args:
+        code: To be decoded.
+        timesteps: Falling; None: the code's own.
+        schedule: The levels.
+
+    Returns:
+        Falling levels from ``code.timesteps[0]``, as many as were asked for where all others are below it.
+
+    Raises:
+        DDIMError: If the timesteps are invalid, or a pair of states is to be decoded with other steps than its own.
+    """
+    if timesteps is None:
+        return code.timesteps
+    asked, first = check_timesteps(timesteps, len(schedule)), code.timesteps[0]
+    if not code.is_exact:
+        return (first, *(t for t in asked[1:] if t < first))
+    if tuple(encodable_timesteps(schedule, asked)) != code.timesteps:
+        raise DDIMError(
+            f"a code of {code.method} is a pair of states of its own {len(code.timesteps)} steps, and cannot be decoded with "
+            f"{len(asked)} others; leave the steps out, or encode with method fixed-point or ddim."
+        )
+    return code.timesteps
 
 
 def decode(

@@ -243,7 +243,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C, H, W].
             num_inference_steps: N; None: 50.
             method: ``o-belm``, ``bdia`` and ``edict`` come back exactly, ``fixed-point`` to its tolerance, ``ddim`` (the paper's) nearly.
-                A half-precision network rounds what it sees, and may round otherwise on the way back: encode in float32.
+                A half-precision network rounds what it sees, and may round otherwise on the way back: encode and decode in float32.
             timestep_spacing: As in a call.
             timesteps: As in a call. A level of zero SNR is moved to the one below, since a sample holds nothing of an image there.
             class_labels: As in a call; kept in the code.
@@ -300,6 +300,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Args:
             code: From :meth:`encode`, of this model.
             num_inference_steps: Other steps than the code's, which only a code of ``fixed-point`` or ``ddim`` takes; None: the code's.
+                They begin at the code's own first level, wherever the spacing would.
             timestep_spacing: Of those.
             timesteps: Those.
             callback: As in a call.
@@ -314,10 +315,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If the code is of another model, or of other steps, or does not fit.
         """
         self._check_output_type(output_type)
-        if tuple(code.x_T.shape[1:]) != self.image_shape:
-            raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
-        others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
+        levels = self.decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
 
         def denoiser(chosen: slice) -> ModelDenoiser:
             part = code[chosen]
@@ -326,6 +324,27 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
         self.maybe_free_model_hooks()
         return self._finish(x, output_type)
+
+    def decoding_timesteps(
+        self,
+        code: Code,
+        num_inference_steps: int | None = None,
+        *,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> list[int]:
+        """The levels that :meth:`decode` visits with these options, once it is known that the code fits this model and them.
+
+        Raises:
+            DDIMError: As :meth:`decode`, before anything is evaluated.
+        """
+        if tuple(code.x_T.shape[1:]) != self.image_shape:
+            raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
+        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+        if code.labels is None and self._takes_labels:
+            raise DDIMError("the network is class-conditional, and the code has no classes; encode with class_labels (--class).")
+        self._labels(code.labels, len(code))
+        return levels
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in ("pil", "np", "pt"):
@@ -372,6 +391,8 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         if not self._takes_labels:
             raise DDIMError("the network was trained without classes; leave out class_labels.")
         labels = torch.as_tensor(class_labels)
+        if labels.ndim > 1 or (labels.ndim == 1 and len(labels) != count):
+            raise DDIMError(f"class_labels must be one number for all images, or one for each of {count}; got shape {list(labels.shape)}.")
         labels = (labels.expand(count) if labels.ndim == 0 else labels).contiguous().to(self._execution_device)
         if classes is not None and (labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())):
             raise DDIMError(f"class_labels must be whole numbers from 0 to {classes - 1}; got {torch.as_tensor(class_labels).tolist()}.")

@@ -12,6 +12,7 @@ All hold without clipping and at eta = 0, and to rounding: keep the states in fl
 At a level without signal (zero SNR) BDIA alone can be turned round; see :func:`ddim.inversion.encodable_timesteps`.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -29,10 +30,12 @@ from ddim.timesteps import check_timesteps
 
 __all__ = [
     "REVERSIBLE",
+    "DriftWarning",
     "Reversible",
     "ReversibleSampler",
     "StatePair",
     "bdia_coefficients",
+    "check_start",
     "decode_pair",
     "encode_pair",
     "o_belm_coefficients",
@@ -41,6 +44,13 @@ __all__ = [
 
 Reversible = Literal["o-belm", "bdia", "edict"]
 REVERSIBLE: tuple[str, ...] = get_args(Reversible)
+
+
+_APART = 0.5  # how far EDICT's copies may end from each other: a quarter of the range of pixels
+
+
+class DriftWarning(UserWarning):
+    """The two copies of one sample that EDICT carries have drifted apart."""
 
 
 class StatePair(NamedTuple):
@@ -85,6 +95,10 @@ class ReversibleSampler:
     def evaluations_per_step(self) -> int:
         """Network calls of a step."""
         return 2 if self.method == "edict" else 1
+
+    def evaluations(self, schedule: NoiseSchedule, timesteps: Sequence[int]) -> int:
+        """Network calls an image of :func:`reversible_trajectory` over these levels."""
+        return self.evaluations_per_step * (len(_path(schedule, timesteps).levels) - 1)
 
 
 def o_belm_coefficients(alpha_bar: Tensor) -> TwoStep:
@@ -171,21 +185,28 @@ def reversible_trajectory(
         schedule: The levels.
         sampler: The method.
 
-    Yields:
-        One :class:`~ddim.sampler.State` a step.
+    Returns:
+        An iterator of one :class:`~ddim.sampler.State` a step.
 
     Raises:
-        DDIMError: If the timesteps are invalid, or EDICT is to start at zero SNR.
+        DDIMError: As :func:`check_start`, before anything is evaluated.
     """
+    check_start(schedule, timesteps, sampler)
     path = _path(schedule, timesteps)
     if sampler.method == "edict":
-        yield from _edict_down(denoise, StatePair(x_T, x_T), path, sampler.mixing)
-        return
-    t, s = path.levels[-1], path.levels[-2]
-    x0, eps = denoise(x_T, t)
-    x = ddim_step(x0, eps, alpha_bar_t=path.alpha_bar[-1], alpha_bar_s=path.alpha_bar[-2])
-    yield State(x, x0, eps, t, s, 0)
-    yield from _two_step_down(denoise, StatePair(x_T, x), path, _two_step(sampler, path.alpha_bar))
+        return _edict_down(denoise, StatePair(x_T, x_T), path, sampler.mixing)
+    return _two_step_from_noise(denoise, x_T, path, _two_step(sampler, path.alpha_bar))
+
+
+def check_start(schedule: NoiseSchedule, timesteps: Sequence[int], sampler: ReversibleSampler) -> None:
+    """Refuses levels that this sampler cannot start from.
+
+    Raises:
+        DDIMError: If the timesteps are invalid, or EDICT is to start at zero SNR, where its steps divide by 0.
+    """
+    path = _path(schedule, timesteps)
+    if sampler.method == "edict" and path.alpha_bar[-1] == 0:
+        raise DDIMError(f"edict cannot start at t={path.levels[-1]}, where the SNR is 0; start a level lower, or use o-belm or bdia.")
 
 
 def encode_pair(
@@ -236,15 +257,17 @@ def decode_pair(
 ) -> Iterator[State]:
     """Samples from a pair of states: the way back of :func:`encode_pair`, with the same arguments.
 
-    Yields:
-        One :class:`~ddim.sampler.State` a step: N - 1 for the two-step methods, whose pair holds the result of the first.
+    Returns:
+        An iterator of one :class:`~ddim.sampler.State` a step: N - 1 for the two-step methods, whose pair holds the result of the first.
+
+    Raises:
+        DDIMError: As :func:`encode_pair`, before anything is evaluated.
     """
     path = _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
     if sampler.method == "edict":
-        yield from _edict_down(denoise, pair, path, sampler.mixing)
-    else:
-        yield from _two_step_down(denoise, pair, path, _two_step(sampler, path.alpha_bar))
+        return _edict_down(denoise, pair, path, sampler.mixing)
+    return _two_step_down(denoise, pair, path, _two_step(sampler, path.alpha_bar))
 
 
 def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
@@ -253,6 +276,14 @@ def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
             f"{sampler.method} cannot be run backwards from t={path.levels[-1]}, where the SNR is 0 and a sample holds no signal; "
             "start a level lower (encodable_timesteps), or use bdia."
         )
+
+
+def _two_step_from_noise(denoise: Denoiser, x_T: Tensor, path: _Path, coefficients: TwoStep) -> Iterator[State]:
+    t, s = path.levels[-1], path.levels[-2]
+    x0, eps = denoise(x_T, t)
+    x = ddim_step(x0, eps, alpha_bar_t=path.alpha_bar[-1], alpha_bar_s=path.alpha_bar[-2])
+    yield State(x, x0, eps, t, s, 0)
+    yield from _two_step_down(denoise, StatePair(x_T, x), path, coefficients)
 
 
 def _two_step_down(denoise: Denoiser, pair: StatePair, path: _Path, coefficients: TwoStep) -> Iterator[State]:
@@ -265,15 +296,15 @@ def _two_step_down(denoise: Denoiser, pair: StatePair, path: _Path, coefficients
 
 
 def _edict_steps(path: _Path) -> list[tuple[int, int, float, float]]:
-    """(t, s, a, b) of each step from i to i-1, i rising: x_s = a x_t + b eps."""
-    if path.alpha_bar[-1] == 0:
-        raise DDIMError(f"edict cannot start at t={path.levels[-1]}, where the SNR is 0; start a level lower, or use o-belm or bdia.")
+    """(t, s, a, b) of each step from i to i-1, i rising: x_s = a x_t + b eps; alpha_bar above 0."""
     steps = linear_step("epsilon", path.alpha_bar[1:], path.alpha_bar[:-1])
     return list(zip(path.levels[1:], path.levels, steps.x.tolist(), steps.output.tolist(), strict=False))
 
 
 def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> Iterator[State]:
     r"""Coupled steps, then a mixing of the copies: x <- p x + (1 - p) y, y <- p y + (1 - p) x.
+
+    Each copy steps with eps at the other. Where a step is long the copies drift apart, faster than mixing brings them together.
 
     References:
         Wallace, Gokul, Naik. EDICT: Exact Diffusion Inversion via Coupled Transformations. 2023. https://arxiv.org/abs/2211.12446
@@ -286,10 +317,18 @@ def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> It
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
         yield State(x, found.x0, found.eps, t, s, number)
+    apart = float((x - y).flatten(1).square().mean(1).sqrt().max()) if len(x) else 0.0
+    if apart > _APART:
+        warnings.warn(
+            f"EDICT's two copies of an image ended {apart:.1e} apart (pixels in [-1, 1]), so that neither is what the steps lead to; "
+            "sample with more steps, decode a code of fewer, or use o-belm.",
+            DriftWarning,
+            stacklevel=2,
+        )
 
 
 def _edict_up(denoise: Denoiser, x0: Tensor, path: _Path, p: float) -> StatePair:
-    """The same, undone in the opposite order."""
+    """The same, undone in the opposite order; undoing the mixing enlarges a difference of the copies by 1/p^2 a step."""
     x = y = x0
     for t, _, a, b in _edict_steps(path):
         y = (y - (1 - p) * x) / p

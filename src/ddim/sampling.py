@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ddim.checkpoints import noise_schedule
 from ddim.denoiser import Clip, Denoiser
-from ddim.encoding import Code, EncodingMethod, decode_trajectory, encode, fingerprint
+from ddim.encoding import Code, EncodingMethod, check_origin, decode_trajectory, decoding_timesteps, encode, fingerprint
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
-from ddim.reversible import Reversible, ReversibleSampler, reversible_trajectory
+from ddim.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start, reversible_trajectory
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
 from ddim.scheduler import DDIMScheduler, fitted_timesteps
@@ -84,13 +84,17 @@ class Sampling:
             order = self.scheduler.config.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
         return check_order(order)
 
-    def check_path(self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False) -> None:
-        """Refuses levels, an eta, an order and an analytic variance that would come to no finite image, before anything is evaluated.
+    def check_path(
+        self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False, sampler: str = "ddim"
+    ) -> None:
+        """Refuses levels, an eta, an order, an analytic variance and a sampler that would come to no finite image, unevaluated.
 
         Raises:
-            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise, or the prediction has no solution, or
-                the analytic variance no value, at a level.
+            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise, the prediction has no solution, or
+                the analytic variance no value, at a level, or the sampler cannot start at the first.
         """
+        if sampler in REVERSIBLE:
+            check_start(self.noise_schedule, timesteps, ReversibleSampler(sampler))  # type: ignore[arg-type] # one of the three
         check_order(self.select_order(order), eta=eta, analytic=analytic)
         schedule = self.noise_schedule
         alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
@@ -185,33 +189,48 @@ class Sampling:
     def _decode(
         self,
         code: Code,
-        timesteps: Sequence[int] | None,
+        timesteps: Sequence[int],
         denoiser: Callable[[slice], Denoiser],
         *,
         callback: Callable[[State], bool | None] | None,
         progress: bool,
         batch_size: int,
     ) -> Tensor:
-        """The data [B, ...] of a code, under the denoiser of each batch's images; timesteps None: the code's own."""
-        if len(code) == 0:
-            raise DDIMError("the code holds no images.")
-        origin, finished = self._origin(), []
+        """The data [B, ...] of a code over levels of :meth:`_decoding_timesteps`, under the denoiser of each batch's images."""
+        finished = []
         for first in range(0, len(code), max(1, batch_size)):
             chosen = slice(first, first + max(1, batch_size))
             part = code[chosen].to(self._execution_device)
-            states = decode_trajectory(denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps, origin=origin)
-            total = len(timesteps or code.timesteps)
-            finished.append(self._walk(states, part.states[-1], total, callback=callback, progress=progress))
+            states = decode_trajectory(denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps)
+            finished.append(self._walk(states, part.states[-1], len(timesteps), callback=callback, progress=progress))
         return torch.cat(finished)
+
+    def _decoding_timesteps(
+        self, code: Code, num_inference_steps: int | None, *, timestep_spacing: Spacing | None, timesteps: Sequence[int] | None
+    ) -> list[int]:
+        """The levels that a code is decoded over with these options: its own without any.
+
+        Raises:
+            DDIMError: If the code is empty, or of another model or other steps, before anything is evaluated.
+        """
+        if len(code) == 0:
+            raise DDIMError("the code holds no images.")
+        check_origin(code, self._origin())
+        asked = None
+        if num_inference_steps is not None or timestep_spacing is not None or timesteps is not None:
+            asked = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
+        levels = list(decoding_timesteps(code, asked, schedule=self.noise_schedule))
+        self.check_path(levels, order=1)
+        return levels
 
     def _origin(self) -> dict[str, str]:
         """What a code depends on beside its own options."""
         schedule = self.noise_schedule
         levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
         return {
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
             "network": fingerprint(self.unet),
             "schedule": f"{fingerprint(levels)} {self.scheduler.config.prediction_type}",
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
         }
 
     def _noise(self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None) -> SeededNoise:

@@ -433,8 +433,7 @@ class StableDiffusion(Sampling):
         channels = int(self.unet.config.in_channels)
         if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
             raise DDIMError(f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}.")
-        others = num_inference_steps is not None or timestep_spacing is not None or timesteps is not None
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps) if others else None
+        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
         denoiser = self._denoisers(
             len(code), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
         )
