@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ddim.errors import DataError, DDIMError
@@ -128,14 +128,14 @@ def crop_square(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(path: Path | str) -> Image.Image:
-    """Reads a picture file whole.
+    """Reads a picture file whole, turned upright as viewers show it.
 
     Raises:
         DataError: If there is no such file, or it is no picture.
     """
     try:
         with Image.open(path) as picture:
-            return picture.copy()
+            return ImageOps.exif_transpose(picture)  # a copy
     except FileNotFoundError:
         raise DataError(f"there is no picture at {path}.") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow reports a damaged PNG as a SyntaxError

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ddim.errors import DataError
-from ddim.training.data import _NAMED, FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, NamedSource, load_images, read_idx
+from ddim.training.data import _NAMED, FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, NamedSource, load_images, load_test_images, read_idx
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
 RNG = np.random.default_rng(0)
@@ -356,6 +356,16 @@ def test_resizing_is_antialiased(tmp_path):
     assert (image[:, :, 2:-2] - 127.5).abs().max() < 4
 
 
+def test_a_resolution_of_two_numbers_is_covered_and_cut(tmp_path):
+    write_png(tmp_path / "0.png", np.kron(GREY[0], np.ones((2, 4), np.uint8)))  # 10x28
+    write_png(tmp_path / "1.png", np.kron(GREY[1], np.ones((2, 2), np.uint8)))  # 10x14
+    data = load_images(str(tmp_path), resolution=(5, 7))
+    assert data.resolution == (5, 7)
+    assert stack(data).shape == (2, 1, 5, 7)
+    with pytest.raises(DataError, match="resolution must be at least 1"):
+        load_images(str(tmp_path), resolution=(0, 7))
+
+
 def test_resolution_leaves_images_of_that_size_alone(tmp_path):
     np.savez(tmp_path / "a.npz", images=COLOUR[:, :, :5])
     assert np.array_equal(stack(load_images(str(tmp_path / "a.npz"), resolution=5)), COLOUR[:, :, :5].transpose(0, 3, 1, 2))
@@ -580,7 +590,7 @@ def test_images_of_several_sizes_are_told_at_once_and_how_to_fix_them(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", GREY[1, :4])
     with pytest.raises(
-        DataError, match=r"1\.png is of size 4x7 and the first image of .* is 5x7; use --resolution 5 to bring all to one size"
+        DataError, match=r"1\.png is of size 4x7 and the first image of .* is 5x7; use --resolution 5 .*to bring all to one size"
     ):
         load_images(str(tmp_path))
     with pytest.raises(DataError, match=r"1\.png is of size 4 and the first image of .* is 5; use --resolution 5"):
@@ -591,7 +601,7 @@ def test_images_of_several_sizes_are_told_at_once_and_how_to_fix_them(tmp_path):
 def test_a_picture_on_its_side_is_told_when_it_is_read(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", np.ascontiguousarray(GREY[1].T))
-    with pytest.raises(DataError, match="image 1 of .* is 7x5 and the first is 5x7; use --resolution 5 to bring all to one size"):
+    with pytest.raises(DataError, match="image 1 of .* is 7x5 and the first is 5x7; use --resolution 5 .*to bring all to one size"):
         load_images(str(tmp_path))[1]
 
 
@@ -671,6 +681,34 @@ def test_idx_images_must_have_three_dimensions(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", LABELS.astype(np.uint8))
     with pytest.raises(DataError, match=r"must be uint8 of shape .*; got uint8 of shape \[6\]"):
         load_images(str(tmp_path))
+
+
+def test_images_to_measure_on_are_the_test_split_where_there_is_one(tmp_path, datasets, monkeypatch):
+    np.savez(tmp_path / "a.npz", images=GREY)
+    write_png(tmp_path / "folder" / "0.png", GREY[0])
+    write_png(tmp_path / "divided" / "test" / "0.png", GREY[0])
+    write_png(tmp_path / "divided" / "train" / "0.png", GREY[0])
+    (tmp_path / "idx").mkdir()
+    write_idx(tmp_path / "idx" / "train-images-idx3-ubyte", GREY)
+    told = {"a.npz": "train", "folder": "train", "divided": "test", "idx": "train"}
+    for name, split in told.items():
+        assert load_test_images(str(tmp_path / name))[1] == split
+    assert load_test_images("digits")[1] == "test"
+    images, split = load_test_images(str(NPZ), resolution=(14, 14), channels=3)
+    assert (split, images.resolution, images.channels) == ("test", (14, 14), 3)
+    assert load_test_images(str(NPZ), split="train")[1] == "train"
+    with pytest.raises(DataError, match="has no split 'test'"):
+        load_test_images(str(tmp_path / "folder"), split="test")
+    with pytest.raises(DataError, match="there is no data at"):
+        load_test_images(str(tmp_path / "none.npz"))
+
+    def of_the_hub(name, split):
+        if split == "test":
+            raise ValueError("Unknown split \"test\". Should be one of ['train'].")
+        return datasets.Dataset.from_dict({"image": [Image.fromarray(GREY[0])]}, features=datasets.Features({"image": datasets.Image()}))
+
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    assert load_test_images("owner/set")[1] == "train"
 
 
 def test_splits_that_do_not_exist(tmp_path):

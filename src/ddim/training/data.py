@@ -23,7 +23,7 @@ from ddim.errors import DataError
 from ddim.images import convert_mode, crop_square, fit_picture
 from ddim.training.captions import CAPTION_COLUMNS, captions_of_files, one_caption
 
-__all__ = ["FASHION_MNIST_CLASSES", "ImageData", "NamedSource", "load_images", "read_idx"]
+__all__ = ["FASHION_MNIST_CLASSES", "ImageData", "NamedSource", "load_images", "load_test_images", "read_idx"]
 
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -38,8 +38,12 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 _MOST_CLASSES = 100_000  # a label above it is an identity or damage, and would make as many class names
 
 
+class _NoSuchSplit(DataError):
+    """The data has no split of that name."""
+
+
 class _Shape(TypedDict):
-    resolution: int | None
+    resolution: int | tuple[int, int] | None
     channels: int | None
     center_crop: bool
 
@@ -113,7 +117,7 @@ def load_images(
     source: str,
     *,
     split: str = "train",
-    resolution: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
     center_crop: bool = False,
     image_column: str | None = None,
@@ -129,7 +133,8 @@ def load_images(
             (:mod:`ddim.training.fashion_text`), or a hub dataset id. A folder that is called like a named set is meant by ``./digits``.
         split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays ``test_images``, files
             ``test-*.parquet``. A source without splits is all ``train``; a file named by itself is what it is.
-        resolution: Resize the shorter side to this and cut out the centre square. None: all images must have one size.
+        resolution: Resize the shorter side to this and cut out the centre square; or bring to (height, width), resized to cover it and
+            cut in the centre. None: all images must have one size.
         channels: 1 grey, 3 colour (alpha over white). None: as the first image.
         center_crop: Without ``resolution``, which crops anyway: cut out the centre square, and do not resize.
         image_column: Column of parquet or hub data; None: the first one that holds images.
@@ -146,7 +151,7 @@ def load_images(
         DataError: If the source is missing, damaged, of an unusable shape, or without the captions asked for; the message says
             what to do.
     """
-    if resolution is not None and resolution < 1:
+    if resolution is not None and min(resolution if isinstance(resolution, tuple) else (resolution,)) < 1:
         raise DataError(f"resolution must be at least 1; got {resolution}.")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
@@ -193,6 +198,31 @@ def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -
     raise DataError(f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id.")
 
 
+def load_test_images(
+    source: str, *, split: str | None = None, resolution: int | tuple[int, int] | None = None, channels: int | None = None
+) -> tuple[ImageData, str]:
+    """Opens the images to measure on: the split ``test`` where the data has one, else ``train``, which is all of undivided data.
+
+    Args:
+        source: As of :func:`load_images`.
+        split: This one, and no other.
+        resolution: As there.
+        channels: As there.
+
+    Returns:
+        The data set, and the split that it is.
+
+    Raises:
+        DataError: As :func:`load_images`.
+    """
+    if split is None:
+        try:
+            return load_images(source, split="test", resolution=resolution, channels=channels), "test"
+        except _NoSuchSplit:
+            split = "train"
+    return load_images(source, split=split, resolution=resolution, channels=channels), split
+
+
 @dataclass(frozen=True, eq=False)
 class _Files:
     """Image files, decoded when asked for."""
@@ -227,7 +257,7 @@ class _Files:
             if size != first:
                 raise DataError(
                     f"{path} is of size {'x'.join(map(str, size))} and the first image of {source} is {'x'.join(map(str, first))}; "
-                    f"use --resolution {min(first)} to bring all to one size."
+                    f"use --resolution {min(first)} (or --resize, where a model has a size) to bring all to one size."
                 )
 
 
@@ -299,7 +329,7 @@ class _Images:
         class_names: tuple[str, ...] | None,
         captions: Sequence[str] | None = None,
         *,
-        resolution: int | None,
+        resolution: int | tuple[int, int] | None,
         channels: int | None,
         center_crop: bool,
     ) -> "_Images":
@@ -315,7 +345,9 @@ class _Images:
         else:
             width, height = first.size
             grey = first.mode in ("1", "L", "LA", "I", "F") or first.mode.startswith("I;16")
-        if resolution or center_crop:
+        if isinstance(resolution, tuple):
+            height, width = resolution
+        elif resolution or center_crop:
             height = width = resolution or min(height, width)
         size, depth = (height, width), channels or (1 if grey else 3)
         return cls(name, items, numbers, class_names, captions, depth, size, resize=resolution is not None, center_crop=center_crop)
@@ -350,7 +382,7 @@ class _Images:
         if picture.size != (width, height):
             raise DataError(
                 f"image {index} of {self.name} is {picture.height}x{picture.width} and the first is {height}x{width}; "
-                f"use --resolution {min(height, width)} to bring all to one size."
+                f"use --resolution {min(height, width)} (or --resize, where a model has a size) to bring all to one size."
             )
         array = np.array(picture, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
@@ -413,7 +445,9 @@ def _read_idx_folder(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArr
     images = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
     if images is None:
         there = ", ".join(sorted(p.name for p in folder.glob("*idx3-ubyte*"))) or "no images at all"
-        raise DataError(f"{folder} holds no images of split {split!r}, which would be {prefix}-images-idx3-ubyte[.gz]; it holds {there}.")
+        raise _NoSuchSplit(
+            f"{folder} holds no images of split {split!r}, which would be {prefix}-images-idx3-ubyte[.gz]; it holds {there}."
+        )
     return read_idx(images), _labels_beside(images)
 
 
@@ -427,7 +461,7 @@ def _labels_beside(images: Path) -> NDArray[np.uint8] | None:
 def _digits(split: str) -> NamedSource:
     part = {"train": slice(0, 1500), "test": slice(1500, None)}.get(split)
     if part is None:
-        raise DataError(f"digits has splits train and test; got {split!r}.")
+        raise _NoSuchSplit(f"digits has splits train and test; got {split!r}.")
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -486,10 +520,10 @@ def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
     return keys
 
 
-def _no_such_split(source: str, splits: Iterable[str], split: str) -> DataError:
+def _no_such_split(source: str, splits: Iterable[str], split: str) -> _NoSuchSplit:
     there = ", ".join(sorted(splits))
     has = f"it has {there}" if there else "it is not divided into splits, so leave out --split"
-    return DataError(f"{source} has no split {split!r}; {has}.")
+    return _NoSuchSplit(f"{source} has no split {split!r}; {has}.")
 
 
 def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
@@ -556,7 +590,7 @@ def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Un
     except Exception as error:
         reason = _first_line(error)
         if "unknown split" in reason.lower():
-            raise DataError(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
+            raise _NoSuchSplit(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
         if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in ("httpx", "requests"):
             if name == "fashion-mnist":
                 advice = "install Debian's package dataset-fashion-mnist, or name a folder with its four files in DDIM_FASHION_MNIST"
