@@ -7,6 +7,7 @@ asked for is loaded.
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 from ddim.errors import DDIMError
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given[0] not in COMMANDS:
             raise DDIMError(f"there is no command {given[0]!r}; the commands are {', '.join(COMMANDS)}.")
         module: Any = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
-        code: int | None = module.run(_parse(module, given[0], given[1:]))
+        with warnings.catch_warnings():
+            _tell_warnings()
+            code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
         return _fail(str(error))
     except OSError as error:
@@ -61,6 +64,19 @@ def main(arguments: list[str] | None = None) -> int:
         _fail("interrupted; the same command goes on from what is there.")
         return 130
     return code or 0
+
+
+def _tell_warnings() -> None:
+    """Has what this package warns of told in one line, without the place in its code."""
+    otherwise = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:  # noqa: ANN401 - as warnings.showwarning
+        if category.__module__.split(".")[0] == "ddim":
+            print(f"ddim: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *place, **rest)
+
+    warnings.showwarning = tell
 
 
 def _parse(module: Any, name: str, arguments: list[str]) -> object:  # noqa: ANN401 - a command's module

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.cli._model import draw, seed_label
+from ddim.cli._model import draw, enough_memory, seed_label
 from ddim.errors import DataError, DDIMError
 
 if TYPE_CHECKING:
@@ -85,13 +85,10 @@ def draw_batches(
 ) -> "Iterator[Tensor]":
     """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch are added to ``seconds``."""
     import numpy as np
-    import torch
 
     from ddim.images import from_uint8
 
-    try:
+    with enough_memory(pipe.device, options["batch_size"]):
         for _, pictures, took in draw(pipe, seeds, label=seed_label(pipe), **options):
             seconds.append(took)
             yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))
-    except torch.OutOfMemoryError:
-        raise DDIMError(f"{pipe.device} has too little memory for so many images at once; give a smaller --batch-size.") from None

@@ -1,19 +1,34 @@
-"""What the commands of the latent space share: the images to encode, and the pictures they write."""
+"""What the commands of the latent space share: images to encode, folders of results, what is told, and the network's calls."""
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddim.errors import DDIMError, OutputError
+from ddim.cli._model import check_class
+from ddim.errors import DataError, DDIMError, OutputError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ddim.cli._run import RunRecord
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["clear_folder", "read_images", "scaled"]
+__all__ = ["Pictures", "NetworkCalls", "begin_run", "note_levels", "read_images", "scaled", "unsolved_steps"]
+
+
+class Pictures(NamedTuple):
+    """Images to encode."""
+
+    x0: "Tensor"
+    """In [-1, 1], [B, C, H, W], of the model's size."""
+    labels: list[int] | None
+    """Their classes, where the model knows classes."""
+    data: dict[str, Any]
+    """What a protocol says of them: where they are from, and the hash of their pixels."""
 
 
 def read_images(
@@ -21,63 +36,113 @@ def read_images(
     files: Sequence[str] | None,
     data: str | None,
     *,
-    split: str = "test",
+    split: str | None = None,
     count: int | None = None,
     resize: bool = False,
     fixed: int | None = None,
-) -> "tuple[Tensor, list[int] | None]":
-    """Images in [-1, 1] of the model's size, from files or a data set, and their classes where the model knows classes.
+) -> Pictures:
+    """Images of the model's size, from files or a data set; of its split ``test`` where it has one and none is named.
 
     Raises:
         DDIMError: If neither or both are given, an image does not fit, or a class is missing.
     """
     import numpy as np
 
-    from ddim.errors import DataError
+    from ddim.encoding import fingerprint
     from ddim.images import from_pictures, open_picture
-    from ddim.training.data import load_images
+    from ddim.training.data import load_test_images
 
     if (files is None) == (data is None):
         raise DDIMError("give images as files (--images a.png,b.png) or as a data set (--data), one of the two.")
     shape, labels = pipe.image_shape, None
     if files is not None:
         pictures = [open_picture(file) for file in files]
+        source: dict[str, Any] = {}
         try:
             x0 = from_pictures(pictures, shape, resize=resize)
         except DDIMError as error:
             raise DataError(f"{', '.join(files)}: {error}") from error
     else:
         assert data is not None
-        found = load_images(data, split=split, channels=shape[0], resolution=shape[1] if resize and shape[1] == shape[2] else None)
+        found, split = load_test_images(data, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
         if count is not None and count > len(found):
             raise DataError(f"{data} has {len(found)} images in its split {split}, and --count asks for {count}.")
         items = [found[i] for i in range(len(found) if count is None else count)]
         x0 = from_pictures(np.stack([image.permute(1, 2, 0).numpy() for image, _ in items]), shape)
         labels = [label for _, label in items] if found.class_names else None
-    classes = pipe.unet.config.get("num_class_embeds")
-    if not classes:
-        if fixed is not None:
-            raise DDIMError(f"--class is of no use: the model was trained without classes; got {fixed}.")
-        return x0, None
+        source = {"name": data, "split": split}
+    classes = check_class(pipe, fixed, required=labels is None)
     if fixed is not None:
         labels = [fixed] * len(x0)
-    if labels is None:
-        raise DDIMError(f"the model is class-conditional: name the images' class with --class, from 0 to {classes - 1}.")
-    return x0, labels
+    return Pictures(x0, labels if classes else None, {**source, "images": fingerprint(x0)})
 
 
-def clear_folder(out: Path, protocol: dict[str, Any]) -> None:
-    """Makes the folder of results, or refuses one that holds those of another protocol or of nobody knows what.
+def begin_run(out: Path, protocol: dict[str, Any], execution: dict[str, Any]) -> "RunRecord":
+    """Makes the folder of results, and says in it what it is for, so that what an interrupted run leaves is known.
+
+    Returns:
+        What an earlier run of the same protocol recorded there; else an empty record.
 
     Raises:
-        OutputError: If so.
+        OutputError: If the folder holds results of another protocol, or of nobody knows what.
     """
-    from ddim.cli._run import check_protocol
+    from ddim.cli._run import NAME, RunRecord, check_protocol, read_run, versions, write_run
 
-    before = check_protocol(out, protocol)
-    if before is None and out.is_dir() and any(out.iterdir()):
+    there = read_run(out)
+    results = out.is_dir() and any(p.name != NAME and not p.name.startswith(".") for p in out.iterdir())
+    if there is None and results:
         raise OutputError(f"{out} holds files and no run.json of this command; use another --out, or delete that folder.")
+    before = check_protocol(out, protocol, empty=there is not None and not there.results and not results)
+    if before is not None:
+        return before
+    record = RunRecord(protocol, results=[], seconds=0.0, seconds_total=0.0, evaluations=0, execution=execution, versions=versions())
     out.mkdir(parents=True, exist_ok=True)
+    write_run(out, record)
+    return record
+
+
+class NetworkCalls:
+    """Counts what a network is called for while it is held by ``with``, in images."""
+
+    def __init__(self, pipe: "UnconditionalPipeline") -> None:
+        self.images = 0
+        self._network = pipe.unet
+
+    def __enter__(self) -> "NetworkCalls":
+        self._hook = self._network.register_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, network: object, inputs: "tuple[Tensor, ...]") -> None:
+        self.images += len(inputs[0])
+
+    def each(self, count: int) -> float:
+        """Calls for each of so many images: a whole number, but for images that were encoded in different numbers."""
+        return self.images // count if self.images % count == 0 else self.images / count
+
+
+@contextlib.contextmanager
+def unsolved_steps() -> Iterator[list[str]]:
+    """Collects what implicit encoders tell of steps that they could not solve; other warnings go on."""
+    from ddim.inversion import ConvergenceWarning
+
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield told
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            told.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def note_levels(asked: Sequence[int], used: Sequence[int]) -> None:
+    """Says in one line where codes lie, if that is not the first level that was asked for."""
+    if used[0] != asked[0]:
+        print(f"note: level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at level {used[0]}.")
 
 
 def scaled(images: "NDArray[np.uint8]") -> int:

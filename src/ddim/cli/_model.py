@@ -1,5 +1,6 @@
 """What the commands that draw from a model share: where they compute, what a protocol says of the model, and the batches."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +10,21 @@ from typing import TYPE_CHECKING, Any
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ddim.denoiser import Clip
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["check_positive", "describe_model", "draw", "find_device", "open_model", "seed_label", "short_name"]
+__all__ = [
+    "check_class",
+    "check_positive",
+    "describe_model",
+    "draw",
+    "enough_memory",
+    "find_device",
+    "open_model",
+    "sampling_evaluations",
+    "seed_label",
+    "short_name",
+]
 
 
 def check_positive(command: object, *names: str) -> None:
@@ -51,6 +61,45 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
     return pipe, folder
 
 
+def check_class(pipe: "UnconditionalPipeline", fixed: int | None, *, required: bool = False) -> int:
+    """How many classes the model knows; 0 for a model without.
+
+    Raises:
+        DDIMError: If ``fixed``, the --class that was given, is none of them, or was required and not given.
+    """
+    classes = int(pipe.unet.config.get("num_class_embeds") or 0)
+    if fixed is not None and not 0 <= fixed < classes:
+        told = f"must be from 0 to {classes - 1}" if classes else "is of no use: the model was trained without classes"
+        raise DDIMError(f"--class {told}; got {fixed}.")
+    if fixed is None and required and classes:
+        raise DDIMError(f"the model is class-conditional: name the images' class with --class, from 0 to {classes - 1}.")
+    return classes
+
+
+def sampling_evaluations(pipe: "UnconditionalPipeline", sampler: str, timesteps: Sequence[int]) -> int:
+    """Network calls an image that a sampler makes over these levels."""
+    from ddim.reversible import REVERSIBLE, ReversibleSampler
+
+    if sampler not in REVERSIBLE:
+        return len(timesteps)
+    return ReversibleSampler(sampler).evaluations(pipe.noise_schedule, timesteps)  # type: ignore[arg-type] # one of the three
+
+
+@contextlib.contextmanager
+def enough_memory(device: Any, batch_size: int) -> Iterator[None]:  # noqa: ANN401 - as find_device
+    """Says what to do where the accelerator's memory ends.
+
+    Raises:
+        DDIMError: If it does.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise DDIMError(f"{device} has too little memory for {batch_size} images at once; give a smaller --batch-size.") from None
+
+
 def seed_label(pipe: "UnconditionalPipeline", fixed: int | None = None) -> Callable[[int], dict[str, int]]:
     """``{"class": n}`` of a seed's image: one for all, else the seeds go round the classes; empty for a model without classes."""
     classes = pipe.unet.config.get("num_class_embeds")
@@ -58,14 +107,24 @@ def seed_label(pipe: "UnconditionalPipeline", fixed: int | None = None) -> Calla
 
 
 def describe_model(
-    name: str, pipe: "UnconditionalPipeline", folder: Path, *, clip: "Clip", dtype: str = "float32", fixed: int | None = None
+    name: str,
+    pipe: "UnconditionalPipeline",
+    folder: Path,
+    *,
+    clip: "Clip",
+    dtype: str = "float32",
+    fixed: int | None = None,
+    classes: str = "seed modulo the number of classes",
 ) -> dict[str, Any]:
-    """The part of a protocol that says which network is sampled, for which classes, and how its prediction is read."""
+    """The part of a protocol that says which network is sampled, for which classes, and how its prediction is read.
+
+    ``fixed`` is the class of all images; without it, ``classes`` says where those of a class-conditional model come from.
+    """
     from ddim.checkpoints import weight_hash
 
     config = pipe.scheduler.config
     names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
-    by_seed = "seed modulo the number of classes" if pipe.unet.config.get("num_class_embeds") else None
+    each = classes if pipe.unet.config.get("num_class_embeds") else None
     bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
     return {
         "model": name,
@@ -76,7 +135,7 @@ def describe_model(
         "prompt": None,
         "guidance_scale": None,
         "dtype": dtype,
-        "class": by_seed if fixed is None else fixed,
+        "class": each if fixed is None else fixed,
     }
 
 
@@ -88,8 +147,8 @@ def draw(
     fill: bool,
     label: Callable[[int], dict[str, int]],
     **options: Any,  # noqa: ANN401 - of the pipeline's call
-) -> Iterator[tuple[list[int], "list[Image]", float]]:
-    """Draws batch by batch: the seeds, their pictures, and the seconds that took.
+) -> Iterator[tuple[list[int], Any, float]]:
+    """Draws batch by batch: the seeds, their images of the ``output_type`` asked for, and the seconds that took.
 
     Args:
         pipe: The model.

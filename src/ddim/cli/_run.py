@@ -11,9 +11,10 @@ from typing import Any
 from ddim import __version__
 from ddim.errors import OutputError
 
-__all__ = ["IDENTITY", "RunRecord", "check_protocol", "read_run", "versions", "write_run"]
+__all__ = ["IDENTITY", "NAME", "RunRecord", "check_protocol", "read_run", "versions", "write_run"]
 
 NAME = "run.json"
+"""The record's name in a folder of results."""
 
 IDENTITY = (
     "command",
@@ -56,8 +57,8 @@ class RunRecord:
     """The sampling loop alone, after one warm-up evaluation."""
     seconds_total: float
     """The whole command."""
-    evaluations: int
-    """Network calls an image."""
+    evaluations: float
+    """Network calls an image; a whole number, but where images were encoded in different numbers of them."""
     execution: dict[str, Any]
     """What may differ between runs of one protocol: count, batch size, device, compile."""
     versions: dict[str, str]
@@ -85,11 +86,11 @@ def read_run(folder: Path) -> RunRecord | None:
         raise OutputError(f"{path} is not a record of this program ({error}); use another --out, or delete that folder.") from error
 
 
-def write_run(folder: Path, record: RunRecord) -> None:
+def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
     """Writes the record, whole or not at all."""
     from ddim.images import write_atomically
 
-    write_atomically(folder / NAME, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
 
 
 def check_protocol(folder: Path, protocol: Mapping[str, Any], *, empty: bool = False) -> RunRecord | None:

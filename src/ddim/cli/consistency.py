@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import clear_folder, scaled
-from ddim.cli._model import check_positive, describe_model, find_device, open_model, seed_label, short_name
+from ddim.cli._latent import begin_run, scaled
+from ddim.cli._model import (
+    check_positive,
+    describe_model,
+    draw,
+    enough_memory,
+    find_device,
+    open_model,
+    sampling_evaluations,
+    seed_label,
+    short_name,
+)
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
@@ -79,11 +89,13 @@ def run(command: Command) -> None:
     seeds, label = check_seeds(range(command.seed, command.seed + command.count)), seed_label(pipe)
     chosen = {s: pipe.select_timesteps(s, timestep_spacing=command.spacing, order=1) for s in sorted(set(command.steps))}
     for timesteps in chosen.values():
-        pipe.check_path(timesteps, order=1)
+        for sampler in ("ddim", *command.sampler):
+            pipe.check_path(timesteps, order=1, sampler=sampler)
+    spacing = command.spacing or pipe.scheduler.config.timestep_spacing
     protocol = {
         "command": "consistency",
         **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none")),
-        "timesteps": command.spacing or pipe.scheduler.config.timestep_spacing,
+        "timesteps": {"spacing": spacing, "steps": list(chosen)},
         "eta": 0.0,
         "sampler": list(command.sampler),
         "steps": list(chosen),
@@ -91,46 +103,37 @@ def run(command: Command) -> None:
         "seed": command.seed,
     }
     out = Path(command.out or f"out/consistency-{short_name(command.model)}")
-    clear_folder(out, protocol)
-    size = min(command.batch_size, len(seeds))
-    (pipe.compile() if command.compile else pipe).warm_up(size)
+    execution = {"batch_size": command.batch_size, "device": str(device), "compile": command.compile}
+    begin_run(out, protocol, execution)
 
-    def draw(sampler: str, steps: int) -> "Tensor":
+    def sample(sampler: str, steps: int) -> "Tensor":
         """The images of all seeds, [B, C, H, W] in [-1, 1], clamped."""
         options: dict[str, Any] = {"order": 2} if sampler == "ddim-2" else {"order": 1} if sampler == "ddim" else {"sampler": sampler}
-        parts = []
-        for first in range(0, len(seeds), size):
-            batch = seeds[first : first + size]
-            filled = batch + batch[-1:] * (size - len(batch)) if command.compile else batch
-            labels = [number for s in filled for number in label(s).values()]
-            images = pipe(
-                seeds=filled,
-                timesteps=chosen[steps],
-                class_labels=labels or None,
-                clip="none",
-                output_type="pt",
-                progress=False,
-                **options,
-            ).images
-            parts.append(2 * images[: len(batch)].cpu().double() - 1)
-        return torch.cat(parts)
+        options |= {"timesteps": chosen[steps], "clip": "none", "output_type": "pt"}
+        drawn = draw(pipe, seeds, batch_size=command.batch_size, fill=command.compile, label=label, **options)
+        return torch.cat([2 * images.cpu().double() - 1 for _, images, _ in drawn])
 
-    started = time.perf_counter()
     longest = max(chosen)
-    reference = draw("ddim", longest)
     results: list[dict[str, Any]] = []
     sheet = []
-    for sampler in dict.fromkeys(command.sampler):
-        for steps in chosen:
-            images = reference if sampler == "ddim" and steps == longest else draw(sampler, steps)
-            error = reconstruction_error(reference, images)
-            evaluations = steps * (2 if sampler == "edict" else 1)
-            spread = float(error.std()) / len(error) ** 0.5 if len(error) > 1 else None
-            results.append(
-                {"sampler": sampler, "steps": steps, "mse": float(error.mean()), "mse_error": spread, "evaluations": evaluations}
-            )
-            sheet.append(to_uint8(images[:SHOWN].float()))
-            print(f"{sampler}, {steps} steps: {results[-1]['mse']:.2e} from {longest} steps of ddim", flush=True)
+    with enough_memory(device, command.batch_size):
+        (pipe.compile() if command.compile else pipe).warm_up(min(command.batch_size, len(seeds)))
+        started = time.perf_counter()
+        reference = sample("ddim", longest)
+        for sampler in dict.fromkeys(command.sampler):
+            for steps, timesteps in chosen.items():
+                images = reference if sampler == "ddim" and steps == longest else sample(sampler, steps)
+                error = reconstruction_error(reference, images)
+                cell = {
+                    "sampler": sampler,
+                    "steps": steps,
+                    "mse": float(error.mean()),
+                    "mse_error": float(error.std()) / len(error) ** 0.5 if len(error) > 1 else None,
+                    "evaluations": sampling_evaluations(pipe, sampler, timesteps),
+                }
+                results.append(cell)
+                sheet.append(to_uint8(images[:SHOWN].float()))
+                print(f"{sampler}, {steps} steps: {cell['mse']:.2e} from {longest} steps of ddim", flush=True)
     seconds = time.perf_counter() - started
     rows = [["sampler", "steps", "mse", "standard error", "evaluations"]]
     for r in results:
@@ -139,7 +142,7 @@ def run(command: Command) -> None:
     head = (
         f"# {command.model}: one latent under other trajectories\n\n"
         f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM from the same {command.count} latents; "
-        f"{protocol['timesteps']} timesteps, no clipping.\n\n"
+        f"{spacing} timesteps, no clipping.\n\n"
     )
     write_atomically(out / "table.md", head + text_table(rows))
     lines = {s: [(r["evaluations"], r["mse"]) for r in results if r["sampler"] == s and r["mse"] > 0] for s in command.sampler}
@@ -151,8 +154,8 @@ def run(command: Command) -> None:
         results=results,
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
-        evaluations=sum(r["evaluations"] for r in results),
-        execution={"batch_size": command.batch_size, "device": str(device), "compile": command.compile},
+        evaluations=sum(r["evaluations"] for r in results) + (0 if "ddim" in command.sampler else longest),
+        execution=execution,
         versions=versions(),
     )
     write_run(out, record)

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddim.cli._latent import clear_folder, scaled
-from ddim.cli._model import check_positive, describe_model, find_device, open_model
+from ddim.cli._latent import NetworkCalls, begin_run, scaled
+from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -25,7 +25,7 @@ class Command:
     code: str = "code.safetensors"
     """The file that `ddim encode` wrote."""
     steps: int | None = None
-    """Other steps than the code's, which only codes of fixed-point and ddim take."""
+    """Other steps than the code's, which only codes of fixed-point and ddim take; they begin where the code lies."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Of those steps."""
     batch_size: int = 64
@@ -58,21 +58,25 @@ def run(command: Command) -> None:
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     steps = command.steps if command.steps is not None or command.spacing is None else len(code.timesteps)
-    others = steps is not None
-    timesteps = pipe.select_timesteps(steps, timestep_spacing=command.spacing) if others else list(code.timesteps)
+    timesteps = pipe.decoding_timesteps(code, steps, timestep_spacing=command.spacing)
+    if steps is not None and len(timesteps) != steps:
+        print(f"note: the code lies at level {timesteps[0]}; {steps - len(timesteps)} of the {steps} levels are not below it.")
     protocol = {
         "command": "decode",
-        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), dtype=command.dtype),
+        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), dtype=command.dtype, classes="the code's"),
         "sampler": code.method if code.is_exact else "ddim",
         "timesteps": timesteps,
         "eta": 0.0,
         "data": {"code": fingerprint(code.states), "method": code.method},
     }
     out = Path(command.out)
-    clear_folder(out, protocol)
-    pipe.warm_up(min(command.batch_size, len(code)))
-    started = time.perf_counter()
-    pictures = pipe.decode(code, timesteps=timesteps if others else None, batch_size=command.batch_size)
+    execution = {"count": len(code), "batch_size": command.batch_size, "device": str(device)}
+    begin_run(out, protocol, execution)
+    with enough_memory(device, command.batch_size):
+        pipe.warm_up(min(command.batch_size, len(code)))
+        started = time.perf_counter()
+        with NetworkCalls(pipe) as calls:
+            pictures = pipe.decode(code, timesteps=timesteps, batch_size=command.batch_size)
     seconds = time.perf_counter() - started
     for number, picture in enumerate(pictures):
         save_png(picture, out / f"{number:06d}.png")
@@ -83,8 +87,8 @@ def run(command: Command) -> None:
         results=[{"image": number, "file": f"{number:06d}.png"} for number in range(len(pictures))],
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
-        evaluations=len(timesteps) * (2 if code.method == "edict" else 1) - (1 if code.method in ("o-belm", "bdia") else 0),
-        execution={"count": len(pictures), "batch_size": command.batch_size, "device": str(device)},
+        evaluations=calls.each(len(code)),
+        execution=execution,
         versions=versions(),
     )
     write_run(out, record)

@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import read_images
-from ddim.cli._model import check_positive, find_device, open_model
+from ddim.cli._latent import NetworkCalls, note_levels, read_images, unsolved_steps
+from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
 
 __all__ = ["Command", "defaults", "run"]
@@ -16,7 +16,7 @@ __all__ = ["Command", "defaults", "run"]
 
 @dataclass(frozen=True)
 class Command:
-    """Turns images into one code file, which `ddim decode` turns back."""
+    """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says how it was made."""
 
     model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
@@ -24,8 +24,8 @@ class Command:
     """Picture files."""
     data: str | None = None
     """Or a data set: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
-    split: str = "test"
-    """Split of the data set."""
+    split: str | None = None
+    """Split of the data set; by default test where there is one, else train."""
     count: int | None = None
     """How many of the data set, from the first; by default all."""
     steps: int | None = None
@@ -54,25 +54,52 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 
 def run(command: Command) -> None:
-    """Encodes the images and writes the code."""
+    """Encodes the images, and writes the code and its record."""
+    began = time.perf_counter()
     check_positive(command, "batch_size", "count")
     out = Path(command.out)
     if out.exists():
         raise OutputError(f"{out} is there already; use another --out, or delete that file.")
+    from ddim.cli._run import NAME, RunRecord, versions, write_run
     from ddim.codes import save_code
 
-    pipe, _ = open_model(command.model, device=find_device(command.device), dtype=command.dtype)
-    x0, labels = read_images(
+    device = find_device(command.device)
+    pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
+    asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
+    x0, labels, data = read_images(
         pipe, command.images, command.data, split=command.split, count=command.count, resize=command.resize, fixed=command.class_
     )
-    began = time.perf_counter()
-    code = pipe.encode(
-        x0, command.steps, method=command.method, timestep_spacing=command.spacing, class_labels=labels, batch_size=command.batch_size
+    with enough_memory(device, command.batch_size):
+        pipe.warm_up(min(command.batch_size, len(x0)))
+        started = time.perf_counter()
+        with NetworkCalls(pipe) as calls, unsolved_steps() as unsolved:
+            code = pipe.encode(x0, timesteps=asked, method=command.method, class_labels=labels, batch_size=command.batch_size)
+    seconds, rms, evaluations = time.perf_counter() - started, code.rms().tolist(), calls.each(len(code))
+    note_levels(asked, code.timesteps)
+    residuals = [{}] * len(code) if code.residual is None else [{"residual": r} for r in code.residual.tolist()]
+    read: dict[str, Any] = {"clip": pipe.select_clip("none"), "dtype": command.dtype, "fixed": command.class_, "classes": "the data's"}
+    record = RunRecord(
+        protocol={
+            "command": "encode",
+            **describe_model(command.model, pipe, folder, **read),
+            "timesteps": list(code.timesteps),
+            "eta": 0.0,
+            "data": {**data, "method": code.method},
+        },
+        results=[{"image": number, "rms": value, **residual} for number, (value, residual) in enumerate(zip(rms, residuals, strict=True))],
+        seconds=seconds,
+        seconds_total=time.perf_counter() - began,
+        evaluations=evaluations,
+        execution={"count": len(code), "batch_size": command.batch_size, "device": str(device)},
+        versions=versions(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
+    write_run(out.parent, record, name=f"{out.name}.{NAME}")  # first, for a code without its record could not be written again
     save_code(code, out)
     told = "" if code.residual is None else f" The worst step is solved to {float(code.residual.max()):.1e}."
+    if unsolved:
+        told += f" {len(unsolved)} steps were not solved to the tolerance; use more steps, or method o-belm."
     print(
-        f"{len(code)} images encoded by {code.method} in {code.evaluations} evaluations each and {time.perf_counter() - began:.1f} s; "
-        f"the root mean square of the codes is {float(code.rms().mean()):.2f} (noise: 1).{told} The code is {out}."
+        f"{len(code)} images encoded by {code.method} in {evaluations:.4g} evaluations each and {seconds:.1f} s; "
+        f"the root mean square of the codes is {sum(rms) / len(rms):.2f} (noise: 1).{told} The code is {out}."
     )

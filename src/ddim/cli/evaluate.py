@@ -65,7 +65,7 @@ class Samples:
     shape: tuple[int, int, int]
     batches: "Iterator[Tensor]"
     protocol: dict[str, Any]
-    evaluations: int
+    evaluations: float
     seconds: list[float]
     """Of each batch that was drawn; empty for images that were there."""
 

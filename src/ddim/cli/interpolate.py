@@ -3,12 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import clear_folder, read_images, scaled
-from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
+from ddim.cli._latent import NetworkCalls, begin_run, note_levels, read_images, scaled, unsolved_steps
+from ddim.cli._model import check_class, check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
@@ -77,15 +77,18 @@ def run(command: Command) -> None:
     import torch
 
     from ddim.cli._run import RunRecord, versions, write_run
-    from ddim.encoding import Code, fingerprint
+    from ddim.encoding import Code
     from ddim.images import make_grid, replacing, save_png, to_pil
     from ddim.interpolation import interpolate, interpolate_grid
+    from ddim.inversion import encodable_timesteps
     from ddim.noise import check_seeds, seeded_randn
 
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device)
-    timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
+    asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
+    timesteps = asked if command.images is None else encodable_timesteps(pipe.noise_schedule, asked)
     pipe.check_path(timesteps, order=1)
+    check_class(pipe, command.class_, required=True)
     protocol = {
         "command": "interpolate",
         **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), fixed=command.class_),
@@ -96,35 +99,36 @@ def run(command: Command) -> None:
     }
     out = Path(command.out or f"out/interpolate-{short_name(command.model)}")
     if command.seeds is not None:
-        labels = [] if command.class_ is None else [command.class_] * needed
-        code = Code(
-            seeded_randn(pipe.image_shape, check_seeds(command.seeds)).double().unsqueeze(0),
-            "ddim",
-            tuple(timesteps),
-            0,
-            labels=torch.tensor(labels) if labels else None,
-        )
+        x_T = seeded_randn(pipe.image_shape, check_seeds(command.seeds)).double()
+        labels = None if command.class_ is None else torch.full((needed,), command.class_)
+        code = Code(x_T.unsqueeze(0), "ddim", tuple(timesteps), 0, labels=labels)
         protocol["data"] = {"seeds": list(command.seeds)}
     else:
-        x0, classes = read_images(pipe, command.images, None, resize=command.resize, fixed=command.class_)
-        protocol["data"] = {"images": fingerprint(x0), "method": command.method}
-    clear_folder(out, protocol)
-    pipe.warm_up()
-    started = time.perf_counter()
-    if command.images is not None:
-        code = pipe.encode(x0, timesteps=timesteps, method=command.method, class_labels=classes)
+        pictures = read_images(pipe, command.images, None, resize=command.resize, fixed=command.class_)
+        protocol["data"] = {**pictures.data, "method": command.method}
 
     def path(ends: "Tensor") -> "Tensor":
         if command.grid:
             return interpolate_grid(ends, command.count, command.count, kind=command.interpolation)
         return interpolate(ends[0], ends[1], command.count, kind=command.interpolation)
 
-    # Every state of a code goes along its own path, with one weight: both states of a pair keep their distance.
-    states = torch.stack([path(state) for state in code.states])
-    along = None if code.labels is None else code.labels[:1].expand(states.shape[1]).contiguous()
-    whole = dataclasses.replace(code, states=states, labels=along, residual=None)
-    pixels = np.stack([np.atleast_3d(np.asarray(p)) for p in pipe.decode(whole, batch_size=command.batch_size)])
+    execution = {"batch_size": command.batch_size, "device": str(device)}
+    begin_run(out, protocol, execution)
+    with enough_memory(device, command.batch_size):
+        pipe.warm_up()
+        started = time.perf_counter()
+        with NetworkCalls(pipe) as encoding, unsolved_steps() as unsolved:
+            if command.images is not None:
+                options: dict[str, Any] = {"method": command.method, "class_labels": pictures.labels, "batch_size": command.batch_size}
+                code = pipe.encode(pictures.x0, timesteps=asked, **options)
+        # Every state of a code goes along its own path, with one weight: both states of a pair keep their distance.
+        states = torch.stack([path(state) for state in code.states])
+        along = None if code.labels is None else code.labels[:1].expand(states.shape[1]).contiguous()
+        whole = dataclasses.replace(code, states=states, labels=along, residual=None)
+        with NetworkCalls(pipe) as decoding:
+            pixels = np.stack([np.atleast_3d(np.asarray(p)) for p in pipe.decode(whole, batch_size=command.batch_size)])
     seconds = time.perf_counter() - started
+    note_levels(asked, timesteps)
 
     name = "grid.png" if command.grid else "strip.png"
     scale = scaled(pixels)
@@ -140,10 +144,11 @@ def run(command: Command) -> None:
         results=[{"place": number, "file": name, "rms": value} for number, value in enumerate(rms)],
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
-        evaluations=len(timesteps) * (2 if command.images is not None and command.method == "edict" else 1),
-        execution={"batch_size": command.batch_size, "device": str(device)},
+        evaluations=encoding.each(needed) + decoding.each(len(pixels)),
+        execution=execution,
         versions=versions(),
     )
     write_run(out, record)
     reach = f"the root mean square of the latents is {min(rms):.2f} to {max(rms):.2f} (noise: 1)"
-    print(f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.")
+    told = f" {len(unsolved)} steps were not solved to the tolerance; use more steps, or method o-belm." if unsolved else ""
+    print(f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{told}")

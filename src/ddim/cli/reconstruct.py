@@ -1,25 +1,27 @@
 """``ddim reconstruct``: encodes images, decodes them, and measures what comes back: the paper's Table 2."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import clear_folder, read_images, scaled
-from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
+from ddim.cli._latent import NetworkCalls, Pictures, begin_run, note_levels, read_images, scaled, unsolved_steps
+from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ddim.pipelines import UnconditionalPipeline
 
 __all__ = ["Command", "defaults", "run"]
 
 SHOWN = 8
 """Images that the sheet shows at most."""
+
+FLOOR = 1e-16
+"""What errors are drawn as that are smaller, down to 0, on the plot's logarithmic axis."""
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2 of Song, Meng, Ermon (https://arxiv.org/abs/2010.02502): DDIM on CIFAR-10's test images."""
@@ -36,8 +38,8 @@ class Command:
     """Images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
-    split: str = "test"
-    """Split of the data."""
+    split: str | None = None
+    """Split of the data; by default test where there is one, else train."""
     count: int = 256
     """How many images, from the first."""
     steps: tuple[int, ...] = (10, 20, 50, 100)
@@ -46,6 +48,8 @@ class Command:
     """Encoders: ddim, fixed-point, o-belm, bdia, edict."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Which levels are visited; by default what the model's configuration says."""
+    class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of all images, for a class-conditional model; by default the data's own."""
     resize: bool = False
     """Resize images of another size (shorter side) and cut them in the centre."""
     batch_size: int = 64
@@ -67,36 +71,39 @@ def run(command: Command) -> None:
     """Measures what is missing, and writes the table, the plot and the sheet of all that is there."""
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
-    from ddim.encoding import ENCODERS, fingerprint
+    from ddim.encoding import ENCODERS
 
     unknown = [m for m in command.method if m not in ENCODERS]
     if unknown or not command.method or not command.steps:
         told = f"{unknown[0]!r}" if unknown else "nothing"
         raise DDIMError(f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got {told}.")
 
-    from ddim.cli._run import RunRecord, read_run, versions, write_run
+    from ddim.cli._run import RunRecord, versions, write_run
     from ddim.evaluation.report import check_plots
     from ddim.images import write_atomically
+    from ddim.inversion import encodable_timesteps
 
     check_plots()
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
-    for steps in command.steps:
-        pipe.check_path(pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1))
-    x0, labels = read_images(pipe, None, command.data, split=command.split, count=command.count, resize=command.resize)
+    asked = {steps: pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1) for steps in dict.fromkeys(command.steps)}
+    chosen = {steps: encodable_timesteps(pipe.noise_schedule, levels) for steps, levels in asked.items()}
+    for levels in chosen.values():
+        pipe.check_path(levels, order=1)
+    pictures = read_images(pipe, None, command.data, split=command.split, count=command.count, resize=command.resize, fixed=command.class_)
+    read: dict[str, Any] = {"clip": pipe.select_clip("none"), "dtype": command.dtype, "fixed": command.class_, "classes": "the data's"}
     protocol = {
         "command": "reconstruct",
-        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), dtype=command.dtype),
+        **describe_model(command.model, pipe, folder, **read),
         "timesteps": command.spacing or pipe.scheduler.config.timestep_spacing,
         "eta": 0.0,
-        "data": {"name": command.data, "split": command.split, "images": fingerprint(x0)},
+        "data": pictures.data,
         "count": command.count,
     }
     out = Path(command.out or f"out/reconstruct-{short_name(command.model)}")
-    clear_folder(out, protocol)
-    before = read_run(out)
-    results = before.results if before else []
-    seconds = before.seconds if before else 0.0
+    execution = {"batch_size": command.batch_size, "device": str(device)}
+    before = begin_run(out, protocol, execution)
+    results, seconds = before.results, before.seconds
 
     def save() -> None:
         record = RunRecord(
@@ -104,85 +111,77 @@ def run(command: Command) -> None:
             results=results,
             seconds=seconds,
             seconds_total=time.perf_counter() - began,
-            evaluations=sum(2 * r["steps"] if r["method"] == "ddim" else r["evaluations"] + r["steps"] for r in results),
-            execution={"batch_size": command.batch_size, "device": str(device)},
+            evaluations=sum(r["evaluations"] + r.get("decode_evaluations", 0) for r in results),
+            execution=execution,
             versions=versions(),
         )
         write_run(out, record)
 
-    save()  # so that what an interrupted run leaves is known for what it is
-    pipe.warm_up(min(command.batch_size, len(x0)))
     missing = [
-        (m, s)
-        for s in dict.fromkeys(command.steps)
-        for m in dict.fromkeys(command.method)
-        if not any(r["method"] == m and r["steps"] == s for r in results)
+        (m, s) for s in chosen for m in dict.fromkeys(command.method) if not any(r["method"] == m and r["steps"] == s for r in results)
     ]
-    for method, steps in missing:
-        cell, took = _measure(pipe, x0, labels, command, method=method, steps=steps)
-        results, seconds = [*results, cell], seconds + took
-        told = "diverged" if cell["mse"] is None else f"mse {cell['mse']:.2e}"
-        print(f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} evaluations a step, {took:.1f} s", flush=True)
+    with enough_memory(device, command.batch_size):
+        pipe.warm_up(min(command.batch_size, len(pictures.x0)))
+        for method, steps in missing:
+            cell, took = _measure(pipe, pictures, chosen[steps], method=method, batch_size=command.batch_size)
+            results, seconds = [*results, {"method": method, "steps": steps, **cell}], seconds + took
+            told = "diverged" if cell["mse"] is None else f"mse {cell['mse']:.2e}"
+            print(f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} evaluations a step, {took:.1f} s", flush=True)
+            save()
+        results.sort(key=lambda r: (ENCODERS.index(r["method"]), r["steps"]))
         save()
-    results.sort(key=lambda r: (ENCODERS.index(r["method"]), r["steps"]))
-    save()
-    write_atomically(out / "table.md", _table(results, command))
+        fewest = min(chosen)
+        _sheet(pipe, pictures, chosen[fewest], command.method, out / "sheet.png")
+    note_levels(asked[fewest], chosen[fewest])
+    write_atomically(out / "table.md", _table(results, command, pictures.data["split"]))
     _plot(results, out / "reconstruction.png")
-    _sheet(pipe, x0[:SHOWN], None if labels is None else labels[:SHOWN], command, out / "sheet.png")
     there = len(results) - len(missing)
     print(f"{len(missing)} cells measured, {there} were there; the table is {out / 'table.md'}, beside a plot and a sheet.")
 
 
 def _measure(
-    pipe: "UnconditionalPipeline", x0: "Tensor", labels: list[int] | None, command: Command, *, method: str, steps: int
+    pipe: "UnconditionalPipeline", pictures: Pictures, timesteps: list[int], *, method: str, batch_size: int
 ) -> tuple[dict[str, Any], float]:
     """One cell, and the seconds it took."""
-    import warnings
-
     import torch
 
     from ddim.encoding import reconstruction_error
     from ddim.errors import DivergenceError
-    from ddim.inversion import ConvergenceWarning
 
-    timesteps = pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1)
-    errors, rms, residuals, evaluations = [], [], [], 0.0
-    began, unsolved = time.perf_counter(), 0
-    for first in range(0, len(x0), command.batch_size):
-        part = x0[first : first + command.batch_size]
-        some = None if labels is None else labels[first : first + command.batch_size]
+    errors, rms, residuals = [], [], []
+    began, unsolved, done = time.perf_counter(), 0, 0
+    encoding, decoding = NetworkCalls(pipe), NetworkCalls(pipe)
+    for first in range(0, len(pictures.x0), batch_size):
+        part = pictures.x0[first : first + batch_size]
+        labels = None if pictures.labels is None else pictures.labels[first : first + batch_size]
+        done += len(part)
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", ConvergenceWarning)
-                options: dict[str, Any] = {"method": method, "class_labels": some, "batch_size": command.batch_size}
-                code = pipe.encode(part, timesteps=timesteps, **options)
-            back = pipe.decode(code, batch_size=command.batch_size, output_type="pt")
+            with encoding, unsolved_steps() as told:
+                code = pipe.encode(part, timesteps=timesteps, method=method, class_labels=labels, batch_size=batch_size)  # type: ignore[arg-type]
+            with decoding:
+                back = pipe.decode(code, batch_size=batch_size, output_type="pt")
         except DivergenceError:
-            return {"method": method, "steps": steps, "mse": None, "evaluations": (2 if method == "edict" else 1) * steps}, (
-                time.perf_counter() - began
-            )
-        unsolved += sum(issubclass(w.category, ConvergenceWarning) for w in caught)
+            return {"mse": None, "evaluations": encoding.each(done)}, time.perf_counter() - began
+        unsolved += len(told)
         errors.append(reconstruction_error(part.cpu(), 2 * back.cpu().double() - 1))
         rms.append(code.rms())
-        evaluations += code.evaluations * len(part) / len(x0)
         if code.residual is not None:
             residuals.append(code.residual)
     error = torch.cat(errors)
     cell: dict[str, Any] = {
-        "method": method,
-        "steps": steps,
         "mse": float(error.mean()),
         "mse_max": float(error.max()),
-        "evaluations": evaluations,
+        "evaluations": encoding.each(done),
+        "decode_evaluations": decoding.each(done),
         "rms": float(torch.cat(rms).mean()),
-        "count": len(x0),
+        "count": done,
     }
     if residuals:
         cell |= {"residual_max": float(torch.cat(residuals).max()), "unsolved_steps": unsolved}
     return cell, time.perf_counter() - began
 
 
-def _table(results: list[dict[str, Any]], command: Command) -> str:
+def _table(results: list[dict[str, Any]], command: Command, split: str) -> str:
     """The cells as a document."""
     from ddim.evaluation.report import text_table
 
@@ -194,7 +193,7 @@ def _table(results: list[dict[str, Any]], command: Command) -> str:
         rows.append([r["method"], str(r["steps"]), *numbers, f"{r['evaluations'] / r['steps']:.2f}", rms, paper])
     return (
         f"# {command.model}: images from their codes\n\n"
-        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({command.split}); "
+        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({split}); "
         f"{command.dtype} network, float64 states, no clipping. Evaluations are those of encoding.\n\n" + text_table(rows)
     )
 
@@ -203,23 +202,21 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
     from ddim.evaluation.report import save_lines
 
     methods = dict.fromkeys(r["method"] for r in results)
-    lines = {m: [(r["steps"], r["mse"]) for r in results if r["method"] == m and r["mse"]] for m in methods}
-    save_lines(lines, path, across="steps each way", up="mean squared error, pixels in [0, 1]")
+    lines = {m: [(r["steps"], max(r["mse"], FLOOR)) for r in results if r["method"] == m and r["mse"] is not None] for m in methods}
+    save_lines(lines, path, across="steps each way", up=f"mean squared error, pixels in [0, 1] (below {FLOOR:g}: as {FLOOR:g})")
 
 
-def _sheet(pipe: "UnconditionalPipeline", x0: "Tensor", labels: list[int] | None, command: Command, path: Path) -> None:
+def _sheet(pipe: "UnconditionalPipeline", pictures: Pictures, timesteps: list[int], methods: Sequence[str], path: Path) -> None:
     """Originals in the first row, then a row for each method at the fewest steps."""
-    import warnings
-
     import numpy as np
 
     from ddim.errors import DivergenceError
     from ddim.images import make_grid, save_png, to_uint8
 
-    rows, timesteps = [to_uint8(x0)], pipe.select_timesteps(min(command.steps), timestep_spacing=command.spacing, order=1)
-    for method in command.method:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is not solved is in the table
+    x0, labels = pictures.x0[:SHOWN], None if pictures.labels is None else pictures.labels[:SHOWN]
+    rows = [to_uint8(x0)]
+    for method in methods:
+        with unsolved_steps():  # they are in the table
             try:
                 code = pipe.encode(x0, timesteps=timesteps, method=method, class_labels=labels)  # type: ignore[arg-type]
                 rows.append(to_uint8(2 * pipe.decode(code, output_type="pt") - 1))

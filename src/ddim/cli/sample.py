@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption, TimestepsOption
-from ddim.cli._model import check_positive, describe_model, draw, find_device, open_model, seed_label, short_name
+from ddim.cli._model import (
+    check_class,
+    check_positive,
+    describe_model,
+    draw,
+    enough_memory,
+    find_device,
+    open_model,
+    sampling_evaluations,
+    seed_label,
+    short_name,
+)
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -95,7 +106,6 @@ def run(command: Command) -> None:
         raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
 
     import numpy as np
-    import torch
 
     from ddim.checkpoints import has_scheduler
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
@@ -112,16 +122,13 @@ def run(command: Command) -> None:
     order = pipe.select_order(command.order)
     timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
     analytic = command.variance == "analytic"
-    pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic)
-    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
     sampler = "ddim" if command.sampler == "ddpm" else command.sampler
+    pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic, sampler=sampler)
+    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
     if sampler != "ddim":
         check_exact(sampler, eta=eta, clip=clip, order=command.order, analytic=analytic)
     prior = _prior(command, folder)
-    classes = pipe.unet.config.get("num_class_embeds")
-    if command.class_ is not None and not 0 <= command.class_ < (classes or 0):
-        told = f"must be from 0 to {classes - 1}" if classes else f"is of no use: {command.model} was trained without classes"
-        raise DDIMError(f"--class {told}; got {command.class_}.")
+    check_class(pipe, command.class_)
     images = _open_data(command, pipe, folder) if analytic else None
     protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, order=order, clip=clip)
     protocol["variance"] = None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
@@ -145,7 +152,7 @@ def run(command: Command) -> None:
             results=[{"seed": s, "file": f"{s:06d}.png", **label(s)} for s in listed],
             seconds=seconds,
             seconds_total=time.perf_counter() - began,
-            evaluations=len(timesteps) * (2 if sampler == "edict" else 1),
+            evaluations=sampling_evaluations(pipe, sampler, timesteps),
             execution={
                 "count": command.count,
                 "batch_size": command.batch_size,
@@ -159,7 +166,7 @@ def run(command: Command) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if before is None:
         write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
-    try:
+    with enough_memory(device, command.batch_size):
         gamma = None
         if images is not None and missing:
             gamma = _measure_gamma(protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size)
@@ -173,8 +180,6 @@ def run(command: Command) -> None:
             "sampler": sampler,
         }
         seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, **options)
-    except torch.OutOfMemoryError:
-        raise DDIMError(f"{device} has too little memory for {command.batch_size} images at once; give a smaller --batch-size.") from None
 
     shown = np.stack([load_image(out / f"{s:06d}.png") for s in seeds[:GRID]])
     save_png(make_grid(shown), out / "grid.png", scale=max(1, 96 // shown.shape[2]))

@@ -240,7 +240,8 @@ def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    axes.legend()
+    if any(lines.values()):
+        axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
