@@ -321,6 +321,7 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # of leading timesteps, as Stable Diffusion has it
     )
     unet = make_unet(options.seed)
     pipe = StableDiffusionPipeline(

@@ -78,7 +78,7 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         (["sample", "--eta", "much"], "--eta: it must be a number or sigma-hat; got 'much'"),
         (["sample", "--steps", "1001"], "from 1 to 1000"),
         (["sample", "--steps", "few"], "--steps: it must be a whole number; got 'few'"),
-        (["train", "--preset", "mars"], "--preset must be one of fashion-mnist, digits; got 'mars'"),
+        (["train", "--preset", "mars"], "fashion-text-epsilon, digits; got 'mars'"),
         (["train", "--data", "./none", "--out", "x"], "there is no data at './none'"),
         (
             ["train", "--data", "digits", "--out", "x", "--rescale-betas-zero-snr"],

@@ -12,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Asked",
+    "Judged",
     "Summary",
     "frame_brightness",
     "frame_spread",
     "garment_hue",
     "hue_distance",
+    "judge",
     "judge_classes",
     "nearest_hue",
     "saturated",
     "summarise",
 ]
+
+_COLOURLESS = 0.005
+"""Mean chroma below which an image has no hue to speak of; the palest real one has 0.036."""
 
 
 def _frame(images: Tensor, width: int) -> Tensor:
@@ -97,3 +103,50 @@ def summarise(values: Tensor) -> Summary:
         raise ValueError("there are no values to summarise.")
     values = values.double()
     return Summary(values.mean().item(), values.std(correction=0).item(), values.numel())
+
+
+class Asked(NamedTuple):
+    """What a caption asks for."""
+
+    brightness: float
+    """Of the background, in [0, 1]."""
+    hue: int
+    """Its number in the palette."""
+    garment: int
+    """Its class."""
+
+
+class Judged(NamedTuple):
+    """What images show, one value an image."""
+
+    brightness: Tensor
+    """Of the frame, shape [B]."""
+    error: Tensor
+    """Brightness less the one asked for, shape [B]."""
+    hue_right: Tensor
+    """Whether no hue of the palette is nearer than the one asked for, shape [B]."""
+    class_right: Tensor
+    """Whether the classifier sees the garment asked for, shape [B]."""
+
+
+def judge(images: Tensor, garments: Tensor, asked: Sequence[Asked], *, palette: Sequence[float], classifier: nn.Module) -> Judged:
+    """Compares images with what was asked of them.
+
+    Args:
+        images: Shape [B, 3, H, W], in [0, 1].
+        garments: The grey garments that were read out of them, shape [B, 28, 28], in [0, 1].
+        asked: What each is to show.
+        palette: The hues, in degrees.
+        classifier: [B, 1, 28, 28] in [-1, 1] -> logits.
+
+    Raises:
+        ValueError: If the numbers of images, garments and captions differ.
+    """
+    if not len(images) == len(garments) == len(asked):
+        raise ValueError(f"there must be one garment and one caption an image; got {len(images)}, {len(garments)} and {len(asked)}.")
+    brightness = frame_brightness(images)
+    wanted = torch.tensor([a.brightness for a in asked], dtype=brightness.dtype)
+    hue, strength = garment_hue(images)
+    right = (nearest_hue(hue, palette) == torch.tensor([a.hue for a in asked])) & (strength > _COLOURLESS)
+    classes = judge_classes(garments, classifier)
+    return Judged(brightness, brightness - wanted, right, classes == torch.tensor([a.garment for a in asked]))
