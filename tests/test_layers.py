@@ -9,7 +9,7 @@ LAYERS = [
     {"errors"},
     {"schedule"},
     {"prediction", "timesteps", "guidance", "noise", "prior"},
-    {"step", "denoiser", "objective", "interpolation"},
+    {"step", "denoiser", "objective", "interpolation", "configuration"},
     {"sampler"},
     {"inversion", "reversible"},
     {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed"},
@@ -24,7 +24,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "symptoms", "checks", "doctor"}
 STANDARD = {"collections", "dataclasses", "difflib", "typing", "math", "json", "enum", "functools", "itertools", "pathlib"}
-STANDARD |= {"hashlib", "warnings", "numpy", "torch", "ddim"}
+STANDARD |= {"hashlib", "inspect", "warnings", "numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
 
 

@@ -376,6 +376,75 @@ def test_a_checkpoint_that_diffusers_cannot_open_is_an_error_of_ours(dit, tmp_pa
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("cls", [DDIMScheduler, diffusers.DDIMScheduler, diffusers.DDPMScheduler])
+def test_options_of_a_scheduler_that_were_given_by_position_count(cls, pipe):
+    assert len(UnconditionalPipeline(pipe.unet, cls(500)).noise_schedule) == 500
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()])
+def test_a_scheduler_of_another_family_is_refused(scheduler, pipe):
+    for given in (scheduler, scheduler.config):
+        with pytest.raises(DDIMError, match="DDIM cannot take over this configuration: it is a"):
+            UnconditionalPipeline(pipe.unet, given)
+
+
+def test_a_scheduler_that_is_put_in_later_is_taken_or_refused(pipe):
+    made = UnconditionalPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, solver_order=1))
+    expected = draw(made, seeds=[0])
+    made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
+    assert torch.equal(draw(made, seeds=[0]), expected)
+    for scheduler in (diffusers.EulerDiscreteScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()):
+        made.scheduler = scheduler
+        with pytest.raises(DDIMError, match=rf"its scheduler was replaced by a {type(scheduler).__name__}; set pipe\.scheduler = ddim"):
+            draw(made, seeds=[0])
+
+
+def test_an_attribute_of_the_configuration_that_is_changed_is_read(pipe):
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler.config.beta_end = 0.01
+    other = UnconditionalPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.01))
+    assert torch.equal(draw(made, seeds=[0]), draw(other, seeds=[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_saved_and_loaded_to_the_bit(dtype, tiny, tmp_path):
+    made = UnconditionalPipeline.from_pretrained(tiny, dtype=dtype)
+    made.save_pretrained(tmp_path)
+    same, wider = UnconditionalPipeline.from_pretrained(tmp_path, dtype=dtype), UnconditionalPipeline.from_pretrained(tmp_path)
+    theirs = diffusers.DDIMPipeline.from_pretrained(tmp_path, dtype=dtype)
+    assert (same.unet.dtype, wider.unet.dtype) == (dtype, torch.float32)
+    for name, value in made.unet.state_dict().items():
+        for other in (same, wider, theirs):
+            assert torch.equal(other.unet.state_dict()[name].to(dtype), value)
+    assert torch.equal(draw(same, seeds=[3]), draw(made, seeds=[3]))
+
+
+def test_numpys_numbers_count(pipe, classes):
+    expected = draw(pipe, seeds=[3, 4, 5])
+    for seeds in (np.array([3, 4, 5]), torch.tensor([3, 4, 5]), range(3, 6), [np.int64(s) for s in (3, 4, 5)]):
+        assert torch.equal(draw(pipe, seeds=seeds), expected)
+    assert len(draw(pipe, batch_size=np.int64(2))) == 2
+    expected = draw(classes, seeds=[0, 1], class_labels=[2, 3])
+    assert torch.equal(draw(classes, seeds=np.arange(2), class_labels=np.array([2, 3])), expected)
+    assert len(draw(classes, class_labels=np.array([2, 3]))) == 2
+    assert torch.equal(draw(classes, seeds=[0, 1], class_labels=np.int64(2)), draw(classes, seeds=[0, 1], class_labels=2))
+    with pytest.raises(DDIMError, match=r"different numbers of images \(seeds: 3, class_labels: 2\)"):
+        draw(classes, seeds=np.arange(3), class_labels=np.array([2, 3]))
+
+
+def test_sizes_that_the_network_cannot_halve_are_refused(tiny):
+    made = UnconditionalPipeline.from_pretrained(tiny)
+    with pytest.raises(DDIMError, match="sides are multiples of 2; the latents' size is 8x7"):
+        draw(made, latents=torch.zeros(1, 1, 8, 7))
+    made.unet.register_to_config(sample_size=7)
+    with pytest.raises(DDIMError, match="sides are multiples of 2; its configuration's sample_size is 7x7"):
+        draw(made, seeds=[0])
+    for size in ("big", [8, 8, 8], 0, [8, None]):
+        made.unet.register_to_config(sample_size=size)
+        with pytest.raises(DDIMError, match="sample_size of the network's configuration must be one whole number or two; got"):
+            draw(made, seeds=[0])
+
+
 def test_a_pipeline_of_parts_takes_any_scheduler_of_the_family(pipe):
     made = UnconditionalPipeline(pipe.unet, diffusers.DDPMScheduler(beta_schedule="sigmoid", clip_sample=False))
     assert made.scheduler.config.beta_schedule == "sigmoid"

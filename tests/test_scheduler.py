@@ -412,6 +412,33 @@ def test_a_timestep_off_the_list_steps_by_the_stride_and_is_mentioned_once(said)
     assert said == ["A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers."]
 
 
+@pytest.mark.parametrize("level", [torch.tensor(500.5), torch.tensor([3.0, 2.5])])
+def test_a_fraction_of_a_timestep_is_refused_where_the_host_can_see_it(level):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    x = randn(2, 3)
+    with pytest.raises(DDIMError, match=r"timesteps must be whole numbers; got .*\.5"):
+        scheduler.step(x, level, x)
+    x = x.to("meta")
+    assert scheduler.step(x, level.to("meta"), x).prev_sample.device.type == "meta"
+
+
+def test_a_result_is_the_one_that_diffusers_constructor_makes():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    x = randn(1, 3)
+    made = scheduler.step(x, 500, x)
+    built = ddim.scheduler.DDIMSchedulerOutput(prev_sample=made.prev_sample, pred_original_sample=made.pred_original_sample)
+    assert type(made) is type(built)
+    assert vars(made) == vars(built)
+    assert list(made.items()) == list(built.items())
+    assert made.to_tuple() == built.to_tuple() == (made[0], made["pred_original_sample"])
+    again = pickle.loads(pickle.dumps(made))
+    assert type(again) is type(built)
+    assert torch.equal(again.prev_sample, made.prev_sample)
+    assert list(again) == list(built)
+
+
 def test_eta_is_the_fourth_positional_argument_and_both_forms_of_result_agree():
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(50)
@@ -611,6 +638,11 @@ def test_setting_timesteps_says_what_is_wrong(cls):
         ([1000, 1], r"lie in \[0, 1000\)"),
         ([5, -1], r"lie in"),
         ([5.5, 1], "whole"),
+        ([float("nan")], "whole numbers; got nan"),
+        (["a", "b"], "whole numbers; got 'a'"),
+        ([None], "whole numbers; got None"),
+        (5, "one list of levels"),
+        (torch.tensor([[5, 3]]), "one list of levels"),
     ):
         with pytest.raises(DDIMError, match=message):
             scheduler.set_timesteps(timesteps=levels)
@@ -744,6 +776,38 @@ def test_options_are_read_when_they_are_used():
     assert scheduler.timesteps.tolist()[-1] == 1
 
 
+def test_betas_may_be_an_array_that_is_replaced_by_another():
+    x, m = randn(1, 3), randn(1, 3, seed=1)
+    scheduler = DDIMScheduler(trained_betas=np.linspace(0.001, 0.02, 100), num_train_timesteps=100)
+    scheduler.set_timesteps(10)
+    scheduler.step(m, 50, x)
+    for betas in (np.linspace(0.001, 0.03, 100), np.linspace(0.001, 0.01, 100)):
+        scheduler.config.trained_betas = betas
+        fresh = DDIMScheduler(trained_betas=betas, num_train_timesteps=100)
+        fresh.set_timesteps(10)
+        assert torch.equal(scheduler.step(m, 50, x).prev_sample, fresh.step(m, 50, x).prev_sample)
+
+
+def test_an_attribute_of_the_configuration_is_what_is_read_and_an_item_what_is_saved(tmp_path):
+    scheduler, theirs = DDIMScheduler(), diffusers.DDIMScheduler()
+    x, m = 5 * randn(1, 3), torch.zeros(1, 3)
+    for each in (scheduler, theirs):
+        each.set_timesteps(10)
+        each.config["clip_sample_range"] = 0.2
+        assert float(each.step(m, 900, x).pred_original_sample.abs().max()) > 0.2
+        each.config.clip_sample_range = 0.1
+        assert float(each.step(m, 900, x).pred_original_sample.abs().max()) == pytest.approx(0.1)
+        each.save_config(tmp_path)
+        assert json.loads((tmp_path / "scheduler_config.json").read_text())["clip_sample_range"] == 0.2
+    scheduler.config["timestep_spacing"] = "trailing"
+    scheduler.set_timesteps(10)
+    assert int(scheduler.timesteps[0]) == 900
+    scheduler.register_to_config(clip_sample_range=0.3, timestep_spacing="linspace")  # changes both
+    assert (scheduler.config.clip_sample_range, scheduler.config["clip_sample_range"]) == (0.3, 0.3)
+    scheduler.set_timesteps(10)
+    assert int(scheduler.timesteps[0]) == 999
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_levels_that_are_replaced_are_used(in_place):
     other = exact(beta_end=0.005)
@@ -842,6 +906,12 @@ def test_noise_is_added_as_in_diffusers(options):
             ours.add_noise(x, noise, wrong)
     with pytest.raises(DDIMError, match="one for each of the 4 samples"):
         ours.add_noise(x, noise, [1, 2])
+    for clean, drawn in ((x[:1], noise), (x, noise[:1]), (x[:1], noise[:1])):
+        for method in ("add_noise", "get_velocity"):
+            got, expected = (getattr(scheduler, method)(clean, drawn, t) for scheduler in (ours, theirs))
+            assert got.shape == expected.shape == x.shape
+            assert distance(got, expected) < 2e-6
+    assert ours.add_noise(x[:1], noise, 500).shape == x.shape
 
 
 # Inversion
@@ -968,6 +1038,45 @@ def test_a_configuration_survives_files_and_foreign_classes(tmp_path):
         back = DDIMScheduler.from_config(foreign.config)
         assert {k: v for k, v in back.config.items() if k in options} == options
         back.set_timesteps(10)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_options_given_by_position_or_changed_later_are_taken_over(cls):
+    by_position, changed = cls(500, 0.001), cls()
+    changed.register_to_config(num_train_timesteps=500, beta_start=0.001)
+    for scheduler in (by_position, changed):
+        for other in (DDIMScheduler, DDIMInverseScheduler, diffusers.DDIMScheduler, diffusers.DDPMScheduler):
+            taken = other.from_config(scheduler.config).config
+            assert (taken.num_train_timesteps, taken.beta_start, taken.beta_end) == (500, 0.001, 0.02)
+    assert DDIMScheduler.from_config(diffusers.DDIMScheduler().config).config.timestep_spacing == "leading"
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+def test_trained_betas_of_any_type_are_saved(kind, tmp_path):
+    betas = [0.001, 0.01, 0.02]
+    scheduler = DDIMScheduler(3, trained_betas=kind(betas))
+    scheduler.save_pretrained(tmp_path)
+    loaded = DDIMScheduler.from_pretrained(tmp_path)
+    assert loaded.config.trained_betas == pytest.approx(betas)
+    assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_a_configuration_of_another_family_is_refused(cls, tmp_path):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    for config in (flow.config, {**flow.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}):
+        with pytest.raises(DDIMError, match="DDIM cannot take over this configuration: it is a .* of a flow-matching model, which"):
+            cls.from_config(config)
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(DDIMError, match="a FlowMatchEulerDiscreteScheduler of a flow-matching model"):
+        cls.from_pretrained(tmp_path)
+
+    class Mine(cls):
+        pass
+
+    Mine(prediction_type="sample").save_pretrained(tmp_path)
+    for reader in (Mine, cls):
+        assert reader.from_pretrained(tmp_path).config.prediction_type == "sample"
 
 
 def test_copies_and_pickles_step_alike():

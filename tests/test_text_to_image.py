@@ -44,6 +44,31 @@ def draw(pipe, prompt=PROMPT, **options):
     return pipe(prompt, **{"num_inference_steps": 4, **QUIET, **options}).images
 
 
+def test_in_diffusers_own_pipeline_our_scheduler_walks_the_timesteps_of_the_call(both):
+    _, theirs = both
+    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config, clip_sample=False)
+    levels, visited = [990, 700, 333, 120, 7], []
+
+    def note(pipe, step, t, tensors):
+        visited.append((int(t), tensors["latents"].clone()))
+        return tensors
+
+    options = {"timesteps": levels, "output_type": "latent", "guidance_scale": 3.0, "callback_on_step_end": note}
+    latents = theirs(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
+    assert [t for t, _ in visited] == levels == theirs.scheduler.timesteps.tolist()
+
+    scheduler, network = DDIMScheduler.from_config(theirs.scheduler.config), theirs.unet
+    scheduler.set_timesteps(timesteps=levels)
+    positive, negative = theirs.encode_prompt(PROMPT, "cpu", 1, True)
+    x = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for (t, state), level in zip(visited, scheduler.timesteps, strict=True):
+            down, up = network(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, positive])).sample.chunk(2)
+            x = scheduler.step(down + 3.0 * (up - down), level, x).prev_sample
+            torch.testing.assert_close(x, state)
+    torch.testing.assert_close(x, latents)
+
+
 CASES = [
     {"prediction_type": kind, "timestep_spacing": spacing, "guidance_scale": scale, "guidance_rescale": rescale, "eta": eta}
     for kind, (spacing, rescale), (scale, eta) in itertools.product(

@@ -2,7 +2,9 @@ import warnings
 
 import diffusers
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from ddim.errors import DDIMError
@@ -62,6 +64,12 @@ def test_quadratic_follows_the_formula_where_its_levels_are_distinct():
     assert gaps == sorted(gaps, reverse=True)
 
 
+@pytest.mark.parametrize("offset", [-1, -500])
+def test_a_negative_offset_would_leave_the_range_and_is_dropped(offset):
+    for count in (1, 3, 1000):
+        assert select_timesteps(1000, count, "leading", steps_offset=offset) == select_timesteps(1000, count, "leading")
+
+
 def test_an_offset_that_leaves_the_range_is_dropped():
     assert select_timesteps(1000, 1000, "leading", steps_offset=1) == list(range(999, -1, -1))
     assert select_timesteps(1000, 50, "leading", steps_offset=1)[0] == 981
@@ -99,6 +107,19 @@ def test_impossible_counts_are_refused(count):
         ([5, -1], r"must lie in \[0, 1000\).*got -1"),
         ([9, 5, 5], "must not repeat a level; got 5 twice"),
         ([3, 500], "must fall from noise to data; got 500 after 3"),
+        ([float("nan")], "must be whole numbers; got nan"),
+        ([float("inf"), 1], "must be whole numbers; got inf"),
+        (["a"], "must be whole numbers; got 'a'"),
+        ([None, 3], "must be whole numbers; got None"),
+        ([True], "must be whole numbers; got True"),
+        ([[5, 3]], r"must be whole numbers; got \[5, 3\]"),
+        (5, r"must be one list of levels, such as \[999, 500, 3\]; got 5"),
+        (None, "must be one list of levels, .* got None"),
+        (torch.tensor(5), r"must be one list of levels, .* got tensor\(5\)"),
+        (torch.tensor([[5], [3]]), "must be one list of levels"),
+        (np.array([[5, 3]]), "must be one list of levels"),
+        (np.array([5.5, 3]), "must be whole numbers; got 5.5"),
+        (torch.tensor([5.0, float("nan")]), "must be whole numbers; got nan"),
     ],
 )
 def test_bad_lists_are_refused(levels, message):
@@ -116,3 +137,6 @@ def test_other_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_timesteps((2.0, 1.0), 3) == [2, 1]
+        for levels in (range(2, 0, -1), np.array([2.0, 1.0]), torch.tensor([2, 1]), [np.int64(2), torch.tensor(1)]):
+            assert [type(t) for t in check_timesteps(levels, 3)] == [int, int]
+            assert check_timesteps(levels, 3) == [2, 1]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ddim.errors import CheckpointError
+from ddim.configuration import check_options, foreign_family
+from ddim.errors import CheckpointError, DDIMError
 from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "fetch_model",
     "file_hash",
     "find_model",
-    "foreign_family",
     "has_scheduler",
     "is_unconditional",
     "load_network",
@@ -42,16 +42,6 @@ STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 """Classes of checkpoints in Stable Diffusion's format."""
 
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
-
-# Schedulers that are configured by betas over discrete levels: what DDIM can walk.
-_FAMILY = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
-        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverMultistepInverse"),
-        *("DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD", "RePaint"),
-    )
-)
 
 # What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
 _DEFAULT_SCHEDULER: dict[str, Any] = {
@@ -186,7 +176,8 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     """The scheduler's configuration; that of DDPM for a folder that holds a network alone.
 
     Raises:
-        CheckpointError: If it is missing or damaged, or the scheduler's family is not DDIM's: flow matching, EDM, ...
+        CheckpointError: If it is missing or damaged, holds a value that cannot be meant, or is of another family than DDIM's: flow
+            matching, EDM, ...
     """
     path = _part(folder, "scheduler") / "scheduler_config.json"
     if not path.is_file() and not (folder / "model_index.json").is_file():
@@ -194,20 +185,11 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if reason := foreign_family(config):
         raise CheckpointError(f"{path} is {reason}")
+    try:
+        check_options(config)
+    except DDIMError as error:
+        raise CheckpointError(f"{path} cannot be used: {error} Correct that file.") from error
     return config
-
-
-def foreign_family(config: Mapping[str, Any]) -> str | None:
-    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of DDIM."""
-    kind = str(config.get("_class_name"))
-    if "Flow" in kind or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
-        return (
-            f"a {kind} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
-            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
-        )
-    if kind not in _FAMILY:
-        return f"a {kind}, which has no noise schedule of discrete betas for DDIM to follow; use diffusers' own pipeline for it."
-    return None
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ddim.checkpoints import foreign_family, noise_schedule
+from ddim.checkpoints import noise_schedule
 from ddim.checks import CHECKS, Case, Finding, Model, Severity, foreign_finding
+from ddim.configuration import foreign_family
 from ddim.errors import DDIMError
 from ddim.prediction import prediction_row
 from ddim.schedule import NoiseSchedule

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
@@ -31,7 +32,7 @@ from ddim.prior import DataPrior
 from ddim.reversible import Reversible
 from ddim.sampler import State
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
-from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
 from ddim.timesteps import Spacing
 
@@ -47,13 +48,16 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
     Args:
         unet: Any network of diffusers that is called as ``unet(x, t, class_labels)``; ``UNet2DModel`` as a rule.
         scheduler: Any scheduler of the DDIM family, or its configuration; replaced by a :class:`ddim.scheduler.DDIMScheduler`.
+
+    Raises:
+        DDIMError: If the scheduler is of another family, such as flow matching.
     """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
         super().__init__()
-        self.register_modules(unet=unet, scheduler=DDIMScheduler.from_config(getattr(scheduler, "config", scheduler)))
+        self.register_modules(unet=unet, scheduler=as_ddim(scheduler))
 
     @classmethod
     def from_pretrained(
@@ -111,13 +115,24 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """(C, H, W) of the images that the network was trained on.
 
         Raises:
-            DDIMError: If the network's configuration has no size.
+            DDIMError: If the network's configuration has no size, or one that the network cannot take.
         """
         size = self.unet.config.sample_size
         if size is None:
             raise DDIMError("the network's configuration has no sample_size; give latents of the size to sample.")
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.unet.config.in_channels), int(height), int(width)
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise DDIMError(f"the sample_size of the network's configuration must be one whole number or two; got {size!r}.")
+        height, width = sides
+        self._check_size(height, width, "its configuration's sample_size")
+        return int(self.unet.config.in_channels), height, width
+
+    def _check_size(self, height: int, width: int, what: str) -> None:
+        """Refuses images that the network cannot halve as often as it does: its two paths would not meet again."""
+        if isinstance(self.unet, diffusers.UNet2DModel):
+            factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+            if height % factor or width % factor:
+                raise DDIMError(f"the network needs images whose sides are multiples of {factor}; {what} is {height}x{width}.")
 
     def denoiser(
         self,
@@ -206,6 +221,8 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         channels = int(self.unet.config.in_channels)
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
+        if latents is not None:
+            self._check_size(latents.shape[2], latents.shape[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
         x, noise = self._start(count, shape, seeds=seeds, generator=generator, latents=latents)
         if prior is not None:
@@ -365,15 +382,15 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """The number of images, from whatever says it; refuses where two say different numbers."""
         sizes = {} if batch_size is None else {"batch_size": batch_size}
         for name, value in given.items():
-            if isinstance(value, (Tensor, Sequence)) and not (isinstance(value, Tensor) and value.ndim == 0):
+            if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0:  # a list, range, array or tensor
                 sizes[name] = len(value)
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
             raise DDIMError(f"the arguments tell different numbers of images ({told}); give one of each an image.")
         count = next(iter(sizes.values()), 1)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
-        return count
+        return int(count)
 
     @property
     def _takes_labels(self) -> bool:
@@ -446,7 +463,7 @@ class DiffusionPipeline:
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             if options.get("scheduler") is None:
-                pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+                pipe.scheduler = as_ddim(pipe.scheduler)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 

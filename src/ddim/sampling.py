@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ __all__ = ["HUB_OPTIONS", "Generators", "Sampling", "check_exact"]
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
 """Options of ``from_pretrained`` that say what is downloaded."""
 
+_NEEDED = ("timestep_spacing", "steps_offset", "thresholding", "clip_sample", "clip_sample_range", "sample_max_value")
+
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
@@ -43,9 +46,24 @@ class Sampling:
         return self
 
     @property
+    def _options(self) -> Any:  # noqa: ANN401 - diffusers' frozen dictionary, whose attributes are the options
+        """The scheduler's configuration as it is now.
+
+        Raises:
+            DDIMError: If the scheduler was replaced by one that has not DDIM's options.
+        """
+        config = self.scheduler.config
+        if isinstance(self.scheduler, diffusers.DDIMScheduler) or all(hasattr(config, name) for name in _NEEDED):
+            return config
+        raise DDIMError(
+            f"this pipeline samples with DDIM, and its scheduler was replaced by a {type(self.scheduler).__name__}; set pipe.scheduler = "
+            "ddim.DDIMScheduler.from_config(pipe.scheduler.config), or use diffusers' own pipeline with that scheduler."
+        )
+
+    @property
     def noise_schedule(self) -> NoiseSchedule:
         """The levels that the scheduler's configuration describes, float64."""
-        return noise_schedule(self.scheduler.config)
+        return noise_schedule(vars(self._options))
 
     def select_timesteps(
         self,
@@ -66,13 +84,13 @@ class Sampling:
         Raises:
             DDIMError: If the options exclude each other, or are invalid.
         """
-        config = self.scheduler.config
+        config = self._options
         total = len(self.noise_schedule)
         if timesteps is None:
             steps = 50 if num_inference_steps is None else num_inference_steps
             fitted = None
             if timestep_spacing is None and self.select_order(order) == self.select_order():
-                fitted = fitted_timesteps(config, steps)
+                fitted = fitted_timesteps(vars(config), steps)
             return fitted or select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
         if num_inference_steps is not None or timestep_spacing is not None:
             raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
@@ -81,7 +99,7 @@ class Sampling:
     def select_order(self, order: int | None = None) -> int:
         """The order of the solver that a call with this option uses; None: as the scheduler's configuration says."""
         if order is None:  # another class's solver_order is not DDIM's
-            order = self.scheduler.config.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
+            order = self._options.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
         return check_order(order)
 
     def check_path(
@@ -100,11 +118,11 @@ class Sampling:
         alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
         step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=torch.ones_like(alpha_bar_t) if analytic else None)
         nothing = torch.zeros_like(alpha_bar_t)
-        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self.scheduler.config.prediction_type)
+        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self._options.prediction_type)
 
     def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
         """How a call with this option keeps the predicted x0 in range; None: as the scheduler's configuration says."""
-        config = self.scheduler.config
+        config = self._options
         if isinstance(clip, Clip):
             return clip
         if clip is None:
@@ -230,7 +248,7 @@ class Sampling:
         return {
             "dtype": str(self.unet.dtype).removeprefix("torch."),
             "network": fingerprint(self.unet),
-            "schedule": f"{fingerprint(levels)} {self.scheduler.config.prediction_type}",
+            "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
         }
 
     def _noise(self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None) -> SeededNoise:

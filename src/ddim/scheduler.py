@@ -8,7 +8,7 @@ Where nothing is clipped a step is linear in the sample, the model's output and 
 table over the T levels,
 
 .. math::
-    \hat x_0 = a\,x_t + b\,m, \qquad x_s = c\,x_t + d\,m + e\,\mathrm{clip}(\hat x_0) + f\,z,
+    \hat x_0 = a\,x_t + b\,m, \qquad x_s = c\,x_t + d\,m + e\,z + f\,\mathrm{clip}(\hat x_0),
 
 so a step with a tensor timestep gathers a row and combines it: no host reads a device, and ``torch.compile`` sees one graph.
 Options are read from ``config`` at each step, since pipelines rewrite it; compiled code keeps those of the last
@@ -16,6 +16,7 @@ Options are read from ``config`` at each step, since pipelines rewrite it; compi
 """
 
 import copy
+import dataclasses
 import functools
 import operator
 import warnings
@@ -32,16 +33,18 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import deprecate, logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from ddim.configuration import foreign_family, given_options
 from ddim.denoiser import Clip
 from ddim.errors import DDIMError
 from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
 from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.step import Eta, check_order, fold, multistep_weight, step_coefficients
-from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
+from ddim.timesteps import Spacing, as_levels, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
-__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "fitted_timesteps", "to_diffusers"]
+__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "as_ddim", "fitted_timesteps", "to_diffusers"]
 
 # A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted there is logged, not warned
 # about: code that turns warnings into errors keeps working.
@@ -63,7 +66,8 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """The coefficients (a, b, c, d, e, f) of all levels, [6, T], the plan's multistep, and the columns that integers have asked for."""
+    """The coefficients (a, b, c, d, e, f) of all levels, [6, T] or without the last rows where those are 0 at every level; the plan's
+    multistep; and the columns that integers have asked for."""
 
     mode: _Mode
     columns: Tensor
@@ -77,6 +81,7 @@ class _Plan:
 
     schedule: NoiseSchedule
     options: tuple[Any, ...]
+    config: dict[str, Any]  # all that the configuration said
     num_inference_steps: int
     prediction_type: PredictionType
     inverse: bool
@@ -89,7 +94,7 @@ class _Plan:
 
     def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
         table = self.tables.get((eta, rederive, dtype, device))
-        if table is None and torch.compiler.is_compiling():
+        if table is None and is_compiling():
             return self._make_table(eta, rederive, dtype, device)  # not kept: a traced step must not change its own guards
         if table is None:
             with torch.inference_mode(False):  # else it could not take part in a backward pass later
@@ -106,7 +111,8 @@ class _Plan:
             mode = "folded" if dtype in (torch.float32, torch.float64) else "split"
         held = torch.float64 if dtype == torch.float64 else torch.float32
         multistep = None if self.multistep is None else self.multistep.to(device, held)
-        return _Table(mode, _coefficients(self, eta, mode).to(device, held), multistep)
+        rows = 6 if mode != "folded" else 4 if eta == 0 else 5  # a row that is not gathered is time saved at each step
+        return _Table(mode, _coefficients(self, eta, mode)[:rows].to(device, held), multistep)
 
 
 def _solution(plan: _Plan) -> Solution:
@@ -135,13 +141,22 @@ def _coefficients(plan: _Plan, eta: Eta, mode: _Mode) -> Tensor:
     else:
         implied = solve("sample", source)
         x, output, x0 = weights.eps * implied.eps_x, none, weights.x0 + weights.eps * implied.eps_m
-    return torch.stack([found.x0_x, found.x0_m, x, output, x0, weights.noise])
+    return torch.stack([found.x0_x, found.x0_m, x, output, weights.noise, x0])
+
+
+def _as_levels(t: Tensor) -> Tensor:
+    """Whole numbers of any type as int64. A fraction is refused on the CPU; on a device that would wait for it, and it is cut off."""
+    if t.is_floating_point() and t.device.type == "cpu" and not is_compiling() and bool((t != t.round()).any()):
+        raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
+    return t.long()
 
 
 def _gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """The entries at t of each row of [k, T], shaped to multiply x [B, ...]; reads nothing back to the host."""
-    t = t if t.device == x.device else t.to(x.device, non_blocking=True)
-    t = t if t.dtype == torch.int64 else t.long()
+    if t.dtype != torch.int64:
+        t = _as_levels(t)
+    if t.device != x.device:
+        t = t.to(x.device, non_blocking=True)
     if t.ndim == 0 or t.shape == (1,):
         return columns.index_select(1, t).unbind(0)
     if t.shape != x.shape[:1]:
@@ -150,27 +165,31 @@ def _gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _times(coefficient: Tensor, x: Tensor) -> Tensor:
-    product = x * coefficient
+    product = x.mul(coefficient)
     return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
 def _advance(plan: _Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
-    a, b, c, d, e, f = at
+    a, b, c, d, *more = at
+    is_x0 = plan.prediction_type == "sample" and not plan.inverse
     # In place, but only on products made here: an allocation costs a fifth of a step.
-    x0 = output if plan.prediction_type == "sample" and not plan.inverse else _times(a, x).addcmul_(output, b)
+    if mode == "folded":  # nothing is clipped, and the coefficients have the sample's dtype
+        x_s = x.mul(c).addcmul_(output, d)
+        if noise is not None:
+            x_s.addcmul_(noise, more[0])
+        return x_s, output if is_x0 else x.mul(a).addcmul_(output, b)
+    x0 = output if is_x0 else _times(a, x).addcmul_(output, b)
     if plan.clip is not None:
         x0 = plan.clip(x0)
-    if mode == "folded":
-        x_s = _times(c, x).addcmul_(output, d)
-    elif mode == "rederived":
-        x_s = _times(c, x).addcmul_(x0, e)
+    if mode == "rederived":
+        x_s = _times(c, x).addcmul_(x0, more[1])
     elif plan.prediction_type == "epsilon":
-        x_s = _times(e, x0).addcmul_(output, d)
+        x_s = _times(more[1], x0).addcmul_(output, d)
     else:
-        x_s = _times(c, x).addcmul_(output, d).addcmul_(x0, e)
+        x_s = _times(c, x).addcmul_(output, d).addcmul_(x0, more[1])
     if noise is not None:
-        x_s = x_s.addcmul_(noise, f)
+        x_s.addcmul_(noise, more[0])
     return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
 
 
@@ -207,6 +226,7 @@ class _Scheduler:
     _options = operator.attrgetter("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
 
     config: Any
+    _internal_dict: Any  # what ``config`` returns
     num_inference_steps: int | None
 
     def _begin(self) -> None:
@@ -245,7 +265,7 @@ class _Scheduler:
 
     def _levels(self) -> NoiseSchedule:
         """The exact levels: the options' own, unless the public tables say otherwise."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._schedule
         recipe, trained = self._recipe(self.config), self.config.trained_betas
         if recipe != self._made_of[0] or trained is not self._made_of[1]:
@@ -294,9 +314,29 @@ class _Scheduler:
 
     def register_to_config(self, **kwargs: Any) -> None:  # noqa: ANN401 - any option
         """Changes options; where they define the levels, the public tables follow at once."""
+        if isinstance(betas := kwargs.get("trained_betas"), (Tensor, np.ndarray)):
+            kwargs["trained_betas"] = betas.tolist()  # as a file holds them
+        kwargs = given_options({**getattr(self, "_internal_dict", {}), **kwargs}, type(self))
         super().register_to_config(**kwargs)  # type: ignore[misc]
         if "_made_of" in self.__dict__:
             self._levels()
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:  # noqa: ANN401 - diffusers' protocol
+        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the ``solver_order`` of another multistep
+        scheduler is not taken over: DDIM stays DDIM unless you ask.
+
+        Raises:
+            DDIMError: If the configuration is of another family.
+        """
+        if isinstance(config, Mapping):
+            kind = config.get("_class_name")
+            known = kind is not None and kind != cls.__name__ and hasattr(diffusers, str(kind))
+            if reason := foreign_family({**config, "_class_name": kind if known else None}):
+                raise DDIMError(f"DDIM cannot take over this configuration: it is {reason}")
+            if "solver_type" in config and kind != cls.__name__:
+                config = {name: value for name, value in config.items() if name != "solver_order"}
+        return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
 
     # --- timesteps
 
@@ -347,8 +387,8 @@ class _Scheduler:
         if (num_inference_steps is None) == (timesteps is None):
             raise DDIMError("give either num_inference_steps or a list of timesteps, one of the two.")
         if timesteps is not None:
-            values = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else list(timesteps)
-            grid = check_timesteps(values[::-1] if self._inverse and values[:1] < values[-1:] else values, total)
+            levels = as_levels(timesteps)
+            grid = check_timesteps(levels[::-1] if self._inverse and levels[:1] < levels[-1:] else levels, total)
         else:
             if isinstance(num_inference_steps, (int, np.integer)) and num_inference_steps > total:
                 raise DDIMError(
@@ -356,7 +396,7 @@ class _Scheduler:
                     "the number of levels the model was trained on (config.num_train_timesteps)."
                 )
             spacing: Spacing = config.timestep_spacing
-            grid = fitted_timesteps(config, num_inference_steps) or select_timesteps(
+            grid = fitted_timesteps(vars(config), num_inference_steps) or select_timesteps(
                 total,
                 num_inference_steps,  # type: ignore[arg-type]
                 spacing,
@@ -371,21 +411,39 @@ class _Scheduler:
 
     # --- plan
 
-    def _current(self) -> _Plan:
-        """The plan for the options of this moment."""
+    def _ready(self, eta: Eta, rederive: bool, x: Tensor) -> tuple[_Plan, _Table]:
+        """The plan for the options of this moment, and its table for such a step."""
         plan = self._plan
-        if torch.compiler.is_compiling() and plan is not None:
-            return plan
+        if plan is None or not (is_compiling() or self._is_of_now(plan)):
+            plan = self._current()
+        table = plan.tables.get((eta, rederive, x.dtype, x.device))
+        return plan, plan.table(eta, rederive, x.dtype, x.device) if table is None else table
+
+    def _is_of_now(self, plan: _Plan) -> bool:
+        """Whether nothing at all has changed since the plan was made: one comparison a step, in place of one an option."""
+        table, clean = self._alphas_cumprod, self._clean
+        try:
+            return (
+                self._internal_dict.__dict__ == plan.config
+                and (table._version, clean._version) == self._schedule_key
+                and plan.num_inference_steps == self.num_inference_steps
+            )
+        except (ValueError, RuntimeError):  # two arrays of betas have no truth value, and inference tensors no version
+            return False
+
+    def _current(self) -> _Plan:
+        """The plan for the options of this moment, found by those that matter."""
         if self.num_inference_steps is None:
             raise DDIMError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
-        schedule = self._levels()
+        plan, schedule = self._plan, self._levels()
         if (
             plan is None
             or plan.schedule is not schedule
             or plan.num_inference_steps != self.num_inference_steps
             or plan.options != self._options(self.config)
         ):
-            plan = self._renew()
+            return self._renew()
+        self._plan = plan = dataclasses.replace(plan, config=dict(vars(self.config)))
         return plan
 
     def _renew(self) -> _Plan:
@@ -410,6 +468,7 @@ class _Scheduler:
         plan = _Plan(
             schedule=schedule,
             options=self._options(config),
+            config=dict(vars(config)),
             num_inference_steps=steps,
             prediction_type=config.prediction_type,
             inverse=self._inverse,
@@ -433,22 +492,14 @@ class _Scheduler:
     # --- step
 
     def _transition(
-        self,
-        output: Tensor,
-        timestep: int | Tensor,
-        x: Tensor,
-        eta: Eta = 0.0,
-        rederive: bool = False,
-        draw: Callable[[], Tensor] | None = None,
+        self, plan: _Plan, table: _Table, output: Tensor, timestep: int | Tensor, x: Tensor, eta: Eta = 0.0, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The step of either direction: (x_s, x0)."""
-        plan = self._current()
         if output.shape != x.shape:
             output = _mean_of(output, x)
-        table = plan.table(eta, rederive, x.dtype, x.device)
         if isinstance(timestep, Tensor):
             at = _gather(table.columns, timestep, x)
-        elif torch.compiler.is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
+        elif is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
             at = table.columns.narrow(1, timestep, 1).unbind(0)
         else:
             t = timestep if type(timestep) is int else _whole(timestep)
@@ -457,7 +508,7 @@ class _Scheduler:
                 self._check_level(plan, t, eta)
                 found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
             at = found
-        return _advance(plan, table.mode, at, output, x, draw() if draw else None)
+        return _advance(plan, table.mode, at, output, x, noise)
 
     def _check_level(self, plan: _Plan, t: int, eta: Eta) -> None:
         levels = len(plan.schedule)
@@ -551,13 +602,6 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     ) -> None:
         self._begin()  # not super().__init__(): it would make float32 tables, and refuse two of the schedules
 
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:  # noqa: ANN401 - diffusers' protocol
-        """As diffusers'; but the ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless you ask."""
-        if isinstance(config, Mapping) and "solver_type" in config and config.get("_class_name") != cls.__name__:
-            config = {name: value for name, value in config.items() if name != "solver_order"}
-        return super().from_config(config, return_unused_kwargs, **options)
-
     def _multistep(self, schedule: NoiseSchedule) -> Tensor | None:
         if check_order(self.config.solver_order) == 1:
             return None
@@ -591,8 +635,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
 
         Args:
             model_output: What the network predicted, shape [B, C, ...]; with twice the channels, the first half is used.
-            timestep: t in [0, T): an int, or a tensor of shape [], [1] or [B] (a timestep a sample). One that is not in the
-                list steps to t - T // N.
+            timestep: t in [0, T): an int, or a tensor of shape [], [1] or [B] (a timestep a sample); whole floats pass. One that is
+                not in the list steps to t - T // N.
             sample: x_t, shape [B, C, ...].
             eta: Scales the standard deviation of the noise: 0 deterministic, 1 the DDPM posterior; or ``"sigma-hat"``.
             use_clipped_model_output: Whether eps is derived again from the clipped x0, so that both decompose x_t.
@@ -604,23 +648,21 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             ``prev_sample`` (x_s) in the sample's dtype and ``pred_original_sample`` (x0, after clipping), shape [B, C, ...].
 
         Raises:
-            DDIMError: If ``set_timesteps`` was not called, shapes do not match, an int t lies outside [0, T), eta is negative
-                or too large, or both noise and a generator are given; at order 2, if eta is not 0, or t does not follow the last one in
-                the list and starts no new image either. Tensors of timesteps on a device are not checked: that would wait for it.
+            DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an int t lies outside [0, T), eta is
+                negative or too large, or both noise and a generator are given; at order 2, if eta is not 0, or t does not follow the last
+                one in the list and starts no new image either. Tensors of timesteps on a device are not checked, since that would wait for
+                it: a fraction is cut off there.
 
         References:
             Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
         """
-        if not isinstance(eta, str):
-            eta = float(eta)
-
-        def draw() -> Tensor:
-            return _draw(model_output, sample, generator, variance_noise)
-
-        moved = self._transition(model_output, timestep, sample, eta, use_clipped_model_output, None if eta == 0 else draw)
-        if self._plan is not None and self._plan.multistep is not None:
-            self._correct(self._plan, self._plan.table(eta, use_clipped_model_output, sample.dtype, sample.device), timestep, *moved)
-        return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
+        eta = eta if isinstance(eta, (float, str)) else float(eta)
+        plan, table = self._ready(eta, use_clipped_model_output, sample)
+        noise = None if eta == 0 else _draw(model_output, sample, generator, variance_noise)
+        x_s, x0 = self._transition(plan, table, model_output, timestep, sample, eta, noise)
+        if plan.multistep is not None:
+            self._correct(plan, table, timestep, x_s, x0)
+        return _result(x_s, x0) if return_dict else (x_s, x0)
 
     def _correct(self, plan: _Plan, table: _Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor) -> None:
         """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour above; keeps x0 for the next."""
@@ -628,7 +670,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         before, self._before = self._before, (t, x0)
         if before is None or before[1].shape != x0.shape or plan.multistep is None or table.multistep is None:
             return
-        if t.numel() == before[0].numel() == 1 and t.device.type == "cpu" and not torch.compiler.is_compiling():
+        if t.numel() == before[0].numel() == 1 and t.device.type == "cpu" and not is_compiling():
             now, last = int(t), int(before[0])
             if now <= last != int(plan.multistep[1, now]) and len(self._grid) > 1:
                 self._before = before
@@ -665,7 +707,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device=sample.device)
         if self.config.solver_order != 1:
             raise DDIMError("samples that are stepped in parallel have no step before them; use solver_order=1.")
-        return self._transition(model_output, t.flatten(), sample, eta, use_clipped_model_output)[0]
+        plan, table = self._ready(eta, use_clipped_model_output, sample)
+        return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
         """The posterior variance of a step between two levels at eta = 1, float32 []; a negative level is clean data."""
@@ -677,8 +720,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         r"""Draws from the forward process: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
 
         Args:
-            original_samples: Clean data, shape [B, ...].
-            noise: Standard normal, shape [B, ...].
+            original_samples: Clean data, shape [B, ...], or [1, ...] for all.
+            noise: Standard normal, shape [B, ...], or [1, ...] for all.
             timesteps: One level, or one a sample, in [0, T). -1 is refused: diffusers would read it as T - 1.
 
         Returns:
@@ -687,32 +730,42 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         Raises:
             DDIMError: If a level that the host can see is no whole number in [0, T).
         """
-        alpha, sigma = self._signal_and_noise(timesteps, original_samples)
-        return (original_samples * alpha).addcmul_(noise, sigma).to(original_samples.dtype)
+        x0, noise, alpha, sigma = self._signal_and_noise(timesteps, original_samples, noise)
+        return (x0 * alpha).addcmul_(noise, sigma).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
         r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as :meth:`add_noise`."""
-        alpha, sigma = self._signal_and_noise(timesteps, sample)
-        return (noise * alpha).addcmul_(sample, sigma, value=-1).to(sample.dtype)
+        x0, noise, alpha, sigma = self._signal_and_noise(timesteps, sample, noise)
+        return (noise * alpha).addcmul_(x0, sigma, value=-1).to(sample.dtype)
 
-    def _signal_and_noise(self, timesteps: int | Sequence[int] | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, shaped to multiply x; computed in float64, rounded once."""
+    def _signal_and_noise(self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x and noise in one shape, and alpha_t and sigma_t, shaped to multiply them; computed in float64, rounded once."""
         schedule = self._levels()
         t = (timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")).flatten()
-        if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        if t.device.type == "cpu" and not is_compiling() and t.numel():
             if t.is_floating_point() and bool((t != t.round()).any()):
                 raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
             if int(t.min()) < 0 or int(t.max()) >= len(schedule):
                 raise DDIMError(f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}.")
+        x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
+        if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
+            x, noise = (y.expand(t.numel(), *y.shape[1:]) for y in (x, noise))
         key = (torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
         table = self._signal_tables.get(key)
         if table is None:
             alpha_bar = schedule.alphas_cumprod
             table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(x.device, key[0])
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 self._signal_tables[key] = table
         alpha, sigma = _gather(table, t, x)
-        return alpha, sigma
+        return x, noise, alpha, sigma
+
+
+def _result(x_s: Tensor, x0: Tensor) -> DDIMSchedulerOutput:
+    """``DDIMSchedulerOutput(x_s, x0)``, filled by name: its constructor looks over its own fields, which takes a sixth of a step."""
+    result = DDIMSchedulerOutput.__new__(DDIMSchedulerOutput)
+    result["prev_sample"], result["pred_original_sample"] = x_s, x0
+    return result
 
 
 def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor | None) -> Tensor:
@@ -791,8 +844,20 @@ class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type:
         Raises:
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies outside [0, T).
         """
-        moved = self._transition(model_output, timestep, sample)
-        return DDIMSchedulerOutput(prev_sample=moved[0], pred_original_sample=moved[1]) if return_dict else moved
+        x_t, x0 = self._transition(*self._ready(0.0, False, sample), model_output, timestep, sample)
+        return _result(x_t, x0) if return_dict else (x_t, x0)
+
+
+def as_ddim(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any scheduler of diffusers
+    """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration.
+
+    Raises:
+        DDIMError: If it is of another family, such as flow matching.
+    """
+    if isinstance(scheduler, SchedulerMixin):
+        scheduler = {**given_options(scheduler.config, type(scheduler)), "_class_name": type(scheduler).__name__}
+    made: DDIMScheduler = DDIMScheduler.from_config(scheduler)
+    return made
 
 
 def to_diffusers(obj: _Converted) -> _Converted:

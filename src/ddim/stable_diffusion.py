@@ -24,7 +24,7 @@ from ddim.images import from_pictures
 from ddim.reversible import Reversible
 from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
-from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
 from ddim.text_inputs import Conditions, check_size, count_images, encode_images, encode_prompts, number_of_prompts, open_size
 from ddim.timesteps import Spacing, step_pairs
@@ -66,7 +66,7 @@ class StableDiffusion(Sampling):
         image_encoder=None,  # noqa: ANN001
         requires_safety_checker: bool = True,
     ) -> None:
-        ours = DDIMScheduler.from_config(getattr(scheduler, "config", scheduler))
+        ours = as_ddim(scheduler)
         super().__init__(  # type: ignore[call-arg]
             vae, text_encoder, tokenizer, unet, ours, safety_checker, feature_extractor, image_encoder, requires_safety_checker
         )
@@ -139,7 +139,7 @@ class StableDiffusion(Sampling):
         return self._model(network, clip)
 
     def _model(self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption) -> ModelDenoiser:
-        kind = self.scheduler.config.prediction_type
+        kind = self._options.prediction_type
         return ModelDenoiser(network, self.noise_schedule, kind, self.select_clip(clip), self.unet.dtype)
 
     def _guided(

@@ -9,11 +9,22 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
 from ddim.errors import DDIMError
 from ddim.schedule import CLEAN
 
-__all__ = ["SPACINGS", "Pair", "Spacing", "check_timesteps", "reverse_pairs", "select_timesteps", "step_pairs", "truncate_timesteps"]
+__all__ = [
+    "SPACINGS",
+    "Pair",
+    "Spacing",
+    "as_levels",
+    "check_timesteps",
+    "reverse_pairs",
+    "select_timesteps",
+    "step_pairs",
+    "truncate_timesteps",
+]
 
 Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
@@ -81,20 +92,35 @@ def select_timesteps(
     raise DDIMError(f"timestep_spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
 
 
-def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
+    """Returns a list, array or tensor of whole numbers, of any type, as plain integers.
+
+    Raises:
+        DDIMError: If it is something else.
+    """
+    try:
+        rows = getattr(timesteps, "ndim", 1) != 1
+        values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+    except TypeError:
+        rows = True
+    if rows:
+        raise DDIMError(f"timesteps must be one list of levels, such as [999, 500, 3]; got {timesteps!r}.")
+    values = [value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value for value in values]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+            raise DDIMError(f"timesteps must be whole numbers; got {value!r}.")
+    return [int(value) for value in values]
+
+
+def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> list[int]:
     """Returns a custom list of levels as plain integers, or says what is wrong with it.
 
     Raises:
         DDIMError: If the list is empty, not of whole numbers, leaves [0, T), repeats a level, or does not fall.
     """
-    values = list(timesteps)
-    if not values:
+    levels = as_levels(timesteps)
+    if not levels:
         raise DDIMError("timesteps must name at least one level; got an empty list.")
-    levels = []
-    for value in values:
-        if isinstance(value, bool) or int(value) != value:
-            raise DDIMError(f"timesteps must be whole numbers; got {value!r}.")
-        levels.append(int(value))
     outside = [t for t in levels if not 0 <= t < num_train_timesteps]
     if outside:
         raise DDIMError(f"timesteps must lie in [0, {num_train_timesteps}), the levels the model was trained on; got {outside[0]}.")

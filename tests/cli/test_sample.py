@@ -180,6 +180,15 @@ def test_timesteps_are_a_list_or_a_file_that_holds_one(tiny, tmp_path):
         assert sample(tiny, tmp_path / "a", "--timesteps", file, "--count", 2) == 0
 
 
+@pytest.mark.parametrize(
+    "content", ['{"protocol": []}', '{"protocol": {}}', "{}", "[5, 3]", '{"timesteps": [5, true]}', '{"timesteps": "5"}']
+)
+def test_a_file_without_timesteps_is_one_sentence(content, tiny, tmp_path, capsys):
+    (tmp_path / "levels.json").write_text(content)
+    assert sample(tiny, tmp_path / "a", "--timesteps", tmp_path / "levels.json") == 2
+    assert "levels.json must hold a list of whole numbers under the key 'timesteps'." in capsys.readouterr().err
+
+
 def test_the_ddpm_sampler_is_sigma_hat_with_static_clipping(tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path / "a", "--sampler", "ddpm", "--count", 1) == 0
     protocol = record(tmp_path / "a")["protocol"]
@@ -320,6 +329,7 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--clip", "soft"), "--clip must be one of none, static, dynamic; got 'soft'."),
         (("--device", "abacus"), "--device must be auto, or one that torch knows such as cpu or cuda; got 'abacus'."),
         (("--device", "meta:x"), "--device must be auto"),
+        (("--device", "meta"), "--device meta cannot be used here (Cannot copy out of meta tensor"),
         (("--dtype", "float8"), "--dtype must be one of float32, bfloat16, float16; got 'float8'."),
     ],
 )
@@ -346,6 +356,17 @@ def test_models_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
 
     flow = changed("flow", "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
     assert "is a FlowMatchEulerDiscreteScheduler of a flow-matching model" in flow
+    for number, (option, value) in enumerate(
+        [
+            *[("num_train_timesteps", "1000"), ("trained_betas", "abc"), ("beta_start", None), ("clip_sample", None)],
+            *[("prediction_type", None), ("timestep_spacing", 3), ("steps_offset", "one"), ("beta_schedule", 1)],
+        ]
+    ):
+        told = changed(f"malformed{number}", "scheduler/scheduler_config.json", **{option: value})
+        assert f"scheduler_config.json cannot be used: {option} must be " in told
+        assert told.startswith("ddim: ")
+        assert told.count("\n") == 1
+    assert "sides are multiples of 2; its configuration's sample_size is 7x7." in changed("odd", "unet/config.json", sample_size=7)
     assert "weights and config.json do not fit" in changed("channels", "unet/config.json", in_channels=3)
     assert "is a LDMPipeline, which needs more" in changed(
         "ldm", "model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]

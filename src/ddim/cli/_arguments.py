@@ -172,9 +172,10 @@ def _timesteps(text: str) -> tuple[int, ...]:
         content = json.loads(Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{text} cannot be read as JSON ({error}).") from None
-    # A run.json of ours keeps the list one level down.
-    found = content.get("timesteps", content.get("protocol", {}).get("timesteps")) if isinstance(content, dict) else None
-    if not isinstance(found, list) or not all(isinstance(t, int) for t in found):
+    if isinstance(content, dict) and "timesteps" not in content:
+        content = content.get("protocol")  # a run.json of ours keeps the list one level down
+    found = content.get("timesteps") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(type(t) is int for t in found):
         raise ValueError(f"{text} must hold a list of whole numbers under the key 'timesteps'.")
     return tuple(found)
 

@@ -183,7 +183,7 @@ def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet w
     except RuntimeError:
         raise DDIMError(f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}.") from None
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # a device that holds no numbers, such as meta, is of no use either
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DDIMError(f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu.") from None
     return device

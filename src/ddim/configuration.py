@@ -1,0 +1,108 @@
+"""What a scheduler's configuration says: of which family it is, whether its values can be used, and what was given in it."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ddim.errors import DDIMError
+from ddim.prediction import PREDICTION_TYPES
+from ddim.timesteps import SPACINGS
+
+__all__ = ["check_options", "foreign_family", "given_options"]
+
+# Schedulers that are configured by betas over discrete levels: what DDIM can walk.
+_FAMILY = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
+        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverMultistepInverse"),
+        *("DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD", "RePaint"),
+    )
+)
+
+
+def foreign_family(config: Mapping[str, Any]) -> str | None:
+    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of DDIM.
+
+    A scheduler in memory has no ``_class_name`` in its configuration: then the options tell.
+    """
+    kind = None if config.get("_class_name") is None else str(config["_class_name"])
+    other = () if "beta_schedule" in config else tuple(name for name in ("shift", "sigma_data", "sigma_min", "beta_max") if name in config)
+    flow = "Flow" in (kind or "") or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    if flow or (kind is None and "shift" in other):
+        return (
+            f"a {kind or 'scheduler'} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
+            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
+        )
+    if (kind is None and (other or "snr_shift_scale" in config)) or (kind is not None and kind not in _FAMILY):
+        return (
+            f"a {kind or 'scheduler'}, which has no noise schedule of discrete betas for DDIM to follow; "
+            "use diffusers' own pipeline for it."
+        )
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Rule = tuple[str, Callable[[Any], bool]]
+_SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
+_RULES: dict[str, _Rule] = {
+    "num_train_timesteps": ("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1),
+    "beta_start": ("a number", _is_number),
+    "beta_end": ("a number", _is_number),
+    "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
+    "trained_betas": (
+        "null or a list of numbers",
+        lambda value: value is None or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_number, value))),
+    ),
+    "clip_sample": _SWITCH,
+    "thresholding": _SWITCH,
+    "set_alpha_to_one": _SWITCH,
+    "rescale_betas_zero_snr": _SWITCH,
+    "steps_offset": ("a whole number", _is_whole),
+    "clip_sample_range": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "sample_max_value": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "dynamic_thresholding_ratio": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
+    "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
+}
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """Refuses values that cannot be meant, as a file may hold them; keys that are absent, or not DDIM's, are not looked at.
+
+    Raises:
+        DDIMError: Which option, what it must be, and what it is.
+    """
+    for name, (what, fits) in _RULES.items():
+        if name in config and not fits(config[name]):
+            raise DDIMError(f"{name} must be {what}; got {_brief(config[name])}.")
+
+
+def _brief(value: object) -> str:
+    told = "null" if value is None else repr(value)
+    return told if len(told) <= 80 else f"{told[:77]}..."
+
+
+def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
+    """The configuration of a scheduler of that class, in which only what is at its default counts as not given.
+
+    diffusers keeps a list of options that were not given, and leaves them out when another class takes the configuration over.
+    Options that were given by position, or changed later, are in that list too.
+    """
+    if "_use_default_values" not in config:
+        return dict(config)
+    defaults = inspect.signature(scheduler).parameters
+    unset = [name for name in config["_use_default_values"] if name not in defaults or _is(config.get(name), defaults[name].default)]
+    return {**config, "_use_default_values": unset}
+
+
+def _is(value: object, default: object) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
