@@ -12,16 +12,16 @@ from typing import Any, Literal
 
 import torch
 
-from ddim.denoiser import ModelDenoiser
+from ddim.denoiser import Denoiser, ModelDenoiser
 from ddim.errors import DDIMError
 from ddim.oracle import GaussianOracle
 from ddim.prediction import prediction_row
 from ddim.schedule import CLEAN, NoiseSchedule
 from ddim.step import Eta
-from ddim.symptoms import Brightness, Probe, finished, leaked_brightness, stock_nan_levels, stock_pairs, stock_timesteps
+from ddim.symptoms import Brightness, Probe, finished, leaked_brightness, stock_flaws, stock_nan_levels, stock_pairs
 from ddim.timesteps import Pair, check_timesteps, step_pairs
 
-__all__ = ["CHECKS", "FAINT", "Case", "Check", "Finding", "Model", "Severity", "foreign_finding"]
+__all__ = ["CHECKS", "FAINT", "OTHER_KEYS", "Case", "Check", "Finding", "Model", "Severity", "foreign_finding", "json_numbers"]
 
 Severity = Literal["error", "warning", "info"]
 
@@ -30,6 +30,21 @@ FAINT = 0.03
 
 _SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 _DATA = (0.5, 0.25)  # the Gaussian data on which steps are judged
+_DATA_NAME = "N({}, {}^2)".format(*_DATA)
+
+OTHER_KEYS = frozenset(
+    (
+        *("algorithm_type", "corrector_order", "disable_corrector", "eta", "euler_at_final", "final_sigmas_type", "flow_shift"),
+        *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
+        *("predictor_order", "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "snr_shift_scale", "solver_order"),
+        *("solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_scaling", "timestep_type"),
+        *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
+        *("use_lu_lambdas", "variance_type"),
+        *("predict_epsilon", "tensor_format", "timestep_values"),  # of diffusers before 0.12
+        "fitted_timesteps",  # ours
+    )
+)
+"""Keys that are known, beside those that every scheduler of the family has: of diffusers' other schedulers, of its past, and ours."""
 
 _SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 _LIN = "Lin et al. 2023, arXiv 2305.08891"
@@ -94,7 +109,8 @@ class Case:
         model: See :class:`Model`.
         brightness: Of the images.
         asked: The number of steps that was asked for; None where none was.
-        custom: The list of timesteps that was asked for.
+        custom: The list of timesteps that was asked for, or that the configuration was fitted with.
+        read: Which of :data:`OTHER_KEYS` the sampler does read.
         levels: The levels that this package visits.
         stock: Those that plain diffusers visits; None where it cannot.
         eta: What was asked for.
@@ -111,6 +127,7 @@ class Case:
     brightness: Brightness
     asked: int | None
     custom: Sequence[int] | None
+    read: frozenset[str]
     levels: list[int]
     stock: list[int] | None
     eta: Eta | None
@@ -143,8 +160,7 @@ class Case:
     def leak(self, t: int) -> tuple[Severity, dict[str, float]]:
         """How much N(0, I) errs on level t, and how that is to be judged."""
         bias, factor = leaked_brightness(self.schedule, t, self.brightness)
-        alpha_bar = float(self.schedule.alpha_bar(t))
-        numbers = {"level": t, "snr": alpha_bar / (1 - alpha_bar), "sqrt_alpha_bar": math.sqrt(alpha_bar)}
+        numbers = {"level": t, "snr": float(self.schedule.snr(t)), "sqrt_alpha_bar": float(self.schedule.alpha_bar(t).sqrt())}
         return _grade(bias), {**numbers, "brightness_bias": bias, "brightness_spread": factor}
 
 
@@ -159,7 +175,7 @@ class Check:
     def __call__(self, case: Case) -> Finding | None:
         """The finding, with the check's code and reference; None where all is well."""
         found = self.find(case)
-        return found and replace(found, code=self.code, reference=self.reference)
+        return found and replace(found, code=self.code, reference=self.reference, evidence=json_numbers(found.evidence))
 
     @property
     def title(self) -> str:
@@ -214,7 +230,7 @@ def _first_level(case: Case) -> Finding | None:
     return Finding(
         severity,
         f"{case.steps} steps start at level {first}, not at {case.last}: SNR {numbers['snr']:.4g} instead of "
-        f"{case.terminal / (1 - case.terminal):.4g}.",
+        f"{float(case.schedule.snr(case.last)):.4g}.",
         f"Pure noise is told to be level {first}: brightness is off by {numbers['brightness_bias']:+.3f}, "
         f"its spread {numbers['brightness_spread']:.3f} of what it should be.",
         {"steps": case.steps, **numbers},
@@ -233,7 +249,15 @@ def _bad_list(case: Case) -> Finding | None:
             return Finding(
                 "error", f"The list of timesteps cannot be walked: {error}", "Sampling is refused.", {"timesteps": list(case.custom)}
             )
-        return None
+        if case.asked in (None, len(case.custom)):
+            return None
+        return Finding(
+            "error",
+            f"{case.asked} steps were asked for, and the list of timesteps names {len(case.custom)}.",
+            "Levels are missing, or there are more than are paid for.",
+            {"steps": case.asked, "timesteps": len(case.custom)},
+            advice="Give the list alone.",
+        )
     outside = [t for t in case.stock or [] if t > case.last]
     if not outside:
         return None
@@ -255,9 +279,7 @@ def _off_the_grid(case: Case) -> Finding | None:
     if case.custom is not None or case.stock is None or not off:
         return None
     oracle = GaussianOracle(case.schedule, *_DATA)
-    first = case.levels[0]
-    start = {"mean": oracle.mean * float(case.schedule.alpha_bar(first).sqrt()), "std": float(oracle.variance(first).sqrt())}
-    (their_mean, their_std), (mean, std) = (finished(oracle.denoise, case.schedule, pairs, **start) for pairs in (theirs, ours))
+    (their_mean, their_std), (mean, std) = (_made(oracle.denoise, case.schedule, p, oracle, case.levels[0]) for p in (theirs, ours))
     error = math.hypot(their_mean - mean, their_std - std)
     total = len(case.schedule)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
@@ -265,7 +287,7 @@ def _off_the_grid(case: Case) -> Finding | None:
     return Finding(
         _grade(error),
         f"Plain diffusers leaves the grid at {off} of {len(theirs)} steps: it goes to t - {total // case.steps}, not to the next level.",
-        f"On data N({oracle.mean}, {oracle.std}^2) with a perfect network it makes N({their_mean:.3f}, {their_std:.3f}^2), the next level "
+        f"On data {_DATA_NAME} with a perfect network it makes N({their_mean:.3f}, {their_std:.3f}^2), the next level "
         f"N({mean:.3f}, {std:.3f}^2): off by {error:.3f}.",
         {"steps": case.steps, "off": off, "diffusers": [their_mean, their_std], "ddim": [mean, std], "data": list(_DATA), "error": error},
         {} if case.config["timestep_spacing"] == "trailing" else {"timestep_spacing": "trailing"},
@@ -293,13 +315,18 @@ def _epsilon_at_zero_snr(case: Case) -> Finding | None:
     """Epsilon prediction at zero terminal SNR."""
     if case.terminal > 0 or case.config["prediction_type"] != "epsilon":
         return None
+    rescaled = case.config["rescale_betas_zero_snr"]
+    # Where the network is known to be another, or was trained on these betas, its schedule is not what is wrong.
+    otherwise = (case.probe and case.probe.prediction_type not in (None, "epsilon")) or (
+        case.training_schedule is not None and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
+    )
     return Finding(
         "error",
         f"The terminal SNR is 0 and the network predicts epsilon: x0 = (x_t - sigma eps) / alpha divides by 0 at level {case.last}.",
         "Plain diffusers makes NaN, or with clipping images that start from signs; at that level the training loss teaches nothing.",
         {"level": case.last, "alpha_bar": 0.0},
-        {"rescale_betas_zero_snr": False},
-        advice=f"If it was trained on the rescaled betas, keep them and start below {case.last} (timesteps of your own), or train with "
+        {"rescale_betas_zero_snr": False} if rescaled and not otherwise else {},
+        advice=f"If it was trained on these betas, keep them and start below {case.last} (timesteps of your own), or train with "
         "v_prediction.",
     )
 
@@ -324,7 +351,7 @@ def _leading_at_zero_snr(case: Case) -> Finding | None:
 def _eta_nan(case: Case) -> Finding | None:
     """An eta that gives NaN in plain diffusers."""
     eta = 1.0 if case.eta is None else case.eta
-    if isinstance(eta, str) or eta == 0 or case.config.get("snr_shift_scale"):  # CogVideoX ignores eta
+    if isinstance(eta, str) or eta == 0 or "snr_shift_scale" in case.read:  # CogVideoX ignores eta
         return None
     levels = stock_nan_levels(case.config, case.stock_pairs, eta)
     if not levels:
@@ -403,12 +430,16 @@ def _idle_thresholding(case: Case) -> Finding | None:
     limit = case.config["sample_max_value"]
     if not case.config["thresholding"] or limit > 1:
         return None
+    plain = limit == 1
     return Finding(
         "warning",
-        f"thresholding is on with sample_max_value {limit:g}: the threshold lies between 1 and that, so it is always 1.",
-        "It is plain clipping to +-1, at the cost of a sort.",
+        f"thresholding is on with sample_max_value {limit:g}: "
+        + ("the threshold lies between 1 and that, so it is always 1." if plain else "a threshold of at least 1 is cut to that."),
+        "It is plain clipping to +-1, at the cost of a sort."
+        if plain
+        else "Each predicted image is clamped to that and divided by it: contrast grows at every step.",
         {"sample_max_value": limit},
-        {"thresholding": False, "clip_sample": True},
+        {"thresholding": False, "clip_sample": not case.model.latent},
         advice="For dynamic thresholding of pixels raise sample_max_value, for example to 1.5 or more.",
     )
 
@@ -484,7 +515,7 @@ def _other_total(case: Case) -> Finding | None:
         f"The schedule has {len(case.schedule)} levels, and the model was trained on {known}.",
         "The network is told levels that mean other amounts of noise to it, or that it never saw.",
         {"schedule": len(case.schedule), "model": known},
-        {"num_train_timesteps": known},
+        {"num_train_timesteps": known} if case.config["trained_betas"] is None else {},
     )
 
 
@@ -498,21 +529,20 @@ def _other_training(case: Case) -> Finding | None:
     if len(there) != len(here) or (kind == trained_kind and torch.allclose(there.alphas_cumprod, here.alphas_cumprod, atol=1e-6)):
         return None
     oracle = GaussianOracle(there, *_DATA)
-    first = case.levels[0]
-    start = {"mean": oracle.mean * float(there.alpha_bar(first).sqrt()), "std": float(oracle.variance(first).sqrt())}
     mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
     solvable = not (kind == "epsilon" and bool((here.alpha_bar(torch.tensor(case.levels)) == 0).any()))
-    mean, std = finished(mixed, here, step_pairs(case.levels), **start) if solvable else (math.inf, math.inf)
-    right_mean, right_std = finished(oracle.denoise, there, step_pairs(case.levels), **start)
+    pairs, first = step_pairs(case.levels), case.levels[0]
+    mean, std = _made(mixed, here, pairs, oracle, first) if solvable else (math.inf, math.inf)
+    right_mean, right_std = _made(oracle.denoise, there, pairs, oracle, first)
     error = math.hypot(mean - right_mean, std - right_std)
     keys = {k: training[k] for k in (*_SCHEDULE_KEYS, "prediction_type") if training[k] != case.config[k]}
     return Finding(
         "error" if kind != trained_kind else _grade(error),
         f"The model was trained with {', '.join(f'{k}={_short(v)}' for k, v in keys.items())}, and is sampled with "
         f"{', '.join(f'{k}={_short(case.config[k])}' for k in keys)}.",
-        f"On data N({oracle.mean}, {oracle.std}^2) a perfect network so used makes N({mean:.3f}, {std:.3f}^2) instead of "
+        f"On data {_DATA_NAME} a perfect network so used makes N({mean:.3f}, {std:.3f}^2) instead of "
         f"N({right_mean:.3f}, {right_std:.3f}^2).",
-        {"mixed": [_finite(mean), _finite(std)], "right": [right_mean, right_std]},
+        {"mixed": [mean, std], "right": [right_mean, right_std]},
         keys,
     )
 
@@ -523,14 +553,7 @@ def _steps_not_given(case: Case) -> Finding | None:
     if case.asked is not None or case.custom is not None:
         return None
     total, spacing = len(case.schedule), case.config["timestep_spacing"]
-    off, minus_one = [], []
-    if case.stock is not None:
-        for count in range(1, total + 1):
-            listed = stock_timesteps(total, count, spacing, steps_offset=case.config["steps_offset"])
-            if listed[-1] == CLEAN:
-                minus_one.append(count)
-            if any(s != after for (_, s), after in zip(stock_pairs(listed, total, count), [*listed[1:], CLEAN], strict=True)):
-                off.append(count)
+    off, minus_one = ([], []) if case.stock is None else stock_flaws(total, spacing, steps_offset=case.config["steps_offset"])
     return Finding(
         "info",
         f"The number of steps is not given; {case.steps} are assumed.",
@@ -546,6 +569,7 @@ def _probed_type(case: Case) -> Finding | None:
     if case.probe is None or case.probe.prediction_type == case.config["prediction_type"]:
         return None
     found = case.probe.prediction_type
+    unusable = found == "epsilon" and case.terminal == 0 and case.config["rescale_betas_zero_snr"]
     told = ", ".join(f"{kind} {error:.3f}" for kind, error in case.probe.errors.items())
     return Finding(
         "error" if found else "warning",
@@ -554,7 +578,7 @@ def _probed_type(case: Case) -> Finding | None:
         + f" (relative errors: {told}).",
         "Its output is read as what it is not: the images are noise." if found else "The network is not trained, or not on these images.",
         {"errors": case.probe.errors, "probed": found},
-        {"prediction_type": found} if found else {},
+        {"prediction_type": found, **({"rescale_betas_zero_snr": False} if unusable else {})} if found else {},
     )
 
 
@@ -577,19 +601,51 @@ def _probed_end(case: Case) -> Finding | None:
     )
 
 
-def foreign_finding(told: str) -> Finding:
+@_check("DDIM023", "docs/decisions/0023-unknown-keys.md")
+def _idle_keys(case: Case) -> Finding | None:
+    """Keys that DDIM does not read."""
+    idle = {key: case.config[key] for key in sorted(OTHER_KEYS & set(case.config)) if key not in case.read}
+    if not idle:
+        return None
+    inverted = idle.get("predict_epsilon") is False and case.config["prediction_type"] == "epsilon"
+    return Finding(
+        "error" if inverted else "info",
+        f"DDIM does not read {', '.join(f'{key}={_short(value)}' for key, value in idle.items())}: other schedulers or versions do.",
+        "The network predicts the image, and its answer is read as noise."
+        if inverted
+        else "Nothing, unless the images are expected to be that scheduler's.",
+        idle,
+        {"prediction_type": "sample"} if inverted else {},
+    )
+
+
+def foreign_finding(kind: str, told: str) -> Finding:
+    """What is said of a scheduler that no check applies to."""
     return Finding(
         "warning",
         f"This is {told}",
         "No other check applies to it.",
+        {"scheduler": kind},
         code="DDIM018",
         reference="Lipman et al. 2023, arXiv 2210.02747; Karras et al. 2022, arXiv 2206.00364",
     )
 
 
+def json_numbers(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """The same with null for NaN and infinities, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: json_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _made(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], oracle: GaussianOracle, first: int) -> tuple[float, float]:
+    """Mean and std of the images that these steps make of noise as the oracle's data has it at the first level."""
+    start = torch.tensor([oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())], dtype=torch.float64)
+    mean, std = finished(denoise, schedule, pairs, mean=start, std=oracle.variance(first).sqrt().reshape(1))
+    return float(mean), float(std)
+
+
 def _short(value: object) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else str(value)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -5,14 +5,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from ddim.checkpoints import noise_schedule
-from ddim.checks import CHECKS, Case, Finding, Model, Severity, foreign_finding
+from ddim.checks import CHECKS, OTHER_KEYS, Case, Finding, Model, Severity, foreign_finding
 from ddim.configuration import foreign_family
 from ddim.errors import DDIMError
 from ddim.prediction import prediction_row
@@ -44,16 +44,8 @@ _DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
     "rescale_betas_zero_snr": False,
 }
-_UNUSED_KEYS = frozenset(  # of other schedulers in the family, and of ours
-    (
-        *("algorithm_type", "corrector_order", "disable_corrector", "eta", "euler_at_final", "final_sigmas_type", "flow_shift"),
-        *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
-        *("predictor_order", "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "snr_shift_scale", "solver_order"),
-        *("solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_scaling", "timestep_type", "timesteps"),
-        *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
-        *("use_lu_lambdas", "variance_type"),
-    )
-)
+# Of the one sampler of the family whose schedule is its own.
+_COGVIDEO: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "snr_shift_scale": 3.0}
 
 
 @dataclass(frozen=True)
@@ -64,19 +56,21 @@ class Diagnosis:
         config: The configuration as it was given.
         findings: In the order of their codes.
         summary: What was looked at, in numbers; empty for a scheduler that is not of DDIM's family.
+        asked: Keys whose values were asked for in place of the configuration's.
     """
 
     config: dict[str, Any]
     findings: tuple[Finding, ...]
     summary: dict[str, Any]
+    asked: dict[str, Any] = field(default_factory=dict)
 
     def has(self, severity: Severity) -> bool:
         """Whether a finding is of that severity."""
         return any(f.severity == severity for f in self.findings)
 
     def fixed(self) -> dict[str, Any]:
-        """The configuration with the fixes of all errors and warnings but those that need training."""
-        result = dict(self.config)
+        """The configuration as it was asked for, with the fixes of all errors and warnings but those that need training."""
+        result = self.config | self.asked
         for finding in self.findings:
             if finding.severity != "info" and not finding.retrain:
                 result |= finding.fix
@@ -115,19 +109,27 @@ def diagnose(
     """
     given = dict(config)
     kind = given.get("_class_name", "DDIMScheduler")
-    told = None if str(kind).startswith("CogVideoX") else foreign_family({**given, "_class_name": kind})
+    if not isinstance(kind, str) or "Scheduler" not in kind:
+        raise DDIMError(f"this is the configuration of a {kind}, and not of a scheduler; give a scheduler_config.json.")
+    told = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
     if told is not None:
-        return Diagnosis(given, (foreign_finding(told),), {})
-    full = complete({**given, "_class_name": kind, **({} if spacing is None else {"timestep_spacing": spacing})})
+        return Diagnosis(given, (foreign_finding(kind, told),), {})
+    asked = {} if spacing is None else {"timestep_spacing": spacing}
+    full = complete({**given, "_class_name": kind, **asked})
     schedule = levels_of(full)
     prediction_row(full["prediction_type"], schedule.alphas_cumprod[:1])  # refuses an unknown type
     if eta is not None:
         check_eta(eta)
-    total, custom = len(schedule), timesteps if timesteps is not None else full.get("timesteps")
-    count = min(_STEPS, total) if steps is None else steps
-    levels = select_timesteps(total, min(count, total), full["timestep_spacing"], steps_offset=full["steps_offset"])
+    total, count = len(schedule), _STEPS if steps is None else steps
+    count = min(count, total) if steps is None or isinstance(count, int) and count > total else count
+    levels = select_timesteps(total, count, full["timestep_spacing"], steps_offset=full["steps_offset"])
+    custom = timesteps
+    if timesteps is None and spacing is None:
+        custom = next((fitted for fitted in full.get("fitted_timesteps") or [] if len(fitted) == count), None)
     if custom is not None:
-        levels = sorted({int(t) for t in custom if 0 <= t <= total - 1}, reverse=True) or [total - 1]
+        if not all(isinstance(t, int) for t in custom):
+            raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
+        levels = sorted({t for t in custom if 0 <= t < total}, reverse=True) or [total - 1]
     listed = custom is None and full["timestep_spacing"] in ("leading", "linspace", "trailing")
     training = None if model.training is None else complete(model.training)
     dimensions = math.prod(model.shape) if model.shape else _ASSUMED[2]
@@ -138,6 +140,7 @@ def diagnose(
         brightness=brightness or Brightness(*_ASSUMED[:2], dimensions),
         asked=steps,
         custom=custom,
+        read=_read_keys(full),
         levels=levels,
         stock=stock_timesteps(total, len(levels), full["timestep_spacing"], steps_offset=full["steps_offset"]) if listed else None,
         eta=eta,
@@ -147,7 +150,8 @@ def diagnose(
         training=training,
         training_schedule=None if training is None else levels_of(training),
     )
-    return Diagnosis(given, tuple(found for check in CHECKS.values() if (found := check(case))), _summary(case, assumed=brightness is None))
+    findings = tuple(found for check in CHECKS.values() if (found := check(case)))
+    return Diagnosis(given, findings, _summary(case, assumed=brightness is None), asked)
 
 
 def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
         "levels": len(case.schedule),
         "beta_schedule": "trained_betas" if case.config["trained_betas"] is not None else case.config["beta_schedule"],
         "prediction_type": case.config["prediction_type"],
-        "terminal_snr": case.terminal / (1 - case.terminal),
+        "terminal_snr": float(case.schedule.snr(case.last)),
         "steps": case.steps,
         "timestep_spacing": "custom" if case.custom is not None else case.config["timestep_spacing"],
         "first_level": case.levels[0],
@@ -167,6 +171,7 @@ def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
             "std": case.brightness.std,
             "dimensions": case.brightness.dimensions,
             "assumed": assumed,
+            "whole_images": case.brightness.measured is not None,
         },
         "brightness_bias": bias,
         "brightness_spread": factor,
@@ -180,11 +185,11 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         DDIMError: If a key is unknown, or a value of the wrong kind or not finite.
     """
     for key in config:
-        if key not in _DEFAULTS and key not in _UNUSED_KEYS and not key.startswith("_"):
-            close = get_close_matches(key, _DEFAULTS, n=1)
+        if key not in _DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
+            close = get_close_matches(key, [*_DEFAULTS, *sorted(OTHER_KEYS)], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "no scheduler of this family has it; remove it."
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
-    full = {**_DEFAULTS, **config}
+    full = {**_DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
     for key, default in _DEFAULTS.items():
         value = full[key]
         if default is None:
@@ -198,6 +203,12 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         if not fits:
             kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
             raise DDIMError(f"{key} must be {kind}; got {value!r}.")
+    shift = full.get("snr_shift_scale")
+    if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
+        raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
+    fitted = full.get("fitted_timesteps") or []
+    if not isinstance(fitted, list) or not all(isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted):
+        raise DDIMError(f"fitted_timesteps must be a list of lists of levels; got {fitted!r}.")
     betas = full["trained_betas"]
     named = {"beta_start": full["beta_start"], "beta_end": full["beta_end"]}
     if betas is not None:
@@ -211,10 +222,29 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The levels of a complete configuration; also those of CogVideoX, whose SNR is shifted before it is rescaled."""
-    shift = config.get("snr_shift_scale")
-    if not shift:
-        return noise_schedule(config)
-    table = noise_schedule({**config, "rescale_betas_zero_snr": False}).alphas_cumprod
-    table = table / (shift + (1 - shift) * table)
-    return noise_schedule({**config, "trained_betas": 1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])})
+    """The levels of a complete configuration; also those of CogVideoX, whose SNR is shifted before it is rescaled.
+
+    Raises:
+        DDIMError: If the beta schedule is unknown, or adds no noise.
+    """
+    schedule = noise_schedule(config)
+    shift = config.get("snr_shift_scale") if _is_cogvideo(config.get("_class_name")) else None
+    if shift:
+        table = noise_schedule({**config, "rescale_betas_zero_snr": False}).alphas_cumprod
+        table = table / (shift + (1 - shift) * table)
+        schedule = noise_schedule({**config, "trained_betas": 1 - table / torch.cat([table.new_ones(1), table[:-1]])})
+    if float(schedule.alphas_cumprod[-1]) == 1:
+        raise DDIMError("the scheduler's configuration adds no noise: all its betas are 0.")
+    return schedule
+
+
+def _read_keys(config: Mapping[str, Any]) -> frozenset[str]:
+    """Which keys of other schedulers are read: by CogVideoX its shift, else by ours the order, unless it is another solver's, and fits."""
+    if _is_cogvideo(config["_class_name"]):
+        return frozenset({"snr_shift_scale"})
+    another = "solver_type" in config and config["_class_name"] != "DDIMScheduler"
+    return frozenset({"fitted_timesteps"} if another else {"fitted_timesteps", "solver_order"})
+
+
+def _is_cogvideo(kind: object) -> bool:
+    return str(kind).startswith("CogVideoX")

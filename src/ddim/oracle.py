@@ -23,13 +23,13 @@ class GaussianOracle:
 
     Attributes:
         schedule: The levels.
-        mean: Of the data, a number.
-        std: Of the data, a number above 0.
+        mean: Of the data, a number; or one a sample, shape [B], float64.
+        std: Of the data, a number above 0; or one a sample.
     """
 
     schedule: NoiseSchedule
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | Tensor = 0.0
+    std: float | Tensor = 1.0
 
     def variance(self, t: int | Tensor) -> Tensor:
         """V_t, the variance of a sample at level t; float64, shape of t."""
@@ -44,7 +44,8 @@ class GaussianOracle:
         alpha_bar = self.schedule.alpha_bar(t)
         alpha, sigma, variance = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), self.variance(t)
         centred = x_t - match(alpha * self.mean, x_t)
-        return Denoised(self.mean + match(alpha * self.std**2 / variance, x_t) * centred, match(sigma / variance, x_t) * centred)
+        mean = match(torch.as_tensor(self.mean, dtype=torch.float64), x_t)
+        return Denoised(mean + match(alpha * self.std**2 / variance, x_t) * centred, match(sigma / variance, x_t) * centred)
 
     def network(self, prediction_type: PredictionType = "epsilon") -> Callable[[Tensor, Tensor], Tensor]:
         """A perfect network of the given parametrisation: (x_t, t) -> prediction."""

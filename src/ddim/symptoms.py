@@ -1,19 +1,21 @@
 r"""What a schedule and a list of timesteps do to images, in numbers: the measurements behind the doctor's findings.
 
 Everything is measured on Gaussian data, for which the best network is known (:class:`ddim.oracle.GaussianOracle`). On such data a
-DDIM run is an affine map of the noise it starts from, so two runs tell the mean and the spread of all images exactly. Notation:
+DDIM run is an affine map of the noise it starts from, so two runs tell the mean and the spread of all images exactly. The bias
+of images that are no Gaussian is that of their covariance; their spread shrinks less, since a network makes images, not averages. Notation:
 :mod:`ddim.schedule`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddim.denoiser import Denoiser
+from ddim.errors import DDIMError
 from ddim.noise import seeded_randn
 from ddim.oracle import GaussianOracle
 from ddim.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0_eps
@@ -24,15 +26,30 @@ from ddim.timesteps import Pair
 
 __all__ = [
     "Brightness",
+    "Modes",
     "Probe",
     "finished",
     "leaked_brightness",
     "predict_brightness",
     "probe",
+    "stock_flaws",
     "stock_nan_levels",
     "stock_pairs",
     "stock_timesteps",
 ]
+
+_COARSE = 32  # sides of the images whose covariance is taken
+
+
+class Modes(NamedTuple):
+    """Directions in which images vary independently, and what each adds to the mean grey level; each [K], float64.
+
+    Noise has variance 1 along each.
+    """
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,11 +60,14 @@ class Brightness:
         mean: Over all images.
         std: Between images.
         dimensions: Numbers an image has, C H W: the more, the less noise hides the brightness.
+        measured: How the rest of the image goes with it, where images were at hand (:meth:`of_images`); None: it is taken for
+            independent of the rest.
     """
 
     mean: float
     std: float
     dimensions: int
+    measured: Modes | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
@@ -55,16 +75,51 @@ class Brightness:
         count = len(prior.mean)
         return cls(sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions)
 
+    @classmethod
+    def of_images(cls, images: Tensor) -> "Brightness":
+        """That of the images themselves, [B, C, H, W] in [-1, 1], with the covariance of all their pixels.
+
+        A network tells an image's brightness from all of the noise: on Fashion-MNIST that halves what the constant component alone
+        predicts. Sides above 32 are averaged down, which changes little: what tells brightness is coarse.
+
+        Raises:
+            DDIMError: If there are fewer than two images.
+        """
+        if len(images) < 2:
+            raise DDIMError(f"the brightness of images needs at least 2 of them; got {len(images)}.")
+        fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
+        rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)  # times fold: noise keeps variance 1
+        weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
+        mean = rows.mean(0)
+        _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
+        left = mean - basis.T @ (basis @ mean)  # what no image deviates along: one more direction, of spread 0
+        basis = torch.cat([basis, (left / left.norm().clamp(min=1e-12))[None]])
+        std = torch.cat([singular / (len(images) - 1) ** 0.5, singular.new_zeros(1)])
+        bright = rows @ weights
+        return cls(float(bright.mean()), float(bright.std()), images[0].numel(), Modes(basis @ mean, std, basis @ weights))
+
+    @property
+    def modes(self) -> Modes:
+        """The directions that brightness depends on; where no images were at hand, the constant component alone."""
+        if self.measured is not None:
+            return self.measured
+        root = self.dimensions**0.5
+        return Modes(*torch.tensor([[self.mean * root], [self.std * root], [1 / root]], dtype=torch.float64))
+
     def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
-        """The exact denoiser of an image's constant component, whose noise has variance 1."""
-        return GaussianOracle(schedule, self.mean * self.dimensions**0.5, self.std * self.dimensions**0.5)
+        """The exact denoiser along the modes, of samples [K, ...]."""
+        return GaussianOracle(schedule, self.modes.mean, self.modes.std)
+
+    def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
+        """The bias, and the factor on the spread, of images whose modes have these means and spreads, each [K]."""
+        weight = self.modes.weight
+        return float(weight @ (mean - self.modes.mean)), float((weight * std).norm()) / self.std
 
 
-def finished(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: float, std: float) -> tuple[float, float]:
-    """Mean and std of the images that DDIM makes of N(mean, std^2), for a denoiser that is affine in x_t."""
-    x = torch.tensor([[mean], [mean + std]], dtype=torch.float64)
-    low, high = sample(denoise, x, pairs, schedule=schedule).flatten().tolist()
-    return low, high - low
+def finished(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std, each [K], of the images that DDIM makes of N(mean, std^2), for a denoiser that is affine in x_t [K, ...]."""
+    x = sample(denoise, torch.stack([mean, mean + std], dim=1), pairs, schedule=schedule)
+    return x[:, 0], x[:, 1] - x[:, 0]
 
 
 def predict_brightness(schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness) -> tuple[float, float]:
@@ -73,35 +128,50 @@ def predict_brightness(schedule: NoiseSchedule, pairs: Sequence[Pair], brightnes
     Returns:
         The bias of the mean grey level, and the factor by which the spread between images changes: (0, 1) is right.
     """
-    mean, std = finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=0.0, std=1.0)
-    return mean / brightness.dimensions**0.5 - brightness.mean, std / (brightness.std * brightness.dimensions**0.5)
+    zero = torch.zeros_like(brightness.modes.mean)
+    return brightness.change(*finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1))
 
 
 def leaked_brightness(schedule: NoiseSchedule, t: int, brightness: Brightness) -> tuple[float, float]:
     r"""The same for infinitely many steps from level t: what N(0, I) alone costs there.
 
-    With :math:`s = \mathrm{std}\sqrt{d}` over d dimensions the bias is
+    Where brightness is taken for independent of the rest of the image, with :math:`s = \mathrm{std}\sqrt{d}` over d dimensions the bias is
     :math:`-\mathrm{std}\,\alpha_t\,\mathrm{mean}\sqrt{d} / \sqrt{V_t}` and the factor :math:`1 / \sqrt{V_t}`,
-    :math:`V_t = \alpha_t^2 s^2 + \sigma_t^2`.
+    :math:`V_t = \alpha_t^2 s^2 + \sigma_t^2`; else the same along each mode, summed.
 
     References:
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 3.1 (the leak, without this formula).
         https://arxiv.org/abs/2305.08891
     """
-    oracle = brightness.oracle(schedule)
-    low, high = oracle.flow(torch.tensor([0.0, 1.0], dtype=torch.float64), t, CLEAN).tolist()
-    return low / brightness.dimensions**0.5 - brightness.mean, (high - low) / oracle.std
+    zero, one = (brightness.oracle(schedule).flow(torch.full_like(brightness.modes.mean, start), t, CLEAN) for start in (0.0, 1.0))
+    return brightness.change(zero, one - zero)
 
 
 def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
     """The list that plain diffusers makes, with its flaws: entries of -1 or T, and N + 1 of them, are possible."""
+    return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
+
+
+def _stock_levels(total: int, count: int, spacing: str, steps_offset: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     if spacing == "leading":
         levels = np.arange(count)[::-1] * float(total // count) + steps_offset
     elif spacing == "linspace":
         levels = np.linspace(0, total - 1, count).round()[::-1]
     else:
         levels = np.round(np.arange(total, 0, -total / count)) - 1
-    return [int(t) for t in levels]
+    return levels.astype(np.int64)
+
+
+def stock_flaws(total: int, spacing: str, *, steps_offset: int = 0) -> tuple[list[int], list[int]]:
+    """The numbers of steps, of 1 to T, at which plain diffusers leaves its own list of levels, and at which it visits -1."""
+    off, minus_one = [], []
+    for count in range(1, total + 1):
+        levels = _stock_levels(total, count, spacing, steps_offset)
+        if levels[-1] == CLEAN:
+            minus_one.append(count)
+        if (np.maximum(levels - total // count, CLEAN) != np.append(levels[1:], CLEAN)).any():
+            off.append(count)
+    return off, minus_one
 
 
 def stock_pairs(timesteps: Sequence[int], total: int, count: int) -> list[Pair]:

@@ -50,7 +50,7 @@ def test_the_report_is_for_people(capsys):
     told = capsys.readouterr().out
     assert "warning DDIM001  The terminal SNR is 0.004682, not 0" in told
     assert 'Fix: timestep_spacing="trailing"' in told
-    assert "0 errors, 2 warnings, 1 notes." in told
+    assert "0 errors, 2 warnings, 2 notes." in told
     assert "\x1b" not in told
 
 

@@ -87,7 +87,9 @@ def run(command: Command) -> int:
     if given is not None and (command.data is not None or len(given) != 2 or not given[1] > 0):
         raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
 
+    from ddim.checks import json_numbers
     from ddim.doctor import diagnose
+    from ddim.images import write_atomically
 
     config, model, folder = _read(command)
     brightness, prior, probe = _look_at_data(command, config, model, folder)
@@ -105,12 +107,12 @@ def run(command: Command) -> int:
     )
     if command.json:
         content = {"source": command.source, **asdict(diagnosis), "fixed": diagnosis.fixed(), "probe": probe and asdict(probe)}
-        print(json.dumps(content, indent=2, allow_nan=False))
+        print(json.dumps(json_numbers(content), indent=2, allow_nan=False))
     else:
         _report(command.source, diagnosis, probe)
     say = sys.stderr if command.json else sys.stdout
     if prior is not None and command.prior:
-        _write_json(command.prior, {**asdict(prior), "data": command.data})
+        write_atomically(command.prior, json.dumps({**asdict(prior), "data": command.data}, sort_keys=True) + "\n")
         print(f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}", file=say)
     if fixed is not None:
         print(_fix(diagnosis, fixed), file=say)

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -133,7 +133,7 @@ def run(command: Command) -> None:
     protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, order=order, clip=clip)
     protocol["variance"] = None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
     if prior is not None:
-        protocol["prior"] = asdict(prior)
+        protocol["prior"] = prior.describe()
 
     out = Path(command.out or f"out/sample-{short_name(command.model)}")
     there = {int(p.stem): p for p in out.glob("*.png") if re.fullmatch(r"\d{6,}", p.stem)}
