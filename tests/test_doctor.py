@@ -127,10 +127,17 @@ def test_a_sound_configuration_has_no_warning_and_with_all_told_no_finding(steps
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_real_configurations_are_diagnosed(path):
-    diagnosis = diagnose(json.loads(path.read_text()))
+    config = json.loads(path.read_text())
+    diagnosis = diagnose(config)
     assert not diagnosis.has("error")
     assert diagnosis.findings
     if diagnosis.summary:
+        kind = diffusers.CogVideoXDDIMScheduler if config.get("snr_shift_scale") else diffusers.DDIMScheduler
+        stock = kind(**{key: value for key, value in config.items() if key in inspect.signature(kind.__init__).parameters})
+        stock.set_timesteps(50)
+        last = float(stock.alphas_cumprod[-1])
+        assert diagnosis.summary["terminal_snr"] == pytest.approx(last / (1 - last), rel=1e-3)
+        assert diagnosis.summary["first_level"] == int(stock.timesteps[0])
         again = diagnose(diagnosis.fixed())
         assert [f.code for f in again.findings if f.severity != "info" and not f.retrain] == []
 

@@ -601,7 +601,7 @@ def _probed_end(case: Case) -> Finding | None:
     )
 
 
-@_check("DDIM023", "docs/decisions/0023-unknown-keys.md")
+@_check("DDIM023", "docs/decisions/0024-keys-that-the-doctor-knows.md")
 def _idle_keys(case: Case) -> Finding | None:
     """Keys that DDIM does not read."""
     idle = {key: case.config[key] for key in sorted(OTHER_KEYS & set(case.config)) if key not in case.read}

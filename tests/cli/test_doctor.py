@@ -1,12 +1,16 @@
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddim.checkpoints import noise_schedule
 from ddim.cli import main
+from ddim.training.checkpoint import make_scheduler
+from ddim.training.config import TrainConfig
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = DATA / "scheduler_configs"
@@ -86,6 +90,28 @@ def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_p
     assert found["fix"] == {"beta_schedule": "linear"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta_schedule": "sigmoid", "num_train_timesteps": 300},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_end": 0.01},
+    ],
+)
+def test_the_schedule_of_a_training_run_is_that_of_the_scheduler_it_writes(options, tmp_path, capsys):
+    config = TrainConfig(out="x", data="digits", **options)
+    scheduler = make_scheduler(config).config
+    card = asdict(config) | {name: scheduler[name] for name in asdict(config) if name in scheduler}
+    for name, content in {"card.json": {"config": card}, "bare.json": asdict(config)}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+        summary = findings(capsys, tmp_path / name, "--steps", 10)[1]["summary"]
+        expected = noise_schedule(scheduler)
+        assert summary["levels"] == len(expected)
+        assert summary["prediction_type"] == scheduler.prediction_type
+        assert summary["terminal_snr"] == pytest.approx(float(expected.snr(len(expected) - 1)))
+        assert summary["timestep_spacing"] == "trailing"
+
+
 def test_latents_are_known_by_the_autoencoder(tiny, tmp_path, capsys):
     model = tmp_path / "latent"
     shutil.copytree(tiny, model)
@@ -103,6 +129,7 @@ def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     code, content = findings(capsys, "fashion-mnist", "--steps", 50, "--data", FASHION, "--prior", prior, "--probe")
     assert code == 0
     assert content["probe"]["prediction_type"] == "epsilon"
+    assert content["summary"]["brightness"]["whole_images"]
     assert not content["summary"]["brightness"]["assumed"]
     assert content["summary"]["brightness"]["mean"] == pytest.approx(-0.43, abs=0.02)
     common = ["sample", "fashion-mnist", "--count", "2", "--timesteps", "600,200"]

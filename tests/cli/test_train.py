@@ -44,6 +44,10 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     )
     sampled = ddim("sample", out, "--steps", 2, "--count", 2, "--out", tmp_path / "images")
     assert sampled.returncode == 0, sampled.stderr
+    prior = json.loads((out / "prior.json").read_text())
+    assert np.shape(prior["image"]) == (1, 28, 28)
+    informed = ddim("sample", out, "--steps", 2, "--count", 1, "--prior", "data", "--out", tmp_path / "informed")
+    assert informed.returncode == 0, informed.stderr
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"000000.png", "000001.png", "grid.png", "run.json"}
     with Image.open(tmp_path / "images" / "000001.png") as picture:
         assert picture.size == (28, 28)

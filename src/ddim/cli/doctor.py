@@ -1,6 +1,7 @@
 """``ddim doctor``: tells what is wrong with a model's noise schedule and sampler, and what it costs."""
 
 import difflib
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from ddim.cli._arguments import EtaOption, TimestepsOption
 from ddim.errors import CheckpointError, DDIMError, OutputError
 
 if TYPE_CHECKING:
-    from ddim.checks import Finding, Model
+    from ddim.checks import Finding, Model, Severity
     from ddim.doctor import Diagnosis
     from ddim.prior import DataPrior
     from ddim.symptoms import Brightness, Probe
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Command", "defaults", "run"]
 
 _CONFIG = "scheduler_config.json"
-_IMAGES = 10_000  # as many as a mean and a covariance need
+_TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+_WHOLE = 1024  # images whose pixels' covariance is taken
 _PROBED = 64
+_COUNTED: dict[str, "Severity"] = {"error": "error", "warning": "warning", "note": "info"}
 _COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 
 
@@ -83,6 +86,8 @@ def run(command: Command) -> int:
     for name in ("prior", "probe"):
         if getattr(command, name) and command.data is None:
             raise DDIMError(f"--{name} looks at real images; give --data.")
+    if command.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise DDIMError("--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'.")
     given = command.brightness
     if given is not None and (command.data is not None or len(given) != 2 or not given[1] > 0):
         raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
@@ -116,9 +121,8 @@ def run(command: Command) -> int:
         print(f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}", file=say)
     if fixed is not None:
         print(_fix(diagnosis, fixed), file=say)
-    if command.plot is not None and diagnosis.summary:
-        _plot(diagnosis, command.plot)
-        print(f"The plot is in {command.plot}.", file=say)
+    if command.plot is not None:
+        print(_plot(diagnosis, command.plot) if diagnosis.summary else "There is no plot: this scheduler has no levels.", file=say)
     return int(diagnosis.has("error") or (command.strict and diagnosis.has("warning")))
 
 
@@ -165,22 +169,13 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
 
 
 def _training(content: dict[str, Any]) -> dict[str, Any] | None:
-    """The schedule of a training run, from its card, its record, or its bare options; None if the content is something else.
-
-    Raises:
-        CheckpointError: If it has options that `ddim train` does not know.
-    """
+    """The schedule of a training run, from its card, its record, or its bare options; None if the content is something else."""
     options = content.get("config", content)
     if not (isinstance(options, dict) and "beta_schedule" in options and "data" in options):
         return None
-    from ddim.training.checkpoint import make_scheduler
-    from ddim.training.config import TrainConfig
-
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}  # JSON has no tuples
-    try:
-        return dict(make_scheduler(TrainConfig(**{"out": "", **options})).config)
-    except TypeError as error:
-        raise CheckpointError(f"the configuration of the training run cannot be read ({error}).") from error
+    # As `ddim train` writes its scheduler: an option that was not given is recorded with what it came out as, or is diffusers' default.
+    given = {name: options[name] for name in _TRAINED if options.get(name) is not None}
+    return {"timestep_spacing": "trailing", "clip_sample": False, **given}
 
 
 def _fetch(hub_id: str) -> Path:
@@ -206,29 +201,30 @@ def _look_at_data(
         raise DDIMError("--data tells the brightness of pixels, and this model works on latents; leave it out.")
     import torch
 
-    from ddim.checkpoints import find_model, load_network, noise_schedule
-    from ddim.prior import fit_prior
+    from ddim.checkpoints import find_model, load_network
+    from ddim.doctor import complete, levels_of
     from ddim.symptoms import Brightness, probe
-    from ddim.training.data import load_images
+    from ddim.training.data import load_images, measure_prior, stack_images
 
+    if command.probe and (folder is None or model.guided):
+        raise DDIMError("--probe calls the network of an unconditional model; give the model's folder, not a configuration alone.")
     channels, resolution = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
     data = load_images(command.data, channels=channels, resolution=resolution)
-    chosen = range(0, len(data), max(1, len(data) // _IMAGES))
-
-    def images(places: range) -> torch.Tensor:
-        return torch.stack([data[i][0] for i in places]).float().div(127.5).sub(1)
-
-    prior = fit_prior(images(chosen[first : first + 512]) for first in range(0, len(chosen), 512))
-    brightness = Brightness.of(prior, data.channels * data.resolution[0] * data.resolution[1])
-    if not command.probe:
+    prior = measure_prior(data)
+    brightness = Brightness.of_images(stack_images(data, _spread(len(data), _WHOLE)))
+    if not command.probe or folder is None:
         return brightness, prior, None
-    if folder is None or model.guided:
-        raise DDIMError("--probe calls the network of an unconditional model; give the model's folder, not a configuration alone.")
+    schedule = levels_of(complete(config))
     network = load_network(folder if Path(command.source).exists() else find_model(command.source))
-    few = chosen[:: max(1, len(chosen) // _PROBED)][:_PROBED]
+    few = _spread(len(data), _PROBED)
     labels = {"class_labels": torch.tensor([data[i][1] for i in few])} if network.config.get("num_class_embeds") else {}
-    found = probe(lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]], noise_schedule(config), images(few))
+    found = probe(lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]], schedule, stack_images(data, few))
     return brightness, prior, found
+
+
+def _spread(total: int, most: int) -> range:
+    """At most that many places, evenly over all."""
+    return range(0, total, max(1, total // most))[:most]
 
 
 def _known_brightness(command: Command, model: "Model", folder: Path | None) -> "Brightness | None":
@@ -257,6 +253,7 @@ def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
             f"{summary['steps']} steps, {summary['timestep_spacing']}: levels {summary['first_level']} to {summary['last_level']}\n"
             f"predicted for {images}{', assumed' if known['assumed'] else ''}): brightness off by {summary['brightness_bias']:+.3f}, "
             f"spread {summary['brightness_spread']:.3f} of theirs"
+            f"{'' if known['whole_images'] else ' (taken for independent of the rest of the image)'}"
         )
     if probe is not None:
         told = {True: "trained", False: "not trained", None: "cannot be told whether it was trained"}[probe.trained_at_end]
@@ -267,8 +264,12 @@ def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
         for line in (finding.consequence, _told_fix(finding), finding.advice, f"See {finding.reference}."):
             if line:
                 print(f"  {line}")
-    counts = [sum(f.severity == s for f in diagnosis.findings) for s in ("error", "warning", "info")]
-    print(f"\n{counts[0]} errors, {counts[1]} warnings, {counts[2]} notes.")
+    counts = {name: sum(f.severity == s for f in diagnosis.findings) for name, s in _COUNTED.items()}
+    print(f"\n{', '.join(f'{count} {name}{_plural(count)}' for name, count in counts.items())}.")
+
+
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _told_fix(finding: "Finding") -> str:
@@ -285,7 +286,8 @@ def _fix(diagnosis: "Diagnosis", path: Path) -> str:
     _write_json(path, fixed)
     before, after = (json.dumps(c, indent=2, sort_keys=True).splitlines() for c in (diagnosis.config, fixed))
     diff = difflib.unified_diff(before, after, "as it is", str(path), lineterm="")
-    return "\n".join([*diff, f"The corrected configuration is in {path}.", *left])
+    provided = [f"{f.code}: {f.advice}" for f in diagnosis.findings if f.fix and f.advice and not f.retrain and f.severity != "info"]
+    return "\n".join([*diff, f"The corrected configuration is in {path}.", *provided, *left])
 
 
 def _write_json(path: Path | str, content: dict[str, Any]) -> None:
@@ -294,13 +296,10 @@ def _write_json(path: Path | str, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _plot(diagnosis: "Diagnosis", path: str) -> None:
-    """Draws the schedule, and for each spacing the visited levels and the steps between them in log-SNR."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise DDIMError("--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'.") from None
+def _plot(diagnosis: "Diagnosis", path: str) -> str:
+    """Draws the schedule, and for each spacing the visited levels and the steps between them in log-SNR; says where."""
     import torch
+    from matplotlib.figure import Figure
     from PIL import Image
 
     from ddim.doctor import complete, levels_of
@@ -326,3 +325,4 @@ def _plot(diagnosis: "Diagnosis", path: str) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120)
     save_png(Image.open(drawn), path)
+    return f"The plot is in {path}."

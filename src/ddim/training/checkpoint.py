@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from ddim.checkpoints import read_json, weight_hash
 from ddim.errors import CheckpointError, DDIMError, OutputError
+from ddim.prior import DataPrior
 from ddim.schedule import make_betas
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
@@ -45,8 +46,9 @@ FREE_FIELDS = frozenset(
     }
 )
 
-# Of a finished model: folders, then two files, the index last.
-_PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", "card.json", "model_index.json")
+# Of a finished model: folders, then files, the index last.
+_FILES = ("prior.json", "card.json", "model_index.json")
+_PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", *_FILES)
 
 _BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 _DDPM: dict[str, Any] = {
@@ -293,15 +295,22 @@ def load_training_state(
         ) from error
 
 
-def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any]) -> None:
-    """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable."""
+def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any], prior: DataPrior | None = None) -> None:
+    """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable.
+
+    With what is known of the data's brightness where there is a prior, for ``ddim sample --prior data`` and the doctor.
+    """
     with _partial(out / ".partial-model", "the model") as partial:
         save_model(partial, network, package)
         facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)
         (partial / "card.json").write_text(facts + "\n")
-        (out / "model_index.json").unlink(missing_ok=True)
+        if prior is not None:
+            (partial / "prior.json").write_text(json.dumps({**asdict(prior), "data": card["data"]["name"]}, sort_keys=True) + "\n")
+        for name in ("model_index.json", "prior.json"):
+            (out / name).unlink(missing_ok=True)
         for folder in sorted(p for p in partial.iterdir() if p.is_dir()):
             shutil.rmtree(out / folder.name, ignore_errors=True)
             folder.rename(out / folder.name)
-        for name in _PUBLISHED[-2:]:
-            (partial / name).replace(out / name)
+        for path in (partial / name for name in _FILES):
+            if path.is_file():
+                path.replace(out / path.name)

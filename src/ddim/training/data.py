@@ -21,9 +21,19 @@ from torch import Tensor
 
 from ddim.errors import DataError
 from ddim.images import convert_mode, crop_square, fit_picture
+from ddim.prior import DataPrior, fit_prior
 from ddim.training.captions import CAPTION_COLUMNS, captions_of_files, one_caption
 
-__all__ = ["FASHION_MNIST_CLASSES", "ImageData", "NamedSource", "load_images", "load_test_images", "read_idx"]
+__all__ = [
+    "FASHION_MNIST_CLASSES",
+    "ImageData",
+    "NamedSource",
+    "load_images",
+    "load_test_images",
+    "measure_prior",
+    "read_idx",
+    "stack_images",
+]
 
 FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -163,6 +173,17 @@ def load_images(
             "or name a table's column with --caption-column."
         )
     return data
+
+
+def measure_prior(data: ImageData, *, most: int = 10_000) -> DataPrior:
+    """The prior of images, from at most that many, spread over the data: as many as a mean and a covariance need."""
+    chosen = range(0, len(data), max(1, len(data) // most))
+    return fit_prior(stack_images(data, chosen[first : first + 512]) for first in range(0, len(chosen), 512))
+
+
+def stack_images(data: ImageData, places: Iterable[int]) -> Tensor:
+    """The images at these places, [B, C, H, W] in [-1, 1]."""
+    return torch.stack([data[i][0] for i in places]).float().div(127.5).sub(1)
 
 
 def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> "_Images":

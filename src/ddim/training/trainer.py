@@ -31,7 +31,7 @@ from ddim.timesteps import select_timesteps, step_pairs
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import check_out, latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
 from ddim.training.config import TrainConfig, command_line
-from ddim.training.data import ImageData, load_images
+from ddim.training.data import ImageData, load_images, measure_prior
 from ddim.training.draws import Draws, Place, mix
 from ddim.training.ema import EMA
 from ddim.training.process import RunLog, StopSignals, make_accelerator
@@ -369,7 +369,8 @@ def train(
 
     finished = step >= steps
     if finished and accelerator.is_main_process:
-        publish(out, average.network, subject.package, _card(record, config))
+        pixels = subject.shape == (data.channels, *data.resolution)  # of latents no brightness is known
+        publish(out, average.network, subject.package, _card(record, config), measure_prior(data) if pixels else None)
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
