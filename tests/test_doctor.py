@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ddim.checkpoints import _FAMILY
 from ddim.checks import CHECKS, FAINT, OTHER_KEYS, Model
+from ddim.configuration import _FAMILY
 from ddim.doctor import complete, diagnose, levels_of
 from ddim.errors import DDIMError
 from ddim.oracle import GaussianOracle
@@ -415,7 +415,7 @@ def test_fixes_that_need_training_are_left_out():
     [
         ({"beta_strat": 0.1}, "unknown key 'beta_strat'; did you mean 'beta_start'?"),
         ({"colour": 1}, "unknown key 'colour'; no scheduler of this family has it"),
-        ({"beta_end": math.nan}, "beta_end must be a finite number; got nan"),
+        ({"beta_end": math.nan}, "beta_end must be a number from 0 to 1; got nan"),
         ({"use_karras_sigma": True}, "did you mean 'use_karras_sigmas'?"),
         (
             {"_class_name": "UNet2DModel"},
@@ -424,10 +424,10 @@ def test_fixes_that_need_training_are_left_out():
         ({"beta_start": 0, "beta_end": 0}, "adds no noise: all its betas are 0"),
         ({"fitted_timesteps": [5]}, "fitted_timesteps must be a list of lists of levels"),
         ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 0}, "snr_shift_scale must be a finite number above 0"),
-        ({"beta_end": 2.0}, r"beta_end must lie in \[0, 1\]; got 2.0"),
-        ({"trained_betas": [0.1, math.nan]}, r"trained_betas\[1\] must lie in \[0, 1\]; got nan"),
-        ({"trained_betas": "many"}, "trained_betas must be a list of numbers, or null; got str"),
-        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be a whole number; got '1000'"),
+        ({"beta_end": 2.0}, "beta_end must be a number from 0 to 1; got 2.0"),
+        ({"trained_betas": [0.1, math.nan]}, r"trained_betas\[1\] must be a number from 0 to 1; got nan"),
+        ({"trained_betas": "many"}, "trained_betas must be null or a list of numbers; got 'many'"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be a whole number of at least 1; got '1000'"),
         ({"clip_sample": 1}, "clip_sample must be true or false; got 1"),
         ({"beta_schedule": "lines"}, "beta_schedule must be one of"),
         ({"prediction_type": "noise"}, "prediction_type must be one of"),

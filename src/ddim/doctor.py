@@ -13,9 +13,8 @@ import torch
 
 from ddim.checkpoints import noise_schedule
 from ddim.checks import CHECKS, OTHER_KEYS, Case, Finding, Model, Severity, foreign_finding
-from ddim.configuration import foreign_family
+from ddim.configuration import check_options, foreign_family
 from ddim.errors import DDIMError
-from ddim.prediction import prediction_row
 from ddim.schedule import NoiseSchedule
 from ddim.step import Eta, check_eta
 from ddim.symptoms import Brightness, Probe, predict_brightness, stock_timesteps
@@ -117,7 +116,6 @@ def diagnose(
     asked = {} if spacing is None else {"timestep_spacing": spacing}
     full = complete({**given, "_class_name": kind, **asked})
     schedule = levels_of(full)
-    prediction_row(full["prediction_type"], schedule.alphas_cumprod[:1])  # refuses an unknown type
     if eta is not None:
         check_eta(eta)
     total, count = len(schedule), _STEPS if steps is None else steps
@@ -190,19 +188,6 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else "no scheduler of this family has it; remove it."
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
     full = {**_DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
-    for key, default in _DEFAULTS.items():
-        value = full[key]
-        if default is None:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        fits = (
-            number
-            if isinstance(default, float)
-            else isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
-        )
-        if not fits:
-            kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
-            raise DDIMError(f"{key} must be {kind}; got {value!r}.")
     shift = full.get("snr_shift_scale")
     if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
         raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
@@ -210,14 +195,11 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(fitted, list) or not all(isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted):
         raise DDIMError(f"fitted_timesteps must be a list of lists of levels; got {fitted!r}.")
     betas = full["trained_betas"]
-    named = {"beta_start": full["beta_start"], "beta_end": full["beta_end"]}
-    if betas is not None:
-        if not isinstance(betas, (list, tuple)) or not betas:
-            raise DDIMError(f"trained_betas must be a list of numbers, or null; got {type(betas).__name__}.")
-        named = {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)}
-    for key, beta in named.items():
+    named = {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)} if isinstance(betas, (list, tuple)) else {}
+    for key, beta in {**named, "beta_start": full["beta_start"], "beta_end": full["beta_end"]}.items():
         if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN is in no range
-            raise DDIMError(f"{key} must lie in [0, 1]; got {beta!r}.")
+            raise DDIMError(f"{key} must be a number from 0 to 1; got {beta!r}.")
+    check_options(full)
     return full
 
 

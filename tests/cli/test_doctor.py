@@ -156,7 +156,7 @@ def test_a_plot_is_drawn_for_every_schedule(config, tmp_path):
         ('{"beta_start": 0.1', "cannot be read as JSON"),
         ("[]", "must hold a JSON object; got list"),
         ('{"beta_strat": 1}', "unknown key 'beta_strat'; did you mean 'beta_start'?"),
-        ('{"trained_betas": [NaN]}', "trained_betas[0] must lie in [0, 1]; got nan"),
+        ('{"trained_betas": [NaN]}', "trained_betas[0] must be a number from 0 to 1; got nan"),
     ],
 )
 def test_a_damaged_configuration_is_refused_and_nothing_is_written(content, message, tmp_path, capsys):
