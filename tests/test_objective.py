@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddim.errors import DDIMError
-from ddim.objective import draw_timesteps, loss_weights, training_loss
+from ddim.objective import draw_timesteps, loss_weights, offset_noise, training_loss
 from ddim.oracle import GaussianOracle
 from ddim.prediction import PREDICTION_TYPES
 from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
@@ -80,3 +80,14 @@ def test_errors():
         loss_weights(LINEAR, t, prediction_type="epsilon", weighting="min-snr", gamma=0)
     with pytest.raises(DDIMError, match="prediction_type must be one of .* got 'flow'"):
         loss_weights(LINEAR, t, prediction_type="flow")
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.5])
+def test_offset_noise_adds_one_number_an_image_and_channel(strength):
+    noise = torch.randn(4000, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    shifted = offset_noise(noise, strength, generator=torch.Generator().manual_seed(2))
+    shift = shifted - noise
+    assert float((shift - shift[:, :, :1, :1]).abs().max()) < 1e-5
+    assert float(shift[:, :, 0, 0].std(0).sub(strength).abs().max()) < 0.03 * strength + 1e-9
+    assert abs(float(torch.corrcoef(shift[:, :, 0, 0].T)[0, 1])) < 0.06 if strength else torch.equal(shifted, noise)
+    assert float(shifted.var()) == pytest.approx(1 + strength**2, rel=0.03)

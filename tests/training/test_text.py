@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,6 +18,7 @@ from ddim.denoiser import ModelDenoiser
 from ddim.errors import DDIMError
 from ddim.noise import seeded_randn
 from ddim.sampler import sample
+from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.timesteps import select_timesteps, step_pairs
 from ddim.training import text, trainer
 from ddim.training.base import open_base
@@ -25,6 +27,7 @@ from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
 from ddim.training.trainer import train
 
+DATA = Path(__file__).parents[1] / "data"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
@@ -61,6 +64,21 @@ def squares(tmp_path_factory):
 def config(out, base, data, **options):
     tiny = {"batch_size": 4, "images": 24, "lr_warmup_steps": 2, "validation_images": 6, "checkpoint_every": 2, "log_every": 1}
     return TrainConfig(out=str(out), base=str(base), data=str(data), keep_checkpoints=9, **{**tiny, **options})
+
+
+def first_batches(run, monkeypatch):
+    """What the loop gives the loss at every step: clean data and noise."""
+    seen, usual = [], trainer.training_loss
+
+    def spied(network, x0, **options):
+        if "weights" in options:
+            seen.append((x0, options["noise"]))
+        return usual(network, x0, **options)
+
+    monkeypatch.setattr(trainer, "training_loss", spied)
+    train(run)
+    monkeypatch.setattr(trainer, "training_loss", usual)
+    return seen
 
 
 def hashes(folder, *parts):
@@ -122,6 +140,64 @@ def test_only_what_is_trained_changes(tmp_path, tiny_text, squares):
         assert not first.samefile(tiny_text / "vae" / first.name)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_average_is_over_the_text_encoder_too(tmp_path, tiny_text, squares, decay):
+    train(config(tmp_path, tiny_text, squares, learning_rate=1e-3, train_text_encoder=True, ema_decay=decay))
+    network = load_file(tmp_path / "checkpoints" / "0000006" / "training" / "network.safetensors")
+    for part in ("unet", "text_encoder"):
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        average = load_file(file)
+        assert {f"{part}.{name}" for name in average} == {name for name in network if name.startswith(f"{part}.")}
+        same = [torch.equal(value, network[f"{part}.{name}"]) for name, value in average.items()]
+        assert all(same) if decay == 0 else not any(same)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, tiny_text, squares):
+    losses = []
+    for on in (False, True):
+        run = config(tmp_path / str(on), tiny_text, squares, learning_rate=1e-3, train_text_encoder=True, gradient_checkpointing=on)
+        _, subject = trainer.make_subject(run, open_base(run.base))
+        parts = (subject.network.unet.down_blocks[0], subject.network.text_encoder.encoder.layers[0])
+        assert [bool(getattr(part, "gradient_checkpointing", False)) for part in parts] == [on, on]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        losses.append([loss for _, loss in train(run).losses])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bf16_keeps_the_latents_in_float32(tmp_path, tiny_text, squares, monkeypatch):
+    drawn = first_batches(config(tmp_path, tiny_text, squares, mixed_precision="bf16", train_text_encoder=True), monkeypatch)
+    assert {x0.dtype for x0, _ in drawn} == {torch.float32}
+
+
+def test_offset_noise_reaches_the_loss(tmp_path, tiny_text, squares, monkeypatch):
+    plain = first_batches(config(tmp_path / "a", tiny_text, squares), monkeypatch)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    offset = first_batches(config(tmp_path / "b", tiny_text, squares, offset_noise=0.3), monkeypatch)
+    for (x0, noise), (same, shifted) in zip(plain, offset, strict=True):
+        assert torch.equal(x0, same)
+        shift = shifted - noise
+        assert 0.05 < float(shift.std()) < 0.6
+        torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift))
+
+
+def test_further_parts_of_the_base_are_copied_and_pickled_ones_left_out(tmp_path, tiny_text, squares):
+    index = {
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    }
+    base = broken(tiny_text, tmp_path / "base", index=index)
+    for name, file in (("feature_extractor", "preprocessor_config.json"), ("safety_checker", "pytorch_model.bin")):
+        (base / name).mkdir()
+        (base / name / file).write_text("{}")
+    notes = []
+    train(config(tmp_path / "out", base, squares, images=4), on_note=notes.append)
+    assert notes == [f"the safety_checker of {base} has pickled weights alone, and is left out."]
+    written = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert (written["feature_extractor"], written["safety_checker"]) == (index["feature_extractor"], [None, None])
+    assert (tmp_path / "out" / "feature_extractor" / "preprocessor_config.json").is_file()
+    assert not (tmp_path / "out" / "safety_checker").exists()
+
+
 def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
     run = config(
         tmp_path,
@@ -145,29 +221,14 @@ def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
 # What follows from seed and step
 
 
-def first_batches(run, tiny_text, monkeypatch, count):
-    """What the loop gave the loss at its first steps: clean data, noise and the condition that the network was called with."""
-    seen, usual = [], trainer.training_loss
-
-    def spied(network, x0, **options):
-        if "weights" in options:
-            seen.append((x0, options["noise"], network.__closure__))
-        return usual(network, x0, **options)
-
-    monkeypatch.setattr(trainer, "training_loss", spied)
-    train(run)
-    monkeypatch.setattr(trainer, "training_loss", usual)
-    return seen[:count]
-
-
 @pytest.mark.parametrize("flip", [False, True])
 def test_cached_latents_are_those_of_the_moment(tmp_path, tiny_text, squares, monkeypatch, flip):
     drawn = {}
     for cache in ("no", "memory", "disk"):
         AcceleratorState._reset_state(reset_partial_state=True)
         run = config(tmp_path / cache, tiny_text, squares, cache_latents=cache, horizontal_flip=flip, images=16)
-        drawn[cache] = first_batches(run, tiny_text, monkeypatch, 4)
-    for (a, noise_a, _), (b, noise_b, _), (c, noise_c, _) in zip(*drawn.values(), strict=True):
+        drawn[cache] = first_batches(run, monkeypatch)
+    for (a, noise_a), (b, noise_b), (c, noise_c) in zip(*drawn.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert torch.equal(b, c)
         assert torch.equal(noise_a, noise_b)
@@ -264,6 +325,24 @@ def test_without_options_the_base_says_what_is_predicted(tmp_path, tiny_text, sq
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     differing = {name for name in ours.config if ours.config[name] != theirs.config.get(name) and not name.startswith("_")}
     assert differing == {"timestep_spacing", "set_alpha_to_one"}
+
+
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-v1-5", "stable-diffusion-2-1", "stable-diffusion-2-1-base", "stable-diffusion-inpainting"]
+)
+def test_well_known_checkpoints_become_zero_snr_ones(tmp_path, name):
+    """Whatever scheduler they came with, the result walks their betas rescaled, and so without an offset."""
+    inherited = json.loads((DATA / "scheduler_configs" / f"{name}.json").read_text())
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    made = make_scheduler(config(tmp_path, "base", "data", **options), inherited).config
+    expected = rescale_zero_terminal_snr(make_betas("scaled_linear", 1000, beta_start=0.00085, beta_end=0.012))
+    torch.testing.assert_close(noise_schedule(made).alphas_cumprod, NoiseSchedule.from_betas(expected).alphas_cumprod)
+    assert (made.timestep_spacing, made.clip_sample, made.set_alpha_to_one, made.prediction_type) == (
+        "trailing",
+        False,
+        True,
+        "v_prediction",
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ _AT_LEAST = {
 
 
 # What nothing but a text model has.
-_OF_A_BASE = ("from_scratch", "train_text_encoder", "caption_column")
+_OF_TEXT = ("train_text_encoder", "caption_column", "caption_dropout", "cache_latents", "preview_guidance_scale")
 
 EPSILON_AT_ZERO_SNR = (
     "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
@@ -215,6 +215,11 @@ class TrainConfig:
             return self.learning_rate
         return 4e-4 if self.base is None or self.from_scratch else 1e-5
 
+    @property
+    def text_options(self) -> list[str]:
+        """The options that are not at their defaults and mean nothing without a text model."""
+        return [f.name for f in fields(TrainConfig) if f.name in _OF_TEXT and getattr(self, f.name) != f.default]
+
     def __post_init__(self) -> None:
         if not self.out:
             raise DDIMError("out must name a folder; got an empty name.")
@@ -247,9 +252,10 @@ class TrainConfig:
 
     def _check_base(self) -> None:
         if self.base is None:
-            idle = [name for name in _OF_A_BASE if getattr(self, name)]
-            if idle:
-                raise DDIMError(f"{idle[0]} needs a model to begin with; name it by --base.")
+            if self.from_scratch:
+                raise DDIMError("from_scratch needs a model whose configuration is taken; name it by --base, or leave it out.")
+            if self.text_options:
+                raise DDIMError(f"{self.text_options[0]} is of text models; name one by --base, or leave it out.")
         elif not self.from_scratch:
             given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
             if given:

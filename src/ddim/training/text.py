@@ -165,9 +165,8 @@ class TextSubject:
         return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
-        """Decodes latents."""
-        decoded: Tensor = self.vae.decode(x0 / self.vae.config.scaling_factor, return_dict=False)[0]
-        return decoded
+        """Decodes latents, one after the other: an autoencoder takes more memory than the network."""
+        return torch.cat([self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0] for x in torch.split(x0, 1)])
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> Tensor:

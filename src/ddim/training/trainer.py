@@ -78,8 +78,8 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
         DDIMError: If base, data and configuration do not fit together.
     """
     is_text = base is not None and base.is_text
-    if base is not None and not is_text and (config.train_text_encoder or config.caption_column is not None):
-        given = "train_text_encoder" if config.train_text_encoder else "caption_column"
+    if base is not None and not is_text and config.text_options:
+        given = config.text_options[0]
         raise DDIMError(f"{given} is of text models, and {config.base} has no text encoder; leave it out, or take another --base.")
     data = load_images(
         config.data,
@@ -158,13 +158,14 @@ def _draw(x0: Tensor, draws: Draws, config: TrainConfig, levels: int) -> tuple[T
 
 @torch.no_grad()
 def validation_loss(
-    network: nn.Module, subject: Subject, indices: range, seed: int, schedule: NoiseSchedule, device: torch.device
+    network: nn.Module, subject: Subject, indices: range, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
 ) -> float:
     """The unweighted loss over held-out images, with the same noise and evenly spread timesteps every time."""
-    generator = torch.Generator().manual_seed(mix(seed, 2))
+    generator = torch.Generator().manual_seed(mix(config.seed, 2))
+    size = min(128, 4 * config.batch_size)  # without gradients there is room for more than is trained on
     total = 0.0
-    for first in range(0, len(indices), 128):
-        part = indices[first : first + 128]
+    for first in range(0, len(indices), size):
+        part = indices[first : first + size]
         x0, condition = subject.clean(default_collate([subject.examples[i] for i in part]), device, None)
         t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
         noise = torch.randn(x0.shape, generator=generator).to(device)
@@ -330,7 +331,7 @@ def train(
                 clock, clock_step = time.perf_counter(), step
                 held = None
                 if due and validation:
-                    held = validation_loss(average.network, subject, validation, config.seed, schedule, accelerator.device)
+                    held = validation_loss(average.network, subject, validation, config, schedule, accelerator.device)
                 if log is not None:
                     log.add(
                         step,
