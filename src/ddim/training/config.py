@@ -93,8 +93,7 @@ class TrainConfig:
     base: str | None = None
     """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's format is trained on the data's captions."""
     from_scratch: bool = False
-    """Begin with a new network of the base's configuration, or of block_out_channels to dropout if one of those is given; the base's
-    autoencoder and text encoder stay."""
+    """Begin with a new network: of the base's configuration, or of block_out_channels to dropout where one of those is given."""
     train_text_encoder: bool = False
     """Train the base's text encoder along with the network."""
     caption_dropout: float = 0.1
@@ -111,7 +110,7 @@ class TrainConfig:
     center_crop: bool = False
     """Cut out the centre square without resizing; with a resolution that happens anyway."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour; by default what the first image has."""
+    """1 for grey, 3 for colour; by default what the base or the first image has."""
     horizontal_flip: bool = False
     """Mirror half of the images at random."""
     image_column: str | None = None
@@ -151,8 +150,7 @@ class TrainConfig:
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or sample."""
     offset_noise: float = 0.0
-    """Add this much of one number an image and channel to the noise (0.1 is usual). The model then learns noise that samplers do not draw,
-    for brightness that its schedule hides; with zero terminal SNR nothing is hidden, and it is not needed."""
+    """Add to the noise one random number an image and channel, of this size (0.1 is usual); no sampler draws such noise, and zero SNR needs none."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
     """Loss weight of the levels."""
     snr_gamma: float = 5.0
