@@ -150,7 +150,7 @@ class TrainConfig:
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or sample."""
     offset_noise: float = 0.0
-    """Add to the noise one random number an image and channel, of this size (0.1 is usual); no sampler draws such noise, and zero SNR needs none."""
+    """Add to the noise a random number an image and channel, of this size (as 0.1). No sampler draws such noise; zero SNR needs none."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
     """Loss weight of the levels."""
     snr_gamma: float = 5.0
