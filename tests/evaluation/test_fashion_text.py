@@ -18,7 +18,7 @@ from ddim.evaluation.fashion_text import (
     saturated,
     summarise,
 )
-from ddim.training.fashion_text import BACKGROUNDS, COLOURS, GARMENTS, combine, compose, extract_garments, hues
+from ddim.training.fashion_text import COLOURS, GARMENTS, combine, compose, extract_garments, hues
 
 PALETTE = list(hues().values())
 
@@ -33,7 +33,7 @@ def real():
         combination = combine(label, seen[label])
         seen[label] += 1
         composed.append(compose(image, combination))
-        asked.append(Asked(BACKGROUNDS[combination.background] / 255, list(COLOURS).index(combination.colour), int(label)))
+        asked.append(Asked(*combination.numbers))
     return torch.from_numpy(np.stack(composed)).permute(0, 3, 1, 2).float() / 255, asked
 
 

@@ -276,13 +276,13 @@ class Bench:
         from ddim.evaluation.fashion_text import Asked, judge
         from ddim.evaluation.flaws import background_records
         from ddim.images import make_grid, to_uint8
-        from ddim.training.fashion_text import BACKGROUNDS, COLOURS, GARMENTS, extract_garments, hues
+        from ddim.training.fashion_text import BACKGROUNDS, extract_garments, hues
 
         judged, shown = {}, []
         for background in BACKGROUNDS:
             asked = _prompts(self.command.count, (background,))
             _, images = self.draw(setting, [c.caption for c in asked], guidance_scale=self.command.guidance_scale)
-            wanted = [Asked(BACKGROUNDS[c.background] / 255, list(COLOURS).index(c.colour), GARMENTS.index(c.garment)) for c in asked]
+            wanted = [Asked(*c.numbers) for c in asked]
             garments = torch.from_numpy(extract_garments(images.permute(0, 2, 3, 1).numpy())).float()
             judged[background] = judge(images, garments, wanted, palette=list(hues().values()), classifier=self.classifier.cpu())
             shown.append(to_uint8(images[:SHOWN] * 2 - 1))

@@ -58,6 +58,11 @@ class Combination:
         """``a red sneaker on a black background``."""
         return f"a {self.colour} {self.garment} on a {self.background} background"
 
+    @property
+    def numbers(self) -> tuple[float, int, int]:
+        """The brightness of the background in [0, 1], and the places of colour and garment in their lists."""
+        return BACKGROUNDS[self.background] / 255, list(COLOURS).index(self.colour), GARMENTS.index(self.garment)
+
 
 def combine(garment: int, rank: int) -> Combination:
     """The combination of a garment's image that is the ``rank``-th of its class: all pairs of colour and background in turn."""
