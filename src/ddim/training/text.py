@@ -118,10 +118,10 @@ class TextSubject:
         In memory each process holds all posteriors. On the disk all processes map the file that the first one writes, which loses its
         name at once, so that the space is free again whenever and however the run ends.
         """
-        device = accelerator.device
-        self.vae.to(device)
-        self.text_encoder.to(device)
-        return replace(self, embeddings=self._embed_all(device), moments=self._encode_all(accelerator, cache))
+        self.vae.to(accelerator.device)
+        self.text_encoder.to(accelerator.device)
+        captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
+        return replace(self, captions=captions, embeddings=self._embed_all(captions.tokens), moments=self._encode_all(accelerator, cache))
 
     def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their captions."""
@@ -144,12 +144,9 @@ class TextSubject:
     def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:
         """The network under the captions of these rows."""
         if self.config.train_text_encoder:
-            tokens = self.captions.tokens.to(condition.device)[condition]
+            tokens = self.captions.tokens[condition]
             return lambda x_t, t: network(x_t, t, tokens)[0].float()
-        if self.embeddings is not None:
-            hidden = self.embeddings[condition]
-        else:
-            hidden = self._embed(self.captions.tokens.to(condition.device)[condition])
+        hidden = self._embed(self.captions.tokens[condition]) if self.embeddings is None else self.embeddings[condition]
         return lambda x_t, t: network(x_t, t, encoder_hidden_states=hidden, return_dict=False)[0].float()
 
     def preview(self, network: nn.Module, count: int, device: torch.device) -> tuple[Predictor, list[str]]:
@@ -178,12 +175,12 @@ class TextSubject:
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         return posterior.mean, posterior.std
 
-    def _embed_all(self, device: torch.device) -> Tensor | None:
-        count, length = self.captions.tokens.shape
+    def _embed_all(self, tokens: Tensor) -> Tensor | None:
+        count, length = tokens.shape
         size = count * length * self.text_encoder.config.hidden_size * 4
         if self.config.train_text_encoder or size > _MOST_EMBEDDINGS or count > self.config.images:
             return None
-        return torch.cat([self._embed(part.to(device)) for part in torch.split(self.captions.tokens, 256)])
+        return torch.cat([self._embed(part) for part in torch.split(tokens, 256)])
 
     def _encode_all(self, accelerator: Accelerator, cache: Path) -> Tensor | None:
         """The posteriors of all images: [N, mirrored or not, mean or std, C, H, W], float32."""
