@@ -1,17 +1,30 @@
 """Text to image: diffusers' pipeline is the reference wherever its timesteps are valid; then what goes beyond it."""
 
+import inspect
 import itertools
+import json
+import shutil
+import subprocess
+import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ddim.noise import make_generators
+from ddim.errors import CheckpointError, DDIMError
+from ddim.images import from_pictures
+from ddim.noise import SeededNoise, make_generators, seeded_randn
 from ddim.pipelines import DiffusionPipeline
+from ddim.schedule import add_noise
 from ddim.scheduler import DDIMScheduler
-from ddim.text_to_image import TextToImagePipeline
+from ddim.text_inputs import encode_images
+from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
+from ddim.timesteps import SPACINGS
 
 PROMPT = "a red square on a black background"
+VELOCITY = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
 QUIET = {"progress": False, "output_type": "pt"}
 
 
@@ -104,3 +117,587 @@ def test_the_folder_opens_as_our_pipeline(tiny_text):
     )
     image = pipe(PROMPT, guidance_rescale=0.7, num_inference_steps=3).images[0]
     assert image.size == (16, 16)
+
+
+# --- beside diffusers
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_two_prompts_two_negative_ones_and_one_generator(batched, both):
+    pipe, theirs = both
+    prompts, away = ["a red square", "a blue square"], ["black", "a green background"]
+    options = {"num_inference_steps": 5, "eta": 0.7, "negative_prompt": away, "output_type": "pt", "num_images_per_prompt": 2}
+    expected = theirs(prompts, generator=torch.Generator().manual_seed(3), **options).images
+    found = pipe(prompts, generator=torch.Generator().manual_seed(3), guidance_batched=batched, **options).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"height": 24, "width": 8},
+        {"cross_attention_kwargs": {}},
+        {"latents": torch.ones(1, 4, 8, 8)},
+        {"output_type": "latent"},
+        {"output_type": "np"},
+        {"return_dict": False},
+        {"guidance_scale": 0.0},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_arguments_mean_what_they_mean_in_diffusers(more, both):
+    found, expected = (
+        p(PROMPT, **{"num_inference_steps": 2, "generator": make_generators([1]), "output_type": "pt", **more}) for p in both
+    )
+    assert type(found) is type(expected)
+    found, expected = found[0], expected[0]
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_layers_of_the_text_encoder_are_left_out(pipe):
+    """diffusers 0.42 looks for them where transformers 5 no longer has them."""
+    ids = pipe.tokenizer([PROMPT, ""], padding="max_length", return_tensors="pt").input_ids
+    encoder = pipe.text_encoder
+    with torch.no_grad():
+        cond = encoder.final_layer_norm(encoder(ids[:1], output_hidden_states=True).hidden_states[-2])
+        uncond = encoder(ids[1:])[0]
+    expected = draw(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, seeds=[0])
+    torch.testing.assert_close(draw(pipe, clip_skip=1, seeds=[0]), expected)
+    assert not torch.allclose(draw(pipe, seeds=[0]), expected, atol=1e-4)
+    assert not any("text_model" in name for name in pipe.text_encoder.state_dict())
+
+
+def test_places_are_those_of_diffusers(both):
+    pipe, theirs = both
+    for mine, stock in ((TextToImagePipeline, theirs), (ImageToImagePipeline, diffusers.StableDiffusionImg2ImgPipeline)):
+        placed = [
+            [p.name for p in inspect.signature(cls.__call__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            for cls in (mine, stock if inspect.isclass(stock) else type(stock))
+        ]
+        assert placed[0] == placed[1]
+    found, expected = (p(PROMPT, 16, 8, 2, None, None, 3.0, "blue", 1, 1.0, make_generators([2]), output_type="pt").images for p in both)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_embeddings_stand_for_prompts(both):
+    pipe, theirs = both
+    cond, uncond = theirs.encode_prompt(PROMPT, "cpu", 1, True, "blue")
+    by_text = draw(pipe, negative_prompt="blue", seeds=[0, 1])
+    found = draw(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, seeds=[0, 1])
+    torch.testing.assert_close(found, by_text)
+    torch.testing.assert_close(draw(pipe, None, prompt_embeds=cond, negative_prompt="blue", seeds=[0, 1]), by_text)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_where_the_stride_is_no_neighbour_images_differ_and_ours_are_the_loops(spacing, both):
+    """diffusers leaves its own list there: docs/numerics.md."""
+    pipe, theirs = both
+    schedule_both(pipe, theirs, prediction_type="v_prediction", timestep_spacing=spacing)
+    mine, stock = (p(PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt").images for p in both)
+    assert (mine - stock).abs().max() > 1e-4
+    # diffusers' own loop over our scheduler goes to the neighbours too
+    theirs.scheduler = pipe.scheduler
+    torch.testing.assert_close(
+        theirs(PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt").images, mine, rtol=0, atol=1e-4
+    )
+
+
+# --- image to image
+
+
+@pytest.fixture(scope="module")
+def edit(pipe):
+    return ImageToImagePipeline(**pipe.components)
+
+
+@pytest.fixture(scope="module")
+def their_edit(theirs):
+    stock = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+@pytest.fixture
+def edits(edit, their_edit):
+    kept = edit.scheduler, their_edit.scheduler
+    yield edit, their_edit
+    edit.scheduler, their_edit.scheduler = kept
+
+
+def picture(seed=0, size=(16, 16)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("spacing", "strength"), [("leading", 0.8), ("trailing", 0.5), ("leading", 1.0), ("trailing", 0.25)])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_images_out_of_images_are_those_of_diffusers(kind, spacing, strength, eta, edits):
+    schedule_both(*edits, prediction_type=kind, timestep_spacing=spacing)
+    options = {"strength": strength, "eta": eta, "num_inference_steps": 10, "negative_prompt": "blue", "output_type": "pt"}
+    mine, stock = (p(PROMPT, picture(), generator=make_generators([4]), **options).images for p in edits)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("image", [np.zeros((16, 8, 3), np.float32), torch.rand(1, 3, 8, 16), torch.randn(1, 4, 8, 8), [picture(1)]])
+def test_images_may_be_what_they_may_be_in_diffusers(image, edits):
+    mine, stock = (p(PROMPT, image, num_inference_steps=4, generator=make_generators([4]), output_type="pt").images for p in edits)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
+
+
+def test_bytes_are_the_picture_that_they_are(edit):
+    by_picture = draw(edit, image=[picture(1), picture(2)], seeds=[0, 1])
+    by_bytes = draw(edit, image=np.stack([np.asarray(picture(1)), np.asarray(picture(2))]), seeds=[0, 1])
+    assert torch.equal(by_picture, by_bytes)
+    assert torch.equal(draw(edit, image=np.asarray(picture(1)), seeds=[0]), draw(edit, image=picture(1), seeds=[0]))
+
+
+@pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")  # of diffusers
+def test_one_image_goes_with_all_prompts_and_one_generator(edits):
+    prompts, options = ["a red square", "a blue square"], {"num_inference_steps": 4, "output_type": "pt", "eta": 1.0}
+    mine, stock = (p(prompts, picture(), generator=torch.Generator().manual_seed(5), **options).images for p in edits)
+    torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
+
+
+def test_each_prompt_keeps_its_own_image(edit):
+    """diffusers gives image b modulo 2 to prompt b // 2 here."""
+    prompts, images = ["a red square", "a blue square"], [picture(1), picture(2)]
+    together = draw(edit, prompts, image=images, num_images_per_prompt=2, seeds=range(4), strength=0.5)
+    apart = [draw(edit, prompts[b // 2], image=images[b // 2], seeds=[b], strength=0.5) for b in range(4)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
+    many = draw(edit, prompts[0], image=images, seeds=[0, 2], strength=0.5)
+    torch.testing.assert_close(many[1:], draw(edit, prompts[0], image=images[1], seeds=[2], strength=0.5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.5), (7, 0.8), (50, 0.02), (3, 1.0)])
+def test_strength_lands_on_its_first_level(spacing, steps, strength, edit):
+    states, options = [], {"num_inference_steps": steps, "timestep_spacing": spacing}
+    draw(edit, image=picture(), strength=strength, seeds=[0], callback=states.append, **options)
+    levels = edit.select_timesteps(steps, timestep_spacing=spacing)
+    assert [state.t for state in states] == levels[len(levels) - int(steps * strength) :]
+    # What it was denoised from is the image's latents at exactly that level, with the seed's noise.
+    posterior = encode_images(edit, edit.image_processor.preprocess(picture()), torch.device("cpu"))
+    stream = SeededNoise([0], posterior.mean.shape[1:])
+    x0 = posterior.mean + posterior.std * stream()
+    expected = add_noise(edit.noise_schedule, x0, stream(), states[0].t)
+    schedule = edit.noise_schedule
+    found = add_noise(schedule, states[0].x0, states[0].eps, states[0].t)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_rescaled_in_image_to_image_too(edit):
+    plain, rescaled = (draw(edit, image=picture(), seeds=[0], guidance_scale=15.0, guidance_rescale=phi) for phi in (0.0, 1.0))
+    assert (plain - rescaled).abs().max() > 1e-3
+
+
+# --- beyond diffusers
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, "sigma-hat"])
+def test_the_image_of_a_prompt_and_a_seed_does_not_depend_on_the_others(eta, pipe):
+    prompts = ["a red square", "a blue square", "a green square"]
+    together = draw(pipe, prompts, seeds=range(6), eta=eta)
+    for (p, k), image in zip(itertools.product(range(3), range(2)), together, strict=True):
+        alone = draw(pipe, prompts[p], seeds=[2 * p + k], eta=eta)[0]
+        torch.testing.assert_close(alone, image, rtol=0, atol=1e-5)
+    apart = torch.cat([draw(pipe, prompts[p : p + 1], seeds=[2 * p, 2 * p + 1], eta=eta) for p in range(3)])
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
+
+
+def test_without_seeds_the_global_generator_says(pipe):
+    torch.manual_seed(7)
+    first = draw(pipe)
+    assert not torch.equal(draw(pipe), first)
+    torch.manual_seed(7)
+    assert torch.equal(draw(pipe), first)
+
+
+def cheap(x_t, t, condition, **options):
+    """In place of a network: it depends on all that it is given, saturates, and costs nothing."""
+    shift = condition.float().mean((1, 2)).reshape(-1, 1, 1, 1).to(x_t.dtype)
+    return (torch.tanh(x_t + 40 * shift) - 0.3 * x_t,)
+
+
+def test_nothing_is_nan_for_any_count_eta_guidance_rescale_and_precision(tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+    )
+    pipe.unet.forward = cheap
+    cases = list(itertools.product((0.0, 1.0), (1.0, 1.5, 7.5, 30.0), (0.0, 0.7, 1.0)))
+    cond, uncond = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe.unet.to(dtype)
+        for steps in range(1, 101):
+            for eta, scale, rescale in cases[steps % 6 :: 6]:  # every case at every sixth count
+                latents = pipe(
+                    prompt_embeds=cond,
+                    negative_prompt_embeds=uncond if scale > 1 else None,
+                    eta=eta,
+                    guidance_scale=scale,
+                    guidance_rescale=rescale,
+                    num_inference_steps=steps,
+                    seeds=[steps],
+                    output_type="latent",
+                    progress=False,
+                ).images
+                assert torch.isfinite(latents).all(), (dtype, steps, eta, scale, rescale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_network_keeps_a_float32_state(dtype, tiny_text, pipe):
+    half, seen = TextToImagePipeline.from_pretrained(tiny_text, dtype=dtype), []
+    images = draw(half, seeds=[0], eta=1.0, callback=lambda state: seen.append((state.x_s.dtype, state.eps.dtype)))
+    assert seen == [(torch.float32, torch.float32)] * 4
+    assert images.dtype == torch.float32
+    assert (images - draw(pipe, seeds=[0], eta=1.0)).abs().max() < 0.1
+    assert half(PROMPT, num_inference_steps=1, progress=False).images[0].size == (16, 16)
+
+
+def test_more_than_diffusers_takes(pipe):
+    base = draw(pipe, seeds=[0])
+    assert torch.equal(draw(pipe, num_inference_steps=None, timesteps=pipe.select_timesteps(4), seeds=[0]), base)
+    for options in ({"timestep_spacing": "quadratic"}, {"order": 2}, {"sampler": "o-belm"}, {"sampler": "edict"}, {"clip": "dynamic"}):
+        assert (draw(pipe, seeds=[0], **options) - base).abs().max() > 1e-5, options
+    x = seeded_randn((4, 8, 8), [0])
+    assert torch.equal(draw(pipe, seeds=[0], latents=x, eta=1.0), draw(pipe, seeds=[0], eta=1.0))
+
+
+def test_a_callback_sees_every_state_and_stops_with_what_is_predicted(pipe):
+    states = []
+    whole = draw(pipe, seeds=[0], callback=states.append, output_type="latent")
+    assert [state.number for state in states] == [0, 1, 2, 3]
+    assert torch.equal(states[-1].x_s, whole)
+    stopped = draw(pipe, seeds=[0], callback=lambda state: state.number == 1, output_type="latent")
+    assert torch.equal(stopped, states[1].x0)
+
+
+def their_callbacks():
+    """diffusers' protocol, by name: what changes, and what ends."""
+
+    def watch(pipe, number, t, tensors):
+        assert set(tensors) == {"latents"}
+        assert int(t) > 0 or number == 3
+        return tensors
+
+    def push(pipe, number, t, tensors):
+        return {"latents": tensors["latents"] + 0.1}
+
+    def stop(pipe, number, t, tensors):
+        pipe._interrupt = number == 1
+        return tensors
+
+    return {"watch": watch, "push": push, "stop": stop, "cut off": diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)}
+
+
+@pytest.mark.parametrize("name", their_callbacks())
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_diffusers_callbacks_do_what_they_do_there(name, eta, both):
+    found, expected = (
+        p(
+            PROMPT,
+            num_inference_steps=4,
+            generator=make_generators([1]),
+            eta=eta,
+            output_type="pt",
+            callback_on_step_end=their_callbacks()[name],
+        ).images
+        for p in both
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    if name == "watch":
+        assert torch.equal(found, draw(both[0], seeds=[1], eta=eta))
+
+
+def test_the_second_order_goes_on_across_their_callback(pipe):
+    options = {"seeds": [1], "order": 2}
+    assert torch.equal(draw(pipe, callback_on_step_end=lambda *a: a[3], **options), draw(pipe, **options))
+
+
+def test_progress_is_shown_unless_it_is_off(pipe, capsys):
+    pipe(PROMPT, num_inference_steps=2)
+    assert "2/2" in capsys.readouterr().err
+    draw(pipe)
+    assert capsys.readouterr().err == ""
+
+
+# --- codes
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("o-belm", 1e-10), ("bdia", 1e-10), ("fixed-point", 1e-6)])
+def test_images_come_back_as_the_vae_has_them_and_other_prompts_edit(method, tolerance, tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text, scheduler=DDIMScheduler(**VELOCITY))
+    pipe.unet.double()
+    images, prompts = [picture(1), picture(2), picture(3)], ["a red square", "a blue square", "black"]
+    code = pipe.encode(images, prompts, 10, method=method, batch_size=2)
+    latents = encode_images(pipe, from_pictures(images, (3, 16, 16)), torch.device("cpu")).mean
+    back = pipe.decode(code, prompts, output_type="latent")
+    assert float((back - latents).square().mean()) < tolerance
+    torch.testing.assert_close(pipe.decode(code[1:], prompts[1:], output_type="latent", batch_size=1), back[1:], rtol=0, atol=1e-4)
+    edited = pipe.decode(code, "a green square", guidance_scale=3.0, output_type="latent")
+    assert float((edited - latents).square().mean()) > 1e-3
+    assert pipe.decode(code, prompts)[0].size == (16, 16)
+
+
+def test_guided_codes_come_back_too(tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text, scheduler=DDIMScheduler(**VELOCITY))
+    pipe.unet.double()
+    options = {"guidance_scale": 3.0, "negative_prompt": "blue", "guidance_rescale": 0.5}
+    code = pipe.encode(picture(), PROMPT, 10, **options)
+    again = pipe.encode(pipe.decode(code, PROMPT, **options), PROMPT, 10)
+    assert len(again) == 1
+    latents = encode_images(pipe, from_pictures(picture(), (3, 16, 16)), torch.device("cpu")).mean
+    assert float((pipe.decode(code, PROMPT, output_type="latent", **options) - latents).square().mean()) < 1e-10
+
+
+def test_codes_that_do_not_fit_are_refused(pipe, tiny_text):
+    code = pipe.encode(picture(), PROMPT, 4)
+    with pytest.raises(DDIMError, match=r"give either prompt or prompt_embeds, one of the two; got neither"):
+        pipe.decode(code)
+    with pytest.raises(DDIMError, match="there are 2 prompts and 1 images"):
+        pipe.decode(code, ["a", "b"])
+    with pytest.raises(DDIMError, match=r"o-belm is a pair of states of its own 4 steps"):
+        pipe.decode(code, PROMPT, 5)
+    with pytest.raises(DDIMError, match=r"height and width must be multiples of 2, the VAE's factor; got 15x16, and 16x16 would do"):
+        pipe.encode(picture(size=(15, 16)), PROMPT)
+    with pytest.raises(DDIMError, match="image 1 is 16x8 and the model's are 16x16"):
+        pipe.encode([picture(), picture(size=(16, 8))], PROMPT)
+    assert pipe.encode(picture(size=(20, 31)), PROMPT, 2, resize=True).x_T.shape == (1, 4, 8, 8)
+    other = TextToImagePipeline.from_pretrained(tiny_text)
+    other.unet.conv_out.bias.data += 1
+    with pytest.raises(DDIMError, match="the code was made with another network"):
+        other.decode(code, PROMPT)
+
+
+# --- what goes to diffusers' own call
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' own code
+def test_what_the_loop_does_not_know_goes_to_diffusers_call_with_our_scheduler(tiny_text, both):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    with pytest.warns(FutureWarning, match="callback"):
+        found = pipe(PROMPT, seeds=[1], callback=lambda i, t, x: seen.append(int(t)), callback_steps=1, **options).images
+    assert seen == pipe.select_timesteps(4)
+    torch.testing.assert_close(found, draw(pipe, seeds=[1]), rtol=0, atol=1e-4)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(both[1].scheduler.config)
+    both[1].scheduler = pipe.scheduler
+    found, expected = (p(PROMPT, generator=make_generators([1]), **options).images for p in (pipe, both[1]))
+    assert torch.equal(found, expected)
+    with pytest.raises(DDIMError, match=r"a EulerDiscreteScheduler is sampled by diffusers' own loop, which does not know order"):
+        pipe(PROMPT, order=2, **options)
+    with pytest.raises(ValueError, match="sigmas"):
+        draw(both[0], sigmas=[1.0, 0.5])
+    with pytest.raises(TypeError, match="TextToImagePipeline got an unexpected keyword argument 'guidence_scale'"):
+        pipe(PROMPT, guidence_scale=3)
+
+
+def test_a_distilled_network_that_is_told_the_scale_goes_there_too(both, tiny_text):
+    config = both[0].unet.config
+    pipe = TextToImagePipeline.from_pretrained(tiny_text, unet=diffusers.UNet2DConditionModel.from_config(config, time_cond_proj_dim=8))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = diffusers.StableDiffusionPipeline(**{**pipe.components}, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    found, expected = (p(PROMPT, num_inference_steps=2, generator=make_generators([1]), output_type="pt").images for p in (pipe, theirs))
+    assert torch.equal(found, expected)
+
+
+# --- folders
+
+
+def test_what_is_saved_is_plain_diffusers(pipe, edit, tmp_path, both):
+    for mine, name in ((pipe, "StableDiffusionPipeline"), (edit, "StableDiffusionImg2ImgPipeline")):
+        mine.save_pretrained(tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert index["_class_name"] == name
+        assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+        assert index["requires_safety_checker"] is mine.config.requires_safety_checker
+    code = """
+import sys, numpy, diffusers, torch
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+images = pipe("a red square", generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+numpy.save(sys.argv[1] + "/images.npy", images)
+assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
+"""
+    folder = tmp_path / "StableDiffusionPipeline"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
+    found = draw(DiffusionPipeline.from_pretrained(folder), "a red square", seeds=[3], output_type="np")
+    assert np.abs(found - np.load(folder / "images.npy")).max() < 1e-4
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "StableDiffusionImg2ImgPipeline")) is ImageToImagePipeline
+    assert type(ImageToImagePipeline.from_pretrained(folder)) is ImageToImagePipeline
+
+
+def test_a_checkpoints_own_scheduler_becomes_ours_and_later_changes_count(tiny_text, tmp_path):
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
+    stock.scheduler = diffusers.PNDMScheduler.from_config({**stock.scheduler.config, "skip_prk_steps": True})  # as Stable Diffusion 1.5's
+    stock.save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert pipe.select_timesteps(4) == [751, 501, 251, 1]
+    before = draw(pipe, seeds=[0])
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    changed = draw(pipe, seeds=[0])
+    assert (changed - before).abs().max() > 1e-3
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert pipe.select_timesteps(4)[0] == 999
+    assert (draw(pipe, seeds=[0]) - changed).abs().max() > 1e-3
+    pipe.scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(DDIMError, match="epsilon prediction cannot be used where the SNR is 0"):
+        draw(pipe, seeds=[0])
+
+
+def test_other_kinds_keep_diffusers_pipeline_with_our_scheduler(theirs, tmp_path):
+    parts = {**theirs.components, "unet": diffusers.UNet2DConditionModel.from_config(theirs.unet.config, in_channels=9)}
+    diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is diffusers.StableDiffusionInpaintPipeline
+    assert type(pipe.scheduler) is DDIMScheduler
+    with pytest.raises(CheckpointError, match="is a StableDiffusionInpaintPipeline, not in Stable Diffusion's format"):
+        TextToImagePipeline.from_pretrained(tmp_path)
+    made = TextToImagePipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(DDIMError, match="the network takes 9 channels and returns 4: it is one for inpainting"):
+        draw(made)
+
+
+def test_a_safety_checker_is_asked_and_its_pictures_stay_black(tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+
+    class Checker(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, images, clip_input):
+            images[0] = 0.0
+            return images, [True, False]
+
+    pipe.register_modules(safety_checker=Checker(), feature_extractor=lambda pictures, return_tensors: Features())
+    result = pipe(PROMPT, seeds=[0, 1], num_inference_steps=2, **QUIET)
+    assert result.nsfw_content_detected == [True, False]
+    assert float(result.images[0].max()) == 0.0
+    assert float(result.images[1].max()) > 0.0
+
+
+class Features(dict):
+    pixel_values = torch.zeros(1)
+
+    def to(self, device):
+        return self
+
+
+# --- bad input
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said_so_once(pipe, caplog):
+    long = "a red square on a black background a green square on a white background"
+    with pytest.warns(
+        UserWarning, match=r"a prompt has 14 tokens and the text encoder reads 10; this was cut off: 'on a white background'"
+    ):
+        images = draw(pipe, long, seeds=[0])
+    assert torch.equal(images, draw(pipe, " ".join(long.split()[:10]), seeds=[0]))
+    with pytest.warns(UserWarning, match="cut off: 'white background'"):
+        draw(pipe, "a", negative_prompt="red " * 10 + "white background", seeds=[0])
+    assert "truncated" not in caplog.text
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pipe):
+    with pytest.warns(UserWarning, match=f"the negative prompt is ignored: guidance is off at guidance_scale={scale}"):
+        images = draw(pipe, seeds=[0], guidance_scale=scale, negative_prompt="blue")
+    assert torch.equal(images, draw(pipe, seeds=[0], guidance_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "give either prompt or prompt_embeds, one of the two; got neither"),
+        ({"prompt": []}, r"prompt must be a text, or a list of at least one; got \[\]"),
+        ({"prompt": ["a", 3]}, r"prompt must be a text, or a list of at least one; got \['a', 3\]"),
+        ({"prompt": 5}, "prompt must be a text"),
+        ({"prompt_embeds": torch.zeros(1, 12, 16)}, "one of the two; got both"),
+        ({"negative_prompt": ["a", "b"]}, "there are 1 prompts, and negative_prompt has 2; give one text for all, or one for each"),
+        (
+            {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 12, 16)},
+            "give either negative_prompt or negative_prompt_embeds",
+        ),
+        ({"prompt": ["a", "b"], "seeds": [0, 1, 2]}, r"other lengths than there are images to make \(a multiple of 2\): seeds: 3"),
+        ({"seeds": [0, 1], "num_images_per_prompt": 3}, r"\(1 x 3 = 3\): seeds: 2"),
+        ({"seeds": [0, 1], "latents": torch.zeros(3, 4, 8, 8)}, "seeds: 2, latents: 3"),
+        ({"generator": make_generators([0, 1]), "num_images_per_prompt": 1}, r"\(1 x 1 = 1\): generator: 2"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1; got 0"),
+        ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator both say where noise comes from"),
+        ({"seeds": [-1]}, "a seed must be a whole number"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \[B, 4, 8, 8\]; got \[1, 3, 8, 8\]"),
+        ({"height": 17}, "height and width must be multiples of 2, the VAE's factor; got 17x16, and 16x16 would do"),
+        ({"height": 0, "width": 16}, "got 0x16, and 2x16 would do"),
+        ({"output_type": "banana"}, "output_type must be pil, np, pt or latent; got 'banana'"),
+        ({"guidance_rescale": 1.2}, r"guidance_rescale must lie in \[0, 1\], where 0 is off; got 1.2"),
+        ({"eta": -1}, "eta must be at least 0"),
+        ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"timesteps": [5]}, "leave out num_inference_steps and timestep_spacing, or timesteps"),
+        ({"sampler": "o-belm", "eta": 1.0}, "o-belm is deterministic, and needs eta 0"),
+        ({"sampler": "o-belm", "callback_on_step_end": print}, "callback_on_step_end may change latents, and o-belm looks two steps back"),
+        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, r"must be of \['latents'"),
+    ],
+)
+def test_bad_calls_are_refused(options, message, pipe):
+    with pytest.raises(DDIMError, match=message):
+        draw(pipe, **{"prompt": PROMPT, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"strength": s}, r"strength must lie in \(0, 1\]; got") for s in (0.0, -0.5, 1.5)),
+        ({"strength": 0.1}, "strength 0.1 of 4 steps keeps none; use a strength of at least 0.25, or more steps"),
+        ({"image": None}, "image must be a picture, an array or a tensor, or a list of them; got NoneType"),
+        ({"image": []}, "got an empty list"),
+        ({"image": picture(size=(15, 16))}, "height and width must be multiples of 2, the VAE's factor; got 15x16, and 16x16 would do"),
+        ({"image": torch.zeros(1, 3, 16, 9)}, "got 16x9, and 16x8 would do"),
+        ({"image": [picture(), picture(size=(16, 8))]}, "images of one call must have one size; got 16x8, 16x16"),
+        ({"image": torch.full((1, 3, 16, 16), 200.0)}, r"must lie in \[0, 1\]; bytes go in as uint8 arrays"),
+        ({"image": [picture()] * 3, "prompt": ["a", "b"]}, "there are 2 prompts and 3 images; give as many of both, or one of either"),
+    ],
+)
+def test_bad_images_are_refused(options, message, edit):
+    with pytest.raises(DDIMError, match=message):
+        draw(edit, **{"prompt": PROMPT, "image": picture(), **options})
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "unet"])
+def test_a_missing_part_is_named(part, tiny_text, tmp_path):
+    shutil.copytree(tiny_text, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(CheckpointError, match=f"has no {part}, and its model_index.json lists one"):
+        DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "model", **{part: None})
+    with pytest.raises(CheckpointError, match=f"the checkpoint has no {part}"):
+        draw(pipe)
+
+
+def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+    pipe.vae.decoder.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(DDIMError, match=r"the VAE's picture became NaN or infinite in torch.float32; keep the VAE in float32"):
+        draw(pipe)
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(DDIMError, match="the network's prediction became NaN or infinite"):
+        draw(pipe)
+
+
+def test_without_transformers_one_sentence_says_what_to_install(tiny_text, tiny):
+    code = """
+import sys
+sys.modules["transformers"] = None  # as where it is not installed
+import ddim
+assert ddim.DiffusionPipeline.from_pretrained(sys.argv[2]).unet is not None
+for act in (lambda: ddim.DiffusionPipeline.from_pretrained(sys.argv[1]), lambda: ddim.TextToImagePipeline):
+    try:
+        act()
+    except (ImportError, ddim.DDIMError) as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tiny_text), str(tiny)], check=True, capture_output=True, text=True)
+    sentence = "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
+    assert run.stdout.splitlines() == [sentence, sentence]

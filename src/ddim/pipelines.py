@@ -224,7 +224,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         if latents is not None:
             self._check_size(latents.shape[2], latents.shape[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
-        x, noise = self._start(count, shape, seeds=seeds, generator=generator, latents=latents)
+        x, noise = self._start(count, shape, self._place(), seeds=seeds, generator=generator, latents=latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
@@ -22,7 +22,7 @@ from ddim.scheduler import DDIMScheduler, fitted_timesteps
 from ddim.step import Eta, check_order, step_coefficients
 from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
 
-__all__ = ["HUB_OPTIONS", "Generators", "Sampling", "check_exact"]
+__all__ = ["HUB_OPTIONS", "Generators", "Place", "Sampling", "check_exact"]
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
 """Options of ``from_pretrained`` that say what is downloaded."""
@@ -30,6 +30,13 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 _NEEDED = ("timestep_spacing", "steps_offset", "thresholding", "clip_sample", "clip_sample_range", "sample_max_value")
 
 Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Place(NamedTuple):
+    """Where a network computes, and in what precision."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 class Sampling:
@@ -44,6 +51,10 @@ class Sampling:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before."""
         self.unet.compile(**options)
         return self
+
+    def _place(self) -> Place:
+        """To be looked up once a call: diffusers walks all modules for either, which may take longer than a step."""
+        return Place(self._execution_device, self.unet.dtype)
 
     @property
     def _options(self) -> Any:  # noqa: ANN401 - diffusers' frozen dictionary, whose attributes are the options
@@ -63,7 +74,8 @@ class Sampling:
     @property
     def noise_schedule(self) -> NoiseSchedule:
         """The levels that the scheduler's configuration describes, float64."""
-        return noise_schedule(vars(self._options))
+        ours = isinstance(self.scheduler, DDIMScheduler)
+        return self.scheduler.noise_schedule if ours else noise_schedule(vars(self._options))
 
     def select_timesteps(
         self,
@@ -251,7 +263,9 @@ class Sampling:
             "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
         }
 
-    def _noise(self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None) -> SeededNoise:
+    def _noise(
+        self, count: int, shape: Sequence[int], place: Place, *, seeds: Sequence[int] | None, generator: Generators | None
+    ) -> SeededNoise:
         """The stream of noise of that many images: of their seeds, of generators, else of seeds from torch's global generator."""
         if seeds is not None and generator is not None:
             raise DDIMError("seeds and generator both say where noise comes from; give one of them.")
@@ -259,14 +273,20 @@ class Sampling:
             sources: Sequence[Any] = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
         else:
             sources = check_seeds(torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds)
-        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
-        return SeededNoise(sources, shape, device=self._execution_device, dtype=dtype)
+        return SeededNoise(sources, shape, device=place.device, dtype=torch.float64 if place.dtype == torch.float64 else torch.float32)
 
     def _start(
-        self, count: int, shape: Sequence[int], *, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None
+        self,
+        count: int,
+        shape: Sequence[int],
+        place: Place,
+        *,
+        seeds: Sequence[int] | None,
+        generator: Generators | None,
+        latents: Tensor | None,
     ) -> tuple[Tensor, SeededNoise]:
         """x_T [B, *shape], and the stream of later noise."""
-        noise = self._noise(count, shape, seeds=seeds, generator=generator)
+        noise = self._noise(count, shape, place, seeds=seeds, generator=generator)
         if latents is None:
             return noise(), noise
         if seeds is not None:  # the x_T of a seed, with that seed, gives its image

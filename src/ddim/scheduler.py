@@ -263,6 +263,11 @@ class _Scheduler:
     def _clean_alpha_cumprod(self, value: Tensor) -> None:
         self._clean, self._schedule_key = value, None
 
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The exact levels, float64: those of the options, unless the public tables say otherwise."""
+        return self._levels()
+
     def _levels(self) -> NoiseSchedule:
         """The exact levels: the options' own, unless the public tables say otherwise."""
         if is_compiling():

@@ -26,7 +26,7 @@ from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
 from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
-from ddim.text_inputs import Conditions, check_size, count_images, encode_images, encode_prompts, number_of_prompts, open_size
+from ddim.text_inputs import Conditions, check_size, encode_images, encode_prompts, number_of_prompts, open_size
 from ddim.timesteps import Spacing, step_pairs
 
 __all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
@@ -50,6 +50,7 @@ class StableDiffusion(Sampling):
     tokenizer: Any
     image_processor: Any
     vae_scale_factor: int
+    safety_checker: Any
     run_safety_checker: Callable[..., Any]
     maybe_free_model_hooks: Callable[[], None]
     _callback_tensor_inputs: list[str]
@@ -67,6 +68,8 @@ class StableDiffusion(Sampling):
         requires_safety_checker: bool = True,
     ) -> None:
         ours = as_ddim(scheduler)
+        if ours.config.timestep_spacing != "leading":  # the only one that knows an offset: diffusers would warn of 0 all the same
+            ours.register_to_config(steps_offset=1)
         super().__init__(  # type: ignore[call-arg]
             vae, text_encoder, tokenizer, unet, ours, safety_checker, feature_extractor, image_encoder, requires_safety_checker
         )
@@ -136,11 +139,10 @@ class StableDiffusion(Sampling):
             DDIMError: If the network is not of this kind, or guidance lacks what it leads away from.
         """
         network = self._guided(conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs)
-        return self._model(network, clip)
+        return self._model(network, clip, self.unet.dtype)
 
-    def _model(self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption) -> ModelDenoiser:
-        kind = self._options.prediction_type
-        return ModelDenoiser(network, self.noise_schedule, kind, self.select_clip(clip), self.unet.dtype)
+    def _model(self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype) -> ModelDenoiser:
+        return ModelDenoiser(network, self.noise_schedule, self._options.prediction_type, self.select_clip(clip), dtype)
 
     def _guided(
         self, conditions: Conditions, scale: float, rescale: float, batched: bool, cross_attention_kwargs: Mapping[str, Any] | None
@@ -163,24 +165,25 @@ class StableDiffusion(Sampling):
     def warm_up(self, batch_size: int = 1, *, guidance_scale: float = 7.5) -> None:
         """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
         width = self.unet.config.cross_attention_dim
-        empty = torch.zeros(batch_size, 1, width, device=self._execution_device, dtype=self.unet.dtype)
+        place = self._place()
+        empty = torch.zeros(batch_size, 1, width, device=place.device, dtype=place.dtype)
         length = self.tokenizer.model_max_length if self.tokenizer is not None else 77
         conditions = Conditions(*[empty.expand(-1, length, -1)] * 2)
         _, height, across = self.image_shape
         shape = (batch_size, self.unet.config.in_channels, height // self.vae_scale_factor, across // self.vae_scale_factor)
-        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(torch.zeros(shape, device=self._execution_device), 0)
-        if self._execution_device.type == "cuda":
-            torch.cuda.synchronize(self._execution_device)
+        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(torch.zeros(shape, device=place.device), 0)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize(place.device)
 
     # --- the call
 
     def _why_elsewhere(self, others: Mapping[str, Any]) -> str | None:
         """What sends a call to diffusers' own loop: an argument, or a part, that this one does not know; None: it is sampled here."""
-        known = {*inspect.signature(self._exported.__call__).parameters, "callback_steps"}
-        unknown = sorted(set(others) - known)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}")
+        self._require("unet")
         if others:
+            unknown = sorted(set(others) - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"})
+            if unknown:
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}")
             return next(iter(others))
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return f"a {type(self.scheduler).__name__}"
@@ -201,6 +204,7 @@ class StableDiffusion(Sampling):
         timesteps: Sequence[int],
         conditions: Conditions,
         noise: Callable[[], Tensor],
+        dtype: torch.dtype,
         *,
         scale: float,
         rescale: float,
@@ -223,7 +227,7 @@ class StableDiffusion(Sampling):
             check_exact(sampler, eta=eta, clip=self.select_clip(clip), order=order)
         if on_step_end is None:
             network = self._guided(conditions, scale, rescale, batched, cross_attention_kwargs)
-            states = self._states(self._model(network, clip), x, timesteps, sampler=sampler, eta=eta, noise=noise, order=solver)
+            states = self._states(self._model(network, clip, dtype), x, timesteps, sampler=sampler, eta=eta, noise=noise, order=solver)
         else:
             if sampler != "ddim":
                 raise DDIMError(f"callback_on_step_end may change latents, and {sampler} looks two steps back; use callback with it.")
@@ -236,6 +240,7 @@ class StableDiffusion(Sampling):
                 timesteps,
                 conditions,
                 noise,
+                dtype,
                 batched=batched,
                 eta=eta,
                 order=solver,
@@ -251,6 +256,7 @@ class StableDiffusion(Sampling):
         timesteps: Sequence[int],
         conditions: Conditions,
         noise: Callable[[], Tensor],
+        dtype: torch.dtype,
         *,
         batched: bool,
         eta: Eta,
@@ -265,7 +271,7 @@ class StableDiffusion(Sampling):
             return self._guided(conditions, self._guidance_scale, self._guidance_rescale, batched, self._cross_attention_kwargs)
 
         network, state, schedule = renew(), None, self.noise_schedule
-        denoise = self._model(lambda x_t, t: network(x_t, t), clip)
+        denoise = self._model(lambda x_t, t: network(x_t, t), clip, dtype)
         for number, pair in enumerate(step_pairs(timesteps)):
             (state,) = trajectory(denoise, x, [pair], schedule=schedule, eta=eta, noise=noise, order=order, previous=state)
             both = conditions.cond if conditions.uncond is None else torch.cat([conditions.uncond, conditions.cond])
@@ -285,10 +291,11 @@ class StableDiffusion(Sampling):
 
     def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> Any:  # noqa: ANN401 - diffusers' output, or a tuple
         """Pictures of finished latents."""
-        images: Any = latents
+        images: Any = latents if output_type == "latent" else self._pictures(latents)
         flags = None
         if output_type != "latent":
-            images, flags = self.run_safety_checker(self._pictures(latents), self._execution_device, self.unet.dtype)
+            if self.safety_checker is not None:
+                images, flags = self.run_safety_checker(images, *self._place())
             safe = [not flag for flag in flags] if flags else [True] * len(images)  # a blacked-out picture is in [0, 1] already
             images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
         self.maybe_free_model_hooks()
@@ -361,11 +368,12 @@ class StableDiffusion(Sampling):
             DDIMError: If images, prompts or options do not fit, or the method diverges.
         """
         self._require("vae", "unet")
-        size = self.image_shape[1:] if resize else open_size(images)
-        check_size(*size, self.vae_scale_factor)
-        pictures = from_pictures(images, (int(self.vae.config.in_channels), *size), resize=resize)
+        place, sides = self._place(), self.image_shape[1:] if resize else open_size(images)
+        check_size(*sides, self.vae_scale_factor)
+        pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
-        chunks = [encode_images(self, pictures[i : i + max(1, batch_size)]).mean for i in range(0, len(pictures), max(1, batch_size))]
+        size = max(1, batch_size)
+        chunks = [encode_images(self, pictures[i : i + size], place.device).mean for i in range(0, len(pictures), size)]
         x0 = torch.cat(chunks) if chunks else pictures
         denoiser = self._denoisers(
             len(x0), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
@@ -452,14 +460,17 @@ class StableDiffusion(Sampling):
         clip_skip: int | None,
     ) -> Callable[[slice], ModelDenoiser]:
         """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
-        groups, each = count_images(number_of_prompts(prompt, prompt_embeds), count, 1, {})
+        prompts = number_of_prompts(prompt, prompt_embeds)
+        if prompts not in (1, count):
+            raise DDIMError(f"there are {prompts} prompts and {count} images; give one prompt for all, or one an image.")
         cond, uncond = encode_prompts(
             self,
             prompt,
             negative_prompt,
+            place=self._place(),
             scale=scale,
-            groups=groups,
-            each=each,
+            groups=count,
+            each=1,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,

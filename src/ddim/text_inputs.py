@@ -17,6 +17,7 @@ from torch import Tensor
 from ddim.errors import CheckpointError, DDIMError
 from ddim.guidance import is_guided
 from ddim.images import convert_mode, to_pil
+from ddim.sampling import Place
 
 __all__ = [
     "Conditions",
@@ -96,6 +97,7 @@ def encode_prompts(
     prompt: str | Sequence[str] | None,
     negative_prompt: str | Sequence[str] | None,
     *,
+    place: Place,
     scale: float,
     groups: int,
     each: int,
@@ -134,11 +136,14 @@ def encode_prompts(
         for name in ("tokenizer", "text_encoder"):
             if getattr(pipe, name, None) is None:
                 raise CheckpointError(f"the checkpoint has no {name}; open one that has, or give prompt_embeds and negative_prompt_embeds.")
+    if clip_skip is not None and not hasattr(pipe.text_encoder, "text_model"):
+        # Where diffusers looks for the last norm; transformers 5 has it in the encoder itself. No submodule: it would hold itself.
+        pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(away or [])])
     with _silenced(type(pipe).encode_prompt.__module__) if cut else contextlib.nullcontext():
         cond, uncond = pipe.encode_prompt(
             texts,
-            pipe._execution_device,
+            place.device,
             groups * each // prompts,
             on,
             away,
@@ -147,8 +152,7 @@ def encode_prompts(
             lora_scale=lora_scale,
             clip_skip=clip_skip,
         )
-    dtype = pipe.unet.dtype
-    return Conditions(cond.to(dtype), uncond.to(dtype) if on else None)
+    return Conditions(cond.to(place.dtype), uncond.to(place.dtype) if on else None)
 
 
 def _warn_of_cuts(pipe: Any, texts: Sequence[str]) -> bool:  # noqa: ANN401 - as above
@@ -233,10 +237,11 @@ def _is_bytes(image: Any) -> bool:  # noqa: ANN401 - an image of any kind
     return isinstance(image, np.ndarray) and image.dtype == np.uint8
 
 
-def encode_images(pipe: Any, x: Tensor) -> Posterior:  # noqa: ANN401 - as above
-    """The VAE's latents of pictures [I, C, H, W] in [-1, 1]."""
+@torch.no_grad()
+def encode_images(pipe: Any, x: Tensor, device: torch.device) -> Posterior:  # noqa: ANN401 - as above
+    """The VAE's latents of pictures [I, C, H, W] in [-1, 1], computed on a device."""
     vae = pipe.vae
-    found = vae.encode(x.to(pipe._execution_device, vae.dtype))
+    found = vae.encode(x.to(device, vae.dtype))
     scale = vae.config.scaling_factor
     if hasattr(found, "latent_dist"):
         return Posterior(found.latent_dist.mean.float() * scale, found.latent_dist.std.float() * scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddim.errors import DDIMError
 from ddim.noise import SeededNoise, make_generators
 from ddim.reversible import Reversible
-from ddim.sampling import Generators
+from ddim.sampling import Generators, Place
 from ddim.schedule import add_noise
 from ddim.step import Eta
 from ddim.timesteps import Spacing, truncate_timesteps
@@ -170,12 +170,14 @@ class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  
         lengths = _lengths(seeds=seeds, generator=generator, latents=latents)
         groups, each = count_images(number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths)
         shape = self._latent_shape(height, width, latents)
-        x, noise = self._start(groups * each, shape, seeds=seeds, generator=generator, latents=latents)
+        place = self._place()
+        x, noise = self._start(groups * each, shape, place, seeds=seeds, generator=generator, latents=latents)
         self._clip_skip = clip_skip
         conditions = encode_prompts(
             self,
             prompt,
             negative_prompt,
+            place=place,
             scale=guidance_scale,
             groups=groups,
             each=each,
@@ -189,6 +191,7 @@ class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  
             levels,
             conditions,
             noise,
+            place.dtype,
             scale=guidance_scale,
             rescale=guidance_rescale,
             batched=guidance_batched,
@@ -348,12 +351,14 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
         given = prepare_images(self, image)
         lengths = _lengths(seeds=seeds, generator=generator)
         groups, each = count_images(number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths)
-        x0, noise = self._first_latents(given, groups * each, seeds=seeds, generator=generator)
+        place = self._place()
+        x0, noise = self._first_latents(given, groups * each, place, seeds=seeds, generator=generator)
         self._clip_skip = clip_skip
         conditions = encode_prompts(
             self,
             prompt,
             negative_prompt,
+            place=place,
             scale=guidance_scale,
             groups=groups,
             each=each,
@@ -367,6 +372,7 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
             levels,
             conditions,
             noise,
+            place.dtype,
             scale=guidance_scale,
             rescale=guidance_rescale,
             batched=guidance_batched,
@@ -383,13 +389,13 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
         return self._finish(x, output_type, return_dict)
 
     def _first_latents(
-        self, given: Tensor, count: int, *, seeds: Sequence[int] | None, generator: Generators | None
+        self, given: Tensor, count: int, place: Place, *, seeds: Sequence[int] | None, generator: Generators | None
     ) -> tuple[Tensor, SeededNoise]:
         """Clean latents [B, C, h, w] of images, drawn from the VAE's posterior, and the stream of later noise."""
         is_latent = given.shape[1] != self.vae.config.in_channels
-        mean, std = (given.float(), None) if is_latent else encode_images(self, given)
+        mean, std = (given.float(), None) if is_latent else encode_images(self, given, place.device)
         shape = mean.shape[1:]
-        mean, noise = mean.to(self._execution_device), self._noise(count, shape, seeds=seeds, generator=generator)
+        mean, noise = mean.to(place.device), self._noise(count, shape, place, seeds=seeds, generator=generator)
 
         def for_all(values: Tensor) -> Tensor:
             return values.repeat_interleave(count // len(given), 0).to(noise.dtype)
@@ -397,7 +403,7 @@ class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipe
         if std is None:
             return for_all(mean), noise
         if isinstance(generator, torch.Generator):  # as diffusers draws from one: for each image that is given, not for each that is made
-            return for_all(mean + std * self._noise(len(given), shape, seeds=None, generator=generator)()), noise
+            return for_all(mean + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()), noise
         return for_all(mean) + for_all(std) * noise(), noise
 
 
