@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 
-__all__ = ["guide", "guided", "is_guided", "network_output"]
+__all__ = ["check_rescale", "guide", "guided", "is_guided", "network_output"]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
@@ -43,7 +43,7 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     """
     if conditional.shape != unconditional.shape:
         raise DDIMError(f"both predictions must have one shape; got {list(conditional.shape)} and {list(unconditional.shape)}.")
-    _check_rescale(rescale)
+    check_rescale(rescale)
     if conditional.dtype in (torch.float16, torch.bfloat16):  # a large scale overflows float16, and leaves bfloat16 two digits
         conditional, unconditional = conditional.float(), unconditional.float()
     combined = torch.lerp(unconditional, conditional, scale)
@@ -84,7 +84,7 @@ def guided(
     Raises:
         DDIMError: If ``uncond`` is missing or of another shape, or rescale lies outside [0, 1].
     """
-    _check_rescale(rescale)
+    check_rescale(rescale)
     if not is_guided(scale):
         return lambda x_t, t: network_output(network(x_t, t, cond))
     if uncond is None or uncond.shape != cond.shape:
@@ -129,6 +129,11 @@ def network_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network 
     )
 
 
-def _check_rescale(rescale: float) -> None:
+def check_rescale(rescale: float) -> None:
+    """Refuses a rescale outside [0, 1].
+
+    Raises:
+        DDIMError: If it is.
+    """
     if not 0 <= rescale <= 1:
         raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale}.")

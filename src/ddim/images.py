@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "fit_picture",
     "from_pictures",
     "from_uint8",
+    "label_rows",
     "load_image",
     "make_grid",
     "open_picture",
@@ -168,6 +169,22 @@ def make_grid(images: NDArray[np.uint8], *, columns: int | None = None, padding:
         top, left = padding + i // columns * (height + padding), padding + i % columns * (width + padding)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def label_rows(images: NDArray[np.uint8], labels: Sequence[str], *, padding: int = 2) -> NDArray[np.uint8]:
+    """Lays images [B, H, W, C] out in as many rows as there are labels, each under its text, for people: one picture [H', W', 3]."""
+    from PIL import ImageDraw, ImageFont
+
+    columns, font = len(images) // len(labels), ImageFont.load_default(12)
+    width = max([*(int(font.getlength(label)) for label in labels), columns * (images.shape[2] + padding)]) + 2 * padding
+    rows = []
+    for number, label in enumerate(labels):
+        strip = Image.new("RGB", (width, 18), "white")
+        ImageDraw.Draw(strip).text((padding, 2), label, fill="black", font=font)
+        row = make_grid(images[number * columns : (number + 1) * columns], columns=columns, padding=padding)
+        row = np.broadcast_to(row, (*row.shape[:2], 3))
+        rows += [np.asarray(strip), np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255)]
+    return np.concatenate(rows)
 
 
 def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1) -> None:

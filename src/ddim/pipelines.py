@@ -36,7 +36,7 @@ from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
 from ddim.timesteps import Spacing
 
-__all__ = ["DiffusionPipeline", "UnconditionalPipeline"]
+__all__ = ["DiffusionPipeline", "UnconditionalPipeline", "text_pipeline"]
 
 
 class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ignore[misc]
@@ -459,7 +459,7 @@ class DiffusionPipeline:
         if is_unconditional(index):
             pipe: Any = UnconditionalPipeline.from_pretrained(folder, **options)
         elif index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
-            pipe = _text_class(index["_class_name"]).from_pretrained(folder, **options)
+            pipe = text_pipeline(index["_class_name"]).from_pretrained(folder, **options)
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             if options.get("scheduler") is None:
@@ -468,7 +468,12 @@ class DiffusionPipeline:
         return pipe
 
 
-def _text_class(kind: str) -> Any:  # noqa: ANN401 - a class of a module that needs transformers
+def text_pipeline(kind: str) -> Any:  # noqa: ANN401 - a class of a module that needs transformers
+    """Our pipeline for one of :data:`ddim.checkpoints.STABLE_DIFFUSION`.
+
+    Raises:
+        DDIMError: If transformers is not installed.
+    """
     try:
         from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
     except ImportError as error:

@@ -22,6 +22,7 @@ from ddim.sampling import Place
 __all__ = [
     "Conditions",
     "Posterior",
+    "PromptWarning",
     "check_size",
     "count_images",
     "encode_images",
@@ -38,6 +39,10 @@ class Conditions(NamedTuple):
     cond: Tensor
     uncond: Tensor | None
     """What it is guided away from; None where guidance is off."""
+
+
+class PromptWarning(UserWarning):
+    """A prompt of which not all was used."""
 
 
 class Posterior(NamedTuple):
@@ -120,7 +125,9 @@ def encode_prompts(
         raise DDIMError("give either negative_prompt or negative_prompt_embeds, not both.")
     if not on and (negative_prompt is not None or negative_prompt_embeds is not None):
         warnings.warn(
-            f"the negative prompt is ignored: guidance is off at guidance_scale={scale}; a scale above 1 turns it on.", stacklevel=4
+            f"the negative prompt is ignored: guidance is off at guidance_scale={scale}; a scale above 1 turns it on.",
+            PromptWarning,
+            stacklevel=4,
         )
         negative_prompt = negative_prompt_embeds = None
     away = [negative_prompt] * prompts if isinstance(negative_prompt, str) else None if negative_prompt is None else list(negative_prompt)
@@ -165,7 +172,9 @@ def _warn_of_cuts(pipe: Any, texts: Sequence[str]) -> bool:  # noqa: ANN401 - as
             cut = True
             lost = tokenizer.decode(tokens[room - 1 : -1]).strip()
             warnings.warn(
-                f"a prompt has {len(tokens) - 2} tokens and the text encoder reads {room - 2}; this was cut off: {lost!r}.", stacklevel=5
+                f"a prompt has {len(tokens) - 2} tokens and the text encoder reads {room - 2}; this was cut off: {lost!r}.",
+                PromptWarning,
+                stacklevel=5,
             )
     return cut
 

@@ -5,13 +5,15 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
     from ddim.denoiser import Clip
     from ddim.pipelines import UnconditionalPipeline
+
+T = TypeVar("T")
 
 __all__ = [
     "check_class",
@@ -20,6 +22,7 @@ __all__ = [
     "draw",
     "enough_memory",
     "find_device",
+    "in_batches",
     "open_model",
     "sampling_evaluations",
     "seed_label",
@@ -158,13 +161,21 @@ def draw(
         label: ``{"class": n}`` of a seed's image, or an empty dictionary for a model without classes.
         **options: Of the pipeline's call.
     """
-    size = min(batch_size, len(seeds))
-    for first in range(0, len(seeds), max(1, size)):
-        batch = list(seeds[first : first + size])
-        filled = batch + batch[-1:] * (size - len(batch)) if fill else batch
-        labels = [number for s in filled for number in label(s).values()]
+
+    def make(batch: list[int]) -> Any:  # noqa: ANN401 - of the output_type asked for
+        labels = [number for s in batch for number in label(s).values()]
+        return pipe(seeds=batch, class_labels=labels or None, progress=False, **options).images
+
+    return in_batches(seeds, make, batch_size=batch_size, fill=fill)
+
+
+def in_batches(items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size: int, fill: bool) -> Iterator[tuple[list[T], Any, float]]:
+    """Makes the images of items batch by batch: the items, their images, and the seconds that took; arguments as :func:`draw`."""
+    size = min(batch_size, len(items))
+    for first in range(0, len(items), max(1, size)):
+        batch = list(items[first : first + size])
         began = time.perf_counter()
-        pictures = pipe(seeds=filled, class_labels=labels or None, progress=False, **options).images
+        pictures = make(batch + batch[-1:] * (size - len(batch)) if fill else batch)
         yield batch, pictures[: len(batch)], time.perf_counter() - began
 
 

@@ -2,11 +2,10 @@
 
 import contextlib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,14 +16,14 @@ from ddim.cli._model import (
     check_class,
     check_positive,
     describe_model,
-    draw,
     enough_memory,
     find_device,
-    open_model,
+    in_batches,
     sampling_evaluations,
     seed_label,
     short_name,
 )
+from ddim.cli._text import Item, TextRequest, open_any
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -79,6 +78,18 @@ class Command:
     prior: str = "standard"
     """What the first noise is drawn from: standard is N(0, I); data knows the data's mean colours, from the model's prior.json;
     or a FILE.json that `ddim doctor --prior` wrote."""
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Of a model of text: what the images show. Given again for more, or FILE.txt with one in a line; each has one image a seed."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; by default the empty text."""
+    guidance_scale: float | None = None
+    """How far it leads: 1 is off. By default what the model's card says, else 7.5."""
+    guidance_rescale: float | None = None
+    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by default the card's, else 0."""
+    image: str | None = None
+    """A picture to begin with, in place of noise."""
+    strength: float | None = None
+    """Of --image: the share of the steps that is walked, up to 1 that keeps little or nothing of it; 0.8 by default."""
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
     batch_size: int = 16
@@ -105,26 +116,26 @@ def run(command: Command) -> None:
     if command.sampler == "ddpm" and command.eta is not None:
         raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
 
-    import numpy as np
-
     from ddim.checkpoints import has_scheduler
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
-    from ddim.images import load_image, make_grid, save_png
     from ddim.noise import check_seeds
     from ddim.sampling import check_exact
     from ddim.step import SIGMA_HAT, Eta, check_eta
+    from ddim.timesteps import truncate_timesteps
 
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
-    pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
+    pipe, folder = open_any(command.model, device=device, dtype=command.dtype, image=command.image is not None)
+    text = TextRequest.read(command, pipe, folder)
     order = pipe.select_order(command.order)
-    timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
+    listed = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
+    timesteps = listed if text is None or text.strength is None else truncate_timesteps(listed, text.strength)
     analytic = command.variance == "analytic"
     sampler = "ddim" if command.sampler == "ddpm" else command.sampler
     pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic, sampler=sampler)
-    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" else None))
+    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" and text is None else None))  # latents have no range
     if sampler != "ddim":
         check_exact(sampler, eta=eta, clip=clip, order=command.order, analytic=analytic)
     prior = _prior(command, folder)
@@ -134,25 +145,31 @@ def run(command: Command) -> None:
     protocol["variance"] = None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
     if prior is not None:
         protocol["prior"] = prior.describe()
+    if text is not None:
+        protocol |= text.protocol
 
     out = Path(command.out or f"out/sample-{short_name(command.model)}")
-    there = {int(p.stem): p for p in out.glob("*.png") if re.fullmatch(r"\d{6,}", p.stem)}
+    items = [Item(None, seed) for seed in seeds] if text is None else text.items(seeds)
+    there = {item for item in map(Item.of, (path.stem for path in out.glob("*.png"))) if item is not None}
     before = check_protocol(out, protocol, empty=not there)
     if there and before is None:
         raise OutputError(f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder.")
-    missing = [s for s in seeds if s not in there]
-    _note(command, pipe, clip, timesteps, assumed=not has_scheduler(folder))
+    missing = [item for item in items if item not in there]
+    _note(command, pipe, clip, listed, assumed=not has_scheduler(folder))
 
     label = seed_label(pipe, command.class_)
 
-    def record(done: list[int], seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
-        listed = sorted({*done, *there})
+    def record(done: list[Item], seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
+        results = [
+            {"seed": i.seed, "file": i.file, **label(i.seed), **({} if text is None else {"prompt": text.prompt_of(i)})}
+            for i in sorted({*done, *there}, key=lambda item: item.file)
+        ]
         return RunRecord(
             protocol=protocol,
-            results=[{"seed": s, "file": f"{s:06d}.png", **label(s)} for s in listed],
+            results=results,
             seconds=seconds,
             seconds_total=time.perf_counter() - began,
-            evaluations=sampling_evaluations(pipe, sampler, timesteps),
+            evaluations=sampling_evaluations(pipe, sampler, timesteps) * (2 if text is not None and text.is_guided else 1),
             execution={
                 "count": command.count,
                 "batch_size": command.batch_size,
@@ -167,25 +184,18 @@ def run(command: Command) -> None:
     if before is None:
         write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
     with enough_memory(device, command.batch_size):
-        gamma = None
-        if images is not None and missing:
-            gamma = _measure_gamma(protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size)
-        options: dict[str, Any] = {
-            "timesteps": timesteps,
-            "eta": eta,
-            "order": order,
-            "gamma": gamma,
-            "clip": clip,
-            "prior": prior,
-            "sampler": sampler,
-        }
-        seconds, warm_up, batches = _draw(command, pipe, missing, out, label=label, **options)
+        options: dict[str, Any] = {"timesteps": listed, "eta": eta, "order": order, "clip": clip, "sampler": sampler}
+        if text is None:
+            gamma = None
+            if images is not None and missing:
+                gamma = _measure_gamma(protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size)
+            options |= {"gamma": gamma, "prior": prior}
+        seconds, warm_up, batches = _draw(command, pipe, missing, out, text=text, label=label, steps=len(timesteps), **options)
 
-    shown = np.stack([load_image(out / f"{s:06d}.png") for s in seeds[:GRID]])
-    save_png(make_grid(shown), out / "grid.png", scale=max(1, 96 // shown.shape[2]))
+    _write_grid(out, items, text)
     if missing:
         write_run(out, record(missing, seconds, drawn=len(missing), warm_up_seconds=warm_up))
-    there_before = len(seeds) - len(missing)
+    there_before = len(items) - len(missing)
     print(f"{len(missing)} images drawn, {there_before} were there; they are in {out}, together in {out / 'grid.png'}.")
     if missing:
         step = seconds / (batches * len(timesteps))
@@ -198,36 +208,69 @@ def run(command: Command) -> None:
 
 def _draw(
     command: Command,
-    pipe: "UnconditionalPipeline",
-    seeds: list[int],
+    pipe: Any,  # noqa: ANN401 - a pipeline with or without text
+    items: list[Item],
     out: Path,
     *,
+    text: TextRequest | None,
     label: Callable[[int], dict[str, int]],
-    timesteps: list[int],
+    steps: int,
     **options: Any,  # noqa: ANN401 - of the pipeline's call
 ) -> tuple[float, float, int]:
-    """Draws and writes the pictures of the seeds; returns the seconds of sampling, those of the warm-up, and the number of batches."""
-    if not seeds:
+    """Draws and writes the pictures of the items; returns the seconds of sampling, those of the warm-up, and the number of batches."""
+    if not items:
         return 0.0, 0.0, 0
     from ddim.images import save_png
 
-    size = min(command.batch_size, len(seeds))
-    batches = -(-len(seeds) // size)
+    size = min(command.batch_size, len(items))
+    batches = -(-len(items) // size)
     began = time.perf_counter()
-    (pipe.compile() if command.compile else pipe).warm_up(size)
+    (pipe.compile() if command.compile else pipe).warm_up(size, **({} if text is None else {"guidance_scale": text.guidance_scale}))
     warm_up, seconds = time.perf_counter() - began, 0.0
-    with pipe.progress_bar(total=batches * len(timesteps)) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
-        advance = None if bar is None else _advance(bar)
-        options |= {"timesteps": timesteps, "callback": advance}
-        for batch, pictures, took in draw(pipe, seeds, batch_size=size, fill=command.compile, label=label, **options):
+    with pipe.progress_bar(total=batches * steps) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+        options["callback"] = None if bar is None else _advance(bar)
+
+        def make(batch: list[Item]) -> Any:  # noqa: ANN401 - a list of pictures
+            seeds = [item.seed for item in batch]
+            labels = [number for seed in seeds for number in label(seed).values()]
+            asked = {"class_labels": labels or None} if text is None else text.options(batch)
+            return pipe(seeds=seeds, progress=False, **asked, **options).images
+
+        for batch, pictures, took in in_batches(items, make, batch_size=size, fill=command.compile):
             seconds += took
-            for seed, picture in zip(batch, pictures, strict=True):
-                save_png(picture, out / f"{seed:06d}.png")
+            for item, picture in zip(batch, pictures, strict=True):
+                save_png(picture, out / item.file)
     return seconds, warm_up, batches
 
 
+def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
+    """The first images together; of several prompts, a row each under its text."""
+    import numpy as np
+
+    from ddim.images import label_rows, load_image, make_grid, save_png
+
+    prompts = 1 if text is None else len(text.prompts)
+    row = len(items) // prompts
+    columns = row if prompts == 1 else max(1, min(row, GRID // prompts, 8))
+    shown = [items[p * row + k] for p in range(min(prompts, GRID)) for k in range(columns)][:GRID]
+    pictures = np.stack([load_image(out / item.file) for item in shown])
+    scale = max(1, 96 // pictures.shape[2])
+    if text is None or prompts == 1:
+        save_png(make_grid(pictures), out / "grid.png", scale=scale)
+    else:
+        labels = [text.prompt_of(item) for item in shown[::columns]]
+        save_png(label_rows(pictures.repeat(scale, 1).repeat(scale, 2), labels), out / "grid.png")
+
+
 def _protocol(
-    command: Command, pipe: "UnconditionalPipeline", folder: Path, *, timesteps: list[int], eta: float | str, order: int, clip: "Clip"
+    command: Command,
+    pipe: Any,  # noqa: ANN401 - as above
+    folder: Path,
+    *,
+    timesteps: list[int],
+    eta: float | str,
+    order: int,
+    clip: "Clip",
 ) -> dict[str, Any]:
     """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
     config = pipe.scheduler.config

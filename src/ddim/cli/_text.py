@@ -1,0 +1,191 @@
+"""What ``ddim sample`` asks of models of text: prompts from arguments and files, and guidance as the model's card has it."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddim.cli._model import open_model
+from ddim.errors import DataError, DDIMError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ddim.cli.sample import Command
+    from ddim.pipelines import UnconditionalPipeline
+    from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
+
+__all__ = ["Item", "TextRequest", "open_any", "read_prompts"]
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One image to draw."""
+
+    prompt: int | None
+    """Its prompt's place in the list; None where there is one prompt, or none."""
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """The name of its picture."""
+        return f"{self.seed:06d}.png" if self.prompt is None else f"{self.prompt:03d}-{self.seed:06d}.png"
+
+    @classmethod
+    def of(cls, stem: str) -> "Item | None":
+        """The item whose picture has this name without its ending; None for the name of another file."""
+        *prompt, seed = stem.split("-")
+        if len(prompt) > 1 or not all(part.isdigit() for part in (*prompt, seed)) or len(seed) < 6:
+            return None
+        return cls(int(prompt[0]) if prompt else None, int(seed))
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What is asked of a model of text, resolved."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    guidance_scale: float
+    guidance_rescale: float
+    picture: "Image | None"
+    """Of image-to-image."""
+    protocol: dict[str, Any]
+
+    @classmethod
+    def read(cls, command: "Command", pipe: Any, folder: Path) -> "TextRequest | None":  # noqa: ANN401 - one of three pipelines
+        """Resolves a command's options; None for a model without text.
+
+        Raises:
+            DDIMError: If they do not go with the model, or are out of range.
+        """
+        from ddim.checkpoints import read_json
+        from ddim.guidance import check_rescale
+        from ddim.pipelines import UnconditionalPipeline
+
+        names = ("negative_prompt", "guidance_scale", "guidance_rescale", "image", "strength")
+        given = [name for name in names if getattr(command, name) is not None]
+        if isinstance(pipe, UnconditionalPipeline):
+            if command.prompt or given:
+                option = "prompt" if command.prompt else given[0].replace("_", "-")
+                raise DDIMError(f"--{option} is for models of text, and {command.model} was trained without; leave it out.")
+            return None
+        if not command.prompt:
+            raise DDIMError(f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line.")
+        useless = {"class": command.class_ is None, "prior": command.prior == "standard", "variance": command.variance == "eta"}
+        if not all(useless.values()):
+            raise DDIMError(f"--{min(useless, key=useless.__getitem__)} is not for models of text; leave it out.")
+        card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
+        scale = card.get("guidance_scale", 7.5) if command.guidance_scale is None else command.guidance_scale
+        rescale = card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale
+        check_rescale(rescale)
+        prompts = tuple(read_prompts(command.prompt))
+        if command.strength is not None and command.image is None:
+            raise DDIMError("--strength says how much of --image is kept; give an image with it, or leave it out.")
+        picture, image = _read_image(command, pipe)
+        told = {
+            "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
+            "negative_prompt": command.negative_prompt,
+            "guidance_scale": scale,
+            "guidance_rescale": rescale,
+            "image": image,
+            "strength": None if image is None else 0.8 if command.strength is None else command.strength,
+        }
+        return cls(prompts, command.negative_prompt, scale, rescale, picture, told)
+
+    def items(self, seeds: Sequence[int]) -> list[Item]:
+        """All images: of each prompt one a seed."""
+        return [Item(None if len(self.prompts) == 1 else p, seed) for p in range(len(self.prompts)) for seed in seeds]
+
+    def prompt_of(self, item: Item) -> str:
+        """The text of an item."""
+        return self.prompts[item.prompt or 0]
+
+    @property
+    def strength(self) -> float | None:
+        """Of image-to-image; None where images begin at noise."""
+        return None if self.picture is None else float(self.protocol["strength"])
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step evaluates the network twice."""
+        return self.guidance_scale > 1
+
+    def options(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Of the pipeline's call, for these images."""
+        guidance = {"guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale}
+        start = {} if self.picture is None else {"image": self.picture, "strength": self.strength}
+        return {"prompt": [self.prompt_of(item) for item in items], "negative_prompt": self.negative_prompt, **guidance, **start}
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """Prompts from the command line, where ``FILE.txt`` stands for the lines of that file that are not empty.
+
+    Raises:
+        DataError: If there is no such file, or it holds none.
+    """
+    prompts = []
+    for text in given:
+        if not text.endswith(".txt"):
+            prompts.append(text)
+            continue
+        try:
+            lines = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be read ({error}).") from error
+        if not any(lines):
+            raise DataError(f"--prompt {text}: the file holds no prompt; write one in a line.")
+        prompts += [line for line in lines if line]
+    return prompts
+
+
+def _read_image(command: "Command", pipe: Any) -> "tuple[Image | None, dict[str, str] | None]":  # noqa: ANN401 - as above
+    """The picture to begin with, and its name and hash."""
+    if command.image is None:
+        return None, None
+    from ddim.checkpoints import file_hash
+    from ddim.images import open_picture
+    from ddim.text_inputs import prepare_images
+
+    picture = open_picture(command.image)
+    try:
+        prepare_images(pipe, picture)
+    except DDIMError as error:
+        raise DataError(f"{command.image}: {error}") from error
+    return picture, {"name": Path(command.image).name, "hash": file_hash([Path(command.image)])}
+
+
+def open_any(
+    name: str,
+    *,
+    device: Any,  # noqa: ANN401 - as find_device
+    dtype: str,
+    image: bool,
+) -> "tuple[UnconditionalPipeline | TextToImagePipeline | ImageToImagePipeline, Path]":
+    """The pipeline of a model with or without text, and its folder; ``image`` asks for image-to-image.
+
+    Raises:
+        CheckpointError: If there is no such model, or it is of another kind.
+        DDIMError: If its images are no pictures, or transformers is not installed.
+    """
+    from ddim.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
+
+    folder = find_model(name)
+    if read_model_index(folder).get("_class_name") not in STABLE_DIFFUSION:
+        return open_model(name, device=device, dtype=dtype)
+    import diffusers
+    import torch
+
+    from ddim.pipelines import text_pipeline
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    with contextlib.suppress(ImportError):  # of which the next line tells in a sentence
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    kind = text_pipeline("StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline")
+    pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    return pipe, folder
