@@ -1,12 +1,14 @@
 """Encoders and exactly invertible samplers, on data whose exact flow is known and on the embedded model."""
 
 import dataclasses
+import json
 import pathlib
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddim.codes import load_code, save_code
 from ddim.denoiser import ModelDenoiser
@@ -433,8 +435,16 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="is no code that `ddim encode` or save_code wrote"):
         load_code(path)
     code = make()
-    safetensors.torch.save_file({"states": code.states[:1].contiguous()}, path, metadata=code.metadata())
+    one = {"states": code.states[:1].contiguous()}
+    told = code.metadata() | {"tensors": json.dumps({"states": fingerprint(one["states"])})}
+    safetensors.torch.save_file(one, path, metadata=told)
     with pytest.raises(DataError, match=r"a code of o-belm holds 2 state\(s\)"):
+        load_code(path)
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(DataError, match="the code is damaged: its states are not those that were written"):
+        load_code(path)
+    safetensors.torch.save_file(code.tensors(), path, metadata=make(labels=torch.arange(4)).metadata())
+    with pytest.raises(DataError, match="the code is damaged: its labels are not those that were written"):
         load_code(path)
     safetensors.torch.save_file(code.tensors(), path, metadata=code.metadata() | {"code": "{}"})
     with pytest.raises(DataError, match="metadata is damaged"):
@@ -561,6 +571,23 @@ def test_the_implicit_encoder_on_real_images(pipe, garments):
     assert error < 1e-6
     assert code.evaluations <= 6 * 50
     assert missed(pipe, garments[:4], 50, "ddim")[0] > 1e-4
+
+
+def test_pictures_bytes_and_tensors_have_one_code(tiny):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
+    forms = [
+        images,
+        list(images),
+        [Image.fromarray(image[..., 0]) for image in images],
+        torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1,
+    ]
+    codes = [pipe.encode(form, 4) for form in forms]
+    for code in codes[1:]:
+        assert torch.allclose(code.states, codes[0].states, atol=1e-6)
+    assert [np.asarray(picture).tolist() for picture in pipe.decode(codes[0])] == images[..., 0].tolist()
+    assert np.allclose(pipe.decode(codes[0], output_type="np"), images / 255, atol=1e-6)
+    assert torch.allclose(pipe.decode(codes[0], output_type="pt").double(), pixels(images), atol=1e-6)
 
 
 def test_a_code_of_one_state_decodes_with_other_steps_nearly(pipe, garments):

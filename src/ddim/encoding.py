@@ -139,7 +139,13 @@ class Code:
     def metadata(self) -> dict[str, str]:
         """What is not a tensor, as safetensors' metadata; :meth:`from_tensors` reads it."""
         plain = {name: getattr(self, name) for name in ("method", "timesteps", "evaluations", "gamma", "mixing")}
-        return {"format": "ddim-code", "version": "1", "code": json.dumps(plain | {"origin": dict(self.origin)})}
+        held = {name: fingerprint(value) for name, value in self.tensors().items()}
+        return {
+            "format": "ddim-code",
+            "version": "1",
+            "code": json.dumps(plain | {"origin": dict(self.origin)}),
+            "tensors": json.dumps(held),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
@@ -156,6 +162,9 @@ class Code:
         if not metadata or metadata.get("format") != "ddim-code" or metadata.get("version") != "1" or "states" not in tensors:
             raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
         try:
+            for name, written in json.loads(metadata["tensors"]).items():
+                if name not in tensors or fingerprint(tensors[name]) != written:
+                    raise DDIMError(f"the code is damaged: its {name} are not those that were written; encode the images again.")
             plain = json.loads(metadata["code"])
             plain["timesteps"] = tuple(int(t) for t in plain["timesteps"])
             residual, labels = tensors.get("residual"), tensors.get("labels")
@@ -180,7 +189,11 @@ def encode(
     labels: Tensor | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Code:
-    """Finds the latents of data.
+    r"""Finds the latents of data: walks the DDIM's ODE from data to noise,
+
+    .. math:: \frac{d\bar x}{ds} = \epsilon(x, t), \qquad \bar x = x / \alpha_t, \quad s = \sigma_t / \alpha_t,
+
+    by the method's own steps, which are written down in :mod:`ddim.inversion` and :mod:`ddim.reversible`.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -321,7 +334,13 @@ def decode(
     timesteps: Sequence[int] | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Tensor:
-    """Runs :func:`decode_trajectory` to its end: the data, [B, ...], float64, not clamped. Arguments and errors as there."""
+    r"""Brings data back: walks the ODE of :func:`encode` from noise to data, :math:`s = \sigma_t / \alpha_t \to 0`.
+
+    Runs :func:`decode_trajectory` to its end; arguments and errors as there.
+
+    Returns:
+        The data, [B, ...], float64, not clamped.
+    """
     x = code.states[-1].double()  # what the two-step methods' pair of a single step holds already
     for state in decode_trajectory(denoise, code, schedule=schedule, timesteps=timesteps, origin=origin):
         x = state.x_s
@@ -329,7 +348,9 @@ def decode(
 
 
 def reconstruction_error(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Mean squared error per dimension of each image, pixels in [0, 1]: the measure of the paper's Table 2.
+    r"""Mean squared error per dimension of each image, pixels in [0, 1]: the measure of the paper's Table 2.
+
+    .. math:: \frac{1}{d} \Big\lVert \frac{x - y}{2} \Big\rVert^2
 
     Args:
         images: In [-1, 1], shape [B, ...]; clamped to it.

@@ -101,7 +101,8 @@ def test_reconstruct_measures_each_method_and_goes_on(tiny, tmp_path, capsys):
     assert [r["method"] for r in results] == ["o-belm", "o-belm", "fixed-point", "fixed-point", "ddim", "ddim"]
     assert {"residual_max", "unsolved_steps"} <= set(results[2])
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text.count("fixed-point") == 2
+    assert text.count("| fixed-point") == 2
+    assert "The rows of sheet.png are the originals, then fixed-point, ddim at 4 steps." in text
     assert read(tmp_path / "out" / "sheet.png").shape[1] > 6 * 96
     assert read(tmp_path / "out" / "reconstruction.png").ndim == 3
     assert run(*options, "--steps", "4", "--count", 5) == 2
@@ -152,7 +153,7 @@ def test_consistency_compares_with_the_longest_trajectory(tiny, tmp_path):
     errors = {(r["sampler"], r["steps"]): r["mse"] for r in results}
     assert errors["ddim", 50] == 0
     assert errors["ddim", 5] > errors["ddim", 20] > 0
-    assert (out / "table.md").read_text().count("o-belm") == 3
+    assert (out / "table.md").read_text().count("| o-belm") == 3
     assert read(out / "sheet.png").shape[0] > 3 * 96
     assert read(out / "distance.png").ndim == 3
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ddim.cli._run import RunRecord
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["Pictures", "NetworkCalls", "begin_run", "note_levels", "read_images", "scaled", "unsolved_steps"]
+__all__ = ["NetworkCalls", "Pictures", "begin_run", "note_levels", "read_images", "scaled", "tell_unsolved", "unsolved_steps"]
 
 
 class Pictures(NamedTuple):
@@ -137,6 +137,14 @@ def unsolved_steps() -> Iterator[list[str]]:
             told.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def tell_unsolved(steps: Sequence[str]) -> str:
+    """The sentence about what :func:`unsolved_steps` collected, to be put behind others; empty for nothing."""
+    if not steps:
+        return ""
+    count = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+    return f" {count} not solved to the tolerance; use more steps, or method o-belm."
 
 
 def note_levels(asked: Sequence[int], used: Sequence[int]) -> None:

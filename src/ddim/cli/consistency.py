@@ -142,7 +142,7 @@ def run(command: Command) -> None:
     head = (
         f"# {command.model}: one latent under other trajectories\n\n"
         f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM from the same {command.count} latents; "
-        f"{spacing} timesteps, no clipping.\n\n"
+        f"{spacing} timesteps, no clipping. In sheet.png a row is a latent, and the columns are the rows of this table, in order.\n\n"
     )
     write_atomically(out / "table.md", head + text_table(rows))
     lines = {s: [(r["evaluations"], r["mse"]) for r in results if r["sampler"] == s and r["mse"] > 0] for s in command.sampler}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import NetworkCalls, note_levels, read_images, unsolved_steps
+from ddim.cli._latent import NetworkCalls, note_levels, read_images, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
 
@@ -97,8 +97,7 @@ def run(command: Command) -> None:
     write_run(out.parent, record, name=f"{out.name}.{NAME}")  # first, for a code without its record could not be written again
     save_code(code, out)
     told = "" if code.residual is None else f" The worst step is solved to {float(code.residual.max()):.1e}."
-    if unsolved:
-        told += f" {len(unsolved)} steps were not solved to the tolerance; use more steps, or method o-belm."
+    told += tell_unsolved(unsolved)
     print(
         f"{len(code)} images encoded by {code.method} in {evaluations:.4g} evaluations each and {seconds:.1f} s; "
         f"the root mean square of the codes is {sum(rms) / len(rms):.2f} (noise: 1).{told} The code is {out}."

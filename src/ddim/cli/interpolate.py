@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._latent import NetworkCalls, begin_run, note_levels, read_images, scaled, unsolved_steps
+from ddim.cli._latent import NetworkCalls, begin_run, note_levels, read_images, scaled, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_class, check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
@@ -150,5 +150,4 @@ def run(command: Command) -> None:
     )
     write_run(out, record)
     reach = f"the root mean square of the latents is {min(rms):.2f} to {max(rms):.2f} (noise: 1)"
-    told = f" {len(unsolved)} steps were not solved to the tolerance; use more steps, or method o-belm." if unsolved else ""
-    print(f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{told}")
+    print(f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{tell_unsolved(unsolved)}")
