@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
     )
     from ddim.prior import DataPrior as DataPrior, fit_prior as fit_prior
     from ddim.reversible import (
+        DriftWarning as DriftWarning,
         ReversibleSampler as ReversibleSampler,
         StatePair as StatePair,
         decode_pair as decode_pair,
@@ -106,7 +107,7 @@ _HOMES = {
     "sampler": ("State", "sample", "trajectory"),
     "interpolation": ("interpolate", "interpolate_grid", "lerp", "slerp"),
     "inversion": ("ConvergenceWarning", "encodable_timesteps", "encode_explicit", "encode_implicit"),
-    "reversible": ("ReversibleSampler", "StatePair", "decode_pair", "encode_pair", "reversible_trajectory"),
+    "reversible": ("DriftWarning", "ReversibleSampler", "StatePair", "decode_pair", "encode_pair", "reversible_trajectory"),
     "encoding": ("Code", "decode", "decode_trajectory", "encode", "reconstruction_error"),
     "codes": ("load_code", "save_code"),
     "oracle": ("GaussianOracle",),

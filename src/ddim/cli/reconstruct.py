@@ -148,7 +148,7 @@ def _measure(
 
     errors, rms, residuals = [], [], []
     began, unsolved, done = time.perf_counter(), 0, 0
-    encoding, decoding = NetworkCalls(pipe), NetworkCalls(pipe)
+    encoding, decoding, back = NetworkCalls(pipe), NetworkCalls(pipe), torch.empty(0)
 
     def keep(state: "State") -> None:
         nonlocal back
