@@ -179,6 +179,8 @@ def damage_part(folder):
         (lambda f: (f / "unet" / "config.json").unlink(), "config.json is missing; the model's folder is not complete"),
         (lambda f: (f / "unet" / "config.json").write_text("{"), "config.json cannot be read as JSON"),
         (lambda f: (f / "model_index.json").write_text("[]"), "must hold a JSON object; got list"),
+        (lambda f: (f / "model_index.json").write_text('{"unet": 3}'), "must say of unet which library and class it is of"),
+        (lambda f: (f / "model_index.json").write_text('{"scheduler": ["diffusers"]}'), "as a list of the two; got ['diffusers']."),
         (damage_keys, "weights and config.json do not fit (Cannot load"),
         (damage_shapes, "weights and config.json do not fit"),
         (damage_blocks, "cannot be loaded"),

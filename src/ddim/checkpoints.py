@@ -41,6 +41,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "TextToImagePipeline", "ImageToImagePipeline")
 """Classes of checkpoints in Stable Diffusion's format."""
 
+_PARTS = ("unet", "scheduler", "vae", "vqvae", "movq", "text_encoder", "tokenizer", "transformer", "safety_checker")
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
 
 # What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
@@ -148,8 +149,13 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the folder is no model.
     """
-    if (folder / "model_index.json").is_file():
-        return read_json(folder / "model_index.json")
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path)
+        for name in _PARTS:
+            if (value := index.get(name)) is not None and not (isinstance(value, list) and len(value) == 2):
+                raise CheckpointError(f"{path} must say of {name} which library and class it is of, as a list of the two; got {value!r}.")
+        return index
     if (folder / "config.json").is_file():
         return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
     unfinished = sorted(p for p in folder.glob("checkpoints/*") if p.name.isdigit())
@@ -164,7 +170,9 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 def is_unconditional(index: Mapping[str, Any]) -> bool:
     """Whether an index (:func:`read_model_index`) is of a network and a scheduler, and nothing else."""
     parts = {name for name, value in index.items() if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]}
-    return index.get("_class_name") in _UNCONDITIONAL or (parts <= {"unet", "scheduler"} and index.get("unet", [0, 0])[1] == "UNet2DModel")
+    return index.get("_class_name") in _UNCONDITIONAL or (
+        parts <= {"unet", "scheduler"} and (index.get("unet") or [None, None])[1] == "UNet2DModel"
+    )
 
 
 def has_scheduler(folder: Path) -> bool:

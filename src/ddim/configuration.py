@@ -47,6 +47,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_fraction(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1  # type: ignore[operator]
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -54,13 +58,14 @@ def _is_whole(value: object) -> bool:
 _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _RULES: dict[str, _Rule] = {
-    "num_train_timesteps": ("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1),
-    "beta_start": ("a number", _is_number),
-    "beta_end": ("a number", _is_number),
+    "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
+    "num_train_timesteps": ("a whole number from 1 to 1000000", lambda value: _is_whole(value) and 1 <= value <= 1_000_000),
+    "beta_start": ("a number from 0 to 1", _is_fraction),
+    "beta_end": ("a number from 0 to 1", _is_fraction),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
     "trained_betas": (
-        "null or a list of numbers",
-        lambda value: value is None or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_number, value))),
+        "null or a list of numbers from 0 to 1",
+        lambda value: value is None or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_fraction, value))),
     ),
     "clip_sample": _SWITCH,
     "thresholding": _SWITCH,
@@ -69,7 +74,7 @@ _RULES: dict[str, _Rule] = {
     "steps_offset": ("a whole number", _is_whole),
     "clip_sample_range": ("a number above 0", lambda value: _is_number(value) and value > 0),
     "sample_max_value": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "dynamic_thresholding_ratio": ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    "dynamic_thresholding_ratio": ("a number from 0 to 1", _is_fraction),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
 }

@@ -120,6 +120,7 @@ def test_a_preset_that_does_not_exist(words):
             "attention_head_dim must be at most 32, the fewest channels that have attention; got 33",
         ),
         ({"attention_head_dim": 129, "attention_levels": 0}, "attention_head_dim must be at most 128, .*; got 129"),
+        ({"num_train_timesteps": 3 * 10**9}, "num_train_timesteps must be at most 1000000; got 3000000000"),
         ({"seed": 2**63}, r"seed must lie in 0\.\.2\*\*63 - 1; got 9223372036854775808"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
         ({"gradient_clip": float("inf")}, "gradient_clip must be finite; got inf"),

@@ -40,6 +40,9 @@ __all__ = ["Command", "defaults", "run"]
 GRID = 64
 """Images that the grid shows at most, so that memory does not grow with the count."""
 
+MOST = 1_000_000
+"""Images of one run: each is a line of its record."""
+
 MEASURED = 256
 """Images of the data that the analytic variance is measured on."""
 
@@ -113,6 +116,10 @@ def run(command: Command) -> None:
     """Draws what is missing in the folder, then writes the grid and run.json."""
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
+    if command.count > MOST:
+        raise DDIMError(f"--count must be at most {MOST} in one run; got {command.count}, so go on from there with --seed.")
+    if command.data is not None and command.variance != "analytic":
+        raise DDIMError("--data is what --variance analytic is measured on; give both, or neither.")
     if command.sampler == "ddpm" and command.eta is not None:
         raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
 

@@ -232,6 +232,8 @@ class TrainConfig:
         for field in fields(TrainConfig):
             if isinstance(value := getattr(self, field.name), float) and math.isinf(value):
                 raise DDIMError(f"{field.name} must be finite; got {value}.")
+        if (self.num_train_timesteps or 0) > 1_000_000:  # as `ddim sample` takes it
+            raise DDIMError(f"num_train_timesteps must be at most 1000000; got {self.num_train_timesteps}.")
         if self.seed >= 2**63:
             raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
         start, end = 1e-4 if self.beta_start is None else self.beta_start, 0.02 if self.beta_end is None else self.beta_end
