@@ -1,6 +1,8 @@
 """Foreign checkpoints: converted weights give the outputs of a network of the foreign layout, written here from its description."""
 
+import functools
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ddim.conversion import convert, read_state_dict, write_model
+from ddim.conversion import _check, convert, read_state_dict, write_model
 from ddim.errors import CheckpointError
 from ddim.pipelines import UnconditionalPipeline
 from ddim.schedule import NoiseSchedule, make_betas
@@ -242,6 +244,35 @@ def difference(theirs, ours, size, *labels):
     return float((got - expected).abs().max() / expected.abs().max())
 
 
+def outputs_of_layers(network, names, call):
+    """What each of the named layers returns in one call."""
+    kept = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: kept.update({name: output})) for name in names
+    ]
+    call(network)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+@torch.no_grad()
+def worst_layer(theirs, converted, size):
+    """The largest relative difference between the outputs of a layer in both networks, over all that hold weights but joint q, k, v."""
+    pairs = {ours.rpartition(".")[0]: weight.rpartition(".")[0] for ours, weight in converted.names.items() if ".qkv." not in weight}
+    x, t = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 871])
+    expected = outputs_of_layers(theirs, pairs.values(), lambda network: network(x, t))
+    got = outputs_of_layers(built(converted), pairs, lambda network: network(x, t))
+    assert len(got) == len(pairs) > 30
+    errors = {}
+    for ours, name in pairs.items():
+        there, here = expected[name], got[ours]
+        # Attention is over pixels: [B, C, N] or [B, N, C].
+        forms = [there] if there.ndim < 3 else [there, there.flatten(2), there.flatten(2).transpose(1, 2)]
+        errors[name] = min(float((form - here).abs().max() / form.abs().max()) for form in forms if form.shape == here.shape)
+    return max(errors.items(), key=lambda item: item[1])
+
+
 # Multiples of the published configurations; at the size that the attention implies, but for LSUN's 256, which would take long.
 @pytest.mark.parametrize(
     ("multiples", "side"), [((1, 2, 2, 2), 32), ((1, 2, 2, 2, 4), 64), ((1, 1, 2, 2, 4, 4), 256)], ids=["cifar10", "celeba", "lsun"]
@@ -252,13 +283,29 @@ def test_a_network_of_songs_layout_gives_the_same_outputs(multiples, side):
     assert converted.layout == "ddim"
     assert converted.unet["sample_size"] == side
     assert difference(theirs, built(converted), min(side, 64)) < 1e-5
+    name, error = worst_layer(theirs, converted, min(side, 64))
+    assert error < 1e-5, name
 
 
-def test_the_published_cifar10_network_has_its_known_size():
+@pytest.mark.slow
+def test_the_cifar10_network_at_its_published_width_gives_the_same_outputs():
+    theirs = randomised(Song((1, 2, 2, 2), 32, width=128))
+    assert difference(theirs, built(convert(theirs.state_dict())), 32) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("multiples", "side", "tensors", "parameters"),
+    [
+        pytest.param((1, 2, 2, 2), 32, 328, 35_746_307, id="cifar10"),
+        pytest.param((1, 2, 2, 2, 4), 64, 390, 78_700_803, id="celeba"),
+        pytest.param((1, 1, 2, 2, 4, 4), 256, 450, 113_673_219, id="bedroom and church"),
+    ],
+)
+def test_the_published_networks_have_their_known_sizes(multiples, side, tensors, parameters):
     with torch.device("meta"):
-        state = Song((1, 2, 2, 2), 32, width=128).state_dict()
-    assert len(state) == 328
-    assert sum(weight.numel() for weight in state.values()) == 35_746_307
+        state = Song(multiples, side, width=128).state_dict()
+    assert len(state) == tensors
+    assert sum(weight.numel() for weight in state.values()) == parameters
     converted = convert(state)
     with torch.device("meta"):
         expected = diffusers.UNet2DModel(**converted.unet).state_dict()
@@ -281,6 +328,8 @@ def test_a_network_of_improved_diffusion_gives_the_same_outputs(options):
     converted = convert(theirs.state_dict(), sample_size=16, num_heads=options.get("heads"))
     assert converted.layout == "improved-diffusion"
     assert difference(theirs, built(converted), 16) < 1e-5
+    name, error = worst_layer(theirs, converted, 16)
+    assert error < 1e-5, name
 
 
 def test_classes_of_improved_diffusion_are_kept():
@@ -311,7 +360,10 @@ def test_options_that_have_no_equal_are_refused():
     pooled = {k: v for k, v in Open().state_dict().items() if ".op." not in k} | {"input_blocks.3.0.other": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"input_blocks.3 is neither a residual block nor a strided convolution"):
         convert(pooled, sample_size=16)
-    with pytest.raises(CheckpointError, match="network of denoising-diffusion-pytorch, whose linear attention"):
+    halving = Open().state_dict() | {"input_blocks.3.0.in_layers.2.weight": torch.zeros(64, 32, 3, 3)}
+    with pytest.raises(CheckpointError, match=r"input_blocks.3 is 64 wide on a level of 32: .* \(resblock_updown\)"):
+        convert(halving, sample_size=16)
+    with pytest.raises(CheckpointError, match="network of denoising-diffusion-pytorch, whose blocks normalise after"):
         convert({"model.init_conv.weight": torch.zeros(1), "model.mid_attn.to_qkv.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="of no layout that can be converted"):
         convert({"layer.weight": torch.zeros(1)})
@@ -369,7 +421,10 @@ def test_code_in_a_checkpoint_is_not_run_and_damage_is_told(song, tmp_path, monk
             {"mid.block_1.conv1.weight": torch.zeros(2, 2)},
             r"the weight mid.block_1.conv1.weight must have shape \[64, 64, 3, 3\]; got \[2, 2\]",
         ),
-        ({"down.0.block.0.conv1.weight": torch.zeros(31, 2)}, r"the widths \[31, 64\] .* must be multiples of 32"),
+        (
+            {"down.0.block.0.conv1.weight": torch.zeros(31, 2)},
+            r"the weight down.0.block.0.conv1.weight must have a multiple of 32 rows, .*; got \[31, 2\]",
+        ),
         ({"conv_in.weight": torch.zeros(3)}, r"the weight conv_in.weight must have more than 1 dimensions"),
         ({"extra.weight": torch.zeros(1)}, "the weight extra.weight has no place in a UNet2DModel"),
         ({"conv_out.bias": None}, "it has nothing for conv_out.bias"),
@@ -381,6 +436,28 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(change, messag
     with pytest.raises(CheckpointError, match=message):
         write_model(convert(state), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def check(state, options):
+    converted = convert(state, **options)
+    _check(converted, shapes_of(tuple(converted.unet.items())))
+
+
+@functools.cache
+def shapes_of(unet):
+    with torch.device("meta"):
+        return diffusers.UNet2DModel(**dict(unet)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("network", "options"), [(Song((1, 2), 32, blocks=1), {}), (Open((1, 2), (1,), blocks=1, classes=5), {"sample_size": 16})]
+)
+def test_a_weight_of_the_wrong_shape_is_named_whichever_it_is(network, options):
+    state = network.state_dict()
+    for key, weight in state.items():
+        for shape in [(), (7, 3), (*weight.shape, 2), (weight.shape[0], *(size + 1 for size in weight.shape[1:]), 1)]:
+            with pytest.raises(CheckpointError, match=rf"the weight {re.escape(key)} must have"):
+                check(state | {key: torch.zeros(shape)}, options)
 
 
 def test_what_is_written_is_sampled_and_never_overwritten(song, tmp_path):

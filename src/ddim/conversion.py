@@ -180,8 +180,8 @@ def _tell_layout(state: Mapping[str, Tensor]) -> Layout:
         return "improved-diffusion"
     if any(key.endswith("init_conv.weight") for key in state) and any("mid_attn" in key for key in state):
         raise CheckpointError(
-            "this is a network of denoising-diffusion-pytorch, whose linear attention, RMS norms and two-block decoder levels "
-            "no UNet2DModel has; sample it as it is, with its module as the network of ddim.ModelDenoiser (docs/conversion.md)."
+            "this is a network of denoising-diffusion-pytorch, whose blocks normalise after the convolution and whose attention is linear, "
+            "as in no UNet2DModel; sample it as it is, with its module as the network of ddim.ModelDenoiser (docs/conversion.md)."
         )
     raise CheckpointError(
         f"the names of the weights are of no layout that can be converted ({', '.join(LAYOUTS)}); the first is {next(iter(state))!r}."
@@ -207,10 +207,10 @@ def _rename(key: str, weight: Tensor, rules: _Renaming) -> dict[str, Tensor]:
     name = ".".join(filter(None, (target, inner, kind)))
     if "attentions" not in target or inner == "group_norm":
         return {name: weight}
-    matrix = weight.flatten(1) if weight.ndim > 2 else weight
+    matrix = weight.flatten(1) if weight.ndim > 2 and set(weight.shape[2:]) == {1} else weight
     if inner != "qkv":
         return {name: matrix}
-    if matrix.shape[0] % (3 * rules.num_heads):
+    if not matrix.ndim or matrix.shape[0] % (3 * rules.num_heads):
         raise CheckpointError(f"the weight {key} must have rows for q, k and v of {rules.num_heads} heads; got {list(weight.shape)}.")
     # Each head has its q, k and v in a row.
     split = matrix.reshape(rules.num_heads, 3, -1, *matrix.shape[1:]).unbind(1)
@@ -226,14 +226,16 @@ def _width(state: Mapping[str, Tensor], key: str, axis: int = 0) -> int:
     return state[key].shape[axis]
 
 
-def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - of UNet2DModel
-    """What both layouts have in common.
+def _level_width(state: Mapping[str, Tensor], key: str) -> int:
+    """The width of a level, of which the norms make 32 groups."""
+    width = _width(state, key)
+    if not width or width % 32:
+        raise CheckpointError(f"the weight {key} must have a multiple of 32 rows, the groups of the norms; got {list(state[key].shape)}.")
+    return width
 
-    Raises:
-        CheckpointError: If the widths are none of such a network.
-    """
-    if any(width % 32 for width in channels):
-        raise CheckpointError(f"the widths {channels} of the network's levels must be multiples of 32, the groups of its norms.")
+
+def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - of UNet2DModel
+    """What both layouts have in common."""
     return {
         "block_out_channels": tuple(channels),
         "down_block_types": tuple("AttnDownBlock2D" if there else "DownBlock2D" for there in attention),
@@ -266,7 +268,7 @@ def _read_ddim(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], _Renaming]:
     parts = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0"}
     parts |= {letter: f"to_{letter}" for letter in "qkv"}
     unet = _unet(
-        [_width(state, f"down.{level}.block.0.conv1.weight") for level in range(levels)],
+        [_level_width(state, f"down.{level}.block.0.conv1.weight") for level in range(levels)],
         attention,
         in_channels=_width(state, "conv_in.weight", 1),
         out_channels=_width(state, "conv_out.weight"),
@@ -293,9 +295,15 @@ def _read_improved_diffusion(state: Mapping[str, Tensor], num_heads: int) -> tup
     for number in range(1, 1 + max(int(m[1]) for key in state if (m := re.match(r"input_blocks\.(\d+)\.", key)))):
         place = f"input_blocks.{number}"
         if f"{place}.0.in_layers.2.weight" in state:
+            width = _level_width(state, f"{place}.0.in_layers.2.weight")
             if block == 0:
-                channels.append(_width(state, f"{place}.0.in_layers.2.weight"))
+                channels.append(width)
                 attention.append(f"{place}.1.qkv.weight" in state)
+            elif width != channels[-1]:
+                raise CheckpointError(
+                    f"{place} is {width} wide on a level of {channels[-1]}: residual blocks that halve their images (resblock_updown) "
+                    "are of guided-diffusion, which is not converted."
+                )
             renaming |= {f"{place}.0": f"down_blocks.{level}.resnets.{block}", f"{place}.1": f"down_blocks.{level}.attentions.{block}"}
             layers, block = block + 1, block + 1
         else:
@@ -335,7 +343,7 @@ def _read_improved_diffusion(state: Mapping[str, Tensor], num_heads: int) -> tup
         flip_sin_to_cos=True,
         freq_shift=0,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default",
-        num_class_embeds=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None,
+        num_class_embeds=_width(state, "label_emb.weight") if "label_emb.weight" in state else None,
     )
     return unet, _Renaming(renaming, parts, num_heads)
 

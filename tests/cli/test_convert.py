@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -25,19 +27,37 @@ def test_a_state_dict_becomes_a_model_that_is_sampled(tmp_path, capsys):
     torch.save(state, tmp_path / "ema.pth")
     out = tmp_path / "model"
     assert main(["convert", str(tmp_path / "ema.pth"), str(out), "--sample-size", "8", "--prediction-type", "v_prediction"]) == 0
-    assert f"sample the model with: ddim sample {out}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"Sample the model with: ddim sample {out}" in told
+    assert "as you said, or assumed: v_prediction prediction, linear betas, 1000 levels." in told
     restored = diffusers.UNet2DModel.from_pretrained(out, subfolder="unet").state_dict()
     assert all(torch.equal(weight, restored[key]) for key, weight in network.state_dict().items())
     assert main(["sample", str(out), "--count", "1", "--steps", "2", "--out", str(tmp_path / "pictures")]) == 0
     assert main(["doctor", str(out), "--steps", "50"]) == 0
 
 
+class Evil:
+    def __reduce__(self):
+        return (Path("stolen").touch, ())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"a.weight": torch.zeros(1)}, "of no layout that can be converted"), (None, "is damaged or no file of weights")],
+    [
+        ({"a.weight": torch.zeros(1)}, "of no layout that can be converted"),
+        (None, "is damaged or no file of weights"),
+        ({"model": {"conv_in.weight": torch.zeros(1)}, "more": Evil()}, "reading that would run code out of the file"),
+        (
+            {"temb.dense.0.weight": torch.zeros(1), "down.0.block.0.conv1.weight": torch.zeros(7, 3)},
+            "the weight down.0.block.0.conv1.weight",
+        ),
+    ],
 )
-def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(content, message, tmp_path, capsys):
-    (tmp_path / "x.pth").write_bytes(b"nothing") if content is None else torch.save(content, tmp_path / "x.pth")
-    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_be_converted_is_one_sentence_and_nothing_is_written(content, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.pth").write_bytes(b"nothing") if content is None else torch.save(content, "x.pth")
+    assert main(["convert", "x.pth", "out"]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]

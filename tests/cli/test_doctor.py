@@ -58,12 +58,34 @@ def test_the_report_is_for_people(capsys):
     assert "\x1b" not in told
 
 
+@pytest.mark.parametrize(("terminal", "refused", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)])
+def test_colours_are_for_terminals(terminal, refused, coloured, config, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if refused:
+        monkeypatch.setenv("NO_COLOR", refused)
+    assert main(["doctor", config(prediction_type="epsilon"), "--steps", "61"]) == 1
+    told = capsys.readouterr().out
+    assert ("\x1b[31merror DDIM006\x1b[0m  The terminal SNR is 0" in told) is coloured
+    assert ("\x1b" in told) is coloured
+
+
+def test_a_fix_goes_into_a_folder_with_the_spacing_that_was_asked_for_and_what_it_takes_for_granted(config, tmp_path, capsys):
+    (tmp_path / "fixed").mkdir()
+    source = config(prediction_type="epsilon", timestep_spacing="leading")
+    assert main(["doctor", source, "--steps", "50", "--spacing", "trailing", "--fix", str(tmp_path / "fixed")]) == 1
+    told = capsys.readouterr().out
+    written = json.loads((tmp_path / "fixed" / "scheduler_config.json").read_text())
+    assert written == json.loads(Path(source).read_text()) | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+    assert "DDIM006: If it was trained on these betas, keep them and start below 999" in told
+
+
 def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, capsys):
     out = tmp_path / "fixed.json"
     assert main(["doctor", str(SD), "--fix", str(out)]) == 0
     told = capsys.readouterr().out
     assert '+  "timestep_spacing": "trailing",' in told
-    assert "DDIM001 needs training" in told
+    assert 'DDIM001 needs a network that is trained anew, and is left as it is: rescale_betas_zero_snr=true, prediction_type="v_' in told
     before, after = json.loads(SD.read_text()), json.loads(out.read_text())
     assert after == {**before, "timestep_spacing": "trailing"}
     assert main(["doctor", str(SD), "--fix", str(out)]) == 2
@@ -144,10 +166,49 @@ def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     assert "prior is" in capsys.readouterr().err
 
 
-def test_a_plot_is_drawn_for_every_schedule(config, tmp_path):
+def test_a_plot_is_drawn_for_every_schedule(config, tmp_path, capsys):
     assert main(["doctor", config(), "--steps", "10", "--plot", str(tmp_path / "plot.png")]) == 0
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size[0] > 1000
+        colours = {colour for _, colour in plot.convert("RGB").quantize(64).convert("RGB").getcolors(1 << 20)}
+    assert len(colours) > 4  # the curves of four spacings, and not white alone
+    assert main(["doctor", str(CONFIGS / "black-forest-labs_FLUX.1-dev.json"), "--plot", str(tmp_path / "none.png")]) == 0
+    assert "There is no plot" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_model_of_the_hub_is_read_by_its_configurations_alone(tiny, capsys, monkeypatch):
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tiny)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    code, content = findings(capsys, "owner/model", "--steps", 50)
+    assert (code, content["source"], content["summary"]["prediction_type"]) == (0, "owner/model", "v_prediction")
+    ((name, patterns),) = asked
+    assert name == "owner/model"
+    assert all(pattern.endswith(".json") for pattern in patterns)
+
+
+def test_a_model_of_the_hub_is_probed_with_its_weights(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tiny))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda name, **options: str(tiny))
+    code, content = findings(capsys, "owner/model", "--steps", 50, "--data", FASHION, "--probe")
+    assert content["probe"]["prediction_type"] is None  # of random weights
+    assert "DDIM021" in [f["code"] for f in content["findings"]]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(capsys, monkeypatch):
+    def fail(name, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert main(["doctor", "owner/model"]) == 2
+    told = capsys.readouterr().err
+    assert "'owner/model' is neither an embedded model nor an existing file or folder" in told
+    assert len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +230,7 @@ def test_a_damaged_configuration_is_refused_and_nothing_is_written(content, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--brightness", "nan,0.1"), "--brightness must be MEAN,STD"),
         (("--probe",), "--probe looks at real images; give --data"),
         (("--prior", "x.json"), "--prior looks at real images; give --data"),
         (("--brightness", "0.1"), "--brightness must be MEAN,STD"),

@@ -57,7 +57,15 @@ def run(command: Command) -> None:
     )
     write_model(converted, Path(command.out))
     count = sum(weight.numel() for weight in converted.state.values())
+    unet, levels = converted.unet, converted.scheduler["num_train_timesteps"]
+    print(f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}.")
+    heads = f", {command.num_heads or 4} heads of attention" if converted.layout == "improved-diffusion" else ""
     print(
-        f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}; "
-        f"sample the model with: ddim sample {command.out}"
+        f"Weights do not tell what follows, so it is as you said, or assumed: {command.prediction_type} prediction, "
+        f"{command.beta_schedule} betas, {command.num_train_timesteps} levels{heads}."
     )
+    if levels != command.num_train_timesteps:
+        print(f"Every {command.num_train_timesteps // levels}th level is kept: those at which the network is told a whole number.")
+    if unet["out_channels"] == 2 * unet["in_channels"]:
+        print("The network predicts a variance too; DDIM does not use it.")
+    print(f"Sample the model with: ddim sample {command.out}")

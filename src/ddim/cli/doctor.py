@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -89,7 +90,7 @@ def run(command: Command) -> int:
     if command.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise DDIMError("--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'.")
     given = command.brightness
-    if given is not None and (command.data is not None or len(given) != 2 or not given[1] > 0):
+    if given is not None and (command.data is not None or len(given) != 2 or not (math.isfinite(given[0]) and 0 < given[1] < math.inf)):
         raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
 
     from ddim.checks import json_numbers
@@ -272,14 +273,21 @@ def _plural(count: int) -> str:
     return "" if count == 1 else "s"
 
 
+def _keys(finding: "Finding") -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in finding.fix.items())
+
+
 def _told_fix(finding: "Finding") -> str:
-    keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in finding.fix.items())
-    return keys and f"Fix: {keys}{' (for a network that is trained anew)' if finding.retrain else ''}"
+    return _keys(finding) and f"Fix: {_keys(finding)}{' (for a network that is trained anew)' if finding.retrain else ''}"
 
 
 def _fix(diagnosis: "Diagnosis", path: Path) -> str:
     """Writes the corrected configuration, and returns the difference and what is left to training."""
-    left = [f"{f.code} needs training: {_told_fix(f)}" for f in diagnosis.findings if f.retrain and f.severity != "info"]
+    left = [
+        f"{f.code} needs a network that is trained anew, and is left as it is: {_keys(f)}"
+        for f in diagnosis.findings
+        if f.retrain and f.fix and f.severity != "info"
+    ]
     fixed = diagnosis.fixed()
     if fixed == diagnosis.config:
         return "\n".join([f"There is nothing to change without training; {path} is not written.", *left])
@@ -309,6 +317,7 @@ def _plot(diagnosis: "Diagnosis", path: str) -> str:
     config = complete(diagnosis.config)
     schedule, steps = levels_of(config), diagnosis.summary["steps"]
     log_snr = schedule.log_snr(torch.arange(len(schedule)))
+    zero = bool(log_snr.isinf().any())
     log_snr[log_snr.isinf()] = torch.nan  # zero terminal SNR has no place on this axis
     figure = Figure(figsize=(12, 4), layout="constrained")
     curve, visited, sizes = figure.subplots(1, 3)
@@ -320,7 +329,9 @@ def _plot(diagnosis: "Diagnosis", path: str) -> str:
         visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
         sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
     visited.set(title=f"levels of {steps} steps", xlabel="level", yticks=range(len(spacings)), yticklabels=spacings)
-    sizes.set(title="step sizes", xlabel="level that is reached", ylabel="gain of log-SNR")
+    sizes.set(
+        title=f"step sizes{', that out of zero SNR is infinite' if zero else ''}", xlabel="level that is reached", ylabel="gain of log-SNR"
+    )
     sizes.legend()
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120)
