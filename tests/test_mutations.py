@@ -35,6 +35,30 @@ MUTATIONS = {
         "test_schedule.py",
     ),
     "eps not derived again": ("denoiser.py", "if self.clip.rederive_eps else", "if not self.clip.rederive_eps else", "test_sampler.py"),
+    "another weight in O-BELM": (
+        "reversible.py",
+        "-(1 + rho) * delta[:-1] / here",
+        "-(1 + rho**2) * delta[:-1] / here",
+        "test_encoding.py",
+    ),
+    "a decoder that starts elsewhere": (
+        "encoding.py",
+        "return (first, *(t for t in asked[1:] if t < first))",
+        "return tuple(asked)",
+        "test_encoding.py",
+    ),
+    "samples solved as a batch": (
+        "inversion.py",
+        "take = (residual < lowest) & (lowest > tolerance)",
+        "take = residual < lowest",
+        "test_encoding.py",
+    ),
+    "a path of one length": (
+        "interpolation.py",
+        "((1 - weight) * lengths[0] + weight * lengths[1])",
+        "lengths[0]",
+        "test_interpolation.py",
+    ),
 }
 QUICK = {"a wrong sign in the conversion", "a stride instead of a neighbour", "alpha instead of alpha-bar"}
 
