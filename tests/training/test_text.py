@@ -31,19 +31,9 @@ DATA = Path(__file__).parents[1] / "data"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-class Silent:
-    """In place of tensorboard's writer, whose import warns of its own dependencies."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def add_scalar(self, *args): ...
-
-    def close(self): ...
-
-
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Silent)
+def alone(silent_log):
+    """Each test may choose its precision, which accelerate otherwise fixes for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -120,7 +110,6 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, tiny_te
     before = weight_hash(tmp_path)
     for folder in sorted((tmp_path / "checkpoints").iterdir())[1:]:
         shutil.rmtree(folder)
-    AcceleratorState._reset_state(reset_partial_state=True)
     rest = train(run)
     assert rest.losses == whole.losses[2:]
     assert weight_hash(tmp_path) == before
@@ -130,7 +119,6 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, tiny_te
 def test_only_what_is_trained_changes(tmp_path, tiny_text, squares):
     for along in (False, True):
         out = tmp_path / str(along)
-        AcceleratorState._reset_state(reset_partial_state=True)
         train(config(out, tiny_text, squares, learning_rate=1e-3, train_text_encoder=along))
         ours, theirs = (hashes(folder, "unet", "text_encoder", "vae") for folder in (out, tiny_text))
         assert {part for part in ours if ours[part] != theirs[part]} == ({"unet", "text_encoder"} if along else {"unet"})
@@ -159,7 +147,6 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, tiny_text, squares
         _, subject = trainer.make_subject(run, open_base(run.base))
         parts = (subject.network.unet.down_blocks[0], subject.network.text_encoder.encoder.layers[0])
         assert [bool(getattr(part, "gradient_checkpointing", False)) for part in parts] == [on, on]
-        AcceleratorState._reset_state(reset_partial_state=True)
         losses.append([loss for _, loss in train(run).losses])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -171,7 +158,6 @@ def test_bf16_keeps_the_latents_in_float32(tmp_path, tiny_text, squares, monkeyp
 
 def test_offset_noise_reaches_the_loss(tmp_path, tiny_text, squares, monkeypatch):
     plain = first_batches(config(tmp_path / "a", tiny_text, squares), monkeypatch)
-    AcceleratorState._reset_state(reset_partial_state=True)
     offset = first_batches(config(tmp_path / "b", tiny_text, squares, offset_noise=0.3), monkeypatch)
     for (x0, noise), (same, shifted) in zip(plain, offset, strict=True):
         assert torch.equal(x0, same)
@@ -225,7 +211,6 @@ def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
 def test_cached_latents_are_those_of_the_moment(tmp_path, tiny_text, squares, monkeypatch, flip):
     drawn = {}
     for cache in ("no", "memory", "disk"):
-        AcceleratorState._reset_state(reset_partial_state=True)
         run = config(tmp_path / cache, tiny_text, squares, cache_latents=cache, horizontal_flip=flip, images=16)
         drawn[cache] = first_batches(run, monkeypatch)
     for (a, noise_a), (b, noise_b), (c, noise_c) in zip(*drawn.values(), strict=True):
@@ -282,7 +267,6 @@ def test_embeddings_that_do_not_fit_are_computed_batch_by_batch(tmp_path, tiny_t
     losses = []
     for most in (2**30, 1):
         monkeypatch.setattr(text, "_MOST_EMBEDDINGS", most)
-        AcceleratorState._reset_state(reset_partial_state=True)
         losses.append([loss for _, loss in train(config(tmp_path / str(most), tiny_text, squares)).losses])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -489,7 +473,6 @@ def test_another_base_than_the_runs_is_refused(tmp_path, tiny_text, squares):
     with torch.no_grad():
         parts["vae"].quant_conv.bias.add_(1)
     parts["vae"].save_pretrained(base / "vae")
-    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(DDIMError, match="holds a run with base_weights='.*', and base_weights='.*' was asked for"):
         train(config(tmp_path / "out", base, squares, images=8))
 
@@ -516,7 +499,6 @@ def test_an_unconditional_base_goes_on(tmp_path, tiny):
 
 def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
     train(config(tmp_path / "a", tiny, "digits", from_scratch=True, images=4))
-    AcceleratorState._reset_state(reset_partial_state=True)
     train(config(tmp_path / "b", tiny, "digits", from_scratch=True, images=4, block_out_channels=(8, 8)))
     theirs, a, b = (json.loads((f / "unet" / "config.json").read_text()) for f in (tiny, tmp_path / "a", tmp_path / "b"))
     assert a == theirs
