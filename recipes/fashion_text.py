@@ -4,12 +4,15 @@
 
 It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``, ``text`` and ``base`` are its three
 parts, each of which can be made by itself, in this order, into one folder. The seed gives the initial weights and the order of the
-images, so a rerun on one thread gives the same weights.
+images, so a rerun on one thread gives the same weights. ``ship`` copies a model that was trained from it to where it is embedded:
+
+    python recipes/fashion_text.py ship --model runs/fashion-text --base runs/fashion-text-base --out src/ddim/zoo/fashion-text
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -32,6 +35,8 @@ LENGTH = 24
 """Tokens of a caption, with its beginning and its end; the longest caption has 12, and unknown words take a token a byte or so."""
 WIDTH = 96
 """Channels of a token."""
+LARGEST = 16_000_000
+"""Bytes of an embedded model."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -343,13 +348,30 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def ship(options: argparse.Namespace) -> None:
+    """Copies a trained model without its checkpoints, with what made its frozen parts, and how to guide it, in its card."""
+    index = json.loads((options.model / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    for part in parts:
+        shutil.copytree(options.model / part, options.out / part, dirs_exist_ok=True)
+    card = json.loads((options.model / "card.json").read_text(encoding="utf-8"))
+    card["parts"] = json.loads((options.base / "card.json").read_text(encoding="utf-8"))
+    card |= {"guidance_scale": options.guidance_scale, "guidance_rescale": options.guidance_rescale}
+    write_atomically(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    shutil.copy(options.model / "model_index.json", options.out)
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    if size > LARGEST:
+        raise SystemExit(f"the model has {size} bytes, and what is embedded has at most {LARGEST}.")
+    print(f"{options.out} holds {', '.join(parts)}: {size} bytes.")
+
+
 PARTS = {"vae": train_vae, "text": train_text, "base": write_base}
 
 
 def main() -> None:
     """Makes the parts that are asked for, and enters each in the folder's card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("part", choices=[*PARTS, "all", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-images", type=int, default=70_000)
     parser.add_argument("--vae-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
@@ -357,8 +379,17 @@ def main() -> None:
     parser.add_argument("--text-images", type=int, default=180_000)
     parser.add_argument("--text-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="for ship: the folder of a finished training")
+    parser.add_argument("--base", type=Path, help="for ship: the folder that it was trained from")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="for ship: what is used where none is given")
+    parser.add_argument("--guidance-rescale", type=float, default=0.7, help="for ship: likewise")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.part == "ship":
+        if options.model is None or options.base is None:
+            parser.error("ship needs --model and --base")
+        ship(options)
+        return
     place = options.out / "card.json"
     for part in PARTS if options.part == "all" else [options.part]:
         made = PARTS[part](options)

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -91,6 +92,20 @@ def test_plain_diffusers_loads_the_base_and_draws(base):
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
     images = pipe(["a red sneaker on a black background"] * 2, num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
+
+
+def test_what_is_shipped_is_a_model_with_its_history_and_without_its_checkpoints(recipe, base, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(base[0], model)
+    (model / "card.json").write_text(json.dumps({"seconds": 1.0}))
+    (base[0] / "card.json").write_text(json.dumps({"vae": {"seconds": 2.0}}))
+    (model / "checkpoints").mkdir()
+    recipe.ship(argparse.Namespace(model=model, base=base[0], out=out, guidance_scale=3.0, guidance_rescale=0.7))
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        ["card.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    )
+    card = json.loads((out / "card.json").read_text())
+    assert card == {"seconds": 1.0, "parts": {"vae": {"seconds": 2.0}}, "guidance_scale": 3.0, "guidance_rescale": 0.7}
 
 
 def test_the_error_of_a_frame_is_told_by_background(recipe):
