@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,6 +31,22 @@ def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     SeededNoise([1, 2], (8,))()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seeds_may_be_whole_numbers_of_any_type():
+    expected = seeded_randn((4,), [3, 2**63 - 1])
+    for seeds in (np.array([3, 2**63 - 1]), [np.int64(3), np.uint64(2**63 - 1)], [torch.tensor(3), 2**63 - 1]):
+        assert torch.equal(seeded_randn((4,), seeds), expected)
+        assert torch.equal(SeededNoise(seeds, (4,))(), expected)
+
+
+@pytest.mark.parametrize("seed", [2.5, float("nan"), float("inf"), "a", "5", None, True, 2**63, [1]])
+def test_what_is_no_seed_is_refused(seed):
+    for use in (seeded_randn, lambda shape, seeds: SeededNoise(seeds, shape)):
+        with pytest.raises(DDIMError, match=r"a seed must be a whole number from 0 to 2\^63 - 1; got "):
+            use((4,), [1, seed])
+    with pytest.raises(DDIMError, match="seeds must be a list of whole numbers, one an image; got 5"):
+        seeded_randn((4,), 5)
 
 
 def test_edges_and_errors():

@@ -5,6 +5,7 @@ seed is the same for every batch size, device and dtype, and equals what diffuse
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,22 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     """Returns seeds as plain integers.
 
     Raises:
-        DDIMError: If one is negative, above 2^63 - 1, or not a whole number.
+        DDIMError: If they are no list, or one is negative, above 2^63 - 1, or not a whole number.
     """
-    for seed in seeds:
-        if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed <= _LARGEST_SEED:
-            raise DDIMError(f"a seed must be a whole number from 0 to 2^63 - 1; got {seed!r}.")
-    return [int(seed) for seed in seeds]
+    if not hasattr(seeds, "__iter__"):
+        raise DDIMError(f"seeds must be a list of whole numbers, one an image; got {seeds!r}.")
+    return [_check_seed(seed) for seed in seeds]
+
+
+def _check_seed(seed: object) -> int:
+    try:
+        value = int(seed)  # type: ignore[call-overload]
+        fits = not isinstance(seed, bool) and value == seed and 0 <= value <= _LARGEST_SEED
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise DDIMError(f"a seed must be a whole number from 0 to 2^63 - 1; got {seed!r}.")
+    return int(value)
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -65,11 +76,11 @@ class SeededNoise:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        given = list(seeds_or_generators)
+        given: list[Any] = list(seeds_or_generators)
         held = [g for g in given if isinstance(g, torch.Generator)]
-        self.generators = held if len(held) == len(given) else make_generators([s for s in given if isinstance(s, int)])
-        if len(self.generators) != len(given):
+        if held and len(held) != len(given):
             raise DDIMError("seeds and generators cannot be mixed; give one or the other for every image.")
+        self.generators = held or make_generators([s for s in given if not isinstance(s, torch.Generator)])
         self.shape = tuple(shape)
         self.device, self.dtype = torch.device(device), dtype
 
