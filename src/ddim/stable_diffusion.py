@@ -123,6 +123,18 @@ class StableDiffusion(Sampling):
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.vae.config.out_channels), int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of such pictures."""
+        _, height, width = self.image_shape
+        return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    @torch.no_grad()
+    def conditions(self, prompt: Prompt, negative_prompt: Prompt | None = None, *, guidance_scale: float = 7.5) -> Conditions:
+        """What :meth:`denoiser` is told of the images of prompts, one of each; guidance off needs no negative prompts."""
+        count = number_of_prompts(prompt, None)
+        return encode_prompts(self, prompt, negative_prompt, place=self._place(), scale=guidance_scale, groups=count, each=1)
+
     def denoiser(
         self,
         conditions: Conditions,

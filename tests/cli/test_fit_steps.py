@@ -5,6 +5,7 @@ import pytest
 
 from ddim.checkpoints import weight_hash
 from ddim.cli import main
+from ddim.text_to_image import TextToImagePipeline
 from ddim.timesteps import SPACINGS, check_timesteps
 
 QUICK = ("--steps", 4, "--count", 4, "--held-out", 6, "--evaluations", 20)
@@ -45,6 +46,40 @@ def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_n
     for other, relative in (("b", 1e-3), ("c", 0.2)):
         for one, same in zip(found["a"]["results"][:5], found[other]["results"][:5], strict=True):
             assert one["ode_error"]["mean"] == pytest.approx(same["ode_error"]["mean"], rel=relative)
+
+
+def test_guided_models_of_text_are_fitted_on_their_latents(tiny_text, tmp_path, capsys):
+    found = {}
+    for scale in (1, 7.5):
+        path = tmp_path / f"{scale}.json"
+        assert fit(tiny_text, path, "--prompt", "a cat", "--prompt", "a dog", "--guidance-scale", scale, "--order", 2) == 0
+        found[scale] = json.loads(path.read_text())
+        told = found[scale]["protocol"]
+        assert (told["prompt"], told["guidance_scale"], told["guidance_rescale"]) == (["a cat", "a dog"], scale, 0.0)
+        assert found[scale]["evaluations"] == 4 * (2 if scale > 1 else 1)
+        assert all(row["ratio"]["mean"] <= 1 for row in found[scale]["results"] if row["name"] != "ddim-50")
+    assert f"--timesteps {path} --prompt PROMPT" in capsys.readouterr().out
+    assert found[1]["results"][1]["ode_error"] != found[7.5]["results"][1]["ode_error"]
+    drawn = ("--order", "2", "--timesteps", str(path), "--prompt", "a cat", "--count", "1", "--out", str(tmp_path / "o"))
+    assert main(["sample", str(tiny_text), *drawn]) == 0
+    assert fit(tiny_text, tmp_path / "none.json") == 2
+    assert "makes images of prompts: give --prompt TEXT" in capsys.readouterr().err
+
+
+def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_text, tmp_path):
+    options = ("--prompt", "a cat", "--guidance-scale", 3, "--guidance-rescale", 0.5, "--exact", "--held-out", 2)
+    assert fit(tiny_text, tmp_path / "steps.json", *options) == 0
+    content = json.loads((tmp_path / "steps.json").read_text())
+    pipe, seeds = TextToImagePipeline.from_pretrained(tiny_text), range(1_000_004, 1_000_006)
+
+    def ends(**steps):
+        asked = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "output_type": "latent", "progress": False}
+        return pipe(["a cat"] * 2, seeds=seeds, **asked, **steps).images
+
+    exact = ends(num_inference_steps=1000, timestep_spacing="trailing")
+    for row in content["results"][:2]:
+        error = (ends(timesteps=row["timesteps"]) - exact).double().square().flatten(1).mean(1).log().mean().exp()
+        assert row["ode_error"]["mean"] == pytest.approx(float(error), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""What ``ddim sample`` asks of models of text: prompts from arguments and files, and guidance as the model's card has it."""
+"""What commands ask of models of text: prompts from arguments and files, and guidance as the model's card has it."""
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ddim.cli._model import open_model
 from ddim.errors import DataError, DDIMError
@@ -12,11 +12,25 @@ from ddim.errors import DataError, DDIMError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ddim.cli.sample import Command
     from ddim.pipelines import UnconditionalPipeline
     from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
 
-__all__ = ["Item", "TextRequest", "open_any", "read_prompts"]
+__all__ = ["Item", "TextOptions", "TextRequest", "open_any", "read_prompts"]
+
+
+class TextOptions(Protocol):
+    """The options that every command on models of text has."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def prompt(self) -> list[str]: ...
+    @property
+    def negative_prompt(self) -> str | None: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
+    @property
+    def guidance_rescale(self) -> float | None: ...
 
 
 @dataclass(frozen=True, order=True)
@@ -54,7 +68,15 @@ class TextRequest:
     protocol: dict[str, Any]
 
     @classmethod
-    def read(cls, command: "Command", pipe: Any, folder: Path) -> "TextRequest | None":  # noqa: ANN401 - one of three pipelines
+    def read(
+        cls,
+        command: TextOptions,
+        pipe: Any,  # noqa: ANN401 - one of three pipelines
+        folder: Path,
+        *,
+        image: str | None = None,
+        strength: float | None = None,
+    ) -> "TextRequest | None":
         """Resolves a command's options; None for a model without text.
 
         Raises:
@@ -64,8 +86,9 @@ class TextRequest:
         from ddim.guidance import check_rescale
         from ddim.pipelines import UnconditionalPipeline
 
-        names = ("negative_prompt", "guidance_scale", "guidance_rescale", "image", "strength")
-        given = [name for name in names if getattr(command, name) is not None]
+        names = ("negative_prompt", "guidance_scale", "guidance_rescale")
+        options = {name: getattr(command, name) for name in names} | {"image": image, "strength": strength}
+        given = [name for name, value in options.items() if value is not None]
         if isinstance(pipe, UnconditionalPipeline):
             if command.prompt or given:
                 option = "prompt" if command.prompt else given[0].replace("_", "-")
@@ -73,24 +96,21 @@ class TextRequest:
             return None
         if not command.prompt:
             raise DDIMError(f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line.")
-        useless = {"class": command.class_ is None, "prior": command.prior == "standard", "variance": command.variance == "eta"}
-        if not all(useless.values()):
-            raise DDIMError(f"--{min(useless, key=useless.__getitem__)} is not for models of text; leave it out.")
         card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
         scale = card.get("guidance_scale", 7.5) if command.guidance_scale is None else command.guidance_scale
         rescale = card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale
         check_rescale(rescale)
         prompts = tuple(read_prompts(command.prompt))
-        if command.strength is not None and command.image is None:
+        if strength is not None and image is None:
             raise DDIMError("--strength says how much of --image is kept; give an image with it, or leave it out.")
-        picture, image = _read_image(command, pipe)
+        picture, described = _read_image(image, pipe)
         told = {
             "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
             "negative_prompt": command.negative_prompt,
             "guidance_scale": scale,
             "guidance_rescale": rescale,
-            "image": image,
-            "strength": None if image is None else 0.8 if command.strength is None else command.strength,
+            "image": described,
+            "strength": None if image is None else 0.8 if strength is None else strength,
         }
         return cls(prompts, command.negative_prompt, scale, rescale, picture, told)
 
@@ -140,20 +160,20 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
-def _read_image(command: "Command", pipe: Any) -> "tuple[Image | None, dict[str, str] | None]":  # noqa: ANN401 - as above
+def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, str] | None]":  # noqa: ANN401 - as above
     """The picture to begin with, and its name and hash."""
-    if command.image is None:
+    if path is None:
         return None, None
     from ddim.checkpoints import file_hash
     from ddim.images import open_picture
     from ddim.text_inputs import prepare_images
 
-    picture = open_picture(command.image)
+    picture = open_picture(path)
     try:
         prepare_images(pipe, picture)
     except DDIMError as error:
-        raise DataError(f"{command.image}: {error}") from error
-    return picture, {"name": Path(command.image).name, "hash": file_hash([Path(command.image)])}
+        raise DataError(f"{path}: {error}") from error
+    return picture, {"name": Path(path).name, "hash": file_hash([Path(path)])}
 
 
 def open_any(

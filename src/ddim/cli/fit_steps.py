@@ -4,12 +4,13 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._text import TextRequest, open_any
 from ddim.errors import DDIMError, OutputError
 
 __all__ = ["Command", "defaults", "run"]
@@ -30,6 +31,14 @@ class Command:
     """Of the solver that will visit them: 1 is DDIM, 2 its multistep; by default what the model's configuration says."""
     out: str = "steps.json"
     """The file for the result; it must not exist."""
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Of a model of text: what the images show, in turn. Given again for more, or FILE.txt with one in a line."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; by default the empty text."""
+    guidance_scale: float | None = None
+    """How far it leads: 1 is off. By default what the model's card says, else 7.5."""
+    guidance_rescale: float | None = None
+    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by default the card's, else 0."""
     count: int = 16
     """Images that the search looks at."""
     held_out: int = 32
@@ -65,7 +74,7 @@ def run(command: Command) -> None:
     from torch import Tensor
 
     from ddim.checkpoints import weight_hash
-    from ddim.cli._model import find_device, open_model
+    from ddim.cli._model import enough_memory, find_device
     from ddim.cli._run import RunRecord, versions
     from ddim.denoiser import Denoiser
     from ddim.fitting import Batch, fit_timesteps, geometric_mean
@@ -77,25 +86,36 @@ def run(command: Command) -> None:
 
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count + command.held_out))
-    pipe, folder = open_model(command.model, device=device)
+    opened, folder = open_any(command.model, device=device, dtype="float32", image=False)
+    pipe: Any = opened
+    text = TextRequest.read(command, pipe, folder)
     schedule, order, clip = pipe.noise_schedule, pipe.select_order(command.order), pipe.select_clip()
     classes, total = pipe.unet.config.get("num_class_embeds"), len(pipe.noise_schedule)
+    bound = 1.0 if text is None else None  # latents have none
     select_timesteps(total, command.steps)  # refuses a number that cannot be
     out.parent.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    with pipe.progress_bar(total=None) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+    with enough_memory(device, max(command.count, command.batch_size)), contextlib.ExitStack() as stack:
+        bar = stack.enter_context(pipe.progress_bar(total=None)) if sys.stderr.isatty() else None
 
         def batch(drawn: list[int]) -> Batch:
-            labels = [seed % classes for seed in drawn] if classes else None
-            denoise: Denoiser = pipe.denoiser(len(drawn), class_labels=labels, clip=clip)
+            if text is None:
+                labels = [seed % classes for seed in drawn] if classes else None
+                denoise: Denoiser = pipe.denoiser(len(drawn), class_labels=labels, clip=clip)
+            else:
+                prompts = [text.prompts[seed % len(text.prompts)] for seed in drawn]
+                guidance = {"guidance_scale": text.guidance_scale, "guidance_rescale": text.guidance_rescale}
+                conditions = pipe.conditions(prompts, text.negative_prompt, guidance_scale=text.guidance_scale)
+                denoise = pipe.denoiser(conditions, clip=clip, **guidance)
+            shape = pipe.image_shape if text is None else pipe.latent_shape
 
             def told(x_t: Tensor, t: int | Tensor) -> Denoised:
                 if bar is not None:
                     bar.update()
                 return denoise(x_t, t)
 
-            return Batch(told, seeded_randn(pipe.image_shape, drawn).to(device))
+            return Batch(told, seeded_randn(shape, drawn).to(device))
 
         def finish(part: Batch) -> Tensor:
             return sample(part.denoise, part.x_t, step_pairs(select_timesteps(total, total)), schedule=schedule)
@@ -108,6 +128,7 @@ def run(command: Command) -> None:
             steps=command.steps,
             order=order,
             evaluations=command.evaluations,
+            bound=bound,
             finish=finish if command.exact else None,
         )
     seconds = time.perf_counter() - started
@@ -129,16 +150,20 @@ def run(command: Command) -> None:
         "held_out": [judged[0], judged[-1]],
         "reference": {"order": 1, "steps": total} if command.exact else {"order": 2, "steps": min(100, total)},
         "evaluations": command.evaluations,
+        "prompt": None,
+        "guidance_scale": None,
+        **({} if text is None else text.protocol),
     }
     record = RunRecord(
         protocol=protocol,
         results=results,
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
-        evaluations=command.steps,
+        evaluations=command.steps * (2 if text is not None and text.is_guided else 1),
         execution={"device": str(device), "batch_size": command.batch_size},
         versions=versions(),
     )
     write_atomically(out, json.dumps({"timesteps": fit.timesteps, **asdict(record)}, indent=2, allow_nan=False) + "\n")
     print(f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found in {seconds:.0f} s.")
-    print(f"Draw with them: ddim sample {command.model} --order {order} --timesteps {out}")
+    more = "" if text is None else " --prompt PROMPT"
+    print(f"Draw with them: ddim sample {command.model} --order {order} --timesteps {out}{more}")

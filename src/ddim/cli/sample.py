@@ -135,7 +135,10 @@ def run(command: Command) -> None:
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
     pipe, folder = open_any(command.model, device=device, dtype=command.dtype, image=command.image is not None)
-    text = TextRequest.read(command, pipe, folder)
+    text = TextRequest.read(command, pipe, folder, image=command.image, strength=command.strength)
+    useful = {"class": command.class_ is None, "prior": command.prior == "standard", "variance": command.variance == "eta"}
+    if text is not None and not all(useful.values()):
+        raise DDIMError(f"--{min(useful, key=useful.__getitem__)} is not for models of text; leave it out.")
     order = pipe.select_order(command.order)
     listed = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
     timesteps = listed if text is None or text.strength is None else truncate_timesteps(listed, text.strength)
