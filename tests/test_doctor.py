@@ -286,6 +286,23 @@ def test_brightness_of_images_whose_pixels_are_independent_is_the_closed_form():
     assert predict_brightness(schedule, pairs, measured) == pytest.approx(predict_brightness(schedule, pairs, alone), rel=0.02)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_brightness_of_images_is_that_of_their_whole_covariance(count):
+    """Beside the same computed with matrices; of fewer images than pixels, the mean lies partly where none deviates from it."""
+    generator = torch.Generator().manual_seed(count)
+    pattern = torch.rand(1, 1, 4, 4, generator=generator, dtype=torch.float64)
+    images = -0.5 * pattern + 0.3 * torch.randn(count, 1, 4, 4, generator=generator, dtype=torch.float64)
+    rows, schedule = images.flatten(1), NoiseSchedule.from_betas(make_betas())
+    mean, one = rows.mean(0), torch.full((16,), 1 / 16, dtype=torch.float64)
+    variances, basis = torch.linalg.eigh(rows.T.cov())
+    for t in (500, 800):
+        alpha_bar = float(schedule.alpha_bar(t))
+        flow = basis @ torch.diag((variances.clamp(min=0) / (alpha_bar * variances.clamp(min=0) + 1 - alpha_bar)).sqrt()) @ basis.T
+        bias, factor = leaked_brightness(schedule, t, Brightness.of_images(images))
+        assert bias == pytest.approx(-float(one @ flow @ mean) * alpha_bar**0.5, rel=1e-6)
+        assert factor == pytest.approx(float((one @ flow).norm() / (rows @ one).std()), rel=1e-6)
+
+
 def test_large_images_are_averaged_down_and_few_are_enough(fashion):
     schedule = NoiseSchedule.from_betas(make_betas())
     large = torch.nn.functional.interpolate(fashion[:500], scale_factor=3, mode="nearest")
@@ -293,6 +310,8 @@ def test_large_images_are_averaged_down_and_few_are_enough(fashion):
     # Nine times as many pixels hide nine times less: the level at which as much is seen lies higher.
     lower = int((schedule.snr(torch.arange(1000)) * 1 > 9 * schedule.snr(600)).sum())
     assert (bias, factor) == pytest.approx(leaked_brightness(schedule, lower, Brightness.of_images(fashion[:500])), abs=0.03)
+    same = Brightness.of_images(torch.full((3, 1, 4, 4), 0.5))
+    assert leaked_brightness(schedule, 800, same) == (pytest.approx(0, abs=1e-6), math.inf)  # without spread the mean is known
     with pytest.raises(DDIMError, match="needs at least 2 of them; got 1"):
         Brightness.of_images(fashion[:1])
 

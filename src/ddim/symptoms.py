@@ -6,6 +6,7 @@ of images that are no Gaussian is that of their covariance; their spread shrinks
 :mod:`ddim.schedule`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,10 +92,9 @@ class Brightness:
         rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)  # times fold: noise keeps variance 1
         weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
         mean = rows.mean(0)
+        # What no image deviates along is left out: there the best prediction is the mean, whatever the noise.
         _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
-        left = mean - basis.T @ (basis @ mean)  # what no image deviates along: one more direction, of spread 0
-        basis = torch.cat([basis, (left / left.norm().clamp(min=1e-12))[None]])
-        std = torch.cat([singular / (len(images) - 1) ** 0.5, singular.new_zeros(1)])
+        std = singular / (len(images) - 1) ** 0.5
         bright = rows @ weights
         return cls(float(bright.mean()), float(bright.std()), images[0].numel(), Modes(basis @ mean, std, basis @ weights))
 
@@ -113,7 +113,8 @@ class Brightness:
     def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
         """The bias, and the factor on the spread, of images whose modes have these means and spreads, each [K]."""
         weight = self.modes.weight
-        return float(weight @ (mean - self.modes.mean)), float((weight * std).norm()) / self.std
+        made = float((weight * std).norm())
+        return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
 
 
 def finished(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
