@@ -88,6 +88,17 @@ def test_it_writes_a_record_a_table_a_plot_and_a_sheet(whole):
             assert picture.width > 500
 
 
+def test_no_two_settings_are_the_same_images(whole):
+    found = {}
+    for r in record(whole)["results"]:
+        if r["measured"] == "background":
+            found.setdefault((r["model"], r["spacing"], r["guidance_rescale"]), []).append(r["brightness"])
+    assert len(found) == 12
+    assert len({tuple(values) for values in found.values()}) == 12
+    saturated = [(r["contrast"], r["guidance_rescale"]) for r in record(whole)["results"] if r["measured"] == "saturation"]
+    assert len({contrast for contrast, _ in saturated}) == 6  # without guidance the rescale does nothing
+
+
 def test_the_theory_knows_that_zero_terminal_snr_costs_nothing_at_the_last_level(whole):
     for r in record(whole)["results"]:
         if r["measured"] == "unconditional" and r["bias_in_theory"] is not None:
@@ -106,6 +117,13 @@ def test_what_is_missing_is_measured_again_to_the_same_numbers(whole, models, tm
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert value == (pytest.approx(theirs[key], abs=1e-4) if isinstance(value, float) else theirs[key])
+
+
+def test_a_run_that_finds_all_there_keeps_the_times_of_the_one_that_measured(whole, models, tmp_path):
+    out = tmp_path / "all"
+    shutil.copytree(whole, out)
+    assert run(models, out) == 0
+    assert record(out) == record(whole)
 
 
 def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(models, tmp_path, monkeypatch, capsys):

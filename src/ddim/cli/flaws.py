@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def run(command: Command) -> None:
 
 def _measure(command: Command, out: Path, began: float) -> None:
     """Everything that is missing in the folder, cell by cell, and what all cells come to."""
-    from ddim.cli._run import RunRecord, check_protocol, versions, write_run
+    from ddim.cli._run import RunRecord, check_protocol, read_run, versions, write_run
     from ddim.evaluation.flaws import plot_flaws, to_markdown
     from ddim.images import replacing, save_png, write_atomically
 
@@ -113,8 +114,9 @@ def _measure(command: Command, out: Path, began: float) -> None:
         write_run(out, RunRecord(bench.protocol, records, seconds, time.perf_counter() - began, evaluations, execution, versions()))
 
     work = bench.work()
-    write(_read(cells, work))  # so that what an interrupted run leaves is known for what it is
     missing = [name for name in work if not (cells / f"{name}.json").exists()]
+    if missing or read_run(out) is None:
+        write(_read(cells, work))  # so that what an interrupted run leaves is known for what it is
     for done, name in enumerate(missing, start=1):
         records, strip = work[name]()
         if strip is not None:
@@ -124,8 +126,8 @@ def _measure(command: Command, out: Path, began: float) -> None:
         write(_read(cells, work))
     records = _read(cells, work)
     write_atomically(out / "flaws.md", to_markdown(records, protocol=bench.told))
-    with replacing(out / "flaws.png") as partial:
-        plot_flaws(records).savefig(partial, format="png", dpi=150)
+    with replacing(out / "flaws.png") as unfinished:
+        plot_flaws(records).savefig(unfinished, format="png", dpi=150)
     _save_sheet(bench, cells, out / "sheet.png")
 
 
@@ -193,7 +195,7 @@ class Bench:
                     raise DDIMError(
                         f"the {part} of {folders[name]} is not that of {folders['epsilon']}; twins differ in their training alone."
                     )
-        self.classifier = load_classifier()[0].to(self.device)
+        self.classifier = load_classifier()[0]
         check_seeds([command.seed, command.seed + max(command.count, command.unconditional) - 1])
         self.seconds, self.evaluations = 0.0, 0
         self.hashes = {name: weight_hash(folder) for name, folder in folders.items()}
@@ -226,8 +228,6 @@ class Bench:
 
     def work(self) -> dict[str, Callable[[], tuple[list[dict[str, Any]], "NDArray[np.uint8] | None"]]]:
         """What there is to measure, by the names of its cells."""
-        from functools import partial
-
         from ddim.evaluation.flaws import settings, twins
 
         rescale = self.command.guidance_rescale
@@ -284,7 +284,7 @@ class Bench:
             _, images = self.draw(setting, [c.caption for c in asked], guidance_scale=self.command.guidance_scale)
             wanted = [Asked(*c.numbers) for c in asked]
             garments = torch.from_numpy(extract_garments(images.permute(0, 2, 3, 1).numpy())).float()
-            judged[background] = judge(images, garments, wanted, palette=list(hues().values()), classifier=self.classifier.cpu())
+            judged[background] = judge(images, garments, wanted, palette=list(hues().values()), classifier=self.classifier)
             shown.append(to_uint8(images[:SHOWN] * 2 - 1))
         strip = make_grid(np.concatenate(shown), columns=SHOWN * len(BACKGROUNDS), padding=0)
         return background_records(setting, judged, {name: level / 255 for name, level in BACKGROUNDS.items()}), strip
@@ -306,7 +306,7 @@ class Bench:
 
         pipe = self.pipes[setting.model]
         latents, images = self.draw(setting, [""] * self.command.unconditional, guidance_scale=1.0)
-        real_latents, real_images = self.real()
+        real_latents, real_images = self.real
         records = unconditional_records(
             setting,
             latents=latents,
@@ -318,6 +318,7 @@ class Bench:
         )
         return records, None
 
+    @cached_property
     def real(self) -> "tuple[Tensor, Tensor]":
         """Latents and images in [0, 1] of the data."""
         import torch
@@ -410,5 +411,5 @@ def _save_sheet(bench: Bench, cells: Path, path: Path) -> None:
         axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set_visible(False)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)
