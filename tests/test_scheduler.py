@@ -776,6 +776,14 @@ def test_options_are_read_when_they_are_used():
     assert scheduler.timesteps.tolist()[-1] == 1
 
 
+def test_a_number_of_steps_that_is_assigned_is_the_stride_off_the_list_as_in_diffusers():
+    ours, theirs = pair(10, exactly=True, clip_sample=False)
+    x, m = randn(1, 3, dtype=torch.float64), randn(1, 3, seed=1, dtype=torch.float64)
+    for count in (10, 50, 20):
+        ours.num_inference_steps = theirs.num_inference_steps = count
+        assert distance(ours.step(m, 555, x).prev_sample, theirs.step(m, 555, x).prev_sample) < 1e-12
+
+
 def test_betas_may_be_an_array_that_is_replaced_by_another():
     x, m = randn(1, 3), randn(1, 3, seed=1)
     scheduler = DDIMScheduler(trained_betas=np.linspace(0.001, 0.02, 100), num_train_timesteps=100)
