@@ -141,6 +141,66 @@ def bench_sampling(rows: list[list[str]]) -> None:
     rows.append([f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)", f"{few:.2f} s", f"{many:.1f} s", f"{many / few:.1f}x", ""])
 
 
+class Free(torch.nn.Module):
+    """Stands in for a network whose prediction costs nothing."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = network.config, network.dtype, torch.device("cpu")
+        self.prediction = torch.randn(2, 4, 64, 64)
+
+    def forward(self, *inputs, **options):  # noqa: ANN002, ANN003, ANN204
+        return (self.prediction,)
+
+
+def text_pipelines(unet: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[object, object]:
+    """Ours and diffusers' pipeline of the same parts; prompts come as embeddings."""
+    parts = {"vae": vae, "text_encoder": None, "tokenizer": None, "unet": unet, "safety_checker": None, "feature_extractor": None}
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1}
+    scheduler = diffusers.DDIMScheduler(**options, prediction_type="v_prediction", timestep_spacing="trailing")
+    ours = ddim.TextToImagePipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    theirs = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    return ours, theirs
+
+
+def bench_text(rows: list[list[str]]) -> None:
+    """Text to image: what the loop costs beside the network, [1, 4, 64, 64]; and whole images of a small network of random weights."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+    ).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    ).eval()
+    pipes = dict(zip(("ours", "theirs"), text_pipelines(unet, vae), strict=True))
+    given = {"prompt_embeds": torch.randn(1, 77, 64), "negative_prompt_embeds": torch.randn(1, 77, 64)}
+
+    def call(pipe: object, steps: int, **more: object) -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        return lambda: pipe(**given, num_inference_steps=steps, generator=generator, **more)
+
+    for rescale in (0.0, 0.7):
+        free = dict(zip(("ours", "theirs"), text_pipelines(Free(unet), None), strict=True))
+        more = {"latents": torch.randn(1, 4, 64, 64), "output_type": "latent", "guidance_rescale": rescale}
+        calls = {(who, steps): call(pipe, steps, **more) for who, pipe in free.items() for steps in (10, 110)}
+        took = medians(calls, repeats=20, warm_up=2)
+        a_step = {who: (took[who, 110] - took[who, 10]) / 100 for who in free}
+        name = "a step of text to image beside its network" + (f", rescale {rescale}" if rescale else "")
+        rows.append(ratio(name, a_step, "at most 0.50", unit="us"))
+    took = medians({who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()}, repeats=5, warm_up=1)
+    rows.append(ratio(f"an image of a small text model, {STEPS} steps", took, "at least 1x", faster=True))
+
+
 def bench_process(rows: list[list[str]]) -> None:
     """Memory while many images are drawn, and what starting costs above a bare interpreter."""
     # VmHWM, not getrusage: the latter remembers the process that started this one.
@@ -171,7 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "result.md")
     out = parser.parse_args().out
     rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
-    for part in (bench_step, bench_sampling, bench_process):
+    for part in (bench_step, bench_sampling, bench_text, bench_process):
         first = len(rows)
         part(rows)
         for row in rows[first:]:

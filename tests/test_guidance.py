@@ -65,7 +65,7 @@ def test_a_constant_prediction_stays_what_it_is_and_diffusers_gives_nan(dtype, v
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 1, 1, 1), (0, 4, 2, 2), (2,)])
 def test_samples_of_one_element_and_empty_batches_are_no_nan(shape):
-    c, u = torch.ones(shape), torch.zeros(shape)
+    c, u = torch.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape), torch.zeros(shape)
     assert torch.equal(guide(c, u, scale=2.0, rescale=0.5), 2 * c)
 
 
