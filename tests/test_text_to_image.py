@@ -18,7 +18,7 @@ from ddim.images import from_pictures
 from ddim.noise import SeededNoise, make_generators, seeded_randn
 from ddim.pipelines import DiffusionPipeline
 from ddim.schedule import add_noise
-from ddim.scheduler import DDIMScheduler
+from ddim.scheduler import DDIMScheduler, to_diffusers
 from ddim.text_inputs import encode_images
 from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
 from ddim.timesteps import SPACINGS
@@ -502,6 +502,45 @@ def test_a_distilled_network_that_is_told_the_scale_goes_there_too(both, tiny_te
     theirs.set_progress_bar_config(disable=True)
     found, expected = (p(PROMPT, num_inference_steps=2, generator=make_generators([1]), output_type="pt").images for p in (pipe, theirs))
     assert torch.equal(found, expected)
+
+
+# --- what the parents bring
+
+
+def test_slicing_tiling_and_offloading_change_no_image(tiny_text, pipe):
+    plain, sliced = draw(pipe, seeds=[0, 1]), TextToImagePipeline.from_pretrained(tiny_text)
+    sliced.vae.enable_slicing()
+    sliced.vae.enable_tiling()
+    sliced.enable_attention_slicing("max")
+    torch.testing.assert_close(draw(sliced, seeds=[0, 1]), plain, rtol=0, atol=1e-5)
+    offloaded = TextToImagePipeline.from_pretrained(tiny_text)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # the hooks are set again after a call
+        torch.testing.assert_close(draw(offloaded, seeds=[0, 1]), plain, rtol=0, atol=1e-5)
+    assert len(offloaded.encode(picture(), PROMPT, 2)) == 1
+
+
+def test_textual_inversions_are_words(tiny_text):
+    pipe, theirs = TextToImagePipeline.from_pretrained(tiny_text), diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
+    theirs.set_progress_bar_config(disable=True)
+    learned = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    without = draw(pipe, "a red <thing>", seeds=[0])
+    for each in (pipe, theirs):
+        each.load_textual_inversion({"<thing>": learned}, token="<thing>")
+    found = draw(pipe, "a red <thing>", seeds=[0])
+    expected = theirs("a red <thing>", generator=make_generators([0]), num_inference_steps=4, output_type="pt").images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_pipelines_are_made_of_pipelines(pipe, theirs):
+    made = ImageToImagePipeline.from_pipe(pipe)
+    assert made.unet is pipe.unet
+    assert type(made.scheduler) is DDIMScheduler
+    assert torch.equal(draw(TextToImagePipeline.from_pipe(theirs), seeds=[0]), draw(pipe, seeds=[0]))
+    plain = to_diffusers(pipe)
+    assert type(plain.scheduler) is diffusers.DDIMScheduler
+    torch.testing.assert_close(draw(plain, seeds=[0]), draw(pipe, seeds=[0]))
 
 
 # --- folders

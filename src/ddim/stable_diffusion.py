@@ -55,16 +55,16 @@ class StableDiffusion(Sampling):
     maybe_free_model_hooks: Callable[[], None]
     _callback_tensor_inputs: list[str]
 
-    def __init__(  # type: ignore[no-untyped-def]
+    def __init__(
         self,
-        vae,  # noqa: ANN001 - diffusers reads these annotations, and warns of a part of another class
-        text_encoder,  # noqa: ANN001
-        tokenizer,  # noqa: ANN001
-        unet,  # noqa: ANN001
-        scheduler,  # noqa: ANN001
-        safety_checker=None,  # noqa: ANN001
-        feature_extractor=None,  # noqa: ANN001
-        image_encoder=None,  # noqa: ANN001
+        vae: Any,  # noqa: ANN401 - the classes that diffusers names, below
+        text_encoder: Any,  # noqa: ANN401
+        tokenizer: Any,  # noqa: ANN401
+        unet: Any,  # noqa: ANN401
+        scheduler: Any,  # noqa: ANN401
+        safety_checker: Any = None,  # noqa: ANN401
+        feature_extractor: Any = None,  # noqa: ANN401
+        image_encoder: Any = None,  # noqa: ANN401
         requires_safety_checker: bool = True,
     ) -> None:
         ours = as_ddim(scheduler)
@@ -73,6 +73,9 @@ class StableDiffusion(Sampling):
         super().__init__(  # type: ignore[call-arg]
             vae, text_encoder, tokenizer, unet, ours, safety_checker, feature_extractor, image_encoder, requires_safety_checker
         )
+
+    # diffusers reads them, to tell which parts of one pipeline go into another.
+    __init__.__annotations__.update(diffusers.StableDiffusionPipeline.__init__.__annotations__)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # noqa: ANN401 - this class
