@@ -54,7 +54,7 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
     kept = combined.new_full((), 1 - rescale)
-    factor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
+    factor: Tensor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
     return combined * factor if combined.requires_grad else combined.mul_(factor)  # memory that is not in the cache costs a fifth of a step
 
 
