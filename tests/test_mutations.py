@@ -53,6 +53,19 @@ MUTATIONS = {
         "take = residual < lowest",
         "test_encoding.py",
     ),
+    "the two predictions of guidance changed over": (
+        "guidance.py",
+        "without, under = network_output",
+        "under, without = network_output",
+        "test_guidance.py",
+    ),
+    "the rescale to the other prediction": (
+        "guidance.py",
+        "_spread(conditional), _spread(combined)",
+        "_spread(unconditional), _spread(combined)",
+        "test_guidance.py",
+    ),
+    "a rescale that divides by nothing": ("guidance.py", ".clamp_min(SMALLEST_STD * count**0.5)", "", "test_guidance.py"),
     "a path of one length": (
         "interpolation.py",
         "((1 - weight) * lengths[0] + weight * lengths[1])",

@@ -54,7 +54,7 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
     kept = combined.new_full((), 1 - rescale)
-    factor: Tensor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
+    factor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
     return combined * factor if combined.requires_grad else combined.mul_(factor)  # memory that is not in the cache costs a fifth of a step
 
 
@@ -65,7 +65,8 @@ def _spread(x: Tensor) -> Tensor:
     """
     dims, count = tuple(range(1, x.ndim)), x.numel() // len(x)
     centred = torch.sub(x, x.sum(dims, keepdim=True), alpha=1 / count)
-    return torch.linalg.vector_norm(centred, dim=dims, keepdim=True).clamp_min(SMALLEST_STD * count**0.5)
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
+    return norm.clamp_min(SMALLEST_STD * count**0.5)
 
 
 def guided(
