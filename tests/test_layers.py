@@ -16,6 +16,7 @@ LAYERS = [
     {"symptoms", "sampling"},
     {"checks", "text_inputs"},
     {"stable_diffusion"},
+    {"text_codes"},
     {"text_to_image"},
     {"codes", "doctor", "pipelines"},
     {"training", "evaluation"},

@@ -104,7 +104,8 @@ class ModelDenoiser:
                 "If it also predicts a variance, wrap it to return the mean's channels only."
             )
         output = output.to(x_t.dtype)
-        if not isinstance(t, Tensor) and self.clip.kind == "none" and math.isfinite(sum(known := self._solutions.get(t, (math.inf,)))):
+        known = None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
+        if known is not None and all(map(math.isfinite, known)):
             x0_x, x0_m, eps_x, eps_m = known
             x0 = output if self.prediction_type == "sample" else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
             return Denoised(x0, output if self.prediction_type == "epsilon" else torch.mul(x_t, eps_x).add_(output, alpha=eps_m))

@@ -23,13 +23,14 @@ from ddim.timesteps import Spacing, truncate_timesteps
 if not is_transformers_available():
     raise ImportError("text models need transformers, which is not installed; run: pip install 'ddim[text]'.")
 
-from ddim.stable_diffusion import Callback, ClipOption, Prompt, StableDiffusion, StepEnd
+from ddim.stable_diffusion import Callback, ClipOption, Prompt, StepEnd
+from ddim.text_codes import TextCodes
 from ddim.text_inputs import check_size, count_images, encode_images, encode_prompts, number_of_prompts, prepare_images
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
 
 
-class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
     """Images of prompts, with DDIM: diffusers' ``StableDiffusionPipeline`` with this package's loop.
 
     Args:
@@ -220,7 +221,7 @@ class TextToImagePipeline(StableDiffusion, diffusers.StableDiffusionPipeline):  
         return shape
 
 
-class ImageToImagePipeline(StableDiffusion, diffusers.StableDiffusionImg2ImgPipeline):  # type: ignore[misc]
+class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):  # type: ignore[misc]
     """Images of prompts that begin at given images, with DDIM: diffusers' ``StableDiffusionImg2ImgPipeline`` with this package's loop.
 
     Its parts are those of :class:`TextToImagePipeline`: ``ImageToImagePipeline(**pipe.components)`` shares them.
