@@ -407,6 +407,7 @@ def test_the_average_follows_parameters_and_copies_buffers():
 # Slow
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's compiler, about itself
 def test_compiled_and_loaded_by_workers_it_learns_the_same(tmp_path):
