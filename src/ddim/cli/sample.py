@@ -96,7 +96,7 @@ class Command:
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
     batch_size: int = 16
-    """Images drawn together; it never changes an image."""
+    """Images drawn together; it changes no image but for rounding, one grey level."""
     out: str | None = None
     """Folder for the pictures; by default out/sample-MODEL."""
     device: str = "auto"

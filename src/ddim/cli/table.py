@@ -64,7 +64,7 @@ class Command:
     weights: tuple[str, ...] = ()
     """NAME=PATH each: where the weights of the extractors inception and dinov2 lie."""
     batch_size: int = 64
-    """Images drawn together; it never changes an image."""
+    """Images drawn together; it changes no image but for rounding, one grey level."""
     processes: int = 1
     """Processes that measure cells side by side; each gets its share of the cores."""
     out: str | None = None
