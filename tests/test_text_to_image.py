@@ -363,6 +363,65 @@ def test_more_than_diffusers_takes(pipe):
     assert torch.equal(draw(pipe, seeds=[0], latents=x, eta=1.0), draw(pipe, seeds=[0], eta=1.0))
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' own code
+@pytest.mark.parametrize("options", [{}, {"prediction_type": "v_prediction"}])
+def test_the_second_order_of_a_guided_network_is_dpm_solvers(options, both):
+    pipe, theirs = both
+    levels = [999, 800, 620, 370, 160, 40]
+    config = {**theirs.scheduler.config, **options, "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
+    pipe.scheduler = DDIMScheduler.from_config(config, solver_order=2)
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    stock = {name: pipe.scheduler.config[name] for name in names}
+    theirs.scheduler = diffusers.DPMSolverMultistepScheduler(**stock, solver_order=2, lower_order_final=True, final_sigmas_type="zero")
+    asked = {"timesteps": levels, "guidance_scale": 5.0, "guidance_rescale": 0.7}
+    expected = theirs(PROMPT, generator=make_generators([0]), output_type="latent", **asked).images
+    found = draw(pipe, seeds=[0], num_inference_steps=None, **{**asked, "output_type": "latent"})
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    first = draw(pipe, seeds=[0], num_inference_steps=None, order=1, **{**asked, "output_type": "latent"})
+    assert (first - expected).abs().max() > 1e-2
+
+
+def test_the_second_order_takes_guidance_and_rescale_at_zero_snr_in_both_loops(both):
+    pipe, theirs = both
+    config = {**theirs.scheduler.config, **VELOCITY, "rescale_betas_zero_snr": True}
+    pipe.scheduler = theirs.scheduler = DDIMScheduler.from_config(config, solver_order=2)
+    asked = {"num_inference_steps": 5, "guidance_scale": 7.5, "guidance_rescale": 0.7, "output_type": "latent"}
+    expected = theirs(PROMPT, generator=make_generators([0]), **asked).images
+    found = draw(pipe, seeds=[0], **asked)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert found.isfinite().all()
+    assert (draw(pipe, seeds=[0], order=1, **asked) - found).abs().max() > 1e-3
+
+
+def test_a_saved_pipeline_visits_its_fitted_timesteps_at_their_number_of_steps(tiny_text, tmp_path):
+    fitted, seen = [[920, 610, 90]], []
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=fitted)
+    pipe.save_pretrained(tmp_path)
+
+    def watch(state):
+        seen.append(state.t)
+
+    def visited(pipe, *given, **options):
+        seen.clear()
+        pipe(*given, **{**QUIET, "callback": watch, **options})
+        return list(seen)
+
+    text = DiffusionPipeline.from_pretrained(tmp_path)
+    assert visited(text, PROMPT, num_inference_steps=3) == fitted[0]
+    assert visited(text, PROMPT, num_inference_steps=3, order=1) == pipe.select_timesteps(3, order=1) != fitted[0]
+    assert len(visited(text, PROMPT, num_inference_steps=4)) == 4
+    edit = ImageToImagePipeline.from_pretrained(tmp_path)
+    assert visited(edit, PROMPT, picture(), num_inference_steps=3, strength=0.7) == fitted[0][1:]
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock.scheduler) is diffusers.DDIMScheduler
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = stock(PROMPT, generator=make_generators([2]), **given).images
+    torch.testing.assert_close(draw(text, seeds=[2], **given), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_a_callback_sees_every_state_and_stops_with_what_is_predicted(pipe):
     states = []
     whole = draw(pipe, seeds=[0], callback=states.append, output_type="latent")

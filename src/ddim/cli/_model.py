@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddim.errors import DDIMError
+from ddim.errors import CheckpointError, DDIMError
 
 if TYPE_CHECKING:
     from ddim.denoiser import Clip
@@ -46,18 +46,23 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
     """The pipeline of a model that makes pictures, and its folder.
 
     Raises:
-        CheckpointError: If there is no such model.
+        CheckpointError: If there is no such model, or it is one of text.
         DDIMError: If its images are no pictures.
     """
     import diffusers
     import torch
 
-    from ddim.checkpoints import find_model
+    from ddim.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
     from ddim.pipelines import UnconditionalPipeline
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     folder = find_model(name)
+    if read_model_index(folder).get("_class_name") in STABLE_DIFFUSION:
+        raise CheckpointError(
+            f"{name} makes images of prompts, and this command takes models without text; draw with `ddim sample {name} --prompt TEXT`, "
+            "whose folder `ddim evaluate` measures."
+        )
     pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     if pipe.image_shape[0] not in (1, 3):
         raise DDIMError(f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")

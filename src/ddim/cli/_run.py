@@ -1,8 +1,9 @@
 """``run.json``: what a command was asked, what it made, and how long that took; docs/run-json.md describes its keys."""
 
+import contextlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from ddim import __version__
 from ddim.errors import OutputError
 
-__all__ = ["IDENTITY", "NAME", "RunRecord", "check_protocol", "read_run", "versions", "write_run"]
+__all__ = ["IDENTITY", "NAME", "RunRecord", "alone", "check_protocol", "read_run", "versions", "write_run"]
 
 NAME = "run.json"
 """The record's name in a folder of results."""
@@ -72,6 +73,27 @@ class RunRecord:
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
     return {"python": platform.python_version(), "ddim": __version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps a folder, which is made where there is none, to one run at a time; the system lets go of it however the run ends.
+
+    Raises:
+        OutputError: If another run has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder} is being written by another run; wait for it, or use another --out.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_run(folder: Path) -> RunRecord | None:

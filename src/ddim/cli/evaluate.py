@@ -38,7 +38,7 @@ class Command:
     metrics: tuple[str, ...] | None = None
     """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; by default a panel that fits the images."""
     weights: tuple[str, ...] = ()
-    """NAME=PATH each: where the weights of the extractors inception and dinov2 lie."""
+    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0 lie."""
     steps: int | None = None
     """Of a model: DDIM steps, 50 unless given."""
     eta: EtaOption = None
@@ -80,7 +80,7 @@ def run(command: Command) -> None:
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
 
-    from ddim.cli._run import RunRecord, check_protocol, versions, write_run
+    from ddim.cli._run import RunRecord, alone, check_protocol, versions, write_run
     from ddim.evaluation.protocol import collect, collect_reference, measure, sample_cuts
     from ddim.evaluation.report import spread_text, text_table
 
@@ -91,22 +91,21 @@ def run(command: Command) -> None:
     panel.check_counts([samples.count], len(data))
     protocol = {"command": "evaluate", **samples.protocol, **describe_reference(data, command.split, panel), "count": samples.count}
     out = Path(command.out or f"out/evaluate-{short_name(command.samples_or_model)}")
-    check_protocol(out, protocol)
-
-    reference = collect_reference(shuffled_batches(data), panel, available=len(data), counts=[samples.count])
-    collected = collect(samples.batches, panel, cuts=sample_cuts([samples.count]))
-    results = measure(collected, reference, panel, count=samples.count)
-    out.mkdir(parents=True, exist_ok=True)
-    record = RunRecord(
-        protocol=protocol,
-        results=[asdict(result) for result in results],
-        seconds=sum(samples.seconds),
-        seconds_total=time.perf_counter() - began,
-        evaluations=samples.evaluations,
-        execution={"device": str(device), "batch_size": command.batch_size, "compile": command.compile},
-        versions=versions(),
-    )
-    write_run(out, record)
+    with alone(out):
+        check_protocol(out, protocol)
+        reference = collect_reference(shuffled_batches(data), panel, available=len(data), counts=[samples.count])
+        collected = collect(samples.batches, panel, cuts=sample_cuts([samples.count]))
+        results = measure(collected, reference, panel, count=samples.count)
+        record = RunRecord(
+            protocol=protocol,
+            results=[asdict(result) for result in results],
+            seconds=sum(samples.seconds),
+            seconds_total=time.perf_counter() - began,
+            evaluations=samples.evaluations,
+            execution={"device": str(device), "batch_size": command.batch_size, "compile": command.compile},
+            versions=versions(),
+        )
+        write_run(out, record)
     rows = [["metric", "value", "spread", "real images"]]
     rows += [[r.metric, f"{r.value:.4g}", spread_text(r), f"{r.floor:.4g}"] for r in results]
     print(text_table(rows), end="")
@@ -135,6 +134,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
     pipe, folder = open_model(command.samples_or_model, device=device)
     timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing)
     pipe.check_path(timesteps, eta=eta)
+    fitted = pipe.scheduler.config.get("fitted_timesteps") or []
     seconds: list[float] = []
 
     def batches() -> "Iterator[Tensor]":
@@ -146,7 +146,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
         **describe_model(command.samples_or_model, pipe, folder, clip=pipe.select_clip()),
         "sampler": "ddim",
         "steps": len(timesteps),
-        "spacing": command.spacing or pipe.scheduler.config.timestep_spacing,
+        "spacing": command.spacing or ("fitted" if timesteps in fitted else pipe.scheduler.config.timestep_spacing),
         "timesteps": timesteps,
         "eta": eta,
         "order": pipe.select_order(),

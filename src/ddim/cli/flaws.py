@@ -82,18 +82,13 @@ def run(command: Command) -> None:
     if not 0 < command.guidance_rescale <= 1:
         raise DDIMError(f"--guidance-rescale must lie in (0, 1], to be compared with 0; got {command.guidance_rescale}.")
 
-    from filelock import FileLock, Timeout
-
+    from ddim.cli._run import alone
     from ddim.evaluation.report import check_plots
 
     check_plots()
     out = Path(command.out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            _measure(command, out, began)
-    except Timeout:
-        raise OutputError(f"{out} is being written by another run; wait for it, or use another --out.") from None
+    with alone(out):
+        _measure(command, out, began)
     print(f"The table is {out / 'flaws.md'}, beside flaws.png and sheet.png.")
 
 

@@ -62,7 +62,7 @@ class Command:
     metrics: tuple[str, ...] | None = None
     """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; the first is the quality of the ratios and plots."""
     weights: tuple[str, ...] = ()
-    """NAME=PATH each: where the weights of the extractors inception and dinov2 lie."""
+    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0 lie."""
     batch_size: int = 64
     """Images drawn together; it changes no image but for rounding, one grey level."""
     processes: int = 1
@@ -94,9 +94,7 @@ def run(command: Command) -> None:
     if not command.eta or not command.steps:
         raise DDIMError("--eta and --steps must each name at least one value.")
 
-    from filelock import FileLock, Timeout
-
-    from ddim.cli._run import check_protocol
+    from ddim.cli._run import alone, check_protocol
     from ddim.evaluation.report import check_plots, save_plots
 
     check_plots()
@@ -105,24 +103,21 @@ def run(command: Command) -> None:
     for eta, steps in wanted:
         bench.pipe.check_path(bench.timesteps(steps), eta=eta)
     out = Path(command.out or f"out/table-{short_name(command.model)}")
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            check_protocol(out, bench.protocol, empty=not any((out / "cells").iterdir()))
-            missing = [(eta, steps) for eta, steps in wanted if not _cell_file(out, eta, steps).exists()]
-            _write(out, bench, began)  # so that what an interrupted run leaves is known for what it is
-            with contextlib.closing(_measured(command, bench, missing, out)) as measured:
-                for done, cell in enumerate(measured, start=1):
-                    quality = cell.results[0]
-                    print(
-                        f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, {cell.seconds:.1f} s for {cell.count} "
-                        f"images; {done} of {len(missing)} cells",
-                        flush=True,
-                    )
-                    _write(out, bench, began)
-            save_plots(_read_cells(out), out)
-    except Timeout:
-        raise OutputError(f"{out} is being written by another run; wait for it, or use another --out.") from None
+    with alone(out):
+        (out / "cells").mkdir(exist_ok=True)
+        check_protocol(out, bench.protocol, empty=not any((out / "cells").iterdir()))
+        missing = [(eta, steps) for eta, steps in wanted if not _cell_file(out, eta, steps).exists()]
+        _write(out, bench, began)  # so that what an interrupted run leaves is known for what it is
+        with contextlib.closing(_measured(command, bench, missing, out)) as measured:
+            for done, cell in enumerate(measured, start=1):
+                quality = cell.results[0]
+                print(
+                    f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, {cell.seconds:.1f} s for {cell.count} "
+                    f"images; {done} of {len(missing)} cells",
+                    flush=True,
+                )
+                _write(out, bench, began)
+        save_plots(_read_cells(out), out)
     print(f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}.")
 
 
@@ -142,11 +137,14 @@ class Bench:
         self.panel = open_panel(command.metrics, shape=shape, weights=command.weights, device=self.device)
         self.panel.check_counts(command.counts, len(self.data))
         self.levels = len(self.pipe.noise_schedule)
+        config = self.pipe.scheduler.config
+        spacing = command.spacing or config.timestep_spacing
+        self.fitted = [] if command.spacing else config.get("fitted_timesteps") or []
         self.protocol = {
             "command": "table",
             **describe_model(command.model, self.pipe, folder, clip=self.clip),
             "sampler": "ddim",
-            "timesteps": command.spacing or self.pipe.scheduler.config.timestep_spacing,
+            "timesteps": {"fitted": self.fitted, "otherwise": spacing} if self.fitted else spacing,
             "order": self.pipe.select_order(),
             **describe_reference(self.data, command.split, self.panel),
             "count": command.count,
@@ -198,7 +196,7 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
         for eta, steps in missing:
             yield _save_cell(bench, eta, steps, out)
         return
-    count = min(command.processes, len(missing))
+    count, others = min(command.processes, len(missing)), set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(command, count))
     try:
@@ -209,7 +207,7 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
             "a process ended before its cell, perhaps for want of memory; finished cells are kept, so run again with fewer --processes."
         ) from None
     finally:
-        for process in multiprocessing.active_children():  # idle ones, unless the run was interrupted
+        for process in set(multiprocessing.active_children()) - others:  # idle ones, unless the run was interrupted
             process.terminate()
         executor.shutdown(cancel_futures=True)
 
@@ -297,11 +295,14 @@ def _told(bench: Bench) -> str:
     """What was done, in sentences."""
     command, told = bench.command, bench.protocol
     networks = ", ".join(f"{name} ({code})" if code else name for name, code in told["extractors"].items())
+    spacing, numbers = told["timesteps"], sorted(len(levels) for levels in bench.fitted)
+    if numbers:
+        spacing = f"{spacing['otherwise']} timesteps, at {', '.join(map(str, numbers))} steps the model's fitted"
     count, long = command.counts
     fewer = f" ({long} above {LONG} steps)" if long < count else ""
     spread = f"over {command.repeats} repeats" if command.repeats > 1 else "from disjoint thirds of the images"
     return (
-        f"DDIM, {told['timesteps']} timesteps, clipping {told['clip']['kind']}, float32, weights {told['weight_hash']}; "
+        f"DDIM of order {told['order']}, {spacing} timesteps, clipping {told['clip']['kind']}, float32, weights {told['weight_hash']}; "
         f"{count} images a cell{fewer}, seeds from {command.seed} on, the same in every cell; "
         f"reference {command.reference} ({command.split}, {len(bench.data)} images); extractors: {networks}; "
         f"± is the spread over seeds, {spread}. Time: {bench.device}, batches of {command.batch_size}, "

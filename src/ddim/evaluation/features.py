@@ -53,12 +53,14 @@ def load_extractor(name: str, *, image_shape: Shape, weights: Path | None = None
         device: Where it computes.
 
     Raises:
-        DDIMError: If there is no such extractor.
+        DDIMError: If there is no such extractor, or it takes no other weights.
         DataError: If it does not take such images.
         CheckpointError: If its library or weights are missing; the message says where they come from.
     """
     if name not in EXTRACTORS:
         raise DDIMError(f"there is no extractor {name!r}; the extractors are {', '.join(EXTRACTORS)}.")
+    if weights is not None and name in ("fashion", "pixels"):
+        raise DDIMError(f"the extractor {name} takes no weights: {'its own lie in the package' if name == 'fashion' else 'it has none'}.")
     if weights is not None and not weights.exists():
         raise CheckpointError(f"there are no weights of {name} at {weights}; check the path.")
     return EXTRACTORS[name](image_shape, weights, torch.device(device))
