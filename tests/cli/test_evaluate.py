@@ -172,6 +172,10 @@ def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, c
     assert "2048 samples need a reference of as many images, and it holds 60; use at most 60." in capsys.readouterr().err
     assert main(["evaluate", str(tiny)]) == 2
     assert "--reference must be given" in capsys.readouterr().err
+    assert main(["sample", str(tiny), "--steps", "1", "--count", "8", "--out", str(tmp_path / "pictures")]) == 0
+    (tmp_path / "pictures" / "000005.png").unlink()
+    assert evaluate(tmp_path / "pictures", reference, tmp_path / "out") == 2
+    assert "lacks 1 of the pictures that its run.json lists, such as 000005.png; draw them again." in capsys.readouterr().err
     assert evaluate("nowhere", reference, tmp_path / "out") == 2
     assert "'nowhere' is neither an embedded model nor an existing folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

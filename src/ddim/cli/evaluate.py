@@ -174,6 +174,8 @@ def _of_images(command: Command) -> Samples:
         available, shape = len(data), (data.channels, *data.resolution)
     else:  # the folder of `ddim sample`, whose grid is no sample
         files = [path / r["file"] for r in run.results if "file" in r]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again.")
         available = len(files)
         height, width, channels = load_image(files[0]).shape if files else (0, 0, 0)
         shape = channels, height, width
