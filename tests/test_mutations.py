@@ -19,7 +19,7 @@ MUTATIONS = {
         "zip(levels, [t - 1000 // len(levels) for t in levels], strict=True)",
         "test_timesteps.py",
     ),
-    "alpha instead of alpha-bar": ("schedule.py", "dtype=torch.float64)).cumprod(0)", "dtype=torch.float64))", "test_schedule.py"),
+    "alpha instead of alpha-bar": ("schedule.py", "(1 - given).cumprod(0)", "1 - given", "test_schedule.py"),
     "eta on the variance": ("step.py", "variance = scale**2 *", "variance = scale *", "test_step.py"),
     "no clamp of the direction term": ("step.py", "remainder.clamp(min=0).sqrt()", "remainder.sqrt()", "test_step.py"),
     "sigma-hat in the direction term": (

@@ -92,6 +92,13 @@ def test_half_precision_keeps_the_low_noise_levels(dtype):
     assert (theirs == 0).sum() >= 2  # what casting alpha_bar first does
 
 
+def test_betas_are_fractions_and_one_ends_in_noise_alone():
+    assert NoiseSchedule.from_betas([0.0, 0.5, 1.0]).alphas_cumprod.tolist() == [1.0, 0.5, 0.0]
+    for wrong, told in ([0.1, 2.0], "2"), ([-0.1, 0.2], "-0.1"), ([0.1, math.nan], "nan"), ([1.0, math.inf], "inf"):
+        with pytest.raises(DDIMError, match=rf"betas are variances in \[0, 1\]; got {told}\. A table of alpha_bar goes into"):
+            NoiseSchedule.from_betas(torch.tensor(wrong))
+
+
 def test_errors_say_what_was_received():
     schedule = build()
     with pytest.raises(DDIMError, match=r"beta_schedule must be one of linear, .*; got 'cubic'"):

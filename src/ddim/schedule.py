@@ -149,8 +149,18 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True) -> "NoiseSchedule":
-        """Builds the table from the betas (:func:`make_betas`, or a trained list), shape [T]."""
-        alphas_cumprod = (1 - torch.as_tensor(betas, dtype=torch.float64)).cumprod(0)
+        """Builds the table from the betas (:func:`make_betas`, or a trained list), shape [T], in [0, 1]; 1 leaves no signal.
+
+        Raises:
+            DDIMError: If a beta is no variance in [0, 1].
+        """
+        given = torch.as_tensor(betas, dtype=torch.float64)
+        outside = given[~((given >= 0) & (given <= 1))]  # or NaN
+        if outside.numel():
+            raise DDIMError(
+                f"betas are variances in [0, 1]; got {float(outside[0]):.4g}. A table of alpha_bar goes into NoiseSchedule(...)."
+            )
+        alphas_cumprod = (1 - given).cumprod(0)
         return cls(alphas_cumprod, 1.0 if set_alpha_to_one else float(alphas_cumprod[0]))
 
     def __len__(self) -> int:

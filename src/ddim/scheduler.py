@@ -298,7 +298,8 @@ class _Scheduler:
                     f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to {float(betas.max()):.4g}): this is no schedule."
                 )
             betas = rescale_zero_terminal_snr(betas) if rescale else betas
-            self._exact = NoiseSchedule.from_betas(betas, set_alpha_to_one=to_one)
+            levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
+            self._exact = NoiseSchedule(levels, 1.0 if to_one else float(levels[0]))
             self.betas, self.alphas = betas.float(), (1 - betas).float()
             self.alphas_cumprod = self._exact.alphas_cumprod.float()
             self._clean_alpha_cumprod = torch.tensor(1.0) if to_one else self.alphas_cumprod[0].clone()
