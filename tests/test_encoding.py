@@ -14,6 +14,7 @@ from ddim.codes import load_code, save_code
 from ddim.denoiser import ModelDenoiser
 from ddim.encoding import ENCODERS, Code, decode, decoding_timesteps, encode, fingerprint, reconstruction_error
 from ddim.errors import DataError, DDIMError, DivergenceError
+from ddim.fitting import estimate_gamma
 from ddim.inversion import ConvergenceWarning, encodable_timesteps, encode_explicit, encode_implicit
 from ddim.oracle import GaussianOracle
 from ddim.pipelines import UnconditionalPipeline
@@ -22,6 +23,7 @@ from ddim.reversible import (
     REVERSIBLE,
     DriftWarning,
     ReversibleSampler,
+    StatePair,
     bdia_coefficients,
     decode_pair,
     encode_pair,
@@ -684,3 +686,65 @@ def test_the_pipeline_samples_with_them(pipe, sampler):
     assert len(seen) == 8
     ddim = pipe(seeds=[1, 2], num_inference_steps=8, output_type="pt", progress=False).images
     assert 0 < float((images - ddim).square().mean()) < 0.1
+
+
+WALKS = {
+    "sample": lambda denoise, x, sampler: sample(denoise, x, step_pairs([60, 30]), schedule=LINEAR),
+    "explicit": lambda denoise, x, sampler: encode_explicit(denoise, x, [60, 30], schedule=LINEAR).x_T,
+    "implicit": lambda denoise, x, sampler: encode_implicit(denoise, x, [60, 30], schedule=LINEAR).x_T,
+    "to data": lambda denoise, x, sampler: [s.x_s for s in reversible_trajectory(denoise, x, [60, 30], schedule=LINEAR, sampler=sampler)][
+        -1
+    ],
+    "from data": lambda denoise, x, sampler: encode_pair(denoise, x, [60, 30], schedule=LINEAR, sampler=sampler).x,
+    "back": lambda denoise, x, sampler: [s.x_s for s in decode_pair(denoise, StatePair(x, x), [60, 30], schedule=LINEAR, sampler=sampler)][
+        -1
+    ],
+    "gamma": lambda denoise, x, sampler: estimate_gamma([(denoise, x)], [500], schedule=LINEAR),
+}
+
+
+@pytest.mark.parametrize("method", REVERSIBLE)
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_network_is_no_denoiser_and_a_batch_of_two_no_pair(walk, method):
+    oracle, x, sampler = GaussianOracle(LINEAR), torch.randn(2, 3), ReversibleSampler(method)
+    message = r"denoise must return \(x0, eps\), and returned a {}; .* ModelDenoiser\(network, schedule, prediction_type\)"
+    for network, kind in ((oracle.network("epsilon"), "Tensor"), (lambda x, t: [x, x], "list"), (lambda x, t: (x,), "tuple")):
+        with pytest.raises(DDIMError, match=message.format(kind)):
+            WALKS[walk](network, x, sampler)
+    WALKS[walk](lambda x, t: tuple(oracle.denoise(x, t)), x, sampler)
+
+
+@pytest.mark.parametrize("method", REVERSIBLE)
+@pytest.mark.parametrize("walk", [walk for walk in WALKS if walk != "gamma"])
+def test_it_can_be_differentiated_through_and_leaves_no_graph_without_gradients(walk, method):
+    sampler, scale = ReversibleSampler(method), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def end(value):
+        return WALKS[walk](ModelDenoiser(lambda x, t: value * x, LINEAR), x, sampler).square().sum()
+
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch warns once a process of a graph that is cut off
+    try:
+        (slope,) = torch.autograd.grad(end(scale), scale)
+    finally:
+        torch.set_warn_always(always)
+    with torch.no_grad():
+        assert not end(scale).requires_grad
+        difference = (end(scale + 1e-4) - end(scale - 1e-4)) / 2e-4
+    assert float(slope) == pytest.approx(float(difference), rel=1e-2 if walk == "implicit" else 1e-5)
+
+
+@pytest.mark.parametrize("method", ENCODERS)
+def test_codes_can_be_differentiated_through_silently(method):
+    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    denoise = ModelDenoiser(lambda x, t: scale * x, LINEAR)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        back = decode(
+            denoise, encode(denoise, torch.full((1, 3), 0.1), select_timesteps(1000, 5), schedule=LINEAR, method=method), schedule=LINEAR
+        )
+    finally:
+        torch.set_warn_always(always)
+    assert back.requires_grad

@@ -288,3 +288,19 @@ def test_network_outputs_that_do_not_fit_are_refused():
         ModelDenoiser(lambda x, t: "x", schedule)(torch.zeros(1, 3), 5)
     with pytest.raises(DDIMError, match="clip must be none, static or dynamic; got 'hard'"):
         Clip("hard")
+
+
+def test_what_is_no_schedule_type_or_clipping_is_refused_at_once():
+    schedule, network = SCHEDULES["linear"], GaussianOracle(SCHEDULES["linear"]).network("epsilon")
+    with pytest.raises(DDIMError, match=r"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas\(betas\); got a Tensor"):
+        ModelDenoiser(network, BETAS["linear"])
+    with pytest.raises(DDIMError, match="prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"):
+        ModelDenoiser(network, schedule, "eps")
+    with pytest.raises(DDIMError, match=r"clip must be a Clip, such as Clip\('static'\); got 'static'"):
+        ModelDenoiser(network, schedule, clip="static")
+
+
+def test_a_list_of_levels_in_place_of_steps_is_refused():
+    oracle = GaussianOracle(SCHEDULES["linear"])
+    with pytest.raises(DDIMError, match=r"pairs must be steps \(t, s\) .*; got \[999, 500, 0\]"):
+        sample(oracle.denoise, torch.randn(1, 2), [999, 500, 0], schedule=oracle.schedule)

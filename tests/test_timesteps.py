@@ -9,7 +9,7 @@ from hypothesis import given
 
 from ddim.errors import DDIMError
 from ddim.schedule import CLEAN
-from ddim.timesteps import SPACINGS, check_timesteps, reverse_pairs, select_timesteps, step_pairs, truncate_timesteps
+from ddim.timesteps import SPACINGS, as_pairs, check_timesteps, reverse_pairs, select_timesteps, step_pairs, truncate_timesteps
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -125,6 +125,33 @@ def test_impossible_counts_are_refused(count):
 def test_bad_lists_are_refused(levels, message):
     with pytest.raises(DDIMError, match=message):
         check_timesteps(levels, 1000)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([0, 500, 999], "must fall from noise to data; got 500 after 0. Sort them in descending order"),
+        ([999, 5, 5], "must not repeat a level; got 5 twice"),
+        ([5, CLEAN], "must not repeat a level; got -1 twice"),
+        ([], "at least one level"),
+        ([9.5, 3], "must be whole numbers; got 9.5"),
+        (999, "must be one list of levels"),
+    ],
+)
+def test_only_falling_levels_are_paired(levels, message):
+    with pytest.raises(DDIMError, match=message):
+        step_pairs(levels)
+    with pytest.raises(DDIMError, match="must fall from noise to data; got 7 after 5"):
+        step_pairs([9, 5], end=7)
+    assert step_pairs(torch.tensor([9.0, 5.0]), end=2) == [(9, 5), (5, 2)]
+
+
+@pytest.mark.parametrize("pairs", [[999, 500, 0], list(range(999, -1, -1)), torch.tensor([999, 500]), [(999, 500, 0)], 5, [(999,)]])
+def test_a_list_of_levels_is_none_of_steps(pairs):
+    with pytest.raises(DDIMError, match=r"pairs must be steps \(t, s\).*step_pairs\(\[999, 500, 0\]\)\); got .*\d") as caught:
+        as_pairs(pairs)
+    assert len(str(caught.value)) < 250
+    assert as_pairs([(999, 500), [500, CLEAN]]) == [(999, 500), (500, CLEAN)]
 
 
 def test_other_errors():

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 from ddim.guidance import network_output
-from ddim.prediction import Denoised, PredictionType, clip_static, solve, threshold_dynamic, to_eps, to_x0_eps
+from ddim.prediction import PREDICTION_TYPES, Denoised, PredictionType, clip_static, solve, threshold_dynamic, to_eps, to_x0_eps
 from ddim.schedule import CLEAN, NoiseSchedule, match
 
-__all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean"]
+__all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
 
 
 class Denoiser(Protocol):
@@ -72,6 +72,9 @@ class ModelDenoiser:
         clip: What happens to x0.
         dtype: What the network is fed; None: its parameters' dtype, or x_t's for a plain function. The pair comes back in
             x_t's dtype, so a half-precision network keeps a float32 state.
+
+    Raises:
+        DDIMError: If the schedule, the prediction type or the clipping is none.
     """
 
     network: Callable[[Tensor, Tensor], Any]
@@ -79,6 +82,14 @@ class ModelDenoiser:
     prediction_type: PredictionType = "epsilon"
     clip: Clip = Clip()
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise DDIMError(f"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a {_kind(self.schedule)}.")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise DDIMError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}.")
+        if not isinstance(self.clip, Clip):
+            raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
         """Evaluates the network once and converts its output.
@@ -128,8 +139,28 @@ class ModelDenoiser:
         return x_t.dtype if parameter is None else parameter.dtype
 
 
+def checked(denoise: Denoiser) -> Denoiser:
+    """The same denoiser, whose result is sure to be a pair: a batch of two images would pass for one."""
+
+    def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
+        found: Any = denoise(x_t, t)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise DDIMError(
+                f"denoise must return (x0, eps), and returned a {_kind(found)}; a network becomes such a function by "
+                "ModelDenoiser(network, schedule, prediction_type)."
+            )
+        return Denoised(*found)
+
+    return paired
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
 def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
     """The same denoiser, callable at :data:`~ddim.schedule.CLEAN`: eps is that of level 0, and x0 what it leaves of the sample."""
+    denoise = checked(denoise)
 
     def extended(x_t: Tensor, t: int | Tensor) -> Denoised:
         if isinstance(t, Tensor) or t != CLEAN:

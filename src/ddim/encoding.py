@@ -194,6 +194,7 @@ def encode(
     .. math:: \frac{d\bar x}{ds} = \epsilon(x, t), \qquad \bar x = x / \alpha_t, \quad s = \sigma_t / \alpha_t,
 
     by the method's own steps, which are written down in :mod:`ddim.inversion` and :mod:`ddim.reversible`.
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -236,7 +237,7 @@ def encode(
     else:
         sampler = ReversibleSampler(method, gamma, mixing)
         states = torch.stack(encode_pair(counted, x0, levels, schedule=schedule, sampler=sampler))
-    largest = float(states.abs().max()) if states.numel() else 0.0
+    largest = float(states.detach().abs().max()) if states.numel() else 0.0
     if not largest * torch.finfo(torch.float64).eps < _ROUNDING:  # or NaN
         raise DivergenceError(
             f"the code grew to {largest:.1e}, where noise is of order 1: {method} diverged at {len(levels)} steps; {_ADVICE[method]}."
@@ -253,6 +254,8 @@ def decode_trajectory(
     origin: Mapping[str, str] | None = None,
 ) -> Iterator[State]:
     """Samples from a code, yielding the state after every step; the state is float64.
+
+    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -337,6 +340,7 @@ def decode(
     r"""Brings data back: walks the ODE of :func:`encode` from noise to data, :math:`s = \sigma_t / \alpha_t \to 0`.
 
     Runs :func:`decode_trajectory` to its end; arguments and errors as there.
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Returns:
         The data, [B, ...], float64, not clamped.

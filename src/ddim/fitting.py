@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ddim.denoiser import Denoiser
+from ddim.denoiser import Denoiser, checked
 from ddim.errors import DDIMError
 from ddim.noise import seeded_randn
 from ddim.prediction import Denoised
@@ -302,7 +302,8 @@ def estimate_gamma(
     """
     levels, seen = list(timesteps), 0
     explained = dict.fromkeys(levels, 0.0)  # the sums over images of |eps|^2 - |predicted eps|^2, a dimension
-    for denoise, x0 in data:
+    for given, x0 in data:
+        denoise = checked(given)
         noise = seeded_randn(x0.shape[1:], range(seed + seen, seed + seen + len(x0))).to(x0.device)
         seen += len(x0)
         for t in levels:

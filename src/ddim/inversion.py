@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim.denoiser import Denoiser, at_clean
+from ddim.denoiser import Denoiser, at_clean, checked
 from ddim.errors import DDIMError, DivergenceError
 from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
@@ -81,6 +81,8 @@ def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> li
 def encode_explicit(denoise: Denoiser, x0: Tensor, timesteps: Sequence[int], *, schedule: NoiseSchedule) -> Encoding:
     """The paper's encoder: Euler's method backwards, with eps at the less noisy state. One evaluation a step.
 
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
+
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
         x0: Data, shape [B, ...]. Keep the state float32 or float64.
@@ -115,7 +117,7 @@ def encode_implicit(
     Evaluations go where they are needed. Next to the data a denoiser's x0 hardly depends on what lies across the data, so that the
     step out of the clean level is close to singular: dozens of evaluations, for a tolerance fifty times as large, since no
     later step enlarges its error. An error next to the noise may be enlarged a thousandfold on the way back; those steps are smooth,
-    and take three to five.
+    and take three to five. Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -148,7 +150,7 @@ def encode_implicit(
             "tolerance must be above 0, max_evaluations at least 1 and depth at least 0; "
             f"got tolerance={tolerance}, max_evaluations={max_evaluations}, depth={depth}."
         )
-    x, total = x0, 0
+    denoise, x, total = checked(denoise), x0, 0
     eps: Tensor | None = None
     worst = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
     for number, (s, t) in enumerate(reverse_pairs(step_pairs(timesteps))):
@@ -164,7 +166,7 @@ def encode_implicit(
         )
         total += used
         worst = torch.maximum(worst, residual)
-        largest = float(residual.max()) if len(residual) else 0.0
+        largest = float(residual.detach().max()) if len(residual) else 0.0
         if not math.isfinite(largest):
             raise DivergenceError(
                 f"the implicit encoder diverged at t={t}: the network's prediction became NaN or infinite; use float32, or method o-belm."

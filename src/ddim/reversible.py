@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddim.denoiser import Denoiser, at_clean
+from ddim.denoiser import Denoiser, at_clean, checked
 from ddim.errors import DDIMError
 from ddim.prediction import Denoised
 from ddim.sampler import State
@@ -177,6 +177,7 @@ def reversible_trajectory(
     """Samples: from one latent to data, yielding the state after every step.
 
     Two-step methods begin with a step of DDIM; EDICT with two equal copies.
+    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -192,7 +193,7 @@ def reversible_trajectory(
         DDIMError: As :func:`check_start`, before anything is evaluated.
     """
     check_start(schedule, timesteps, sampler)
-    path = _path(schedule, timesteps)
+    denoise, path = checked(denoise), _path(schedule, timesteps)
     if sampler.method == "edict":
         return _edict_down(denoise, StatePair(x_T, x_T), path, sampler.mixing)
     return _two_step_from_noise(denoise, x_T, path, _two_step(sampler, path.alpha_bar))
@@ -221,6 +222,7 @@ def encode_pair(
 
     Two-step methods begin with an explicit step out of the clean level; what it guesses is part of the code, so the round trip
     is exact whatever the guess. N evaluations, or 2N with EDICT.
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -235,7 +237,7 @@ def encode_pair(
     Raises:
         DDIMError: If a level has no signal, where nothing but BDIA can be turned round.
     """
-    path = _path(schedule, timesteps)
+    denoise, path = checked(denoise), _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
     if sampler.method == "edict":
         return _edict_up(denoise, x0, path, sampler.mixing)
@@ -257,13 +259,15 @@ def decode_pair(
 ) -> Iterator[State]:
     """Samples from a pair of states: the way back of :func:`encode_pair`, with the same arguments.
 
+    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
+
     Returns:
         An iterator of one :class:`~ddim.sampler.State` a step: N - 1 for the two-step methods, whose pair holds the result of the first.
 
     Raises:
         DDIMError: As :func:`encode_pair`, before anything is evaluated.
     """
-    path = _path(schedule, timesteps)
+    denoise, path = checked(denoise), _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
     if sampler.method == "edict":
         return _edict_down(denoise, pair, path, sampler.mixing)
@@ -317,7 +321,7 @@ def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> It
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
         yield State(x, found.x0, found.eps, t, s, number)
-    apart = float((x - y).flatten(1).square().mean(1).sqrt().max()) if len(x) else 0.0
+    apart = float((x - y).detach().flatten(1).square().mean(1).sqrt().max()) if len(x) else 0.0
     if apart > _APART:
         warnings.warn(
             f"EDICT's two copies of an image ended {apart:.1e} apart (pixels in [-1, 1]), so that neither is what the steps lead to; "

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddim.denoiser import Denoiser
+from ddim.denoiser import Denoiser, checked
 from ddim.errors import DDIMError
 from ddim.schedule import CLEAN, NoiseSchedule
 from ddim.step import Eta, check_eta, check_order, multistep_weight, step_coefficients
-from ddim.timesteps import Pair
+from ddim.timesteps import Pair, as_pairs
 
 __all__ = ["State", "sample", "trajectory"]
 
@@ -46,6 +46,9 @@ def trajectory(
 ) -> Iterator[State]:
     """Yields the state after every step; the caller owns progress bars, previews and early stopping.
 
+    Autograd records every evaluation, so that sampling can be differentiated through. Where it is not, loop under ``torch.no_grad()``:
+    the graph keeps all steps in memory.
+
     Args:
         denoise: (x_t, t) -> (x0, eps).
         x_t: Where to begin, at the level ``pairs[0][0]``, shape [B, ...]; its dtype is the state's. Keep it float32.
@@ -63,7 +66,8 @@ def trajectory(
         One :class:`State` a pair.
 
     Raises:
-        DDIMError: If noise is needed and there is none, eta or the order is invalid, they ask for what cannot be, or gamma lacks a level.
+        DDIMError: If noise is needed and there is none, eta or the order is invalid, they ask for what cannot be, gamma lacks a level,
+            the pairs are none, or ``denoise`` returns no pair.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12. https://arxiv.org/abs/2010.02502
@@ -71,6 +75,7 @@ def trajectory(
         Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. Algorithm 2.
         https://arxiv.org/abs/2211.01095
     """
+    denoise, pairs = checked(denoise), as_pairs(pairs)
     check_eta(eta)
     check_order(order, eta=eta, analytic=gamma is not None)
     random = eta != 0 or gamma is not None
@@ -109,7 +114,10 @@ def sample(
     order: int = 1,
     gamma: Mapping[int, float] | None = None,
 ) -> Tensor:
-    """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there are no pairs."""
+    """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there are no pairs.
+
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
+    """
     for state in trajectory(denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma):
         x_t = state.x_s
     return x_t

@@ -5,6 +5,7 @@ element of the list* ``s``, never to ``t - T // N``: a stride that is no neighbo
 state has another amount of noise than the network is told.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -19,6 +20,7 @@ __all__ = [
     "Pair",
     "Spacing",
     "as_levels",
+    "as_pairs",
     "check_timesteps",
     "reverse_pairs",
     "select_timesteps",
@@ -119,23 +121,53 @@ def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int)
         DDIMError: If the list is empty, not of whole numbers, leaves [0, T), repeats a level, or does not fall.
     """
     levels = as_levels(timesteps)
-    if not levels:
-        raise DDIMError("timesteps must name at least one level; got an empty list.")
     outside = [t for t in levels if not 0 <= t < num_train_timesteps]
     if outside:
         raise DDIMError(f"timesteps must lie in [0, {num_train_timesteps}), the levels the model was trained on; got {outside[0]}.")
-    for earlier, later in zip(levels, levels[1:], strict=False):
+    _check_falling(levels)
+    return levels
+
+
+def _check_falling(levels: Sequence[int]) -> None:
+    if not levels:
+        raise DDIMError("timesteps must name at least one level; got an empty list.")
+    for earlier, later in itertools.pairwise(levels):
         if earlier == later:
             raise DDIMError(f"timesteps must not repeat a level; got {later} twice.")
         if earlier < later:
             raise DDIMError(f"timesteps must fall from noise to data; got {later} after {earlier}. Sort them in descending order.")
-    return levels
 
 
-def step_pairs(timesteps: Sequence[int], *, end: int = CLEAN) -> list[Pair]:
-    """Pairs each level with its neighbour in the list, the last with ``end`` (clean data): [(t, s), ...]."""
-    levels = [int(t) for t in timesteps]
+def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[Pair]:
+    """Pairs each level with its neighbour in the list, the last with ``end`` (clean data): [(t, s), ...].
+
+    Args:
+        timesteps: Falling from noise to data; for the way from data to noise, :func:`reverse_pairs` of these pairs.
+        end: Below the last of them.
+
+    Raises:
+        DDIMError: If the list is empty, not of whole numbers, repeats a level, or does not fall down to ``end``.
+    """
+    levels = as_levels(timesteps)
+    _check_falling(levels)
+    _check_falling([levels[-1], end])
     return list(zip(levels, [*levels[1:], end], strict=True))
+
+
+def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """Returns steps (t, s) as they are, or says that a list of levels is none of steps.
+
+    Raises:
+        DDIMError: If it is something else.
+    """
+    try:
+        return [(t, s) for t, s in pairs]
+    except (TypeError, ValueError):
+        told = repr(pairs)
+        raise DDIMError(
+            "pairs must be steps (t, s) from a level to the next, which step_pairs makes of a list of timesteps "
+            f"(step_pairs([999, 500, 0])); got {told if len(told) <= 60 else told[:57] + '...'}."
+        ) from None
 
 
 def reverse_pairs(pairs: Sequence[Pair]) -> list[Pair]:
