@@ -64,7 +64,9 @@ PLANTED = [
     ("DDIM012", "warning", {**SOUND, "thresholding": True}, {}),
     ("DDIM012", "warning", {**SOUND, "thresholding": True, "sample_max_value": 0.5}, {}),
     ("DDIM013", "info", SOUND, {"guidance_scale": 7.5}),
-    ("DDIM014", "info", {**SOUND, "steps_offset": 1}, {}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 2}, {}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 1}, {"model": Model(guided=False)}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 5}, {"model": Model(guided=True)}),
     ("DDIM015", "error", {**LEAKY, "trained_betas": [0.1, 0.2]}, {}),
     ("DDIM015", "warning", {**LEAKY, "trained_betas": [0.01] * 1001}, {}),
     ("DDIM016", "error", SOUND, {"steps": 1001}),
@@ -100,6 +102,42 @@ def test_a_fix_mends_what_it_is_given_for_and_plants_nothing(code, severity, con
     grave, left = ([f for f in d.findings if f.severity != "info"] for d in (before, after))
     assert not {f.code for f in grave if f.fix and not f.retrain} & {f.code for f in left}
     assert {f.code for f in left if not f.retrain} <= {f.code for f in grave}
+    assert [f.fix for f in after.findings if f.fix and not f.retrain] == []
+
+
+BAD = {**SD, "prediction_type": "epsilon", "rescale_betas_zero_snr": True, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+@pytest.mark.parametrize("guided", [None, False, True])
+def test_a_fix_that_worsens_a_predicted_figure_says_so_and_why_and_plants_no_note(guided):
+    """Several flaws at once, of which zero terminal SNR with epsilon is mended at the cost of brightness."""
+    before = diagnose(BAD, steps=30, model=Model(guided=guided))
+    assert before.worse == (
+        "The fix makes what is predicted worse (brightness bias from +0.160 to +0.355, brightness spread from 0.834 to 0.541): zero "
+        "terminal SNR is given up, because the weights predict epsilon, from which no image can be told there."
+    )
+    offset = {"steps_offset": 0} if guided is False else {}  # what the spacing that is changed leaves behind
+    assert before.fixed() == {**BAD, "rescale_betas_zero_snr": False, "timestep_spacing": "trailing", **offset}
+    after = diagnose(before.fixed(), steps=30, model=Model(guided=guided))
+    assert (after.after, after.worse) == (None, "")
+    assert "DDIM014" not in [f.code for f in after.findings]
+    wrong = {"model": Model(training={**LEAKY, "beta_end": 0.002})}
+    assert "what is mended is graver (DDIM019)." in diagnose(LEAKY, steps=50, **wrong).worse
+
+
+def test_a_prior_is_advised_only_where_it_can_be_used():
+    """`ddim sample --prior` refuses models of text, and knows the colours of pixels."""
+    for model, told in [
+        (Model(guided=False, latent=False), "Without training: ddim sample --prior data"),
+        (Model(), "Without training, for a model of pixels and without text: ddim sample --prior data"),
+        (Model(guided=True), "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr."),
+        (Model(latent=True), "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr."),
+    ]:
+        (found,) = (f for f in diagnose(LEAKY, steps=50, model=model).findings if f.code == "DDIM001")
+        assert told in found.advice
+        assert ("--prior" in found.advice) is (model.guided is not True and model.latent is not True)
+    (found,) = (f for f in diagnose({**LEAKY, "prediction_type": "v_prediction"}, model=Model(guided=True)).findings if f.code == "DDIM001")
+    assert "--data CAPTIONED --rescale-betas-zero-snr" in found.advice
 
 
 def test_the_fixes_of_a_configuration_that_belongs_to_another_run_are_those_of_that_run():
@@ -140,6 +178,8 @@ def test_real_configurations_are_diagnosed(path):
         assert diagnosis.summary["first_level"] == int(stock.timesteps[0])
         again = diagnose(diagnosis.fixed())
         assert [f.code for f in again.findings if f.severity != "info" and not f.retrain] == []
+        assert again.after is None
+        assert [f.fix for f in again.findings if f.fix and not f.retrain] == []
 
 
 def test_a_fitted_list_of_the_number_of_steps_is_what_is_visited():
@@ -425,7 +465,7 @@ def test_a_probe_of_the_embedded_model(fashion):
 def test_fixes_that_need_training_are_left_out():
     diagnosis = diagnose({**SD, "set_alpha_to_one": False, "_diffusers_version": "0.1"}, steps=20)
     assert diagnosis.has("warning")
-    assert diagnosis.fixed() == {**diagnosis.config, "timestep_spacing": "trailing"}
+    assert diagnosis.fixed() == {**diagnosis.config, "timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert [f.code for f in diagnosis.findings if f.retrain] == ["DDIM001"]
 
 
@@ -484,13 +524,21 @@ VALUES = {
     "snr_shift_scale": [3.0, 0, "x", math.nan],
     "fitted_timesteps": [None, [[5, 1]], [[1.5]], "abc", [[]]],
 }
+TRAINED = {**SOUND, "num_train_timesteps": 5}
 OPTIONS = {
     "steps": [1, 2, 5, 100, 0, -1, None, 1.5, "x", True],
     "spacing": [None, "leading", "trailing", "quadratic", "other"],
     "timesteps": [None, [2, 1], [], [9, -1], [5.5], [1, 2], [math.inf]],
     "eta": [None, 0.0, 1.0, 1.5, -1, "sigma-hat", math.nan],
-    "model": [Model(), Model(latent=True, num_train_timesteps=10), Model(training={"prediction_type": "sample"}), Model(shape=(1, 1, 1))],
+    "model": [
+        Model(),
+        Model(latent=True, num_train_timesteps=10),
+        Model(training={"prediction_type": "sample"}),
+        Model(training=TRAINED),
+        Model(shape=(1, 1, 1)),
+    ],
     "brightness": [None, Brightness(0.0, 0.1, 1)],
+    "probe": [None, Probe(ERRORS, "epsilon", True, {}), Probe(ERRORS, "v_prediction", False, EPSILON_AT_END)],
 }
 
 
@@ -500,6 +548,8 @@ def test_whatever_is_given_is_diagnosed_or_refused(config, options):
     with contextlib.suppress(DDIMError):
         diagnosis = diagnose({"num_train_timesteps": 5, **config}, **options)
         json.dumps([dataclasses.asdict(f) for f in diagnosis.findings] + [diagnosis.summary], allow_nan=False)
+        again = diagnose(diagnosis.fixed(), **{**options, "spacing": None})
+        assert again.fixed() == diagnosis.fixed()
 
 
 def test_the_tables_in_the_documents_are_current():

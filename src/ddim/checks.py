@@ -143,6 +143,11 @@ class Case:
         return len(self.schedule) - 1
 
     @property
+    def probed(self) -> str | None:
+        """The prediction type of the network's own answers, which outweighs what files say of it; None where they do not tell."""
+        return None if self.probe is None else self.probe.prediction_type
+
+    @property
     def steps(self) -> int:
         """N, as far as there are levels for it."""
         return len(self.levels)
@@ -205,6 +210,7 @@ def _terminal_snr(case: Case) -> Finding | None:
     if case.terminal == 0:
         return None
     severity, numbers = case.leak(case.last)
+    fix = {"rescale_betas_zero_snr": True, **({"prediction_type": "v_prediction"} if case.config["prediction_type"] == "epsilon" else {})}
     return Finding(
         severity,
         f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps {numbers['sqrt_alpha_bar']:.4g} of the image "
@@ -212,12 +218,19 @@ def _terminal_snr(case: Case) -> Finding | None:
         f"The network reads the noise's mean colour as the image's: brightness is off by {numbers['brightness_bias']:+.3f}, "
         f"and its spread between images is {numbers['brightness_spread']:.3f} of what it should be.",
         numbers,
-        {"rescale_betas_zero_snr": True, **({"prediction_type": "v_prediction"} if case.config["prediction_type"] == "epsilon" else {})},
+        fix,
         retrain=True,
-        advice="Without training: ddim sample --prior data, which starts from noise that holds the data's mean colour."
-        if severity == "warning"
-        else "This is too little to be seen.",
+        advice="This is too little to be seen." if severity == "info" else _against_a_leak(case.model, fix),
     )
+
+
+def _against_a_leak(model: Model, fix: Mapping[str, Any]) -> str:
+    """What this package can do about it: start from a prior of pixels, where the model is not known to have text or latents, or train."""
+    if model.latent or model.guided:
+        kind = " --prediction-type v_prediction" * ("prediction_type" in fix)
+        return f"In Stable Diffusion's format: ddim train --base MODEL --data CAPTIONED{kind} --rescale-betas-zero-snr."
+    where = "" if model.guided is False else ", for a model of pixels and without text"
+    return f"Without training{where}: ddim sample --prior data, which starts from noise that holds the data's mean colour."
 
 
 @_check("DDIM002", f"{_LIN}, Sec. 3.3")
@@ -266,7 +279,7 @@ def _bad_list(case: Case) -> Finding | None:
         f"Level {outside[0]} does not exist: for {case.steps} steps plain diffusers adds steps_offset to the last level, {case.last}.",
         "It stops with an IndexError there.",
         {"steps": case.steps, "outside": outside},
-        {"timestep_spacing": "trailing", "steps_offset": 0},
+        {"timestep_spacing": "trailing"},
         advice="ddim.DDIMScheduler leaves the offset out there.",
     )
 
@@ -317,8 +330,10 @@ def _epsilon_at_zero_snr(case: Case) -> Finding | None:
         return None
     rescaled = case.config["rescale_betas_zero_snr"]
     # Where the network is known to be another, or was trained on these betas, its schedule is not what is wrong.
-    otherwise = (case.probe and case.probe.prediction_type not in (None, "epsilon")) or (
-        case.training_schedule is not None and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
+    otherwise = (
+        case.probed != "epsilon"
+        if case.probed
+        else case.training_schedule is not None and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
     )
     return Finding(
         "error",
@@ -372,16 +387,17 @@ def _clipping(case: Case) -> Finding | None:
     """clip_sample on latents, or where images are encoded."""
     if not case.config["clip_sample"]:
         return None
-    inverse = "Inverse" in case.config["_class_name"]
+    grave = bool(case.model.latent) or "Inverse" in case.config["_class_name"]
     bound = case.config["clip_sample_range"]
     what = "latents reach far beyond it" if case.model.latent else "an encoding of images is not undone by decoding"
     return Finding(
-        "warning" if case.model.latent or inverse else "info",
+        "warning" if grave else "info",
         f"clip_sample is on: the predicted image is clamped to +-{bound:g}"
         + (", and the model works on latents." if case.model.latent else "."),
-        f"Where it clamps, {what}" + ("." if case.model.latent or inverse else "; images drawn from noise keep their range by it."),
+        f"Where it clamps, {what}" + ("." if grave else "; images drawn from noise keep their range by it."),
         {"clip_sample_range": bound, "latent": case.model.latent},
-        {"clip_sample": False},
+        {"clip_sample": False} if grave else {},
+        advice="" if grave else "Turn it off where images are encoded, or where they come out in range without it.",
     )
 
 
@@ -464,14 +480,16 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
 def _idle_offset(case: Case) -> Finding | None:
     """steps_offset is ignored by the spacing."""
     offset, spacing = case.config["steps_offset"], case.config["timestep_spacing"]
-    if not offset or spacing == "leading":
+    # Pipelines of diffusers with text want 1 whatever the spacing, and put it there with a warning where it is another.
+    wanted = (0, 1) if case.model.guided is not False else (0,)
+    if offset in wanted or spacing == "leading":
         return None
     return Finding(
         "info",
         f"steps_offset is {offset}, which {spacing} ignores.",
         "Nothing; whoever reads the configuration expects a shift that is not there.",
         {"steps_offset": offset},
-        {"steps_offset": 0},
+        {"steps_offset": int(bool(case.model.guided))},
     )
 
 
@@ -536,6 +554,8 @@ def _other_training(case: Case) -> Finding | None:
     right_mean, right_std = _made(oracle.denoise, there, pairs, oracle, first)
     error = math.hypot(mean - right_mean, std - right_std)
     keys = {k: training[k] for k in (*_SCHEDULE_KEYS, "prediction_type") if training[k] != case.config[k]}
+    denied = {"prediction_type"} if case.probed not in (None, trained_kind) else set()
+    denied |= {"rescale_betas_zero_snr"} if denied and case.probed == "epsilon" else set()
     return Finding(
         "error" if kind != trained_kind else _grade(error),
         f"The model was trained with {', '.join(f'{k}={_short(v)}' for k, v in keys.items())}, and is sampled with "
@@ -543,7 +563,7 @@ def _other_training(case: Case) -> Finding | None:
         f"On data {_DATA_NAME} a perfect network so used makes N({mean:.3f}, {std:.3f}^2) instead of "
         f"N({right_mean:.3f}, {right_std:.3f}^2).",
         {"mixed": [mean, std], "right": [right_mean, right_std]},
-        keys,
+        {k: v for k, v in keys.items() if k not in denied},
     )
 
 

@@ -5,14 +5,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from ddim.checkpoints import noise_schedule
-from ddim.checks import CHECKS, OTHER_KEYS, Case, Finding, Model, Severity, foreign_finding
+from ddim.checks import CHECKS, FAINT, OTHER_KEYS, Case, Finding, Model, Severity, foreign_finding
 from ddim.configuration import check_options, foreign_family
 from ddim.errors import DDIMError
 from ddim.schedule import NoiseSchedule
@@ -56,22 +56,47 @@ class Diagnosis:
         findings: In the order of their codes.
         summary: What was looked at, in numbers; empty for a scheduler that is not of DDIM's family.
         asked: Keys whose values were asked for in place of the configuration's.
+        after: The diagnosis of the corrected configuration; None where nothing is corrected.
     """
 
     config: dict[str, Any]
     findings: tuple[Finding, ...]
     summary: dict[str, Any]
     asked: dict[str, Any] = field(default_factory=dict)
+    after: "Diagnosis | None" = None
 
     def has(self, severity: Severity) -> bool:
         """Whether a finding is of that severity."""
         return any(f.severity == severity for f in self.findings)
 
     def fixed(self) -> dict[str, Any]:
-        """The configuration as it was asked for, with the fixes of all errors and warnings but those that need training."""
+        """The configuration as it was asked for, with all fixes but those that need training, and the fixes of what these bring about."""
+        return self.after.config if self.after else self.config
+
+    @property
+    def worse(self) -> str:
+        """One sentence where the fix worsens a predicted figure: by how much, and why; else empty."""
+        if self.after is None or not self.summary:
+            return ""
+        told = []
+        for key, name, right in (("brightness_bias", "brightness bias", 0.0), ("brightness_spread", "brightness spread", 1.0)):
+            before, after = self.summary[key], self.after.summary[key]
+            if abs(after - right) > abs(before - right) + FAINT:  # less is what fewer or other steps make of it
+                told.append(f"{name} from {before:+.3f} to {after:+.3f}" if right == 0 else f"{name} from {before:.3f} to {after:.3f}")
+        changed = {key for key, value in self.after.config.items() if self.config.get(key) != value}
+        codes = [f.code for f in self.findings if f.fix.keys() & changed and not f.retrain]
+        if not told or not codes:
+            return ""
+        reason = f"what is mended is graver ({', '.join(codes)})"
+        if self.summary["terminal_snr"] == 0 < self.after.summary["terminal_snr"] and "rescale_betas_zero_snr" in changed:
+            reason = "zero terminal SNR is given up, because the weights predict epsilon, from which no image can be told there"
+        return f"The fix makes what is predicted worse ({', '.join(told)}): {reason}."
+
+    def _corrected(self) -> dict[str, Any]:
+        """One round of fixes."""
         result = self.config | self.asked
         for finding in self.findings:
-            if finding.severity != "info" and not finding.retrain:
+            if not finding.retrain:
                 result |= finding.fix
         return result
 
@@ -89,7 +114,7 @@ def diagnose(
     brightness: Brightness | None = None,
     probe: Probe | None = None,
 ) -> Diagnosis:
-    """Looks a scheduler's configuration over.
+    """Looks a scheduler's configuration over, and what its fixes make of it, until there is nothing more to fix.
 
     Args:
         config: As in ``scheduler_config.json``; absent keys mean what they mean in diffusers' DDIM.
@@ -106,6 +131,38 @@ def diagnose(
     Raises:
         DDIMError: If the configuration has an unknown key or value, or an option is out of range.
     """
+    options: dict[str, Any] = {
+        "steps": steps,
+        "timesteps": timesteps,
+        "eta": eta,
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "model": model,
+        "brightness": brightness,
+        "probe": probe,
+    }
+    first = last = _look(config, spacing=spacing, **options)
+    rounds = [first.config]
+    while (corrected := last._corrected()) not in rounds:
+        last = _look(corrected, spacing=None, **options)  # the spacing that was asked for is in it
+        rounds.append(corrected)
+    return first if last is first else replace(first, after=last)
+
+
+def _look(
+    config: Mapping[str, Any],
+    *,
+    steps: int | None,
+    spacing: str | None,
+    timesteps: Sequence[int] | None,
+    eta: Eta | None,
+    guidance_scale: float | None,
+    guidance_rescale: float,
+    model: Model,
+    brightness: Brightness | None,
+    probe: Probe | None,
+) -> Diagnosis:
+    """One diagnosis; arguments as :func:`diagnose`."""
     given = dict(config)
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:

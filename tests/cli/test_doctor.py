@@ -87,12 +87,32 @@ def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, 
     assert '+  "timestep_spacing": "trailing",' in told
     assert 'DDIM001 needs a network that is trained anew, and is left as it is: rescale_betas_zero_snr=true, prediction_type="v_' in told
     before, after = json.loads(SD.read_text()), json.loads(out.read_text())
-    assert after == {**before, "timestep_spacing": "trailing"}
+    assert after == {**before, "timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert main(["doctor", str(SD), "--fix", str(out)]) == 2
     assert "is there already, and is not overwritten" in capsys.readouterr().err
     assert main(["doctor", str(out), "--fix", str(tmp_path / "again.json")]) == 0
-    assert "nothing to change without training" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing to change without training" in told
+    assert [line for line in told.splitlines() if line.startswith("  Fix: ") and "trained anew" not in line] == []
     assert not (tmp_path / "again.json").exists()
+
+
+def test_a_fix_tells_what_gets_worse_by_it(config, tmp_path, capsys):
+    out = tmp_path / "fixed.json"
+    assert main(["doctor", config(prediction_type="epsilon"), "--steps", "50", "--fix", str(out)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("The fix makes what is predicted worse (brightness bias from +0.000 to +0.3") for line in told) == 1
+    assert "DDIM001 needs a network that is trained anew" in "\n".join(told)
+    assert main(["doctor", str(out), "--steps", "50", "--fix", str(tmp_path / "again.json")]) == 0
+    assert not (tmp_path / "again.json").exists()
+
+
+def test_a_file_that_is_not_there_is_called_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("nothere.json", "folder/nothere.json"):
+        assert main(["doctor", name]) == 2
+        assert capsys.readouterr().err == f"ddim: there is no file {name}; check the path.\n"
 
 
 def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_path, capsys):

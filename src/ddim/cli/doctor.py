@@ -142,6 +142,8 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
         training = _training(content)
         folder = path.parent.parent if path.parent.name == "scheduler" else path.parent
         config = content if training is None else training
+    elif path.suffix == ".json" and not path.exists():
+        raise CheckpointError(f"there is no file {path}; check the path.")
     else:
         found = resolve_model(command.source)
         folder = found if isinstance(found, Path) else _fetch(found)
@@ -282,20 +284,21 @@ def _told_fix(finding: "Finding") -> str:
 
 
 def _fix(diagnosis: "Diagnosis", path: Path) -> str:
-    """Writes the corrected configuration, and returns the difference and what is left to training."""
+    """Writes the corrected configuration, and returns the difference, what gets worse by it, and what is left to training."""
     left = [
         f"{f.code} needs a network that is trained anew, and is left as it is: {_keys(f)}"
-        for f in diagnosis.findings
+        for f in (diagnosis.after or diagnosis).findings
         if f.retrain and f.fix and f.severity != "info"
     ]
-    fixed = diagnosis.fixed()
-    if fixed == diagnosis.config:
+    if diagnosis.after is None:
         return "\n".join([f"There is nothing to change without training; {path} is not written.", *left])
+    fixed = diagnosis.fixed()
     _write_json(path, fixed)
     before, after = (json.dumps(c, indent=2, sort_keys=True).splitlines() for c in (diagnosis.config, fixed))
     diff = difflib.unified_diff(before, after, "as it is", str(path), lineterm="")
     provided = [f"{f.code}: {f.advice}" for f in diagnosis.findings if f.fix and f.advice and not f.retrain and f.severity != "info"]
-    return "\n".join([*diff, f"The corrected configuration is in {path}.", *provided, *left])
+    worse = [diagnosis.worse] if diagnosis.worse else []
+    return "\n".join([*diff, f"The corrected configuration is in {path}.", *worse, *provided, *left])
 
 
 def _write_json(path: Path | str, content: dict[str, Any]) -> None:
