@@ -53,6 +53,14 @@ def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(tiny, refere
     assert pictures["protocol"]["sampled"]["timesteps"] == [999, 666, 332]
 
 
+def test_what_was_drawn_is_data_wherever_images_are_read(tiny, tmp_path):
+    drawn = tmp_path / "drawn"
+    assert main(["sample", str(tiny), "--steps", "2", "--count", "12", "--out", str(drawn)]) == 0
+    assert evaluate(tiny, drawn, tmp_path / "a", "--steps", 2, "--count", 12) == 0
+    assert record(tmp_path / "a")["protocol"]["reference"]["images"] == 12
+    assert main(["reconstruct", str(tiny), "--data", str(drawn), "--count", "12", "--steps", "2", "--out", str(tmp_path / "b")]) == 0
+
+
 def test_any_folder_of_pictures_and_any_array_file(reference, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 8), dtype=np.uint8)
     (tmp_path / "pictures").mkdir()

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 from pathlib import Path
@@ -14,8 +15,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import ddim
 from ddim.errors import DataError
-from ddim.training.data import _NAMED, FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, NamedSource, load_images, load_test_images, read_idx
+from ddim.training.data import (
+    _NAMED,
+    _SHEETS,
+    FASHION_MNIST_CLASSES,
+    FASHION_MNIST_FOLDER,
+    NamedSource,
+    load_images,
+    load_test_images,
+    read_idx,
+)
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
 RNG = np.random.default_rng(0)
@@ -414,7 +425,7 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     write_png(tmp_path / "0.tif", GREY[0].astype(np.float32) / 255)
-    with pytest.raises(DataError, match="image 0 of .* has floating-point pixels of unknown range; convert it to 8 bits"):
+    with pytest.raises(DataError, match=r"0\.tif: the image has floating-point pixels of unknown range; convert it to 8 bits"):
         load_images(str(tmp_path))[0]
 
 
@@ -590,18 +601,42 @@ def test_images_of_several_sizes_are_told_at_once_and_how_to_fix_them(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", GREY[1, :4])
     with pytest.raises(
-        DataError, match=r"1\.png is of size 4x7 and the first image of .* is 5x7; use --resolution 5 .*to bring all to one size"
+        DataError, match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); bring all to one size: .*--resolution 5"
     ):
         load_images(str(tmp_path))
-    with pytest.raises(DataError, match=r"1\.png is of size 4 and the first image of .* is 5; use --resolution 5"):
+    with pytest.raises(DataError, match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); .*--resolution 5"):
         load_images(str(tmp_path), center_crop=True)
     assert stack(load_images(str(tmp_path), resolution=5)).shape == (2, 1, 5, 5)
+
+
+@pytest.mark.parametrize("below", ["", "digits"])
+def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside_them(below, tmp_path):
+    folder = tmp_path / below
+    write_png(folder / "000000.png", GREY[0])
+    write_png(folder / "grid.png", GREY[0, :4])
+    with pytest.raises(DataError, match=r"grid\.png is 7x4"):
+        load_images(str(tmp_path))
+    for foreign in ("no json", "[]", "{}", '{"protocol": {}}'):
+        (folder / "run.json").write_text(foreign)
+        with pytest.raises(DataError, match=r"grid\.png is 7x4"):
+            load_images(str(tmp_path))
+    (folder / "run.json").write_text('{"protocol": {"command": "sample"}}')
+    assert len(load_images(str(tmp_path))) == 1
+    (folder / "000000.png").unlink()
+    with pytest.raises(DataError, match="holds no images"):
+        load_images(str(tmp_path))
+
+
+def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
+    sources = [path.read_text() for folder in ("cli", "evaluation") for path in (Path(ddim.__file__).parent / folder).glob("*.py")]
+    written = {name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)}
+    assert written == _SHEETS
 
 
 def test_a_picture_on_its_side_is_told_when_it_is_read(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", np.ascontiguousarray(GREY[1].T))
-    with pytest.raises(DataError, match="image 1 of .* is 7x5 and the first is 5x7; use --resolution 5 .*to bring all to one size"):
+    with pytest.raises(DataError, match=r"1\.png is 5x7 and the first is 7x5 \(width x height\); bring all to one size: .*--resolution 5"):
         load_images(str(tmp_path))[1]
 
 

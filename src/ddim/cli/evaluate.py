@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption
-from ddim.cli._evaluation import BATCH, describe_reference, draw_batches, image_batches, open_panel, open_reference, shuffled_batches
+from ddim.cli._evaluation import describe_reference, draw_batches, image_batches, open_panel, open_reference, shuffled_batches
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DataError, DDIMError
 
@@ -157,10 +157,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
 
 def _of_images(command: Command) -> Samples:
     """Images that are there: a run of ``ddim sample``, or whatever training reads."""
-    import numpy as np
-
     from ddim.cli._run import read_run
-    from ddim.images import from_uint8, load_image
     from ddim.training.data import load_images
 
     name = command.samples_or_model
@@ -169,23 +166,11 @@ def _of_images(command: Command) -> Samples:
             raise DDIMError(f"--{option} tells how a model is sampled, and {name} holds images; leave it out.")
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
-    if run is None:
-        data = load_images(name)
-        available, shape = len(data), (data.channels, *data.resolution)
-    else:  # the folder of `ddim sample`, whose grid is no sample
-        files = [path / r["file"] for r in run.results if "file" in r]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again.")
-        available = len(files)
-        height, width, channels = load_image(files[0]).shape if files else (0, 0, 0)
-        shape = channels, height, width
-    count = command.count or available
-    if not 0 < count <= available:
-        raise DataError(f"{name} holds {available} images; got --count {count}.")
-
-    def pictures() -> "Iterator[Tensor]":
-        for first in range(0, count, BATCH):
-            yield from_uint8(np.stack([load_image(file) for file in files[first : min(first + BATCH, count)]]))
-
-    batches = image_batches(data, range(count)) if run is None else pictures()
+    if run is not None and (absent := [r["file"] for r in run.results if "file" in r and not (path / r["file"]).is_file()]):
+        raise DataError(f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again.")
+    data = load_images(name)
+    count = command.count or len(data)
+    if count > len(data):
+        raise DataError(f"{name} holds {len(data)} images; got --count {count}.")
+    shape, batches = (data.channels, *data.resolution), image_batches(data, range(count))
     return Samples(count, shape, batches, {"samples": name, "sampled": run and run.protocol}, run.evaluations if run else 0, [])

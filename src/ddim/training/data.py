@@ -6,6 +6,7 @@ other processes (a loader's workers).
 """
 
 import gzip
+import json
 import math
 import os
 import zlib
@@ -42,6 +43,7 @@ FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _FILES = {*_SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}  # never the end of a hub data set's name
+_SHEETS = {"grid", "strip", "path", "sheet", "distance", "reconstruction", "flaws", "quality-evaluations", "quality-seconds"}
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _SPLITS = ("train", "test", "val", "valid", "validation")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -138,9 +140,10 @@ def load_images(
     """Opens a data set.
 
     Args:
-        source: A folder of images (class names from its subfolders, if the images lie there), a ``.npz``, IDX files (the
-            folder or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, ``fashion-text``
-            (:mod:`ddim.training.fashion_text`), or a hub dataset id. A folder that is called like a named set is meant by ``./digits``.
+        source: A folder of images (class names from its subfolders, if the images lie there), a ``.npz``, IDX files (the folder
+            or the images file), a ``.parquet`` file or a folder of them, ``digits``, ``fashion-mnist``, ``fashion-text``
+            (:mod:`ddim.training.fashion_text`), or a hub dataset id. A folder that is called like a named set is meant by
+            ``./digits``. Grids and plots of this program, which lie beside its ``run.json``, are none of a folder's images.
         split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays ``test_images``, files
             ``test-*.parquet``. A source without splits is all ``train``; a file named by itself is what it is.
         resolution: Resize the shorter side to this and cut out the centre square; or bring to (height, width), resized to cover it and
@@ -268,7 +271,7 @@ class _Files:
         from PIL import Image
 
         first: list[int] | None = None
-        for path in self.paths:
+        for index, path in enumerate(self.paths):
             try:
                 with Image.open(path) as picture:
                     size = [min(picture.size)] if center_crop else sorted(picture.size)  # sorted: EXIF may turn it on its side
@@ -276,10 +279,14 @@ class _Files:
                 raise _not_an_image(path, error) from error
             first = first or size
             if size != first:
+                sizes = ["x".join(map(str, self[number].size)) for number in (index, 0)]
                 raise DataError(
-                    f"{path} is of size {'x'.join(map(str, size))} and the first image of {source} is {'x'.join(map(str, first))}; "
-                    f"use --resolution {min(first)} (or --resize, where a model has a size) to bring all to one size."
+                    f"{path} is {sizes[0]} and the first image of {source} {sizes[1]} (width x height); {_to_one_size(min(first))}."
                 )
+
+
+def _to_one_size(side: int) -> str:
+    return f"bring all to one size: with --resize where a command has it, in training with --resolution {side}"
 
 
 def _not_an_image(path: Path, error: Exception) -> DataError:
@@ -386,6 +393,9 @@ class _Images:
             image = image[..., 0] if image.shape[2] == 1 else image
         return torch.from_numpy(self._shaped(image, index)), label
 
+    def _told(self, index: int) -> str:
+        return str(self.items.paths[index]) if isinstance(self.items, _Files) else f"image {index} of {self.name}"
+
     def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:  # noqa: ANN401 - an array or a Pillow image
         """Converts mode and size with Pillow: a new array [C, H, W]."""
         from PIL import Image
@@ -394,7 +404,7 @@ class _Images:
         try:
             picture = convert_mode(picture, self.channels)
         except DataError as error:
-            raise DataError(f"image {index} of {self.name}: {error}") from None
+            raise DataError(f"{self._told(index)}: {error}") from None
         height, width = self.resolution
         if self.resize:
             picture = fit_picture(picture, height, width)
@@ -402,8 +412,8 @@ class _Images:
             picture = crop_square(picture)
         if picture.size != (width, height):
             raise DataError(
-                f"image {index} of {self.name} is {picture.height}x{picture.width} and the first is {height}x{width}; "
-                f"use --resolution {min(height, width)} (or --resize, where a model has a size) to bring all to one size."
+                f"{self._told(index)} is {picture.width}x{picture.height} and the first is {width}x{height} (width x height); "
+                f"{_to_one_size(min(height, width))}."
             )
         array = np.array(picture, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
@@ -549,6 +559,8 @@ def _no_such_split(source: str, splits: Iterable[str], split: str) -> _NoSuchSpl
 
 def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
     found = [(p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES]
+    ours = {parent for parent in {p.parent for p, _ in found} if _is_ours(parent)}
+    found = [(p, parts) for p, parts in found if p.parent not in ours or p.stem not in _SHEETS]
     files = sorted((p, parts) for p, parts in found if not any(part.startswith(".") for part in parts) and p.is_file())
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(_SUFFIXES))}).")
@@ -567,6 +579,15 @@ def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **sha
     if shape["resolution"] is None:
         items.check_sizes(source, center_crop=shape["center_crop"])
     return _Images.of_items(source, items, labels, names, captions, **shape)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds results of this program's commands, whose grids and plots are no images of it."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("protocol"), dict) and "command" in record["protocol"]
 
 
 def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
