@@ -1,6 +1,8 @@
 """The commands, end to end: train on real digits for seconds, sample what came out, and refuse what is wrong."""
 
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim.cli import main
+from ddim.cli import COMMANDS, main
+from ddim.cli._arguments import option_names
 
 TRAIN = ["train", "--data", "digits", "--block-out-channels", "8,16", "--batch-size", "8", "--images", "64"]
 TRAIN += ["--checkpoint-every", "4", "--log-every", "2", "--validation-images", "32", "--lr-warmup-steps", "2"]
@@ -70,7 +73,16 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "there is no command 'dance'"),
+        (["dance"], "there is no command 'dance'; the commands are sample, train,"),
+        (["sampel"], "there is no command 'sampel'; did you mean sample?"),
+        (
+            ["evaluate", "--repeats", "2", "m", "--reference", "x"],
+            "there is no option --repeats; `ddim evaluate --help` lists the options.",
+        ),
+        (["evaluate", "--referense", "x"], "there is no option --referense; did you mean --reference?"),
+        (["evaluate"], "SAMPLES_OR_MODEL and --reference must be given"),
+        (["evaluate", "--reference", "x"], "SAMPLES_OR_MODEL must be given"),
+        (["convert", "x"], "OUT must be given"),
         (["sample", "nowhere"], "'nowhere' is neither an embedded model nor an existing folder"),
         (["sample", "--count", "0"], "must be at least 1; got 0"),
         (["sample", "--seed", "-1"], "a seed must be a whole number"),
@@ -106,3 +118,12 @@ def test_damaged_weights_are_named(model, tmp_path, capsys):
 def test_help_and_import_need_neither_torch_nor_diffusers():
     code = "import sys, ddim, ddim.cli; ddim.cli.main(['--help']); assert not {'torch', 'diffusers', 'tyro'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
+    command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Command
+    assert set(option_names(command)) == set(told)

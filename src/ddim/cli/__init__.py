@@ -5,6 +5,7 @@ takes presets off the arguments; and ``run(command)``, which may return an exit 
 asked for is loaded.
 """
 
+import difflib
 import importlib
 import sys
 import warnings
@@ -51,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         if given[0] not in COMMANDS:
-            raise DDIMError(f"there is no command {given[0]!r}; the commands are {', '.join(COMMANDS)}.")
+            near = difflib.get_close_matches(given[0], COMMANDS, 1)
+            told = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+            raise DDIMError(f"there is no command {given[0]!r}; {told}")
         module: Any = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         with warnings.catch_warnings():
             _tell_warnings()

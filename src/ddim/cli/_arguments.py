@@ -1,21 +1,22 @@
 """Arguments into a command's dataclass, through tyro: comma-separated lists, and errors of one sentence."""
 
 import contextlib
+import difflib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddim.errors import DDIMError
 
-__all__ = ["EtaOption", "EtasOption", "TimestepsOption", "parse"]
+__all__ = ["EtaOption", "EtasOption", "ModelArgument", "TimestepsOption", "option_names", "parse"]
 
 C = TypeVar("C")
 
@@ -38,9 +39,36 @@ def parse(command: type[C], *, name: str, arguments: list[str], default: C | Non
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise DDIMError(_one_sentence(errors.getvalue(), name)) from None
+        # tyro tells of a missing argument first, where a mistyped option may have taken it.
+        raise DDIMError(_unknown_option(command, name, arguments) or _one_sentence(errors.getvalue(), name)) from None
     result: C = parsed
     return result
+
+
+def option_names(command: type) -> list[str]:
+    """The options of a command's dataclass, as they are given."""
+    names = []
+    for field, hint in get_type_hints(command, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        if not any(mark is tyro.conf.Positional for mark in marks):
+            told = next((mark.name for mark in marks if getattr(mark, "name", None)), None)
+            names.append(f"--{told or field.replace('_', '-')}")
+    return names
+
+
+def _unknown_option(command: type, name: str, arguments: Sequence[str]) -> str | None:
+    """The sentence about the first option that the command does not have; None where it has all."""
+    known = option_names(command)
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and len(option) > 2 and option not in known:
+            near = difflib.get_close_matches(option, known, 1, cutoff=0.75)
+            return f"there is no option {option}; {f'did you mean {near[0]}?' if near else _see(name)}"
+    return None
+
+
+def _see(name: str) -> str:
+    return f"`ddim {name} --help` lists the options."
 
 
 @contextlib.contextmanager
@@ -69,16 +97,14 @@ def _one_sentence(box: str, name: str) -> str:
         elif line and not line.startswith("For full helptext"):
             blocks[-1].append(line)
     words = " ".join(blocks[1] if len(blocks) > 1 else blocks[0])
-    see = f"`ddim {name} --help` lists the options."
+    see = _see(name)
     if match := re.match(r"Unrecognized options: (.*)", words):
         given = match[1].split(", ")
-        options = [g for g in given if g.startswith("-")]
-        near = re.findall(r"(--[\w-]+)", " ".join(line for block in blocks[2:] for line in block))
-        if options:
-            return f"there is no option {options[0]}; {f'did you mean {near[0]}?' if near else see}"
+        if options := [g for g in given if g.startswith("-")]:
+            return f"there is no option {options[0]}; {see}"
         return f"there is an argument too many: {given[0]!r}; lists are separated by commas, and {see}"
     if words.startswith("Missing from"):
-        needed = dict.fromkeys(re.findall(r"--[a-z][\w-]*", words))
+        needed = [match[0] for line in blocks[1] if (match := re.match(r"--[a-z][\w-]*|[A-Z][A-Z_]+(?=$| \()", line))]
         return f"{' and '.join(needed)} must be given; {see}"
     if match := re.match(r"Missing value for argument '([^']*)'", words):
         return f"{match[1]} needs a value; {see}"
@@ -180,6 +206,7 @@ def _timesteps(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
 EtaOption = Annotated[float | Literal["sigma-hat"] | None, _spec(_eta, metavar="NUMBER|sigma-hat")]
 EtasOption = Annotated[
     tuple[float | Literal["sigma-hat"], ...], _spec(lambda text: tuple(map(_eta, _split(text))), metavar="NUMBER|sigma-hat,...")

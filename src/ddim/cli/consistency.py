@@ -3,10 +3,9 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._latent import begin_run, scaled
 from ddim.cli._model import (
     check_positive,
@@ -38,7 +37,7 @@ class Command:
     With 1000 steps among them, that distance is the ODE error: mean squared error per dimension, pixels in [0, 1], no clipping.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     seed: int = 0
     """Seed of the first latent."""

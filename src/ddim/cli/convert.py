@@ -13,9 +13,9 @@ __all__ = ["Command", "defaults", "run"]
 class Command:
     """Converts a checkpoint of ermongroup/ddim or openai/improved-diffusion; no code out of the file is run."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A file of weights: safetensors, a state dict, or a training checkpoint (the averaged weights are taken)."""
-    out: Annotated[str, tyro.conf.Positional]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the model; it must not exist."""
     layout: Literal["ddim", "improved-diffusion"] | None = None
     """Where the checkpoint is from; by default told by the names of its weights."""

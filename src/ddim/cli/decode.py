@@ -3,10 +3,9 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._latent import NetworkCalls, begin_run, scaled
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 
@@ -20,7 +19,7 @@ GRID = 64
 class Command:
     """Turns a code file back into pictures: one file an image, and a grid of the first 64."""
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """The model that encoded: an embedded model, a folder in diffusers format, or a hub id."""
     code: str = "code.safetensors"
     """The file that `ddim encode` wrote."""

@@ -39,7 +39,7 @@ class Command:
     Needs no weights. Exits with 1 if there is an error.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or card.json of a training run."""
     steps: int | None = None
     """DDIM steps that you sample with; by default 50, and a finding that says so."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._latent import NetworkCalls, note_levels, read_images, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
@@ -18,7 +19,7 @@ __all__ = ["Command", "defaults", "run"]
 class Command:
     """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says how it was made."""
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     images: tuple[str, ...] | None = None
     """Picture files."""

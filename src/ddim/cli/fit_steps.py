@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._text import TextRequest, open_any
 from ddim.errors import DDIMError, OutputError
 
@@ -23,7 +24,7 @@ class Command:
     The result goes into a JSON file for `ddim sample --timesteps`. No data is needed.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     steps: int = 10
     """How many levels to choose: network evaluations an image."""

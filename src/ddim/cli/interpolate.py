@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._latent import NetworkCalls, begin_run, note_levels, read_images, scaled, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_class, check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
@@ -21,7 +22,7 @@ __all__ = ["Command", "defaults", "run"]
 class Command:
     """Draws the path between two seeds or two images, or with --grid the square between four."""
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     seeds: tuple[int, ...] | None = None
     """Two seeds; four with --grid: top left, top right, bottom left, bottom right."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ddim.cli._arguments import ModelArgument
 from ddim.cli._latent import NetworkCalls, Pictures, begin_run, note_levels, read_images, scaled, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
@@ -34,7 +35,7 @@ class Command:
 
     data: str
     """Images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     split: str | None = None
     """Split of the data; by default test where there is one, else train."""

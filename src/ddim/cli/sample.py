@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._arguments import EtaOption, TimestepsOption
+from ddim.cli._arguments import EtaOption, ModelArgument, TimestepsOption
 from ddim.cli._model import (
     check_class,
     check_positive,
@@ -54,7 +54,7 @@ class Command:
     Running again into the same folder draws what is missing.
     """
 
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     steps: int | None = None
     """DDIM steps: network evaluations an image. 50 unless --timesteps is given."""

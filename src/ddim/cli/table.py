@@ -12,11 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from ddim.cli._arguments import EtasOption
+from ddim.cli._arguments import EtasOption, ModelArgument
 from ddim.cli._evaluation import describe_reference, draw_batches, open_panel, open_reference, shuffled_batches
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DDIMError, OutputError
@@ -39,7 +37,7 @@ class Command:
 
     reference: str
     """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
-    model: Annotated[str, tyro.conf.Positional] = "fashion-mnist"
+    model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
     split: str = "train"
     """Split of the reference."""
