@@ -635,7 +635,9 @@ def test_the_pipeline_refuses_what_does_not_fit(pipe, garments, tiny_classes):
         "cannot be decoded with 5 others": lambda: pipe.decode(code, 5),
         "the code holds no images": lambda: pipe.decode(code[:0]),
         "trained without classes; leave out class_labels": lambda: pipe.decode(dataclasses.replace(code, labels=torch.zeros(2, dtype=int))),
-        r"image 0 is 8x8 and the model's are 28x28; ask for resizing": lambda: pipe.encode(np.zeros((1, 8, 8, 1), np.uint8)),
+        r"image 0 is 8x8 and the model's are 28x28 \(width x height\); ask for resizing": lambda: pipe.encode(
+            np.zeros((1, 8, 8, 1), np.uint8)
+        ),
         r"floating-point in \[-1, 1\]; got torch.float32 from 0 to 255": lambda: pipe.encode(
             torch.linspace(0, 255, 784).reshape(1, 1, 28, 28)
         ),

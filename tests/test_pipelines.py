@@ -434,7 +434,7 @@ def test_numpys_numbers_count(pipe, classes):
 
 def test_sizes_that_the_network_cannot_halve_are_refused(tiny):
     made = UnconditionalPipeline.from_pretrained(tiny)
-    with pytest.raises(DDIMError, match="sides are multiples of 2; the latents' size is 8x7"):
+    with pytest.raises(DDIMError, match="sides are multiples of 2; the latents' size is 7x8"):
         draw(made, latents=torch.zeros(1, 1, 8, 7))
     made.unet.register_to_config(sample_size=7)
     with pytest.raises(DDIMError, match="sides are multiples of 2; its configuration's sample_size is 7x7"):

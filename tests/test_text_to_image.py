@@ -517,9 +517,11 @@ def test_codes_that_do_not_fit_are_refused(pipe, tiny_text):
         pipe.decode(code, ["a", "b"])
     with pytest.raises(DDIMError, match=r"o-belm is a pair of states of its own 4 steps"):
         pipe.decode(code, PROMPT, 5)
-    with pytest.raises(DDIMError, match=r"height and width must be multiples of 2, the VAE's factor; got 15x16, and 16x16 would do"):
+    with pytest.raises(
+        DDIMError, match=r"width and height must be multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do"
+    ):
         pipe.encode(picture(size=(15, 16)), PROMPT)
-    with pytest.raises(DDIMError, match="image 1 is 16x8 and the model's are 16x16"):
+    with pytest.raises(DDIMError, match="image 1 is 8x16 and the model's are 16x16"):
         pipe.encode([picture(), picture(size=(16, 8))], PROMPT)
     assert pipe.encode(picture(size=(20, 31)), PROMPT, 2, resize=True).x_T.shape == (1, 4, 8, 8)
     other = TextToImagePipeline.from_pretrained(tiny_text)
@@ -727,8 +729,8 @@ def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pip
         ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator both say where noise comes from"),
         ({"seeds": [-1]}, "a seed must be a whole number"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \[B, 4, 8, 8\]; got \[1, 3, 8, 8\]"),
-        ({"height": 17}, "height and width must be multiples of 2, the VAE's factor; got 17x16, and 16x16 would do"),
-        ({"height": 0, "width": 16}, "got 0x16, and 2x16 would do"),
+        ({"height": 17}, r"width and height must be multiples of 2, the VAE's factor; got 16x17 \(width x height\), and 16x16 would do"),
+        ({"height": 0, "width": 16}, r"got 16x0 \(width x height\), and 16x2 would do"),
         ({"output_type": "banana"}, "output_type must be pil, np, pt or latent; got 'banana'"),
         ({"guidance_rescale": 1.2}, r"guidance_rescale must lie in \[0, 1\], where 0 is off; got 1.2"),
         ({"eta": -1}, "eta must be at least 0"),
@@ -751,9 +753,9 @@ def test_bad_calls_are_refused(options, message, pipe):
         ({"strength": 0.1}, "strength 0.1 of 4 steps keeps none; use a strength of at least 0.25, or more steps"),
         ({"image": None}, "image must be a picture, an array or a tensor, or a list of them; got NoneType"),
         ({"image": []}, "got an empty list"),
-        ({"image": picture(size=(15, 16))}, "height and width must be multiples of 2, the VAE's factor; got 15x16, and 16x16 would do"),
-        ({"image": torch.zeros(1, 3, 16, 9)}, "got 16x9, and 16x8 would do"),
-        ({"image": [picture(), picture(size=(16, 8))]}, "images of one call must have one size; got 16x8, 16x16"),
+        ({"image": picture(size=(15, 16))}, r"multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do"),
+        ({"image": torch.zeros(1, 3, 16, 9)}, r"got 9x16 \(width x height\), and 8x16 would do"),
+        ({"image": [picture(), picture(size=(16, 8))]}, r"images of one call must have one size; got 8x16, 16x16 \(width x height\)"),
         ({"image": torch.full((1, 3, 16, 16), 200.0)}, r"must lie in \[0, 1\]; bytes go in as uint8 arrays"),
         ({"image": [picture()] * 3, "prompt": ["a", "b"]}, "there are 2 prompts and 3 images; give as many of both, or one of either"),
     ],

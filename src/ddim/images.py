@@ -86,8 +86,8 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
             picture = fit_picture(picture, height, width)
         if picture.size != (width, height):
             raise DDIMError(
-                f"image {number} is {picture.height}x{picture.width} and the model's are {height}x{width}; "
-                "ask for resizing (resize=True, --resize), or bring it to that size."
+                f"image {number} is {picture.width}x{picture.height} and the model's are {width}x{height} (width x height); "
+                "ask for resizing with resize=True, or bring it to that size."
             )
         pixels = np.asarray(picture, dtype=np.uint8)
         pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)

@@ -132,7 +132,9 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         if isinstance(self.unet, diffusers.UNet2DModel):
             factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
             if height % factor or width % factor:
-                raise DDIMError(f"the network needs images whose sides are multiples of {factor}; {what} is {height}x{width}.")
+                raise DDIMError(
+                    f"the network needs images whose sides are multiples of {factor}; {what} is {width}x{height} (width x height)."
+                )
 
     def denoiser(
         self,

@@ -206,8 +206,10 @@ def check_size(height: int, width: int, factor: int) -> None:
         DDIMError: With the nearest size that has.
     """
     if height < factor or width < factor or height % factor or width % factor:
-        near = "x".join(str(max(1, round(side / factor)) * factor) for side in (height, width))
-        raise DDIMError(f"height and width must be multiples of {factor}, the VAE's factor; got {height}x{width}, and {near} would do.")
+        near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
+        raise DDIMError(
+            f"width and height must be multiples of {factor}, the VAE's factor; got {width}x{height} (width x height), and {near} would do."
+        )
 
 
 def prepare_images(pipe: Any, images: Any) -> Tensor:  # noqa: ANN401 - as above; anything that diffusers takes for an image
@@ -236,7 +238,7 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:  # noqa: ANN401 - as above
         if any(float(abs(image).max()) > 1 + 1e-3 for image in listed):
             raise DDIMError("arrays and tensors of images must lie in [0, 1]; bytes go in as uint8 arrays, or as pictures.")
     if len(sizes) > 1:
-        raise DDIMError(f"images of one call must have one size; got {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}.")
+        raise DDIMError(f"images of one call must have one size; got {', '.join(f'{w}x{h}' for h, w in sorted(sizes))} (width x height).")
     check_size(*sizes.pop(), pipe.vae_scale_factor)
     prepared: Tensor = pipe.image_processor.preprocess(listed if len(listed) > 1 else listed[0])
     return prepared

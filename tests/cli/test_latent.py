@@ -158,6 +158,46 @@ def test_consistency_compares_with_the_longest_trajectory(tiny, tmp_path):
     assert read(out / "distance.png").ndim == 3
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["encode"],
+        ["encode", "--images", "nowhere.png"],
+        ["encode", "--data", "./nowhere"],
+        ["reconstruct", "--data", "nowhere.npz"],
+        ["interpolate", "--images", "a.png,b.png"],
+    ],
+)
+def test_images_are_looked_for_before_a_model_is_loaded(arguments, monkeypatch, capsys):
+    def load(*args, **options):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(UnconditionalPipeline, "from_pretrained", load)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert any(told in error for told in ("give images as files", "there is no picture at", "there is no data at"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["encode", "MODEL", "--images", "0.png"],
+        ["interpolate", "MODEL", "--seeds", "1,2"],
+        ["reconstruct", "MODEL", "--data", "."],
+        ["consistency", "MODEL"],
+        ["evaluate", "MODEL", "--reference", "."],
+        ["table", "MODEL", "--reference", "."],
+    ],
+)
+def test_models_of_text_are_sent_to_the_command_that_takes_them(arguments, tiny_text, tmp_path, monkeypatch, capsys):
+    pictures(tmp_path, 1, 16)
+    monkeypatch.chdir(tmp_path)
+    assert run(*(tiny_text if a == "MODEL" else a for a in arguments), "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "this command takes models without text; draw with `ddim sample" in error
+    assert "--prompt TEXT`" in error
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_path, capsys):
     _, files = pictures(tmp_path / "in")
     _, large = pictures(tmp_path / "large", 2, 16)
@@ -168,7 +208,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
     there.write_bytes(b"")
     out = tmp_path / "out"
     cases = {
-        "image 0 is 16x16 and the model's are 8x8; ask for resizing": ["encode", tiny, "--images", large, "--out", out],
+        "0.png is 16x16 and the model's images 8x8 (width x height); give --resize": ["encode", tiny, "--images", large, "--out", out],
+        f"the images of {tmp_path / 'large'} are 16x16 and the model's images 8x8 (width x height); give --resize": [
+            *("encode", tiny, "--data", tmp_path / "large", "--out", out)
+        ],
+        "there is no data at './nowhere'; check the path": ["reconstruct", tiny, "--data", "./nowhere", "--out", out],
         "there is no picture at": ["encode", tiny, "--images", "nowhere.png", "--out", out],
         "is not a picture, or is damaged": ["encode", tiny, "--images", damaged, "--out", out],
         "give images as files (--images a.png,b.png) or as a data set": ["encode", tiny, "--out", out],

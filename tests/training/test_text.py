@@ -394,7 +394,10 @@ def broken(base, folder, **changes):
         ),
         ({"index": {"unet": ["diffusers", "UNet2DModel"]}}, "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel"),
         ({"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "a FlowMatchEulerDiscreteScheduler of a flow-matching model"),
-        ({"unet": {"sample_size": 16}}, "makes images of 32x32, and those of the data are 16x16; use --resolution 32, or --from-scratch"),
+        (
+            {"unet": {"sample_size": 16}},
+            "makes images of 32x32, and those of the data are 16x16 .*; use --resolution 32, or --from-scratch",
+        ),
     ],
 )
 def test_bases_that_cannot_be_trained(tmp_path, tiny_text, squares, changes, text):
@@ -429,8 +432,11 @@ def test_damaged_weights_are_named(tmp_path, tiny_text, squares):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"resolution": 15}, "images of 15x15 cannot be made into latents: the autoencoder of .* divides by 2; use --resolution 16"),
-        ({"resolution": 32}, "makes images of 16x16, and those of the data are 32x32; use --resolution 16, or --from-scratch"),
+        (
+            {"resolution": 15},
+            r"images of 15x15 \(width x height\) cannot be made into latents: the autoencoder of .* divides by 2; use --resolution 16",
+        ),
+        ({"resolution": 32}, "makes images of 16x16, and those of the data are 32x32 .*; use --resolution 16, or --from-scratch"),
         ({"channels": 1}, r"the autoencoder of .* takes 3 channel\(s\), and the images have 1; use --channels 3"),
         ({"class_conditional": True}, "is a text model, which knows captions and no classes; leave out --class-conditional"),
         ({"from_scratch": True, "block_out_channels": (8,) * 5}, "images of 16x16 cannot be halved 4 times, .*; use --resolution 32"),

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from ddim.cli._run import RunRecord
     from ddim.pipelines import UnconditionalPipeline
 
-__all__ = ["NetworkCalls", "Pictures", "begin_run", "note_levels", "read_images", "scaled", "tell_unsolved", "unsolved_steps"]
+__all__ = [
+    "NetworkCalls",
+    "Pictures",
+    "begin_run",
+    "check_images",
+    "note_levels",
+    "read_images",
+    "scaled",
+    "tell_unsolved",
+    "unsolved_steps",
+]
 
 
 class Pictures(NamedTuple):
@@ -29,6 +39,23 @@ class Pictures(NamedTuple):
     """Their classes, where the model knows classes."""
     data: dict[str, Any]
     """What a protocol says of them: where they are from, and the hash of their pixels."""
+
+
+def check_images(files: Sequence[str] | None, data: str | None) -> None:
+    """Refuses images that are not given or not there, before a model is loaded for them.
+
+    Raises:
+        DDIMError: If neither or both are given, or there is no such file.
+    """
+    from ddim.images import open_picture
+    from ddim.training.data import check_source
+
+    if (files is None) == (data is None):
+        raise DDIMError("give images as files (--images a.png,b.png) or as a data set (--data), one of the two.")
+    for file in files or ():
+        open_picture(file)
+    if data is not None:
+        check_source(data)
 
 
 def read_images(
@@ -44,29 +71,34 @@ def read_images(
     """Images of the model's size, from files or a data set; of its split ``test`` where it has one and none is named.
 
     Raises:
-        DDIMError: If neither or both are given, an image does not fit, or a class is missing.
+        DDIMError: If an image does not fit, or a class is missing.
     """
     import numpy as np
+    import torch
 
     from ddim.encoding import fingerprint
     from ddim.images import from_pictures, open_picture
     from ddim.training.data import load_test_images
 
-    if (files is None) == (data is None):
-        raise DDIMError("give images as files (--images a.png,b.png) or as a data set (--data), one of the two.")
     shape, labels = pipe.image_shape, None
     if files is not None:
         pictures = [open_picture(file) for file in files]
         source: dict[str, Any] = {}
-        try:
-            x0 = from_pictures(pictures, shape, resize=resize)
-        except DDIMError as error:
-            raise DataError(f"{', '.join(files)}: {error}") from error
+        singles = []
+        for file, picture in zip(files, pictures, strict=True):
+            if not resize:
+                _check_size(f"{file} is", picture.size, shape)
+            try:
+                singles.append(from_pictures(picture, shape, resize=resize))
+            except DDIMError as error:
+                raise DataError(f"{file}: {error}") from error
+        x0 = torch.cat(singles) if singles else from_pictures([], shape)
     else:
         assert data is not None
         found, split = load_test_images(data, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
         if count is not None and count > len(found):
             raise DataError(f"{data} has {len(found)} images in its split {split}, and --count asks for {count}.")
+        _check_size(f"the images of {data} are", found.resolution[::-1], shape)
         items = [found[i] for i in range(len(found) if count is None else count)]
         x0 = from_pictures(np.stack([image.permute(1, 2, 0).numpy() for image, _ in items]), shape)
         labels = [label for _, label in items] if found.class_names else None
@@ -75,6 +107,13 @@ def read_images(
     if fixed is not None:
         labels = [fixed] * len(x0)
     return Pictures(x0, labels if classes else None, {**source, "images": fingerprint(x0)})
+
+
+def _check_size(what: str, size: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    width, height = shape[:0:-1]
+    if size != (width, height):
+        told = f"{what} {size[0]}x{size[1]} and the model's images {width}x{height} (width x height)"
+        raise DataError(f"{told}; give --resize, or bring all to that size.")
 
 
 def begin_run(out: Path, protocol: dict[str, Any], execution: dict[str, Any]) -> "RunRecord":

@@ -61,7 +61,7 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
     if read_model_index(folder).get("_class_name") in STABLE_DIFFUSION:
         raise CheckpointError(
             f"{name} makes images of prompts, and this command takes models without text; draw with `ddim sample {name} --prompt TEXT`, "
-            "whose folder `ddim evaluate` measures."
+            "whose folder `ddim evaluate` measures, or encode images from Python with pipe.encode."
         )
     pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     if pipe.image_shape[0] not in (1, 3):

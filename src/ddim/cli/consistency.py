@@ -38,7 +38,7 @@ class Command:
     """
 
     model: ModelArgument = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
+    """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     seed: int = 0
     """Seed of the first latent."""
     count: int = 8

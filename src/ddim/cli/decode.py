@@ -20,7 +20,7 @@ class Command:
     """Turns a code file back into pictures: one file an image, and a grid of the first 64."""
 
     model: ModelArgument = "fashion-mnist"
-    """The model that encoded: an embedded model, a folder in diffusers format, or a hub id."""
+    """The model that encoded: an embedded model, a folder in diffusers format, or a hub id; none of text."""
     code: str = "code.safetensors"
     """The file that `ddim encode` wrote."""
     steps: int | None = None

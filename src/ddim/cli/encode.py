@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, note_levels, read_images, tell_unsolved, unsolved_steps
+from ddim.cli._latent import NetworkCalls, check_images, note_levels, read_images, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
 
@@ -20,7 +20,7 @@ class Command:
     """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says how it was made."""
 
     model: ModelArgument = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
+    """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     images: tuple[str, ...] | None = None
     """Picture files."""
     data: str | None = None
@@ -61,6 +61,8 @@ def run(command: Command) -> None:
     out = Path(command.out)
     if out.exists():
         raise OutputError(f"{out} is there already; use another --out, or delete that file.")
+    check_images(command.images, command.data)
+
     from ddim.cli._run import NAME, RunRecord, versions, write_run
     from ddim.codes import save_code
 

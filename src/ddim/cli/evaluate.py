@@ -28,7 +28,7 @@ class Command:
     """Measures a folder of images, an array file, or a model against real images; each number beside its floor and its spread."""
 
     samples_or_model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")]
-    """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a diffusers folder, or a hub id."""
+    """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a diffusers folder, or a hub id; none of text."""
     reference: str
     """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     split: str = "train"

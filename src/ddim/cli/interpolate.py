@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, begin_run, note_levels, read_images, scaled, tell_unsolved, unsolved_steps
+from ddim.cli._latent import NetworkCalls, begin_run, check_images, note_levels, read_images, scaled, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_class, check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
@@ -23,7 +23,7 @@ class Command:
     """Draws the path between two seeds or two images, or with --grid the square between four."""
 
     model: ModelArgument = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
+    """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     seeds: tuple[int, ...] | None = None
     """Two seeds; four with --grid: top left, top right, bottom left, bottom right."""
     images: tuple[str, ...] | None = None
@@ -84,6 +84,8 @@ def run(command: Command) -> None:
     from ddim.inversion import encodable_timesteps
     from ddim.noise import check_seeds, seeded_randn
 
+    if command.images is not None:
+        check_images(command.images, None)
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device)
     asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)

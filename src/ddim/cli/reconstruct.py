@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, Pictures, begin_run, note_levels, read_images, scaled, unsolved_steps
+from ddim.cli._latent import NetworkCalls, Pictures, begin_run, check_images, note_levels, read_images, scaled, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
@@ -36,7 +36,7 @@ class Command:
     data: str
     """Images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     model: ModelArgument = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
+    """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     split: str | None = None
     """Split of the data; by default test where there is one, else train."""
     count: int = 256
@@ -83,6 +83,7 @@ def run(command: Command) -> None:
     from ddim.inversion import encodable_timesteps
 
     check_plots()
+    check_images(None, command.data)
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     asked = {steps: pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1) for steps in dict.fromkeys(command.steps)}

@@ -326,7 +326,8 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
     images = load_images(str(source), channels=channels, resolution=height if height == width else None)
     if tuple(images.resolution) != (height, width):
         raise DDIMError(
-            f"the model makes images of {height}x{width}, and those of {source} are {images.resolution}; give others as --data."
+            f"the model makes images of {width}x{height}, and those of {source} are {images.resolution[1]}x{images.resolution[0]} "
+            "(width x height); give others as --data."
         )
     return images
 

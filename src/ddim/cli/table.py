@@ -38,7 +38,7 @@ class Command:
     reference: str
     """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     model: ModelArgument = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
+    """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     split: str = "train"
     """Split of the reference."""
     eta: EtasOption = (0.0, 0.2, 0.5, 1.0, "sigma-hat")

@@ -29,6 +29,7 @@ __all__ = [
     "FASHION_MNIST_CLASSES",
     "ImageData",
     "NamedSource",
+    "check_source",
     "load_images",
     "load_test_images",
     "measure_prior",
@@ -201,10 +202,8 @@ def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -
         if chosen:
             raise DataError(f"DDIM_FASHION_MNIST names {chosen}, which is no folder; correct it, or unset it.")
         return _from_hub(source, FASHION_MNIST_HUB, split, columns, **shape)
-    path = Path(os.path.expanduser(source))
-    if not source or not path.exists():
-        if not source or source.startswith((".", "/", "~")) or path.suffix in _FILES or source.count("/") > 1 or "ubyte" in path.name:
-            raise DataError(f"there is no data at {source!r}; check the path.")
+    path = check_source(source)
+    if not path.exists():
         return _from_hub(source, source, split, columns, **shape)
     if path.is_dir():
         if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
@@ -220,6 +219,19 @@ def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -
     if path.suffix == ".parquet":
         return _from_parquet(source, [path], columns, **shape)
     raise DataError(f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id.")
+
+
+def check_source(source: str) -> Path:
+    """The path that a source is, if it is one: names of sets and of hub data sets are left as they are.
+
+    Raises:
+        DataError: If it can only be a path, and there is nothing.
+    """
+    path = Path(os.path.expanduser(source))
+    must_be = source.startswith((".", "/", "~")) or path.suffix in _FILES or source.count("/") > 1 or "ubyte" in path.name
+    if not source or (must_be and not path.exists()):
+        raise DataError(f"there is no data at {source!r}; check the path.")
+    return path
 
 
 def load_test_images(

@@ -288,7 +288,7 @@ def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) ->
     if height % factor or width % factor:
         usable = max(factor, round(min(height, width) / factor) * factor)
         raise DDIMError(
-            f"images of {height}x{width} cannot be made into latents: the autoencoder of {base.name} divides by {factor}; "
+            f"images of {width}x{height} (width x height) cannot be made into latents: the autoencoder of {base.name} divides by {factor}; "
             f"use --resolution {usable}."
         )
     return (int(vae.config.latent_channels), height // factor, width // factor)

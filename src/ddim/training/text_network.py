@@ -77,6 +77,7 @@ def check_text_network(unet: Any, base: Base, around: Surroundings) -> None:  # 
     wanted = (size, size) if isinstance(size, int) else tuple(size or (height, width))
     if wanted != (height, width):
         raise DDIMError(
-            f"{base.name} makes images of {wanted[0] * factor}x{wanted[1] * factor}, and those of the data are "
-            f"{height * factor}x{width * factor}; use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
+            f"{base.name} makes images of {wanted[1] * factor}x{wanted[0] * factor}, and those of the data are "
+            f"{width * factor}x{height * factor} (width x height); "
+            f"use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
         )
