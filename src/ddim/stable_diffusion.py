@@ -40,6 +40,8 @@ class StableDiffusion(Sampling):
 
     _exported: type
     """The class of diffusers that is written into a saved folder."""
+    _other: tuple[str, frozenset[str]]
+    """The other of both pipelines, and the arguments that only its call takes."""
 
     # Of diffusers' pipeline:
     config: Any
@@ -196,7 +198,9 @@ class StableDiffusion(Sampling):
         if others:
             unknown = sorted(set(others) - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"})
             if unknown:
-                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}")
+                name, its_own = self._other
+                hint = f"; {name} takes it, and {name}(**pipe.components) is one of the same parts" if unknown[0] in its_own else ""
+                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}{hint}")
             return next(iter(others))
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return f"a {type(self.scheduler).__name__}"

@@ -46,6 +46,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
     """
 
     _exported = diffusers.StableDiffusionPipeline
+    _other = ("ImageToImagePipeline", frozenset({"image", "strength"}))
 
     @torch.no_grad()
     def __call__(
@@ -228,6 +229,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
     """
 
     _exported = diffusers.StableDiffusionImg2ImgPipeline
+    _other = ("TextToImagePipeline", frozenset({"height", "width", "latents"}))
 
     @torch.no_grad()
     def __call__(
