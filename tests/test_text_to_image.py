@@ -523,6 +523,18 @@ def test_codes_that_do_not_fit_are_refused(pipe, tiny_text):
         pipe.encode(picture(size=(15, 16)), PROMPT)
     with pytest.raises(DDIMError, match="image 1 is 8x16 and the model's are 16x16"):
         pipe.encode([picture(), picture(size=(16, 8))], PROMPT)
+    for images in ("a.png", ["a.png"]):
+        with pytest.raises(DDIMError, match="images must be Pillow images, arrays of bytes, or a tensor; image 0 is a str"):
+            pipe.encode(images, [picture()], 5)
+    with pytest.raises(DDIMError, match=r"a tensor of images must have shape \[B, C, H, W\]; got \[3, 16, 16\]"):
+        pipe.encode(torch.zeros(3, 16, 16), PROMPT)
+    steps = r"takes a prompt before the number of steps, {}, prompt=\.\.\., num_inference_steps=20\); got the prompt 20"
+    with pytest.raises(DDIMError, match="a text model's encode " + steps.format(r"encode\(images")):
+        pipe.encode(picture(), 20)
+    with pytest.raises(DDIMError, match="a text model's decode " + steps.format(r"decode\(code")):
+        pipe.decode(code, 20)
+    with pytest.raises(DDIMError, match="only a Code can be decoded, which encode or load_code gives; got a list"):
+        pipe.decode([picture()], PROMPT)
     assert pipe.encode(picture(size=(20, 31)), PROMPT, 2, resize=True).x_T.shape == (1, 4, 8, 8)
     other = TextToImagePipeline.from_pretrained(tiny_text)
     other.unet.conv_out.bias.data += 1
@@ -553,6 +565,20 @@ def test_what_the_loop_does_not_know_goes_to_diffusers_call_with_our_scheduler(t
         draw(both[0], sigmas=[1.0, 0.5])
     with pytest.raises(TypeError, match="TextToImagePipeline got an unexpected keyword argument 'guidence_scale'"):
         pipe(PROMPT, guidence_scale=3)
+
+
+def test_an_argument_of_the_other_pipeline_names_it(pipe, edit):
+    hint = r"got an unexpected keyword argument '{0}'; {1} takes it, and {1}\(\*\*pipe.components\) is one of the same parts"
+    with pytest.raises(TypeError, match="^TextToImagePipeline " + hint.format("image", "ImageToImagePipeline")):
+        pipe(PROMPT, image=picture(), strength=0.5)
+    with pytest.raises(TypeError, match="^ImageToImagePipeline " + hint.format("height", "TextToImagePipeline")):
+        edit(PROMPT, picture(), height=16)
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'heigth'$"):
+        edit(PROMPT, picture(), heigth=16)
+    ours = (TextToImagePipeline, ImageToImagePipeline)
+    for one, other in (ours, ours[::-1]):
+        mine, its = (set(inspect.signature(each.__call__).parameters) for each in (one, other))
+        assert one._other == (other.__name__, its - mine)
 
 
 def test_a_distilled_network_that_is_told_the_scale_goes_there_too(both, tiny_text):

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ __all__ = [
     "ENCODERS",
     "Code",
     "EncodingMethod",
+    "check_code",
     "check_origin",
     "decode",
     "decode_trajectory",
@@ -270,12 +271,23 @@ def decode_trajectory(
     Raises:
         DDIMError: As :func:`decoding_timesteps` and :func:`check_origin`, before anything is evaluated.
     """
+    check_code(code)
     check_origin(code, origin or {})
     levels = decoding_timesteps(code, timesteps, schedule=schedule)
     if not code.is_exact:
         return trajectory(denoise, code.x_T.double(), step_pairs(levels), schedule=schedule)
     pair = StatePair(code.states[0].double(), code.states[1].double())
     return decode_pair(denoise, pair, levels, schedule=schedule, sampler=ReversibleSampler(code.method, code.gamma, code.mixing))  # type: ignore[arg-type]
+
+
+def check_code(code: Any) -> None:  # noqa: ANN401 - what a user holds for one
+    """Refuses what is no code.
+
+    Raises:
+        DDIMError: With what it is.
+    """
+    if not isinstance(code, Code):
+        raise DDIMError(f"only a Code can be decoded, which encode or load_code gives; got a {type(code).__name__}.")
 
 
 def check_origin(code: Code, origin: Mapping[str, str]) -> None:
@@ -345,6 +357,7 @@ def decode(
     Returns:
         The data, [B, ...], float64, not clamped.
     """
+    check_code(code)
     x = code.states[-1].double()  # what the two-step methods' pair of a single step holds already
     for state in decode_trajectory(denoise, code, schedule=schedule, timesteps=timesteps, origin=origin):
         x = state.x_s

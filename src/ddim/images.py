@@ -25,6 +25,7 @@ __all__ = [
     "load_image",
     "make_grid",
     "open_picture",
+    "picture_size",
     "replacing",
     "save_png",
     "to_pil",
@@ -65,22 +66,14 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
     """
     channels, height, width = shape
     if isinstance(images, Tensor):
-        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+        if tuple(images.shape[1:]) != shape:
             raise DDIMError(f"a tensor of images must have shape [B, {channels}, {height}, {width}]; got {list(images.shape)}.")
         if not images.is_floating_point() or (images.numel() and not float(images.abs().max()) <= 1 + 1e-3):
             told = f"{images.dtype} from {float(images.min()):.4g} to {float(images.max()):.4g}"
             raise DDIMError(f"a tensor of images must be floating-point in [-1, 1]; got {told}. Bytes go in as an array.")
         return images
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        images = list(images)
     pictures = []
-    for number, image in enumerate(images if isinstance(images, (list, tuple)) else [images]):
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-                raise DDIMError(f"an array of images must hold bytes, [B, H, W, C]; image {number} is {image.dtype} {list(image.shape)}.")
-            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-        if not isinstance(image, Image.Image):
-            raise DDIMError(f"images must be Pillow images, arrays of bytes, or a tensor; image {number} is a {type(image).__name__}.")
+    for number, image in enumerate(_listed(images)):
         picture = convert_mode(image, channels)
         if resize:
             picture = fit_picture(picture, height, width)
@@ -92,6 +85,34 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
         pixels = np.asarray(picture, dtype=np.uint8)
         pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)
     return from_uint8(np.stack(pictures) if pictures else np.empty((0, height, width, channels), np.uint8))
+
+
+def picture_size(images: Any) -> tuple[int, int]:  # noqa: ANN401 - checked below
+    """(H, W) of the first of what :func:`from_pictures` takes; (0, 0) where there is none.
+
+    Raises:
+        DDIMError: If these are no images.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 4:
+            raise DDIMError(f"a tensor of images must have shape [B, C, H, W]; got {list(images.shape)}.")
+        return int(images.shape[2]), int(images.shape[3])
+    listed = _listed(images)
+    return (listed[0].height, listed[0].width) if listed else (0, 0)
+
+
+def _listed(images: Any) -> list[Image.Image]:  # noqa: ANN401 - checked here
+    pictures = []
+    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
+    for number, image in enumerate(images if several else [images]):
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+                raise DDIMError(f"an array of images must hold bytes, [B, H, W, C]; image {number} is {image.dtype} {list(image.shape)}.")
+            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+        if not isinstance(image, Image.Image):
+            raise DDIMError(f"images must be Pillow images, arrays of bytes, or a tensor; image {number} is a {type(image).__name__}.")
+        pictures.append(image)
+    return pictures
 
 
 def convert_mode(picture: Image.Image, channels: int) -> Image.Image:

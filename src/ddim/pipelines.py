@@ -25,7 +25,7 @@ from ddim.checkpoints import (
     read_scheduler_config,
 )
 from ddim.denoiser import Clip, ModelDenoiser
-from ddim.encoding import Code, EncodingMethod
+from ddim.encoding import Code, EncodingMethod, check_code
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures, to_pil, to_uint8
 from ddim.prior import DataPrior
@@ -357,6 +357,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Raises:
             DDIMError: As :meth:`decode`, before anything is evaluated.
         """
+        check_code(code)
         if tuple(code.x_T.shape[1:]) != self.image_shape:
             raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
         levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddim.denoiser import ModelDenoiser
-from ddim.encoding import Code, EncodingMethod
+from ddim.encoding import Code, EncodingMethod, check_code
 from ddim.errors import DDIMError
-from ddim.images import from_pictures
+from ddim.images import from_pictures, picture_size
 from ddim.stable_diffusion import Callback, Prompt, StableDiffusion
-from ddim.text_inputs import Conditions, check_size, encode_images, encode_prompts, number_of_prompts, open_size
+from ddim.text_inputs import Conditions, check_size, encode_images, encode_prompts, number_of_prompts
 from ddim.timesteps import Spacing
 
 __all__ = ["TextCodes"]
@@ -76,7 +77,8 @@ class TextCodes(StableDiffusion):
             DDIMError: If images, prompts or options do not fit, or the method diverges.
         """
         self._require("vae", "unet")
-        place, sides = self._place(), self.image_shape[1:] if resize else open_size(images)
+        _refuse_number("encode", "images", prompt)
+        place, sides = self._place(), self.image_shape[1:] if resize else picture_size(images)
         check_size(*sides, self.vae_scale_factor)
         pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
@@ -146,6 +148,8 @@ class TextCodes(StableDiffusion):
             DDIMError: If the code is of another model, or of other steps, or does not fit.
         """
         self._check_output_type(output_type)
+        check_code(code)
+        _refuse_number("decode", "code", prompt)
         channels = int(self.unet.config.in_channels)
         if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
             raise DDIMError(f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}.")
@@ -189,3 +193,11 @@ class TextCodes(StableDiffusion):
             return self.denoiser(conditions, guidance_scale=scale, guidance_rescale=rescale, clip="none")
 
         return denoiser
+
+
+def _refuse_number(name: str, first: str, prompt: Any) -> None:  # noqa: ANN401 - what was given for a prompt
+    if isinstance(prompt, (int, np.integer)):
+        raise DDIMError(
+            f"a text model's {name} takes a prompt before the number of steps, {name}({first}, prompt=..., num_inference_steps={prompt}); "
+            f"got the prompt {prompt!r}."
+        )

@@ -28,7 +28,6 @@ __all__ = [
     "encode_images",
     "encode_prompts",
     "number_of_prompts",
-    "open_size",
     "prepare_images",
 ]
 
@@ -189,14 +188,6 @@ def _silenced(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def open_size(images: Any) -> tuple[int, int]:  # noqa: ANN401 - pictures, bytes or a tensor
-    """(H, W) of the first of some images; (0, 0) where there is none."""
-    if isinstance(images, Tensor):
-        return int(images.shape[-2]), int(images.shape[-1])
-    first = images[0] if isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4) else images
-    return (first.height, first.width) if isinstance(first, Image.Image) else (int(first.shape[0]), int(first.shape[1]))
 
 
 def check_size(height: int, width: int, factor: int) -> None:
