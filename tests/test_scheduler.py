@@ -1059,6 +1059,23 @@ def test_options_given_by_position_or_changed_later_are_taken_over(cls):
     assert DDIMScheduler.from_config(diffusers.DDIMScheduler().config).config.timestep_spacing == "leading"
 
 
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_a_mistyped_option_of_from_config_is_ignored_as_in_diffusers_but_with_a_warning(cls, tmp_path):
+    config = cls(timestep_spacing="linspace").config
+    cls(timestep_spacing="linspace").save_pretrained(tmp_path)
+    message = rf"^{cls.__name__} has no option 'timestep_spaceing' and ignores it; did you mean 'timestep_spacing'\?$"
+    for load, source in ((cls.from_config, config), (cls.from_pretrained, tmp_path)):
+        with pytest.warns(UserWarning, match=message):
+            made = load(source, timestep_spaceing="trailing")
+        assert made.config.timestep_spacing == "linspace"
+    with pytest.warns(UserWarning, match=f"^{cls.__name__} has no option 'qqq' and ignores it.$"):
+        cls.from_config(config, qqq=1)
+    # What the family knows, what is returned, and what a file holds may stay.
+    cls.from_config(config, algorithm_type="dpmsolver++", skip_prk_steps=True, beta_end=0.5)
+    assert cls.from_config(config, timestep_spaceing="trailing", return_unused_kwargs=True)[1]["timestep_spaceing"] == "trailing"
+    cls.from_config({**config, "timestep_spaceing": "trailing"})
+
+
 @pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
 def test_trained_betas_of_any_type_are_saved(kind, tmp_path):
     betas = [0.001, 0.01, 0.02]

@@ -1,15 +1,16 @@
 """What a scheduler's configuration says: of which family it is, whether its values can be used, and what was given in it."""
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ddim.errors import DDIMError
 from ddim.prediction import PREDICTION_TYPES
 from ddim.timesteps import SPACINGS
 
-__all__ = ["check_options", "foreign_family", "given_options"]
+__all__ = ["check_options", "foreign_family", "given_options", "unknown_options"]
 
 # Schedulers that are configured by betas over discrete levels: what DDIM can walk.
 _FAMILY = frozenset(
@@ -107,6 +108,16 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     defaults = inspect.signature(scheduler).parameters
     unset = [name for name in config["_use_default_values"] if name not in defaults or _is(config.get(name), defaults[name].default)]
     return {**config, "_use_default_values": unset}
+
+
+def unknown_options(names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]) -> dict[str, str | None]:
+    """Names that are options neither of a scheduler nor of any in its family, each with the nearest option that it has, if one is near."""
+    own = [name for name in inspect.signature(scheduler).parameters if name != "kwargs"]
+    strange = [name for name in names if name not in own]
+    if not strange:
+        return {}
+    others = {name for kind in family() for name in inspect.signature(kind).parameters}
+    return {name: next(iter(difflib.get_close_matches(name, own, 1)), None) for name in strange if name not in others}
 
 
 def _is(value: object, default: object) -> bool:

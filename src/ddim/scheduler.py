@@ -35,7 +35,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.configuration import foreign_family, given_options
+from ddim.configuration import foreign_family, given_options, unknown_options
 from ddim.denoiser import Clip
 from ddim.errors import DDIMError
 from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
@@ -226,6 +226,7 @@ class _Scheduler:
     _options = operator.attrgetter("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
 
     config: Any
+    _deprecated_kwargs: list[str]
     _internal_dict: Any  # what ``config`` returns
     num_inference_steps: int | None
 
@@ -334,6 +335,9 @@ class _Scheduler:
 
         Raises:
             DDIMError: If the configuration is of another family.
+
+        Warns:
+            UserWarning: If an option is given by a keyword that no scheduler of the family knows, and is not returned as unused either.
         """
         if isinstance(config, Mapping):
             kind = config.get("_class_name")
@@ -342,6 +346,11 @@ class _Scheduler:
                 raise DDIMError(f"DDIM cannot take over this configuration: it is {reason}")
             if "solver_type" in config and kind != cls.__name__:
                 config = {name: value for name, value in config.items() if name != "solver_order"}
+            names = () if return_unused_kwargs else set(options) - set(cls._deprecated_kwargs)
+            unknown = unknown_options(sorted(names), cls, DDIMScheduler._get_compatibles)
+            for name, near in unknown.items():
+                hint = "" if near is None else f"; did you mean {near!r}?"
+                warnings.warn(f"{cls.__name__} has no option {name!r} and ignores it{hint or '.'}", stacklevel=2)
         return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
 
     # --- timesteps
