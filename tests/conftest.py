@@ -47,6 +47,16 @@ def silent_log():
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """No test asks the hub whether it is there."""
+
+    def unreachable(self, name, **options):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """An unconditional model as this package writes it."""

@@ -6,6 +6,7 @@ Weights are read from safetensors; a ``.bin`` file only where there is nothing e
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ __all__ = [
     "load_network",
     "load_pipeline",
     "noise_schedule",
+    "read_guidance",
     "read_json",
     "read_model_index",
     "read_scheduler_config",
@@ -165,6 +167,20 @@ def read_model_index(folder: Path) -> dict[str, Any]:
         else f"a model in diffusers format has that file; the embedded models are: {', '.join(embedded_models()) or 'none'}"
     )
     raise CheckpointError(f"{folder} is a folder without model_index.json; {hint}.")
+
+
+def read_guidance(folder: Path) -> dict[str, float]:
+    """What a model's card says of its guidance: ``guidance_scale``, ``guidance_rescale``, both, or nothing.
+
+    Raises:
+        CheckpointError: If the card is damaged, or one is no finite number.
+    """
+    card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
+    found: dict[str, float] = {name: card[name] for name in ("guidance_scale", "guidance_rescale") if name in card}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(f"{folder / 'card.json'} must say a finite number as {name}; got {value!r}.")
+    return found
 
 
 def is_unconditional(index: Mapping[str, Any]) -> bool:

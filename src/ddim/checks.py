@@ -472,7 +472,7 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
         "The model is of zero terminal SNR: classifier-free guidance needs guidance_rescale with it.",
         "Without it guided images are over-exposed.",
         {"guidance_scale": scale, "guidance_rescale": case.guidance_rescale},
-        advice="Call the pipeline with guidance_rescale=0.7.",
+        advice="Sample with guidance_rescale=0.7 (ddim sample --guidance-rescale 0.7).",
     )
 
 

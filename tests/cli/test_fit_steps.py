@@ -36,6 +36,29 @@ def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"] == content["timesteps"]
 
 
+def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_with(tiny, tiny_classes, tmp_path, capsys):
+    path = tmp_path / "steps.json"
+    content = {"timesteps": [999, 500], "protocol": {"command": "fit-steps", "model": "m", "weight_hash": weight_hash(tiny), "order": 2}}
+    path.write_text(json.dumps(content))
+    here, there = weight_hash(tiny), weight_hash(tiny_classes)
+
+    def note(name, *options):
+        drawn = ["sample", *options, "--count", "1", "--out", str(tmp_path / name)]
+        assert main(list(map(str, drawn))) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "fitted" in line]
+
+    end = "); `ddim fit-steps` fits others."
+    assert note("a", tiny, "--timesteps", path, "--order", 2) == []
+    assert note("b", tiny, "--timesteps", path) == [f"note: these timesteps were fitted to m (order 2, not 1{end}"]
+    assert note("c", tiny_classes, "--timesteps", path) == [
+        f"note: these timesteps were fitted to m (weights {here}, not {there}; order 2, not 1{end}"
+    ]
+    assert note("d", tiny_classes, "--timesteps", "999,500") == []
+    assert note("e", tiny_classes, "--timesteps", tmp_path / "a" / "run.json") == []  # drawn with, and not fitted
+    path.write_text(json.dumps({"timesteps": [999, 500]}))
+    assert note("f", tiny_classes, "--timesteps", path) == []
+
+
 def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_near(tiny_classes, tmp_path):
     found = {}
     for name, options in {"a": (), "b": ("--batch-size", 4), "c": ("--exact",)}.items():

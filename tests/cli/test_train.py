@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ def captioned(tmp_path):
     return folder
 
 
-def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(tmp_path, tiny_text, captioned):
+def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(tmp_path, tiny_text, captioned, capsys):
     out = tmp_path / "model"
     options = ["--prediction-type", "v_prediction", "--rescale-betas-zero-snr", "--images", 16, "--batch-size", 4, "--log-every", 2]
     trained = ddim("train", "--base", tiny_text, "--data", captioned, "--out", out, *options, "--preview-every", 4)
@@ -93,6 +94,44 @@ assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
 assert "ddim" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+    # The card says how to guide it: `ddim sample` does so, and the doctor misses nothing.
+    card = json.loads((out / "card.json").read_text())
+    assert (card["guidance_scale"], card["guidance_rescale"]) == (7.5, 0.7)
+    assert main(["sample", str(out), "--prompt", "a red square", "--steps", "2", "--count", "1", "--out", str(tmp_path / "drawn")]) == 0
+    told = json.loads((tmp_path / "drawn" / "run.json").read_text())["protocol"]
+    assert (told["guidance_scale"], told["guidance_rescale"]) == (7.5, 0.7)
+    capsys.readouterr()
+    for options, expected in (([], set()), (["--guidance-rescale", "0"], {"DDIM013"})):
+        assert main(["doctor", str(out), "--steps", "50", "--json", *options]) == 0
+        assert {f["code"] for f in json.loads(capsys.readouterr().out)["findings"]} & {"DDIM013"} == expected
+
+
+def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_not_logged_again(tmp_path, alone, capsys, monkeypatch):
+    out = tmp_path / "out"
+    run = ["train", "--data", "digits", "--out", str(out), *TINY, "--images", "16"]
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    (out / "000000.png").touch()
+    assert main(run) == 2
+    assert capsys.readouterr().err == (
+        f"ddim: {out} holds the results of another command (run.json), and no checkpoint of a run; use another --out.\n"
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png", "run.json"]
+    (out / "run.json").unlink()
+    assert main(run) == 0
+    assert "finished already" not in capsys.readouterr().out
+    (out / "run.json").write_text("{}")  # of samples that were drawn into the model's folder
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr("ddim.training.trainer.RunLog", lambda *args, **options: pytest.fail("logged"))
+    assert main(run) == 0
+    assert capsys.readouterr().out == (
+        f"The run was finished already, after 2 steps, and nothing was trained.\nThe model is in {out}; sample it with: ddim sample {out}\n"
+    )
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+    shutil.rmtree(out / "unet")  # a model that is not whole is written anew
+    assert main(run) == 0
+    assert "finished already" not in capsys.readouterr().out
+    assert (out / "unet").is_dir()
 
 
 def test_the_help_names_every_preset_with_its_note(capsys, monkeypatch):
@@ -126,7 +165,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert main(["train", "--data", "owner/set", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        "ddim: 'owner/set' is not on this machine, and the hub cannot be reached (Couldn't reach 'owner/set' on the Hub); "
+        "ddim: there is no folder or file 'owner/set' here, and the hub cannot be reached (Couldn't reach 'owner/set' on the Hub); "
         "check the path if one was meant, else the network.\n"
     )
     assert not (tmp_path / "out").exists()

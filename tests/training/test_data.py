@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -522,9 +523,13 @@ def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(tmp_path,
         (
             "owner/set",
             ConnectionError("Couldn't reach 'owner/set' on the Hub (LocalEntryNotFoundError)"),
-            r"'owner/set' is not on this machine, and the hub cannot be reached \(Couldn't reach .*\); check the path if one was meant",
+            r"^there is no folder or file 'owner/set' here, and the hub cannot be reached \(Couldn't reach .*\); check the path",
         ),
-        ("fashion-mnist", ConnectionError("no route"), "the hub cannot be reached .*; install Debian's package dataset-fashion-mnist"),
+        (
+            "fashion-mnist",
+            ConnectionError("no route"),
+            "^'fashion-mnist' is not on this machine, and the hub cannot be reached .*; install Debian's package dataset-fashion-mnist",
+        ),
         (
             "owner/set",
             FileNotFoundError("Dataset 'owner/set' doesn't exist"),
@@ -547,6 +552,44 @@ def test_messages_of_the_hub(tmp_path, datasets, monkeypatch, source, error, tex
     monkeypatch.setattr(sys.modules[load_images.__module__], "FASHION_MNIST_FOLDER", str(tmp_path / "none"))
     with pytest.raises(DataError, match=text):
         load_images(source)
+
+
+class ConnectError(Exception):
+    """As the hub's client has it, of no built-in kind."""
+
+
+ConnectError.__module__ = "httpx2"
+
+
+@pytest.mark.parametrize(("error", "offline"), [(ConnectError("no name"), True), (TimeoutError(), True), (ValueError("gated"), False)])
+def test_a_hub_that_cannot_be_reached_is_tried_once(datasets, monkeypatch, error, offline):
+    """Its libraries would go on for half a minute, with a line of a warning a try; what they have in their cache they give offline too."""
+    import huggingface_hub
+
+    constants, seen = huggingface_hub.constants, []
+
+    def refuse(*args, **options):
+        raise error
+
+    def load(*args, **options):
+        seen.append(constants.HF_HUB_OFFLINE)
+        return datasets.Dataset.from_dict({"image": [encode(a) for a in GREY]})
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(load_images("nothere")) == 6
+    assert seen == [offline]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_name_that_is_neither_here_nor_reached_says_so_at_once(datasets, monkeypatch, caplog):
+    """With the libraries themselves, which find no hub in a fraction of a second."""
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=r"^there is no folder or file 'nothere' here, and the hub cannot be reached \("):
+        load_images("nothere")
+    assert time.perf_counter() - began < 5
+    assert "Retry" not in caplog.text
 
 
 @pytest.mark.parametrize(("module", "source"), [("datasets", "owner/set"), ("sklearn.datasets", "digits")])

@@ -15,8 +15,9 @@ from PIL import Image
 
 from ddim.checkpoints import weight_hash
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
-from ddim.schedule import BETA_SCHEDULES
+from ddim.schedule import BETA_SCHEDULES, NoiseSchedule
 from ddim.training import checkpoint, subject, trainer
+from ddim.training.base import Base
 from ddim.training.checkpoint import latest_checkpoint, prune
 from ddim.training.config import TrainConfig
 from ddim.training.data import load_images
@@ -151,11 +152,12 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, options
 
 
 def test_a_log_whose_last_line_was_cut_off_is_mended(tmp_path):
-    train(config(tmp_path, images=8))
-    with (tmp_path / "log" / "log.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    train(config(tmp_path, images=8))
-    assert [json.loads(line)["step"] for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()] == [1, 2]
+    train(config(tmp_path, images=16))
+    path = tmp_path / "log" / "log.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + '{"step": 3, "lo')
+    shutil.rmtree(tmp_path / "checkpoints" / "0000004")
+    train(config(tmp_path, images=16))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
@@ -200,10 +202,53 @@ def test_other_options_than_the_folders_are_refused(tmp_path):
         CheckpointError, match=r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use another"
     ):
         train(config(tmp_path, images=8, learning_rate=1e-3))
+    with pytest.raises(
+        CheckpointError, match=r"a run that is finished, of images=8; to go on from its model give --base .*, another --out"
+    ):
+        train(config(tmp_path, images=12))
+    with pytest.raises(CheckpointError, match=r"holds a run with images=8, and images=4 was asked for; use another --out, or the same"):
+        train(config(tmp_path, images=4))
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
     with pytest.raises(CheckpointError, match=r"holds a run on 2 process\(es\), and this one has 1; use the same number"):
         train(config(tmp_path, images=8, checkpoint_every=1, workers=0))  # a free option may differ
+
+
+def test_data_that_changed_are_told_from_the_option_of_the_same_name(tmp_path):
+    source, out = tmp_path / "set.npz", tmp_path / "out"
+    np.savez(source, images=np.zeros((40, 8, 8), np.uint8))
+    train(config(out, data=str(source), images=8))
+    np.savez(source, images=np.zeros((39, 8, 8), np.uint8))
+    with pytest.raises(
+        CheckpointError,
+        match=r"out holds a run whose data .*set\.npz had images=40, and there is images=39 now; use another --out, or the data",
+    ):
+        train(config(out, data=str(source), images=8))
+
+
+@pytest.mark.parametrize(
+    ("beta", "card", "from_scratch", "expected"),
+    [
+        (0.01, {}, False, {}),
+        (0.01, {"guidance_scale": 3.0}, False, {"guidance_scale": 3.0}),
+        (1.0, {}, False, {"guidance_scale": 7.5, "guidance_rescale": 0.7}),
+        (1.0, {"guidance_scale": 3.0, "guidance_rescale": 0.5}, False, {"guidance_scale": 3.0, "guidance_rescale": 0.5}),
+        (1.0, {"guidance_scale": 3.0, "guidance_rescale": 0.0}, False, {"guidance_scale": 3.0, "guidance_rescale": 0.7}),
+        (1.0, {"guidance_scale": 3.0}, True, {"guidance_scale": 7.5, "guidance_rescale": 0.7}),
+    ],
+)
+def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_snr(tmp_path, beta, card, from_scratch, expected):
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    schedule = NoiseSchedule.from_betas(torch.tensor([0.1, beta], dtype=torch.float64))
+    options = config(tmp_path / "out", base=str(tmp_path), from_scratch=from_scratch, block_out_channels=None)
+    for is_text in (True, False):
+        base = Base(str(tmp_path), tmp_path, {}, {}, {}, is_text)
+        assert trainer._guidance(options, base, schedule) == (expected if is_text else {})
+    assert trainer._guidance(options, None, schedule) == {}
+    (tmp_path / "card.json").write_text('{"guidance_scale": "much"}')
+    if not from_scratch:
+        with pytest.raises(CheckpointError, match=r"card\.json must say a finite number as guidance_scale; got 'much'\."):
+            trainer._guidance(options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule)
 
 
 @pytest.mark.parametrize("name", ["record.json", "optimizer.pt", "network.safetensors"])

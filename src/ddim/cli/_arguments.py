@@ -16,7 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ddim.errors import DDIMError
 
-__all__ = ["EtaOption", "EtasOption", "ModelArgument", "TimestepsOption", "option_names", "parse"]
+__all__ = ["EtaOption", "EtasOption", "FittedLevels", "ModelArgument", "TimestepsOption", "option_names", "parse"]
 
 C = TypeVar("C")
 
@@ -190,6 +190,12 @@ def _eta(text: str) -> float | str:
         raise ValueError(f"it must be a number or sigma-hat; got {text!r}.") from None
 
 
+class FittedLevels(tuple[int, ...]):
+    """Levels out of a file of ``ddim fit-steps``, with the protocol that they were fitted under."""
+
+    protocol: dict[str, Any]
+
+
 def _timesteps(text: str) -> tuple[int, ...]:
     """``999,500,3``, or a JSON file that holds such a list under the key ``timesteps``."""
     if not text.endswith(".json"):
@@ -203,7 +209,10 @@ def _timesteps(text: str) -> tuple[int, ...]:
     found = content.get("timesteps") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(type(t) is int for t in found):
         raise ValueError(f"{text} must hold a list of whole numbers under the key 'timesteps'.")
-    return tuple(found)
+    levels = FittedLevels(found)
+    protocol = content.get("protocol")
+    levels.protocol = protocol if isinstance(protocol, dict) and protocol.get("command") == "fit-steps" else {}
+    return levels
 
 
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]

@@ -82,7 +82,7 @@ class TextRequest:
         Raises:
             DDIMError: If they do not go with the model, or are out of range.
         """
-        from ddim.checkpoints import read_json
+        from ddim.checkpoints import read_guidance
         from ddim.guidance import check_rescale
         from ddim.pipelines import UnconditionalPipeline
 
@@ -96,7 +96,7 @@ class TextRequest:
             return None
         if not command.prompt:
             raise DDIMError(f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line.")
-        card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
+        card = read_guidance(folder)
         scale = card.get("guidance_scale", 7.5) if command.guidance_scale is None else command.guidance_scale
         rescale = card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale
         check_rescale(rescale)

@@ -50,9 +50,9 @@ class Command:
     eta: EtaOption = None
     """The eta that you sample with."""
     guidance_scale: float | None = None
-    """The guidance that you sample with."""
-    guidance_rescale: float = 0.0
-    """The rescale of guidance that you sample with."""
+    """The guidance that you sample with; by default what the model's card says."""
+    guidance_rescale: float | None = None
+    """The rescale of guidance that you sample with; by default the card's, else 0."""
     latent: bool = False
     """The model works on latents; known by itself for a folder."""
     data: str | None = None
@@ -93,20 +93,22 @@ def run(command: Command) -> int:
     if given is not None and (command.data is not None or len(given) != 2 or not (math.isfinite(given[0]) and 0 < given[1] < math.inf)):
         raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
 
+    from ddim.checkpoints import read_guidance
     from ddim.checks import json_numbers
     from ddim.doctor import diagnose
     from ddim.images import write_atomically
 
     config, model, folder = _read(command)
     brightness, prior, probe = _look_at_data(command, config, model, folder)
+    card = {} if folder is None else read_guidance(folder)
     diagnosis = diagnose(
         config,
         steps=command.steps,
         spacing=command.spacing,
         timesteps=command.timesteps,
         eta=command.eta,
-        guidance_scale=command.guidance_scale,
-        guidance_rescale=command.guidance_rescale,
+        guidance_scale=card.get("guidance_scale") if command.guidance_scale is None else command.guidance_scale,
+        guidance_rescale=card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale,
         model=model,
         brightness=brightness,
         probe=probe,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ddim.cli._arguments import EtaOption, ModelArgument, TimestepsOption
+from ddim.cli._arguments import EtaOption, FittedLevels, ModelArgument, TimestepsOption
 from ddim.cli._model import (
     check_class,
     check_positive,
@@ -166,6 +166,7 @@ def run(command: Command) -> None:
         raise OutputError(f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder.")
     missing = [item for item in items if item not in there]
     _note(command, pipe, clip, listed, assumed=not has_scheduler(folder))
+    _note_fitted(command.timesteps, protocol)
 
     label = seed_label(pipe, command.class_)
 
@@ -374,6 +375,19 @@ def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timeste
         does = [f"clips predicted images ({clip.kind})"] * clips + [f"starts at level {timesteps[0]}, not at {last}"] * short
         instead = ["--clip none"] * clips + ["--spacing trailing"] * short
         print(f"note: the model's configuration {' and '.join(does)}; {' '.join(instead)} would not.")
+
+
+def _note_fitted(levels: tuple[int, ...] | None, protocol: dict[str, Any]) -> None:
+    """Says in one line that levels out of a file were fitted to another model, or for another order, than they are used with."""
+    if not isinstance(levels, FittedLevels):
+        return
+    told = levels.protocol
+    names = {"weight_hash": "weights", "order": "order"}
+    other = [f"{what} {told[key]}, not {protocol[key]}" for key, what in names.items() if key in told and told[key] != protocol[key]]
+    if other:
+        print(
+            f"note: these timesteps were fitted to {told.get('model')} ({'; '.join(other)}); `ddim fit-steps` fits others.", file=sys.stderr
+        )
 
 
 def _advance(bar: Any) -> Callable[["State"], None]:  # noqa: ANN401 - tqdm has no types

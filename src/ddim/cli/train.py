@@ -74,6 +74,8 @@ def run(command: Command) -> None:
         return
     if result.finished:
         prompt = " --prompt '...'" if (result.out / "text_encoder").is_dir() else ""
+        if result.was_finished:
+            print(f"The run was finished already, after {result.step} steps, and nothing was trained.")
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}{prompt}")
     else:
         print(f"Stopped at step {result.step} with a checkpoint; the same command goes on from there.")

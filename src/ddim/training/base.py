@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.checkpoints import find_model, is_unconditional, read_json, read_model_index, read_scheduler_config, weight_hash
+from ddim.checkpoints import find_model, is_unconditional, read_guidance, read_json, read_model_index, read_scheduler_config, weight_hash
 from ddim.errors import CheckpointError, DDIMError
 
 __all__ = ["Base", "load_part", "open_base"]
@@ -36,6 +36,11 @@ class Base:
         """Channels of its images."""
         config = read_json(self.folder / "vae" / "config.json") if self.is_text else self.network_config
         return int(config.get("in_channels", 3))
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """How its card says that it is guided."""
+        return read_guidance(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 __all__ = [
     "Package",
     "check_out",
+    "is_published",
     "latest_checkpoint",
     "load_training_state",
     "make_scheduler",
@@ -214,13 +215,16 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def check_out(out: Path) -> None:
-    """Refuses a folder whose model :func:`publish` would replace though no run in it made that model.
+    """Refuses a folder that no run began: one whose model :func:`publish` would replace, or of another command's results.
 
     Raises:
-        OutputError: If there is one.
+        OutputError: If it is such a one.
     """
-    found = [name for name in _PUBLISHED if (out / name).exists()]
-    if found and latest_checkpoint(out / "checkpoints") is None:
+    if latest_checkpoint(out / "checkpoints") is not None:
+        return
+    if (out / "run.json").exists():
+        raise OutputError(f"{out} holds the results of another command (run.json), and no checkpoint of a run; use another --out.")
+    if found := [name for name in _PUBLISHED if (out / name).exists()]:
         raise OutputError(
             f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the trained model would replace them; "
             "use another --out, or move them away."
@@ -254,11 +258,23 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
-            if name not in FREE_FIELDS and before != value:
+            if name in FREE_FIELDS or before == value:
+                continue
+            if group != "config":
+                what = f"data {config.data}" if group == "data" else f"base {config.base}"
                 raise CheckpointError(
-                    f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
-                    "use another --out, or the same options."
+                    f"{config.out} holds a run whose {what} had {name}={before!r}, and there is {name}={value!r} now; "
+                    f"use another --out, or the {group} as it was."
                 )
+            if name == "images" and before <= min(value, record.get("images_seen", 0)):
+                raise CheckpointError(
+                    f"{config.out} holds a run that is finished, of images={before!r}; to go on from its model give --base {config.out}, "
+                    "another --out, and as --images what is to be added."
+                )
+            raise CheckpointError(
+                f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
+                "use another --out, or the same options."
+            )
     if record.get("processes") != fresh["processes"]:
         raise CheckpointError(
             f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; "
@@ -293,6 +309,12 @@ def load_training_state(
         raise CheckpointError(
             f"the training checkpoint {checkpoint} cannot be restored ({first}); delete that folder to go on from an earlier one."
         ) from error
+
+
+def is_published(out: Path, network: nn.Module, package: Package) -> bool:
+    """Whether :func:`publish` has put a model there, with all its parts."""
+    parts = (*package.parts(network), *package.frozen, "scheduler")
+    return (out / "model_index.json").is_file() and all((out / name).is_dir() for name in parts)
 
 
 def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any], prior: DataPrior | None = None) -> None:

@@ -5,12 +5,13 @@ where captions are asked for. Arrays stay arrays in memory; files are decoded wh
 other processes (a loader's workers).
 """
 
+import contextlib
 import gzip
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
@@ -638,23 +639,47 @@ def _from_parquet(source: str, files: list[Path], columns: _Columns, **shape: Un
 
 def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
     try:
-        table = _open_dataset(hub_id, name, split=split)
+        with _without_retries(hub_id):
+            table = _open_dataset(hub_id, name, split=split)
     except DataError:
         raise
     except Exception as error:
         reason = _first_line(error)
         if "unknown split" in reason.lower():
             raise _NoSuchSplit(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
-        if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in ("httpx", "requests"):
+        if _is_unreachable(error):
             if name == "fashion-mnist":
+                missing = f"{name!r} is not on this machine"
                 advice = "install Debian's package dataset-fashion-mnist, or name a folder with its four files in DDIM_FASHION_MNIST"
             else:
+                missing = f"there is no folder or file {name!r} here"
                 advice = "check the path if one was meant, else the network"
-            raise DataError(f"{name!r} is not on this machine, and the hub cannot be reached ({reason}); {advice}.") from error
+            raise DataError(f"{missing}, and the hub cannot be reached ({reason}); {advice}.") from error
         if isinstance(error, FileNotFoundError):  # as datasets' DatasetNotFoundError is
             raise DataError(f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); check the name.") from error
         raise DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub.") from error
     return _from_columns(name, table, columns, **shape)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(("httpx", "requests"))
+
+
+@contextlib.contextmanager
+def _without_retries(hub_id: str) -> Iterator[None]:
+    """Where the hub cannot be reached at the first try, has the libraries look into their cache alone, and not try on for half a minute."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
+    except Exception as error:  # all others are told better by what follows
+        constants.HF_HUB_OFFLINE = before or _is_unreachable(error)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401

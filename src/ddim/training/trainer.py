@@ -29,7 +29,16 @@ from ddim.sampler import sample
 from ddim.schedule import NoiseSchedule
 from ddim.timesteps import select_timesteps, step_pairs
 from ddim.training.base import Base, open_base
-from ddim.training.checkpoint import check_out, latest_checkpoint, load_training_state, prune, publish, resume_record, save_checkpoint
+from ddim.training.checkpoint import (
+    check_out,
+    is_published,
+    latest_checkpoint,
+    load_training_state,
+    prune,
+    publish,
+    resume_record,
+    save_checkpoint,
+)
 from ddim.training.config import TrainConfig, command_line
 from ddim.training.data import ImageData, load_images, measure_prior
 from ddim.training.draws import Draws, Place, mix
@@ -69,6 +78,8 @@ class TrainResult:
     """(step, loss) of every step that this call took on this process."""
     is_main_process: bool
     """Whether this is the process that speaks, of those that ran together."""
+    was_finished: bool = False
+    """Whether there was nothing left to do: the model had been written before."""
 
 
 def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Subject]:
@@ -224,6 +235,7 @@ def train(
 
     scheduler = subject.package.scheduler.config
     schedule = noise_schedule(scheduler)  # the same levels that the written scheduler samples with
+    guidance = _guidance(config, base, schedule)
     network = subject.network.to(accelerator.device)
     average = EMA(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay)
@@ -239,6 +251,8 @@ def train(
         load_training_state(found, network=network, averaged=average.network, optimizer=optimizer, package=subject.package)
         if accelerator.scaler is not None and record.get("scaler"):
             accelerator.scaler.load_state_dict(record["scaler"])
+    if step >= steps and is_published(out, network, subject.package):
+        return TrainResult(out, step, True, record["loss"], (), accelerator.is_main_process, was_finished=True)
 
     started = time.perf_counter()
     subject = subject.prepared(accelerator, out / "latents.bin")
@@ -274,7 +288,8 @@ def train(
         return float(sum(values) / len(values))
 
     with StopSignals() as stop, contextlib.ExitStack() as opened:
-        log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=step))) if accelerator.is_main_process else None
+        logged = accelerator.is_main_process and step < steps
+        log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=step))) if logged else None
         asked_to_stop = False
         while step < steps and not asked_to_stop:
             total = torch.zeros((), device=accelerator.device)
@@ -371,7 +386,7 @@ def train(
     finished = step >= steps
     if finished and accelerator.is_main_process:
         pixels = subject.shape == (data.channels, *data.resolution)  # of latents no brightness is known
-        publish(out, average.network, subject.package, _card(record, config), measure_prior(data) if pixels else None)
+        publish(out, average.network, subject.package, _card(record, config) | guidance, measure_prior(data) if pixels else None)
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
@@ -390,6 +405,20 @@ def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         "command": command_line(config, processes=record["processes"]),
         **{name: record[name] for name in (*names, "revisions", "versions")},
     }
+
+
+def _guidance(config: TrainConfig, base: Base | None, schedule: NoiseSchedule) -> dict[str, float]:
+    """How a text model's card says that it is guided: as its base's; at zero terminal SNR with the rescale that such a model needs.
+
+    References:
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps Are Flawed. 2023. Sec. 3.4: 7.5 and 0.7. https://arxiv.org/abs/2305.08891
+    """
+    if base is None or not base.is_text:
+        return {}
+    inherited = {} if config.from_scratch else base.guidance
+    if float(schedule.alphas_cumprod[-1]) > 0:
+        return inherited
+    return {"guidance_scale": inherited.get("guidance_scale", 7.5), "guidance_rescale": inherited.get("guidance_rescale") or 0.7}
 
 
 def _new_record(
