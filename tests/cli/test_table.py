@@ -259,7 +259,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(model, referenc
         (("--eta", ","), "--eta and --steps must each name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
-        (("--steps", "21"), "num_inference_steps must be a whole number from 1 to 20"),
+        (("--steps", "21"), "ddim: --steps must be a whole number from 1 to 20"),
         (("--metrics", "kid-moon"), "'kid-moon' is no metric"),
     ],
 )

@@ -7,11 +7,12 @@ asked for is loaded.
 
 import difflib
 import importlib
+import re
 import sys
 import warnings
 from typing import Any
 
-from ddim.errors import DDIMError
+from ddim.errors import CheckpointError, DDIMError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -32,6 +33,14 @@ COMMANDS = {
 }
 
 
+_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "timestep_spacing": "--spacing",
+    "guidance_rescale": "--guidance-rescale",
+}
+"""What Python calls some options, and what the command line does."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
@@ -50,17 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"ddim {__version__}")
         return 0
+    module: Any = None
     try:
         if given[0] not in COMMANDS:
             near = difflib.get_close_matches(given[0], COMMANDS, 1)
             told = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
             raise DDIMError(f"there is no command {given[0]!r}; {told}")
-        module: Any = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
+        module = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         with warnings.catch_warnings():
             _tell_warnings()
             code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
-        return _fail(str(error))
+        return _fail(str(error) if module is None or isinstance(error, CheckpointError) else _as_options(str(error), module, given[1:]))
     except OSError as error:
         where = f"cannot read or write {error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
@@ -88,6 +98,21 @@ def _parse(module: Any, name: str, arguments: list[str]) -> object:  # noqa: ANN
 
     default, rest = module.defaults(arguments)
     return parse(module.Command, name=name, arguments=rest, default=default)
+
+
+def _as_options(message: str, module: Any, arguments: list[str]) -> str:  # noqa: ANN401 - as above
+    """Calls options in a message as the command line does, where the command has them and they are what is meant.
+
+    They are where they were given, and in a message that names ``num_inference_steps``, which no file of a model holds.
+    """
+    from ddim.cli._arguments import option_names
+
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    meant = set(option_names(module.Command)) & (set(_OPTIONS.values()) if "num_inference_steps" in message else given)
+    for name, option in _OPTIONS.items():
+        if option in meant:
+            message = re.sub(rf"(?<![\w-]){name}(?![\w=])", option, message)
+    return message
 
 
 def _fail(message: str) -> int:
