@@ -107,6 +107,16 @@ def test_a_fix_tells_what_gets_worse_by_it(config, tmp_path, capsys):
     assert not (tmp_path / "again.json").exists()
 
 
+def test_models_of_text_are_not_advised_what_sample_refuses_them(tiny, tiny_text, capsys):
+    assert main(["doctor", str(tiny_text), "--steps", "50"]) == 0
+    told = capsys.readouterr().out
+    assert "warning DDIM001" in told
+    assert "--prior" not in told
+    assert "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr" in told
+    assert main(["doctor", str(tiny), "--steps", "50", "--brightness", "-0.9,0.9"]) == 0
+    assert "Without training: ddim sample --prior data" in capsys.readouterr().out
+
+
 def test_a_file_that_is_not_there_is_called_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)

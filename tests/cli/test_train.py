@@ -165,7 +165,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert main(["train", "--data", "owner/set", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        "ddim: there is no folder or file 'owner/set' here, and the hub cannot be reached (Couldn't reach 'owner/set' on the Hub); "
+        "ddim: there is no folder or file 'owner/set' here, and the hub cannot be reached (no route to the hub); "
         "check the path if one was meant, else the network.\n"
     )
     assert not (tmp_path / "out").exists()

@@ -523,7 +523,7 @@ def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(tmp_path,
         (
             "owner/set",
             ConnectionError("Couldn't reach 'owner/set' on the Hub (LocalEntryNotFoundError)"),
-            r"^there is no folder or file 'owner/set' here, and the hub cannot be reached \(Couldn't reach .*\); check the path",
+            r"^there is no folder or file 'owner/set' here, and the hub cannot be reached \(no route to the hub\); check the path",
         ),
         (
             "fashion-mnist",
@@ -586,7 +586,7 @@ def test_a_hub_that_cannot_be_reached_is_tried_once(datasets, monkeypatch, error
 def test_a_name_that_is_neither_here_nor_reached_says_so_at_once(datasets, monkeypatch, caplog):
     """With the libraries themselves, which find no hub in a fraction of a second."""
     began = time.perf_counter()
-    with pytest.raises(DataError, match=r"^there is no folder or file 'nothere' here, and the hub cannot be reached \("):
+    with pytest.raises(DataError, match=r"^there is no folder or file 'nothere' here, and the hub cannot be reached \(no route"):
         load_images("nothere")
     assert time.perf_counter() - began < 5
     assert "Retry" not in caplog.text

@@ -638,8 +638,9 @@ def _from_parquet(source: str, files: list[Path], columns: _Columns, **shape: Un
 
 
 def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
+    unreachable = None
     try:
-        with _without_retries(hub_id):
+        with _without_retries(hub_id) as unreachable:
             table = _open_dataset(hub_id, name, split=split)
     except DataError:
         raise
@@ -648,6 +649,7 @@ def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Un
         if "unknown split" in reason.lower():
             raise _NoSuchSplit(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
         if _is_unreachable(error):
+            reason = _first_line(unreachable or error)
             if name == "fashion-mnist":
                 missing = f"{name!r} is not on this machine"
                 advice = "install Debian's package dataset-fashion-mnist, or name a folder with its four files in DDIM_FASHION_MNIST"
@@ -666,18 +668,22 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _without_retries(hub_id: str) -> Iterator[None]:
-    """Where the hub cannot be reached at the first try, has the libraries look into their cache alone, and not try on for half a minute."""
+def _without_retries(hub_id: str) -> Iterator[Exception | None]:
+    """Where the hub cannot be reached at the first try, has the libraries look into their cache alone, and not try on for half a minute.
+
+    Gives the error of that try.
+    """
     import huggingface_hub
 
-    constants = huggingface_hub.constants
+    constants, unreachable = huggingface_hub.constants, None
     before = constants.HF_HUB_OFFLINE
     try:
         huggingface_hub.HfApi().dataset_info(hub_id, timeout=10)
     except Exception as error:  # all others are told better by what follows
-        constants.HF_HUB_OFFLINE = before or _is_unreachable(error)
+        unreachable = error if _is_unreachable(error) else None
+    constants.HF_HUB_OFFLINE = before or unreachable is not None
     try:
-        yield
+        yield unreachable
     finally:
         constants.HF_HUB_OFFLINE = before
 
