@@ -79,6 +79,25 @@ def test_a_small_reference_is_told(reference, tmp_path, capsys):
     assert "note: the reference has 30 images a half, so its floor is of 30 and too high for 60." in capsys.readouterr().out
 
 
+def test_the_reference_is_brought_to_the_size_of_the_samples_if_asked(reference, tmp_path):
+    np.savez(tmp_path / "wide.npz", images=np.random.default_rng(2).integers(0, 256, (40, 9, 12), dtype=np.uint8))
+    assert evaluate(reference, tmp_path / "wide.npz", tmp_path / "out", "--count", 12, "--resize") == 0
+    assert record(tmp_path / "out")["protocol"]["reference"]["resolution"] == [8, 8]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_the_default_metrics_are_those_that_the_count_allows(count, reference, tmp_path, capsys):
+    command = ["evaluate", str(reference), "--reference", str(reference), "--out", str(tmp_path), "--count", str(count)]
+    assert main(command) == 0
+    measured = [result["metric"] for result in record(tmp_path)["results"]]
+    names = {"kid-pixels": 2, "precision-pixels": 6, "recall-pixels": 6, "nearest-pixels": 1, "swd-pixels": 1}
+    assert measured == [name for name, least in names.items() if least <= count]
+    told = capsys.readouterr().out
+    absent = [name for name in names if name not in measured]
+    assert (f"{count} samples against 60 real images are too few for {', '.join(absent)}." in told) == bool(absent)
+    assert f"numbers of only {count} images say little" in told
+
+
 def test_classes_go_round_the_seeds(tiny_classes, reference, tmp_path):
     assert evaluate(tiny_classes, reference, tmp_path, "--steps", 1, "--count", 8, "--metrics", "swd-pixels") == 0
     assert record(tmp_path)["protocol"]["class"] == "seed modulo the number of classes"
@@ -175,7 +194,10 @@ def test_bad_options_are_one_sentence(options, message, reference, tmp_path, cap
 def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, capsys):
     np.savez(tmp_path / "large.npz", images=np.zeros((60, 9, 9), np.uint8))
     assert evaluate(tmp_path / "large.npz", reference, tmp_path / "out") == 2
-    assert f"large.npz has images of 9x9 and the reference {reference} of 8x8; resize one of them" in capsys.readouterr().err
+    assert (
+        f"large.npz has images of 9x9 and the reference {reference} of 8x8 (width x height), and only equal sizes compare; give --resize"
+        in capsys.readouterr().err
+    )
     assert evaluate(tiny, reference, tmp_path / "out") == 2
     assert "2048 samples need a reference of as many images, and it holds 60; use at most 60." in capsys.readouterr().err
     assert main(["evaluate", str(tiny)]) == 2

@@ -15,31 +15,48 @@ if TYPE_CHECKING:
     from ddim.pipelines import UnconditionalPipeline
     from ddim.training.data import ImageData
 
-__all__ = ["describe_reference", "draw_batches", "image_batches", "open_panel", "open_reference", "shuffled_batches"]
+__all__ = ["describe_reference", "draw_batches", "image_batches", "note_few", "open_panel", "open_reference", "shuffled_batches"]
 
 BATCH = 256
 """Images that pass through an extractor together; it does not change a number but for rounding."""
 
 
-def open_reference(source: str, *, split: str, shape: tuple[int, int, int], what: str) -> "ImageData":
-    """The real images, grey or colour as the samples are.
+FEW = 100
+"""Below so many images, differences between models drown in the spread over seeds."""
+
+
+def open_reference(source: str, *, split: str, shape: tuple[int, int, int], what: str, resize: bool = False) -> "ImageData":
+    """The real images, grey or colour as the samples are; with ``resize`` of their size, too.
 
     Raises:
         DataError: If they are of another size than ``shape`` (C, H, W), that of the samples; ``what`` names those.
     """
     from ddim.training.data import load_images
 
-    data = load_images(source, split=split, channels=shape[0])
+    data = load_images(source, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
     if data.resolution != shape[1:]:
-        told = ["x".join(map(str, size)) for size in (shape[1:], data.resolution)]
+        told = [f"{width}x{height}" for height, width in (shape[1:], data.resolution)]
         raise DataError(
-            f"{what} has images of {told[0]} and the reference {source} of {told[1]}; resize one of them, for only equal sizes compare."
+            f"{what} has images of {told[0]} and the reference {source} of {told[1]} (width x height), and only equal sizes compare; "
+            "give --resize to bring the reference to the size of the samples."
         )
     return data
 
 
-def open_panel(names: Sequence[str] | None, *, shape: tuple[int, int, int], weights: Sequence[str], device: "torch.device") -> "Panel":
-    """The metrics that were asked for, or those that fit the images; ``weights`` are NAME=PATH."""
+def open_panel(
+    names: Sequence[str] | None,
+    *,
+    shape: tuple[int, int, int],
+    weights: Sequence[str],
+    device: "torch.device",
+    counts: Sequence[int],
+    available: int,
+) -> "Panel":
+    """The metrics that were asked for, or those that fit the images and their numbers; ``weights`` are NAME=PATH.
+
+    Raises:
+        DDIMError: As :func:`~ddim.evaluation.protocol.load_panel` and :meth:`~ddim.evaluation.protocol.Panel.check_counts`.
+    """
     from ddim.evaluation.protocol import default_metrics, load_panel
 
     pairs = [item.partition("=") for item in weights]
@@ -47,13 +64,28 @@ def open_panel(names: Sequence[str] | None, *, shape: tuple[int, int, int], weig
         if not path:
             raise DDIMError(f"--weights are NAME=PATH, such as inception=weights.pth; got {name!r}.")
     paths = {name: Path(path).expanduser() for name, _, path in pairs}
-    return load_panel(default_metrics(shape) if names is None else names, image_shape=shape, weights=paths, device=device)
+    panel = load_panel(default_metrics(shape) if names is None else names, image_shape=shape, weights=paths, device=device)
+    if names is None:
+        panel = panel.fitting(min(counts), available) or panel
+    panel.check_counts(counts, available)
+    return panel
 
 
-def describe_reference(data: "ImageData", split: str, panel: "Panel") -> dict[str, Any]:
+def note_few(panel: "Panel", *, shape: tuple[int, int, int], counts: Sequence[int], available: int, chosen: bool) -> None:
+    """Says in a line what few images are too few for; ``chosen``: whether the metrics were asked for, so that none was left out."""
+    from ddim.evaluation.protocol import default_metrics
+
+    if absent := [name for name in default_metrics(shape) if name not in panel.metrics and not chosen]:
+        print(f"note: {min(counts)} samples against {available} real images are too few for {', '.join(absent)}.")
+    if min(counts) < FEW:
+        print(f"note: numbers of only {min(counts)} images say little; they differ much from seeds to seeds.")
+
+
+def describe_reference(data: "ImageData", split: str, panel: "Panel", *, resize: bool) -> dict[str, Any]:
     """The part of a protocol that says what samples are compared with, and by which numbers."""
+    resized = {"resolution": list(data.resolution)} if resize else {}
     return {
-        "reference": {"name": data.name, "split": split, "images": len(data)},
+        "reference": {"name": data.name, "split": split, "images": len(data), **resized},
         "metrics": list(panel.metrics),
         "extractors": {name: extractor.weight_hash for name, extractor in panel.extractors.items()},
     }

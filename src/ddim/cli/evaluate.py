@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption
-from ddim.cli._evaluation import describe_reference, draw_batches, image_batches, open_panel, open_reference, shuffled_batches
+from ddim.cli._evaluation import describe_reference, draw_batches, image_batches, note_few, open_panel, open_reference, shuffled_batches
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DataError, DDIMError
 
@@ -33,6 +33,8 @@ class Command:
     """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     split: str = "train"
     """Split of the reference."""
+    resize: bool = False
+    """Resize the reference (shorter side) and cut it in the centre to the samples' size, where that is another."""
     count: int | None = None
     """How many samples are measured: the first of a folder, by default all; 2048 of a model."""
     metrics: tuple[str, ...] | None = None
@@ -86,10 +88,11 @@ def run(command: Command) -> None:
 
     device = find_device(command.device)
     samples = _of_model(command, device) if _is_model(command.samples_or_model) else _of_images(command)
-    data = open_reference(command.reference, split=command.split, shape=samples.shape, what=command.samples_or_model)
-    panel = open_panel(command.metrics, shape=samples.shape, weights=command.weights, device=device)
-    panel.check_counts([samples.count], len(data))
-    protocol = {"command": "evaluate", **samples.protocol, **describe_reference(data, command.split, panel), "count": samples.count}
+    data = open_reference(command.reference, split=command.split, shape=samples.shape, what=command.samples_or_model, resize=command.resize)
+    asked: dict[str, Any] = {"weights": command.weights, "counts": [samples.count], "available": len(data)}
+    panel = open_panel(command.metrics, shape=samples.shape, device=device, **asked)
+    against = describe_reference(data, command.split, panel, resize=command.resize)
+    protocol = {"command": "evaluate", **samples.protocol, **against, "count": samples.count}
     out = Path(command.out or f"out/evaluate-{short_name(command.samples_or_model)}")
     with alone(out):
         check_protocol(out, protocol)
@@ -109,6 +112,7 @@ def run(command: Command) -> None:
     rows = [["metric", "value", "spread", "real images"]]
     rows += [[r.metric, f"{r.value:.4g}", spread_text(r), f"{r.floor:.4g}"] for r in results]
     print(text_table(rows), end="")
+    note_few(panel, shape=samples.shape, counts=[samples.count], available=len(data), chosen=command.metrics is not None)
     if (halves := results[0].floor_count) < samples.count:
         print(f"note: the reference has {halves} images a half, so its floor is of {halves} and too high for {samples.count}.")
     print(f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the record is in {out / 'run.json'}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddim.cli._arguments import EtasOption, ModelArgument
-from ddim.cli._evaluation import describe_reference, draw_batches, open_panel, open_reference, shuffled_batches
+from ddim.cli._evaluation import describe_reference, draw_batches, note_few, open_panel, open_reference, shuffled_batches
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DDIMError, OutputError
 
@@ -41,6 +41,8 @@ class Command:
     """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     split: str = "train"
     """Split of the reference."""
+    resize: bool = False
+    """Resize the reference (shorter side) and cut it in the centre to the model's size, where that is another."""
     eta: EtasOption = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
     """0 is deterministic, 1 DDPM's posterior, sigma-hat the larger noise of DDPM."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
@@ -97,6 +99,9 @@ def run(command: Command) -> None:
 
     check_plots()
     bench = Bench(command)
+    note_few(
+        bench.panel, shape=bench.pipe.image_shape, counts=command.counts, available=len(bench.data), chosen=command.metrics is not None
+    )
     wanted = [(eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)]
     for eta, steps in wanted:
         bench.pipe.check_path(bench.timesteps(steps), eta=eta)
@@ -131,9 +136,9 @@ class Bench:
         self.pipe, folder = open_model(command.model, device=self.device)
         self.clip = self.pipe.select_clip(command.clip)
         shape = self.pipe.image_shape
-        self.data = open_reference(command.reference, split=command.split, shape=shape, what=command.model)
-        self.panel = open_panel(command.metrics, shape=shape, weights=command.weights, device=self.device)
-        self.panel.check_counts(command.counts, len(self.data))
+        self.data = open_reference(command.reference, split=command.split, shape=shape, what=command.model, resize=command.resize)
+        asked: dict[str, Any] = {"weights": command.weights, "counts": command.counts, "available": len(self.data)}
+        self.panel = open_panel(command.metrics, shape=shape, device=self.device, **asked)
         self.levels = len(self.pipe.noise_schedule)
         config = self.pipe.scheduler.config
         spacing = command.spacing or config.timestep_spacing
@@ -144,7 +149,7 @@ class Bench:
             "sampler": "ddim",
             "timesteps": {"fitted": self.fitted, "otherwise": spacing} if self.fitted else spacing,
             "order": self.pipe.select_order(),
-            **describe_reference(self.data, command.split, self.panel),
+            **describe_reference(self.data, command.split, self.panel, resize=command.resize),
             "count": command.count,
             "long_count": command.counts[1],
             "repeats": command.repeats,

@@ -137,6 +137,13 @@ class Panel:
         metric, _, extractor = name.partition("-")
         return METRICS[metric], self.extractors[extractor]
 
+    def fitting(self, count: int, available: int) -> "Panel | None":
+        """The metrics that so many samples and reference images are enough for, and their extractors; None where there is none."""
+        parts = {name: self.parts(name) for name in self.metrics}
+        needed = {name: metric.minimum(extractor) for name, (metric, extractor) in parts.items()}
+        kept = tuple(name for name, least in needed.items() if least <= count and 2 * least <= available)
+        return None if not kept else Panel(kept, {parts[name][1].name: parts[name][1] for name in kept})
+
     def check_counts(self, counts: Iterable[int], available: int) -> None:
         """Refuses counts that are too small for a metric, or larger than the reference.
 
