@@ -1,5 +1,10 @@
 """Tiny models in diffusers format, made once: their weights are random, and nothing here judges a picture."""
 
+import contextlib
+import os
+import sys
+import threading
+
 import diffusers
 import pytest
 import torch
@@ -27,6 +32,30 @@ def tiny_unet(**options):
 def ours(**options):
     """A scheduler as this package's training writes it; velocities keep the images of a random network in range."""
     return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options)
+
+
+@contextlib.contextmanager
+def on_a_terminal(monkeypatch, *, columns):
+    """Has standard error be a terminal of so many columns; what is yielded returns what it showed, afterwards."""
+    termios = pytest.importorskip("termios")
+    here, there = os.openpty()
+    termios.tcsetwinsize(there, (24, columns))
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while part := os.read(here, 4096):
+                shown.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with open(there, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            yield lambda: b"".join(shown).decode()
+    finally:
+        reader.join()
+        os.close(here)
 
 
 class SilentWriter:

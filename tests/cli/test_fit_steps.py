@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.conftest import on_a_terminal
 
 from ddim.checkpoints import weight_hash
 from ddim.cli import main
@@ -34,6 +35,12 @@ def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
     assert ", ".join(map(str, content["timesteps"])) in told
     assert main(["sample", str(tiny), "--order", str(order), "--timesteps", str(path), "--count", "1", "--out", str(tmp_path / "o")]) == 0
     assert json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"] == content["timesteps"]
+
+
+def test_a_terminal_shows_progress(tiny, tmp_path, monkeypatch):
+    with on_a_terminal(monkeypatch, columns=80) as shown:
+        assert fit(tiny, tmp_path / "steps.json") == 0
+    assert "it/s]" in shown()
 
 
 def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_with(tiny, tiny_classes, tmp_path, capsys):

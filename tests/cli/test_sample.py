@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import on_a_terminal
 
 from ddim import cli
 from ddim.checkpoints import weight_hash
@@ -86,6 +88,34 @@ def test_running_again_draws_what_is_missing(tiny, tmp_path, capsys, monkeypatch
     assert sample(tiny, tmp_path, "--count", 3) == 0
     assert "0 images drawn, 3 were there" in capsys.readouterr().out
     assert record(tmp_path) == second
+
+
+def test_images_that_were_not_asked_for_are_told_and_not_in_the_grid(tiny, tmp_path, capsys):
+    assert sample(tiny, tmp_path, "--count", 4) == 0
+    assert "are there too" not in capsys.readouterr().out
+    assert sample(tiny, tmp_path, "--count", 3, "--seed", 3) == 0
+    told = capsys.readouterr().out
+    assert "2 images drawn, 1 were there" in told
+    assert "grid.png. 3 of other seeds are there too, and not in the grid." in told
+    assert sample(tiny, tmp_path / "alone", "--count", 3, "--seed", 3) == 0
+    assert np.abs(pixels(tmp_path / "grid.png") - pixels(tmp_path / "alone" / "grid.png")).max() <= 1
+
+
+def test_times_say_how_many_batches_they_are_of(tiny, tmp_path, capsys):
+    assert sample(tiny, tmp_path / "a", "--count", 5, "--batch-size", 2) == 0
+    told = re.search(r"4 steps in each of 3 batches took ([\d.]+) s, ([\d.]+) ms a step", capsys.readouterr().out)
+    assert float(told[1]) == pytest.approx(4 * 3 * float(told[2]) / 1000, abs=0.06)
+    assert sample(tiny, tmp_path / "b", "--count", 2) == 0
+    assert re.search(r"4 steps took [\d.]+ s", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [0, 60])
+def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(columns, tiny, tmp_path, monkeypatch):
+    with on_a_terminal(monkeypatch, columns=columns) as shown:
+        assert sample(tiny, tmp_path, "--count", 4, "--batch-size", 2) == 0
+    told = shown()
+    assert "0/8 [" in told
+    assert "8/8 [" in told
 
 
 def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):

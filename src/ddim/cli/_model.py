@@ -1,7 +1,10 @@
 """What the commands that draw from a model share: where they compute, what a protocol says of the model, and the batches."""
 
 import contextlib
+import itertools
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ __all__ = [
     "find_device",
     "in_batches",
     "open_model",
+    "progress_bar",
     "sampling_evaluations",
     "seed_label",
     "short_name",
@@ -182,6 +186,19 @@ def in_batches(items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size
         began = time.perf_counter()
         pictures = make(batch + batch[-1:] * (size - len(batch)) if fill else batch)
         yield batch, pictures[: len(batch)], time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def progress_bar(pipe: Any, total: int | None) -> Iterator[Any]:  # noqa: ANN401 - any pipeline; tqdm has no types
+    """A bar on the terminal that standard error is, or None where it is none; ``total`` is None where nobody knows it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with contextlib.suppress(OSError):
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:  # as below `script`; tqdm would draw a bar of no width
+            pipe.set_progress_bar_config(ncols=80)
+    with pipe.progress_bar(itertools.count() if total is None else None, total=total) as bar:
+        yield bar
 
 
 def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is

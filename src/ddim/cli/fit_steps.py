@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,7 +74,7 @@ def run(command: Command) -> None:
     from torch import Tensor
 
     from ddim.checkpoints import weight_hash
-    from ddim.cli._model import enough_memory, find_device
+    from ddim.cli._model import enough_memory, find_device, progress_bar
     from ddim.cli._run import RunRecord, versions
     from ddim.denoiser import Denoiser
     from ddim.fitting import Batch, fit_timesteps, geometric_mean
@@ -98,7 +97,7 @@ def run(command: Command) -> None:
 
     started = time.perf_counter()
     with enough_memory(device, max(command.count, command.batch_size)), contextlib.ExitStack() as stack:
-        bar = stack.enter_context(pipe.progress_bar(total=None)) if sys.stderr.isatty() else None
+        bar = stack.enter_context(progress_bar(pipe, None))
 
         def batch(drawn: list[int]) -> Batch:
             if text is None:

@@ -1,6 +1,5 @@
 """``ddim sample``: draws images from a model."""
 
-import contextlib
 import json
 import sys
 import time
@@ -19,6 +18,7 @@ from ddim.cli._model import (
     enough_memory,
     find_device,
     in_batches,
+    progress_bar,
     sampling_evaluations,
     seed_label,
     short_name,
@@ -51,7 +51,7 @@ MEASURED = 256
 class Command:
     """Draws images from a model with DDIM: one file a seed, a grid of the first 64, and a record of the run.
 
-    Running again into the same folder draws what is missing.
+    Running again into the same folder draws what is missing; the grid shows the images of the last request, and no others that are there.
     """
 
     model: ModelArgument = "fashion-mnist"
@@ -206,13 +206,16 @@ def run(command: Command) -> None:
     _write_grid(out, items, text)
     if missing:
         write_run(out, record(missing, seconds, drawn=len(missing), warm_up_seconds=warm_up))
-    there_before = len(items) - len(missing)
-    print(f"{len(missing)} images drawn, {there_before} were there; they are in {out}, together in {out / 'grid.png'}.")
+    others = len(there - set(items))
+    beside = f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not in the grid." if others else ""
+    told = f"{len(missing)} images drawn, {len(items) - len(missing)} were there"
+    print(f"{told}; they are in {out}, together in {out / 'grid.png'}.{beside}")
     if missing:
         step = seconds / (batches * len(timesteps))
         total = len(pipe.noise_schedule)
         print(
-            f"{len(timesteps)} steps took {seconds:.1f} s, {1000 * step:.1f} ms a step; "
+            f"{len(timesteps)} steps {'' if batches == 1 else f'in each of {batches} batches '}took {seconds:.1f} s, "
+            f"{1000 * step:.1f} ms a step; "
             f"all {total} steps would have taken {seconds / len(timesteps) * total:.0f} s."
         )
 
@@ -238,7 +241,7 @@ def _draw(
     began = time.perf_counter()
     (pipe.compile() if command.compile else pipe).warm_up(size, **({} if text is None else {"guidance_scale": text.guidance_scale}))
     warm_up, seconds = time.perf_counter() - began, 0.0
-    with pipe.progress_bar(total=batches * steps) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+    with progress_bar(pipe, batches * steps) as bar:
         options["callback"] = None if bar is None else _advance(bar)
 
         def make(batch: list[Item]) -> Any:  # noqa: ANN401 - a list of pictures
