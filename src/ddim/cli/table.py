@@ -99,9 +99,6 @@ def run(command: Command) -> None:
 
     check_plots()
     bench = Bench(command)
-    note_few(
-        bench.panel, shape=bench.pipe.image_shape, counts=command.counts, available=len(bench.data), chosen=command.metrics is not None
-    )
     wanted = [(eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)]
     for eta, steps in wanted:
         bench.pipe.check_path(bench.timesteps(steps), eta=eta)
@@ -121,6 +118,9 @@ def run(command: Command) -> None:
                 )
                 _write(out, bench, began)
         save_plots(_read_cells(out), out)
+    note_few(
+        bench.panel, shape=bench.pipe.image_shape, counts=command.counts, available=len(bench.data), chosen=command.metrics is not None
+    )
     print(f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}.")
 
 
