@@ -116,7 +116,7 @@ def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_
     ("options", "message"),
     [
         (("--steps", "0"), "--steps must be at least 1; got 0."),
-        (("--steps", "1001"), "num_inference_steps must be a whole number from 1 to 1000"),
+        (("--steps", "1001"), "ddim: --steps must be a whole number from 1 to 1000"),
         (("--order", "3"), "--order must be one of 1, 2; got '3'."),
         (("--held-out", "1"), "--held-out must be at least 2; got 1."),
         (("--count", "0"), "--count must be at least 1; got 0."),
