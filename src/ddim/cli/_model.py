@@ -28,6 +28,7 @@ __all__ = [
     "in_batches",
     "open_model",
     "progress_bar",
+    "quiet_libraries",
     "sampling_evaluations",
     "seed_label",
     "short_name",
@@ -46,6 +47,20 @@ def check_positive(command: object, *names: str) -> None:
             raise DDIMError(f"--{name.replace('_', '-')} must be at least 1; got {given}.")
 
 
+def quiet_libraries(*, text: bool = False) -> None:
+    """Leaves out the bars and remarks of the libraries that open models; ``text`` for transformers, too, where it is installed."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    if text:
+        with contextlib.suppress(ImportError):  # what needs it says so in a sentence
+            import transformers
+
+            transformers.utils.logging.set_verbosity_error()
+            transformers.utils.logging.disable_progress_bar()
+
+
 def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[UnconditionalPipeline, Path]":  # noqa: ANN401 - as find_device
     """The pipeline of a model that makes pictures, and its folder.
 
@@ -53,14 +68,12 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
         CheckpointError: If there is no such model, or it is one of text.
         DDIMError: If its images are no pictures.
     """
-    import diffusers
     import torch
 
     from ddim.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
     from ddim.pipelines import UnconditionalPipeline
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     folder = find_model(name)
     if read_model_index(folder).get("_class_name") in STABLE_DIFFUSION:
         raise CheckpointError(

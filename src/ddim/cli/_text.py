@@ -1,12 +1,11 @@
 """What commands ask of models of text: prompts from arguments and files, and guidance as the model's card has it."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ddim.cli._model import open_model
+from ddim.cli._model import open_model, quiet_libraries
 from ddim.errors import DataError, DDIMError
 
 if TYPE_CHECKING:
@@ -194,18 +193,11 @@ def open_any(
     folder = find_model(name)
     if read_model_index(folder).get("_class_name") not in STABLE_DIFFUSION:
         return open_model(name, device=device, dtype=dtype)
-    import diffusers
     import torch
 
     from ddim.pipelines import text_pipeline
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    with contextlib.suppress(ImportError):  # of which the next line tells in a sentence
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+    quiet_libraries(text=True)
     kind = text_pipeline("StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline")
     pipe = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     return pipe, folder

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.cli._model import check_positive, find_device
+from ddim.cli._model import check_positive, find_device, quiet_libraries
 from ddim.errors import DDIMError, OutputError
 
 if TYPE_CHECKING:
@@ -334,13 +334,10 @@ def _open(folder: Path, device: "torch.device") -> Any:  # noqa: ANN401 - a pipe
     Raises:
         DDIMError: If it is none, or cannot be opened.
     """
-    import diffusers
-
     from ddim.checkpoints import is_unconditional, read_model_index
     from ddim.pipelines import DiffusionPipeline
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    quiet_libraries(text=True)
     if is_unconditional(read_model_index(folder)):
         raise DDIMError(f"{folder} is a model without text, and the fixes are measured by prompts; name models trained on fashion-text.")
     return DiffusionPipeline.from_pretrained(folder).to(device)

@@ -1,6 +1,5 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
-import contextlib
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from ddim.cli._model import quiet_libraries
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig
 
@@ -66,7 +66,8 @@ def run(command: Command) -> None:
     try:
         from ddim.training.trainer import train
 
-        _silence(command)
+        if command.base is not None:
+            quiet_libraries(text=True)
         result = train(config, on_progress=show, on_note=lambda note: print(f"ddim: {note}", file=sys.stderr), revision=_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
@@ -79,18 +80,6 @@ def run(command: Command) -> None:
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}{prompt}")
     else:
         print(f"Stopped at step {result.step} with a checkpoint; the same command goes on from there.")
-
-
-def _silence(command: Command) -> None:
-    """Leaves out the bars and the remarks of libraries that open a base."""
-    if command.base is not None:
-        import diffusers
-
-        diffusers.utils.logging.set_verbosity_error()
-        with contextlib.suppress(ModuleNotFoundError):  # an unconditional base needs no transformers
-            import transformers
-
-            transformers.utils.logging.disable_progress_bar()
 
 
 def _revision() -> str | None:
