@@ -93,6 +93,33 @@ def test_it_writes_cells_a_record_a_table_and_plots(whole):
     assert "## Against DDPM of 20 steps\n\nAll on 12 images of the same seeds" in text
 
 
+def test_timing_rounds_take_the_time_of_all_cells_again(whole, model, reference, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    drawn = []
+
+    def time_batch(self, eta, steps):
+        drawn.append((eta, steps))
+        return steps * (1.0, 50.0, 2.0)[(len(drawn) - 1) // 6]  # a machine that was busy in the second round
+
+    monkeypatch.setattr(table.Bench, "time_batch", time_batch)
+    assert run(model, reference, tmp_path / "out", "--steps", "2", "--timing-rounds", "3") == 0
+    assert "6 cells timed in turn, the median of 3 each.\n" in capsys.readouterr().out
+    assert drawn[:6] == drawn[6:12] == drawn[12:]
+    assert len(set(drawn)) == 6
+    for cell in cells(tmp_path / "out").values():
+        assert cell["seconds"] == cell["steps"] * 2.0 * (24 if cell["steps"] == 2 else 12)
+    assert {r["speedup"] for r in record(tmp_path / "out")["results"]} == {1, 10}
+    assert "the median of 3 each" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    assert run(model, reference, tmp_path / "out", "--timing-rounds", "1", "--batch-size", "8") == 0
+    before, after = cells(whole), cells(tmp_path / "out")
+    assert all(after[name]["seconds"] != before[name]["seconds"] > 0 < after[name]["seconds"] for name in before)
+    assert all(after[name]["results"] == before[name]["results"] for name in before)
+
+
 def test_a_cell_is_what_evaluate_says_of_it(whole, model, reference, tmp_path):
     options = ["--steps", "2", "--eta", "1", "--count", "24", "--metrics", "kid-pixels,recall-pixels", "--out", str(tmp_path)]
     assert main(["evaluate", str(model), "--reference", str(reference), *options]) == 0
@@ -259,6 +286,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(model, referenc
         (("--eta", ","), "--eta and --steps must each name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
+        (("--timing-rounds", "-1"), "--timing-rounds must be 0 or more; got -1"),
         (("--steps", "21"), "ddim: --steps must be a whole number from 1 to 20"),
         (("--metrics", "kid-moon"), "'kid-moon' is no metric"),
     ],

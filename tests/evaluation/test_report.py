@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
     assert "FID of CelebA in the paper" in markdown(cells, "./celeba-64")
     for other in ("uoft-cs/cifar100", "celeba-hq", "CelebAMask-HQ"):
         assert "for orientation: other data" in markdown(cells, other)
+
+
+def test_the_order_of_eta_is_by_all_images_where_they_are_equally_many():
+    full, part = cell(0.0, 10, 9.0, compared=21.0), cell(1.0, 10, 30.0, compared=20.0)
+    assert "- S=10: as the paper." in markdown([full, part])
+    fewer = cell(1.0, 10, 8.0, count=50, compared=22.0)  # of few images, a distance is another number
+    assert "- S=10: as the paper." in markdown([full, fewer])
+
+
+def test_markdown_says_how_the_time_was_taken(cells):
+    assert "## Seconds an image\n\nOf all images of a cell, each when it was measured" in markdown(cells)
+    in_turn = [replace(c, timing_rounds=3) for c in cells]
+    assert "Batches of all cells drawn in turn, the median of 3 each." in markdown(in_turn)
+    assert "Not all of them taken in turn: they do not compare." in markdown([*in_turn[:-1], cells[-1]])
 
 
 def test_the_papers_table_is_the_papers():

@@ -4,12 +4,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import statistics
 import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +74,8 @@ class Command:
     """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
     compile: bool = False
     """Compile the network first: a minute, and then faster steps."""
+    timing_rounds: int = 0
+    """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be compared; 0 keeps the cells' own."""
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -91,6 +94,8 @@ def run(command: Command) -> None:
     check_positive(command, "count", "repeats", "batch_size", "processes")
     if not 1 <= command.counts[1] <= command.count:
         raise DDIMError(f"--long-count must be from 1 to --count, {command.count}; got {command.long_count}.")
+    if command.timing_rounds < 0:
+        raise DDIMError(f"--timing-rounds must be 0 or more; got {command.timing_rounds}.")
     if not command.eta or not command.steps:
         raise DDIMError("--eta and --steps must each name at least one value.")
 
@@ -117,6 +122,9 @@ def run(command: Command) -> None:
                     flush=True,
                 )
                 _write(out, bench, began)
+        if command.timing_rounds:
+            _time_again(bench, out)
+            _write(out, bench, began)
         save_plots(_read_cells(out), out)
     note_few(
         bench.panel, shape=bench.pipe.image_shape, counts=command.counts, available=len(bench.data), chosen=command.metrics is not None
@@ -156,24 +164,47 @@ class Bench:
             "seed": command.seed,
         }
         self._reference: Any = None
+        self._warm = False
 
     def timesteps(self, steps: int) -> list[int]:
         """The levels that a cell visits."""
         return self.pipe.select_timesteps(steps, timestep_spacing=self.command.spacing)
+
+    @property
+    def batch_size(self) -> int:
+        """Images drawn together, the same in every cell."""
+        return min(self.command.batch_size, *self.command.counts)
+
+    def warm_up(self) -> None:
+        """Compiles, where that is asked for, and allocates: once."""
+        if not self._warm:
+            (self.pipe.compile() if self.command.compile else self.pipe).warm_up(self.batch_size)
+            self._warm = True
+
+    def time_batch(self, eta: float | str, steps: int) -> float:
+        """Seconds an image of the first batch of a cell."""
+        took: list[float] = []
+        for _ in draw_batches(self.pipe, self.seeds[: self.batch_size], took, **self._options(eta, self.timesteps(steps))):
+            pass
+        return sum(took) / self.batch_size
+
+    def _options(self, eta: float | str, timesteps: list[int]) -> dict[str, Any]:
+        fill = self.command.compile
+        return {"batch_size": self.batch_size, "fill": fill, "timesteps": timesteps, "eta": eta, "clip": self.clip}
 
     def cell(self, eta: float | str, steps: int) -> "Cell":
         """Draws and measures one cell; of the images stays what the metrics need."""
         from ddim.evaluation.protocol import collect, collect_reference, measure, over_repeats, sample_cuts
         from ddim.evaluation.report import Cell
 
-        long, size = self.command.counts[1], min(self.command.batch_size, *self.command.counts)
+        long = self.command.counts[1]
         if self._reference is None:
             images = shuffled_batches(self.data)
             self._reference = collect_reference(images, self.panel, available=len(self.data), counts=self.command.counts)
-            (self.pipe.compile() if self.command.compile else self.pipe).warm_up(size)
+            self.warm_up()
         timesteps = self.timesteps(steps)
         count = long if steps > LONG else self.command.count
-        options = {"batch_size": size, "fill": self.command.compile, "timesteps": timesteps, "eta": eta, "clip": self.clip}
+        options = self._options(eta, timesteps)
         results, compared, seconds = [], [], []
         for first in range(0, len(self.seeds), self.command.count):
             took: list[float] = []
@@ -215,6 +246,19 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
         executor.shutdown(cancel_futures=True)
 
 
+def _time_again(bench: Bench, out: Path) -> None:
+    """Replaces the seconds of all cells by those of batches that they draw in turn, so that what the machine does besides falls on all.
+
+    Cells are measured hours apart, perhaps on several machines: their own seconds are of what the machine was then.
+    """
+    cells, rounds = _read_cells(out), bench.command.timing_rounds
+    bench.warm_up()
+    took = [[bench.time_batch(cell.eta, cell.steps) for cell in cells] for _ in range(rounds)]
+    for cell, seconds in zip(cells, zip(*took, strict=True), strict=True):
+        _write_cell(replace(cell, seconds=statistics.median(seconds) * cell.count, timing_rounds=rounds), out)
+    print(f"{len(cells)} cells timed in turn, the median of {rounds} each.", flush=True)
+
+
 _bench: Bench | None = None
 
 
@@ -244,10 +288,13 @@ def _cell_file(out: Path, eta: float | str, steps: int) -> Path:
 
 
 def _save_cell(bench: Bench, eta: float | str, steps: int, out: Path) -> "Cell":
+    return _write_cell(bench.cell(eta, steps), out)
+
+
+def _write_cell(cell: "Cell", out: Path) -> "Cell":
     from ddim.images import write_atomically
 
-    cell = bench.cell(eta, steps)
-    write_atomically(_cell_file(out, eta, steps), json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
+    write_atomically(_cell_file(out, cell.eta, cell.steps), json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
     return cell
 
 

@@ -70,6 +70,8 @@ class Cell:
     """On all its images."""
     compared: tuple[Result, ...]
     """On as many images as every cell has, so that ratios compare equal numbers."""
+    timing_rounds: int = 0
+    """Batches whose median time is in ``seconds``, drawn in turn with those of the other cells; 0: the time of all images of the cell."""
 
     @property
     def count(self) -> int:
@@ -135,9 +137,19 @@ def to_markdown(cells: Sequence[Cell], *, levels: int, title: str, protocol: str
         told = " and ".join(f"{_number(floor)} on {count} images" for count, floor in sorted(floors, reverse=True))
         parts += [f"## {result.metric}\n", f"{better.capitalize()} is better; real images against real ones: {told}.\n"]
         parts.append(_by_steps(cells, lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells))))
-    parts += ["## Seconds an image\n", _by_steps(cells, lambda cell: _number(cell.seconds_per_image))]
+    parts += ["## Seconds an image\n", f"{_told_timing(cells)}\n", _by_steps(cells, lambda cell: _number(cell.seconds_per_image))]
     parts += _against_ddpm(cells, levels)
     return "\n".join([*parts, *_beside_paper(cells, reference)])
+
+
+def _told_timing(cells: Sequence[Cell]) -> str:
+    """How the seconds were taken, and what they do not tell."""
+    rounds = {c.timing_rounds for c in cells}
+    if rounds == {0}:
+        return "Of all images of a cell, each when it was measured: on a machine that does other work, or on several, they do not compare."
+    if len(rounds) > 1:
+        return "Not all of them taken in turn: they do not compare. `--timing-rounds` takes all of them again."
+    return f"Batches of all cells drawn in turn, the median of {rounds.pop()} each."
 
 
 def _against_ddpm(cells: Sequence[Cell], levels: int) -> list[str]:
@@ -165,7 +177,9 @@ def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
     metric = cells[0].compared[0].metric
     sign = -1 if METRICS[metric.partition("-")[0]].higher_is_better else 1
     for steps in sorted({c.steps for c in cells}):
-        here = {c.eta: sign * c.compared[0].value for c in cells if c.steps == steps and c.eta in PAPER[data]}
+        column = [c for c in cells if c.steps == steps and c.eta in PAPER[data]]
+        equal = len({c.count for c in column}) == 1  # then all images count, which tell more than the first of them
+        here = {c.eta: sign * (c.results if equal else c.compared)[0].value for c in column}
         there = {eta: PAPER[data][eta][steps] for eta in here if steps in PAPER[data][eta]}
         if len(there) > 1:
             ours, theirs = (" < ".join(_eta(e) for e in sorted(values, key=values.__getitem__)) for values in (here, there))
