@@ -10,7 +10,7 @@ LAYERS = [
     {"schedule"},
     {"prediction", "timesteps", "guidance", "noise", "prior"},
     {"step", "denoiser", "objective", "interpolation", "configuration"},
-    {"sampler"},
+    {"sampler", "plan"},
     {"inversion", "reversible"},
     {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed"},
     {"symptoms", "sampling"},
@@ -26,7 +26,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "symptoms", "checks", "doctor"}
 STANDARD = {"collections", "dataclasses", "difflib", "typing", "math", "json", "enum", "functools", "itertools", "pathlib"}
-STANDARD |= {"hashlib", "inspect", "warnings", "numpy", "torch", "ddim"}
+STANDARD |= {"hashlib", "inspect", "operator", "warnings", "numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
 
 

@@ -1,18 +1,12 @@
-r"""DDIM and its inversion as diffusers schedulers: drop-ins that stay on their own grid of levels.
+"""DDIM and its inversion as diffusers schedulers: drop-ins that stay on their own grid of levels.
 
 Both are subclasses of diffusers' classes of the same names, with the same options, methods and configuration files. What
 differs: a step goes to the neighbour in the list of timesteps, coefficients come from float64 tables, a zero terminal SNR is
 exact, lists of your own and a timestep a sample are accepted, and what cannot work is refused in words.
 
-Where nothing is clipped a step is linear in the sample, the model's output and the noise. All coefficients are rows of one
-table over the T levels,
-
-.. math::
-    \hat x_0 = a\,x_t + b\,m, \qquad x_s = c\,x_t + d\,m + e\,z + f\,\mathrm{clip}(\hat x_0),
-
-so a step with a tensor timestep gathers a row and combines it: no host reads a device, and ``torch.compile`` sees one graph.
-Options are read from ``config`` at each step, since pipelines rewrite it; compiled code keeps those of the last
-``set_timesteps`` or eager step.
+A step with a tensor timestep gathers its coefficients from a table (:mod:`ddim.plan`): no host reads a device, and
+``torch.compile`` sees one graph. Options are read from ``config`` at each step, since pipelines rewrite it; compiled code
+keeps those of the last ``set_timesteps`` or eager step.
 """
 
 import copy
@@ -21,7 +15,6 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import diffusers
@@ -38,9 +31,10 @@ from torch.compiler import is_compiling
 from ddim.configuration import foreign_family, given_options, unknown_options
 from ddim.denoiser import Clip
 from ddim.errors import DDIMError
-from ddim.prediction import PredictionType, Solution, clip_static, prediction_row, solve
+from ddim.plan import Plan, Table, advance, gather, whole
+from ddim.prediction import PredictionType, clip_static, prediction_row
 from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import Eta, check_order, fold, multistep_weight, step_coefficients
+from ddim.step import Eta, check_order, multistep_weight, step_coefficients
 from ddim.timesteps import Spacing, as_levels, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
@@ -51,9 +45,6 @@ __all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "Sche
 _logger = logging.get_logger("diffusers.ddim")
 _said: set[str] = set()
 
-_Mode = Literal["folded", "split", "rederived"]
-"""How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped x0 implies."""
-
 _Generator = torch.Generator | list[torch.Generator]
 _Converted = TypeVar("_Converted")
 
@@ -62,143 +53,6 @@ def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         _logger.warning(message)
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """The coefficients (a, b, c, d, e, f) of all levels, [6, T] or without the last rows where those are 0 at every level; the plan's
-    multistep; and the columns that integers have asked for."""
-
-    mode: _Mode
-    columns: Tensor
-    multistep: Tensor | None = None
-    at: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """What the steps over one list of timesteps need; a new one is made when the list, the levels or an option changes."""
-
-    schedule: NoiseSchedule
-    options: tuple[Any, ...]
-    config: dict[str, Any]  # all that the configuration said
-    num_inference_steps: int
-    prediction_type: PredictionType
-    inverse: bool
-    clip: Callable[[Tensor], Tensor] | None
-    listed: frozenset[int]
-    source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
-    target: Tensor  # alpha_bar of the level that it steps to, [T] float64
-    multistep: Tensor | None = None  # order 2: the weight of x0 - x0_previous at each t, and the level before t; [2, T] float64
-    tables: dict[tuple[Eta, bool, torch.dtype, torch.device], _Table] = field(default_factory=dict)
-
-    def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
-        table = self.tables.get((eta, rederive, dtype, device))
-        if table is None and is_compiling():
-            return self._make_table(eta, rederive, dtype, device)  # not kept: a traced step must not change its own guards
-        if table is None:
-            with torch.inference_mode(False):  # else it could not take part in a backward pass later
-                table = self.tables[(eta, rederive, dtype, device)] = self._make_table(eta, rederive, dtype, device)
-        return table
-
-    def _make_table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> _Table:
-        mode: _Mode
-        check_order(1 if self.multistep is None else 2, eta=eta)
-        if self.clip is not None:
-            mode = "rederived" if rederive else "split"
-        else:
-            # In half precision an update of the folded form lies below half an ulp at many steps, and vanishes; in x0 and eps not.
-            mode = "folded" if dtype in (torch.float32, torch.float64) else "split"
-        held = torch.float64 if dtype == torch.float64 else torch.float32
-        multistep = None if self.multistep is None else self.multistep.to(device, held)
-        rows = 6 if mode != "folded" else 4 if eta == 0 else 5  # a row that is not gathered is time saved at each step
-        return _Table(mode, _coefficients(self, eta, mode)[:rows].to(device, held), multistep)
-
-
-def _solution(plan: _Plan) -> Solution:
-    """x0 and eps from (x, m) at the source level of each t."""
-    found = solve(plan.prediction_type, plan.source)
-    if not (plan.inverse and plan.prediction_type == "sample"):
-        return found
-    # Clean data determines x0 (itself) but no eps. The network was called at t, so its x0 is read as eps there: the inversion
-    # is then that of the same network expressed as an epsilon prediction.
-    clean, at_t = plan.source == 1, solve("sample", plan.target)
-    instead = Solution(torch.ones_like(plan.source), torch.zeros_like(plan.source), at_t.eps_x, at_t.eps_m)
-    return Solution(*(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True)))
-
-
-def _coefficients(plan: _Plan, eta: Eta, mode: _Mode) -> Tensor:
-    """All columns (a, b, c, d, e, f) of the module's equation, [6, T], float64 on the CPU."""
-    source, target = plan.source, plan.target
-    if isinstance(eta, float) and eta > 1:  # a level that no step leaves may not admit it, and must not refuse it
-        listed = torch.zeros(len(source), dtype=torch.bool).index_fill(0, torch.tensor(sorted(plan.listed)), True)
-        target = torch.where(listed, target, source)
-    weights, found, none = step_coefficients(source, target, eta=eta), _solution(plan), torch.zeros_like(source)
-    if mode == "folded":
-        (x, output, _), x0 = fold(weights, found), none
-    elif mode == "split":
-        x, output, x0 = weights.eps * found.eps_x, weights.eps * found.eps_m, weights.x0
-    else:
-        implied = solve("sample", source)
-        x, output, x0 = weights.eps * implied.eps_x, none, weights.x0 + weights.eps * implied.eps_m
-    return torch.stack([found.x0_x, found.x0_m, x, output, weights.noise, x0])
-
-
-def _as_levels(t: Tensor) -> Tensor:
-    """Whole numbers of any type as int64. A fraction is refused on the CPU; on a device that would wait for it, and it is cut off."""
-    if t.is_floating_point() and t.device.type == "cpu" and not is_compiling() and bool((t != t.round()).any()):
-        raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
-    return t.long()
-
-
-def _gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The entries at t of each row of [k, T], shaped to multiply x [B, ...]; reads nothing back to the host."""
-    if t.dtype != torch.int64:
-        t = _as_levels(t)
-    if t.device != x.device:
-        t = t.to(x.device, non_blocking=True)
-    if t.ndim == 0 or t.shape == (1,):
-        return columns.index_select(1, t).unbind(0)
-    if t.shape != x.shape[:1]:
-        raise DDIMError(f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}.")
-    return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
-
-
-def _times(coefficient: Tensor, x: Tensor) -> Tensor:
-    product = x.mul(coefficient)
-    return product if product.dtype == x.dtype else product.to(x.dtype)
-
-
-def _advance(plan: _Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
-    a, b, c, d, *more = at
-    is_x0 = plan.prediction_type == "sample" and not plan.inverse
-    # In place, but only on products made here: an allocation costs a fifth of a step.
-    if mode == "folded":  # nothing is clipped, and the coefficients have the sample's dtype
-        x_s = x.mul(c).addcmul_(output, d)
-        if noise is not None:
-            x_s.addcmul_(noise, more[0])
-        return x_s, output if is_x0 else x.mul(a).addcmul_(output, b)
-    x0 = output if is_x0 else _times(a, x).addcmul_(output, b)
-    if plan.clip is not None:
-        x0 = plan.clip(x0)
-    if mode == "rederived":
-        x_s = _times(c, x).addcmul_(x0, more[1])
-    elif plan.prediction_type == "epsilon":
-        x_s = _times(more[1], x0).addcmul_(output, d)
-    else:
-        x_s = _times(c, x).addcmul_(output, d).addcmul_(x0, more[1])
-    if noise is not None:
-        x_s.addcmul_(noise, more[0])
-    return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
-
-
-def _whole(t: object) -> int:
-    """A timestep that is no tensor, as an int."""
-    try:
-        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)  # type: ignore[arg-type]
-    except TypeError:
-        raise DDIMError(f"a timestep must be a whole number, or a tensor of them; got {t!r}.") from None
 
 
 def fitted_timesteps(config: Mapping[str, Any], num_inference_steps: int | None) -> list[int] | None:
@@ -234,7 +88,7 @@ class _Scheduler:
         """The end of both constructors; ``config`` is registered by then."""
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._before: tuple[Tensor, Tensor] | None = None
         self._schedule: NoiseSchedule
         self._made_of: tuple[Any, Any] = (None, None)
@@ -426,7 +280,7 @@ class _Scheduler:
 
     # --- plan
 
-    def _ready(self, eta: Eta, rederive: bool, x: Tensor) -> tuple[_Plan, _Table]:
+    def _ready(self, eta: Eta, rederive: bool, x: Tensor) -> tuple[Plan, Table]:
         """The plan for the options of this moment, and its table for such a step."""
         plan = self._plan
         if plan is None or not (is_compiling() or self._is_of_now(plan)):
@@ -434,7 +288,7 @@ class _Scheduler:
         table = plan.tables.get((eta, rederive, x.dtype, x.device))
         return plan, plan.table(eta, rederive, x.dtype, x.device) if table is None else table
 
-    def _is_of_now(self, plan: _Plan) -> bool:
+    def _is_of_now(self, plan: Plan) -> bool:
         """Whether nothing at all has changed since the plan was made: one comparison a step, in place of one an option."""
         table, clean = self._alphas_cumprod, self._clean
         try:
@@ -446,7 +300,7 @@ class _Scheduler:
         except (ValueError, RuntimeError):  # two arrays of betas have no truth value, and inference tensors no version
             return False
 
-    def _current(self) -> _Plan:
+    def _current(self) -> Plan:
         """The plan for the options of this moment, found by those that matter."""
         if self.num_inference_steps is None:
             raise DDIMError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
@@ -461,7 +315,7 @@ class _Scheduler:
         self._plan = plan = dataclasses.replace(plan, config=dict(vars(self.config)))
         return plan
 
-    def _renew(self) -> _Plan:
+    def _renew(self) -> Plan:
         old, self._plan, self._before = self._plan, None, None
         with torch.device("cpu"), torch.inference_mode(False):
             plan = self._plan = self._make_plan()
@@ -473,14 +327,14 @@ class _Scheduler:
                 plan.table(eta, rederive, dtype, device)
         return plan
 
-    def _make_plan(self) -> _Plan:
+    def _make_plan(self) -> Plan:
         config, schedule, steps = self.config, self._levels(), self.num_inference_steps or 1
         prediction_row(config.prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
         neighbour = {t: s for t, s in (step_pairs(self._grid) if self._grid else ()) if t < len(schedule)}
         stride = max(config.num_train_timesteps // steps, 1)
         lower = schedule.alpha_bar(torch.tensor([neighbour.get(t, max(t - stride, CLEAN)) for t in range(len(schedule))]))
         source, target = (lower, schedule.alphas_cumprod) if self._inverse else (schedule.alphas_cumprod, lower)
-        plan = _Plan(
+        plan = Plan(
             schedule=schedule,
             options=self._options(config),
             config=dict(vars(config)),
@@ -507,25 +361,25 @@ class _Scheduler:
     # --- step
 
     def _transition(
-        self, plan: _Plan, table: _Table, output: Tensor, timestep: int | Tensor, x: Tensor, eta: Eta = 0.0, noise: Tensor | None = None
+        self, plan: Plan, table: Table, output: Tensor, timestep: int | Tensor, x: Tensor, eta: Eta = 0.0, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The step of either direction: (x_s, x0)."""
         if output.shape != x.shape:
             output = _mean_of(output, x)
         if isinstance(timestep, Tensor):
-            at = _gather(table.columns, timestep, x)
+            at = gather(table.columns, timestep, x)
         elif is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
             at = table.columns.narrow(1, timestep, 1).unbind(0)
         else:
-            t = timestep if type(timestep) is int else _whole(timestep)
+            t = timestep if type(timestep) is int else whole(timestep)
             found = table.at.get(t)
             if found is None:
                 self._check_level(plan, t, eta)
                 found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
             at = found
-        return _advance(plan, table.mode, at, output, x, noise)
+        return advance(plan, table.mode, at, output, x, noise)
 
-    def _check_level(self, plan: _Plan, t: int, eta: Eta) -> None:
+    def _check_level(self, plan: Plan, t: int, eta: Eta) -> None:
         levels = len(plan.schedule)
         if not 0 <= t < levels:
             raise DDIMError(f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}.")
@@ -536,7 +390,7 @@ class _Scheduler:
             raise DDIMError(f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}.")
         _say_once("A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers.")
 
-    def _check_solvable(self, plan: _Plan, t: int) -> None:
+    def _check_solvable(self, plan: Plan, t: int) -> None:
         if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound:
             raise DDIMError(
                 f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - sigma eps) / alpha divides by 0. "
@@ -679,7 +533,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             self._correct(plan, table, timestep, x_s, x0)
         return _result(x_s, x0) if return_dict else (x_s, x0)
 
-    def _correct(self, plan: _Plan, table: _Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor) -> None:
+    def _correct(self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor) -> None:
         """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour above; keeps x0 for the next."""
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
         before, self._before = self._before, (t, x0)
@@ -694,7 +548,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
                     "set_timesteps before each image, take one scheduler for each batch, or use solver_order=1."
                 )
         # What is not sure to be the same image's last step counts as none: elsewhere the step stays DDIM's.
-        weight, above = _gather(table.multistep, t, x0)
+        weight, above = gather(table.multistep, t, x0)
         last_t = before[0].to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
         x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - before[1]))
 
@@ -772,7 +626,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(x.device, key[0])
             if not is_compiling():
                 self._signal_tables[key] = table
-        alpha, sigma = _gather(table, t, x)
+        alpha, sigma = gather(table, t, x)
         return x, noise, alpha, sigma
 
 

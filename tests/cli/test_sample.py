@@ -401,6 +401,8 @@ def test_models_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
     assert "sides are multiples of 2; its configuration's sample_size is 7x7 (width x height)." in changed(
         "odd", "unet/config.json", sample_size=7
     )
+    kind = changed("embeddings", "unet/config.json", class_embed_type="identity")
+    assert "is conditioned on identity embeddings, not on numbered classes" in kind
     assert "weights and config.json do not fit" in changed("channels", "unet/config.json", in_channels=3)
     assert "is a LDMPipeline, which needs more" in changed(
         "ldm", "model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]

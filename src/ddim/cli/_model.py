@@ -83,6 +83,9 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
     pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     if pipe.image_shape[0] not in (1, 3):
         raise DDIMError(f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")
+    kind = pipe.unet.config.get("class_embed_type")
+    if kind is not None and not pipe.unet.config.get("num_class_embeds"):
+        raise DDIMError(f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its class_labels from Python.")
     return pipe, folder
 
 
