@@ -755,6 +755,8 @@ def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pip
         ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator both say where noise comes from"),
         ({"seeds": [-1]}, "a seed must be a whole number"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \[B, 4, 8, 8\]; got \[1, 3, 8, 8\]"),
+        ({"height": picture()}, r"height must be a whole number of pixels; got Image\. Images to begin at are for ImageToImagePipeline"),
+        ({"width": 16.0}, "width must be a whole number of pixels; got float"),
         ({"height": 17}, r"width and height must be multiples of 2, the VAE's factor; got 16x17 \(width x height\), and 16x16 would do"),
         ({"height": 0, "width": 16}, r"got 16x0 \(width x height\), and 16x2 would do"),
         ({"output_type": "banana"}, "output_type must be pil, np, pt or latent; got 'banana'"),

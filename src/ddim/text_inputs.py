@@ -194,8 +194,12 @@ def check_size(height: int, width: int, factor: int) -> None:
     """Refuses a picture size that has no whole number of latents.
 
     Raises:
-        DDIMError: With the nearest size that has.
+        DDIMError: With the nearest size that has; or if it is no size, such as an image in the place of the height.
     """
+    for name, side in (("height", height), ("width", width)):
+        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
+            told = f"{name} must be a whole number of pixels; got {type(side).__name__}"
+            raise DDIMError(f"{told}. Images to begin at are for ImageToImagePipeline(**pipe.components).")
     if height < factor or width < factor or height % factor or width % factor:
         near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise DDIMError(

@@ -214,7 +214,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         factor, channels = self.vae_scale_factor, int(self.unet.config.in_channels)
         if height is None or width is None:
             _, own_height, own_width = (0, *(s * factor for s in latents.shape[-2:])) if latents is not None else self.image_shape
-            height, width = height or own_height, width or own_width
+            height, width = own_height if height is None else height, own_width if width is None else width
         check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
         if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
