@@ -12,7 +12,7 @@ LAYERS = [
     {"step", "denoiser", "objective", "interpolation", "configuration"},
     {"sampler", "plan"},
     {"inversion", "reversible"},
-    {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed"},
+    {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed", "networks"},
     {"symptoms", "sampling"},
     {"checks", "text_inputs"},
     {"stable_diffusion"},

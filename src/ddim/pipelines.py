@@ -28,6 +28,7 @@ from ddim.denoiser import Clip, ModelDenoiser
 from ddim.encoding import Code, EncodingMethod, check_code
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures, to_pil, to_uint8
+from ddim.networks import lay_out
 from ddim.prior import DataPrior
 from ddim.reversible import Reversible
 from ddim.sampler import State
@@ -96,8 +97,10 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
                 "open it with ddim.DiffusionPipeline.from_pretrained."
             )
         config = read_scheduler_config(folder) if scheduler is None else scheduler
-        network = load_network(folder, dtype=dtype or torch_dtype, variant=variant) if unet is None else unet
-        pipe = cls(network, config)
+        if unet is None:
+            unet = load_network(folder, dtype=dtype or torch_dtype, variant=variant)
+            lay_out(unet)
+        pipe = cls(unet, config)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 

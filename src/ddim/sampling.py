@@ -13,6 +13,7 @@ from ddim.denoiser import Clip, Denoiser
 from ddim.encoding import Code, EncodingMethod, check_origin, decode_trajectory, decoding_timesteps, encode, fingerprint
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps
+from ddim.networks import specialize
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
 from ddim.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start, reversible_trajectory
@@ -48,7 +49,12 @@ class Sampling:
     _execution_device: torch.device
 
     def compile(self, **options: Any) -> Any:  # noqa: ANN401 - torch.compile's own options; returns itself
-        """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before."""
+        """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before.
+
+        A network on the CPU is prepared for it first (:func:`ddim.networks.specialize`), so move it before.
+        """
+        if self._execution_device.type == "cpu":
+            specialize(self.unet)
         self.unet.compile(**options)
         return self
 

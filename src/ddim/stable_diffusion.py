@@ -19,6 +19,7 @@ from ddim.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_m
 from ddim.denoiser import Clip, ModelDenoiser
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.guidance import guided
+from ddim.networks import lay_out
 from ddim.reversible import Reversible
 from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
@@ -93,6 +94,7 @@ class StableDiffusion(Sampling):
         if kind not in STABLE_DIFFUSION:
             raise CheckpointError(f"{folder} is a {kind}, not in Stable Diffusion's format; open it with ddim.DiffusionPipeline.")
         pipe = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
+        lay_out(*(getattr(pipe, name) for name in ("unet", "vae") if name not in options))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 

@@ -1,0 +1,138 @@
+"""Faster networks compute what they computed, but for rounding."""
+
+import copy
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from ddim import DiffusionPipeline, UnconditionalPipeline, networks
+from ddim.checkpoints import weight_hash
+from ddim.networks import lay_out, specialize
+
+
+def specialized(module):
+    """A copy in a network that was prepared."""
+    network = nn.Sequential(copy.deepcopy(module))
+    specialize(network)
+    return network[0]
+
+
+def upsampling(**options):
+    torch.manual_seed(0)
+    return Upsample2D(3, use_conv=True, out_channels=5, **options).double()
+
+
+@pytest.fixture
+def transposed(monkeypatch):
+    """The calls of a transposed convolution."""
+    calls, true = [], torch.nn.functional.conv_transpose2d
+
+    def counted(*given, **options):
+        calls.append(given)
+        return true(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", counted)
+    return calls
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (7, 7), (6, 5)])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"name": "Conv2d_0"}])
+def test_upsampling_and_convolution_at_once_are_the_same(size, options, transposed):
+    usual, x = upsampling(**options), torch.randn(2, 3, *size, dtype=torch.float64)
+    at_once = specialized(usual)
+    torch.testing.assert_close(at_once(x), usual(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(at_once(x, (2 * size[0], 2 * size[1])), usual(x), rtol=0, atol=1e-14)
+    assert len(transposed) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 5, "padding": 2}, {"norm_type": "ln_norm", "eps": 1e-5, "elementwise_affine": True}, {"interpolate": False}]
+)
+def test_other_upsampling_is_left_to_diffusers(options, transposed):
+    usual, x = upsampling(**options), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(specialized(usual)(x), usual(x))
+    assert transposed == []
+
+
+def test_another_size_half_precision_and_adapters_are_left_to_diffusers(transposed):
+    usual, x = upsampling(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    at_once = specialized(usual)
+    assert torch.equal(at_once(x, (7, 9)), usual(x, (7, 9)))
+    at_once.conv = nn.Sequential(usual.conv, nn.Tanh())  # as an adapter would stand there
+    assert torch.equal(at_once(x), usual(x).tanh())
+    half = usual.bfloat16()
+    assert torch.equal(specialized(half)(x.bfloat16()), half(x.bfloat16()))
+    without = Upsample2D(3)
+    assert torch.equal(specialized(without)(x), without(x))
+    assert transposed == []
+
+
+@pytest.mark.parametrize("limit", [16, 15])
+@pytest.mark.parametrize("cross", [False, True])
+def test_short_attention_is_the_same_by_plain_products(limit, cross, monkeypatch):
+    monkeypatch.setattr(networks, "SHORT", limit)
+    torch.manual_seed(0)
+    usual = Attention(8, cross_attention_dim=6 if cross else None, heads=2, dim_head=4).double()
+    x, given = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64) if cross else None
+    plain, true = [], AttnProcessor.__call__
+    monkeypatch.setattr(AttnProcessor, "__call__", lambda *a, **k: plain.append(a) or true(*a, **k))
+    torch.testing.assert_close(specialized(usual)(x, given), usual(x, given), rtol=0, atol=1e-14)
+    assert len(plain) == (limit == 16)
+
+
+def test_attention_keeps_its_mask_and_its_normalization(caplog):
+    torch.manual_seed(0)
+    usual = Attention(32, heads=2, dim_head=16, spatial_norm_dim=6).double()
+    x, temb = torch.randn(2, 32, 2, 2, dtype=torch.float64), torch.randn(2, 6, 2, 2, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 4, dtype=torch.float64)
+    mask[0, 0, 3] = -1e4
+    expected = usual(x, temb=temb, attention_mask=mask)
+    assert not torch.equal(expected, usual(x, temb=temb))
+    assert not torch.equal(expected, usual(x, temb=temb.flip(0), attention_mask=mask))
+    torch.testing.assert_close(specialized(usual)(x, temb=temb, attention_mask=mask), expected, rtol=0, atol=1e-14)
+    assert not caplog.records
+
+
+def test_attention_that_someone_replaced_stays(tiny):
+    network = diffusers.UNet2DModel.from_pretrained(tiny / "unet")
+    mine = AttnProcessor()
+    attention = [module for module in network.modules() if isinstance(module, Attention)]
+    for module in attention:
+        module.set_processor(mine)
+    specialize(network)
+    assert {module.processor for module in attention} == {mine}
+
+
+def test_a_prepared_network_keeps_its_images_parameters_and_copies(tiny, tmp_path):
+    plain, prepared = UnconditionalPipeline.from_pretrained(tiny), UnconditionalPipeline.from_pretrained(tiny)
+    assert prepared.compile(backend=lambda graph, inputs: graph.forward) is prepared
+    kinds = {type(m) for m in prepared.unet.modules()}
+    assert networks._OnceUpsample2D in kinds
+    assert Upsample2D not in kinds
+    assert {type(m.processor) for m in prepared.unet.modules() if isinstance(m, Attention)} == {networks._ShortAttnProcessor}
+    specialize(copy.deepcopy(prepared.unet))  # again, which changes nothing
+    assert prepared.unet.state_dict().keys() == plain.unet.state_dict().keys()
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 999])
+    for network in (prepared.unet, copy.deepcopy(prepared.unet)):
+        with torch.no_grad():
+            torch.testing.assert_close(network(x, t)[0], plain.unet(x, t)[0])
+    prepared.save_pretrained(tmp_path)
+    assert weight_hash(tmp_path) == weight_hash(tiny)
+
+
+def test_weights_are_laid_out_channels_last_where_we_load_them(tiny, tiny_text):
+    network = UnconditionalPipeline.from_pretrained(tiny).unet
+    text = DiffusionPipeline.from_pretrained(tiny_text)
+    for module in (network, text.unet, text.vae):
+        weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        assert len(weights) > 3
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    given = diffusers.UNet2DModel.from_pretrained(tiny / "unet")
+    assert UnconditionalPipeline.from_pretrained(tiny, unet=given).unet is given
+    assert given.mid_block.resnets[0].conv1.weight.is_contiguous()  # yours stays as it is
+    lay_out(given)
+    assert not given.mid_block.resnets[0].conv1.weight.is_contiguous()
