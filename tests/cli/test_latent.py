@@ -84,6 +84,29 @@ def test_a_data_set_is_encoded_with_its_classes(tiny_classes, tmp_path):
     assert load_code(code).labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_seed_and_count_name_the_images_that_are_taken(tiny, tmp_path, capsys):
+    pixels, _ = pictures(tmp_path / "in", 6)
+    code, out = tmp_path / "code.safetensors", tmp_path / "out"
+    data = ("--data", tmp_path / "in", "--split", "train", "--steps", 3)
+    assert run("encode", tiny, *data, "--seed", 2, "--count", 3, "--out", code) == 0
+    written = json.loads((tmp_path / "code.safetensors.run.json").read_text())
+    assert [r["image"] for r in written["results"]] == [2, 3, 4]
+    assert run("decode", tiny, "--code", code, "--seed", 1, "--count", 1, "--out", out) == 0
+    assert (read(out / "000001.png") == pixels[3]).all()
+    assert not (out / "000000.png").exists()
+    assert run("decode", tiny, "--code", code, "--seed", 2, "--out", out) == 0
+    assert (read(out / "000002.png") == pixels[4]).all()
+    assert record(out)["results"] == [{"image": n, "file": f"00000{n}.png"} for n in (1, 2)]
+    assert run("reconstruct", tiny, *data, "--seed", 4, "--count", 2, "--method", "o-belm", "--out", tmp_path / "table") == 0
+    assert "of 2 images of" in (text := (tmp_path / "table" / "table.md").read_text())
+    assert "(train, from number 4 on)" in text
+    capsys.readouterr()
+    for asked, told in (((2, 2), "images 2 to 3"), ((3, None), "image 3")):
+        count = () if asked[1] is None else ("--count", asked[1])
+        assert run("decode", tiny, "--code", code, "--seed", asked[0], *count, "--out", tmp_path / "no") == 2
+        assert f"holds 3 images, 0 to 2; --seed and --count ask for {told}." in capsys.readouterr().err
+
+
 def test_reconstruct_measures_each_method_and_goes_on(tiny, tmp_path, capsys):
     _, _ = pictures(tmp_path / "in", 6)
     options = ["reconstruct", tiny, "--data", tmp_path / "in", "--count", 6, "--out", tmp_path / "out"]
@@ -206,7 +229,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
     damaged.write_bytes((tmp_path / "in" / "0.png").read_bytes()[:40])
     there = tmp_path / "there.safetensors"
     there.write_bytes(b"")
-    out = tmp_path / "out"
+    out, inside = tmp_path / "out", ("--data", tmp_path / "in", "--split", "train")
     cases = {
         "0.png is 16x16 and the model's images 8x8 (width x height); give --resize": ["encode", tiny, "--images", large, "--out", out],
         f"the images of {tmp_path / 'large'} are 16x16 and the model's images 8x8 (width x height); give --resize": [
@@ -218,7 +241,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
         "give images as files (--images a.png,b.png) or as a data set": ["encode", tiny, "--out", out],
         "is there already; use another --out": ["encode", tiny, "--images", first, "--out", there],
         "--count must be at least 1; got 0": ["encode", tiny, "--data", tmp_path / "in", "--count", 0, "--out", out],
-        "asks for 9": ["encode", tiny, "--data", tmp_path / "in", "--split", "train", "--count", 9, "--out", out],
+        "and --seed and --count ask for the images 5 to 6": ["reconstruct", tiny, *inside, "--seed", 5, "--count", 2, "--out", out],
+        "--seed must be 0 or more, the number of an image; got -1": ["reconstruct", tiny, *inside, "--seed", -1, "--out", out],
+        "--seed counts the images of --data": ["encode", tiny, "--images", first, "--seed", 1, "--out", out],
+        "asks for 9": ["encode", tiny, *inside, "--count", 9, "--out", out],
         "name the images' class with --class": ["encode", tiny_classes, "--images", first, "--out", out],
         "trained without classes": ["encode", tiny, "--images", first, "--class", 1, "--out", out],
         "--method must be one of o-belm": ["encode", tiny, "--images", first, "--method", "euler", "--out", out],

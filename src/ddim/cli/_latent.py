@@ -21,6 +21,7 @@ __all__ = [
     "NetworkCalls",
     "Pictures",
     "begin_run",
+    "check_first",
     "check_images",
     "note_levels",
     "read_images",
@@ -58,17 +59,33 @@ def check_images(files: Sequence[str] | None, data: str | None) -> None:
         check_source(data)
 
 
+def check_first(seed: int, *, files: bool = False) -> None:
+    """Refuses a --seed that is the number of no image.
+
+    Raises:
+        DDIMError: If it is negative, or given although all files are taken.
+    """
+    if seed < 0 or (files and seed):
+        what = (
+            "counts the images of --data, and files are all taken; leave it out" if files else "must be 0 or more, the number of an image"
+        )
+        raise DDIMError(f"--seed {what}; got {seed}.")
+
+
 def read_images(
     pipe: "UnconditionalPipeline",
     files: Sequence[str] | None,
     data: str | None,
     *,
     split: str | None = None,
+    first: int = 0,
     count: int | None = None,
     resize: bool = False,
     fixed: int | None = None,
 ) -> Pictures:
     """Images of the model's size, from files or a data set; of its split ``test`` where it has one and none is named.
+
+    Of a data set those with the numbers from ``first`` on, ``count`` of them or all.
 
     Raises:
         DDIMError: If an image does not fit, or a class is missing.
@@ -96,10 +113,12 @@ def read_images(
     else:
         assert data is not None
         found, split = load_test_images(data, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
-        if count is not None and count > len(found):
-            raise DataError(f"{data} has {len(found)} images in its split {split}, and --count asks for {count}.")
+        last = len(found) if count is None else first + count
+        if not first < last <= len(found):
+            asked = f"--seed and --count ask for the images {first} to {last - 1}" if first else f"--count asks for {count}"
+            raise DataError(f"{data} has {len(found)} images in its split {split}, and {asked}.")
         _check_size(f"the images of {data} are", found.resolution[::-1], shape)
-        items = [found[i] for i in range(len(found) if count is None else count)]
+        items = [found[i] for i in range(first, last)]
         x0 = from_pictures(np.stack([image.permute(1, 2, 0).numpy() for image, _ in items]), shape)
         labels = [label for _, label in items] if found.class_names else None
         source = {"name": data, "split": split}

@@ -3,11 +3,15 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, begin_run, scaled
+from ddim.cli._latent import NetworkCalls, begin_run, check_first, scaled
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
+from ddim.errors import DDIMError
+
+if TYPE_CHECKING:
+    from ddim.encoding import Code
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -27,6 +31,10 @@ class Command:
     """Other steps than the code's, which only codes of fixed-point and ddim take; they begin where the code lies."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Of those steps."""
+    seed: int = 0
+    """Number of the first image of the code, counted from 0."""
+    count: int | None = None
+    """How many, from that one on; by default all."""
     batch_size: int = 64
     """Images decoded together."""
     out: str = "out/decode"
@@ -42,10 +50,26 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
     return None, arguments
 
 
+def _chosen(code: "Code", command: Command) -> "Code":
+    """The images that are asked for.
+
+    Raises:
+        DDIMError: If the code has fewer.
+    """
+    if command.seed == 0 and command.count is None:
+        return code
+    last = len(code) if command.count is None else command.seed + command.count
+    if not command.seed < last <= len(code):
+        asked = f"image {command.seed}" if command.count is None else f"images {command.seed} to {last - 1}"
+        raise DDIMError(f"{command.code} holds {len(code)} images, 0 to {len(code) - 1}; --seed and --count ask for {asked}.")
+    return code[command.seed : last]
+
+
 def run(command: Command) -> None:
     """Decodes the code and writes the pictures."""
     began = time.perf_counter()
-    check_positive(command, "batch_size")
+    check_positive(command, "batch_size", "count")
+    check_first(command.seed)
     import numpy as np
 
     from ddim.cli._run import RunRecord, versions, write_run
@@ -53,7 +77,8 @@ def run(command: Command) -> None:
     from ddim.encoding import fingerprint
     from ddim.images import make_grid, save_png
 
-    code = load_code(command.code)
+    whole = load_code(command.code)
+    code = _chosen(whole, command)
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     steps = command.steps if command.steps is not None or command.spacing is None else len(code.timesteps)
@@ -66,24 +91,26 @@ def run(command: Command) -> None:
         "sampler": code.method if code.is_exact else "ddim",
         "timesteps": timesteps,
         "eta": 0.0,
-        "data": {"code": fingerprint(code.states), "method": code.method},
+        "data": {"code": fingerprint(whole.states), "method": code.method},
     }
     out = Path(command.out)
     execution = {"count": len(code), "batch_size": command.batch_size, "device": str(device)}
-    begin_run(out, protocol, execution)
+    before = begin_run(out, protocol, execution)
     with enough_memory(device, command.batch_size):
         pipe.warm_up(min(command.batch_size, len(code)))
         started = time.perf_counter()
         with NetworkCalls(pipe) as calls:
             pictures = pipe.decode(code, timesteps=timesteps, batch_size=command.batch_size)
     seconds = time.perf_counter() - started
-    for number, picture in enumerate(pictures):
-        save_png(picture, out / f"{number:06d}.png")
+    files = {number: f"{number:06d}.png" for number in range(command.seed, command.seed + len(pictures))}
+    for file, picture in zip(files.values(), pictures, strict=True):
+        save_png(picture, out / file)
+    results = [r for r in before.results if r["image"] not in files] + [{"image": n, "file": file} for n, file in files.items()]
     shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:GRID]])
     save_png(make_grid(shown), out / "grid.png", scale=scaled(shown))
     record = RunRecord(
         protocol=protocol,
-        results=[{"image": number, "file": f"{number:06d}.png"} for number in range(len(pictures))],
+        results=sorted(results, key=lambda r: r["image"]),
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
         evaluations=calls.each(len(code)),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, check_images, note_levels, read_images, tell_unsolved, unsolved_steps
+from ddim.cli._latent import NetworkCalls, check_first, check_images, note_levels, read_images, tell_unsolved, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
 
@@ -27,8 +27,10 @@ class Command:
     """Or a data set: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     split: str | None = None
     """Split of the data set; by default test where there is one, else train."""
+    seed: int = 0
+    """Number of the first image of the data set, counted from 0."""
     count: int | None = None
-    """How many of the data set, from the first; by default all."""
+    """How many of the data set, from that one on; by default all."""
     steps: int | None = None
     """Steps: 50 unless the model's configuration has others."""
     method: Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"] = "o-belm"
@@ -61,6 +63,7 @@ def run(command: Command) -> None:
     out = Path(command.out)
     if out.exists():
         raise OutputError(f"{out} is there already; use another --out, or delete that file.")
+    check_first(command.seed, files=command.images is not None)
     check_images(command.images, command.data)
 
     from ddim.cli._run import NAME, RunRecord, versions, write_run
@@ -69,9 +72,8 @@ def run(command: Command) -> None:
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
-    x0, labels, data = read_images(
-        pipe, command.images, command.data, split=command.split, count=command.count, resize=command.resize, fixed=command.class_
-    )
+    chosen: dict[str, Any] = {"split": command.split, "first": command.seed, "count": command.count, "resize": command.resize}
+    x0, labels, data = read_images(pipe, command.images, command.data, **chosen, fixed=command.class_)
     with enough_memory(device, command.batch_size):
         pipe.warm_up(min(command.batch_size, len(x0)))
         started = time.perf_counter()
@@ -89,7 +91,10 @@ def run(command: Command) -> None:
             "eta": 0.0,
             "data": {**data, "method": code.method},
         },
-        results=[{"image": number, "rms": value, **residual} for number, (value, residual) in enumerate(zip(rms, residuals, strict=True))],
+        results=[
+            {"image": number, "rms": value, **residual}
+            for number, (value, residual) in enumerate(zip(rms, residuals, strict=True), start=command.seed)
+        ],
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
         evaluations=evaluations,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, Pictures, begin_run, check_images, note_levels, read_images, scaled, unsolved_steps
+from ddim.cli._latent import NetworkCalls, Pictures, begin_run, check_first, check_images, note_levels, read_images, scaled, unsolved_steps
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model, short_name
 from ddim.errors import DDIMError
 
@@ -39,8 +39,10 @@ class Command:
     """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     split: str | None = None
     """Split of the data; by default test where there is one, else train."""
+    seed: int = 0
+    """Number of the first image, counted from 0."""
     count: int = 256
-    """How many images, from the first."""
+    """How many images, from that one on."""
     steps: tuple[int, ...] = (10, 20, 50, 100)
     """Steps each way."""
     method: tuple[str, ...] = ("ddim", "fixed-point", "o-belm")
@@ -83,6 +85,7 @@ def run(command: Command) -> None:
     from ddim.inversion import encodable_timesteps
 
     check_plots()
+    check_first(command.seed)
     check_images(None, command.data)
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
@@ -90,7 +93,8 @@ def run(command: Command) -> None:
     chosen = {steps: encodable_timesteps(pipe.noise_schedule, levels) for steps, levels in asked.items()}
     for levels in chosen.values():
         pipe.check_path(levels, order=1)
-    pictures = read_images(pipe, None, command.data, split=command.split, count=command.count, resize=command.resize, fixed=command.class_)
+    which: dict[str, Any] = {"split": command.split, "first": command.seed, "count": command.count, "resize": command.resize}
+    pictures = read_images(pipe, None, command.data, **which, fixed=command.class_)
     read: dict[str, Any] = {"clip": pipe.select_clip("none"), "dtype": command.dtype, "fixed": command.class_, "classes": "the data's"}
     protocol = {
         "command": "reconstruct",
@@ -197,9 +201,10 @@ def _table(results: list[dict[str, Any]], command: Command, split: str) -> str:
         numbers = ["diverged", ""] if r["mse"] is None else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
         rms = "" if r["mse"] is None else f"{r['rms']:.2f}"
         rows.append([r["method"], str(r["steps"]), *numbers, f"{r['evaluations'] / r['steps']:.2f}", rms, paper])
+    begun = f", from number {command.seed} on" if command.seed else ""
     return (
         f"# {command.model}: images from their codes\n\n"
-        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({split}); "
+        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({split}{begun}); "
         f"{command.dtype} network, float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png are the "
         f"originals, then {', '.join(command.method)} at {min(command.steps)} steps.\n\n" + text_table(rows)
     )
