@@ -388,7 +388,7 @@ def _brief(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _save_sheet(bench: Bench, cells: Path, path: Path) -> None:
-    """The first images of each background, a row a setting, with the settings' names beside them."""
+    """The first images of each background, a row a setting, with the settings' names above them."""
     from matplotlib.figure import Figure
 
     from ddim.evaluation.flaws import settings
@@ -396,10 +396,10 @@ def _save_sheet(bench: Bench, cells: Path, path: Path) -> None:
 
     strips = [(s, load_image(cells / f"backgrounds-{s.name}.png")) for s in settings(bench.command.guidance_rescale)]
     height, width = strips[0][1].shape[:2]
-    figure = Figure(figsize=(3 + width / 48, len(strips) * (height / 48 + 0.1)), layout="constrained")
+    figure = Figure(figsize=(width / 48, len(strips) * (height / 48 + 0.3)), layout="constrained")
     for axes, (setting, strip) in zip(figure.subplots(len(strips), 1), strips, strict=True):
         axes.imshow(strip, interpolation="nearest")
-        axes.set_ylabel(setting.told, rotation=0, ha="right", va="center", fontsize="small")
+        axes.set_title(setting.told, loc="left", fontsize="small", pad=2)
         axes.set(xticks=[], yticks=[])
         for side in axes.spines.values():
             side.set_visible(False)

@@ -207,8 +207,8 @@ def to_markdown(records: Sequence[Mapping[str, Any]], *, protocol: str) -> str:
         rows = [["setting", *(f"w = {w:g}" for w in scales)]]
         for setting, group in _by_setting(found):
             at = {r["guidance_scale"]: r for r in group}
-            rows.append([setting.told, *(f"{100 * at[w]['saturated']:.1f} %" if w in at else "" for w in scales)])
-        real = f"Real images of the same captions have {100 * found[0]['real']:.1f} %.\n"
+            rows.append([setting.told, *(f"{100 * at[w]['saturated']:.2f} %" if w in at else "" for w in scales)])
+        real = f"Real images of the same captions have {100 * found[0]['real']:.2f} %.\n"
         parts += ["## Saturated values\n", f"The share of values that are 0 or 1. {real}", text_table(rows)]
     found = [r for r in records if r["measured"] == "unconditional"]
     if found:
@@ -232,7 +232,7 @@ def plot_flaws(records: Sequence[Mapping[str, Any]]) -> "Figure":
     """Brightness made against asked for, saturation against guidance, and the spread of brightness without a caption."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(15, 6.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     shown = [r for r in records if r["measured"] == "background"]
     for setting, group in _by_setting(shown):
@@ -272,7 +272,7 @@ def plot_flaws(records: Sequence[Mapping[str, Any]]) -> "Figure":
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
+            axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12 if axes is not right else -0.25), ncol=2)
     return figure
 
 
