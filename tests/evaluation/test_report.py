@@ -78,6 +78,11 @@ def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
         assert "for orientation: other data" in markdown(cells, other)
 
 
+def test_floors_that_differ_by_rounding_are_told_once(cells):
+    other = replace(cells[2], results=(replace(cells[2].results[0], floor=1.5 + 1e-9),))
+    assert "real ones: 1.5 on 200 images and 1.5 on 50 images." in markdown([*cells, replace(other, steps=50)])
+
+
 def test_the_order_of_eta_is_by_all_images_where_they_are_equally_many():
     full, part = cell(0.0, 10, 9.0, compared=21.0), cell(1.0, 10, 30.0, compared=20.0)
     assert "- S=10: as the paper." in markdown([full, part])

@@ -133,8 +133,8 @@ def to_markdown(cells: Sequence[Cell], *, levels: int, title: str, protocol: str
     parts = [f"# {title}\n", f"{protocol}\n"]
     for i, result in enumerate(cells[0].results):
         better = "higher" if METRICS[result.metric.partition("-")[0]].higher_is_better else "lower"
-        floors = {(c.results[i].floor_count, c.results[i].floor) for c in cells}
-        told = " and ".join(f"{_number(floor)} on {count} images" for count, floor in sorted(floors, reverse=True))
+        floors = {(c.results[i].floor_count, _number(c.results[i].floor)) for c in cells}  # machines differ in the last digits
+        told = " and ".join(f"{floor} on {count} images" for count, floor in sorted(floors, reverse=True))
         parts += [f"## {result.metric}\n", f"{better.capitalize()} is better; real images against real ones: {told}.\n"]
         parts.append(_by_steps(cells, lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells))))
     parts += ["## Seconds an image\n", f"{_told_timing(cells)}\n", _by_steps(cells, lambda cell: _number(cell.seconds_per_image))]
