@@ -16,7 +16,7 @@ SHORT = 64 * 64
 
 
 def lay_out(*modules: nn.Module) -> None:
-    """Lays the weights of convolutions out channels-last, in place: so a CPU convolves faster, and half precision on CUDA too."""
+    """Lays the weights of convolutions out channels-last, in place: so a CPU convolves faster."""
     for module in modules:
         for layer in module.modules():
             if isinstance(layer, nn.Conv2d):

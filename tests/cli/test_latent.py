@@ -242,6 +242,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
         "is there already; use another --out": ["encode", tiny, "--images", first, "--out", there],
         "--count must be at least 1; got 0": ["encode", tiny, "--data", tmp_path / "in", "--count", 0, "--out", out],
         "and --seed and --count ask for the images 5 to 6": ["reconstruct", tiny, *inside, "--seed", 5, "--count", 2, "--out", out],
+        "and --seed and --count ask for the image 7": ["encode", tiny, *inside, "--seed", 7, "--out", out],
         "--seed must be 0 or more, the number of an image; got -1": ["reconstruct", tiny, *inside, "--seed", -1, "--out", out],
         "--seed counts the images of --data": ["encode", tiny, "--images", first, "--seed", 1, "--out", out],
         "asks for 9": ["encode", tiny, *inside, "--count", 9, "--out", out],

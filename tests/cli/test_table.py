@@ -112,11 +112,19 @@ def test_timing_rounds_take_the_time_of_all_cells_again(whole, model, reference,
     assert "the median of 3 each" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path):
+def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "out")
+    drawn = []
+
+    def draw(pipe, seeds, seconds, **options):
+        drawn.append((list(seeds), options["eta"], len(options["timesteps"])))
+        yield seconds.append(4.0)
+
+    monkeypatch.setattr(table, "draw_batches", draw)
     assert run(model, reference, tmp_path / "out", "--timing-rounds", "1", "--batch-size", "8") == 0
+    assert sorted(drawn, key=str) == sorted(((list(range(8)), c["eta"], c["steps"]) for c in cells(whole).values()), key=str)
     before, after = cells(whole), cells(tmp_path / "out")
-    assert all(after[name]["seconds"] != before[name]["seconds"] > 0 < after[name]["seconds"] for name in before)
+    assert all(after[name]["seconds"] == 4.0 / 8 * (24 if after[name]["steps"] == 2 else 12) for name in before)
     assert all(after[name]["results"] == before[name]["results"] for name in before)
 
 

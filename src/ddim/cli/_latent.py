@@ -21,6 +21,7 @@ __all__ = [
     "NetworkCalls",
     "Pictures",
     "begin_run",
+    "beyond",
     "check_first",
     "check_images",
     "note_levels",
@@ -72,6 +73,13 @@ def check_first(seed: int, *, files: bool = False) -> None:
         raise DDIMError(f"--seed {what}; got {seed}.")
 
 
+def beyond(total: int, first: int, count: int | None) -> str | None:
+    """In words, which images --seed and --count ask for, where there are not so many; None where all are there."""
+    if count is None:
+        return f"image {first}" if 0 < first >= total else None
+    return f"images {first} to {first + count - 1}" if first + count > total else None
+
+
 def read_images(
     pipe: "UnconditionalPipeline",
     files: Sequence[str] | None,
@@ -113,12 +121,11 @@ def read_images(
     else:
         assert data is not None
         found, split = load_test_images(data, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
-        last = len(found) if count is None else first + count
-        if not first < last <= len(found):
-            asked = f"--seed and --count ask for the images {first} to {last - 1}" if first else f"--count asks for {count}"
+        if missing := beyond(len(found), first, count):
+            asked = f"--seed and --count ask for the {missing}" if first else f"--count asks for {count}"
             raise DataError(f"{data} has {len(found)} images in its split {split}, and {asked}.")
         _check_size(f"the images of {data} are", found.resolution[::-1], shape)
-        items = [found[i] for i in range(first, last)]
+        items = [found[i] for i in range(first, len(found) if count is None else first + count)]
         x0 = from_pictures(np.stack([image.permute(1, 2, 0).numpy() for image, _ in items]), shape)
         labels = [label for _, label in items] if found.class_names else None
         source = {"name": data, "split": split}

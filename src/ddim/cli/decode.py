@@ -3,15 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, begin_run, check_first, scaled
+from ddim.cli._latent import NetworkCalls, begin_run, beyond, check_first, scaled
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import DDIMError
-
-if TYPE_CHECKING:
-    from ddim.encoding import Code
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -50,21 +47,6 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
     return None, arguments
 
 
-def _chosen(code: "Code", command: Command) -> "Code":
-    """The images that are asked for.
-
-    Raises:
-        DDIMError: If the code has fewer.
-    """
-    if command.seed == 0 and command.count is None:
-        return code
-    last = len(code) if command.count is None else command.seed + command.count
-    if not command.seed < last <= len(code):
-        asked = f"image {command.seed}" if command.count is None else f"images {command.seed} to {last - 1}"
-        raise DDIMError(f"{command.code} holds {len(code)} images, 0 to {len(code) - 1}; --seed and --count ask for {asked}.")
-    return code[command.seed : last]
-
-
 def run(command: Command) -> None:
     """Decodes the code and writes the pictures."""
     began = time.perf_counter()
@@ -78,7 +60,9 @@ def run(command: Command) -> None:
     from ddim.images import make_grid, save_png
 
     whole = load_code(command.code)
-    code = _chosen(whole, command)
+    if missing := beyond(len(whole), command.seed, command.count):
+        raise DDIMError(f"{command.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and --count ask for {missing}.")
+    code = whole[command.seed : None if command.count is None else command.seed + command.count]
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     steps = command.steps if command.steps is not None or command.spacing is None else len(code.timesteps)
