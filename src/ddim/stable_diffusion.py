@@ -170,6 +170,11 @@ class StableDiffusion(Sampling):
                 f"the network takes {unet.config.in_channels} channels and returns {unet.config.out_channels}: it is one for inpainting, "
                 "depth or the like; open the checkpoint with ddim.DiffusionPipeline, which takes the pipeline that it names."
             )
+        if unet.config.encoder_hid_dim_type is not None:
+            raise DDIMError(
+                "the network has an IP-adapter, which wants an image: give a call ip_adapter_image or ip_adapter_image_embeds, or take the "
+                "adapter off with unload_ip_adapter()."
+            )
         options = {"return_dict": False} | ({} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs})
 
         def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Any:  # noqa: ANN401 - what diffusers' networks return
