@@ -52,6 +52,19 @@ def test_guidance_is_linear_without_rescale_and_of_degree_one_with_it():
     assert not torch.allclose(guide(c + d, u + v, scale=7.5, rescale=0.7), apart, rtol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(3, 50), (3, 2, 25), (3, 4, 5, 6), (3, 2, 3, 4, 5), (2, 64, 33, 17), (2, 1, 6, 6), (2, 9, 1, 1)])
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_the_rescale_knows_every_shape_and_layout_and_a_mean_far_from_0(shape, mean):
+    generator = torch.Generator().manual_seed(0)
+    c, u = (torch.randn(shape, generator=generator) * spread + mean for spread in (1.0, 0.7))
+    combined = torch.lerp(u, c, 7.5)
+    expected = 0.3 * combined + 0.7 * combined * (std(c) / std(combined)).reshape(-1, *[1] * (len(shape) - 1)).float()
+    transposed = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in (c, u)]
+    expanded = [torch.stack([x, x], 1)[:, 0] for x in (c, u)]
+    for pair in ((c, u), transposed, expanded):
+        torch.testing.assert_close(guide(*pair, scale=7.5, rescale=0.7), expected, rtol=1e-5, atol=1e-5 * (1 + mean))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e-3, -40.0])
 def test_a_constant_prediction_stays_what_it_is_and_diffusers_gives_nan(dtype, value):
@@ -113,6 +126,8 @@ def test_a_gradient_flows_through():
     guide(c, u, scale=7.5, rescale=0.7).square().sum().backward()
     assert c.grad.isfinite().all()
     assert float(u.grad.abs().max()) > 0
+    doubles = [torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda *pair: guide(*pair, scale=3.0, rescale=0.7), doubles)
 
 
 def test_what_does_not_fit_is_refused():

@@ -61,11 +61,11 @@ MUTATIONS = {
     ),
     "the rescale to the other prediction": (
         "guidance.py",
-        "_spread(conditional), _spread(combined)",
-        "_spread(unconditional), _spread(combined)",
+        "_inverse_std(combined), _inverse_std(conditional)",
+        "_inverse_std(combined), _inverse_std(unconditional)",
         "test_guidance.py",
     ),
-    "a rescale that divides by nothing": ("guidance.py", ".clamp_min(SMALLEST_STD * count**0.5)", "", "test_guidance.py"),
+    "a rescale that divides by nothing": ("guidance.py", "SMALLEST_STD**2)[2]", "0.0)[2]", "test_guidance.py"),
     "a path of one length": (
         "interpolation.py",
         "((1 - weight) * lengths[0] + weight * lengths[1])",

@@ -820,7 +820,7 @@ def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
 def test_without_transformers_one_sentence_says_what_to_install(tiny_text, tiny):
     code = """
 import sys
-sys.modules["transformers"] = None  # as where it is not installed
+sys.modules["transformers"] = sys.modules["peft"] = None  # as where they are not installed; peft needs the other
 import ddim
 assert ddim.DiffusionPipeline.from_pretrained(sys.argv[2]).unet is not None
 for act in (lambda: ddim.DiffusionPipeline.from_pretrained(sys.argv[1]), lambda: ddim.TextToImagePipeline):

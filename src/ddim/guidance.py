@@ -21,7 +21,7 @@ __all__ = ["SMALLEST_STD", "check_rescale", "guide", "guided", "is_guided", "net
 
 
 SMALLEST_STD = 1e-5
-"""What a smaller standard deviation counts as in the rescale: that of a constant prediction is 0, up to rounding."""
+"""What is added, in squares, to a standard deviation in the rescale: that of a constant prediction is 0, up to rounding."""
 
 
 def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
@@ -54,19 +54,20 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
     kept = combined.new_full((), 1 - rescale)
-    factor = torch.addcdiv(kept, _spread(conditional), _spread(combined), value=rescale)
+    factor = torch.addcdiv(kept, _inverse_std(combined), _inverse_std(conditional), value=rescale).reshape(-1, *[1] * (combined.ndim - 1))
     return combined * factor if combined.requires_grad else combined.mul_(factor)  # memory that is not in the cache costs a fifth of a step
 
 
-def _spread(x: Tensor) -> Tensor:
-    """The standard deviation of each sample, at least :data:`SMALLEST_STD`, times a constant; [B, 1, ...].
+def _inverse_std(x: Tensor) -> Tensor:
+    """1 over the standard deviation of each sample, of the variance with the square of :data:`SMALLEST_STD` added; [B, 1].
 
-    ``torch.std`` over several dimensions would take longer than the rest of a step together.
+    A normalisation of one group returns it too, in a third of the time; but without a gradient.
     """
-    dims, count = tuple(range(1, x.ndim)), x.numel() // len(x)
-    centred = torch.sub(x, x.sum(dims, keepdim=True), alpha=1 / count)
-    norm: Tensor = torch.linalg.vector_norm(centred, dim=dims, keepdim=True)
-    return norm.clamp_min(SMALLEST_STD * count**0.5)
+    if x.requires_grad:
+        return (x.flatten(1).var(1, keepdim=True, correction=0) + SMALLEST_STD**2).rsqrt()
+    size = len(x)
+    inverse: Tensor = torch.native_group_norm(x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2)[2]
+    return inverse
 
 
 def guided(
