@@ -1,13 +1,16 @@
 """Tiny models in diffusers format, made once: their weights are random, and nothing here judges a picture."""
 
 import contextlib
+import json
 import os
 import sys
 import threading
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 def tiny_unet(**options):
@@ -32,6 +35,16 @@ def tiny_unet(**options):
 def ours(**options):
     """A scheduler as this package's training writes it; velocities keep the images of a random network in range."""
     return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options)
+
+
+def record(folder):
+    """The run.json of a command."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def pixels(path):
+    """The grey levels of a picture."""
+    return np.asarray(Image.open(path)).astype(int)
 
 
 @contextlib.contextmanager

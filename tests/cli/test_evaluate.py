@@ -1,12 +1,12 @@
 """``ddim evaluate``: pictures, arrays and models come to the same numbers, and what cannot be compared is refused."""
 
-import json
 import sys
 
 import filelock
 import numpy as np
 import pytest
 from PIL import Image
+from tests.conftest import record
 
 from ddim.cli import main
 from ddim.pipelines import UnconditionalPipeline
@@ -25,10 +25,6 @@ def reference(tmp_path_factory):
 def evaluate(samples, reference, out, *options):
     metrics = [] if "--metrics" in options else METRICS
     return main(["evaluate", str(samples), "--reference", str(reference), "--out", str(out), *metrics, *map(str, options)])
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(tiny, reference, tmp_path, capsys):

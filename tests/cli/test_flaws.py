@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import tiny_text_parts
+from tests.conftest import record, tiny_text_parts
 
 from ddim.cli import flaws, main
 from ddim.cli.flaws import _folders, _prompts
@@ -68,10 +68,6 @@ def whole(models, garments, tmp_path_factory):
         patch.setenv("DDIM_FASHION_MNIST", str(garments))
         assert run(models, out) == 0
     return out
-
-
-def record(out):
-    return json.loads((out / "run.json").read_text())
 
 
 def test_it_writes_a_record_a_table_a_plot_and_a_sheet(whole):

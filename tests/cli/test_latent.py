@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import ours, tiny_unet
+from tests.conftest import ours, record, tiny_unet
 
 from ddim.cli import main
 from ddim.codes import load_code, save_code
@@ -27,10 +27,6 @@ def pictures(folder, count=4, size=8, seed=0):
 
 def read(path):
     return np.asarray(Image.open(path))
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def saved(folder, scheduler=None, **options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import on_a_terminal
+from tests.conftest import on_a_terminal, pixels, record
 
 from ddim import cli
 from ddim.checkpoints import weight_hash
@@ -24,14 +24,6 @@ def sample(model, out, *options):
     """Runs the command in this process with few steps; returns its exit code."""
     steps = () if any(o in ("--steps", "--timesteps") for o in options) else ("--steps", "4")
     return main(["sample", str(model), *steps, "--out", str(out), *map(str, options)])
-
-
-def pixels(path):
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def names(folder):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tests.conftest import pixels, record
 
 from ddim.cli import main
 from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
@@ -14,14 +15,6 @@ from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
 def sample(model, out, *options):
     steps = () if "--steps" in options else ("--steps", "2")
     return main(["sample", str(model), *steps, "--out", str(out), *map(str, options)])
-
-
-def pixels(path):
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def names(folder):

@@ -9,6 +9,7 @@ import sys
 import filelock
 import numpy as np
 import pytest
+from tests.conftest import record
 
 from ddim.cli import main, table
 from ddim.evaluation.report import Cell
@@ -44,10 +45,6 @@ def run(model, reference, out, *options):
     given += [] if "--metrics" in options else ["--metrics", "kid-pixels,recall-pixels"]
     given += [] if "--count" in options else ["--count", "24", "--long-count", "12"]
     return main(["table", str(model), "--reference", str(reference), "--out", str(out), *given, *map(str, options)])
-
-
-def record(folder):
-    return json.loads((folder / "run.json").read_text())
 
 
 def cells(folder):
