@@ -76,6 +76,15 @@ def test_a_constant_prediction_stays_what_it_is_and_diffusers_gives_nan(dtype, v
     assert torch.equal(guide(zero, zero, scale=7.5, rescale=1.0), zero)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_two_constants_are_not_rescaled_with_a_gradient_either(recorded):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 10.0, 100.0):
+        c, u = (size * torch.randn(64, 1, 1, 1, generator=generator).expand(-1, 4, 17, 13) for _ in range(2))
+        found = guide(c.contiguous().requires_grad_(recorded), u, scale=7.5, rescale=0.7)
+        torch.testing.assert_close(found.detach(), guide(c, u, scale=7.5), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2, 1), (2, 1, 1, 1), (0, 4, 2, 2), (2,)])
 def test_samples_of_one_element_and_empty_batches_are_no_nan(shape):
     c, u = torch.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape), torch.zeros(shape)

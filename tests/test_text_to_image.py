@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from PIL import Image
 
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures
+from ddim.networks import weights_of
 from ddim.noise import SeededNoise, make_generators, seeded_randn
 from ddim.pipelines import DiffusionPipeline
 from ddim.schedule import add_noise
 from ddim.scheduler import DDIMScheduler, to_diffusers
-from ddim.text_inputs import encode_images
+from ddim.text_inputs import PromptWarning, encode_images
 from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
 from ddim.timesteps import SPACINGS
 
@@ -228,12 +230,13 @@ def picture(seed=0, size=(16, 16)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("spacing", "strength"), [("leading", 0.8), ("trailing", 0.5), ("leading", 1.0), ("trailing", 0.25)])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_images_out_of_images_are_those_of_diffusers(kind, spacing, strength, eta, edits):
+@pytest.mark.parametrize(("scale", "eta"), [(7.5, 0.0), (7.5, 1.0), (1.0, 0.5)])
+def test_images_out_of_images_are_those_of_diffusers(kind, spacing, strength, scale, eta, edits):
     schedule_both(*edits, prediction_type=kind, timestep_spacing=spacing)
-    options = {"strength": strength, "eta": eta, "num_inference_steps": 10, "negative_prompt": "blue", "output_type": "pt"}
+    options = {"strength": strength, "eta": eta, "num_inference_steps": 10, "guidance_scale": scale, "output_type": "pt"}
+    options |= {} if scale == 1.0 else {"negative_prompt": "blue"}
     mine, stock = (p(PROMPT, picture(), generator=make_generators([4]), **options).images for p in edits)
     torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
 
@@ -608,6 +611,15 @@ def test_slicing_tiling_and_offloading_change_no_image(tiny_text, pipe):
     assert len(offloaded.encode(picture(), PROMPT, 2)) == 1
 
 
+def test_codes_know_a_network_whose_weights_are_offloaded_one_by_one(tiny_text, pipe):
+    offloaded = TextToImagePipeline.from_pretrained(tiny_text)
+    offloaded.enable_sequential_cpu_offload(device="cpu")
+    assert all(parameter.is_meta for parameter in offloaded.unet.parameters())
+    assert offloaded._origin() == pipe._origin()
+    with torch.device("meta"), pytest.raises(DDIMError, match=r"no weights for weight: it lies on the meta device"):
+        weights_of(torch.nn.Linear(2, 2))
+
+
 def test_textual_inversions_are_words(tiny_text):
     pipe, theirs = TextToImagePipeline.from_pretrained(tiny_text), diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
     theirs.set_progress_bar_config(disable=True)
@@ -678,6 +690,26 @@ def test_a_checkpoints_own_scheduler_becomes_ours_and_later_changes_count(tiny_t
         draw(pipe, seeds=[0])
 
 
+def test_inpainting_and_controlnet_are_sampled_by_diffusers_with_our_scheduler(pipe, theirs):
+    mask, shown = Image.new("L", (16, 16), 255), {"num_inference_steps": 5, "output_type": "pt"}
+    torch.manual_seed(0)
+    control = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    for kind, more, given in (
+        (
+            diffusers.StableDiffusionInpaintPipeline,
+            {},
+            {"image": picture(), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16},
+        ),
+        (diffusers.StableDiffusionControlNetPipeline, {"controlnet": control}, {"image": picture()}),
+    ):
+        images = []
+        for source in (pipe, theirs):
+            made = kind(**{**source.components, **more}, requires_safety_checker=False)
+            made.set_progress_bar_config(disable=True)
+            images.append(made(PROMPT, generator=make_generators([0]), **shown, **given).images)
+        torch.testing.assert_close(*images, rtol=0, atol=1e-4)
+
+
 def test_other_kinds_keep_diffusers_pipeline_with_our_scheduler(theirs, tmp_path):
     parts = {**theirs.components, "unet": diffusers.UNet2DConditionModel.from_config(theirs.unet.config, in_channels=9)}
     diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
@@ -744,6 +776,19 @@ def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pip
         ({"prompt": []}, r"prompt must be a text, or a list of at least one; got \[\]"),
         ({"prompt": ["a", 3]}, r"prompt must be a text, or a list of at least one; got \['a', 3\]"),
         ({"prompt": 5}, "prompt must be a text"),
+        ({"negative_prompt": 5}, "negative_prompt must be a text, or a list of at least one; got 5"),
+        ({"negative_prompt": [None]}, r"negative_prompt must be a text, or a list of at least one; got \[None\]"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(12, 16)}, r"prompt_embeds must be a tensor \[P, L, 16\].*; got shape \[12, 16\]"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 7)}, r"prompt_embeds must be .*; got shape \[1, 12, 7\]"),
+        ({"negative_prompt_embeds": np.zeros((1, 12, 16))}, r"negative_prompt_embeds must be a tensor .*; got ndarray"),
+        ({"clip_skip": 2}, "clip_skip must be a whole number from 0 to 1, the layers of the text encoder; got 2"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, one an image; got 3"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents must be a tensor \[B, C, h, w\]; got ndarray"),
+        *(
+            ({"guidance_scale": s}, f"guidance_scale must be a finite number, of which 1 or less is off; got {s}")
+            for s in (None, math.nan, math.inf)
+        ),
+        ({"guidance_rescale": None}, r"guidance_rescale must lie in \[0, 1\], where 0 is off; got None"),
         ({"prompt_embeds": torch.zeros(1, 12, 16)}, "one of the two; got both"),
         ({"negative_prompt": ["a", "b"]}, "there are 1 prompts, and negative_prompt has 2; give one text for all, or one for each"),
         (
@@ -787,6 +832,17 @@ def test_bad_calls_are_refused(options, message, pipe):
         ({"image": picture(size=(15, 16))}, r"multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do"),
         ({"image": torch.zeros(1, 3, 16, 9)}, r"got 9x16 \(width x height\), and 8x16 would do"),
         ({"image": [picture(), picture(size=(16, 8))]}, r"images of one call must have one size; got 8x16, 16x16 \(width x height\)"),
+        (
+            {"image": torch.zeros(16, 16)},
+            r"a tensor must have shape \[C, H, W\] or \[B, C, H, W\] with 3 channels, or 4 for latents; got \[16, 16\]",
+        ),
+        ({"image": torch.zeros(1, 1, 16, 16)}, r"with 3 channels, or 4 for latents; got \[1, 1, 16, 16\]"),
+        ({"image": torch.zeros(0, 3, 16, 16)}, r"the image has a wrong shape: .*; got \[0, 3, 16, 16\]"),
+        (
+            {"image": np.zeros((16, 16), np.float32)},
+            r"an array must have shape \[H, W, C\] or \[B, H, W, C\] with 3 channels; got \[16, 16\]",
+        ),
+        ({"image": np.zeros((3, 16, 16), np.uint8)}, r"an array of bytes must have shape .* with 1, 3 or 4 channels; got \[3, 16, 16\]"),
         ({"image": torch.full((1, 3, 16, 16), 200.0)}, r"must lie in \[0, 1\]; bytes go in as uint8 arrays"),
         ({"image": [picture()] * 3, "prompt": ["a", "b"]}, "there are 2 prompts and 3 images; give as many of both, or one of either"),
     ],
@@ -794,6 +850,73 @@ def test_bad_calls_are_refused(options, message, pipe):
 def test_bad_images_are_refused(options, message, edit):
     with pytest.raises(DDIMError, match=message):
         draw(edit, **{"prompt": PROMPT, "image": picture(), **options})
+
+
+def test_grey_bytes_are_pictures(edit):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colour = draw(edit, image=np.stack([grey] * 3, -1), seeds=[0])
+    for image in (grey, grey[..., None]):
+        assert torch.equal(draw(edit, image=image, seeds=[0]), colour)
+    with pytest.raises(DDIMError, match="there are no images to encode"):
+        edit.encode([], PROMPT)
+
+
+def test_latents_need_no_vae_and_embeddings_no_text_encoder(tiny_text, pipe):
+    bare = TextToImagePipeline(**{**pipe.components, "vae": None}, requires_safety_checker=False)
+    bare.warm_up()
+    assert torch.equal(draw(bare, output_type="latent", height=64, width=64, seeds=[0]), draw(bare, output_type="latent", seeds=[0]))
+    with pytest.raises(CheckpointError, match="the checkpoint has no vae"):
+        _ = bare.image_shape
+    bare = TextToImagePipeline(**{**pipe.components, "text_encoder": None, "tokenizer": None}, requires_safety_checker=False)
+    cond, uncond = pipe.conditions(PROMPT)
+    found = draw(bare, None, prompt_embeds=cond, negative_prompt_embeds=uncond, clip_skip=1, seeds=[0])
+    torch.testing.assert_close(found, draw(pipe, seeds=[0]))
+
+
+def test_a_scheduler_of_another_family_is_refused(both):
+    pipe, _ = both
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(
+        DDIMError, match=r"a FlowMatchEulerDiscreteScheduler walks no noise schedule .* set pipe.scheduler to a ddim.DDIMSch"
+    ):
+        draw(pipe)
+    pipe.scheduler = None
+    with pytest.raises(CheckpointError, match="the checkpoint has no scheduler"):
+        draw(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:.*`callback:FutureWarning")
+def test_what_goes_to_diffusers_own_call_is_checked_and_counted_alike(pipe, edit, capsys):
+    theirs = {"callback": lambda step, t, latents: None, "callback_steps": 1, "num_inference_steps": 2, "output_type": "pt"}
+    two, second = pipe(PROMPT, seeds=[0, 1], progress=False, **theirs).images, pipe(PROMPT, seeds=[1], **theirs).images
+    torch.testing.assert_close(two[1:], second)
+    assert capsys.readouterr().err.count("2/2") == 1  # the bar of the second
+    assert len(pipe(PROMPT, latents=torch.randn(2, 4, 8, 8), **theirs).images) == 2
+    with pytest.warns(PromptWarning, match="the negative prompt is ignored: guidance is off"):
+        pipe(PROMPT, negative_prompt="blue", guidance_scale=1.0, **theirs)
+    for bad, message in (
+        ({"guidance_rescale": 1.7}, "guidance_rescale must lie in"),
+        ({"output_type": "banana"}, "output_type must be pil, np, pt or latent"),
+        ({"seeds": [0, 1], "num_images_per_prompt": 3}, "seeds: 2"),
+    ):
+        with pytest.raises(DDIMError, match=message):
+            pipe(PROMPT, **{**theirs, **bad})
+    for bad, message in (({"strength": 0}, "strength must lie in"), ({"image": picture(size=(15, 16))}, "multiples of 2")):
+        with pytest.raises(DDIMError, match=message):
+            edit(PROMPT, **{"image": picture(), **theirs, **bad})
+
+
+def test_diffusers_auto_pipelines_find_the_other_tasks(pipe, edit):
+    for auto, kind in (
+        (diffusers.AutoPipelineForText2Image, TextToImagePipeline),
+        (diffusers.AutoPipelineForImage2Image, ImageToImagePipeline),
+        (diffusers.AutoPipelineForInpainting, diffusers.StableDiffusionInpaintPipeline),
+    ):
+        for each in (pipe, edit):
+            made = auto.from_pipe(each)
+            assert type(made) is kind
+            assert made.unet is pipe.unet or made.unet is edit.unet
+            assert type(made.scheduler) is DDIMScheduler
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "unet"])

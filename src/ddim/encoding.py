@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddim.denoiser import Denoiser
 from ddim.errors import DDIMError, DivergenceError
@@ -385,10 +385,10 @@ def reconstruction_error(images: Tensor, reconstructions: Tensor) -> Tensor:
     return (difference / 2).flatten(1).square().mean(1)
 
 
-def fingerprint(value: nn.Module | Tensor) -> str:
-    """First 16 hex digits of the SHA-256 over the bytes of a module's parameters and their names, or of one tensor."""
+def fingerprint(value: Mapping[str, Tensor] | Tensor) -> str:
+    """First 16 hex digits of the SHA-256 over the bytes of tensors and their names, such as a ``state_dict()``; or of one tensor."""
     digest = hashlib.sha256()
-    for name, tensor in value.state_dict().items() if isinstance(value, nn.Module) else (("", value),):
+    for name, tensor in (("", value),) if isinstance(value, Tensor) else value.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

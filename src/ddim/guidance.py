@@ -9,6 +9,7 @@ With c the prediction under a condition, u the one without (or under another, ne
 on the network's raw outputs, before they are converted or clipped: the rescale is not linear, so on x0 or eps it gives other images.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
             to the conditional one's. 0 is off; 0.5 to 0.75 are of use where a large scale overexposes images.
 
     Returns:
-        m, same shape; float32 for half-precision predictions. Constant predictions stay as they are.
+        m, same shape; float32 for half-precision predictions. Where both predictions are constant, m = g.
 
     Raises:
         DDIMError: If the shapes differ, or rescale lies outside [0, 1].
@@ -64,7 +65,10 @@ def _inverse_std(x: Tensor) -> Tensor:
     A normalisation of one group returns it too, in a third of the time; but without a gradient.
     """
     if x.requires_grad:
-        return (x.flatten(1).var(1, keepdim=True, correction=0) + SMALLEST_STD**2).rsqrt()
+        centred = x.flatten(1)
+        for _ in range(2):  # the mean of equal numbers is off by rounding; what is left of it is equal numbers again
+            centred = centred - centred.mean(1, keepdim=True)
+        return (centred.square().mean(1, keepdim=True) + SMALLEST_STD**2).rsqrt()
     size = len(x)
     inverse: Tensor = torch.native_group_norm(x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2)[2]
     return inverse
@@ -94,7 +98,7 @@ def guided(
         A function of x_t [B, ...] and t [B].
 
     Raises:
-        DDIMError: If ``uncond`` is missing or of another shape, or rescale lies outside [0, 1].
+        DDIMError: If ``uncond`` is missing or of another shape, the scale is not finite, or rescale lies outside [0, 1].
     """
     check_rescale(rescale)
     if not is_guided(scale):
@@ -119,7 +123,17 @@ def guided(
 
 
 def is_guided(scale: float) -> bool:
-    """Whether guidance of this scale is on: above 1."""
+    """Whether guidance of this scale is on: above 1.
+
+    Raises:
+        DDIMError: If it is no finite number.
+    """
+    try:
+        finite = math.isfinite(scale)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise DDIMError(f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}.")
     return scale > 1
 
 
@@ -147,5 +161,9 @@ def check_rescale(rescale: float) -> None:
     Raises:
         DDIMError: If it is.
     """
-    if not 0 <= rescale <= 1:
-        raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale}.")
+    try:
+        fits = 0 <= rescale <= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale!r}.")

@@ -1,4 +1,4 @@
-"""What makes diffusers' networks faster and leaves what they compute, but for rounding."""
+"""What makes diffusers' networks faster and leaves what they compute, but for rounding; and their weights, wherever they lie."""
 
 import math
 from typing import Any
@@ -9,7 +9,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-__all__ = ["lay_out", "specialize"]
+from ddim.errors import DDIMError
+
+__all__ = ["lay_out", "specialize", "weights_of"]
 
 SHORT = 64 * 64
 """Queries times keys up to which attention is a product of small matrices, which a compiler fuses with what is around it."""
@@ -34,6 +36,24 @@ def specialize(network: nn.Module) -> None:
             module.__class__ = _OnceUpsample2D
         elif isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
             module.set_processor(_ShortAttnProcessor())
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers by their names, fetched from where accelerate holds those that it offloaded one by one.
+
+    Raises:
+        DDIMError: If the module lies on the meta device and has none.
+    """
+    state = module.state_dict()
+    if not any(tensor.is_meta for tensor in state.values()):
+        return state
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    held = get_state_dict_offloaded_model(module)
+    missing = [name for name in state if name not in held]
+    if missing:
+        raise DDIMError(f"the network has no weights for {missing[0]}: it lies on the meta device; load a checkpoint into it first.")
+    return {name: held[name] for name in state}
 
 
 class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from ddim.denoiser import Clip, Denoiser
 from ddim.encoding import Code, EncodingMethod, check_origin, decode_trajectory, decoding_timesteps, encode, fingerprint
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps
-from ddim.networks import specialize
+from ddim.networks import specialize, weights_of
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
 from ddim.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start, reversible_trajectory
@@ -265,7 +265,7 @@ class Sampling:
         levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
         return {
             "dtype": str(self.unet.dtype).removeprefix("torch."),
-            "network": fingerprint(self.unet),
+            "network": fingerprint(weights_of(self.unet)),
             "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
         }
 

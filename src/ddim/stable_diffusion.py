@@ -5,6 +5,7 @@ they are. Guidance wraps the network, on its raw outputs (:mod:`ddim.guidance`);
 the network's dtype; each image has noise of its own seed.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,14 @@ from torch import Tensor
 from ddim.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_model_index
 from ddim.denoiser import Clip, ModelDenoiser
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
-from ddim.guidance import guided
+from ddim.guidance import check_rescale, guided, is_guided
 from ddim.networks import lay_out
 from ddim.reversible import Reversible
 from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
 from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
-from ddim.text_inputs import Conditions, encode_prompts, number_of_prompts
+from ddim.text_inputs import Conditions, count_images, encode_prompts, number_of_prompts, warn_of_no_guidance
 from ddim.timesteps import step_pairs
 
 __all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
@@ -54,6 +55,7 @@ class StableDiffusion(Sampling):
     safety_checker: Any
     run_safety_checker: Callable[..., Any]
     maybe_free_model_hooks: Callable[[], None]
+    set_progress_bar_config: Callable[..., None]
     _callback_tensor_inputs: list[str]
 
     def __init__(
@@ -120,19 +122,24 @@ class StableDiffusion(Sampling):
         """(C, H, W) of the pictures that the network was trained on.
 
         Raises:
+            DDIMError: If the network's configuration has no size, or the checkpoint no VAE.
+        """
+        _, height, width = self.latent_shape
+        self._require("vae")
+        return int(self.vae.config.out_channels), height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents that the network was trained on.
+
+        Raises:
             DDIMError: If the network's configuration has no size.
         """
         size = self.unet.config.sample_size
         if size is None:
             raise DDIMError("the network's configuration has no sample_size; give height and width.")
         height, width = (size, size) if isinstance(size, int) else size
-        return int(self.vae.config.out_channels), int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of such pictures."""
-        _, height, width = self.image_shape
-        return int(self.unet.config.in_channels), height // self.vae_scale_factor, width // self.vae_scale_factor
+        return int(self.unet.config.in_channels), int(height), int(width)
 
     @torch.no_grad()
     def conditions(self, prompt: Prompt, negative_prompt: Prompt | None = None, *, guidance_scale: float = 7.5) -> Conditions:
@@ -191,9 +198,8 @@ class StableDiffusion(Sampling):
         empty = torch.zeros(batch_size, 1, width, device=place.device, dtype=place.dtype)
         length = self.tokenizer.model_max_length if self.tokenizer is not None else 77
         conditions = Conditions(*[empty.expand(-1, length, -1)] * 2)
-        _, height, across = self.image_shape
-        shape = (batch_size, self.unet.config.in_channels, height // self.vae_scale_factor, across // self.vae_scale_factor)
-        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(torch.zeros(shape, device=place.device), 0)
+        x = torch.zeros(batch_size, *self.latent_shape, device=place.device)
+        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(x, 0)
         if place.device.type == "cuda":
             torch.cuda.synchronize(place.device)
 
@@ -201,7 +207,12 @@ class StableDiffusion(Sampling):
 
     def _why_elsewhere(self, others: Mapping[str, Any]) -> str | None:
         """What sends a call to diffusers' own loop: an argument, or a part, that this one does not know; None: it is sampled here."""
-        self._require("unet")
+        self._require("unet", "scheduler")
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise DDIMError(
+                f"a {type(self.scheduler).__name__} walks no noise schedule of DDIM's family, so this pipeline cannot use it; "
+                "set pipe.scheduler to a ddim.DDIMScheduler, or to another scheduler of diffusers for such models."
+            )
         if others:
             unknown = sorted(set(others) - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"})
             if unknown:
@@ -221,6 +232,32 @@ class StableDiffusion(Sampling):
             raise DDIMError(
                 f"{reason} is sampled by diffusers' own loop, which does not know {', '.join(given)}; leave out one or the other."
             )
+
+    @contextlib.contextmanager
+    def _elsewhere(
+        self,
+        prompts: int,
+        *,
+        guidance_scale: float,
+        guidance_rescale: float,
+        away: bool,
+        per_prompt: int | None,
+        lengths: Mapping[str, int],
+        output_type: str,
+        progress: bool,
+    ) -> Iterator[int]:
+        """Checks what diffusers' own call would not, and yields the images of a prompt; while held, its bar is shown as asked."""
+        self._check_output_type(output_type)
+        check_rescale(guidance_rescale)
+        if away and not is_guided(guidance_scale):
+            warn_of_no_guidance(guidance_scale, stacklevel=6)
+        before = dict(getattr(self, "_progress_bar_config", {}))
+        if not progress:
+            self.set_progress_bar_config(**{**before, "disable": True})
+        try:
+            yield count_images(prompts, None, per_prompt, lengths)[1]
+        finally:
+            self.set_progress_bar_config(**before)
 
     def _sample(
         self,

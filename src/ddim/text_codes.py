@@ -34,6 +34,7 @@ class TextCodes(StableDiffusion):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        guidance_batched: bool = True,
         method: EncodingMethod = "o-belm",
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
@@ -59,6 +60,7 @@ class TextCodes(StableDiffusion):
             prompt_embeds: As in a call.
             negative_prompt_embeds: As in a call.
             clip_skip: As in a call.
+            guidance_batched: As in a call.
             method: As in :meth:`ddim.pipelines.UnconditionalPipeline.encode`, and so are the following.
             timestep_spacing: As in a call.
             timesteps: As in a call.
@@ -79,6 +81,8 @@ class TextCodes(StableDiffusion):
         self._require("vae", "unet")
         _refuse_number("encode", "images", prompt)
         place, sides = self._place(), self.image_shape[1:] if resize else picture_size(images)
+        if 0 in sides:
+            raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
         pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
@@ -86,7 +90,15 @@ class TextCodes(StableDiffusion):
         chunks = [encode_images(self, pictures[i : i + size], place.device).mean for i in range(0, len(pictures), size)]
         x0 = torch.cat(chunks) if chunks else pictures
         denoiser = self._denoisers(
-            len(x0), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
+            len(x0),
+            prompt,
+            negative_prompt,
+            guidance_scale,
+            guidance_rescale,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
+            guidance_batched,
         )
         code = self._encode(
             x0,
@@ -115,6 +127,7 @@ class TextCodes(StableDiffusion):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        guidance_batched: bool = True,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         callback: Callback | None = None,
@@ -134,6 +147,7 @@ class TextCodes(StableDiffusion):
             prompt_embeds: As in a call.
             negative_prompt_embeds: As in a call.
             clip_skip: As in a call.
+            guidance_batched: As in a call.
             timestep_spacing: Of those other steps.
             timesteps: Those.
             callback: As in a call.
@@ -155,7 +169,15 @@ class TextCodes(StableDiffusion):
             raise DDIMError(f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}.")
         levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
         denoiser = self._denoisers(
-            len(code), prompt, negative_prompt, guidance_scale, guidance_rescale, prompt_embeds, negative_prompt_embeds, clip_skip
+            len(code),
+            prompt,
+            negative_prompt,
+            guidance_scale,
+            guidance_rescale,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
+            guidance_batched,
         )
         x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
         return self._finish(x.float(), output_type, return_dict=True).images
@@ -170,6 +192,7 @@ class TextCodes(StableDiffusion):
         prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
         clip_skip: int | None,
+        batched: bool,
     ) -> Callable[[slice], ModelDenoiser]:
         """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
         prompts = number_of_prompts(prompt, prompt_embeds)
@@ -190,7 +213,7 @@ class TextCodes(StableDiffusion):
 
         def denoiser(chosen: slice) -> ModelDenoiser:
             conditions = Conditions(cond[chosen], None if uncond is None else uncond[chosen])
-            return self.denoiser(conditions, guidance_scale=scale, guidance_rescale=rescale, clip="none")
+            return self.denoiser(conditions, guidance_scale=scale, guidance_rescale=rescale, guidance_batched=batched, clip="none")
 
         return denoiser
 

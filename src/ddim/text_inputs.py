@@ -7,10 +7,11 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -29,6 +30,7 @@ __all__ = [
     "encode_prompts",
     "number_of_prompts",
     "prepare_images",
+    "warn_of_no_guidance",
 ]
 
 
@@ -61,10 +63,27 @@ def number_of_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor 
         raise DDIMError(f"give either prompt or prompt_embeds, one of the two; got {'neither' if prompt is None else 'both'}.")
     if prompt_embeds is not None:
         return len(prompt_embeds)
-    texts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        return 1
+    _check_texts("prompt", prompt)
+    return len(prompt)  # type: ignore[arg-type]
+
+
+def _check_texts(name: str, texts: object) -> None:
+    """Refuses what is no list of texts."""
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-        raise DDIMError(f"prompt must be a text, or a list of at least one; got {prompt!r}.")
-    return len(texts)
+        raise DDIMError(f"{name} must be a text, or a list of at least one; got {texts!r}.")
+
+
+def _check_embeds(pipe: Any, name: str, embeds: object) -> None:  # noqa: ANN401 - as below
+    """Refuses what is no batch of embeddings for the network of a pipeline."""
+    if embeds is None:
+        return
+    width = pipe.unet.config.cross_attention_dim
+    fits = isinstance(embeds, Tensor) and embeds.ndim == 3 and (not isinstance(width, int) or embeds.shape[2] == width)
+    if not fits:
+        told = f"shape {list(embeds.shape)}" if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise DDIMError(f"{name} must be a tensor [P, L, {width}], one row of tokens a prompt; got {told}.")
 
 
 def count_images(prompts: int, images: int | None, per_prompt: int | None, lengths: Mapping[str, int]) -> tuple[int, int]:
@@ -85,7 +104,7 @@ def count_images(prompts: int, images: int | None, per_prompt: int | None, lengt
     groups = max(prompts, images or 1)
     if prompts not in (1, groups) or (images or 1) not in (1, groups):
         raise DDIMError(f"there are {prompts} prompts and {images} images; give as many of both, or one of either.")
-    if per_prompt is not None and (isinstance(per_prompt, bool) or not isinstance(per_prompt, int) or per_prompt < 1):
+    if per_prompt is not None and (isinstance(per_prompt, bool) or not isinstance(per_prompt, (int, np.integer)) or per_prompt < 1):
         raise DDIMError(f"num_images_per_prompt must be a whole number of at least 1; got {per_prompt!r}.")
     told = ", ".join(f"{name}: {length}" for name, length in lengths.items())
     asked = next(iter(lengths.values()), groups)
@@ -93,7 +112,7 @@ def count_images(prompts: int, images: int | None, per_prompt: int | None, lengt
     if each == 0 or any(length != groups * each for length in lengths.values()):
         made = f"a multiple of {groups}" if per_prompt is None else f"{groups} x {each} = {groups * each}"
         raise DDIMError(f"the lists have other lengths than there are images to make ({made}): {told}; give one of each an image.")
-    return groups, each
+    return groups, int(each)
 
 
 def encode_prompts(
@@ -120,14 +139,14 @@ def encode_prompts(
     """
     prompts, on = number_of_prompts(prompt, prompt_embeds), is_guided(scale)
     texts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
+    for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        _check_embeds(pipe, name, embeds)
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        _check_texts("negative_prompt", negative_prompt)
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise DDIMError("give either negative_prompt or negative_prompt_embeds, not both.")
     if not on and (negative_prompt is not None or negative_prompt_embeds is not None):
-        warnings.warn(
-            f"the negative prompt is ignored: guidance is off at guidance_scale={scale}; a scale above 1 turns it on.",
-            PromptWarning,
-            stacklevel=4,
-        )
+        warn_of_no_guidance(scale, stacklevel=5)
         negative_prompt = negative_prompt_embeds = None
     away = [negative_prompt] * prompts if isinstance(negative_prompt, str) else None if negative_prompt is None else list(negative_prompt)
     for name, length in (("negative_prompt", away), ("negative_prompt_embeds", negative_prompt_embeds)):
@@ -142,7 +161,11 @@ def encode_prompts(
         for name in ("tokenizer", "text_encoder"):
             if getattr(pipe, name, None) is None:
                 raise CheckpointError(f"the checkpoint has no {name}; open one that has, or give prompt_embeds and negative_prompt_embeds.")
-    if clip_skip is not None and not hasattr(pipe.text_encoder, "text_model"):
+    if clip_skip is not None and pipe.text_encoder is not None:
+        layers = int(pipe.text_encoder.config.num_hidden_layers)
+        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
+            raise DDIMError(f"clip_skip must be a whole number from 0 to {layers}, the layers of the text encoder; got {clip_skip!r}.")
+    if clip_skip is not None and pipe.text_encoder is not None and not hasattr(pipe.text_encoder, "text_model"):
         # Where diffusers looks for the last norm; transformers 5 has it in the encoder itself. No submodule: it would hold itself.
         pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(away or [])])
@@ -159,6 +182,12 @@ def encode_prompts(
             clip_skip=clip_skip,
         )
     return Conditions(cond.to(place.dtype), uncond.to(place.dtype) if on else None)
+
+
+def warn_of_no_guidance(scale: float, *, stacklevel: int) -> None:
+    """Warns of a negative prompt where nothing is led away from it."""
+    told = f"the negative prompt is ignored: guidance is off at guidance_scale={scale}; a scale above 1 turns it on."
+    warnings.warn(told, PromptWarning, stacklevel=stacklevel)
 
 
 def _warn_of_cuts(pipe: Any, texts: Sequence[str]) -> bool:  # noqa: ANN401 - as above
@@ -222,9 +251,11 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:  # noqa: ANN401 - as above
         told = "an empty list" if not listed else type(listed[0]).__name__
         raise DDIMError(f"image must be a picture, an array or a tensor, or a list of them; got {told}.")
     channels, latent = int(pipe.vae.config.in_channels), int(pipe.unet.config.in_channels)
+    for image in listed:
+        _check_shape(image, channels, latent)
     if isinstance(listed[0], Tensor) and listed[0].shape[-3] == latent != channels:
         return torch.cat([image if image.ndim == 4 else image[None] for image in listed])
-    listed = [picture for image in listed for picture in (to_pil(image.reshape(-1, *image.shape[-3:])) if _is_bytes(image) else [image])]
+    listed = [picture for image in listed for picture in (_pictures(image) if _is_bytes(image) else [image])]
     if isinstance(listed[0], Image.Image):
         sizes = {(image.height, image.width) for image in listed}
         listed = [convert_mode(image, channels) for image in listed]
@@ -239,8 +270,29 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:  # noqa: ANN401 - as above
     return prepared
 
 
-def _is_bytes(image: Any) -> bool:  # noqa: ANN401 - an image of any kind
+def _check_shape(image: Image.Image | NDArray[Any] | Tensor, channels: int, latent: int) -> None:
+    """Refuses arrays and tensors that are no images of the VAE's channels, nor latents."""
+    if isinstance(image, Image.Image):
+        return
+    if isinstance(image, Tensor):
+        fits = image.ndim in (3, 4) and image.shape[-3] in (channels, latent)
+        wanted = f"a tensor must have shape [C, H, W] or [B, C, H, W] with {channels} channels, or {latent} for latents"
+    elif _is_bytes(image):
+        fits = image.ndim == 2 or (image.ndim in (3, 4) and image.shape[-1] in (1, 3, 4))
+        wanted = "an array of bytes must have shape [H, W], [H, W, C] or [B, H, W, C] with 1, 3 or 4 channels"
+    else:
+        fits = image.ndim in (3, 4) and image.shape[-1] == channels
+        wanted = f"an array must have shape [H, W, C] or [B, H, W, C] with {channels} channels"
+    if not fits or 0 in image.shape:
+        raise DDIMError(f"the image has a wrong shape: {wanted}; got {list(image.shape)}.")
+
+
+def _is_bytes(image: Any) -> TypeGuard[NDArray[np.uint8]]:  # noqa: ANN401 - an image of any kind
     return isinstance(image, np.ndarray) and image.dtype == np.uint8
+
+
+def _pictures(image: NDArray[np.uint8]) -> list[Image.Image]:
+    return to_pil(image[None, ..., None] if image.ndim == 2 else image.reshape(-1, *image.shape[-3:]))
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from diffusers.pipelines import auto_pipeline
 from diffusers.utils import is_transformers_available
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.noise import SeededNoise, make_generators
+from ddim.noise import SeededNoise, check_seeds, make_generators
 from ddim.reversible import Reversible
 from ddim.sampling import Generators, Place
 from ddim.schedule import add_noise
@@ -142,30 +143,40 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 callback=None if "callback_steps" in others else callback,
                 guidance_batched=None if guidance_batched else False,
             )
-            return super().__call__(
-                prompt,
-                height,
-                width,
-                num_inference_steps=num_inference_steps or 50,
-                timesteps=timesteps,
+            with self._elsewhere(
+                number_of_prompts(prompt, prompt_embeds),
                 guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=num_images_per_prompt or 1,
-                eta=eta,
-                generator=generator if seeds is None else make_generators(seeds),
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                output_type=output_type,
-                return_dict=return_dict,
-                cross_attention_kwargs=cross_attention_kwargs,
                 guidance_rescale=guidance_rescale,
-                clip_skip=clip_skip,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                **others,
-                **({"callback": callback} if callback is not None else {}),
-            )
+                away=negative_prompt is not None or negative_prompt_embeds is not None,
+                per_prompt=num_images_per_prompt,
+                lengths=_lengths(seeds=seeds, generator=generator, latents=latents),
+                output_type=output_type,
+                progress=progress,
+            ) as each:
+                return super().__call__(
+                    prompt,
+                    height,
+                    width,
+                    num_inference_steps=num_inference_steps or 50,
+                    timesteps=timesteps,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    num_images_per_prompt=each,
+                    eta=eta,
+                    generator=generator if seeds is None else make_generators(seeds),
+                    latents=latents,
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    output_type=output_type,
+                    return_dict=return_dict,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    guidance_rescale=guidance_rescale,
+                    clip_skip=clip_skip,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                    **others,
+                    **({"callback": callback} if callback is not None else {}),
+                )
         self._check_output_type(output_type)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
         self.check_path(levels, eta=eta, order=order, sampler=sampler)
@@ -213,8 +224,8 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         """(C, h, w) of the latents of a call."""
         factor, channels = self.vae_scale_factor, int(self.unet.config.in_channels)
         if height is None or width is None:
-            _, own_height, own_width = (0, *(s * factor for s in latents.shape[-2:])) if latents is not None else self.image_shape
-            height, width = own_height if height is None else height, own_width if width is None else width
+            own = [side * factor for side in (self.latent_shape if latents is None else latents.shape)[-2:]]
+            height, width = own[0] if height is None else height, own[1] if width is None else width
         check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
         if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
@@ -324,28 +335,40 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 guidance_batched=None if guidance_batched else False,
                 guidance_rescale=guidance_rescale or None,
             )
-            return super().__call__(
-                prompt,
-                image,
-                strength,
-                num_inference_steps=num_inference_steps or 50,
-                timesteps=timesteps,
+            prepare_images(self, image)  # refuses what diffusers would cut off in silence
+            truncate_timesteps(range(num_inference_steps or 50) if timesteps is None else timesteps, strength)
+            with self._elsewhere(
+                number_of_prompts(prompt, prompt_embeds),
                 guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=num_images_per_prompt or 1,
-                eta=eta,
-                generator=generator if seeds is None else make_generators(seeds),
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
+                guidance_rescale=guidance_rescale,
+                away=negative_prompt is not None or negative_prompt_embeds is not None,
+                per_prompt=num_images_per_prompt,
+                lengths=_lengths(seeds=seeds, generator=generator),
                 output_type=output_type,
-                return_dict=return_dict,
-                cross_attention_kwargs=cross_attention_kwargs,
-                clip_skip=clip_skip,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                **others,
-                **({"callback": callback} if callback is not None else {}),
-            )
+                progress=progress,
+            ) as each:
+                return super().__call__(
+                    prompt,
+                    image,
+                    strength,
+                    num_inference_steps=num_inference_steps or 50,
+                    timesteps=timesteps,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    num_images_per_prompt=each,
+                    eta=eta,
+                    generator=generator if seeds is None else make_generators(seeds),
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    output_type=output_type,
+                    return_dict=return_dict,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    clip_skip=clip_skip,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
+                    **others,
+                    **({"callback": callback} if callback is not None else {}),
+                )
         self._check_output_type(output_type)
         self._require("vae")
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
@@ -413,5 +436,14 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
 def _lengths(*, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None = None) -> dict[str, int]:
     """How many there are of what is given one an image."""
     each = None if isinstance(generator, torch.Generator) else generator
-    listed: Mapping[str, Any] = {"seeds": seeds, "generator": each, "latents": latents}
+    drawn = None if seeds is None else check_seeds(seeds)
+    if latents is not None and not isinstance(latents, Tensor):
+        raise DDIMError(f"latents must be a tensor [B, C, h, w]; got {type(latents).__name__}.")
+    listed: Mapping[str, Any] = {"seeds": drawn, "generator": each, "latents": latents}
     return {name: len(value) for name, value in listed.items() if value is not None}
+
+
+# What diffusers' AutoPipelineForText2Image and its siblings are asked for by from_pipe: the pipelines under one key do one another's tasks.
+auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["ddim"] = TextToImagePipeline
+auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["ddim"] = ImageToImagePipeline
+auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["ddim"] = diffusers.StableDiffusionInpaintPipeline
