@@ -106,8 +106,8 @@ class Run:
         found = self.kept("fits", method)
         if found is None:  # what `ddim fit-steps` does by default
             seed = 1_000_000
-            batches = [self.batch(range(seed + first, seed + first + 16)) for first in (0, 16, 32)]
-            fit = fit_timesteps(batches[0], batches[1:], schedule=self.schedule, steps=method.steps, order=method.order)
+            batch, held_out = (self.batch(range(first, first + 32)) for first in (seed, seed + 32))
+            fit = fit_timesteps(batch, [held_out], schedule=self.schedule, steps=method.steps, order=method.order)
             found = self.keep("fits", method, timesteps=fit.timesteps, found=fit.name)
         return list(found["timesteps"])
 

@@ -102,10 +102,25 @@ def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginn
     assert len(counted.levels) == before  # the teacher, the start and the shortest path
     counted.levels.clear()
     search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=1)
-    assert len(counted.levels) == before + 1  # the last level alone was moved
+    assert len(counted.levels) == before + 7  # all but the first, which cannot rise
     counted.levels.clear()
     search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=100)
     assert before + 100 <= len(counted.levels) < before + 108
+
+
+def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made():
+    """Half of the images are finished at once, wherever they are: what helps the others is no help to them."""
+
+    class Done(Counted):
+        def __call__(self, x_t, t):
+            x0, eps = super().__call__(x_t, t)
+            half = len(x_t) // 2
+            return Denoised(torch.cat([torch.zeros_like(x0[:half]), x0[half:]]), torch.cat([torch.zeros_like(eps[:half]), eps[half:]]))
+
+    starts = [select_timesteps(1000, 6)]
+    path = search_timesteps(Batch(mixture, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=0)
+    assert search_timesteps(Batch(mixture, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=60) != path
+    assert search_timesteps(Batch(Done(mixture), noise(4, 0)), schedule=SCHEDULE, starts=[path], evaluations=60) in (path, *starts)
 
 
 @pytest.mark.parametrize("evaluations", [5, 10, 20, 40])

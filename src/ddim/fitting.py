@@ -5,13 +5,15 @@ the same x_T becomes in many steps. It is what few steps cost, and no metric of 
 
 1. a teacher of many steps is recorded for a small batch;
 2. a dynamic programme over pairs of its levels finds the path whose single steps stay nearest to it;
-3. from the best of that path and the known spacings, a coordinate search moves one level at a time as long as the geometric mean of
-   the true error at the end falls. The common beginning of two paths is evaluated once;
+3. from the best of that path and the known spacings, a search moves all levels together (their first, their last, a bend between), and then
+   one at a time, as long as the geometric mean of the true error at the end falls in both halves of the batch: few images would
+   otherwise find levels that suit them alone. The common beginning of two paths is evaluated once;
 4. on noise that the search has not seen, the fitted steps are compared with the spacings, and the best of all is returned.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -114,19 +116,19 @@ def fit_timesteps(
     schedule: NoiseSchedule,
     steps: int,
     order: int = 1,
-    evaluations: int = 800,
+    evaluations: int = 400,
     bound: float | None = 1.0,
     finish: Callable[[Batch], Tensor] | None = None,
 ) -> Fit:
     """Fits the levels of a number of steps to a model, and compares them with every spacing on held-out noise.
 
     Args:
-        batch: What the search looks at; 16 images do.
+        batch: What the search looks at; 32 images do.
         held_out: What the result is judged by, batch by batch.
         schedule: The levels.
         steps: N, how many levels to choose.
         order: Of the solver that will visit them.
-        evaluations: About how many calls of the network the coordinate search may make.
+        evaluations: About how many calls of the network the search may make.
         bound: As in :func:`ode_error`.
         finish: The finished images of many steps that held-out errors are measured against; None: 100 steps of order 2, trailing.
 
@@ -171,14 +173,14 @@ def search_timesteps(
     schedule: NoiseSchedule,
     starts: Iterable[Sequence[int]],
     order: int = 1,
-    evaluations: int = 800,
+    evaluations: int = 400,
     bound: float | None = 1.0,
 ) -> list[int]:
-    """Moves levels, one at a time, as long as the geometric mean of the batch's ODE error falls.
+    """Moves levels as long as the geometric mean of the ODE error falls in both halves of the batch.
 
-    Begins with the best of ``starts``, lists of equal length, and of the :func:`shortest_path` of that length along a teacher. Each
-    level has a stride, a quarter of the gap around it at first, which is halved when neither direction is better; the search ends when
-    all strides are 0, or after about ``evaluations`` calls of the network.
+    Begins with the best of ``starts``, lists of equal length, and of the :func:`shortest_path` of that length along a teacher. Moves go
+    along :func:`_directions`; each has a stride, which is halved when neither way is better. All levels move together until those
+    strides are small, then each by itself; the search ends when no stride is left, or after about ``evaluations`` calls of the network.
 
     Returns:
         The levels, falling; all in [0, T).
@@ -189,8 +191,8 @@ def search_timesteps(
     teacher = _teach(batch, schedule=schedule, steps=max(50, 4 * steps))
     exact = teacher[-1].x_s
 
-    def walk(levels: list[int], known: list[State]) -> tuple[float, list[State]]:
-        """The error at the end of a path, and its states; what it has in common with a known path is not evaluated again."""
+    def walk(levels: list[int], known: list[State]) -> tuple[Tensor, list[State]]:
+        """The errors at the end of a path, and its states; what it has in common with a known path is not evaluated again."""
         nonlocal calls
         same = next((i for i, (state, level) in enumerate(zip(known, levels, strict=False)) if state.t != level), len(known))
         head = known[: max(same - 1, 0)]  # the last level in common is left for another one
@@ -202,27 +204,46 @@ def search_timesteps(
         x = batch.x_t if last is None else last.x_s
         states = head + list(trajectory(denoise, x, pairs, schedule=schedule, order=order, previous=last))
         calls += len(levels) - same
-        return float(ode_error(states[-1].x_s, exact, bound=bound).log().mean()), states
+        return ode_error(states[-1].x_s, exact, bound=bound).log().cpu(), states
 
     candidates.append(shortest_path(teacher, steps, schedule=schedule))
-    (error, known), levels = min(((walk(path, []), path) for path in candidates), key=lambda found: found[0][0])
-    strides = [max(1, (above - below) // 4) for above, below in zip([total, *levels], [*levels[1:], CLEAN], strict=False)]
+    (error, known), levels = min(((walk(path, []), path) for path in candidates), key=lambda found: float(found[0][0].mean()))
     calls = 0
-    while any(strides) and calls < evaluations:
-        for k in reversed(range(steps)):  # the last levels are the cheapest to move
-            above, below, moved = (levels[k - 1] if k else total), (levels[k + 1] if k + 1 < steps else CLEAN), False
-            for stride in (strides[k], -strides[k]) if strides[k] else ():
-                while calls < evaluations and below < levels[k] + stride < above:
-                    path = [*levels[:k], levels[k] + stride, *levels[k + 1 :]]
-                    there, states = walk(path, known)
-                    if there >= error:
+
+    def falls(there: Tensor) -> bool:
+        return all(float(half.mean()) < 0 for half in (there - error).chunk(2))
+
+    for directions, smallest in _directions(levels, total):
+        place, strides = torch.tensor(levels, dtype=torch.float64), [stride for stride, _ in directions]
+        while any(strides) and calls < evaluations:
+            for k, (_, direction) in enumerate(directions):
+                moved = False
+                for stride in (strides[k], -strides[k]) if strides[k] else ():
+                    while calls < evaluations:
+                        further = (place + stride * direction).clamp(max=total - 1)
+                        path = further.round().int().tolist()
+                        if path[-1] < 0 or any(above <= below for above, below in pairwise(path)):
+                            break
+                        there, states = walk(path, known)
+                        if not falls(there):
+                            break
+                        place, levels, error, known, moved = further, path, there, states, True
+                    if moved:
                         break
-                    levels, error, known, moved = path, there, states, True
-                if moved:
-                    break
-            if not moved:
-                strides[k] //= 2
+                if not moved:
+                    strides[k] = strides[k] // 2 if strides[k] >= 2 * smallest else 0
     return levels
+
+
+def _directions(levels: Sequence[int], total: int) -> list[tuple[list[tuple[int, Tensor]], int]]:
+    """Along what levels are moved, in two phases: the first stride and the share of each level, and the smallest stride of the phase."""
+    steps = len(levels)
+    u = torch.linspace(0, 1, steps, dtype=torch.float64)
+    shapes = [1 - u, u, 4 * u * (1 - u), 10 * u * (1 - u) * (1 - 2 * u)]  # the first level, the last, a bend, a bend both ways
+    together = [(max(1, total // 32), shape) for shape in shapes[: steps - 1] if bool(shape.any())]
+    gaps = [above - below for above, below in zip([total, *levels], [*levels[1:], CLEAN], strict=False)]
+    alone = [(max(1, gaps[k] // 4), torch.eye(steps, dtype=torch.float64)[k]) for k in reversed(range(steps))]  # the last are cheap
+    return [(together, max(1, total // 256)), (alone, 1)]
 
 
 def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedule) -> list[int]:

@@ -62,7 +62,7 @@ def fitted_timesteps(config: Mapping[str, Any], num_inference_steps: int | None)
         DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
     """
     lists = config.get("fitted_timesteps") or []
-    if not all(isinstance(levels, (list, tuple)) for levels in lists):
+    if not isinstance(lists, (list, tuple)) or not all(isinstance(levels, (list, tuple)) for levels in lists):
         raise DDIMError(f"fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, 300]]; got {lists!r}.")
     found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
     return None if found is None else check_timesteps(found, config["num_train_timesteps"])
@@ -433,7 +433,7 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     batch at a time through the list. The first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
 
     ``fitted_timesteps`` are lists of levels that were fitted to the model at that order (:mod:`ddim.fitting`): each is visited where
-    as many steps are asked for as it has levels. diffusers passes over both options, with a line in its log.
+    as many steps are asked for as it has levels. diffusers passes over both options.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
@@ -732,7 +732,8 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any scheduler of
 def to_diffusers(obj: _Converted) -> _Converted:
     """Returns the same scheduler, or the same pipeline, with diffusers' own class: its files load without this package.
 
-    Sigmoid and laplace betas are exported as ``trained_betas``. Timesteps are not part of a configuration: set them again. Where
+    Sigmoid and laplace betas are exported as ``trained_betas``. ``solver_order`` and ``fitted_timesteps`` stay in the configuration, and
+    diffusers, whose DDIM is of order 1, passes over them. Timesteps are not part of a configuration: set them again. Where
     diffusers would then step to other levels (``linspace``, and ``trailing`` where N does not divide T), a warning says so.
 
     Args:

@@ -458,3 +458,35 @@ def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
     bad = subprocess.run([*run, "--steps", "0"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
+
+
+def test_a_run_that_was_killed_before_it_told_is_told_of(tiny, tmp_path):
+    assert main(["sample", str(tiny), "--steps", "2", "--count", "4", "--out", str(tmp_path)]) == 0
+    content = record(tmp_path)
+    for kept in ([], content["results"][2:]):  # killed after its pictures; or two runs at once, of which the last wrote its own only
+        (tmp_path / "run.json").write_text(json.dumps({**content, "results": kept}))
+        assert main(["sample", str(tiny), "--steps", "2", "--count", "2", "--out", str(tmp_path)]) == 0
+        assert record(tmp_path) == content
+
+
+def test_a_picture_of_another_size_and_a_record_of_nothing_are_named(tiny, tmp_path, capsys):
+    call = ["sample", str(tiny), "--steps", "2", "--count", "3", "--out", str(tmp_path)]
+    assert main(call) == 0
+    Image.new("RGB", (20, 20)).save(tmp_path / "000000.png")
+    assert main(call) == 2
+    assert "000000.png has another size than the pictures beside it; delete it" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({**record(tmp_path), "protocol": []}))
+    assert main(call) == 2
+    assert "is not a record of this program (its protocol is no object" in capsys.readouterr().err
+
+
+def test_a_fitted_list_that_is_none_and_a_card_that_says_nothing_are_refused(tiny, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fitted_timesteps": 5}))
+    assert main(["sample", str(model), "--out", str(tmp_path / "a")]) == 2
+    assert "fitted_timesteps must be a list of lists of levels" in capsys.readouterr().err
+    (model / "card.json").write_text('{"config": 5}')
+    assert main(["sample", str(tiny), "--variance", "analytic", "--out", str(tmp_path / "a")]) == 2
+    assert "does not say what it was trained on; name images" in capsys.readouterr().err

@@ -94,6 +94,22 @@ def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == [2]
 
 
+def test_a_network_that_overflows_on_held_out_images_is_never_a_checkpoint(tmp_path, monkeypatch):
+    """Weights that are huge, and finite, show in no training loss before the next step."""
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"the held-out loss became nan at step 2; the last good checkpoint is none\."):
+        train(config(tmp_path))
+    assert steps_in(tmp_path) == []
+
+
+def test_one_image_trains_to_a_model_without_a_prior(tmp_path):
+    np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8), np.uint8))
+    out = tmp_path / "out"
+    train(config(out, data=str(tmp_path / "one.npz")))
+    assert (out / "model_index.json").is_file()
+    assert not (out / "prior.json").exists()
+
+
 # Precision
 
 
@@ -316,7 +332,9 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 10, 11):
         (tmp_path / f"{step:07d}").mkdir()
     (tmp_path / ".partial-0000012").mkdir()
+    (tmp_path / ".0000001.old" / "unet").mkdir(parents=True)  # of a run that was killed while it removed one
     prune(tmp_path, keep=2, best=2)
+    assert not list(tmp_path.glob(".*.old"))
     assert sorted(int(p.name) for p in tmp_path.glob("[0-9]*")) == [2, 10, 11]
     assert latest_checkpoint(tmp_path) == tmp_path / "0000011"
     assert latest_checkpoint(tmp_path / "none") is None

@@ -105,7 +105,10 @@ def read_run(folder: Path) -> RunRecord | None:
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return RunRecord(**content)
+        record = RunRecord(**content)
+        if not isinstance(record.protocol, dict) or not isinstance(record.results, list):
+            raise TypeError("its protocol is no object, or its results are no list")
+        return record
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

@@ -39,14 +39,14 @@ class Command:
     """How far it leads: 1 is off. By default what the model's card says, else 7.5."""
     guidance_rescale: float | None = None
     """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by default the card's, else 0."""
-    count: int = 16
+    count: int = 32
     """Images that the search looks at."""
     held_out: int = 32
     """Other images, on which the result is compared with every spacing."""
     exact: bool = False
     """Measure the held-out errors against DDIM at all of the model's levels, which is their definition, and not against 100 steps of
     order 2, which are nearly the same and ten times as fast."""
-    evaluations: int = 800
+    evaluations: int = 400
     """About how many evaluations of the network on all COUNT images the search may take."""
     seed: int = 1_000_000
     """Seed of the first image; far from the seeds that images are drawn and measured at."""

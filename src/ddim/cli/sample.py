@@ -3,8 +3,9 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -96,7 +97,7 @@ class Command:
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
     batch_size: int = 16
-    """Images drawn together; it changes no image but for rounding, one grey level."""
+    """Images drawn together; it changes no image but for rounding: one grey level in float32, a few in half precision."""
     out: str | None = None
     """Folder for the pictures; by default out/sample-MODEL."""
     device: str = "auto"
@@ -160,7 +161,11 @@ def run(command: Command) -> None:
 
     out = Path(command.out or f"out/sample-{short_name(command.model)}")
     items = [Item(None, seed) for seed in seeds] if text is None else text.items(seeds)
-    there = {item for item in map(Item.of, (path.stem for path in out.glob("*.png"))) if item is not None}
+
+    def drawn() -> set[Item]:
+        return {item for item in map(Item.of, (path.stem for path in out.glob("*.png"))) if item is not None}
+
+    there = drawn()
     before = check_protocol(out, protocol, empty=not there)
     if there and before is None:
         raise OutputError(f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder.")
@@ -170,10 +175,10 @@ def run(command: Command) -> None:
 
     label = seed_label(pipe, command.class_)
 
-    def record(done: list[Item], seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
+    def record(seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
         results = [
             {"seed": i.seed, "file": i.file, **label(i.seed), **({} if text is None else {"prompt": text.prompt_of(i)})}
-            for i in sorted({*done, *there}, key=lambda item: item.file)
+            for i in sorted(drawn(), key=lambda item: item.file)
         ]
         return RunRecord(
             protocol=protocol,
@@ -193,7 +198,7 @@ def run(command: Command) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     if before is None:
-        write_run(out, record([], 0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
+        write_run(out, record(0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
     with enough_memory(device, command.batch_size):
         options: dict[str, Any] = {"timesteps": listed, "eta": eta, "order": order, "clip": clip, "sampler": sampler}
         if text is None:
@@ -204,8 +209,11 @@ def run(command: Command) -> None:
         seconds, warm_up, batches = _draw(command, pipe, missing, out, text=text, label=label, steps=len(timesteps), **options)
 
     _write_grid(out, items, text)
+    now = record(seconds, drawn=len(missing), warm_up_seconds=warm_up)
     if missing:
-        write_run(out, record(missing, seconds, drawn=len(missing), warm_up_seconds=warm_up))
+        write_run(out, now)
+    elif before is not None and before.results != now.results:  # of a run that was killed before it said what it drew
+        write_run(out, replace(before, results=now.results))
     others = len(there - set(items))
     beside = f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not in the grid." if others else ""
     told = f"{len(missing)} images drawn, {len(items) - len(missing)} were there"
@@ -267,7 +275,12 @@ def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
     row = len(items) // prompts
     columns = row if prompts == 1 else max(1, min(row, GRID // prompts, 8))
     shown = [items[p * row + k] for p in range(min(prompts, GRID)) for k in range(columns)][:GRID]
-    pictures = np.stack([load_image(out / item.file) for item in shown])
+    loaded = [load_image(out / item.file) for item in shown]
+    usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
+    for item, picture in zip(shown, loaded, strict=True):
+        if picture.shape != usual:
+            raise OutputError(f"{out / item.file} has another size than the pictures beside it; delete it, and run again.")
+    pictures = np.stack(loaded)
     scale = max(1, 96 // pictures.shape[2])
     if text is None or prompts == 1:
         save_png(make_grid(pictures), out / "grid.png", scale=scale)
@@ -323,7 +336,8 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
     from ddim.training.data import load_images
 
     card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
-    source = command.data or card.get("config", {}).get("data")
+    trained = card.get("config") if isinstance(card, dict) else None
+    source = command.data or (trained.get("data") if isinstance(trained, dict) else None)
     if source is None:
         raise DDIMError(f"{command.model} does not say what it was trained on; name images for --variance analytic with --data.")
     channels, height, width = pipe.image_shape

@@ -65,7 +65,7 @@ class Command:
     weights: tuple[str, ...] = ()
     """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0 lie."""
     batch_size: int = 64
-    """Images drawn together; it changes no image but for rounding, one grey level."""
+    """Images drawn together; it changes no image but for rounding, one grey level in float32."""
     processes: int = 1
     """Processes that measure cells side by side; each gets its share of the cores."""
     out: str | None = None

@@ -198,10 +198,12 @@ def save_checkpoint(
 
 def prune(root: Path, *, keep: int, best: int | None) -> None:
     """Removes all but the newest ``keep`` checkpoints and the best one."""
-    steps = _steps(root)
-    for step in steps[:-keep]:
+    for old in root.glob(".*.old"):  # of a run that was killed here
+        shutil.rmtree(old)
+    for step in _steps(root)[:-keep]:
         if step != best:
-            shutil.rmtree(root / f"{step:07d}")
+            old = (root / f"{step:07d}").rename(root / f".{step:07d}.old")  # one that is gone in part must not pass for a checkpoint
+            shutil.rmtree(old)
 
 
 def _steps(root: Path) -> list[int]:

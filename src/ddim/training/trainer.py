@@ -361,6 +361,8 @@ def train(
                     largest = torch.stack([p.abs().max() for p in average.network.parameters()]).max().item()
                     if not math.isfinite(largest):  # a gradient may overflow where the loss did not
                         raise _not_finite("largest weight", largest, step, root)
+                    if held is not None and not math.isfinite(held):  # huge weights overflow in the network
+                        raise _not_finite("held-out loss", held, step, root)
                     record |= {"step": step, "images_seen": step * per_step, "loss": last_loss, "validation_loss": held}
                     record["seconds"] = round(seconds_before + time.perf_counter() - started, 1)
                     record["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -386,7 +388,8 @@ def train(
     finished = step >= steps
     if finished and accelerator.is_main_process:
         pixels = subject.shape == (data.channels, *data.resolution)  # of latents no brightness is known
-        publish(out, average.network, subject.package, _card(record, config) | guidance, measure_prior(data) if pixels else None)
+        prior = measure_prior(data) if pixels and len(data) > 1 else None  # one image has no spread
+        publish(out, average.network, subject.package, _card(record, config) | guidance, prior)
     accelerator.wait_for_everyone()
     return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
 
