@@ -208,29 +208,28 @@ def search_timesteps(
 
     candidates.append(shortest_path(teacher, steps, schedule=schedule))
     (error, known), levels = min(((walk(path, []), path) for path in candidates), key=lambda found: float(found[0][0].mean()))
-    calls = 0
+    calls, place = 0, torch.tensor(levels, dtype=torch.float64)
 
-    def falls(there: Tensor) -> bool:
-        return all(float(half.mean()) < 0 for half in (there - error).chunk(2))
+    def push(move: Tensor) -> bool:
+        """Goes on along a move for as long as both halves gain; whether there was a step."""
+        nonlocal place, levels, error, known
+        moved = False
+        while calls < evaluations:
+            further = (place + move).clamp(max=total - 1)
+            path = further.round().int().tolist()
+            if path[-1] < 0 or any(above <= below for above, below in pairwise(path)):
+                break
+            there, states = walk(path, known)
+            if not all(float(half.mean()) < 0 for half in (there - error).chunk(2)):
+                break
+            place, levels, error, known, moved = further, path, there, states, True
+        return moved
 
     for directions, smallest in _directions(levels, total):
         place, strides = torch.tensor(levels, dtype=torch.float64), [stride for stride, _ in directions]
         while any(strides) and calls < evaluations:
             for k, (_, direction) in enumerate(directions):
-                moved = False
-                for stride in (strides[k], -strides[k]) if strides[k] else ():
-                    while calls < evaluations:
-                        further = (place + stride * direction).clamp(max=total - 1)
-                        path = further.round().int().tolist()
-                        if path[-1] < 0 or any(above <= below for above, below in pairwise(path)):
-                            break
-                        there, states = walk(path, known)
-                        if not falls(there):
-                            break
-                        place, levels, error, known, moved = further, path, there, states, True
-                    if moved:
-                        break
-                if not moved:
+                if strides[k] and not (push(strides[k] * direction) or push(-strides[k] * direction)):
                     strides[k] = strides[k] // 2 if strides[k] >= 2 * smallest else 0
     return levels
 
@@ -240,7 +239,7 @@ def _directions(levels: Sequence[int], total: int) -> list[tuple[list[tuple[int,
     steps = len(levels)
     u = torch.linspace(0, 1, steps, dtype=torch.float64)
     shapes = [1 - u, u, 4 * u * (1 - u), 10 * u * (1 - u) * (1 - 2 * u)]  # the first level, the last, a bend, a bend both ways
-    together = [(max(1, total // 32), shape) for shape in shapes[: steps - 1] if bool(shape.any())]
+    together = [(max(1, total // 32), shape) for shape in shapes[: steps - 1]]
     gaps = [above - below for above, below in zip([total, *levels], [*levels[1:], CLEAN], strict=False)]
     alone = [(max(1, gaps[k] // 4), torch.eye(steps, dtype=torch.float64)[k]) for k in reversed(range(steps))]  # the last are cheap
     return [(together, max(1, total // 256)), (alone, 1)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 
-__all__ = ["SMALLEST_STD", "check_rescale", "guide", "guided", "is_guided", "network_output"]
+__all__ = ["SMALLEST_STD", "check_rescale", "check_scale", "guide", "guided", "is_guided", "network_output"]
 
 
 SMALLEST_STD = 1e-5
@@ -128,12 +128,7 @@ def is_guided(scale: float) -> bool:
     Raises:
         DDIMError: If it is no finite number.
     """
-    try:
-        finite = math.isfinite(scale)
-    except TypeError:
-        finite = False
-    if not finite:
-        raise DDIMError(f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}.")
+    check_scale(scale)
     return scale > 1
 
 
@@ -153,6 +148,20 @@ def network_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network 
     raise DDIMError(
         f"the network must return a tensor, a tuple that starts with one, or an object with .sample; got {type(output).__name__}."
     )
+
+
+def check_scale(scale: float) -> None:
+    """Refuses a scale that is no finite number.
+
+    Raises:
+        DDIMError: If it is not.
+    """
+    try:
+        finite = math.isfinite(scale)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise DDIMError(f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}.")
 
 
 def check_rescale(rescale: float) -> None:

@@ -21,12 +21,13 @@ from ddim.denoiser import Clip, ModelDenoiser
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.guidance import check_rescale, guided, is_guided
 from ddim.networks import lay_out
+from ddim.noise import make_generators
 from ddim.reversible import Reversible
 from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
 from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
-from ddim.text_inputs import Conditions, count_images, encode_prompts, number_of_prompts, warn_of_no_guidance
+from ddim.text_inputs import Conditions, count_images, encode_prompts, given_lengths, number_of_prompts, warn_of_no_guidance
 from ddim.timesteps import step_pairs
 
 __all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
@@ -235,27 +236,28 @@ class StableDiffusion(Sampling):
 
     @contextlib.contextmanager
     def _elsewhere(
-        self,
-        prompts: int,
-        *,
-        guidance_scale: float,
-        guidance_rescale: float,
-        away: bool,
-        per_prompt: int | None,
-        lengths: Mapping[str, int],
-        output_type: str,
-        progress: bool,
-    ) -> Iterator[int]:
-        """Checks what diffusers' own call would not, and yields the images of a prompt; while held, its bar is shown as asked."""
-        self._check_output_type(output_type)
-        check_rescale(guidance_rescale)
-        if away and not is_guided(guidance_scale):
-            warn_of_no_guidance(guidance_scale, stacklevel=6)
+        self, options: dict[str, Any], *, rescale: float, seeds: Sequence[int] | None, callback: Callable[..., Any] | None, progress: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Checks what diffusers' own call would not, and yields the arguments of that call; while held, its bar is shown as asked."""
+        prompts = number_of_prompts(options["prompt"], options["prompt_embeds"])
+        lengths = given_lengths(seeds=seeds, generator=options["generator"], latents=options.get("latents"))
+        self._check_output_type(options["output_type"])
+        check_rescale(rescale)
+        away = options["negative_prompt"] is not None or options["negative_prompt_embeds"] is not None
+        if away and not is_guided(options["guidance_scale"]):
+            warn_of_no_guidance(options["guidance_scale"], stacklevel=6)
+        given = options | {
+            "num_inference_steps": options["num_inference_steps"] or 50,
+            "num_images_per_prompt": count_images(prompts, None, options["num_images_per_prompt"], lengths)[1],
+            "callback_on_step_end_tensor_inputs": list(options["callback_on_step_end_tensor_inputs"]),
+            **({} if seeds is None else {"generator": make_generators(seeds)}),
+            **({} if callback is None else {"callback": callback}),
+        }
         before = dict(getattr(self, "_progress_bar_config", {}))
         if not progress:
             self.set_progress_bar_config(**{**before, "disable": True})
         try:
-            yield count_images(prompts, None, per_prompt, lengths)[1]
+            yield given
         finally:
             self.set_progress_bar_config(**before)
 

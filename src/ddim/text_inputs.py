@@ -18,7 +18,8 @@ from torch import Tensor
 from ddim.errors import CheckpointError, DDIMError
 from ddim.guidance import is_guided
 from ddim.images import convert_mode, to_pil
-from ddim.sampling import Place
+from ddim.noise import check_seeds
+from ddim.sampling import Generators, Place
 
 __all__ = [
     "Conditions",
@@ -28,6 +29,7 @@ __all__ = [
     "count_images",
     "encode_images",
     "encode_prompts",
+    "given_lengths",
     "number_of_prompts",
     "prepare_images",
     "warn_of_no_guidance",
@@ -115,6 +117,20 @@ def count_images(prompts: int, images: int | None, per_prompt: int | None, lengt
     return groups, int(each)
 
 
+def given_lengths(*, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None = None) -> dict[str, int]:
+    """How many there are of what is given one an image, for :func:`count_images`.
+
+    Raises:
+        DDIMError: If the seeds are no list of seeds, or the latents no tensor.
+    """
+    each = None if isinstance(generator, torch.Generator) else generator
+    drawn = None if seeds is None else check_seeds(seeds)
+    if latents is not None and not isinstance(latents, Tensor):
+        raise DDIMError(f"latents must be a tensor [B, C, h, w]; got {type(latents).__name__}.")
+    listed: Mapping[str, Any] = {"seeds": drawn, "generator": each, "latents": latents}
+    return {name: len(value) for name, value in listed.items() if value is not None}
+
+
 def encode_prompts(
     pipe: Any,  # noqa: ANN401 - a StableDiffusionPipeline or one of its kind
     prompt: str | Sequence[str] | None,
@@ -165,9 +181,9 @@ def encode_prompts(
         layers = int(pipe.text_encoder.config.num_hidden_layers)
         if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= layers:
             raise DDIMError(f"clip_skip must be a whole number from 0 to {layers}, the layers of the text encoder; got {clip_skip!r}.")
-    if clip_skip is not None and pipe.text_encoder is not None and not hasattr(pipe.text_encoder, "text_model"):
-        # Where diffusers looks for the last norm; transformers 5 has it in the encoder itself. No submodule: it would hold itself.
-        pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
+        if not hasattr(pipe.text_encoder, "text_model"):
+            # Where diffusers looks for the last norm; transformers 5 has it in the encoder itself. No submodule: it would hold itself.
+            pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(away or [])])
     with _silenced(type(pipe).encode_prompt.__module__) if cut else contextlib.nullcontext():
         cond, uncond = pipe.encode_prompt(

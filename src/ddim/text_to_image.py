@@ -4,7 +4,7 @@ Both are diffusers' pipelines with another call, whose arguments keep diffusers'
 not know, another scheduler than DDIM, and a network that is told the guidance scale go to diffusers' own call.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffusers
@@ -14,7 +14,7 @@ from diffusers.utils import is_transformers_available
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.noise import SeededNoise, check_seeds, make_generators
+from ddim.noise import SeededNoise
 from ddim.reversible import Reversible
 from ddim.sampling import Generators, Place
 from ddim.schedule import add_noise
@@ -26,7 +26,7 @@ if not is_transformers_available():
 
 from ddim.stable_diffusion import Callback, ClipOption, Prompt, StepEnd
 from ddim.text_codes import TextCodes
-from ddim.text_inputs import check_size, count_images, encode_images, encode_prompts, number_of_prompts, prepare_images
+from ddim.text_inputs import check_size, count_images, encode_images, encode_prompts, given_lengths, number_of_prompts, prepare_images
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
 
@@ -143,44 +143,35 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 callback=None if "callback_steps" in others else callback,
                 guidance_batched=None if guidance_batched else False,
             )
-            with self._elsewhere(
-                number_of_prompts(prompt, prompt_embeds),
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                away=negative_prompt is not None or negative_prompt_embeds is not None,
-                per_prompt=num_images_per_prompt,
-                lengths=_lengths(seeds=seeds, generator=generator, latents=latents),
-                output_type=output_type,
-                progress=progress,
-            ) as each:
-                return super().__call__(
-                    prompt,
-                    height,
-                    width,
-                    num_inference_steps=num_inference_steps or 50,
-                    timesteps=timesteps,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                    num_images_per_prompt=each,
-                    eta=eta,
-                    generator=generator if seeds is None else make_generators(seeds),
-                    latents=latents,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    output_type=output_type,
-                    return_dict=return_dict,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    guidance_rescale=guidance_rescale,
-                    clip_skip=clip_skip,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                    **others,
-                    **({"callback": callback} if callback is not None else {}),
-                )
+            options = {
+                "prompt": prompt,
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt,
+                "eta": eta,
+                "generator": generator,
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "return_dict": return_dict,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "guidance_rescale": guidance_rescale,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                **others,
+            }
+            with self._elsewhere(options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress) as arguments:
+                return super().__call__(**arguments)
         self._check_output_type(output_type)
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
         self.check_path(levels, eta=eta, order=order, sampler=sampler)
-        lengths = _lengths(seeds=seeds, generator=generator, latents=latents)
+        lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
         groups, each = count_images(number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths)
         shape = self._latent_shape(height, width, latents)
         place = self._place()
@@ -337,45 +328,36 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
             )
             prepare_images(self, image)  # refuses what diffusers would cut off in silence
             truncate_timesteps(range(num_inference_steps or 50) if timesteps is None else timesteps, strength)
-            with self._elsewhere(
-                number_of_prompts(prompt, prompt_embeds),
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                away=negative_prompt is not None or negative_prompt_embeds is not None,
-                per_prompt=num_images_per_prompt,
-                lengths=_lengths(seeds=seeds, generator=generator),
-                output_type=output_type,
-                progress=progress,
-            ) as each:
-                return super().__call__(
-                    prompt,
-                    image,
-                    strength,
-                    num_inference_steps=num_inference_steps or 50,
-                    timesteps=timesteps,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                    num_images_per_prompt=each,
-                    eta=eta,
-                    generator=generator if seeds is None else make_generators(seeds),
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    output_type=output_type,
-                    return_dict=return_dict,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    clip_skip=clip_skip,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                    **others,
-                    **({"callback": callback} if callback is not None else {}),
-                )
+            options = {
+                "prompt": prompt,
+                "image": image,
+                "strength": strength,
+                "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt,
+                "eta": eta,
+                "generator": generator,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "return_dict": return_dict,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                **others,
+            }
+            with self._elsewhere(options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress) as arguments:
+                return super().__call__(**arguments)
         self._check_output_type(output_type)
         self._require("vae")
         levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
         levels = truncate_timesteps(levels, strength)
         self.check_path(levels, eta=eta, order=order, sampler=sampler)
         given = prepare_images(self, image)
-        lengths = _lengths(seeds=seeds, generator=generator)
+        lengths = given_lengths(seeds=seeds, generator=generator)
         groups, each = count_images(number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths)
         place = self._place()
         x0, noise = self._first_latents(given, groups * each, place, seeds=seeds, generator=generator)
@@ -431,16 +413,6 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         if isinstance(generator, torch.Generator):  # as diffusers draws from one: for each image that is given, not for each that is made
             return for_all(mean + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()), noise
         return for_all(mean) + for_all(std) * noise(), noise
-
-
-def _lengths(*, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None = None) -> dict[str, int]:
-    """How many there are of what is given one an image."""
-    each = None if isinstance(generator, torch.Generator) else generator
-    drawn = None if seeds is None else check_seeds(seeds)
-    if latents is not None and not isinstance(latents, Tensor):
-        raise DDIMError(f"latents must be a tensor [B, C, h, w]; got {type(latents).__name__}.")
-    listed: Mapping[str, Any] = {"seeds": drawn, "generator": each, "latents": latents}
-    return {name: len(value) for name, value in listed.items() if value is not None}
 
 
 # What diffusers' AutoPipelineForText2Image and its siblings are asked for by from_pipe: the pipelines under one key do one another's tasks.

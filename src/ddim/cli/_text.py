@@ -82,7 +82,7 @@ class TextRequest:
             DDIMError: If they do not go with the model, or are out of range.
         """
         from ddim.checkpoints import read_guidance
-        from ddim.guidance import check_rescale, is_guided
+        from ddim.guidance import check_rescale, check_scale
         from ddim.pipelines import UnconditionalPipeline
 
         names = ("negative_prompt", "guidance_scale", "guidance_rescale")
@@ -99,7 +99,7 @@ class TextRequest:
         scale = card.get("guidance_scale", 7.5) if command.guidance_scale is None else command.guidance_scale
         rescale = card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale
         check_rescale(rescale)
-        is_guided(scale)  # refuses what is no number
+        check_scale(scale)
         prompts = tuple(read_prompts(command.prompt))
         if strength is not None and image is None:
             raise DDIMError("--strength says how much of --image is kept; give an image with it, or leave it out.")
