@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PUBLIC := schedule prediction timesteps noise step denoiser objective interpolation sampler inversion reversible encoding codes oracle \
-  fitting configuration guidance scheduler pipelines text_to_image doctor checks symptoms prior conversion images checkpoints evaluation errors
+  search fitting configuration guidance scheduler pipelines text_to_image doctor checks symptoms prior conversion images checkpoints evaluation errors
 
 .PHONY: demo test test-all lint types bench docs clean
 

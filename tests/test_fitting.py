@@ -1,14 +1,13 @@
 """Fitted timesteps, on data whose flow is known and on the embedded model; and the variance that the noise needs."""
 
 import math
-from itertools import combinations
 
 import pytest
 import torch
 
 from ddim.denoiser import ModelDenoiser
 from ddim.errors import DDIMError
-from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error, ode_errors, search_timesteps, shortest_path
+from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error, ode_errors
 from ddim.noise import SeededNoise
 from ddim.oracle import GaussianOracle
 from ddim.prediction import Denoised
@@ -33,17 +32,6 @@ def mixture(x_t, t, schedule=SCHEDULE):
 
 def noise(count, seed):
     return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
-
-
-class Counted:
-    """A denoiser that notes the levels it was called at."""
-
-    def __init__(self, denoise):
-        self.denoise, self.levels = denoise, []
-
-    def __call__(self, x_t, t):
-        self.levels.append(t)
-        return self.denoise(x_t, t)
 
 
 def test_the_error_is_in_pixels_and_of_finished_images():
@@ -93,79 +81,6 @@ def test_a_spacing_is_returned_where_the_search_found_nothing_better():
     assert fit.timesteps == expected
     assert fit.ratio("quadratic").mean == 1
     assert fit.ratio("trailing").high < 1
-
-
-def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginning():
-    counted, starts = Counted(mixture), [select_timesteps(1000, 8)]
-    search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=0)
-    before = 50 + 8 + 8
-    assert len(counted.levels) == before  # the teacher, the start and the shortest path
-    counted.levels.clear()
-    search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=1)
-    assert len(counted.levels) == before + 7  # all but the first, which cannot rise
-    counted.levels.clear()
-    search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=100)
-    assert before + 100 <= len(counted.levels) < before + 108
-
-
-def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made():
-    """Half of the images are finished at once, wherever they are: what helps the others is no help to them."""
-
-    class Done(Counted):
-        def __call__(self, x_t, t):
-            x0, eps = super().__call__(x_t, t)
-            half = len(x_t) // 2
-            return Denoised(torch.cat([torch.zeros_like(x0[:half]), x0[half:]]), torch.cat([torch.zeros_like(eps[:half]), eps[half:]]))
-
-    starts = [select_timesteps(1000, 6)]
-    path = search_timesteps(Batch(mixture, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=0)
-    assert search_timesteps(Batch(mixture, noise(4, 0)), schedule=SCHEDULE, starts=starts, evaluations=60) != path
-    assert search_timesteps(Batch(Done(mixture), noise(4, 0)), schedule=SCHEDULE, starts=[path], evaluations=60) in (path, *starts)
-
-
-@pytest.mark.parametrize("evaluations", [5, 10, 20, 40])
-@pytest.mark.parametrize("order", [1, 2])
-def test_a_common_beginning_gives_the_error_of_the_whole_walk(order, evaluations):
-    x = noise(4, 0)
-    levels = search_timesteps(
-        Batch(mixture, x), schedule=SCHEDULE, starts=[select_timesteps(1000, 6)], order=order, evaluations=evaluations
-    )
-    seen = []
-
-    class Spy(Counted):
-        def __call__(self, x_t, t):
-            seen.append((t, x_t.clone()))
-            return super().__call__(x_t, t)
-
-    spied = search_timesteps(
-        Batch(Spy(mixture), x), schedule=SCHEDULE, starts=[select_timesteps(1000, 6)], order=order, evaluations=evaluations
-    )
-    assert spied == levels
-    states = list(trajectory(mixture, x, step_pairs(levels), schedule=SCHEDULE, order=order))
-    for before, state in zip(states, states[1:], strict=False):  # the search was at each state of the whole walk, to the bit
-        assert any(t == state.t and torch.equal(x_t, before.x_s) for t, x_t in seen)
-
-
-def test_the_shortest_path_is_the_best_of_all():
-    schedule = NoiseSchedule.from_betas(make_betas(num_train_timesteps=9, beta_end=0.5))
-    teacher = list(trajectory(lambda x, t: mixture(x, t, schedule), noise(8, 0), step_pairs(range(8, -1, -1)), schedule=schedule))
-    starts = {state.t: state for state in teacher}
-    ends = {state.s: state.x_s for state in teacher}
-
-    def cost(levels):
-        total = 0.0
-        for t, s in step_pairs(levels):
-            x = ddim_step(starts[t].x0, starts[t].eps, alpha_bar_t=schedule.alpha_bar(t), alpha_bar_s=schedule.alpha_bar(s))
-            total += float((x - ends[s]).pow(2).mean())
-        return total
-
-    for steps in range(1, 10):
-        every = [[8, *sorted(rest, reverse=True)] for rest in combinations(range(8), steps - 1)]
-        found = shortest_path(teacher, steps, schedule=schedule)
-        assert len(found) == steps
-        assert cost(found) == pytest.approx(min(map(cost, every)), rel=1e-5, abs=1e-12)
-    with pytest.raises(DDIMError, match="a path of 10 steps cannot be chosen among the 9 of the teacher"):
-        shortest_path(teacher, 10, schedule=schedule)
 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])

@@ -11,7 +11,7 @@ LAYERS = [
     {"prediction", "timesteps", "guidance", "noise", "prior"},
     {"step", "denoiser", "objective", "interpolation", "configuration"},
     {"sampler", "plan"},
-    {"inversion", "reversible"},
+    {"inversion", "reversible", "search"},
     {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed", "networks"},
     {"symptoms", "sampling"},
     {"checks", "text_inputs"},
