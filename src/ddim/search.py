@@ -2,7 +2,7 @@ r"""The search for levels: where few evaluations of a model come nearest to the 
 
 At order 2 the difference r of finished images from the exact ones is nearly linear in the levels, so few walks tell where the levels should
 be: the derivatives of r by each level are measured, and damped Gauss-Newton steps move all of them at once. At order 1 the difference
-is large, and no line: all levels slide along a few smooth shapes.
+is large, and less of a line: such steps move few places first, and levels that slide along a few smooth shapes are tried beside them.
 """
 
 from collections.abc import Sequence
@@ -125,10 +125,15 @@ def search_timesteps(
     walks = Walks(batch, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
     begun = sorted((walks(path) for path in starts), key=lambda walk: walk.error)
     walks.calls, ends = 0, begun[:1]
-    hats = _hats(steps, min(steps, max(1, evaluations // steps)))
+    most = min(steps, max(1, evaluations // steps))
+    stages = [most] if order == 2 and steps > 1 else [min(4, most), most]  # few places first, where the difference is less of a line
     for walk in begun:
-        if walks.calls + len(hats) * steps // 2 <= evaluations:
-            ends.append(_slide(walks, walk, evaluations) if min(order, steps) == 1 else _descend(walks, walk, hats, evaluations))
+        if len(stages) > 1:
+            ends.append(_slide(walks, walk, evaluations // 2))
+        for places in stages:
+            if walks.calls + places * steps // 2 <= evaluations:
+                walk = _descend(walks, walk, _hats(steps, places), evaluations)  # noqa: PLW2901
+        ends.append(walk)
     return min(ends, key=lambda walk: walk.error).levels
 
 
@@ -143,7 +148,8 @@ def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
     total, steps = len(walks.schedule), len(best.levels)
     u, place = torch.linspace(0, 1, steps, dtype=torch.float64), torch.tensor(best.levels, dtype=torch.float64)
     shapes = [1 - u, u, 4 * u * (1 - u), 10 * u * (1 - u) * (1 - 2 * u)]  # the first level, the last, a bend, a bend both ways
-    strides, least = [max(1, total // 32)] * min(len(shapes), max(1, steps - 1)), max(1, total // 256)
+    longest = max(1, total // (3 * steps))  # a third of a step
+    strides, least = [longest] * min(len(shapes), max(1, steps - 1)), max(1, longest // 8)
 
     def push(move: Tensor) -> bool:
         """Goes on along a move; whether there was a step."""
@@ -172,7 +178,7 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
     Where a step does not help the next one is shorter (Levenberg), and what came of either corrects the derivatives (Broyden).
     """
     total = len(walks.schedule)
-    reach = _reach(best.levels, total) @ hats.T / hats.sum(1)
+    reach = _reach(best.levels, total if walks.order == 2 else torch.inf) @ hats.T / hats.sum(1)
     slopes, rows = torch.zeros(len(hats), *best.difference.shape), torch.linalg.pinv(hats)
     for k, hat in enumerate(hats):
         stride = max(1, int(reach[k]) // 4)
@@ -248,9 +254,12 @@ def _hats(steps: int, places: int) -> Tensor:
     return hats
 
 
-def _reach(levels: Sequence[int], total: int) -> Tensor:
-    """From each level to the nearer of its neighbours; T is that of the first, which so stays near it, and clean data the last's."""
-    edged = torch.tensor([total, *levels, CLEAN], dtype=torch.float64)
+def _reach(levels: Sequence[int], above: float) -> Tensor:
+    """From each level to the nearer of its neighbours; clean data are below the last, and ``above`` is above the first.
+
+    With T there the first level hardly moves from T-1, which order 2 wants; DDIM's steps are often better begun far below.
+    """
+    edged = torch.tensor([above, *levels, CLEAN], dtype=torch.float64)
     return torch.minimum(edged[:-2] - edged[1:-1], edged[1:-1] - edged[2:])
 
 
