@@ -93,7 +93,7 @@ def fit_timesteps(
     schedule: NoiseSchedule,
     steps: int,
     order: int = 1,
-    evaluations: int = 200,
+    evaluations: int = 300,
     bound: float | None = 1.0,
     finish: Callable[[Batch], Tensor] | None = None,
 ) -> Fit:

@@ -94,7 +94,7 @@ def search_timesteps(
     schedule: NoiseSchedule,
     steps: int,
     order: int = 1,
-    evaluations: int = 200,
+    evaluations: int = 300,
     bound: float | None = 1.0,
 ) -> list[int]:
     """Finds levels at which the geometric mean of the ODE error is small, in both halves of a batch.

@@ -46,7 +46,7 @@ class Command:
     exact: bool = False
     """Measure the held-out errors against DDIM at all of the model's levels, which is their definition, and not against 100 steps of
     order 2, which are nearly the same and ten times as fast."""
-    evaluations: int = 200
+    evaluations: int = 300
     """About how many evaluations of the network on all COUNT images the search may take."""
     seed: int = 1_000_000
     """Seed of the first image; far from the seeds that images are drawn and measured at."""
