@@ -116,6 +116,11 @@ def search_timesteps(
 
     Raises:
         DDIMError: If N or the order is invalid.
+
+    References:
+        Levenberg. A Method for the Solution of Certain Non-Linear Problems in Least Squares. 1944. https://doi.org/10.1090/qam/10666
+
+        Broyden. A Class of Methods for Solving Nonlinear Simultaneous Equations. 1965. https://doi.org/10.1090/S0025-5718-1965-0198670-6
     """
     check_order(order)
     total = len(schedule)
@@ -127,13 +132,14 @@ def search_timesteps(
     walks.calls, ends = 0, begun[:1]
     most = min(steps, max(1, evaluations // steps))
     stages = [most] if order == 2 and steps > 1 else [min(4, most), most]  # few places first, where the difference is less of a line
-    for walk in begun:
+    for start in begun:
         if len(stages) > 1:
-            ends.append(_slide(walks, walk, evaluations // 2))
+            ends.append(_slide(walks, start, evaluations // 2))
+        end = start
         for places in stages:
             if walks.calls + places * steps // 2 <= evaluations:
-                walk = _descend(walks, walk, _hats(steps, places), evaluations)  # noqa: PLW2901
-        ends.append(walk)
+                end = _descend(walks, end, _hats(steps, places), evaluations)
+        ends.append(end)
     return min(ends, key=lambda walk: walk.error).levels
 
 
@@ -226,9 +232,6 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
 
     Returns:
         delta, shape [K], float64.
-
-    References:
-        Levenberg. A Method for the Solution of Certain Non-Linear Problems in Least Squares. 1944. https://doi.org/10.1090/qam/10666
     """
     r, j = difference.double(), slopes.transpose(0, 1).double()
     squares, products, norms = j @ j.mT, (j @ r[..., None])[..., 0], r.square().sum(1)
@@ -324,7 +327,7 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
 def teach(batch: Batch, *, schedule: NoiseSchedule, steps: int) -> list[State]:
     """A trajectory that stands for the flow: the multistep on many quadratic levels.
 
-    Trailing levels err twice as much at order 2 on the embedded model: 50 of them by a quarter of what 12 fitted steps err by, which
+    Trailing levels err twice as much at order 2 on the embedded model: 50 of them by a third of what 12 fitted steps err by, which
     levels that are fitted to them inherit.
     """
     pairs = step_pairs(select_timesteps(len(schedule), min(steps, len(schedule)), "quadratic"))
