@@ -1,6 +1,7 @@
 """Measures this package beside diffusers, in one run: ratios, since machines differ and are noisy.
 
 Run: make bench (about six minutes on two cores, on a machine that does nothing else). Writes benchmarks/result.md.
+With ``--device cuda`` it measures there what depends on the device, and writes result-cuda.md.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -23,6 +25,12 @@ import ddim
 from ddim.pipelines import UnconditionalPipeline
 
 BATCH, STEPS = 16, 50
+
+
+def wait(device: torch.device) -> None:
+    """Until what was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def ratio(name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False) -> list[str]:
@@ -50,13 +58,15 @@ def medians(calls: dict[str, Callable[[], object]], *, repeats: int, warm_up: in
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def product_rate(size: int) -> float:
+def product_rate(size: int, device: torch.device) -> float:
     """Floating-point operations a second of a square matrix product, the best of several."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(20):
+        wait(device)
         began = time.perf_counter()
         torch.mm(a, b)
+        wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
@@ -101,42 +111,65 @@ def bench_step(rows: list[list[str]]) -> None:
     rows.append(["values read by the host in such a step", str(reads[0]), str(reads[1]), "", "0"])
 
 
-def bench_sampling(rows: list[list[str]]) -> None:
+def bench_walk(rows: list[list[str]], device: torch.device) -> None:
+    """Fifty steps of a scheduler on a device, [1, 4, 64, 64], of an output that is there: what a loop pays beside its network."""
+    options = {"clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    schedulers = {"ours": ddim.DDIMScheduler(**options), "theirs": diffusers.DDIMScheduler(**options)}
+    sample, output, noise = (torch.randn(1, 4, 64, 64, device=device) for _ in range(3))
+    for scheduler in schedulers.values():
+        scheduler.set_timesteps(STEPS, device=device)
+
+    def walk(scheduler: diffusers.DDIMScheduler, eta: float) -> None:
+        x = sample
+        for t in scheduler.timesteps:
+            x = scheduler.step(output, t, x, eta, variance_noise=noise if eta else None).prev_sample
+        wait(device)
+
+    for eta in (0.0, 1.0):
+        took = medians({who: partial(walk, scheduler, eta) for who, scheduler in schedulers.items()}, repeats=100)
+        a_step = {who: seconds / STEPS for who, seconds in took.items()}
+        given = ", noise given" if eta else ""
+        rows.append(ratio(f"a step of {STEPS}, tensor t, eta {eta:.0f}{given}", a_step, "", unit="us"))
+
+
+def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
     """The embedded model, 16 images in 50 steps, and the share of the machine's matrix-product rate."""
     folder = Path(ddim.__file__).parent / "zoo" / "fashion-mnist"
-    ours = UnconditionalPipeline.from_pretrained(folder)
-    theirs = diffusers.DDIMPipeline.from_pretrained(folder)
+    on_cpu = device.type == "cpu"
+    ours = UnconditionalPipeline.from_pretrained(folder).to(device)
+    theirs = diffusers.DDIMPipeline.from_pretrained(folder).to(device)
     theirs.set_progress_bar_config(disable=True)
 
-    def draw() -> object:
-        return ours(seeds=range(BATCH), num_inference_steps=STEPS, progress=False)
+    def draw(pipe: UnconditionalPipeline, **more: object) -> object:
+        return pipe(seeds=range(BATCH), progress=False, **{"num_inference_steps": STEPS, **more})
 
     def draw_theirs() -> object:
         generators = [torch.Generator().manual_seed(seed) for seed in range(BATCH)]
         return theirs(batch_size=BATCH, generator=generators, num_inference_steps=STEPS)
 
-    took = medians({"ours": draw, "theirs": draw_theirs}, repeats=5, warm_up=1)
-    rows.append(ratio(f"{BATCH} images, {STEPS} steps", took, "at least 1.1x", faster=True))
+    took = medians({"ours": partial(draw, ours), "theirs": draw_theirs}, repeats=5, warm_up=1)
+    rows.append(ratio(f"{BATCH} images, {STEPS} steps", took, "at least 1.1x" if on_cpu else "", faster=True))
 
-    x, t = torch.randn(BATCH, *ours.image_shape), torch.full((BATCH,), 500)
+    x, t = torch.randn(BATCH, *ours.image_shape, device=device), torch.full((BATCH,), 500, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours.unet(x, t)
-    peak = max(product_rate(size) for size in (512, 1024, 2048))
+    peak = max(product_rate(size, device) for size in ((512, 1024, 2048) if on_cpu else (4096, 8192)))
     eager = counter.get_total_flops() * STEPS / took["ours"]
 
     began = time.perf_counter()
     ours.compile().warm_up(BATCH)
     compiling = time.perf_counter() - began
-    both = medians({"ours": draw, "theirs": draw_theirs}, repeats=5, warm_up=1)
-    rows.append(ratio(f"the same with --compile (once: {compiling:.0f} s)", both, "at least 1.4x", faster=True))
+    both = medians({"ours": partial(draw, ours), "theirs": draw_theirs}, repeats=5, warm_up=1)
+    wanted = "at least 1.4x" if on_cpu else ""
+    rows.append(ratio(f"the same with --compile (once: {compiling:.0f} s)", both, wanted, faster=True))
     compiled = counter.get_total_flops() * STEPS / both["ours"]
-    shares = f"{eager / peak:.0%}, compiled {compiled / peak:.0%}"
+    shares = f"{eager / peak:.1%}, compiled {compiled / peak:.1%}" if peak > 1e12 else f"{eager / peak:.0%}, compiled {compiled / peak:.0%}"
     rows.append([f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s", shares, "", "", ""])
 
-    fresh = UnconditionalPipeline.from_pretrained(folder)
-    few = medians({"few": lambda: fresh(seeds=range(BATCH), num_inference_steps=STEPS, progress=False)}, repeats=3, warm_up=1)["few"]
+    fresh = UnconditionalPipeline.from_pretrained(folder).to(device)
+    few = medians({"few": partial(draw, fresh)}, repeats=3, warm_up=1)["few"]
     began = time.perf_counter()
-    fresh(seeds=range(BATCH), num_inference_steps=1000, eta="sigma-hat", clip="static", progress=False)
+    draw(fresh, num_inference_steps=1000, eta="sigma-hat", clip="static")
     many = time.perf_counter() - began
     rows.append([f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)", f"{few:.2f} s", f"{many:.1f} s", f"{many / few:.1f}x", ""])
 
@@ -234,18 +267,27 @@ def bench_process(rows: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "result.md")
-    out = parser.parse_args().out
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device, there = options.device, options.device.type != "cpu"
+    out = options.out or Path(__file__).parent / (f"result-{device.type}.md" if there else "result.md")
+    torch.backends.cudnn.allow_tf32 = False  # as our commands, for both
     rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
-    for part in (bench_step, bench_sampling, bench_text, bench_process):
+    parts = [bench_step, partial(bench_sampling, device=device), bench_text, bench_process]
+    if there:
+        parts = [partial(bench_walk, device=device), parts[1]]
+    for part in parts:
         first = len(rows)
         part(rows)
         for row in rows[first:]:
             print("  ".join(cell for cell in row if cell), flush=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()}"
+    where = torch.cuda.get_device_name(device) if there else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = f"{where}; Python {platform.python_version()}"
     told = f"torch {torch.__version__}, diffusers {diffusers.__version__}, ddim {ddim.__version__}"
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 5, *rows[1:]])
-    out.write_text(f"# Beside diffusers\n\n`make bench` on {machine}; {told}.\n\n{table}\n")
+    command = f"python benchmarks/bench.py --device {device}" if there else "make bench"
+    out.write_text(f"# Beside diffusers\n\n`{command}` on {machine}; {told}.\n\n{table}\n")
     print(f"written to {out}")
 
 

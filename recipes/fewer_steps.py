@@ -21,6 +21,7 @@ from torch import Tensor
 
 import ddim
 from ddim.checkpoints import find_model, weight_hash
+from ddim.cli._model import find_device
 from ddim.evaluation.protocol import Reference, collect, collect_reference, default_metrics, load_panel, measure, sample_cuts
 from ddim.evaluation.report import save_lines, text_table
 from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
@@ -66,7 +67,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, options.out
-        self.pipe = ddim.UnconditionalPipeline.from_pretrained(options.model)
+        self.device = find_device(options.device)
+        self.pipe = ddim.UnconditionalPipeline.from_pretrained(options.model).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.schedule = self.pipe.noise_schedule
         self.hash = weight_hash(find_model(options.model))
@@ -112,7 +114,7 @@ class Run:
         return list(found["timesteps"])
 
     def batch(self, seeds: range) -> Batch:
-        return Batch(self.pipe.denoiser(len(seeds), clip="none"), seeded_randn(self.pipe.image_shape, seeds))
+        return Batch(self.pipe.denoiser(len(seeds), clip="none"), seeded_randn(self.pipe.image_shape, seeds).to(self.device))
 
     def compile(self) -> None:
         if not self.compiled:
@@ -123,15 +125,15 @@ class Run:
     def errors(self) -> None:
         """The ODE error of every method, against DDIM at all levels."""
         self.compile()
-        count, size = self.options.held_out, 64
+        count, size = self.options.held_out, self.options.batch_size
         parts = [self.batch(range(first, min(first + size, count))) for first in range(0, count, size)]
         path = self.out / f"exact-{self.hash}-{count}.pt"
         if path.is_file():
-            exact = torch.load(path, weights_only=True)
+            exact = torch.load(path, weights_only=True).to(self.device)
         else:
             exact = self.finish(parts, select_timesteps(len(self.schedule), len(self.schedule), "trailing"), 1)
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(exact, path)
+            torch.save(exact.cpu(), path)
         for method in METHODS:
             if self.kept("errors", method) is None:
                 levels = self.levels(method)
@@ -147,7 +149,8 @@ class Run:
         """The first metric of the panel for every method, on the same seeds, and on the seeds that long cells of `ddim table` draw."""
         self.compile()
         data = load_images(self.options.reference, channels=self.pipe.image_shape[0])
-        panel = load_panel(default_metrics(self.pipe.image_shape)[:1], image_shape=self.pipe.image_shape)
+        shape = self.pipe.image_shape
+        panel = load_panel(default_metrics(shape)[:1], image_shape=shape, device=self.device)
         count, reference = self.options.count, None
         counts = sorted({count, min(256, count)})
         for method in DRAWN:
@@ -169,10 +172,10 @@ class Run:
 
     def images(self, method: Method, data: Any) -> Iterator[Tensor]:  # noqa: ANN401 - ImageData
         """Pictures of 256 grey levels in [-1, 1], batch by batch."""
-        size, levels, gamma = 64, self.levels(method), None
+        size, levels, gamma = self.options.batch_size, self.levels(method), None
         if method.name == "analytic":
             chosen = list(range(0, len(data), len(data) // 256))[:256]
-            parts = [self.pixels(data, chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            parts = [self.pixels(data, chosen[i : i + size]).to(self.device) for i in range(0, len(chosen), size)]
             gamma = estimate_gamma([(self.pipe.denoiser(len(x0), clip="none"), x0) for x0 in parts], levels, schedule=self.schedule)
         for first in range(0, self.options.count, size):
             seeds = range(first, min(first + size, self.options.count))
@@ -258,6 +261,8 @@ def main() -> None:
     parser.add_argument("--reference", default="fashion-mnist")
     parser.add_argument("--held-out", type=int, default=128, help="images of the ODE errors")
     parser.add_argument("--count", type=int, default=1024, help="images of the quality")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator where there is one")
     parser.add_argument("--out", type=Path, default=Path("out/fewer-steps"))
     options = parser.parse_args()
     getattr(Run(options), options.what)()

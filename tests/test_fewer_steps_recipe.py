@@ -32,7 +32,16 @@ def run(recipe, tiny, tmp_path_factory):
     np.savez(folder / "real.npz", images=np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8))
 
     def make(**options):
-        given = {"model": str(tiny), "reference": str(folder / "real.npz"), "held_out": 3, "count": 12, "out": folder / "out", **options}
+        given = {
+            "model": str(tiny),
+            "reference": str(folder / "real.npz"),
+            "held_out": 3,
+            "count": 12,
+            "batch_size": 64,
+            "device": "cpu",
+            "out": folder / "out",
+            **options,
+        }
         made = recipe.Run(argparse.Namespace(**given))
         made.compiled = True  # as if; a compilation takes longer than all of this
         return made

@@ -78,10 +78,27 @@ def test_short_attention_is_the_same_by_plain_products(limit, cross, monkeypatch
     torch.manual_seed(0)
     usual = Attention(8, cross_attention_dim=6 if cross else None, heads=2, dim_head=4).double()
     x, given = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64) if cross else None
-    plain, true = [], AttnProcessor.__call__
-    monkeypatch.setattr(AttnProcessor, "__call__", lambda *a, **k: plain.append(a) or true(*a, **k))
+    plain, true = [], networks._attend
+    monkeypatch.setattr(networks, "_attend", lambda *a, **k: plain.append(a) or true(*a, **k))
     torch.testing.assert_close(specialized(usual)(x, given), usual(x, given), rtol=0, atol=1e-14)
     assert len(plain) == (limit == 16)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 2), (2, 6, 8)], ids=str)
+def test_short_attention_of_a_network_has_its_norm_residual_and_scale(shape):
+    torch.manual_seed(0)
+    options = {"norm_num_groups": 2, "residual_connection": True, "rescale_output_factor": 3.0, "bias": True, "eps": 1e-5}
+    usual, x = Attention(8, heads=2, dim_head=4, **options).double(), torch.randn(*shape, dtype=torch.float64)
+    torch.testing.assert_close(specialized(usual)(x), usual(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(specialized(usual)(1e4 * x), usual(1e4 * x), rtol=1e-12, atol=0)  # whose exponentials would overflow
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": "layer_norm"}, {"upcast_softmax": True}, {"upcast_attention": True}], ids=str)
+def test_attention_that_does_more_is_left_to_torchs_kernel(options, monkeypatch):
+    torch.manual_seed(0)
+    usual, x = Attention(8, heads=2, dim_head=4, **options), torch.randn(2, 4, 8)
+    monkeypatch.setattr(networks, "_attend", None)
+    assert torch.equal(specialized(usual)(x), usual(x))
 
 
 def test_attention_keeps_its_mask_and_its_normalization(caplog):

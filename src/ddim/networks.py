@@ -1,17 +1,16 @@
 """What makes diffusers' networks faster and leaves what they compute, but for rounding; and their weights, wherever they lie."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ddim.errors import DDIMError
 
-__all__ = ["lay_out", "specialize", "weights_of"]
+__all__ = ["is_compiled", "kept", "lay_out", "specialize", "weights_of"]
 
 SHORT = 64 * 64
 """Queries times keys up to which attention is a product of small matrices, which a compiler fuses with what is around it."""
@@ -36,6 +35,17 @@ def specialize(network: nn.Module) -> None:
             module.__class__ = _OnceUpsample2D
         elif isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
             module.set_processor(_ShortAttnProcessor())
+
+
+def is_compiled(network: Any) -> bool:  # noqa: ANN401 - any callable
+    """Whether torch compiles what is called: in place, or by a module around it."""
+    return getattr(network, "_compiled_call_impl", None) is not None or hasattr(network, "_orig_mod")
+
+
+def kept(output: Tensor, network: Any) -> Tensor:  # noqa: ANN401 - any callable
+    """A network's output as a tensor that its next call leaves alone, which one of a compiled network on a GPU need not be: a graph of
+    kernels that is replayed writes to the same memory each time."""
+    return output.clone() if output.is_cuda and is_compiled(network) else output
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -76,11 +86,7 @@ def _upsampling_kernel(weight: Tensor) -> Tensor:
 
 
 class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention of few tokens by plain products, of more by torch's kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain = AttnProcessor()
+    """Plain attention of few tokens by products of small matrices, and all other by torch's kernel."""
 
     def __call__(  # diffusers passes only what is named here
         self,
@@ -90,7 +96,38 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Any:  # noqa: ANN401 - diffusers' own
-        queries = hidden_states.shape[1] if hidden_states.ndim == 3 else math.prod(hidden_states.shape[2:])
-        keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        attend = self.plain if queries * keys <= SHORT else super().__call__
-        return attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        tokens = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        pairs = tokens.shape[1] * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
+        if pairs > SHORT or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if attn.group_norm is not None:
+            tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        given = tokens if encoder_hidden_states is None else encoder_hidden_states
+        mixed = _attend(attn.to_q(tokens), attn.to_k(given), attn.to_v(given), heads=attn.heads, scale=attn.scale)
+        for layer in attn.to_out:
+            mixed = layer(mixed)
+        if hidden_states.ndim == 4:
+            mixed = mixed.transpose(1, 2).reshape(hidden_states.shape)
+        return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
+
+
+_MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "upcast_attention", "upcast_softmax")
+"""What an attention layer of diffusers may do beside, and torch's kernel is left with."""
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of [B, tokens, heads * D].
+
+    Scores lie [keys, queries]: their sums over keys then run over whole rows at a time, which a compiler vectorizes, and it is the
+    few outputs that are divided by them.
+    """
+    count, width = query.shape[0], query.shape[2] // heads
+
+    def split(x: Tensor) -> Tensor:
+        return x.reshape(count, -1, heads, width).transpose(1, 2).reshape(count * heads, -1, width)
+
+    query, key, value = split(query), split(key * scale), split(value)
+    scores = torch.bmm(key, query.transpose(1, 2))
+    weights = (scores - scores.amax(1, keepdim=True)).exp()
+    mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights) / weights.sum(1, keepdim=True)  # [B * heads, D, queries]
+    return mixed.reshape(count, heads * width, -1).transpose(1, 2)

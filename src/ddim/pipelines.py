@@ -28,7 +28,7 @@ from ddim.denoiser import Clip, ModelDenoiser
 from ddim.encoding import Code, EncodingMethod, check_code
 from ddim.errors import CheckpointError, DDIMError
 from ddim.images import from_pictures, to_pil, to_uint8
-from ddim.networks import lay_out
+from ddim.networks import kept, lay_out
 from ddim.prior import DataPrior
 from ddim.reversible import Reversible
 from ddim.sampler import State
@@ -156,11 +156,9 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
-        """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
+        """Evaluates the network and drops the result: allocations, and a compilation if there is one, happen here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none")(x, 0)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        self._warm_up(self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none"), x)
 
     @torch.no_grad()
     def __call__(
@@ -436,7 +434,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
             x_t = x_t.contiguous().flatten().view(x_t.shape)
             output: Tensor = self.unet(x_t, t, **options)[0]
-            return output[:, :channels]
+            return kept(output[:, :channels], self.unet)
 
         return predict
 

@@ -13,7 +13,7 @@ from ddim.denoiser import Clip, Denoiser
 from ddim.encoding import Code, EncodingMethod, check_origin, decode_trajectory, decoding_timesteps, encode, fingerprint
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps
-from ddim.networks import specialize, weights_of
+from ddim.networks import is_compiled, specialize, weights_of
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
 from ddim.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start, reversible_trajectory
@@ -51,12 +51,21 @@ class Sampling:
     def compile(self, **options: Any) -> Any:  # noqa: ANN401 - torch.compile's own options; returns itself
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before.
 
-        A network on the CPU is prepared for it first (:func:`ddim.networks.specialize`), so move it before.
+        A network on the CPU is prepared for it first (:func:`ddim.networks.specialize`), so move it before. On a GPU the mode is
+        ``reduce-overhead`` where no option says otherwise: kernels are recorded once for a batch size, and launched together.
         """
-        if self._execution_device.type == "cpu":
+        kind = self._execution_device.type
+        if kind == "cpu":
             specialize(self.unet)
-        self.unet.compile(**options)
+        self.unet.compile(**({"mode": "reduce-overhead"} if kind == "cuda" and not options else options))
         return self
+
+    def _warm_up(self, denoise: Denoiser, x: Tensor) -> None:
+        """Has the network do at x what it does only in its first calls, and waits for it."""
+        for _ in range(3 if x.is_cuda and is_compiled(self.unet) else 1):  # compile; record; replay
+            denoise(x, 0)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
 
     def _place(self) -> Place:
         """To be looked up once a call: diffusers walks all modules for either, which may take longer than a step."""

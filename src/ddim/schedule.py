@@ -192,7 +192,7 @@ class NoiseSchedule:
 
 
 def match(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Rounds float64 coefficients (shape [] or [B]) to the dtype and device of x [B, ...], shaped to multiply it.
+    """Rounds float64 coefficients (shape [] or [B]) to the dtype of x [B, ...], where and how they can multiply it.
 
     Raises:
         DDIMError: If there are neither one nor B coefficients.
@@ -200,7 +200,10 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] != x.shape[0]):
         raise DDIMError(f"there must be one level, or one for each of the {x.shape[0]} samples; got shape {list(coefficient.shape)}.")
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient.to(x.device, dtype)
+    if coefficient.ndim:
+        return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
+    # One number on the CPU multiplies tensors anywhere; to send it to a device would wait for the device.
+    return coefficient.to(dtype) if coefficient.device.type == "cpu" else coefficient.to(x.device, dtype)
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ddim.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_m
 from ddim.denoiser import Clip, ModelDenoiser
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.guidance import check_rescale, guided, is_guided
-from ddim.networks import lay_out
+from ddim.networks import kept, lay_out
 from ddim.noise import make_generators
 from ddim.reversible import Reversible
 from ddim.sampler import State, trajectory
@@ -185,24 +185,22 @@ class StableDiffusion(Sampling):
             )
         options = {"return_dict": False} | ({} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs})
 
-        def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Any:  # noqa: ANN401 - what diffusers' networks return
+        def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
-            return unet(x_t.contiguous(), t, condition, **options)
+            return kept(unet(x_t.contiguous(), t, condition, **options)[0], unet)
 
         return guided(predict, *conditions, scale=scale, rescale=rescale, batched=batched)
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1, *, guidance_scale: float = 7.5) -> None:
-        """Evaluates the network once and drops the result: allocations, and a compilation if there is one, happen here."""
+        """Evaluates the network and drops the result: allocations, and a compilation if there is one, happen here."""
         width = self.unet.config.cross_attention_dim
         place = self._place()
         empty = torch.zeros(batch_size, 1, width, device=place.device, dtype=place.dtype)
         length = self.tokenizer.model_max_length if self.tokenizer is not None else 77
         conditions = Conditions(*[empty.expand(-1, length, -1)] * 2)
         x = torch.zeros(batch_size, *self.latent_shape, device=place.device)
-        self.denoiser(conditions, guidance_scale=guidance_scale, clip="none")(x, 0)
-        if place.device.type == "cuda":
-            torch.cuda.synchronize(place.device)
+        self._warm_up(self.denoiser(conditions, guidance_scale=guidance_scale, clip="none"), x)
 
     # --- the call
 

@@ -218,13 +218,15 @@ def progress_bar(pipe: Any, total: int | None) -> Iterator[Any]:  # noqa: ANN401
 
 
 def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is
-    """The device of that name.
+    """The device of that name; float32 means float32 there from now on.
 
     Raises:
         DDIMError: If there is none.
     """
     import torch
 
+    # Torch lets GPUs convolve float32 numbers in TF32, of 10 bits: images of a seed would be other ones than a CPU's.
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:

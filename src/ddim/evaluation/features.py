@@ -67,7 +67,7 @@ def load_extractor(name: str, *, image_shape: Shape, weights: Path | None = None
 
 
 def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
-    return Extractor("pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float())
+    return Extractor("pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float().cpu())
 
 
 def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:

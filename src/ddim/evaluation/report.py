@@ -246,22 +246,35 @@ def save_plots(cells: Sequence[Cell], folder: Path) -> None:
 def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str) -> None:
     """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at all."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-    axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(_apart(sorted({x for points in lines.values() for x, _ in points})))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     if any(lines.values()):
         axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Those of rising values that can be told apart in words along a logarithmic axis: each at least 15 % above the one before."""
+    chosen: list[float] = []
+    for value in values:
+        if not chosen or value >= 1.15 * chosen[-1]:
+            chosen.append(value)
+    return chosen
 
 
 def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:
