@@ -270,7 +270,9 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    device, there = options.device, options.device.type != "cpu"
+    device, there = options.device, options.device.type == "cuda"
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda; got {device}.")
     out = options.out or Path(__file__).parent / (f"result-{device.type}.md" if there else "result.md")
     torch.backends.cudnn.allow_tf32 = False  # as our commands, for both
     rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]

@@ -49,7 +49,7 @@ def no_wait():
 
 @pytest.fixture(autouse=True)
 def rounding_of_float32():
-    """Convolutions of float32 numbers round as on the CPU, as every command has them."""
+    """Convolutions of float32 numbers round as on the CPU, as a command has them once it has its device."""
     kept, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = kept
@@ -291,6 +291,7 @@ def test_guidance_waits_for_nothing():
 
 
 def test_commands_take_the_device_that_is_there(tiny, tmp_path):
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it before a command
     ends = {}
     for device in ("auto", "cuda:0", "cpu"):
         out = tmp_path / device.replace(":", "")

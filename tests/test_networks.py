@@ -90,28 +90,99 @@ def test_short_attention_of_a_network_has_its_norm_residual_and_scale(shape):
     options = {"norm_num_groups": 2, "residual_connection": True, "rescale_output_factor": 3.0, "bias": True, "eps": 1e-5}
     usual, x = Attention(8, heads=2, dim_head=4, **options).double(), torch.randn(*shape, dtype=torch.float64)
     torch.testing.assert_close(specialized(usual)(x), usual(x), rtol=0, atol=1e-14)
-    torch.testing.assert_close(specialized(usual)(1e4 * x), usual(1e4 * x), rtol=1e-12, atol=0)  # whose exponentials would overflow
 
 
-@pytest.mark.parametrize("options", [{"qk_norm": "layer_norm"}, {"upcast_softmax": True}, {"upcast_attention": True}], ids=str)
-def test_attention_that_does_more_is_left_to_torchs_kernel(options, monkeypatch):
+def test_short_attention_of_large_scores_does_not_overflow():
     torch.manual_seed(0)
-    usual, x = Attention(8, heads=2, dim_head=4, **options), torch.randn(2, 4, 8)
+    q, k, v = (torch.randn(2, 5, 8) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x[:, None] for x in (1e3 * q, 1e3 * k, v)))[:, 0]
+    torch.testing.assert_close(networks._attend(1e3 * q, 1e3 * k, v, heads=1), expected, rtol=0, atol=1e-6)
+
+
+def other_attention(**options):
+    torch.manual_seed(0)
+    return Attention(8, heads=2, dim_head=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"qk_norm": "layer_norm"}, {"upcast_softmax": True}, {"cross_attention_norm": "layer_norm", "cross_attention_dim": 8}, {"half": True}],
+    ids=str,
+)
+def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(options, monkeypatch):
+    dtype = torch.bfloat16 if options.get("half") else torch.float32
+    options = {name: value for name, value in options.items() if name != "half"}
+    usual, x = other_attention(**options).to(dtype), torch.randn(2, 4, 8).to(dtype)
+    for norm in (usual.norm_q, usual.norm_k, usual.norm_cross):
+        if norm is not None:
+            torch.nn.init.normal_(norm.weight)  # one that is passed over would show
     monkeypatch.setattr(networks, "_attend", None)
-    assert torch.equal(specialized(usual)(x), usual(x))
+    given = x.flip(1) if "cross_attention_dim" in options else None
+    assert torch.equal(specialized(usual)(x, given), usual(x, given))
 
 
-def test_attention_keeps_its_mask_and_its_normalization(caplog):
+def test_attention_keeps_its_mask(caplog):
+    usual, x, mask = other_attention().double(), torch.randn(2, 4, 8, dtype=torch.float64), torch.zeros(2, 1, 4, dtype=torch.float64)
+    mask[0, 0, 3] = -1e4
+    expected = usual(x, attention_mask=mask)
+    assert not torch.equal(expected, usual(x))
+    torch.testing.assert_close(specialized(usual)(x, attention_mask=mask), expected, rtol=0, atol=1e-14)
+    assert not caplog.records
+
+
+def test_attention_keeps_its_spatial_normalization():
     torch.manual_seed(0)
     usual = Attention(32, heads=2, dim_head=16, spatial_norm_dim=6).double()
     x, temb = torch.randn(2, 32, 2, 2, dtype=torch.float64), torch.randn(2, 6, 2, 2, dtype=torch.float64)
-    mask = torch.zeros(2, 1, 4, dtype=torch.float64)
-    mask[0, 0, 3] = -1e4
-    expected = usual(x, temb=temb, attention_mask=mask)
-    assert not torch.equal(expected, usual(x, temb=temb))
-    assert not torch.equal(expected, usual(x, temb=temb.flip(0), attention_mask=mask))
-    torch.testing.assert_close(specialized(usual)(x, temb=temb, attention_mask=mask), expected, rtol=0, atol=1e-14)
-    assert not caplog.records
+    expected = usual(x, temb=temb)
+    assert not torch.equal(expected, usual(x, temb=temb.flip(0)))
+    torch.testing.assert_close(specialized(usual)(x, temb=temb), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({}, {"mode": "reduce-overhead"}), ({"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"})]
+    + [(given, given) for given in ({"mode": "default"}, {"backend": "eager"}, {"options": {"freezing": True}})],
+)
+def test_kernels_are_recorded_on_a_gpu_where_nothing_else_is_asked_for(options, asked, tiny, monkeypatch):
+    pipe, calls = UnconditionalPipeline.from_pretrained(tiny), []
+    monkeypatch.setattr(UnconditionalPipeline, "_execution_device", torch.device("cuda"))
+    monkeypatch.setattr(pipe.unet, "compile", lambda **given: calls.append(given))
+    pipe.compile(**options)
+    assert calls == [asked]
+    assert not any(isinstance(m, networks._OnceUpsample2D) for m in pipe.unet.modules())
+
+
+class OnAGPU:
+    """A tensor that says so."""
+
+    is_cuda, device = True, "cuda"
+
+    def clone(self):
+        return "a copy"
+
+
+def test_outputs_of_compiled_networks_on_a_gpu_are_copied():
+    plain, in_place, around, inside = (nn.Linear(1, 1) for _ in range(4))
+    in_place.compile(backend="eager")
+    around = torch.compile(around, backend="eager")
+    inside.forward = torch.compile(inside.forward, backend="eager")
+    output = OnAGPU()
+    assert networks.kept(output, plain) is output
+    assert [networks.kept(output, network) for network in (in_place, around, inside)] == ["a copy"] * 3
+    here = torch.ones(1)
+    assert networks.kept(here, in_place) is here
+
+
+@pytest.mark.parametrize(("on_a_gpu", "compiled", "evaluations"), [(True, True, 3), (True, False, 1), (False, True, 1)])
+def test_warming_up_goes_as_far_as_replaying_what_is_recorded(on_a_gpu, compiled, evaluations, tiny, monkeypatch):
+    pipe, calls, waited = UnconditionalPipeline.from_pretrained(tiny), [], []
+    if compiled:
+        pipe.unet.compile(backend="eager")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    pipe._warm_up(lambda x, t: calls.append(t), OnAGPU() if on_a_gpu else torch.zeros(1))
+    assert len(calls) == evaluations
+    assert waited == ["cuda"] * on_a_gpu
 
 
 def test_attention_that_someone_replaced_stays(tiny):

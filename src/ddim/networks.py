@@ -38,8 +38,9 @@ def specialize(network: nn.Module) -> None:
 
 
 def is_compiled(network: Any) -> bool:  # noqa: ANN401 - any callable
-    """Whether torch compiles what is called: in place, or by a module around it."""
-    return getattr(network, "_compiled_call_impl", None) is not None or hasattr(network, "_orig_mod")
+    """Whether torch compiles what is called: in place, by a module around it, or by a function in place of its ``forward``."""
+    in_place = getattr(network, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(network, "_orig_mod") or hasattr(getattr(network, "forward", None), "_torchdynamo_orig_callable")
 
 
 def kept(output: Tensor, network: Any) -> Tensor:  # noqa: ANN401 - any callable
@@ -98,12 +99,13 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
     ) -> Any:  # noqa: ANN401 - diffusers' own
         tokens = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
         pairs = tokens.shape[1] * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
-        if pairs > SHORT or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
+        exact = hidden_states.dtype in (torch.float32, torch.float64)  # sums of exponentials overflow in half precision
+        if pairs > SHORT or not exact or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         given = tokens if encoder_hidden_states is None else encoder_hidden_states
-        mixed = _attend(attn.to_q(tokens), attn.to_k(given), attn.to_v(given), heads=attn.heads, scale=attn.scale)
+        mixed = _attend(attn.to_q(tokens), attn.to_k(given), attn.to_v(given), heads=attn.heads)
         for layer in attn.to_out:
             mixed = layer(mixed)
         if hidden_states.ndim == 4:
@@ -115,8 +117,8 @@ _MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "upcast_attention", "
 """What an attention layer of diffusers may do beside, and torch's kernel is left with."""
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int, scale: float) -> Tensor:
-    """softmax(scale q k^T) v of [B, tokens, heads * D].
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of [B, tokens, heads * D].
 
     Scores lie [keys, queries]: their sums over keys then run over whole rows at a time, which a compiler vectorizes, and it is the
     few outputs that are divided by them.
@@ -126,7 +128,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int, scale: flo
     def split(x: Tensor) -> Tensor:
         return x.reshape(count, -1, heads, width).transpose(1, 2).reshape(count * heads, -1, width)
 
-    query, key, value = split(query), split(key * scale), split(value)
+    query, key, value = split(query), split(key * width**-0.5), split(value)
     scores = torch.bmm(key, query.transpose(1, 2))
     weights = (scores - scores.amax(1, keepdim=True)).exp()
     mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights) / weights.sum(1, keepdim=True)  # [B * heads, D, queries]

@@ -52,12 +52,15 @@ class Sampling:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before.
 
         A network on the CPU is prepared for it first (:func:`ddim.networks.specialize`), so move it before. On a GPU the mode is
-        ``reduce-overhead`` where no option says otherwise: kernels are recorded once for a batch size, and launched together.
+        ``reduce-overhead``, unless a mode, a backend or its options are given: kernels are recorded once for a batch size, and
+        launched together.
         """
         kind = self._execution_device.type
         if kind == "cpu":
             specialize(self.unet)
-        self.unet.compile(**({"mode": "reduce-overhead"} if kind == "cuda" and not options else options))
+        elif kind == "cuda" and not {"mode", "backend", "options"} & options.keys():
+            options["mode"] = "reduce-overhead"
+        self.unet.compile(**options)
         return self
 
     def _warm_up(self, denoise: Denoiser, x: Tensor) -> None:

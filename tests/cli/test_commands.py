@@ -127,3 +127,21 @@ def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
     told = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
     command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Command
     assert set(option_names(command)) == set(told)
+
+
+def test_float32_is_float32_once_a_command_has_its_device():
+    """Torch's default lets GPUs round float32 numbers to TF32; tests/test_cuda.py shows what follows from it."""
+    import torch
+
+    from ddim.cli._model import find_device
+
+    kept = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        find_device("cpu")
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept[0]
+        torch.set_float32_matmul_precision(kept[1])

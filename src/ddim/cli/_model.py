@@ -227,6 +227,7 @@ def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet w
 
     # Torch lets GPUs convolve float32 numbers in TF32, of 10 bits: images of a seed would be other ones than a CPU's.
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     if name == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
