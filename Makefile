@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process a core, each of one thread; four at most, which takes some 4 GB.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 PUBLIC := schedule prediction timesteps noise step denoiser objective interpolation sampler inversion reversible encoding codes oracle \
   search fitting configuration guidance scheduler pipelines text_to_image doctor checks symptoms prior conversion images checkpoints evaluation errors
 
@@ -25,10 +27,10 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: lint types
-	$(BIN)/pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
