@@ -22,9 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddim
+from ddim.cli._model import find_device
 from ddim.pipelines import UnconditionalPipeline
 
 BATCH, STEPS = 16, 50
+STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+"""Options of a scheduler of Stable Diffusion."""
 
 
 def wait(device: torch.device) -> None:
@@ -83,8 +86,7 @@ class CountedReads(TorchDispatchMode):
 
 def bench_step(rows: list[list[str]]) -> None:
     """A scheduler's step on [1, 4, 64, 64], both tensors returned."""
-    options = {"clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    ours, theirs = ddim.DDIMScheduler(**options), diffusers.DDIMScheduler(**options)
+    ours, theirs = ddim.DDIMScheduler(**STABLE), diffusers.DDIMScheduler(**STABLE)
     sample, output, noise = (torch.randn(1, 4, 64, 64) for _ in range(3))
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(50)
@@ -113,8 +115,7 @@ def bench_step(rows: list[list[str]]) -> None:
 
 def bench_walk(rows: list[list[str]], device: torch.device) -> None:
     """Fifty steps of a scheduler on a device, [1, 4, 64, 64], of an output that is there: what a loop pays beside its network."""
-    options = {"clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    schedulers = {"ours": ddim.DDIMScheduler(**options), "theirs": diffusers.DDIMScheduler(**options)}
+    schedulers = {"ours": ddim.DDIMScheduler(**STABLE), "theirs": diffusers.DDIMScheduler(**STABLE)}
     sample, output, noise = (torch.randn(1, 4, 64, 64, device=device) for _ in range(3))
     for scheduler in schedulers.values():
         scheduler.set_timesteps(STEPS, device=device)
@@ -163,7 +164,8 @@ def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
     wanted = "at least 1.4x" if on_cpu else ""
     rows.append(ratio(f"the same with --compile (once: {compiling:.0f} s)", both, wanted, faster=True))
     compiled = counter.get_total_flops() * STEPS / both["ours"]
-    shares = f"{eager / peak:.1%}, compiled {compiled / peak:.1%}" if peak > 1e12 else f"{eager / peak:.0%}, compiled {compiled / peak:.0%}"
+    digits = 0 if on_cpu else 1
+    shares = f"{eager / peak:.{digits}%}, compiled {compiled / peak:.{digits}%}"
     rows.append([f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s", shares, "", "", ""])
 
     fresh = UnconditionalPipeline.from_pretrained(folder).to(device)
@@ -189,8 +191,7 @@ class Free(torch.nn.Module):
 def text_pipelines(unet: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[object, object]:
     """Ours and diffusers' pipeline of the same parts; prompts come as embeddings."""
     parts = {"vae": vae, "text_encoder": None, "tokenizer": None, "unet": unet, "safety_checker": None, "feature_extractor": None}
-    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "steps_offset": 1}
-    scheduler = diffusers.DDIMScheduler(**options, prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(**STABLE, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing")
     ours = ddim.TextToImagePipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
     theirs = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
     for pipe in (ours, theirs):
@@ -267,18 +268,14 @@ def bench_process(rows: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    device, there = options.device, options.device.type == "cuda"
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda; got {device}.")
-    out = options.out or Path(__file__).parent / (f"result-{device.type}.md" if there else "result.md")
-    torch.backends.cudnn.allow_tf32 = False  # as our commands, for both
+    device, there = find_device(options.device), options.device == "cuda"  # in float32 as our commands, for both
+    out = options.out or Path(__file__).parent / ("result-cuda.md" if there else "result.md")
     rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
-    parts = [bench_step, partial(bench_sampling, device=device), bench_text, bench_process]
-    if there:
-        parts = [partial(bench_walk, device=device), parts[1]]
+    sampling = partial(bench_sampling, device=device)
+    parts = [partial(bench_walk, device=device), sampling] if there else [bench_step, sampling, bench_text, bench_process]
     for part in parts:
         first = len(rows)
         part(rows)
