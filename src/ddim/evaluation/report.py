@@ -203,9 +203,7 @@ def check_plots() -> None:
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by file name; all on equally many images."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     metric, count, floor = cells[0].compared[0].metric, cells[0].compared[0].count, cells[0].compared[0].floor
     axes: dict[str, tuple[str, Any]] = {
         "quality-evaluations.png": ("network evaluations an image", lambda cell: cell.evaluations),
@@ -225,9 +223,7 @@ def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
         plot.set_xscale("log")
         if all(c.compared[0].value > 0 for c in cells) and floor > 0:
             plot.set_yscale("log")
-        for axis in (plot.xaxis, plot.yaxis):  # plain numbers: a table spans few powers of ten
-            axis.set_major_formatter(plain)
-            axis.set_minor_formatter(plain if axis is plot.yaxis else NullFormatter())
+        _label_plainly(plot)
         plot.set_xlabel(label)
         plot.set_ylabel(f"{metric}, {count} images")
         plot.grid(alpha=0.3, which="both")
@@ -246,9 +242,7 @@ def save_plots(cells: Sequence[Cell], folder: Path) -> None:
 def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str) -> None:
     """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at all."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
@@ -256,16 +250,24 @@ def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
     axes.set_xticks(_apart(sorted({x for points in lines.values() for x, _ in points})))
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(NullFormatter())
+    _label_plainly(axes)
     axes.grid(alpha=0.3)
     if any(lines.values()):
         axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+def _label_plainly(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
+    """Plain numbers along both axes, for measurements span few powers of ten; more of them where it is fewer still."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _apart(values: Sequence[float]) -> list[float]:
