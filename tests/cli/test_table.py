@@ -143,6 +143,12 @@ def test_processes_and_batches_change_no_number(whole, model, reference, tmp_pat
             assert one["value"] == pytest.approx(other["value"], rel=2e-3, abs=1e-3)
 
 
+def test_processes_take_the_longest_cells_first():
+    cells = [(0.0, 5), (1.0, 5), (0.0, 10), (0.0, 20), (0.0, 100)]
+    assert [steps for _, steps in table._longest_first(cells, (24, 18))] == [100, 20, 10, 5, 5]
+    assert [steps for _, steps in table._longest_first(cells, (24, 1))] == [10, 5, 5, 100, 20]  # those beyond ten are of one image
+
+
 def test_an_interrupted_table_is_gone_on_with(model, reference, tmp_path, capsys, monkeypatch):
     real, measured = table.Bench.cell, []
 

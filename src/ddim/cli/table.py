@@ -67,7 +67,7 @@ class Command:
     batch_size: int = 64
     """Images drawn together; it changes no image but for rounding, one grey level in float32."""
     processes: int = 1
-    """Processes that measure cells side by side; each gets its share of the cores."""
+    """Processes that measure cells side by side, the longest first; each gets its share of the cores."""
     out: str | None = None
     """Folder for the table; by default out/table-MODEL."""
     device: str = "auto"
@@ -234,7 +234,8 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(command, count))
     try:
-        for future in as_completed([executor.submit(_save_in_process, eta, steps, out) for eta, steps in missing]):
+        cells = _longest_first(missing, command.counts)
+        for future in as_completed([executor.submit(_save_in_process, eta, steps, out) for eta, steps in cells]):
             yield future.result()
     except BrokenProcessPool:
         raise DDIMError(
@@ -244,6 +245,11 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
         for process in set(multiprocessing.active_children()) - others:  # idle ones, unless the run was interrupted
             process.terminate()
         executor.shutdown(cancel_futures=True)
+
+
+def _longest_first(cells: Sequence[tuple[float | str, int]], counts: tuple[int, int]) -> list[tuple[float | str, int]]:
+    """Cells in the order in which processes take them: a long one left to the end would be drawn while the others idle."""
+    return sorted(cells, key=lambda cell: -cell[1] * counts[cell[1] > LONG])
 
 
 def _time_again(bench: Bench, out: Path) -> None:
