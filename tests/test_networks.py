@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from ddim import DiffusionPipeline, UnconditionalPipeline, networks
-from ddim.checkpoints import weight_hash
+from ddim.checkpoints import find_model, weight_hash
 from ddim.networks import lay_out, specialize
 
 
@@ -36,6 +36,19 @@ def transposed(monkeypatch):
         return true(*given, **options)
 
     monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", counted)
+    return calls
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The calls of short attention."""
+    calls, true = [], networks._attend
+
+    def counted(*given, **options):
+        calls.append(given)
+        return true(*given, **options)
+
+    monkeypatch.setattr(networks, "_attend", counted)
     return calls
 
 
@@ -73,15 +86,13 @@ def test_another_size_half_precision_and_adapters_are_left_to_diffusers(transpos
 
 @pytest.mark.parametrize("limit", [16, 15])
 @pytest.mark.parametrize("cross", [False, True])
-def test_short_attention_is_the_same_by_plain_products(limit, cross, monkeypatch):
+def test_short_attention_is_the_same_by_plain_products(limit, cross, attended, monkeypatch):
     monkeypatch.setattr(networks, "SHORT", limit)
     torch.manual_seed(0)
     usual = Attention(8, cross_attention_dim=6 if cross else None, heads=2, dim_head=4).double()
     x, given = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64) if cross else None
-    plain, true = [], networks._attend
-    monkeypatch.setattr(networks, "_attend", lambda *a, **k: plain.append(a) or true(*a, **k))
     torch.testing.assert_close(specialized(usual)(x, given), usual(x, given), rtol=0, atol=1e-14)
-    assert len(plain) == (limit == 16)
+    assert len(attended) == (limit == 16)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 3, 2), (2, 6, 8)], ids=str)
@@ -106,7 +117,7 @@ def other_attention(**options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"qk_norm": "layer_norm"}, {"upcast_softmax": True}, {"cross_attention_norm": "layer_norm", "cross_attention_dim": 8}, {"half": True}],
+    [{"qk_norm": "layer_norm"}, {"cross_attention_norm": "layer_norm", "cross_attention_dim": 8}, {"half": True}],
     ids=str,
 )
 def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(options, monkeypatch):
@@ -119,6 +130,23 @@ def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(optio
     monkeypatch.setattr(networks, "_attend", None)
     given = x.flip(1) if "cross_attention_dim" in options else None
     assert torch.equal(specialized(usual)(x, given), usual(x, given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_that_asks_for_float32_is_short_attention_too(dtype, attended):
+    usual, x = other_attention(upcast_attention=True, upcast_softmax=True).to(dtype), torch.randn(2, 4, 8).to(dtype)
+    torch.testing.assert_close(specialized(usual)(x), usual(x), rtol=0, atol=10 * torch.finfo(dtype).eps)
+    assert len(attended) == 1
+
+
+def test_the_embedded_model_upsamples_at_once_and_its_attention_is_short(transposed, attended):
+    network = diffusers.UNet2DModel.from_pretrained(find_model("fashion-mnist") / "unet")
+    specialize(network)
+    with torch.no_grad():
+        network(torch.zeros(1, 1, 28, 28), 5)
+    kinds = [type(module) for module in network.modules()]
+    assert len(transposed) == kinds.count(networks._OnceUpsample2D) > 0
+    assert len(attended) == kinds.count(Attention) > 0
 
 
 def test_attention_keeps_its_mask(caplog):

@@ -113,8 +113,9 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
         return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
 
 
-_MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "upcast_attention", "upcast_softmax")
-"""What an attention layer of diffusers may do beside, and torch's kernel is left with."""
+_MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross")
+"""What an attention layer of diffusers may do beside, and torch's kernel is left with. To compute scores or softmax in float32, as many
+ask for, is no more: it is for half precision, and diffusers' processor of torch's kernel heeds it nowhere."""
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
