@@ -26,30 +26,28 @@ def upsampling(**options):
     return Upsample2D(3, use_conv=True, out_channels=5, **options).double()
 
 
-@pytest.fixture
-def transposed(monkeypatch):
-    """The calls of a transposed convolution."""
-    calls, true = [], torch.nn.functional.conv_transpose2d
+def calls_of(owner, name, monkeypatch):
+    """What a function that still does its work is called with from now on."""
+    calls, true = [], getattr(owner, name)
 
     def counted(*given, **options):
         calls.append(given)
         return true(*given, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", counted)
+    monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+@pytest.fixture
+def transposed(monkeypatch):
+    """The calls of a transposed convolution."""
+    return calls_of(torch.nn.functional, "conv_transpose2d", monkeypatch)
 
 
 @pytest.fixture
 def attended(monkeypatch):
     """The calls of short attention."""
-    calls, true = [], networks._attend
-
-    def counted(*given, **options):
-        calls.append(given)
-        return true(*given, **options)
-
-    monkeypatch.setattr(networks, "_attend", counted)
-    return calls
+    return calls_of(networks, "_attend", monkeypatch)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (7, 7), (6, 5)])
