@@ -195,7 +195,7 @@ def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
     with ExitStack() as processes:
         draw = {who: processes.enter_context(drawing(who, device)) for who in ("ours", "compiled", "theirs")}
         compiling = {who: call() for who, call in draw.items()}["compiled"]
-        took = medians({who: partial(call, num_inference_steps=STEPS) for who, call in draw.items()}, repeats=15, warm_up=1)
+        took = medians({who: partial(call, num_inference_steps=STEPS) for who, call in draw.items()}, repeats=11, warm_up=1)
         began = time.perf_counter()
         draw["ours"](num_inference_steps=1000, eta="sigma-hat", clip="static")
         many = time.perf_counter() - began
@@ -269,11 +269,11 @@ def bench_text(rows: list[list[str]]) -> None:
         free = dict(zip(("ours", "theirs"), text_pipelines(Free(unet), None), strict=True))
         more = {"latents": torch.randn(1, 4, 64, 64), "output_type": "latent", "guidance_rescale": rescale}
         calls = {(who, steps): call(pipe, steps, **more) for who, pipe in free.items() for steps in (10, 110)}
-        took = medians(calls, repeats=20, warm_up=2)
+        took = medians(calls, repeats=100, warm_up=2)
         a_step = {who: (took[who, 110] - took[who, 10]) / 100 for who in free}
         name = "a step of text to image beside its network" + (f", rescale {rescale}" if rescale else "")
         rows.append(ratio(name, a_step, "at most 0.50", unit="us"))
-    took = medians({who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()}, repeats=15, warm_up=1)
+    took = medians({who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()}, repeats=11, warm_up=1)
     rows.append(ratio(f"an image of a small text model, {STEPS} steps", took, "at least 1x", faster=True))
 
 

@@ -108,13 +108,14 @@ class ModelDenoiser:
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
         else:
             levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
-        output = network_output(self.network(x_t.to(self._dtype(x_t)), levels))
+        dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
+        output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))
         if output.shape != x_t.shape:
             raise DDIMError(
                 f"the network must return a prediction of its input's shape {list(x_t.shape)}; got {list(output.shape)}. "
                 "If it also predicts a variance, wrap it to return the mean's channels only."
             )
-        output = output.to(x_t.dtype)
+        output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
         known = None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
         if known is not None and all(map(math.isfinite, known)):
             x0_x, x0_m, eps_x, eps_m = known

@@ -116,8 +116,8 @@ def guided(
     both = torch.cat([uncond, cond])
 
     def as_one_batch(x_t: Tensor, t: Tensor) -> Tensor:
-        without, under = network_output(network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)).chunk(2)
-        return guide(under, without, scale=scale, rescale=rescale)
+        output = network_output(network(torch.cat([x_t, x_t]), torch.cat([t, t]), both))
+        return guide(output[len(x_t) :], output[: len(x_t)], scale=scale, rescale=rescale)
 
     return as_one_batch
 
