@@ -1,6 +1,6 @@
 """Measures this package beside diffusers, in one run: ratios, since machines differ and are noisy.
 
-Run: make bench (about ten minutes on two cores, on a machine that does nothing else). Writes benchmarks/result.md.
+Run: make bench (about thirteen minutes on two cores, on a machine that does nothing else). Writes benchmarks/result.md.
 With ``--device cuda`` it measures there what depends on the device, and writes result-cuda.md.
 """
 
@@ -163,20 +163,21 @@ def serve(who: str, device: torch.device, asked: Connection) -> None:
 
 
 @contextmanager
-def drawing(who: str, device: torch.device) -> Iterator[Callable[..., object]]:
-    """A function that has such a process draw, and waits for it; what it returns first is how long compiling took."""
+def drawing(who: str, device: torch.device) -> Iterator[tuple[Callable[..., object], float]]:
+    """A function that has such a process draw, and waits for it; and how long compiling took."""
     context = multiprocessing.get_context("spawn")
     ask, asked = context.Pipe()
     process = context.Process(target=serve, args=(who, device, asked), daemon=True)
     process.start()
     asked.close()  # so that a process that ended is no longer waited for
 
-    def draw(**options: object) -> object:
-        if options:
-            ask.send(options)
-        return ask.recv()
+    compiling = ask.recv()
 
-    yield draw
+    def draw(**options: object) -> None:
+        ask.send(options)
+        ask.recv()
+
+    yield draw, compiling
     ask.send(None)
     process.join()
 
@@ -193,17 +194,18 @@ def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
         ours.unet(x, t)
     peak = max(product_rate(size, device) for size in ((512, 1024, 2048) if on_cpu else (4096, 8192)))
     with ExitStack() as processes:
-        draw = {who: processes.enter_context(drawing(who, device)) for who in ("ours", "compiled", "theirs")}
-        compiling = {who: call() for who, call in draw.items()}["compiled"]
-        took = medians({who: partial(call, num_inference_steps=STEPS) for who, call in draw.items()}, repeats=11, warm_up=1)
+        started = {who: processes.enter_context(drawing(who, device)) for who in ("ours", "compiled", "theirs")}
+        calls = {who: partial(draw, num_inference_steps=STEPS) for who, (draw, _) in started.items()}
+        took = medians(calls, repeats=11, warm_up=1)
         began = time.perf_counter()
-        draw["ours"](num_inference_steps=1000, eta="sigma-hat", clip="static")
+        started["ours"][0](num_inference_steps=1000, eta="sigma-hat", clip="static")
         many = time.perf_counter() - began
 
     rows.append(ratio(f"{BATCH} images, {STEPS} steps", took, "at least 1.1x" if on_cpu else "", faster=True))
     with_compile = {"ours": took["compiled"], "theirs": took["theirs"]}
     wanted = "at least 1.4x" if on_cpu else ""
-    rows.append(ratio(f"the same with --compile (once: {compiling:.0f} s)", with_compile, wanted, faster=True))
+    once = started["compiled"][1]
+    rows.append(ratio(f"the same with --compile (once: {once:.0f} s)", with_compile, wanted, faster=True))
     digits = 0 if on_cpu else 1
     shares = [f"{counter.get_total_flops() * STEPS / took[who] / peak:.{digits}%}" for who in ("ours", "compiled")]
     name = f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s"

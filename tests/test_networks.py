@@ -90,6 +90,8 @@ def test_another_size_half_precision_and_adapters_are_left_to_diffusers(transpos
     assert torch.equal(at_once(x), usual(x).tanh())
     half = usual.bfloat16()
     assert torch.equal(specialized(half)(x.bfloat16()), half(x.bfloat16()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(specialized(upsampling().float())(x.float()), upsampling().float()(x.float()))
     without = Upsample2D(3)
     assert torch.equal(specialized(without)(x), without(x))
     assert transposed == []
@@ -176,6 +178,13 @@ def test_rows_of_large_and_of_equal_numbers_are_normalized_as_exactly_as_torch_d
         torchs, ours = ((norm(given.float()) - exact).abs().max() for norm in (usual, by_rows))
         assert ours <= torchs + 1e-6
     assert len(normalized) == 2
+
+
+def test_rows_of_large_equal_numbers_have_no_negative_variance(normalized):
+    usual, x = normalization()
+    constants = torch.linspace(100, 10_000, len(x)).view(-1, 1, 1, 1).expand_as(x).contiguous(memory_format=torch.channels_last)
+    assert specialized(usual.float())(constants).isfinite().all()
+    assert len(normalized) == 1
 
 
 @pytest.mark.parametrize(

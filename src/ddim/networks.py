@@ -19,6 +19,9 @@ SHORT = 64 * 64
 PLACES = 256
 """Places of all images from which on to upsample and convolve at once saves more than to sum its weights costs."""
 
+EXACT = (torch.float32, torch.float64)
+"""Where other sums than diffusers' and torch's own are made: those of half precision would round, and its exponentials overflow."""
+
 LARGE, SMALL_MAP = 2**17, 1024
 """Numbers of a tensor from which on, and places of an image up to which, several operators normalize faster than torch's kernel, which
 in images of fewer places goes through the channels of a group by themselves."""
@@ -105,7 +108,9 @@ def _is_plain(conv: Any) -> bool:  # noqa: ANN401 - whatever stands where a conv
 
     No adapter, hook or method of its own stands in it, nor does it pad with anything but zeros, as what makes tiles asks for.
     """
-    if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or conv.weight.dtype not in (torch.float32, torch.float64):
+    if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or conv.weight.dtype not in EXACT:
+        return False
+    if torch.is_autocast_enabled("cpu"):  # it would sum the weights in half precision
         return False
     usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     if usual != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
@@ -114,7 +119,7 @@ def _is_plain(conv: Any) -> bool:  # noqa: ANN401 - whatever stands where a conv
     return not any(hooks) and "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
 
 
-_ROWS = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+_ROWS = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], device="cpu")  # wherever this module is first imported
 """[3, 4]: the rows of a transposed convolution's kernel that a row of a convolution's goes to. Each input is seen at two rows, and a
 transposed convolution runs backwards."""
 _TAPS = torch.kron(_ROWS, _ROWS)
@@ -132,7 +137,7 @@ class _RowsGroupNorm(nn.GroupNorm):
     few channels by themselves."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        exact = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)  # sums of squares
+        exact = input.device.type == "cpu" and input.dtype in EXACT
         if not (exact and self.affine and input.ndim > 2 and (torch.compiler.is_compiling() or self._is_slow(input))):
             return super().forward(input)
         rows = input.flatten(2).transpose(1, 2)
@@ -171,8 +176,7 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
     ) -> Any:  # noqa: ANN401 - diffusers' own
         tokens = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
         pairs = tokens.shape[1] * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
-        exact = hidden_states.dtype in (torch.float32, torch.float64)  # sums of exponentials overflow in half precision
-        if pairs > SHORT or not exact or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
+        if pairs > SHORT or hidden_states.dtype not in EXACT or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
