@@ -30,7 +30,12 @@ from ddim.cli._model import find_device
 from ddim.pipelines import UnconditionalPipeline
 
 BATCH, STEPS = 16, 50
-STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+STABLE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
 """Options of a scheduler of Stable Diffusion."""
 
 
@@ -40,15 +45,23 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ratio(name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False) -> list[str]:
+def ratio(
+    name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False
+) -> list[str]:
     """A row of the table: both times, and their ratio (how many times faster ours is, where that is the question)."""
     scale, digits = (1e6, 1) if unit == "us" else (1.0, 2)
     told = [f"{took[who] * scale:.{digits}f} {unit}" for who in ("ours", "theirs")]
-    quotient = f"{took['theirs'] / took['ours']:.2f}x" if faster else f"{took['ours'] / took['theirs']:.2f}"
+    quotient = (
+        f"{took['theirs'] / took['ours']:.2f}x"
+        if faster
+        else f"{took['ours'] / took['theirs']:.2f}"
+    )
     return [name, *told, quotient, wanted]
 
 
-def medians(calls: dict[str, Callable[[], object]], *, repeats: int, warm_up: int = 50) -> dict[str, float]:
+def medians(
+    calls: dict[str, Callable[[], object]], *, repeats: int, warm_up: int = 50
+) -> dict[str, float]:
     """Median seconds of each call, taken in turn so that what the machine does besides falls on all alike."""
     for call in calls.values():
         for _ in range(warm_up):
@@ -97,7 +110,9 @@ def bench_step(rows: list[list[str]]) -> None:
     t = ours.timesteps[10]
     number = int(t)
 
-    def call(scheduler: diffusers.DDIMScheduler, timestep: object, **more: object) -> Callable[[], object]:
+    def call(
+        scheduler: diffusers.DDIMScheduler, timestep: object, **more: object
+    ) -> Callable[[], object]:
         return lambda: scheduler.step(output, timestep, sample, **more)
 
     noisy = {"eta": 1.0, "variance_noise": noise}
@@ -107,7 +122,10 @@ def bench_step(rows: list[list[str]]) -> None:
             ("a step, tensor t, eta 1, noise given", t, noisy, 0.4),
             ("a step, int t, eta 0", number, {}, 1 / 4),
         ):
-            took = medians({"ours": call(ours, timestep, **more), "theirs": call(theirs, timestep, **more)}, repeats=3000)
+            took = medians(
+                {"ours": call(ours, timestep, **more), "theirs": call(theirs, timestep, **more)},
+                repeats=3000,
+            )
             rows.append(ratio(name, took, f"at most {target:.2f}", unit="us"))
         reads = []
         for scheduler in (ours, theirs):
@@ -131,10 +149,15 @@ def bench_walk(rows: list[list[str]], device: torch.device) -> None:
         wait(device)
 
     for eta in (0.0, 1.0):
-        took = medians({who: partial(walk, scheduler, eta) for who, scheduler in schedulers.items()}, repeats=100)
+        took = medians(
+            {who: partial(walk, scheduler, eta) for who, scheduler in schedulers.items()},
+            repeats=100,
+        )
         a_step = {who: seconds / STEPS for who, seconds in took.items()}
         given = ", noise given" if eta else ""
-        rows.append(ratio(f"a step of {STEPS}, tensor t, eta {eta:.0f}{given}", a_step, "", unit="us"))
+        rows.append(
+            ratio(f"a step of {STEPS}, tensor t, eta {eta:.0f}{given}", a_step, "", unit="us")
+        )
 
 
 FOLDER = Path(ddim.__file__).parent / "zoo" / "fashion-mnist"
@@ -147,7 +170,11 @@ def serve(who: str, device: torch.device, asked: Connection) -> None:
         theirs.set_progress_bar_config(disable=True)
 
         def draw(**options: object) -> object:
-            return theirs(batch_size=BATCH, generator=[torch.Generator().manual_seed(seed) for seed in range(BATCH)], **options)
+            return theirs(
+                batch_size=BATCH,
+                generator=[torch.Generator().manual_seed(seed) for seed in range(BATCH)],
+                **options,
+            )
     else:
         ours = UnconditionalPipeline.from_pretrained(FOLDER).to(device)
         draw = partial(ours, seeds=range(BATCH), progress=False)
@@ -189,29 +216,56 @@ def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
     """
     on_cpu = device.type == "cpu"
     ours = UnconditionalPipeline.from_pretrained(FOLDER).to(device)
-    x, t = torch.randn(BATCH, *ours.image_shape, device=device), torch.full((BATCH,), 500, device=device)
+    x, t = (
+        torch.randn(BATCH, *ours.image_shape, device=device),
+        torch.full((BATCH,), 500, device=device),
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ours.unet(x, t)
-    peak = max(product_rate(size, device) for size in ((512, 1024, 2048) if on_cpu else (4096, 8192)))
+    peak = max(
+        product_rate(size, device) for size in ((512, 1024, 2048) if on_cpu else (4096, 8192))
+    )
     with ExitStack() as processes:
-        started = {who: processes.enter_context(drawing(who, device)) for who in ("ours", "compiled", "theirs")}
-        calls = {who: partial(draw, num_inference_steps=STEPS) for who, (draw, _) in started.items()}
+        started = {
+            who: processes.enter_context(drawing(who, device))
+            for who in ("ours", "compiled", "theirs")
+        }
+        calls = {
+            who: partial(draw, num_inference_steps=STEPS) for who, (draw, _) in started.items()
+        }
         took = medians(calls, repeats=11, warm_up=1)
         began = time.perf_counter()
         started["ours"][0](num_inference_steps=1000, eta="sigma-hat", clip="static")
         many = time.perf_counter() - began
 
-    rows.append(ratio(f"{BATCH} images, {STEPS} steps", took, "at least 1.1x" if on_cpu else "", faster=True))
+    rows.append(
+        ratio(
+            f"{BATCH} images, {STEPS} steps", took, "at least 1.1x" if on_cpu else "", faster=True
+        )
+    )
     with_compile = {"ours": took["compiled"], "theirs": took["theirs"]}
     wanted = "at least 1.4x" if on_cpu else ""
     once = started["compiled"][1]
-    rows.append(ratio(f"the same with --compile (once: {once:.0f} s)", with_compile, wanted, faster=True))
+    rows.append(
+        ratio(f"the same with --compile (once: {once:.0f} s)", with_compile, wanted, faster=True)
+    )
     digits = 0 if on_cpu else 1
-    shares = [f"{counter.get_total_flops() * STEPS / took[who] / peak:.{digits}%}" for who in ("ours", "compiled")]
+    shares = [
+        f"{counter.get_total_flops() * STEPS / took[who] / peak:.{digits}%}"
+        for who in ("ours", "compiled")
+    ]
     name = f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s"
     rows.append([name, ", compiled ".join(shares), "", "", ""])
     few = took["ours"]
-    rows.append([f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)", f"{few:.2f} s", f"{many:.1f} s", f"{many / few:.1f}x", ""])
+    rows.append(
+        [
+            f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)",
+            f"{few:.2f} s",
+            f"{many:.1f} s",
+            f"{many / few:.1f}x",
+            "",
+        ]
+    )
 
 
 class Free(torch.nn.Module):
@@ -228,10 +282,21 @@ class Free(torch.nn.Module):
 
 def text_pipelines(unet: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[object, object]:
     """Ours and diffusers' pipeline of the same parts; prompts come as embeddings."""
-    parts = {"vae": vae, "text_encoder": None, "tokenizer": None, "unet": unet, "safety_checker": None, "feature_extractor": None}
-    scheduler = diffusers.DDIMScheduler(**STABLE, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing")
+    parts = {
+        "vae": vae,
+        "text_encoder": None,
+        "tokenizer": None,
+        "unet": unet,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    scheduler = diffusers.DDIMScheduler(
+        **STABLE, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
     ours = ddim.TextToImagePipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
-    theirs = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
+    theirs = diffusers.StableDiffusionPipeline(
+        **parts, scheduler=scheduler, requires_safety_checker=False
+    )
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
     return ours, theirs
@@ -256,12 +321,17 @@ def bench_text(rows: list[list[str]]) -> None:
     ).eval()
     with tempfile.TemporaryDirectory() as folder:  # each loads the checkpoint as its users do
         text_pipelines(unet, vae)[1].save_pretrained(folder)
-        absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+        absent = dict.fromkeys(
+            ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+        )
         kinds = {"ours": ddim.TextToImagePipeline, "theirs": diffusers.StableDiffusionPipeline}
         pipes = {who: kind.from_pretrained(folder, **absent) for who, kind in kinds.items()}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    given = {"prompt_embeds": torch.randn(1, 77, 64), "negative_prompt_embeds": torch.randn(1, 77, 64)}
+    given = {
+        "prompt_embeds": torch.randn(1, 77, 64),
+        "negative_prompt_embeds": torch.randn(1, 77, 64),
+    }
 
     def call(pipe: object, steps: int, **more: object) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
@@ -269,14 +339,30 @@ def bench_text(rows: list[list[str]]) -> None:
 
     for rescale in (0.0, 0.7):
         free = dict(zip(("ours", "theirs"), text_pipelines(Free(unet), None), strict=True))
-        more = {"latents": torch.randn(1, 4, 64, 64), "output_type": "latent", "guidance_rescale": rescale}
-        calls = {(who, steps): call(pipe, steps, **more) for who, pipe in free.items() for steps in (10, 110)}
+        more = {
+            "latents": torch.randn(1, 4, 64, 64),
+            "output_type": "latent",
+            "guidance_rescale": rescale,
+        }
+        calls = {
+            (who, steps): call(pipe, steps, **more)
+            for who, pipe in free.items()
+            for steps in (10, 110)
+        }
         took = medians(calls, repeats=100, warm_up=2)
         a_step = {who: (took[who, 110] - took[who, 10]) / 100 for who in free}
-        name = "a step of text to image beside its network" + (f", rescale {rescale}" if rescale else "")
+        name = "a step of text to image beside its network" + (
+            f", rescale {rescale}" if rescale else ""
+        )
         rows.append(ratio(name, a_step, "at most 0.50", unit="us"))
-    took = medians({who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()}, repeats=11, warm_up=1)
-    rows.append(ratio(f"an image of a small text model, {STEPS} steps", took, "at least 1x", faster=True))
+    took = medians(
+        {who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()},
+        repeats=11,
+        warm_up=1,
+    )
+    rows.append(
+        ratio(f"an image of a small text model, {STEPS} steps", took, "at least 1x", faster=True)
+    )
 
 
 def bench_process(rows: list[list[str]]) -> None:
@@ -289,19 +375,58 @@ def bench_process(rows: list[list[str]]) -> None:
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for count in (64, 1000):
-            out = [sys.executable, "-c", code, "sample", "--steps", "2", "--count", str(count), "--out", f"{folder}/{count}"]
+            out = [
+                sys.executable,
+                "-c",
+                code,
+                "sample",
+                "--steps",
+                "2",
+                "--count",
+                str(count),
+                "--out",
+                f"{folder}/{count}",
+            ]
             printed = subprocess.run(out, check=True, capture_output=True, text=True).stdout
             peaks.append(int(printed.split()[-1]) / 1024)
     grown = f"{peaks[1] / peaks[0]:.2f}x"
-    rows.append(["peak memory, 64 images and 1,000", f"{peaks[0]:.0f} MiB", f"{peaks[1]:.0f} MiB", grown, "does not grow"])
+    rows.append(
+        [
+            "peak memory, 64 images and 1,000",
+            f"{peaks[0]:.0f} MiB",
+            f"{peaks[1]:.0f} MiB",
+            grown,
+            "does not grow",
+        ]
+    )
 
     def started(*arguments: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
-    calls = {"bare": started("-c", ""), "import": started("-c", "import ddim"), "help": started("-m", "ddim", "--help")}
+    calls = {
+        "bare": started("-c", ""),
+        "import": started("-c", "import ddim"),
+        "help": started("-m", "ddim", "--help"),
+    }
     took = medians(calls, repeats=15, warm_up=2)
-    rows.append(["`import ddim`, above a bare interpreter", f"{(took['import'] - took['bare']) * 1000:.0f} ms", "", "", "under 50 ms"])
-    rows.append(["`ddim --help`, interpreter and all", f"{took['help'] * 1000:.0f} ms", "", "", "under 300 ms"])
+    rows.append(
+        [
+            "`import ddim`, above a bare interpreter",
+            f"{(took['import'] - took['bare']) * 1000:.0f} ms",
+            "",
+            "",
+            "under 50 ms",
+        ]
+    )
+    rows.append(
+        [
+            "`ddim --help`, interpreter and all",
+            f"{took['help'] * 1000:.0f} ms",
+            "",
+            "",
+            "under 300 ms",
+        ]
+    )
 
 
 def main() -> None:
@@ -309,17 +434,28 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    device, there = find_device(options.device), options.device == "cuda"  # in float32 as our commands, for both
+    device, there = (
+        find_device(options.device),
+        options.device == "cuda",
+    )  # in float32 as our commands, for both
     out = options.out or Path(__file__).parent / ("result-cuda.md" if there else "result.md")
     rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
     sampling = partial(bench_sampling, device=device)
-    parts = [partial(bench_walk, device=device), sampling] if there else [bench_step, sampling, bench_text, bench_process]
+    parts = (
+        [partial(bench_walk, device=device), sampling]
+        if there
+        else [bench_step, sampling, bench_text, bench_process]
+    )
     for part in parts:
         first = len(rows)
         part(rows)
         for row in rows[first:]:
             print("  ".join(cell for cell in row if cell), flush=True)
-    where = torch.cuda.get_device_name(device) if there else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if there
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     machine = f"{where}; Python {platform.python_version()}"
     told = f"torch {torch.__version__}, diffusers {diffusers.__version__}, ddim {ddim.__version__}"
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 5, *rows[1:]])

@@ -12,14 +12,29 @@ PAGE = ROOT / "docs" / "doctor.md"
 
 def tables() -> str:
     """Codes with their questions; then what is found in well-known checkpoints at 50 steps, images of 64x64 being assumed."""
-    rows = {code: f"| {code} | {check.title} | {check.reference} |" for code, check in CHECKS.items()}
-    rows["DDIM018"] = "| DDIM018 | The scheduler is not of DDIM's family. | Lipman et al. 2023; Karras et al. 2022 |"
-    lines = ["| code | what is found | reference |", "|---|---|---|", *(rows[code] for code in sorted(rows)), ""]
-    lines += ["| checkpoint | terminal SNR | first level | brightness | spread | warnings | notes |", "|---|---|---|---|---|---|---|"]
+    rows = {
+        code: f"| {code} | {check.title} | {check.reference} |" for code, check in CHECKS.items()
+    }
+    rows["DDIM018"] = (
+        "| DDIM018 | The scheduler is not of DDIM's family. | Lipman et al. 2023; Karras et al. 2022 |"
+    )
+    lines = [
+        "| code | what is found | reference |",
+        "|---|---|---|",
+        *(rows[code] for code in sorted(rows)),
+        "",
+    ]
+    lines += [
+        "| checkpoint | terminal SNR | first level | brightness | spread | warnings | notes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for path in sorted((ROOT / "tests" / "data" / "scheduler_configs").glob("*.json")):
         diagnosis = diagnose(json.loads(path.read_text()), steps=50, eta=0.0)
         summary = diagnosis.summary
-        codes = {s: ", ".join(f.code[4:] for f in diagnosis.findings if f.severity == s) for s in ("warning", "info")}
+        codes = {
+            s: ", ".join(f.code[4:] for f in diagnosis.findings if f.severity == s)
+            for s in ("warning", "info")
+        }
         figures = (
             f"{summary['terminal_snr']:.3g} | {summary['first_level']} | {summary['brightness_bias']:+.3f} | "
             f"{summary['brightness_spread']:.3f}"

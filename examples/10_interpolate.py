@@ -23,15 +23,21 @@ def main(out: str = "out/interpolation.png") -> float:
 
     # A code of fixed-point is one state that looks like noise, which is where a great circle means something.
     code = pipe.encode([first, last], 25, method="fixed-point")
-    print(f"codes of root mean square {code.rms().tolist()}, in {code.evaluations} evaluations each")
+    print(
+        f"codes of root mean square {code.rms().tolist()}, in {code.evaluations} evaluations each"
+    )
 
     path = interpolate(code.x_T[0], code.x_T[1], 9)
     along = dataclasses.replace(code, states=path.unsqueeze(0), residual=None)
     pictures = np.stack([np.asarray(p) for p in pipe.decode(along)])[..., None]
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(np.concatenate([first[None], pictures, last[None]]), columns=11), out, scale=3)
-    missed = float(np.square((pictures[[0, -1]].astype(float) - np.stack([first, last])) / 255).mean())
+    save_png(
+        make_grid(np.concatenate([first[None], pictures, last[None]]), columns=11), out, scale=3
+    )
+    missed = float(
+        np.square((pictures[[0, -1]].astype(float) - np.stack([first, last])) / 255).mean()
+    )
     print(f"{out}: the first and last of the path miss the images by {missed:.1e} (mean square)")
     return missed
 

@@ -26,14 +26,21 @@ def main(out: str = "out/edit.png", group: int = 80, steps: int = 20) -> torch.T
     edited = images[labels == SHIRT][group : group + 4]
 
     # BDIA's authors edit with gamma 0.96; both states of a code are moved alike, and come back to the image where nothing is added.
-    codes = [pipe.encode(part, steps, method="bdia", gamma=0.96) for part in (shirts, pullovers, edited)]
+    codes = [
+        pipe.encode(part, steps, method="bdia", gamma=0.96) for part in (shirts, pullovers, edited)
+    ]
     direction = codes[1].states.mean(1, keepdim=True) - codes[0].states.mean(1, keepdim=True)
 
     rows = [edited]
     for strength in (0.0, 0.5, 1.0):
         states = codes[2].states + strength * direction
-        states *= codes[2].states.flatten(2).norm(dim=2)[..., None, None, None] / states.flatten(2).norm(dim=2)[..., None, None, None]
-        moved = dataclasses.replace(codes[2], states=states)  # as long as before: a longer code is an image of too much contrast
+        states *= (
+            codes[2].states.flatten(2).norm(dim=2)[..., None, None, None]
+            / states.flatten(2).norm(dim=2)[..., None, None, None]
+        )
+        moved = dataclasses.replace(
+            codes[2], states=states
+        )  # as long as before: a longer code is an image of too much contrast
         rows.append(np.stack([np.asarray(p) for p in pipe.decode(moved)])[..., None])
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)

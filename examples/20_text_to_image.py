@@ -16,7 +16,9 @@ from ddim.images import label_rows, save_png
 BEFORE, AFTER = "a red sneaker on a black background", "a blue sneaker on a white background"
 
 
-def main(model: str = "fashion-text", out: str = "out/text.png", steps: int = 25) -> list[list[Any]]:
+def main(
+    model: str = "fashion-text", out: str = "out/text.png", steps: int = 25
+) -> list[list[Any]]:
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     options = {"seeds": range(4), "num_inference_steps": steps, "progress": False}
@@ -33,7 +35,9 @@ def main(model: str = "fashion-text", out: str = "out/text.png", steps: int = 25
         labels.append(f"the first row, decoded as {prompt}: guidance {scale}")
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(label_rows(np.stack([np.asarray(picture) for row in rows for picture in row]), labels), out)
+    save_png(
+        label_rows(np.stack([np.asarray(picture) for row in rows for picture in row]), labels), out
+    )
     print(f"{out}: {len(rows)} rows")
     return rows
 

@@ -5,7 +5,15 @@ Run: python examples/60_any_module.py
 
 import torch
 
-from ddim import ModelDenoiser, NoiseSchedule, make_betas, sample, seeded_randn, select_timesteps, step_pairs
+from ddim import (
+    ModelDenoiser,
+    NoiseSchedule,
+    make_betas,
+    sample,
+    seeded_randn,
+    select_timesteps,
+    step_pairs,
+)
 
 
 class MyNetwork(torch.nn.Module):
@@ -38,7 +46,9 @@ def main() -> torch.Tensor:
     denoise = ModelDenoiser(Adapter(MyNetwork(), len(schedule)), schedule, "epsilon")
     pairs = step_pairs(select_timesteps(len(schedule), 10))
     with torch.no_grad():
-        images = sample(denoise, seeded_randn((3, 16, 16), seeds=range(4)), pairs, schedule=schedule)
+        images = sample(
+            denoise, seeded_randn((3, 16, 16), seeds=range(4)), pairs, schedule=schedule
+        )
     print(f"{len(images)} images of {tuple(images.shape[1:])}")
     return images
 

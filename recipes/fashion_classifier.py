@@ -28,13 +28,18 @@ def read(split: str) -> tuple[NDArray[np.uint8], Tensor]:
     """Images [N, H, W, 1] and labels [N] of Fashion-MNIST."""
     data = load_images("fashion-mnist", split=split)
     pairs = [data[i] for i in range(len(data))]
-    return torch.stack([image for image, _ in pairs]).permute(0, 2, 3, 1).numpy(), torch.tensor([label for _, label in pairs])
+    return torch.stack([image for image, _ in pairs]).permute(0, 2, 3, 1).numpy(), torch.tensor(
+        [label for _, label in pairs]
+    )
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: NDArray[np.uint8], labels: Tensor) -> float:
     """The part of the images whose class is told right."""
-    right = sum(int((network(from_uint8(images[i : i + 500])).argmax(1) == labels[i : i + 500]).sum()) for i in range(0, len(labels), 500))
+    right = sum(
+        int((network(from_uint8(images[i : i + 500])).argmax(1) == labels[i : i + 500]).sum())
+        for i in range(0, len(labels), 500)
+    )
     return right / len(labels)
 
 
@@ -44,7 +49,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="the highest of the one cycle")
+    parser.add_argument(
+        "--learning-rate", type=float, default=4e-3, help="the highest of the one cycle"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
@@ -53,7 +60,9 @@ def main() -> None:
     network = FashionClassifier().train()
     steps = len(labels) // options.batch_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=1e-2)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.epochs * steps)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=options.epochs * steps
+    )
     for epoch in range(options.epochs):
         order, losses = torch.randperm(len(labels)), []
         for batch in order[: steps * options.batch_size].view(steps, -1):
@@ -65,7 +74,10 @@ def main() -> None:
             optimizer.step()
             cycle.step()
             losses.append(loss.detach())
-        print(f"epoch {epoch + 1}/{options.epochs}  loss {torch.stack(losses).mean():.4f}  {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{options.epochs}  loss {torch.stack(losses).mean():.4f}  {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
 
     network.eval()
     card = {
@@ -88,7 +100,9 @@ def main() -> None:
     safetensors.torch.save_file(network.state_dict(), weights)
     card["weight_hash"] = file_hash([weights])
     write_atomically(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
-    print(f"{card['test_accuracy']:.2%} of the test images are told right; weights {card['weight_hash']} are in {options.out}.")
+    print(
+        f"{card['test_accuracy']:.2%} of the test images are told right; weights {card['weight_hash']} are in {options.out}."
+    )
 
 
 if __name__ == "__main__":

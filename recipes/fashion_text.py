@@ -43,10 +43,12 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def read(split: str) -> tuple[NDArray[np.uint8], list[str]]:
     """Images [N, 32, 32, 3] and captions."""
     data = load_images("fashion-text", split=split, captions=True)
-    return torch.stack([data[i][0] for i in range(len(data))]).permute(0, 2, 3, 1).numpy(), list(data.captions or ())
+    return torch.stack([data[i][0] for i in range(len(data))]).permute(0, 2, 3, 1).numpy(), list(
+        data.captions or ()
+    )
 
 
-def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torch.Generator) -> Any:  # noqa: ANN401 - a generator of arrays
+def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torch.Generator) -> Any:
     """Indices [size] of ``count`` images in all, every epoch in another order."""
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(count // size):
@@ -56,10 +58,12 @@ def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torc
         left = left[size:]
 
 
-def one_cycle(parameters: Any, *, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:  # noqa: ANN401 - torch's own
+def one_cycle(parameters: Any, *, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW whose learning rate rises over a tenth of the steps and falls to nothing."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1
+    )
 
 
 class Log:
@@ -74,8 +78,13 @@ class Log:
         if step % self.every == 0:
             mean, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - self.began
             if mean != mean:
-                raise SystemExit(f"the loss is not a number at step {step}; use a smaller --learning-rate.")
-            print(f"step {step}  {seen} images  loss {mean:.5f}  {seen / seconds:.0f} images/s", flush=True)
+                raise SystemExit(
+                    f"the loss is not a number at step {step}; use a smaller --learning-rate."
+                )
+            print(
+                f"step {step}  {seen} images  loss {mean:.5f}  {seen / seconds:.0f} images/s",
+                flush=True,
+            )
             self.losses = []
 
 
@@ -104,9 +113,13 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
     images, _ = read("train")
     vae = make_vae().to(memory_format=torch.channels_last).train()
     generator = torch.Generator().manual_seed(options.seed)
-    optimizer, cycle = one_cycle(vae.parameters(), rate=options.vae_learning_rate, steps=options.vae_images // 32)
+    optimizer, cycle = one_cycle(
+        vae.parameters(), rate=options.vae_learning_rate, steps=options.vae_images // 32
+    )
     log = Log(100)
-    for step, chosen in enumerate(batches(images, count=options.vae_images, size=32, generator=generator), 1):
+    for step, chosen in enumerate(
+        batches(images, count=options.vae_images, size=32, generator=generator), 1
+    ):
         x = from_uint8(images[chosen]).contiguous(memory_format=torch.channels_last)
         code = vae.encode(x).latent_dist
         error = vae.decode(code.sample()).sample - x
@@ -119,7 +132,12 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
         cycle.step()
         log.add(step, loss, step * 32)
     vae.eval().requires_grad_(False)
-    codes = torch.cat([vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean for i in range(0, 10_000, 500)])
+    codes = torch.cat(
+        [
+            vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean
+            for i in range(0, 10_000, 500)
+        ]
+    )
     vae.register_to_config(scaling_factor=round(1 / codes.std().item(), 4))
     seconds = time.perf_counter() - log.began
     vae.save_pretrained(options.out / "vae")
@@ -142,19 +160,33 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_vae(vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]) -> dict[str, Any]:
+def measure_vae(
+    vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]
+) -> dict[str, Any]:
     """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each background."""
     back = np.concatenate(
-        [to_uint8(vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample) for i in range(0, len(images), 500)]
+        [
+            to_uint8(
+                vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample
+            )
+            for i in range(0, len(images), 500)
+        ]
     )
     error = (back.astype(np.float64) - images) / 255
     frame = np.ones(images.shape[1:3], dtype=bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
-    names = np.array([next(n for n in BACKGROUNDS if c.endswith(f"on a {n} background")) for c in captions])
+    names = np.array(
+        [next(n for n in BACKGROUNDS if c.endswith(f"on a {n} background")) for c in captions]
+    )
     return {
         "rmse": round(float(np.sqrt((error**2).mean())), 5),
-        "frame_mean_error": {n: round(float(error[names == n][:, frame].mean()), 5) for n in BACKGROUNDS},
-        "frame_largest_mean_error": {n: round(float(np.abs(error[names == n][:, frame].mean((1, 2))).max()), 5) for n in BACKGROUNDS},
+        "frame_mean_error": {
+            n: round(float(error[names == n][:, frame].mean()), 5) for n in BACKGROUNDS
+        },
+        "frame_largest_mean_error": {
+            n: round(float(np.abs(error[names == n][:, frame].mean((1, 2))).max()), 5)
+            for n in BACKGROUNDS
+        },
     }
 
 
@@ -166,7 +198,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    captions = [Combination(c, g, b).caption for c in COLOURS for g in GARMENTS for b in BACKGROUNDS]
+    captions = [
+        Combination(c, g, b).caption for c in COLOURS for g in GARMENTS for b in BACKGROUNDS
+    ]
     counts = Counter(word for caption in captions for word in caption.replace("-", " - ").split())
     words = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
     merges: list[tuple[str, str]] = []
@@ -181,15 +215,27 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
             for i in range(len(parts) - 2, -1, -1):
                 if (parts[i], *parts[i + 1 : i + 2]) == best:
                     parts[i : i + 2] = ["".join(best)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+    )
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps(special, indent=2) + "\n", encoding="utf-8"
+    )
     return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -215,9 +261,15 @@ def make_image_encoder() -> nn.Module:
     """What the text encoder is trained against, and then thrown away: 3x32x32 -> a vector."""
 
     def block(before: int, after: int) -> list[nn.Module]:
-        return [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        return [
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+        ]
 
-    return nn.Sequential(*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128 * 4 * 4, WIDTH))
+    return nn.Sequential(
+        *block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128 * 4 * 4, WIDTH)
+    )
 
 
 def train_text(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,21 +284,31 @@ def train_text(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     images, captions = read("train")
     tokenizer = make_tokenizer(options.out / "tokenizer")
-    text, vision, head = make_text_encoder(tokenizer).train(), make_image_encoder().train(), nn.Linear(WIDTH, WIDTH, bias=False)
+    text, vision, head = (
+        make_text_encoder(tokenizer).train(),
+        make_image_encoder().train(),
+        nn.Linear(WIDTH, WIDTH, bias=False),
+    )
     scale = nn.Parameter(torch.tensor(2.3))
     distinct = sorted(set(captions))
     tokens = tokenize(tokenizer, distinct)
     numbers = torch.tensor([distinct.index(c) for c in captions])
     parameters = [*text.parameters(), *vision.parameters(), *head.parameters(), scale]
-    optimizer, cycle = one_cycle(parameters, rate=options.text_learning_rate, steps=options.text_images // 128)
+    optimizer, cycle = one_cycle(
+        parameters, rate=options.text_learning_rate, steps=options.text_images // 128
+    )
     generator, log = torch.Generator().manual_seed(options.seed), Log(100)
-    for step, chosen in enumerate(batches(images, count=options.text_images, size=128, generator=generator), 1):
+    for step, chosen in enumerate(
+        batches(images, count=options.text_images, size=128, generator=generator), 1
+    ):
         present, answers = numbers[chosen].unique(return_inverse=True)
         seen = nn.functional.normalize(vision(from_uint8(images[chosen])), dim=1)
         said = nn.functional.normalize(head(text(tokens[present]).pooler_output), dim=1)
         logits = scale.exp().clamp(max=100) * seen @ said.T
         shares = nn.functional.one_hot(answers, len(present)).float()
-        loss = nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(logits.T, (shares / shares.sum(0)).T)
+        loss = nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(
+            logits.T, (shares / shares.sum(0)).T
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -268,7 +330,9 @@ def train_text(options: argparse.Namespace) -> dict[str, Any]:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """[B, LENGTH] as a pipeline does it."""
-    tokens: Tensor = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    tokens: Tensor = tokenizer(
+        captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
     return tokens
 
 
@@ -283,18 +347,35 @@ def measure_text(
     captions: list[str],
 ) -> dict[str, float]:
     """How often an image finds its caption among all, and a caption one of its own images among all; and what is told right in part."""
-    seen = torch.cat([nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1) for i in range(0, len(images), 500)])
+    seen = torch.cat(
+        [
+            nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1)
+            for i in range(0, len(images), 500)
+        ]
+    )
     likeness = seen @ nn.functional.normalize(head(text(tokens).pooler_output), dim=1).T
     found = [distinct[i] for i in likeness.argmax(1).tolist()]
     split = [(a.split(" on a "), b.split(" on a ")) for a, b in zip(found, captions, strict=True)]
     return {
-        "image_to_caption": round(float(np.mean([a == b for a, b in zip(found, captions, strict=True)])), 4),
+        "image_to_caption": round(
+            float(np.mean([a == b for a, b in zip(found, captions, strict=True)])), 4
+        ),
         "caption_to_image": round(
-            float(np.mean([captions[i] == c for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)])), 4
+            float(
+                np.mean(
+                    [
+                        captions[i] == c
+                        for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)
+                    ]
+                )
+            ),
+            4,
         ),
         "background": round(float(np.mean([a[1] == b[1] for a, b in split])), 4),
         "colour": round(float(np.mean([a[0].split()[1] == b[0].split()[1] for a, b in split])), 4),
-        "garment": round(float(np.mean([a[0].split()[2:] == b[0].split()[2:] for a, b in split])), 4),
+        "garment": round(
+            float(np.mean([a[0].split()[2:] == b[0].split()[2:] for a, b in split])), 4
+        ),
     }
 
 
@@ -374,14 +455,23 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "all", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-images", type=int, default=70_000)
-    parser.add_argument("--vae-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
+    parser.add_argument(
+        "--vae-learning-rate", type=float, default=2e-3, help="the highest of the one cycle"
+    )
     parser.add_argument("--kl-weight", type=float, default=1e-3)
     parser.add_argument("--text-images", type=int, default=180_000)
-    parser.add_argument("--text-learning-rate", type=float, default=2e-3, help="the highest of the one cycle")
+    parser.add_argument(
+        "--text-learning-rate", type=float, default=2e-3, help="the highest of the one cycle"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="for ship: the folder of a finished training")
     parser.add_argument("--base", type=Path, help="for ship: the folder that it was trained from")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="for ship: what is used where none is given")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=3.0,
+        help="for ship: what is used where none is given",
+    )
     parser.add_argument("--guidance-rescale", type=float, default=0.7, help="for ship: likewise")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -394,7 +484,11 @@ def main() -> None:
     for part in PARTS if options.part == "all" else [options.part]:
         made = PARTS[part](options)
         card = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-        card |= {"data": "fashion-text: 60,000 training images", "seed": options.seed, "versions": {"torch": torch.__version__}}
+        card |= {
+            "data": "fashion-text: 60,000 training images",
+            "seed": options.seed,
+            "versions": {"torch": torch.__version__},
+        }
         card[part] = {"command": shlex.join(["python", *sys.argv]), **made}
         write_atomically(place, json.dumps(card, indent=2, sort_keys=True) + "\n")
         print(json.dumps({part: made}, indent=2), flush=True)

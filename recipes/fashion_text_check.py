@@ -24,14 +24,24 @@ from ddim.evaluation.classifier import load_classifier
 from ddim.evaluation.fashion_text import Asked, Judged, judge, saturated
 from ddim.images import make_grid, save_png, to_uint8, write_atomically
 from ddim.training.data import load_images
-from ddim.training.fashion_text import BACKGROUNDS, COLOURS, GARMENTS, Combination, FashionText, extract_garments, hues
+from ddim.training.fashion_text import (
+    BACKGROUNDS,
+    COLOURS,
+    GARMENTS,
+    Combination,
+    FashionText,
+    extract_garments,
+    hues,
+)
 
 
 def judge_all(images: Tensor, combinations: list[Combination]) -> Judged:
     """What images [B, 3, 32, 32] in [0, 1] show, against what was asked for."""
     garments = torch.from_numpy(extract_garments(images.permute(0, 2, 3, 1).numpy()))
     asked = [Asked(*c.numbers) for c in combinations]
-    return judge(images, garments, asked, palette=list(hues().values()), classifier=load_classifier()[0])
+    return judge(
+        images, garments, asked, palette=list(hues().values()), classifier=load_classifier()[0]
+    )
 
 
 def summary(judged: Judged, combinations: list[Combination], each: int) -> dict[str, object]:
@@ -44,15 +54,24 @@ def summary(judged: Judged, combinations: list[Combination], each: int) -> dict[
     def share(values: Tensor) -> float:
         return round(values.double().mean().item(), 4)
 
-    backgrounds = {name: judged.error[where(lambda c, n=name: c.background == n)] for name in BACKGROUNDS}
+    backgrounds = {
+        name: judged.error[where(lambda c, n=name: c.background == n)] for name in BACKGROUNDS
+    }
     return {
         "hue_right": share(judged.hue_right),
         "class_right": share(judged.class_right),
         "both_right": share(both),
         "prompts_mostly_right": share(both.view(-1, each).double().mean(1) > 0.5),
-        "background_error": {name: {"mean": round(e.mean().item(), 4), "std": round(e.std().item(), 4)} for name, e in backgrounds.items()},
-        "class_right_by_garment": {g: share(judged.class_right[where(lambda c, g=g: c.garment == g)]) for g in GARMENTS},
-        "hue_right_by_colour": {n: share(judged.hue_right[where(lambda c, n=n: c.colour == n)]) for n in COLOURS},
+        "background_error": {
+            name: {"mean": round(e.mean().item(), 4), "std": round(e.std().item(), 4)}
+            for name, e in backgrounds.items()
+        },
+        "class_right_by_garment": {
+            g: share(judged.class_right[where(lambda c, g=g: c.garment == g)]) for g in GARMENTS
+        },
+        "hue_right_by_colour": {
+            n: share(judged.hue_right[where(lambda c, n=n: c.colour == n)]) for n in COLOURS
+        },
     }
 
 
@@ -62,13 +81,24 @@ def judge_real(vae: torch.nn.Module) -> dict[str, dict[str, float]]:
     data = load_images("fashion-text", split="test")
     labels = [data[i][1] for i in range(len(data))]
     images = torch.stack([data[i][0] for i in range(len(data))]).float() / 255
-    combinations = FashionText.of_garments(np.empty((len(data), 0, 0), np.uint8), np.array(labels)).combinations
-    back = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample for x in images.split(250)])
+    combinations = FashionText.of_garments(
+        np.empty((len(data), 0, 0), np.uint8), np.array(labels)
+    ).combinations
+    back = torch.cat(
+        [vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample for x in images.split(250)]
+    )
     found = {}
     for name, pictures in (("composed", images), ("through_vae", (back / 2 + 0.5).clamp(0, 1))):
         judged = judge_all(pictures, list(combinations))
-        shares = {key: round(getattr(judged, key).double().mean().item(), 4) for key in ("hue_right", "class_right")}
-        found[name] = {**shares, "background_error": round(judged.error.abs().mean().item(), 4), "images": len(data)}
+        shares = {
+            key: round(getattr(judged, key).double().mean().item(), 4)
+            for key in ("hue_right", "class_right")
+        }
+        found[name] = {
+            **shares,
+            "background_error": round(judged.error.abs().mean().item(), 4),
+            "images": len(data),
+        }
     return found
 
 
@@ -89,7 +119,13 @@ def main() -> None:
     diffusers.utils.logging.disable_progress_bar()
     folder = find_model(options.model)
     pipe = DiffusionPipeline.from_pretrained(folder)
-    every = [Combination(c, g, b) for g in GARMENTS for b in BACKGROUNDS for c in COLOURS for _ in range(options.each)]
+    every = [
+        Combination(c, g, b)
+        for g in GARMENTS
+        for b in BACKGROUNDS
+        for c in COLOURS
+        for _ in range(options.each)
+    ]
     parts = []
     for first in range(0, len(every), options.batch_size):
         part = every[first : first + options.batch_size]
@@ -121,7 +157,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out / "check.json", json.dumps(found, indent=2) + "\n")
     shown = to_uint8(images[:: options.each] * 2 - 1)
-    save_png(make_grid(shown, columns=len(BACKGROUNDS) * len(COLOURS), padding=0), options.out / "sheet.png", scale=2)
+    save_png(
+        make_grid(shown, columns=len(BACKGROUNDS) * len(COLOURS), padding=0),
+        options.out / "sheet.png",
+        scale=2,
+    )
     print(json.dumps(found, indent=2))
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 import ddim
 from ddim.checkpoints import find_model, weight_hash
 from ddim.cli._model import find_device
-from ddim.evaluation.protocol import Reference, collect, collect_reference, default_metrics, load_panel, measure, sample_cuts
+from ddim.evaluation.protocol import (
+    Reference,
+    collect,
+    collect_reference,
+    default_metrics,
+    load_panel,
+    measure,
+    sample_cuts,
+)
 from ddim.evaluation.report import save_lines, text_table
 from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
 from ddim.images import from_uint8, write_atomically
@@ -81,19 +89,25 @@ class Run:
             return None
         content: dict[str, Any] = json.loads(path.read_text())
         if content["weight_hash"] != self.hash:
-            raise SystemExit(f"{path} is of other weights, {content['weight_hash']}; use another --out.")
+            raise SystemExit(
+                f"{path} is of other weights, {content['weight_hash']}; use another --out."
+            )
         found, asked = self.images_of(kind, content)
         if found != asked:
-            raise SystemExit(f"{path} is of {found} images, and {asked} are asked for; use another --out, or the same number.")
+            raise SystemExit(
+                f"{path} is of {found} images, and {asked} are asked for; use another --out, or the same number."
+            )
         return content
 
     def images_of(self, kind: str, content: dict[str, Any]) -> tuple[int, int]:
         """How many images a measurement is of, and how many it should be of."""
         if kind == "errors":
             return len(content["errors"]), self.options.held_out
-        return (content["results"][-1]["count"], self.options.count) if kind == "quality" else (0, 0)
+        return (
+            (content["results"][-1]["count"], self.options.count) if kind == "quality" else (0, 0)
+        )
 
-    def keep(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:  # noqa: ANN401 - anything that JSON holds
+    def keep(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:
         (self.out / kind).mkdir(parents=True, exist_ok=True)
         record = {"weight_hash": self.hash, **asdict(method), **content}
         write_atomically(self.out / kind / method.file, json.dumps(record) + "\n")
@@ -109,12 +123,17 @@ class Run:
         if found is None:  # what `ddim fit-steps` does by default
             seed = 1_000_000
             batch, held_out = (self.batch(range(first, first + 32)) for first in (seed, seed + 32))
-            fit = fit_timesteps(batch, [held_out], schedule=self.schedule, steps=method.steps, order=method.order)
+            fit = fit_timesteps(
+                batch, [held_out], schedule=self.schedule, steps=method.steps, order=method.order
+            )
             found = self.keep("fits", method, timesteps=fit.timesteps, found=fit.name)
         return list(found["timesteps"])
 
     def batch(self, seeds: range) -> Batch:
-        return Batch(self.pipe.denoiser(len(seeds), clip="none"), seeded_randn(self.pipe.image_shape, seeds).to(self.device))
+        return Batch(
+            self.pipe.denoiser(len(seeds), clip="none"),
+            seeded_randn(self.pipe.image_shape, seeds).to(self.device),
+        )
 
     def compile(self) -> None:
         if not self.compiled:
@@ -126,12 +145,16 @@ class Run:
         """The ODE error of every method, against DDIM at all levels."""
         self.compile()
         count, size = self.options.held_out, self.options.batch_size
-        parts = [self.batch(range(first, min(first + size, count))) for first in range(0, count, size)]
+        parts = [
+            self.batch(range(first, min(first + size, count))) for first in range(0, count, size)
+        ]
         path = self.out / f"exact-{self.hash}-{count}.pt"
         if path.is_file():
             exact = torch.load(path, weights_only=True).to(self.device)
         else:
-            exact = self.finish(parts, select_timesteps(len(self.schedule), len(self.schedule), "trailing"), 1)
+            exact = self.finish(
+                parts, select_timesteps(len(self.schedule), len(self.schedule), "trailing"), 1
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(exact.cpu(), path)
         for method in METHODS:
@@ -139,10 +162,18 @@ class Run:
                 levels = self.levels(method)
                 values = ode_error(self.finish(parts, levels, method.order), exact)
                 self.keep("errors", method, timesteps=levels, errors=values.tolist())
-                print(f"{method.name}, order {method.order}, {method.steps} steps: {geometric_mean(values).mean:.3e}", flush=True)
+                print(
+                    f"{method.name}, order {method.order}, {method.steps} steps: {geometric_mean(values).mean:.3e}",
+                    flush=True,
+                )
 
     def finish(self, parts: list[Batch], levels: list[int], order: int) -> Tensor:
-        return torch.cat([sample(b.denoise, b.x_t, step_pairs(levels), schedule=self.schedule, order=order) for b in parts])
+        return torch.cat(
+            [
+                sample(b.denoise, b.x_t, step_pairs(levels), schedule=self.schedule, order=order)
+                for b in parts
+            ]
+        )
 
     @torch.no_grad()
     def quality(self) -> None:
@@ -157,44 +188,70 @@ class Run:
             if self.kept("quality", method) is None:
                 reference = reference or self.reference(data, panel, counts)
                 collected = collect(self.images(method, data), panel, cuts=sample_cuts(counts))
-                results = [asdict(r) for n in counts for r in measure(collected, reference, panel, count=n)]
+                results = [
+                    asdict(r) for n in counts for r in measure(collected, reference, panel, count=n)
+                ]
                 self.keep("quality", method, results=results)
                 told = results[-1]
-                print(f"{method.name}, order {method.order}, {method.steps} steps: {told['metric']} {told['value']:.4g}", flush=True)
+                print(
+                    f"{method.name}, order {method.order}, {method.steps} steps: {told['metric']} {told['value']:.4g}",
+                    flush=True,
+                )
 
-    def reference(self, data: Any, panel: Any, counts: list[int]) -> Reference:  # noqa: ANN401 - ImageData, Panel
+    def reference(self, data: Any, panel: Any, counts: list[int]) -> Reference:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
         batches = (self.pixels(data, order[i : i + 256]) for i in range(0, len(order), 256))
         return collect_reference(batches, panel, available=len(data), counts=counts)
 
-    def pixels(self, data: Any, indices: list[int]) -> Tensor:  # noqa: ANN401 - ImageData
+    def pixels(self, data: Any, indices: list[int]) -> Tensor:
         return from_uint8(torch.stack([data[i][0] for i in indices]).permute(0, 2, 3, 1).numpy())
 
-    def images(self, method: Method, data: Any) -> Iterator[Tensor]:  # noqa: ANN401 - ImageData
+    def images(self, method: Method, data: Any) -> Iterator[Tensor]:
         """Pictures of 256 grey levels in [-1, 1], batch by batch."""
         size, levels, gamma = self.options.batch_size, self.levels(method), None
         if method.name == "analytic":
             chosen = list(range(0, len(data), len(data) // 256))[:256]
-            parts = [self.pixels(data, chosen[i : i + size]).to(self.device) for i in range(0, len(chosen), size)]
-            gamma = estimate_gamma([(self.pipe.denoiser(len(x0), clip="none"), x0) for x0 in parts], levels, schedule=self.schedule)
+            parts = [
+                self.pixels(data, chosen[i : i + size]).to(self.device)
+                for i in range(0, len(chosen), size)
+            ]
+            gamma = estimate_gamma(
+                [(self.pipe.denoiser(len(x0), clip="none"), x0) for x0 in parts],
+                levels,
+                schedule=self.schedule,
+            )
         for first in range(0, self.options.count, size):
             seeds = range(first, min(first + size, self.options.count))
             made = self.pipe(
-                seeds=seeds, timesteps=levels, order=method.order, gamma=gamma, clip="none", progress=False, output_type="pt"
+                seeds=seeds,
+                timesteps=levels,
+                order=method.order,
+                gamma=gamma,
+                clip="none",
+                progress=False,
+                output_type="pt",
             ).images
             yield (made * 255).round() / 127.5 - 1
 
     def report(self) -> None:
         """Writes report.md and two plots of what was measured."""
-        errors = {m: torch.tensor(e["errors"], dtype=torch.float64) for m in METHODS if (e := self.kept("errors", m))}
+        errors = {
+            m: torch.tensor(e["errors"], dtype=torch.float64)
+            for m in METHODS
+            if (e := self.kept("errors", m))
+        }
         quality = {m: q["results"] for m in DRAWN if (q := self.kept("quality", m))}
         parts = [f"Weights {self.hash}.\n"]
         if MANY in errors:
-            parts += [f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 trailing steps of DDIM)\n"]
+            parts += [
+                f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 trailing steps of DDIM)\n"
+            ]
             parts += [self.table(errors.keys(), lambda m: self.told_error(errors, m))]
         if quality:
             last = next(iter(quality.values()))[-1]
-            parts += [f"## {last['metric']} ({last['count']} images; real against real {last['floor']:.3g})\n"]
+            parts += [
+                f"## {last['metric']} ({last['count']} images; real against real {last['floor']:.3g})\n"
+            ]
             parts += [self.table(quality.keys(), lambda m: self.told_quality(quality[m][-1]))]
         parts += [*self.reached(errors, quality)]
         for name, values, up in (
@@ -204,7 +261,11 @@ class Run:
             lines: dict[str, list[tuple[float, float]]] = {}
             for m, value in values.items():
                 lines.setdefault(f"{m.name}, order {m.order}", []).append((m.steps, value))
-            chosen = {k: sorted(v) for k, v in lines.items() if not k.startswith(("leading", "linspace", "quadratic"))}
+            chosen = {
+                k: sorted(v)
+                for k, v in lines.items()
+                if not k.startswith(("leading", "linspace", "quadratic"))
+            }
             if chosen:
                 save_lines(chosen, self.out / name, across="evaluations an image", up=up)
         write_atomically(self.out / "report.md", "\n".join(parts))
@@ -218,7 +279,7 @@ class Run:
         spread = "" if result["std"] is None else f" ± {result['std']:.1g}"
         return f"{result['value']:.3g}{spread}"
 
-    def table(self, methods: Any, told: Any) -> str:  # noqa: ANN401 - an iterable and a function of methods
+    def table(self, methods: Any, told: Any) -> str:
         methods = list(methods)
         steps = sorted({m.steps for m in methods})
         rows = [["method", *(f"{s} steps" for s in steps)]]
@@ -230,13 +291,29 @@ class Run:
     def reached(self, errors: dict[Method, Tensor], quality: dict[Method, Any]) -> Iterator[str]:
         """The fewest evaluations by which each method reaches 50 steps of DDIM, and the flow."""
         flow = Method("trailing", 2, 200)
-        rows = [["method", "ODE error of DDIM at 50", "distance of DDIM at 50", "distance of the flow"]]
+        rows = [
+            ["method", "ODE error of DDIM at 50", "distance of DDIM at 50", "distance of the flow"]
+        ]
         for name, order in dict.fromkeys((m.name, m.order) for m in DRAWN if m != flow):
-            mine = sorted((m for m in DRAWN if (m.name, m.order) == (name, order)), key=lambda m: m.steps)
-            near = {m: bool(geometric_mean(errors[m] / errors[MANY]).mean <= 1) for m in mine if m in errors and MANY in errors}
+            mine = sorted(
+                (m for m in DRAWN if (m.name, m.order) == (name, order)), key=lambda m: m.steps
+            )
+            near = {
+                m: bool(geometric_mean(errors[m] / errors[MANY]).mean <= 1)
+                for m in mine
+                if m in errors and MANY in errors
+            }
             judged = [m for m in mine if m in quality]
-            good = {g: {m: within(quality[m][-1], quality[g][-1]) for m in judged if g in quality} for g in (MANY, flow)}
-            rows.append([f"{name}, order {order}", *(fewest(reached) for reached in (near, good[MANY], good[flow]))])
+            good = {
+                g: {m: within(quality[m][-1], quality[g][-1]) for m in judged if g in quality}
+                for g in (MANY, flow)
+            }
+            rows.append(
+                [
+                    f"{name}, order {order}",
+                    *(fewest(reached) for reached in (near, good[MANY], good[flow])),
+                ]
+            )
         yield "## Fewest evaluations, of those measured, that reach it (a distance is reached within one spread over seeds)\n"
         yield f"The flow is {flow.steps} steps of order {flow.order}, which stand for DDIM at all levels.\n"
         yield text_table(rows)
@@ -255,14 +332,20 @@ def within(result: dict[str, Any], goal: dict[str, Any]) -> bool:
 
 def main() -> None:
     """Measures what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("errors", "quality", "report"))
     parser.add_argument("--model", default="fashion-mnist")
     parser.add_argument("--reference", default="fashion-mnist")
     parser.add_argument("--held-out", type=int, default=128, help="images of the ODE errors")
     parser.add_argument("--count", type=int, default=1024, help="images of the quality")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator where there is one")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where to compute; auto takes an accelerator where there is one",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/fewer-steps"))
     options = parser.parse_args()
     getattr(Run(options), options.what)()

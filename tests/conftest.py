@@ -34,7 +34,9 @@ def tiny_unet(**options):
 
 def ours(**options):
     """A scheduler as this package's training writes it; velocities keep the images of a random network in range."""
-    return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options)
+    return diffusers.DDIMScheduler(
+        clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options
+    )
 
 
 def record(folder):
@@ -119,7 +121,9 @@ def tiny_classes(tmp_path_factory):
 def foreign(tmp_path_factory):
     """A colour DDPMPipeline with the defaults of diffusers: clipped, leading."""
     folder = tmp_path_factory.mktemp("models") / "foreign"
-    diffusers.DDPMPipeline(tiny_unet(in_channels=3, out_channels=3), diffusers.DDPMScheduler()).save_pretrained(folder)
+    diffusers.DDPMPipeline(
+        tiny_unet(in_channels=3, out_channels=3), diffusers.DDPMScheduler()
+    ).save_pretrained(folder)
     return folder
 
 
@@ -130,11 +134,17 @@ def tiny_tokenizer():
     """A CLIP tokenizer that knows :data:`WORDS` whole and all other words by their letters, of 12 tokens at most."""
     import transformers
 
-    tokens = ["<|startoftext|>", "<|endoftext|>", *(f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>"))]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
+    ]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:  # byte-pair encoding: the oldest merge that fits, else a new one at the start
+        while (
+            len(parts) > 1
+        ):  # byte-pair encoding: the oldest merge that fits, else a new one at the start
             pairs = list(zip(parts, parts[1:], strict=False))
             pair = min((p for p in pairs if p in merges), key=merges.index, default=pairs[0])
             if pair not in merges:
@@ -143,7 +153,9 @@ def tiny_tokenizer():
             place = pairs.index(pair)
             parts[place : place + 2] = ["".join(pair)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=12, pad_token="<|endoftext|>")
+    return transformers.CLIPTokenizer(
+        vocabulary, merges, model_max_length=12, pad_token="<|endoftext|>"
+    )
 
 
 def tiny_text_parts(**options):
@@ -199,10 +211,19 @@ def tiny_text(tmp_path_factory):
     """A text-conditional model as Stable Diffusion 1.5 writes it: epsilon, scaled_linear betas, leading, no zero terminal SNR."""
     folder = tmp_path_factory.mktemp("models") / "text"
     scheduler = diffusers.DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     pipe = diffusers.StableDiffusionPipeline(
-        **tiny_text_parts(), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **tiny_text_parts(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
     return folder

@@ -10,13 +10,20 @@ from ddim.errors import DDIMError
 from ddim.noise import make_generators
 from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # on peft's import
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # on peft's import
 
 PROMPT = "a red square on a black background"
 RED = Image.new("RGB", (16, 16), (255, 0, 0))
 KINDS = [
     pytest.param(TextToImagePipeline, diffusers.StableDiffusionPipeline, {}, id="text"),
-    pytest.param(ImageToImagePipeline, diffusers.StableDiffusionImg2ImgPipeline, {"image": RED, "strength": 0.6}, id="image"),
+    pytest.param(
+        ImageToImagePipeline,
+        diffusers.StableDiffusionImg2ImgPipeline,
+        {"image": RED, "strength": 0.6},
+        id="image",
+    ),
 ]
 
 
@@ -28,7 +35,15 @@ def open_both(ours, stock, folder, **parts):
 
 
 def draw(pipe, **options):
-    return pipe(PROMPT, **{"num_inference_steps": 4, "output_type": "pt", "generator": make_generators([0]), **options}).images
+    return pipe(
+        PROMPT,
+        **{
+            "num_inference_steps": 4,
+            "output_type": "pt",
+            "generator": make_generators([0]),
+            **options,
+        },
+    ).images
 
 
 def assert_alike(ours, theirs, **options):
@@ -46,11 +61,18 @@ def lora(tiny_text, tmp_path_factory):
 
     torch.manual_seed(1)
     pipe, weights = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text), {}
-    targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "upsamplers.0.conv"], "text_encoder": ["q_proj", "v_proj"]}
+    targets = {
+        "unet": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "upsamplers.0.conv"],
+        "text_encoder": ["q_proj", "v_proj"],
+    }
     for part, names in targets.items():
         module = getattr(pipe, part)
-        module.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=names))
-        weights[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+        module.add_adapter(
+            LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=names)
+        )
+        weights[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(
+            get_peft_model_state_dict(module)
+        )
     folder = tmp_path_factory.mktemp("lora")
     pipe.save_lora_weights(folder, **weights)
     return folder
@@ -65,7 +87,9 @@ def test_lora_weights_are_loaded_scaled_fused_and_taken_off(ours, stock, more, t
     whole = assert_alike(pipe, theirs, **more)
     part = assert_alike(pipe, theirs, cross_attention_kwargs={"scale": 0.3}, **more)
     assert (whole - plain).abs().mean() > (part - plain).abs().mean() > 1e-3
-    torch.testing.assert_close(draw(pipe, **more), whole, rtol=0, atol=0)  # a call's scale is gone after it
+    torch.testing.assert_close(
+        draw(pipe, **more), whole, rtol=0, atol=0
+    )  # a call's scale is gone after it
     pipe.fuse_lora()
     torch.testing.assert_close(draw(pipe, **more), whole, rtol=0, atol=1e-5)
     pipe.unfuse_lora()
@@ -100,30 +124,49 @@ def ip_adapter(unet):
     projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     crossing = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
     widths = [unet.get_submodule(name).to_q.out_features for name in crossing]
-    keys = {f"{2 * i + 1}.to_{kind}_ip.weight": weight(w, width) for i, w in enumerate(widths) for kind in "kv"}
+    keys = {
+        f"{2 * i + 1}.to_{kind}_ip.weight": weight(w, width)
+        for i, w in enumerate(widths)
+        for kind in "kv"
+    }
     return {"image_proj": projection, "ip_adapter": keys}
 
 
 @pytest.mark.parametrize(("ours", "stock", "more"), KINDS)
-def test_ip_adapters_are_sampled_by_diffusers_and_told_apart_where_no_image_is_given(ours, stock, more, tiny_text):
+def test_ip_adapters_are_sampled_by_diffusers_and_told_apart_where_no_image_is_given(
+    ours, stock, more, tiny_text
+):
     import transformers
 
     torch.manual_seed(0)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     encoder = transformers.CLIPVisionModelWithProjection(vision).eval()
     extractor = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
-    pipe, theirs = open_both(ours, stock, tiny_text, image_encoder=encoder, feature_extractor=extractor)
+    pipe, theirs = open_both(
+        ours, stock, tiny_text, image_encoder=encoder, feature_extractor=extractor
+    )
     plain = draw(pipe, **more)
     for each in (pipe, theirs):
-        each.load_ip_adapter(ip_adapter(each.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
+        each.load_ip_adapter(
+            ip_adapter(each.unet), subfolder=None, weight_name=None, image_encoder_folder=None
+        )
         each.set_ip_adapter_scale(0.7)
     shown = assert_alike(pipe, theirs, ip_adapter_image=RED, **more)
     assert (shown - plain).abs().max() > 1e-3
     embeds = [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))]
     assert_alike(pipe, theirs, ip_adapter_image_embeds=embeds, **more)
-    with pytest.raises(DDIMError, match=r"IP-adapter, which wants an image: give a call ip_adapter_image or .*unload_ip_adapter"):
+    with pytest.raises(
+        DDIMError,
+        match=r"IP-adapter, which wants an image: give a call ip_adapter_image or .*unload_ip_adapter",
+    ):
         draw(pipe, **more)
     pipe.unload_ip_adapter()
     torch.testing.assert_close(draw(pipe, **more), plain, rtol=0, atol=1e-5)

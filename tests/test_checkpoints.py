@@ -52,8 +52,14 @@ def test_a_name_is_an_embedded_model_then_a_folder_then_a_hub_id(tiny, tmp_path,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fashion-mnst", "'fashion-mnst' is neither an embedded model nor an existing folder; did you mean 'fashion-mnist'?"),
-        ("./nowhere", "'./nowhere' is neither an embedded model nor an existing folder; give a diffusers folder or a hub id"),
+        (
+            "fashion-mnst",
+            "'fashion-mnst' is neither an embedded model nor an existing folder; did you mean 'fashion-mnist'?",
+        ),
+        (
+            "./nowhere",
+            "'./nowhere' is neither an embedded model nor an existing folder; give a diffusers folder or a hub id",
+        ),
         ("a/b/c", "the embedded models are: fashion-mnist"),
         ("file", "'file' is a file, and a model is a folder"),
     ],
@@ -73,7 +79,8 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_id(monkeypatch):
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", unreachable)
     with pytest.raises(
-        CheckpointError, match=r"'some/where' is neither an embedded model \(fashion-mnist.*\) nor an existing folder, and the hub"
+        CheckpointError,
+        match=r"'some/where' is neither an embedded model \(fashion-mnist.*\) nor an existing folder, and the hub",
     ):
         find_model("some/where", revision="main")
 
@@ -159,7 +166,11 @@ def damage_shapes(folder):
 
 def damage_blocks(folder):
     path = folder / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "down_block_types": ["DownBlock2D", "SpiralBlock2D"]}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "down_block_types": ["DownBlock2D", "SpiralBlock2D"]}
+        )
+    )
 
 
 def damage_part(folder):
@@ -173,19 +184,45 @@ def damage_part(folder):
     ("damage", "message"),
     [
         (damage_cut, "is damaged or cut off"),
-        (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"not weights at all"), "is damaged or cut off"),
-        (lambda f: (f / "unet" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1"), "only a pointer of git-lfs"),
-        (lambda f: (f / "unet" / WEIGHTS).unlink(), "holds no weights: diffusion_pytorch_model.safetensors is missing"),
-        (lambda f: (f / "unet" / "config.json").unlink(), "config.json is missing; the model's folder is not complete"),
-        (lambda f: (f / "unet" / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+        (
+            lambda f: (f / "unet" / WEIGHTS).write_bytes(b"not weights at all"),
+            "is damaged or cut off",
+        ),
+        (
+            lambda f: (f / "unet" / WEIGHTS).write_text(
+                "version https://git-lfs.github.com/spec/v1"
+            ),
+            "only a pointer of git-lfs",
+        ),
+        (
+            lambda f: (f / "unet" / WEIGHTS).unlink(),
+            "holds no weights: diffusion_pytorch_model.safetensors is missing",
+        ),
+        (
+            lambda f: (f / "unet" / "config.json").unlink(),
+            "config.json is missing; the model's folder is not complete",
+        ),
+        (
+            lambda f: (f / "unet" / "config.json").write_text("{"),
+            "config.json cannot be read as JSON",
+        ),
         (lambda f: (f / "model_index.json").write_text("[]"), "must hold a JSON object; got list"),
-        (lambda f: (f / "model_index.json").write_text('{"unet": 3}'), "must say of unet which library and class it is of"),
-        (lambda f: (f / "model_index.json").write_text('{"scheduler": ["diffusers"]}'), "as a list of the two; got ['diffusers']."),
+        (
+            lambda f: (f / "model_index.json").write_text('{"unet": 3}'),
+            "must say of unet which library and class it is of",
+        ),
+        (
+            lambda f: (f / "model_index.json").write_text('{"scheduler": ["diffusers"]}'),
+            "as a list of the two; got ['diffusers'].",
+        ),
         (damage_keys, "weights and config.json do not fit (Cannot load"),
         (damage_shapes, "weights and config.json do not fit"),
         (damage_blocks, "cannot be loaded"),
         (damage_part, "conv_in.bias and 1 more"),
-        (lambda f: (f / "model_index.json").write_text('{"unet": ["diffusers", "NoNet"]}'), "no network that diffusers knows"),
+        (
+            lambda f: (f / "model_index.json").write_text('{"unet": ["diffusers", "NoNet"]}'),
+            "no network that diffusers knows",
+        ),
     ],
 )
 def test_damage_is_one_sentence_that_names_the_file(damage, message, copy):
@@ -200,10 +237,22 @@ def test_damage_is_one_sentence_that_names_the_file(damage, message, copy):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a FlowMatchEulerDiscreteScheduler of a flow-matching model"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "of a flow-matching model"),
-        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "of a flow-matching model"),
-        ({"_class_name": "EDMEulerScheduler"}, "is a EDMEulerScheduler, which has no noise schedule of discrete betas"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "is a FlowMatchEulerDiscreteScheduler of a flow-matching model",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+            "of a flow-matching model",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+            "of a flow-matching model",
+        ),
+        (
+            {"_class_name": "EDMEulerScheduler"},
+            "is a EDMEulerScheduler, which has no noise schedule of discrete betas",
+        ),
     ],
 )
 def test_schedulers_of_other_families_are_refused_by_name(keys, message, copy):
@@ -220,11 +269,16 @@ def test_a_missing_scheduler_is_told(copy):
 
 
 def test_a_folder_that_is_no_model_says_what_would_be(tmp_path):
-    with pytest.raises(CheckpointError, match=r"without model_index\.json; a model in diffusers format has that file"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"without model_index\.json; a model in diffusers format has that file",
+    ):
         read_model_index(tmp_path)
     (tmp_path / "checkpoints" / "0000200").mkdir(parents=True)
     (tmp_path / "checkpoints" / "0000100").mkdir()
-    with pytest.raises(CheckpointError, match=r"a training run that has not finished: take .*0000200"):
+    with pytest.raises(
+        CheckpointError, match=r"a training run that has not finished: take .*0000200"
+    ):
         read_model_index(tmp_path)
 
 
@@ -232,14 +286,21 @@ def test_a_folder_that_is_no_model_says_what_would_be(tmp_path):
     "config",
     [
         {},
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "set_alpha_to_one": False},
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "set_alpha_to_one": False,
+        },
         {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True},
         {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
     ],
 )
 def test_the_schedule_is_the_one_diffusers_reads(config):
     theirs, schedule = diffusers.DDIMScheduler(**config), noise_schedule(config)
-    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-4, atol=1e-7
+    )
     assert schedule.final_alpha_cumprod == pytest.approx(float(theirs.final_alpha_cumprod))
     assert len(schedule) == theirs.config.num_train_timesteps
 
@@ -247,7 +308,18 @@ def test_the_schedule_is_the_one_diffusers_reads(config):
 def test_unconditional_is_a_network_and_a_scheduler():
     unet, scheduler = ["diffusers", "UNet2DModel"], ["diffusers", "DDPMScheduler"]
     assert is_unconditional({"_class_name": "DDPMPipeline", "unet": unet, "scheduler": scheduler})
-    assert is_unconditional({"_class_name": "MyPipeline", "unet": unet, "scheduler": scheduler, "vae": [None, None]})
-    assert not is_unconditional({"_class_name": "LDMPipeline", "unet": unet, "scheduler": scheduler, "vqvae": ["diffusers", "VQModel"]})
-    assert not is_unconditional({"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": scheduler})
+    assert is_unconditional(
+        {"_class_name": "MyPipeline", "unet": unet, "scheduler": scheduler, "vae": [None, None]}
+    )
+    assert not is_unconditional(
+        {
+            "_class_name": "LDMPipeline",
+            "unet": unet,
+            "scheduler": scheduler,
+            "vqvae": ["diffusers", "VQModel"],
+        }
+    )
+    assert not is_unconditional(
+        {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"], "scheduler": scheduler}
+    )
     assert checkpoints.is_unconditional(read_model_index(resolve_model("fashion-mnist")))

@@ -16,29 +16,45 @@ FOREIGN = ("FlowMatch", "EDM", "Wuerstchen", "CogVideoX")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_files_of_well_known_checkpoints_are_accepted_or_of_another_family(path):
     config = json.loads(path.read_text())
-    assert (foreign_family(config) is not None) == any(word in config["_class_name"] for word in FOREIGN)
+    assert (foreign_family(config) is not None) == any(
+        word in config["_class_name"] for word in FOREIGN
+    )
     if foreign_family(config) is None:
         check_options(config)
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"])
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM"]
+)
 def test_a_flow_matching_scheduler_in_memory_is_known_by_its_options(name):
     config = getattr(diffusers, f"{name}Scheduler")().config
     assert "_class_name" not in config
     assert "a scheduler of a flow-matching model" in foreign_family(config)
 
 
-@pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep", "CogVideoXDDIM", "CMStochasticIterative", "KarrasVe"])
+@pytest.mark.parametrize(
+    "name",
+    ["EDMEuler", "EDMDPMSolverMultistep", "CogVideoXDDIM", "CMStochasticIterative", "KarrasVe"],
+)
 def test_other_families_in_memory_are_known_by_their_options(name):
-    assert "no noise schedule of discrete betas" in foreign_family(getattr(diffusers, f"{name}Scheduler")().config)
+    assert "no noise schedule of discrete betas" in foreign_family(
+        getattr(diffusers, f"{name}Scheduler")().config
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a class of diffusers makes it
 def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
     for compatible in diffusers.DDIMScheduler().compatibles:
-        if not getattr(compatible, "_backends", None) and not any(word in compatible.__name__ for word in FOREIGN):
+        if not getattr(compatible, "_backends", None) and not any(
+            word in compatible.__name__ for word in FOREIGN
+        ):
             assert foreign_family(compatible().config) is None
-    for config in ({}, {"num_train_timesteps": 500}, {"variance_type": "learned"}, {"_class_name": None, "beta_end": 0.01}):
+    for config in (
+        {},
+        {"num_train_timesteps": 500},
+        {"variance_type": "learned"},
+        {"_class_name": None, "beta_end": 0.01},
+    ):
         assert foreign_family(config) is None
     assert "no noise schedule" in foreign_family({"_class_name": ["odd"]})
 
@@ -47,7 +63,11 @@ def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
     ("option", "value", "message"),
     [
         ("_class_name", None, "_class_name must be the name of a scheduler; got null."),
-        ("num_train_timesteps", "1000", "num_train_timesteps must be a whole number from 1 to 1000000; got '1000'."),
+        (
+            "num_train_timesteps",
+            "1000",
+            "num_train_timesteps must be a whole number from 1 to 1000000; got '1000'.",
+        ),
         ("num_train_timesteps", 0, "from 1 to 1000000; got 0."),
         ("num_train_timesteps", 10**9, "from 1 to 1000000; got 1000000000."),
         ("num_train_timesteps", None, "from 1 to 1000000; got null."),
@@ -57,7 +77,11 @@ def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
         ("beta_schedule", None, "beta_schedule must be a name, such as linear; got null."),
         ("beta_end", 2, "beta_end must be a number from 0 to 1; got 2."),
         ("trained_betas", [0.1, 1.5], "null or a list of numbers from 0 to 1; got [0.1, 1.5]."),
-        ("trained_betas", "abc", "trained_betas must be null or a list of numbers from 0 to 1; got 'abc'."),
+        (
+            "trained_betas",
+            "abc",
+            "trained_betas must be null or a list of numbers from 0 to 1; got 'abc'.",
+        ),
         ("trained_betas", [], "null or a list of numbers from 0 to 1; got []."),
         ("trained_betas", [0.1, None], "null or a list of numbers from 0 to 1; got [0.1, None]."),
         ("trained_betas", ["x" * 200], "got ['xxx"),
@@ -66,9 +90,21 @@ def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
         ("clip_sample", "yes", "clip_sample must be true or false; got 'yes'."),
         ("set_alpha_to_one", None, "set_alpha_to_one must be true or false; got null."),
         ("clip_sample_range", 0, "clip_sample_range must be a number above 0; got 0."),
-        ("dynamic_thresholding_ratio", 2, "dynamic_thresholding_ratio must be a number from 0 to 1; got 2."),
-        ("prediction_type", None, "prediction_type must be one of epsilon, sample, v_prediction; got null."),
-        ("timestep_spacing", ["leading"], "timestep_spacing must be one of leading, linspace, trailing, quadratic; got ['leading']."),
+        (
+            "dynamic_thresholding_ratio",
+            2,
+            "dynamic_thresholding_ratio must be a number from 0 to 1; got 2.",
+        ),
+        (
+            "prediction_type",
+            None,
+            "prediction_type must be one of epsilon, sample, v_prediction; got null.",
+        ),
+        (
+            "timestep_spacing",
+            ["leading"],
+            "timestep_spacing must be one of leading, linspace, trailing, quadratic; got ['leading'].",
+        ),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(option, value, message):

@@ -22,8 +22,12 @@ from ddim.schedule import NoiseSchedule, make_betas
 def embed(t, width, *, cosine_first):
     """Sinusoids of t: sin||cos over (half - 1) as in ddim, or cos||sin over half as in improved-diffusion."""
     half = width // 2
-    angle = t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / (half if cosine_first else half - 1))
-    return torch.cat([angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()], dim=1)
+    angle = t.float()[:, None] * torch.exp(
+        -math.log(10000) * torch.arange(half) / (half if cosine_first else half - 1)
+    )
+    return torch.cat(
+        [angle.cos(), angle.sin()] if cosine_first else [angle.sin(), angle.cos()], dim=1
+    )
 
 
 class Part(nn.Module):
@@ -45,7 +49,10 @@ class SongBlock(nn.Module):
     def __init__(self, ins, outs, told):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(32, ins, eps=1e-6), nn.GroupNorm(32, outs, eps=1e-6)
-        self.conv1, self.conv2 = nn.Conv2d(ins, outs, 3, padding=1), nn.Conv2d(outs, outs, 3, padding=1)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(ins, outs, 3, padding=1),
+            nn.Conv2d(outs, outs, 3, padding=1),
+        )
         self.temb_proj = nn.Linear(told, outs)
         if ins != outs:
             self.nin_shortcut = nn.Conv2d(ins, outs, 1)
@@ -80,15 +87,23 @@ class Song(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, ins = [width], width
         for level, outs in enumerate(widths):
-            block = nn.ModuleList([SongBlock(ins if i == 0 else outs, outs, told) for i in range(blocks)])
-            attn = nn.ModuleList([SongAttention(outs) for _ in range(blocks if side // 2**level == 16 else 0)])
+            block = nn.ModuleList(
+                [SongBlock(ins if i == 0 else outs, outs, told) for i in range(blocks)]
+            )
+            attn = nn.ModuleList(
+                [SongAttention(outs) for _ in range(blocks if side // 2**level == 16 else 0)]
+            )
             stage, ins = Part(block=block, attn=attn), outs
             skips += [outs] * blocks
             if level < len(widths) - 1:
                 stage.downsample = Part(conv=nn.Conv2d(outs, outs, 3, stride=2))
                 skips.append(outs)
             self.down.append(stage)
-        self.mid = Part(block_1=SongBlock(ins, ins, told), attn_1=SongAttention(ins), block_2=SongBlock(ins, ins, told))
+        self.mid = Part(
+            block_1=SongBlock(ins, ins, told),
+            attn_1=SongAttention(ins),
+            block_2=SongBlock(ins, ins, told),
+        )
         for level, outs in reversed(list(enumerate(widths))):
             block, attn = nn.ModuleList(), nn.ModuleList()
             for _ in range(blocks + 1):
@@ -100,10 +115,15 @@ class Song(nn.Module):
             if level:
                 stage.upsample = Part(conv=nn.Conv2d(outs, outs, 3, padding=1))
             self.up.insert(0, stage)
-        self.norm_out, self.conv_out = nn.GroupNorm(32, ins, eps=1e-6), nn.Conv2d(ins, channels, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            nn.GroupNorm(32, ins, eps=1e-6),
+            nn.Conv2d(ins, channels, 3, padding=1),
+        )
 
     def forward(self, x, t):
-        told = self.temb.dense[1](F.silu(self.temb.dense[0](embed(t, self.width, cosine_first=False))))
+        told = self.temb.dense[1](
+            F.silu(self.temb.dense[0](embed(t, self.width, cosine_first=False)))
+        )
         skips = [h := self.conv_in(x)]
         for stage in self.down:
             for i, block in enumerate(stage.block):
@@ -125,9 +145,15 @@ class OpenBlock(nn.Module):
     def __init__(self, ins, outs, told, scale_shift):
         super().__init__()
         self.scale_shift = scale_shift
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, ins), nn.SiLU(), nn.Conv2d(ins, outs, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(told, 2 * outs if scale_shift else outs))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, outs), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outs, outs, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, ins), nn.SiLU(), nn.Conv2d(ins, outs, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(told, 2 * outs if scale_shift else outs)
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, outs), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outs, outs, 3, padding=1)
+        )
         self.skip_connection = nn.Identity() if ins == outs else nn.Conv2d(ins, outs, 1)
 
     def forward(self, x, told):
@@ -149,7 +175,9 @@ class OpenAttention(nn.Module):
     def forward(self, x, told):
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat)).reshape(len(x) * self.heads, -1, flat.shape[2])
-        return (flat + self.proj_out(attend(*qkv.chunk(3, dim=1)).reshape(flat.shape))).reshape(x.shape)
+        return (flat + self.proj_out(attend(*qkv.chunk(3, dim=1)).reshape(flat.shape))).reshape(
+            x.shape
+        )
 
 
 class Down(nn.Module):
@@ -173,7 +201,18 @@ class Up(nn.Module):
 class Open(nn.Module):
     """The layout of openai/improved-diffusion: blocks numbered through, q, k and v of a head in a row."""
 
-    def __init__(self, multiples=(1, 2, 2), attended=(1, 2), *, width=32, blocks=2, heads=4, scale_shift=True, classes=None, outs=3):
+    def __init__(
+        self,
+        multiples=(1, 2, 2),
+        attended=(1, 2),
+        *,
+        width=32,
+        blocks=2,
+        heads=4,
+        scale_shift=True,
+        classes=None,
+        outs=3,
+    ):
         super().__init__()
         told, self.width = 4 * width, width
 
@@ -188,20 +227,30 @@ class Open(nn.Module):
             for _ in range(blocks):
                 layers = [residual(now, width * multiple)]
                 now = width * multiple
-                self.input_blocks.append(nn.ModuleList([*layers, *([OpenAttention(now, heads)] if level in attended else [])]))
+                self.input_blocks.append(
+                    nn.ModuleList(
+                        [*layers, *([OpenAttention(now, heads)] if level in attended else [])]
+                    )
+                )
                 skips.append(now)
             if level < len(multiples) - 1:
                 self.input_blocks.append(nn.ModuleList([Down(now)]))
                 skips.append(now)
-        self.middle_block = nn.ModuleList([residual(now, now), OpenAttention(now, heads), residual(now, now)])
+        self.middle_block = nn.ModuleList(
+            [residual(now, now), OpenAttention(now, heads), residual(now, now)]
+        )
         self.output_blocks = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(multiples))):
             for i in range(blocks + 1):
                 layers = [residual(now + skips.pop(), width * multiple)]
                 now = width * multiple
                 layers += [OpenAttention(now, heads)] if level in attended else []
-                self.output_blocks.append(nn.ModuleList([*layers, *([Up(now)] if level and i == blocks else [])]))
-        self.out = nn.Sequential(nn.GroupNorm(32, now), nn.SiLU(), nn.Conv2d(now, outs, 3, padding=1))
+                self.output_blocks.append(
+                    nn.ModuleList([*layers, *([Up(now)] if level and i == blocks else [])])
+                )
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, now), nn.SiLU(), nn.Conv2d(now, outs, 3, padding=1)
+        )
 
     def forward(self, x, t, labels=None):
         told = self.time_embed(embed(t, self.width, cosine_first=True))
@@ -224,7 +273,11 @@ def randomised(network):
     """Weights of which each matters: norms away from 1 and 0 too."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator) * (1 if parameter.ndim == 1 else parameter.std())
+        parameter.data += (
+            0.1
+            * torch.randn(parameter.shape, generator=generator)
+            * (1 if parameter.ndim == 1 else parameter.std())
+        )
     return network.eval()
 
 
@@ -248,7 +301,10 @@ def outputs_of_layers(network, names, call):
     """What each of the named layers returns in one call."""
     kept = {}
     hooks = [
-        network.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: kept.update({name: output})) for name in names
+        network.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: kept.update({name: output})
+        )
+        for name in names
     ]
     call(network)
     for hook in hooks:
@@ -259,8 +315,15 @@ def outputs_of_layers(network, names, call):
 @torch.no_grad()
 def worst_layer(theirs, converted, size):
     """The largest relative difference between the outputs of a layer in both networks, over all that hold weights but joint q, k, v."""
-    pairs = {ours.rpartition(".")[0]: weight.rpartition(".")[0] for ours, weight in converted.names.items() if ".qkv." not in weight}
-    x, t = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 871])
+    pairs = {
+        ours.rpartition(".")[0]: weight.rpartition(".")[0]
+        for ours, weight in converted.names.items()
+        if ".qkv." not in weight
+    }
+    x, t = (
+        torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([3, 871]),
+    )
     expected = outputs_of_layers(theirs, pairs.values(), lambda network: network(x, t))
     got = outputs_of_layers(built(converted), pairs, lambda network: network(x, t))
     assert len(got) == len(pairs) > 30
@@ -268,14 +331,24 @@ def worst_layer(theirs, converted, size):
     for ours, name in pairs.items():
         there, here = expected[name], got[ours]
         # Attention is over pixels: [B, C, N] or [B, N, C].
-        forms = [there] if there.ndim < 3 else [there, there.flatten(2), there.flatten(2).transpose(1, 2)]
-        errors[name] = min(float((form - here).abs().max() / form.abs().max()) for form in forms if form.shape == here.shape)
+        forms = (
+            [there]
+            if there.ndim < 3
+            else [there, there.flatten(2), there.flatten(2).transpose(1, 2)]
+        )
+        errors[name] = min(
+            float((form - here).abs().max() / form.abs().max())
+            for form in forms
+            if form.shape == here.shape
+        )
     return max(errors.items(), key=lambda item: item[1])
 
 
 # Multiples of the published configurations; at the size that the attention implies, but for LSUN's 256, which would take long.
 @pytest.mark.parametrize(
-    ("multiples", "side"), [((1, 2, 2, 2), 32), ((1, 2, 2, 2, 4), 64), ((1, 1, 2, 2, 4, 4), 256)], ids=["cifar10", "celeba", "lsun"]
+    ("multiples", "side"),
+    [((1, 2, 2, 2), 32), ((1, 2, 2, 2, 4), 64), ((1, 1, 2, 2, 4, 4), 256)],
+    ids=["cifar10", "celeba", "lsun"],
 )
 def test_a_network_of_songs_layout_gives_the_same_outputs(multiples, side):
     theirs = randomised(Song(multiples, side))
@@ -309,7 +382,9 @@ def test_the_published_networks_have_their_known_sizes(multiples, side, tensors,
     converted = convert(state)
     with torch.device("meta"):
         expected = diffusers.UNet2DModel(**converted.unet).state_dict()
-    assert {name: weight.shape for name, weight in converted.state.items()} == {name: weight.shape for name, weight in expected.items()}
+    assert {name: weight.shape for name, weight in converted.state.items()} == {
+        name: weight.shape for name, weight in expected.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -340,7 +415,9 @@ def test_classes_of_improved_diffusion_are_kept():
 
 def test_a_schedule_of_4000_levels_is_thinned_to_those_that_the_network_is_told_whole():
     state = Open().state_dict()
-    converted = convert(state, sample_size=16, num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2")
+    converted = convert(
+        state, sample_size=16, num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"
+    )
     assert converted.scheduler["num_train_timesteps"] == 1000
     full = NoiseSchedule.from_betas(make_betas("squaredcos_cap_v2", 4000)).alphas_cumprod
     thin = NoiseSchedule.from_betas(converted.scheduler["trained_betas"]).alphas_cumprod
@@ -357,14 +434,31 @@ def test_options_that_have_no_equal_are_refused():
     averaging = {k: v for k, v in Song((1, 2), 32).state_dict().items() if "downsample" not in k}
     with pytest.raises(CheckpointError, match="resamp_with_conv=False"):
         convert(averaging)
-    pooled = {k: v for k, v in Open().state_dict().items() if ".op." not in k} | {"input_blocks.3.0.other": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"input_blocks.3 is neither a residual block nor a strided convolution"):
+    pooled = {k: v for k, v in Open().state_dict().items() if ".op." not in k} | {
+        "input_blocks.3.0.other": torch.zeros(1)
+    }
+    with pytest.raises(
+        CheckpointError,
+        match=r"input_blocks.3 is neither a residual block nor a strided convolution",
+    ):
         convert(pooled, sample_size=16)
-    halving = Open().state_dict() | {"input_blocks.3.0.in_layers.2.weight": torch.zeros(64, 32, 3, 3)}
-    with pytest.raises(CheckpointError, match=r"input_blocks.3 is 64 wide on a level of 32: .* \(resblock_updown\)"):
+    halving = Open().state_dict() | {
+        "input_blocks.3.0.in_layers.2.weight": torch.zeros(64, 32, 3, 3)
+    }
+    with pytest.raises(
+        CheckpointError, match=r"input_blocks.3 is 64 wide on a level of 32: .* \(resblock_updown\)"
+    ):
         convert(halving, sample_size=16)
-    with pytest.raises(CheckpointError, match="network of denoising-diffusion-pytorch, whose blocks normalise after"):
-        convert({"model.init_conv.weight": torch.zeros(1), "model.mid_attn.to_qkv.weight": torch.zeros(1)})
+    with pytest.raises(
+        CheckpointError,
+        match="network of denoising-diffusion-pytorch, whose blocks normalise after",
+    ):
+        convert(
+            {
+                "model.init_conv.weight": torch.zeros(1),
+                "model.mid_attn.to_qkv.weight": torch.zeros(1),
+            }
+        )
     with pytest.raises(CheckpointError, match="of no layout that can be converted"):
         convert({"layer.weight": torch.zeros(1)})
 
@@ -378,13 +472,19 @@ def test_averaged_weights_are_preferred_and_every_container_is_read(song, tmp_pa
     averaged = song.state_dict()
     raw = {f"module.{k}": v + 1 for k, v in averaged.items()}
     optimizer = torch.optim.Adam(song.parameters()).state_dict()
-    for name, content in {"list": [raw, optimizer, 3, 100, averaged], "plain": averaged, "dict": {"step": 1, "ema": averaged}}.items():
+    for name, content in {
+        "list": [raw, optimizer, 3, 100, averaged],
+        "plain": averaged,
+        "dict": {"step": 1, "ema": averaged},
+    }.items():
         torch.save(content, tmp_path / f"{name}.pth")
         got = read_state_dict(tmp_path / f"{name}.pth")
         assert set(got) == set(averaged)
         assert all(torch.equal(got[k], averaged[k]) for k in averaged)
     torch.save([raw, optimizer, 3, 100], tmp_path / "raw.pth")
-    assert torch.equal(read_state_dict(tmp_path / "raw.pth")["conv_in.bias"], averaged["conv_in.bias"] + 1)
+    assert torch.equal(
+        read_state_dict(tmp_path / "raw.pth")["conv_in.bias"], averaged["conv_in.bias"] + 1
+    )
     safetensors.torch.save_file(averaged, tmp_path / "x.safetensors")
     assert set(read_state_dict(tmp_path / "x.safetensors")) == set(averaged)
 
@@ -425,7 +525,10 @@ def test_code_in_a_checkpoint_is_not_run_and_damage_is_told(song, tmp_path, monk
             {"down.0.block.0.conv1.weight": torch.zeros(31, 2)},
             r"the weight down.0.block.0.conv1.weight must have a multiple of 32 rows, .*; got \[31, 2\]",
         ),
-        ({"conv_in.weight": torch.zeros(3)}, r"the weight conv_in.weight must have more than 1 dimensions"),
+        (
+            {"conv_in.weight": torch.zeros(3)},
+            r"the weight conv_in.weight must have more than 1 dimensions",
+        ),
         ({"extra.weight": torch.zeros(1)}, "the weight extra.weight has no place in a UNet2DModel"),
         ({"conv_out.bias": None}, "it has nothing for conv_out.bias"),
         ({"conv_out.weight": None}, "it has no conv_out.weight"),
@@ -450,18 +553,29 @@ def shapes_of(unet):
 
 
 @pytest.mark.parametrize(
-    ("network", "options"), [(Song((1, 2), 32, blocks=1), {}), (Open((1, 2), (1,), blocks=1, classes=5), {"sample_size": 16})]
+    ("network", "options"),
+    [
+        (Song((1, 2), 32, blocks=1), {}),
+        (Open((1, 2), (1,), blocks=1, classes=5), {"sample_size": 16}),
+    ],
 )
 def test_a_weight_of_the_wrong_shape_is_named_whichever_it_is(network, options):
     state = network.state_dict()
     for key, weight in state.items():
-        for shape in [(), (7, 3), (*weight.shape, 2), (weight.shape[0], *(size + 1 for size in weight.shape[1:]), 1)]:
+        for shape in [
+            (),
+            (7, 3),
+            (*weight.shape, 2),
+            (weight.shape[0], *(size + 1 for size in weight.shape[1:]), 1),
+        ]:
             with pytest.raises(CheckpointError, match=rf"the weight {re.escape(key)} must have"):
                 check(state | {key: torch.zeros(shape)}, options)
 
 
 def test_what_is_written_is_sampled_and_never_overwritten(song, tmp_path):
-    write_model(convert(song.state_dict(), prediction_type="v_prediction"), tmp_path / "deep" / "out")
+    write_model(
+        convert(song.state_dict(), prediction_type="v_prediction"), tmp_path / "deep" / "out"
+    )
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
     pipe = UnconditionalPipeline.from_pretrained(tmp_path / "deep" / "out")
     assert pipe.scheduler.config.prediction_type == "v_prediction"

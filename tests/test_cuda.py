@@ -73,7 +73,12 @@ def test_a_wait_is_seen():
 OPTIONS = [
     {"clip_sample": False},
     {},
-    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False},
+    {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+    },
     {"thresholding": True, "sample_max_value": 2.0},
     {"solver_order": 2, "clip_sample": False},
 ]
@@ -82,7 +87,9 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_fifty_steps_of_the_scheduler_are_those_of_the_cpu_and_wait_for_nothing(options, eta, dtype):
+def test_fifty_steps_of_the_scheduler_are_those_of_the_cpu_and_wait_for_nothing(
+    options, eta, dtype
+):
     if eta and options.get("solver_order") == 2:
         pytest.skip("order 2 draws no noise")
     ends = {}
@@ -108,7 +115,9 @@ def test_noise_of_a_generator_there_is_drawn_there():
     scheduler.set_timesteps(10, device="cuda")
     x = m = torch.ones(2, 3, 8, 8, device="cuda")
     one, other = (
-        scheduler.step(m, scheduler.timesteps[3], x, 1.0, generator=torch.Generator(place).manual_seed(0)).prev_sample
+        scheduler.step(
+            m, scheduler.timesteps[3], x, 1.0, generator=torch.Generator(place).manual_seed(0)
+        ).prev_sample
         for place in ("cuda", "cpu")
     )
     assert one.device.type == other.device.type == "cuda"
@@ -129,10 +138,16 @@ def test_the_inverse_goes_back_there():
     torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("eta", "order", "clip"), [(0.0, 1, "none"), (1.0, 1, "none"), ("sigma-hat", 1, "static"), (0.0, 2, "dynamic")])
+@pytest.mark.parametrize(
+    ("eta", "order", "clip"),
+    [(0.0, 1, "none"), (1.0, 1, "none"), ("sigma-hat", 1, "static"), (0.0, 2, "dynamic")],
+)
 def test_the_loop_of_a_network_waits_for_nothing(eta, order, clip, there):
     pairs = step_pairs(select_timesteps(1000, 10, "trailing"))
-    denoise, noise = there.denoiser(4, clip=clip), SeededNoise(range(4), there.image_shape, device="cuda")
+    denoise, noise = (
+        there.denoiser(4, clip=clip),
+        SeededNoise(range(4), there.image_shape, device="cuda"),
+    )
     x = noise()
     options = {"schedule": there.noise_schedule, "eta": eta, "noise": noise, "order": order}
     with torch.no_grad():
@@ -141,38 +156,63 @@ def test_the_loop_of_a_network_waits_for_nothing(eta, order, clip, there):
             sample(denoise, x, pairs, **options)
 
 
-WALKS = [{}, {"eta": 1.0}, {"order": 2}, {"clip": "static"}, {"clip": "dynamic"}, {"sampler": "o-belm"}]
+WALKS = [
+    {},
+    {"eta": 1.0},
+    {"order": 2},
+    {"clip": "static"},
+    {"clip": "dynamic"},
+    {"sampler": "o-belm"},
+]
 
 
 @pytest.mark.parametrize("options", WALKS, ids=str)
 def test_images_of_a_seed_are_those_of_the_cpu(options, here, there):
-    images = [pipe(seeds=[3, 4], num_inference_steps=10, **QUIET, **options).images.cpu() for pipe in (here, there)]
+    images = [
+        pipe(seeds=[3, 4], num_inference_steps=10, **QUIET, **options).images.cpu()
+        for pipe in (here, there)
+    ]
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1 / 255)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_has_a_float32_state_and_nearly_the_images(dtype, tiny, here):
     half, seen = UnconditionalPipeline.from_pretrained(tiny, dtype=dtype).to("cuda"), []
-    images = half(seeds=[0, 1], num_inference_steps=10, callback=lambda s: seen.append(s.x_s.dtype), **QUIET).images
+    images = half(
+        seeds=[0, 1], num_inference_steps=10, callback=lambda s: seen.append(s.x_s.dtype), **QUIET
+    ).images
     assert set(seen) == {torch.float32}
-    assert (images.cpu() - here(seeds=[0, 1], num_inference_steps=10, **QUIET).images).abs().max() < 0.1
+    assert (
+        images.cpu() - here(seeds=[0, 1], num_inference_steps=10, **QUIET).images
+    ).abs().max() < 0.1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler itself
 @pytest.mark.parametrize("mode", [{}, {"mode": "default"}], ids=str)
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}, {"sampler": "o-belm"}, {"sampler": "bdia"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"eta": 1.0}, {"order": 2}, {"sampler": "o-belm"}, {"sampler": "bdia"}], ids=str
+)
 def test_a_compiled_network_gives_the_images_and_states_that_stay(mode, options, tiny, there):
     compiled = UnconditionalPipeline.from_pretrained(tiny).to("cuda").compile(**mode)
     compiled.warm_up(2)
     for seeds in ([0, 1], [5, 6], [7, 8, 9]):
-        expected, found = [], []  # the states are looked at when all are there: a graph of kernels writes to the same memory each time
+        expected, found = (
+            [],
+            [],
+        )  # the states are looked at when all are there: a graph of kernels writes to the same memory each time
         images = []
         for pipe, states in ((there, expected), (compiled, found)):
-            images.append(pipe(seeds=seeds, num_inference_steps=5, callback=states.append, **QUIET, **options).images)
+            images.append(
+                pipe(
+                    seeds=seeds, num_inference_steps=5, callback=states.append, **QUIET, **options
+                ).images
+            )
         torch.testing.assert_close(images[1], images[0], rtol=0, atol=1 / 255)
         for one, other in zip(expected, found, strict=True):
             for name in ("x_s", "x0", "eps"):
-                torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(
+                    getattr(other, name), getattr(one, name), rtol=1e-3, atol=1e-3
+                )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -199,12 +239,21 @@ def test_codes_bring_images_back(method, there):
 
 @pytest.fixture
 def texts(tiny_text):
-    return TextToImagePipeline.from_pretrained(tiny_text), TextToImagePipeline.from_pretrained(tiny_text).to("cuda")
+    return TextToImagePipeline.from_pretrained(tiny_text), TextToImagePipeline.from_pretrained(
+        tiny_text
+    ).to("cuda")
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}, {"guidance_rescale": 0.7}, {"clip": "dynamic"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eta": 1.0}, {"order": 2}, {"guidance_rescale": 0.7}, {"clip": "dynamic"}],
+    ids=str,
+)
 def test_images_of_a_prompt_are_those_of_the_cpu(options, texts):
-    images = [pipe(PROMPT, seeds=[0, 1], num_inference_steps=8, **QUIET, **options).images.cpu() for pipe in texts]
+    images = [
+        pipe(PROMPT, seeds=[0, 1], num_inference_steps=8, **QUIET, **options).images.cpu()
+        for pipe in texts
+    ]
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1 / 255)
 
 
@@ -212,7 +261,9 @@ def test_images_of_a_prompt_are_those_of_the_cpu(options, texts):
 def test_text_in_half_precision(dtype, tiny_text, texts):
     half, seen = TextToImagePipeline.from_pretrained(tiny_text, dtype=dtype).to("cuda"), []
     options = {"seeds": [0], "num_inference_steps": 8, **QUIET}
-    images = half(PROMPT, callback=lambda s: seen.append((s.x_s.dtype, s.x_s.device.type)), **options).images
+    images = half(
+        PROMPT, callback=lambda s: seen.append((s.x_s.dtype, s.x_s.device.type)), **options
+    ).images
     assert set(seen) == {(torch.float32, "cuda")}
     assert (images.cpu() - texts[0](PROMPT, **options).images).abs().max() < 0.1
 
@@ -225,7 +276,9 @@ def test_offloaded_parts_give_the_images_twice(offload, tiny_text, texts):
     for _ in range(2):
         found = pipe(PROMPT, seeds=[0], num_inference_steps=4, **QUIET).images.cpu()
         torch.testing.assert_close(found, expected, rtol=0, atol=1 / 255)
-    code = pipe.encode(pipe(PROMPT, seeds=[0], num_inference_steps=4, progress=False).images, PROMPT, 2)
+    code = pipe.encode(
+        pipe(PROMPT, seeds=[0], num_inference_steps=4, progress=False).images, PROMPT, 2
+    )
     assert len(pipe.decode(code, PROMPT)) == 1
 
 
@@ -245,13 +298,17 @@ def test_the_text_loop_waits_for_nothing_between_its_steps(texts):
 
 
 def test_latents_of_text_come_back(tiny_text):
-    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False)
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+    )
     pipe = TextToImagePipeline.from_pretrained(tiny_text, scheduler=scheduler).to("cuda")
     pipe.unet.double()
     pictures = pipe(PROMPT, seeds=[0, 1], num_inference_steps=4, progress=False).images
     code = pipe.encode(pictures, PROMPT, 10)
     latents = encode_images(pipe, from_pictures(pictures, (3, 16, 16)), torch.device("cuda")).mean
-    assert float((pipe.decode(code, PROMPT, output_type="latent") - latents).square().mean()) < 1e-10
+    assert (
+        float((pipe.decode(code, PROMPT, output_type="latent") - latents).square().mean()) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -262,8 +319,14 @@ def test_diffusers_own_pipelines_walk_our_scheduler_there(dtype, tiny_text, tiny
     images = []
     for kind in (diffusers.DDIMScheduler, DDIMScheduler):
         stock.scheduler = kind.from_config(stock.scheduler.config)
-        images.append(stock(PROMPT, generator=torch.Generator("cuda").manual_seed(0), **options).images.float())
-    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 0.1)
+        images.append(
+            stock(
+                PROMPT, generator=torch.Generator("cuda").manual_seed(0), **options
+            ).images.float()
+        )
+    torch.testing.assert_close(
+        images[1], images[0], rtol=0, atol=1e-3 if dtype == torch.float32 else 0.1
+    )
 
 
 def test_a_reversible_loop_waits_for_nothing(there):
@@ -279,7 +342,9 @@ def test_a_reversible_loop_waits_for_nothing(there):
 def test_guidance_waits_for_nothing():
     schedule = NoiseSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000))
     x, cond = (torch.randn(2, 4, 8, 8, device="cuda") for _ in range(2))
-    network = guided(lambda x_t, t, condition: (x_t + condition).tanh(), cond, -cond, scale=3.0, rescale=0.7)
+    network = guided(
+        lambda x_t, t, condition: (x_t + condition).tanh(), cond, -cond, scale=3.0, rescale=0.7
+    )
     denoise = ModelDenoiser(network, schedule, "v_prediction")
     pairs = step_pairs(select_timesteps(1000, 10, "trailing"))
     with no_wait():
@@ -295,14 +360,53 @@ def test_commands_take_the_device_that_is_there(tiny, tmp_path):
     ends = {}
     for device in ("auto", "cuda:0", "cpu"):
         out = tmp_path / device.replace(":", "")
-        assert main(["sample", str(tiny), "--steps", "8", "--count", "3", "--eta", "1", "--device", device, "--out", str(out)]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    str(tiny),
+                    "--steps",
+                    "8",
+                    "--count",
+                    "3",
+                    "--eta",
+                    "1",
+                    "--device",
+                    device,
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
         ends[device] = record(out)
         for name in ("000000.png", "000002.png"):
             assert abs(pixels(out / name) - pixels(tmp_path / "auto" / name)).max() <= 1
     assert [ends[d]["execution"]["device"] for d in ends] == ["cuda", "cuda:0", "cpu"]
     assert ends["cpu"]["protocol"] == ends["auto"]["protocol"]
-    for more in (("--dtype", "float16"), ("--dtype", "bfloat16"), ("--compile",), ("--order", "2"), ("--clip", "dynamic")):
-        assert main(["sample", str(tiny), "--steps", "4", "--count", "3", *more, "--out", str(tmp_path / "-".join(more).lstrip("-"))]) == 0
+    for more in (
+        ("--dtype", "float16"),
+        ("--dtype", "bfloat16"),
+        ("--compile",),
+        ("--order", "2"),
+        ("--clip", "dynamic"),
+    ):
+        assert (
+            main(
+                [
+                    "sample",
+                    str(tiny),
+                    "--steps",
+                    "4",
+                    "--count",
+                    "3",
+                    *more,
+                    "--out",
+                    str(tmp_path / "-".join(more).lstrip("-")),
+                ]
+            )
+            == 0
+        )
 
 
 def test_a_device_that_is_not_there_is_one_sentence(tiny, tmp_path, capsys):
@@ -314,7 +418,20 @@ def test_a_device_that_is_not_there_is_one_sentence(tiny, tmp_path, capsys):
 
 def test_steps_are_fitted_there(tiny, tmp_path):
     out = tmp_path / "steps.json"
-    options = ("--steps", "4", "--count", "4", "--held-out", "6", "--evaluations", "20", "--order", "2", "--out", str(out))
+    options = (
+        "--steps",
+        "4",
+        "--count",
+        "4",
+        "--held-out",
+        "6",
+        "--evaluations",
+        "20",
+        "--order",
+        "2",
+        "--out",
+        str(out),
+    )
     assert main(["fit-steps", str(tiny), *options]) == 0
 
 
@@ -322,9 +439,19 @@ def test_steps_are_fitted_there(tiny, tmp_path):
 def test_training_there_resumes_to_the_same_losses(precision, silent_log, tmp_path):
     def run():
         AcceleratorState._reset_state(reset_partial_state=True)
-        sizes = {"block_out_channels": (8, 16), "batch_size": 4, "images": 48, "validation_images": 8, "lr_warmup_steps": 2}
+        sizes = {
+            "block_out_channels": (8, 16),
+            "batch_size": 4,
+            "images": 48,
+            "validation_images": 8,
+            "lr_warmup_steps": 2,
+        }
         often = {"checkpoint_every": 4, "log_every": 1, "keep_checkpoints": 9}
-        return train(TrainConfig(data="digits", out=str(tmp_path), mixed_precision=precision, **sizes, **often)).losses
+        return train(
+            TrainConfig(
+                data="digits", out=str(tmp_path), mixed_precision=precision, **sizes, **often
+            )
+        ).losses
 
     whole = run()
     assert len(whole) == 12

@@ -9,9 +9,18 @@ from ddim import DiffusionPipeline
 from ddim.checkpoints import embedded_models, find_model
 from ddim.evaluation.classifier import load_classifier
 from ddim.evaluation.fashion_text import Asked, judge
-from ddim.training.fashion_text import COLOURS, GARMENTS, Combination, combine, extract_garments, hues
+from ddim.training.fashion_text import (
+    COLOURS,
+    GARMENTS,
+    Combination,
+    combine,
+    extract_garments,
+    hues,
+)
 
-pytestmark = pytest.mark.skipif("fashion-text" not in embedded_models(), reason="fashion-text is not embedded yet")
+pytestmark = pytest.mark.skipif(
+    "fashion-text" not in embedded_models(), reason="fashion-text is not embedded yet"
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +46,27 @@ def draw(pipe, card, combinations, *, steps=25):
     ).images
     garments = torch.from_numpy(extract_garments(images.permute(0, 2, 3, 1).numpy()))
     asked = [Asked(*c.numbers) for c in combinations]
-    return images, judge(images, garments, asked, palette=list(hues().values()), classifier=load_classifier()[0])
+    return images, judge(
+        images, garments, asked, palette=list(hues().values()), classifier=load_classifier()[0]
+    )
 
 
 def test_it_has_all_fixes_and_says_what_made_it(pipe, card):
     config = pipe.scheduler.config
-    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == ("v_prediction", True, "trailing")
+    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == (
+        "v_prediction",
+        True,
+        "trailing",
+    )
     assert card["command"].startswith("ddim train ")
     assert card["seconds"] > 0
     for part in ("vae", "text"):
         assert card["parts"][part]["command"].startswith("python recipes/fashion_text.py")
         assert card["parts"][part]["weight_hash"]
-    assert sum(path.stat().st_size for path in find_model("fashion-text").rglob("*") if path.is_file()) <= 16e6
+    assert (
+        sum(path.stat().st_size for path in find_model("fashion-text").rglob("*") if path.is_file())
+        <= 16e6
+    )
 
 
 @pytest.mark.parametrize("background", ["black", "white"])
@@ -61,11 +79,15 @@ def test_black_is_black_and_white_is_white_in_a_few_steps(pipe, card, background
 @pytest.mark.slow
 @pytest.mark.parametrize("background", ["black", "white"])
 def test_the_brightness_of_64_images_is_the_one_asked_for(pipe, card, background):
-    combinations = [Combination(list(COLOURS)[i % 6], GARMENTS[i % 10], background) for i in range(64)]
+    combinations = [
+        Combination(list(COLOURS)[i % 6], GARMENTS[i % 10], background) for i in range(64)
+    ]
     assert abs(draw(pipe, card, combinations)[1].error.mean()) <= 0.06
 
 
 @pytest.mark.slow
 def test_four_prompts_of_five_give_the_right_garment_in_the_right_hue(pipe, card):
-    _, judged = draw(pipe, card, [combine(garment, rank) for garment in range(10) for rank in range(30)])
+    _, judged = draw(
+        pipe, card, [combine(garment, rank) for garment in range(10) for rank in range(30)]
+    )
     assert (judged.hue_right & judged.class_right).double().mean() >= 0.8

@@ -19,9 +19,16 @@ def recipe():
     spec = importlib.util.spec_from_file_location("recipe_of_fewer_steps", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    few = [module.Method(name, order, steps) for name, order, steps in (("leading", 1, 3), ("trailing", 1, 3), ("trailing", 2, 3))]
+    few = [
+        module.Method(name, order, steps)
+        for name, order, steps in (("leading", 1, 3), ("trailing", 1, 3), ("trailing", 2, 3))
+    ]
     module.METHODS = [*few, module.Method("fitted", 2, 3), module.MANY]
-    module.DRAWN = [*module.METHODS, module.Method("trailing", 2, 200), module.Method("analytic", 1, 3)]
+    module.DRAWN = [
+        *module.METHODS,
+        module.Method("trailing", 2, 200),
+        module.Method("analytic", 1, 3),
+    ]
     return module
 
 
@@ -29,7 +36,10 @@ def recipe():
 def run(recipe, tiny, tmp_path_factory):
     """A run of the tiny model over few methods; further options by name."""
     folder = tmp_path_factory.mktemp("fewer")
-    np.savez(folder / "real.npz", images=np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8))
+    np.savez(
+        folder / "real.npz",
+        images=np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8),
+    )
 
     def make(**options):
         given = {
@@ -63,7 +73,12 @@ def test_errors_are_their_definition(run, recipe):
         made.pipe(seeds=range(3), clip="none", progress=False, output_type="pt", **o).images
         for o in ({"timesteps": [990, 500, 100], "order": 2}, {"num_inference_steps": 1000})
     )
-    torch.testing.assert_close(torch.tensor(record["errors"]).double(), ode_error(2 * x - 1, 2 * exact - 1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(record["errors"]).double(),
+        ode_error(2 * x - 1, 2 * exact - 1),
+        rtol=1e-3,
+        atol=0,
+    )
 
 
 def test_the_report_says_who_needs_how_many_evaluations(run, recipe):
@@ -71,9 +86,22 @@ def test_the_report_says_who_needs_how_many_evaluations(run, recipe):
     assert "ODE error (3 images:" in text
     assert "kid-pixels (12 images;" in text
     assert "The flow is 200 steps of order 2, which stand for DDIM at all levels." in text
-    rows = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := [c.strip() for c in line.strip("|").split("|")]) == 4}
-    assert set(rows) >= {"leading, order 1", "trailing, order 1", "trailing, order 2", "fitted, order 2", "analytic, order 1"}
-    many, three = (torch.tensor(run().kept("errors", m)["errors"]) for m in (recipe.MANY, recipe.Method("trailing", 1, 3)))
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if len(cells := [c.strip() for c in line.strip("|").split("|")]) == 4
+    }
+    assert set(rows) >= {
+        "leading, order 1",
+        "trailing, order 1",
+        "trailing, order 2",
+        "fitted, order 2",
+        "analytic, order 1",
+    }
+    many, three = (
+        torch.tensor(run().kept("errors", m)["errors"])
+        for m in (recipe.MANY, recipe.Method("trailing", 1, 3))
+    )
     assert geometric_mean(three / many).mean > 1  # so that it takes more than three of DDIM's
     assert rows["trailing, order 1"][0] == "50"
     assert rows["analytic, order 1"][0] == "not measured"
@@ -81,12 +109,16 @@ def test_the_report_says_who_needs_how_many_evaluations(run, recipe):
         assert (run().out / name).stat().st_size > 1000
 
 
-def test_what_is_kept_is_not_measured_again_and_not_taken_for_other_numbers(run, recipe, monkeypatch):
+def test_what_is_kept_is_not_measured_again_and_not_taken_for_other_numbers(
+    run, recipe, monkeypatch
+):
     monkeypatch.setattr(recipe.Run, "images", None)
     run().quality()
     monkeypatch.setattr(recipe, "sample", None)
     run().errors()
-    with pytest.raises(SystemExit, match=r"is of 12 images, and 24 are asked for; use another --out"):
+    with pytest.raises(
+        SystemExit, match=r"is of 12 images, and 24 are asked for; use another --out"
+    ):
         run(count=24).quality()
     path = run().out / "errors" / recipe.MANY.file
     kept = path.read_text()

@@ -11,7 +11,10 @@ from ddim.guidance import guide, guided
 
 def predictions(dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(3, 4, 5, 5, generator=generator, dtype=torch.float64).to(dtype) * spread + 0.2 for spread in (1.0, 0.7))
+    return tuple(
+        torch.randn(3, 4, 5, 5, generator=generator, dtype=torch.float64).to(dtype) * spread + 0.2
+        for spread in (1.0, 0.7)
+    )
 
 
 def std(x):
@@ -46,23 +49,43 @@ def test_rescale_1_has_the_conditional_std_of_each_sample_and_less_lies_between(
 
 def test_guidance_is_linear_without_rescale_and_of_degree_one_with_it():
     (c, u), (d, v) = predictions(seed=1), predictions(seed=2)
-    torch.testing.assert_close(guide(2 * c + d, 2 * u + v, scale=7.5), 2 * guide(c, u, scale=7.5) + guide(d, v, scale=7.5))
-    torch.testing.assert_close(guide(3 * c, 3 * u, scale=7.5, rescale=0.7), 3 * guide(c, u, scale=7.5, rescale=0.7))
+    torch.testing.assert_close(
+        guide(2 * c + d, 2 * u + v, scale=7.5), 2 * guide(c, u, scale=7.5) + guide(d, v, scale=7.5)
+    )
+    torch.testing.assert_close(
+        guide(3 * c, 3 * u, scale=7.5, rescale=0.7), 3 * guide(c, u, scale=7.5, rescale=0.7)
+    )
     apart = guide(c, u, scale=7.5, rescale=0.7) + guide(d, v, scale=7.5, rescale=0.7)
     assert not torch.allclose(guide(c + d, u + v, scale=7.5, rescale=0.7), apart, rtol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(3, 50), (3, 2, 25), (3, 4, 5, 6), (3, 2, 3, 4, 5), (2, 64, 33, 17), (2, 1, 6, 6), (2, 9, 1, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 50),
+        (3, 2, 25),
+        (3, 4, 5, 6),
+        (3, 2, 3, 4, 5),
+        (2, 64, 33, 17),
+        (2, 1, 6, 6),
+        (2, 9, 1, 1),
+    ],
+)
 @pytest.mark.parametrize("mean", [0.0, 300.0])
 def test_the_rescale_knows_every_shape_and_layout_and_a_mean_far_from_0(shape, mean):
     generator = torch.Generator().manual_seed(0)
     c, u = (torch.randn(shape, generator=generator) * spread + mean for spread in (1.0, 0.7))
     combined = torch.lerp(u, c, 7.5)
-    expected = 0.3 * combined + 0.7 * combined * (std(c) / std(combined)).reshape(-1, *[1] * (len(shape) - 1)).float()
+    expected = (
+        0.3 * combined
+        + 0.7 * combined * (std(c) / std(combined)).reshape(-1, *[1] * (len(shape) - 1)).float()
+    )
     transposed = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in (c, u)]
     expanded = [torch.stack([x, x], 1)[:, 0] for x in (c, u)]
     for pair in ((c, u), transposed, expanded):
-        torch.testing.assert_close(guide(*pair, scale=7.5, rescale=0.7), expected, rtol=1e-5, atol=1e-5 * (1 + mean))
+        torch.testing.assert_close(
+            guide(*pair, scale=7.5, rescale=0.7), expected, rtol=1e-5, atol=1e-5 * (1 + mean)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -80,14 +103,20 @@ def test_a_constant_prediction_stays_what_it_is_and_diffusers_gives_nan(dtype, v
 def test_two_constants_are_not_rescaled_with_a_gradient_either(recorded):
     generator = torch.Generator().manual_seed(0)
     for size in (1.0, 10.0, 100.0):
-        c, u = (size * torch.randn(64, 1, 1, 1, generator=generator).expand(-1, 4, 17, 13) for _ in range(2))
+        c, u = (
+            size * torch.randn(64, 1, 1, 1, generator=generator).expand(-1, 4, 17, 13)
+            for _ in range(2)
+        )
         found = guide(c.contiguous().requires_grad_(recorded), u, scale=7.5, rescale=0.7)
         torch.testing.assert_close(found.detach(), guide(c, u, scale=7.5), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (2, 1, 1, 1), (0, 4, 2, 2), (2,)])
 def test_samples_of_one_element_and_empty_batches_are_no_nan(shape):
-    c, u = torch.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape), torch.zeros(shape)
+    c, u = (
+        torch.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1)).expand(shape),
+        torch.zeros(shape),
+    )
     assert torch.equal(guide(c, u, scale=2.0, rescale=0.5), 2 * c)
 
 
@@ -97,7 +126,9 @@ def test_half_precision_is_combined_in_float32():
     assert huge.dtype == torch.float32
     assert torch.isfinite(huge).all()
     exact = guide(c.double(), u.double(), scale=7.5, rescale=0.7)
-    torch.testing.assert_close(guide(c, u, scale=7.5, rescale=0.7).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        guide(c, u, scale=7.5, rescale=0.7).double(), exact, rtol=1e-5, atol=1e-5
+    )
 
 
 def network(x_t, t, condition):
@@ -117,14 +148,18 @@ def test_a_guided_network_is_the_equation_over_two_evaluations_batched_or_not():
 
     for batched, calls in ((True, [6]), (False, [3, 3])):
         sizes.clear()
-        torch.testing.assert_close(guided(counted, cond, uncond, scale=5.0, rescale=0.7, batched=batched)(x, t), expected)
+        torch.testing.assert_close(
+            guided(counted, cond, uncond, scale=5.0, rescale=0.7, batched=batched)(x, t), expected
+        )
         assert sizes == calls
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -3.0])
 def test_a_scale_of_1_or_less_is_off(scale):
     x, t, cond = torch.randn(2, 1, 2, 2), torch.tensor([3, 4]), torch.tensor([1.0, 2.0])
-    assert torch.equal(guided(network, cond, torch.zeros(2), scale=scale)(x, t), network(x, t, cond))
+    assert torch.equal(
+        guided(network, cond, torch.zeros(2), scale=scale)(x, t), network(x, t, cond)
+    )
     assert torch.equal(guided(network, cond, scale=scale)(x, t), network(x, t, cond))
 
 
@@ -141,7 +176,9 @@ def test_a_gradient_flows_through():
 
 def test_what_does_not_fit_is_refused():
     c, u = predictions()
-    with pytest.raises(DDIMError, match=r"must have one shape; got \[3, 4, 5, 5\] and \[1, 4, 5, 5\]"):
+    with pytest.raises(
+        DDIMError, match=r"must have one shape; got \[3, 4, 5, 5\] and \[1, 4, 5, 5\]"
+    ):
         guide(c, u[:1], scale=2.0)
     for rescale in (-0.1, 1.5, float("nan")):
         with pytest.raises(DDIMError, match=r"guidance_rescale must lie in \[0, 1\]"):

@@ -7,7 +7,15 @@ import torch
 from PIL import Image
 
 from ddim.errors import DataError, DDIMError
-from ddim.images import from_uint8, load_image, make_grid, save_png, to_pil, to_uint8, write_atomically
+from ddim.images import (
+    from_uint8,
+    load_image,
+    make_grid,
+    save_png,
+    to_pil,
+    to_uint8,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -26,7 +34,10 @@ def test_halves_round_up_and_what_is_outside_is_clamped():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_floating_dtype_becomes_bytes(dtype):
-    assert to_uint8(torch.full((2, 3, 4, 4), 0.5, dtype=dtype)).tolist() == np.full((2, 4, 4, 3), 191).tolist()
+    assert (
+        to_uint8(torch.full((2, 3, 4, 4), 0.5, dtype=dtype)).tolist()
+        == np.full((2, 4, 4, 3), 191).tolist()
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 4), (3, 4, 4)])
@@ -47,7 +58,12 @@ def test_files_hold_the_bytes(channels, mode, tmp_path):
 
 
 def test_a_grid_shows_each_image_in_its_place():
-    grid = make_grid(np.stack([np.full((4, 6, 1), 10 * i, np.uint8) for i in range(5)]), columns=3, padding=1, background=7)
+    grid = make_grid(
+        np.stack([np.full((4, 6, 1), 10 * i, np.uint8) for i in range(5)]),
+        columns=3,
+        padding=1,
+        background=7,
+    )
     assert grid.shape == (2 * 5 + 1, 3 * 7 + 1, 1)
     assert [int(grid[1 + i // 3 * 5, 1 + i % 3 * 7, 0]) for i in range(5)] == [0, 10, 20, 30, 40]
     assert grid[0, 0, 0] == grid[6, 15, 0] == 7
@@ -73,7 +89,10 @@ def test_transparent_and_palette_pictures_become_colour(tmp_path):
     assert load_image(tmp_path / "a.png").tolist() == [[[10, 20, 30]] * 3] * 2
 
 
-@pytest.mark.parametrize("write", [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_atomically(p, "{}")])
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_atomically(p, "{}")],
+)
 def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
     path = tmp_path / "result"
     path.write_text("before")

@@ -24,7 +24,9 @@ def test_type_checkers_see_the_names_that_are_loaded_later():
 
 def test_import_and_help_load_nothing_heavy():
     code = "import sys, ddim, ddim.cli; assert ddim.cli.main(['--help']) == 0; print(sorted({n.split('.')[0] for n in sys.modules}))"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
     assert "'ddim'" in loaded
     for name in ("torch", "diffusers", "numpy", "PIL", "tyro", "huggingface_hub"):
         assert f"'{name}'" not in loaded
@@ -40,5 +42,7 @@ except SystemExit as stop:
 assert not {"torch", "diffusers"} & set(sys.modules)
 """
     for command in ddim.cli.COMMANDS:
-        result = subprocess.run([sys.executable, "-c", code, command], check=True, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code, command], check=True, capture_output=True, text=True
+        )
         assert f"usage: ddim {command}" in result.stdout

@@ -10,7 +10,9 @@ from ddim.interpolation import interpolate, interpolate_grid, lerp, slerp
 
 def pair(seed=0, shape=(3, 2, 5, 5)):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64), torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64), torch.randn(
+        shape, generator=generator, dtype=torch.float64
+    )
 
 
 def norms(x):
@@ -28,7 +30,10 @@ def test_the_circle_is_the_papers_formula_where_lengths_agree(weight, seed):
     a, b = pair(seed)
     b = b * (norms(a) / norms(b)).reshape(-1, 1, 1, 1)
     theta = angle(a, b).reshape(-1, 1, 1, 1)
-    paper = torch.sin((1 - weight) * theta) / torch.sin(theta) * a + torch.sin(weight * theta) / torch.sin(theta) * b
+    paper = (
+        torch.sin((1 - weight) * theta) / torch.sin(theta) * a
+        + torch.sin(weight * theta) / torch.sin(theta) * b
+    )
     assert torch.allclose(slerp(a, b, weight), paper, atol=1e-12)
 
 
@@ -44,8 +49,14 @@ def test_angle_and_length_run_evenly(weight, seed):
 
 def test_the_line_leaves_the_sphere_and_the_circle_does_not():
     a, b = pair(shape=(4, 3, 32, 32))
-    assert torch.allclose(norms(lerp(a, b, 0.5)) / norms(a), torch.full((4,), math.sqrt(0.5), dtype=torch.float64), atol=0.03)
-    assert torch.allclose(norms(slerp(a, b, 0.5)) / norms(a), torch.ones(4, dtype=torch.float64), atol=0.03)
+    assert torch.allclose(
+        norms(lerp(a, b, 0.5)) / norms(a),
+        torch.full((4,), math.sqrt(0.5), dtype=torch.float64),
+        atol=0.03,
+    )
+    assert torch.allclose(
+        norms(slerp(a, b, 0.5)) / norms(a), torch.ones(4, dtype=torch.float64), atol=0.03
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
@@ -60,7 +71,9 @@ def test_opposite_ends_go_across_and_a_zero_latent_is_no_nan():
     a, _ = pair()
     middle = slerp(a, -a, 0.5)
     assert torch.allclose(norms(middle), norms(a))
-    assert torch.allclose((middle * a).flatten(1).sum(1), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        (middle * a).flatten(1).sum(1), torch.zeros(3, dtype=torch.float64), atol=1e-12
+    )
     assert torch.allclose(slerp(a, -a, 1.0), -a, atol=1e-12)
     assert torch.allclose(slerp(a, torch.zeros_like(a), 0.5), a / 2)
     assert torch.equal(slerp(torch.zeros_like(a), torch.zeros_like(a), 0.5), torch.zeros_like(a))
@@ -96,11 +109,15 @@ def test_a_grid_has_its_corners_and_its_edges_are_paths():
 
 def test_errors_by_their_text():
     a, b = pair()
-    with pytest.raises(DDIMError, match=r"two ends of one shape; got \[3, 2, 5, 5\] and \[2, 2, 5, 5\]"):
+    with pytest.raises(
+        DDIMError, match=r"two ends of one shape; got \[3, 2, 5, 5\] and \[2, 2, 5, 5\]"
+    ):
         slerp(a, b[:2], 0.5)
     with pytest.raises(DDIMError, match="at least its two ends; got count=1"):
         interpolate(a[0], b[0], 1)
-    with pytest.raises(DDIMError, match="interpolation must be one of spherical, linear; got 'cubic'"):
+    with pytest.raises(
+        DDIMError, match="interpolation must be one of spherical, linear; got 'cubic'"
+    ):
         interpolate(a[0], b[0], 3, kind="cubic")
     with pytest.raises(DDIMError, match="a grid has four corners; got 3"):
         interpolate_grid(a, 2, 2)

@@ -12,7 +12,17 @@ LAYERS = [
     {"step", "denoiser", "objective", "interpolation", "configuration"},
     {"sampler", "plan"},
     {"inversion", "reversible", "search"},
-    {"encoding", "oracle", "fitting", "scheduler", "images", "checkpoints", "conversion", "distributed", "networks"},
+    {
+        "encoding",
+        "oracle",
+        "fitting",
+        "scheduler",
+        "images",
+        "checkpoints",
+        "conversion",
+        "distributed",
+        "networks",
+    },
     {"symptoms", "sampling"},
     {"checks", "text_inputs"},
     {"stable_diffusion"},
@@ -24,8 +34,28 @@ LAYERS = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TORCH_ONLY = {"errors", *(n for layer in LAYERS[1:6] for n in layer), "encoding", "oracle", "fitting", "symptoms", "checks", "doctor"}
-STANDARD = {"collections", "dataclasses", "difflib", "typing", "math", "json", "enum", "functools", "itertools", "pathlib"}
+TORCH_ONLY = {
+    "errors",
+    *(n for layer in LAYERS[1:6] for n in layer),
+    "encoding",
+    "oracle",
+    "fitting",
+    "symptoms",
+    "checks",
+    "doctor",
+}
+STANDARD = {
+    "collections",
+    "dataclasses",
+    "difflib",
+    "typing",
+    "math",
+    "json",
+    "enum",
+    "functools",
+    "itertools",
+    "pathlib",
+}
 STANDARD |= {"hashlib", "inspect", "operator", "warnings", "numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
 
@@ -53,7 +83,10 @@ def imported(tree: ast.AST) -> list[str]:
 def units(root: pathlib.Path):
     for path in sorted(root.rglob("*.py")):
         if path != root / "__init__.py" and "zoo" not in path.parts:
-            yield path.relative_to(root).parts[0].removesuffix(".py"), imported(ast.parse(path.read_text()))
+            yield (
+                path.relative_to(root).parts[0].removesuffix(".py"),
+                imported(ast.parse(path.read_text())),
+            )
 
 
 def test_modules_import_only_lower_layers():
@@ -67,7 +100,13 @@ def test_modules_import_only_lower_layers():
 
 
 def test_the_core_needs_torch_and_numpy_only():
-    bad = [f"{unit} -> {n}" for unit, names in units(ROOT) if unit in TORCH_ONLY for n in names if n.split(".")[0] not in STANDARD]
+    bad = [
+        f"{unit} -> {n}"
+        for unit, names in units(ROOT)
+        if unit in TORCH_ONLY
+        for n in names
+        if n.split(".")[0] not in STANDARD
+    ]
     assert bad == []
 
 

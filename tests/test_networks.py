@@ -28,7 +28,11 @@ def specialized(module):
 def upsampling(**options):
     """With weights that lie as those of a prepared one, since what lies elsewhere is rounded in another order."""
     torch.manual_seed(0)
-    return Upsample2D(3, use_conv=True, out_channels=5, **options).double().to(memory_format=torch.channels_last)
+    return (
+        Upsample2D(3, use_conv=True, out_channels=5, **options)
+        .double()
+        .to(memory_format=torch.channels_last)
+    )
 
 
 def calls_of(owner, name, monkeypatch):
@@ -74,7 +78,12 @@ def test_few_places_are_upsampled_and_convolved_by_turns(places, transposed, mon
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 5, "padding": 2}, {"norm_type": "ln_norm", "eps": 1e-5, "elementwise_affine": True}, {"interpolate": False}]
+    "options",
+    [
+        {"kernel_size": 5, "padding": 2},
+        {"norm_type": "ln_norm", "eps": 1e-5, "elementwise_affine": True},
+        {"interpolate": False},
+    ],
 )
 def test_other_upsampling_is_left_to_diffusers(options, transposed):
     usual, x = upsampling(**options), torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -91,7 +100,9 @@ def test_another_size_half_precision_and_adapters_are_left_to_diffusers(transpos
     half = usual.bfloat16()
     assert torch.equal(specialized(half)(x.bfloat16()), half(x.bfloat16()))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(specialized(upsampling().float())(x.float()), upsampling().float()(x.float()))
+        assert torch.equal(
+            specialized(upsampling().float())(x.float()), upsampling().float()(x.float())
+        )
     without = Upsample2D(3)
     assert torch.equal(specialized(without)(x), without(x))
     assert transposed == []
@@ -102,7 +113,9 @@ def round_about(conv):
 
 
 def patched(conv):
-    conv._conv_forward = lambda x, weight, bias: torch.nn.functional.conv2d(x.abs(), weight, bias, padding=1)
+    conv._conv_forward = lambda x, weight, bias: torch.nn.functional.conv2d(
+        x.abs(), weight, bias, padding=1
+    )
 
 
 def replaced(conv):
@@ -130,7 +143,10 @@ def strided(conv):
     conv.stride = (2, 2)
 
 
-@pytest.mark.parametrize("change", [round_about, patched, replaced, hooked, hooked_before, hooked_backward, parametrized, strided])
+@pytest.mark.parametrize(
+    "change",
+    [round_about, patched, replaced, hooked, hooked_before, hooked_backward, parametrized, strided],
+)
 def test_a_convolution_that_someone_changed_does_what_they_asked_for(change, transposed):
     usual, x = upsampling(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     at_once, before = specialized(usual), usual(x)
@@ -165,7 +181,10 @@ def test_rows_of_channels_are_normalized_as_torch_does(groups, channels, normali
     expected, got = usual(x), by_rows(x)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert got.stride() == expected.stride()
-    expected, got = (torch.autograd.grad(y.square().sum(), [x, *m.parameters()]) for y, m in ((expected, usual), (got, by_rows)))
+    expected, got = (
+        torch.autograd.grad(y.square().sum(), [x, *m.parameters()])
+        for y, m in ((expected, usual), (got, by_rows))
+    )
     torch.testing.assert_close(got, expected)
     assert len(normalized) == (channels > 1)  # one channel lies either way, and is torch's
 
@@ -174,7 +193,9 @@ def test_rows_of_large_and_of_equal_numbers_are_normalized_as_exactly_as_torch_d
     usual, x = normalization()
     by_rows = specialized(usual.float())
     for given in (x + 1000, torch.full_like(x, 0.1)):
-        exact = nn.functional.group_norm(given.float().double(), 4, usual.weight.double(), usual.bias.double())
+        exact = nn.functional.group_norm(
+            given.float().double(), 4, usual.weight.double(), usual.bias.double()
+        )
         torchs, ours = ((norm(given.float()) - exact).abs().max() for norm in (usual, by_rows))
         assert ours <= torchs + 1e-6
     assert len(normalized) == 2
@@ -182,7 +203,12 @@ def test_rows_of_large_and_of_equal_numbers_are_normalized_as_exactly_as_torch_d
 
 def test_rows_of_large_equal_numbers_have_no_negative_variance(normalized):
     usual, x = normalization()
-    constants = torch.linspace(100, 10_000, len(x)).view(-1, 1, 1, 1).expand_as(x).contiguous(memory_format=torch.channels_last)
+    constants = (
+        torch.linspace(100, 10_000, len(x))
+        .view(-1, 1, 1, 1)
+        .expand_as(x)
+        .contiguous(memory_format=torch.channels_last)
+    )
     assert specialized(usual.float())(constants).isfinite().all()
     assert len(normalized) == 1
 
@@ -193,12 +219,23 @@ def test_rows_of_large_equal_numbers_have_no_negative_variance(normalized):
         ({}, lambda x: x.contiguous()),
         ({}, lambda x: x[:1]),
         ({}, lambda x: x.flatten(2)),
-        ({}, lambda x: x[:, :, :10].repeat(1, 1, 8, 2).contiguous(memory_format=torch.channels_last)),
+        (
+            {},
+            lambda x: x[:, :, :10].repeat(1, 1, 8, 2).contiguous(memory_format=torch.channels_last),
+        ),
         ({"affine": False}, lambda x: x),
         ({"channels": 32}, lambda x: x),
         ({"channels": 64}, lambda x: x),
     ],
-    ids=["contiguous", "few", "no image", "large images", "no weights", "8 channels", "16 channels"],
+    ids=[
+        "contiguous",
+        "few",
+        "no image",
+        "large images",
+        "no weights",
+        "8 channels",
+        "16 channels",
+    ],
 )
 def test_other_normalization_is_left_to_torch(options, change, normalized):
     usual, x = normalization(**options)
@@ -219,7 +256,10 @@ def test_short_attention_is_the_same_by_plain_products(limit, cross, attended, m
     monkeypatch.setattr(networks, "SHORT", limit)
     torch.manual_seed(0)
     usual = Attention(8, cross_attention_dim=6 if cross else None, heads=2, dim_head=4).double()
-    x, given = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64) if cross else None
+    x, given = (
+        torch.randn(2, 4, 8, dtype=torch.float64),
+        torch.randn(2, 4, 6, dtype=torch.float64) if cross else None,
+    )
     torch.testing.assert_close(specialized(usual)(x, given), usual(x, given), rtol=0, atol=1e-14)
     assert len(attended) == (limit == 16)
 
@@ -227,16 +267,29 @@ def test_short_attention_is_the_same_by_plain_products(limit, cross, attended, m
 @pytest.mark.parametrize("shape", [(2, 8, 3, 2), (2, 6, 8)], ids=str)
 def test_short_attention_of_a_network_has_its_norm_residual_and_scale(shape):
     torch.manual_seed(0)
-    options = {"norm_num_groups": 2, "residual_connection": True, "rescale_output_factor": 3.0, "bias": True, "eps": 1e-5}
-    usual, x = Attention(8, heads=2, dim_head=4, **options).double(), torch.randn(*shape, dtype=torch.float64)
+    options = {
+        "norm_num_groups": 2,
+        "residual_connection": True,
+        "rescale_output_factor": 3.0,
+        "bias": True,
+        "eps": 1e-5,
+    }
+    usual, x = (
+        Attention(8, heads=2, dim_head=4, **options).double(),
+        torch.randn(*shape, dtype=torch.float64),
+    )
     torch.testing.assert_close(specialized(usual)(x), usual(x), rtol=0, atol=1e-14)
 
 
 def test_short_attention_of_large_scores_does_not_overflow():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 5, 8) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x[:, None] for x in (1e3 * q, 1e3 * k, v)))[:, 0]
-    torch.testing.assert_close(networks._attend(1e3 * q, 1e3 * k, v, heads=1), expected, rtol=0, atol=1e-6)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x[:, None] for x in (1e3 * q, 1e3 * k, v))
+    )[:, 0]
+    torch.testing.assert_close(
+        networks._attend(1e3 * q, 1e3 * k, v, heads=1), expected, rtol=0, atol=1e-6
+    )
 
 
 def other_attention(**options):
@@ -246,7 +299,11 @@ def other_attention(**options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"qk_norm": "layer_norm"}, {"cross_attention_norm": "layer_norm", "cross_attention_dim": 8}, {"half": True}],
+    [
+        {"qk_norm": "layer_norm"},
+        {"cross_attention_norm": "layer_norm", "cross_attention_dim": 8},
+        {"half": True},
+    ],
     ids=str,
 )
 def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(options, monkeypatch):
@@ -263,12 +320,19 @@ def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(optio
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_that_asks_for_float32_is_short_attention_too(dtype, attended):
-    usual, x = other_attention(upcast_attention=True, upcast_softmax=True).to(dtype), torch.randn(2, 4, 8).to(dtype)
-    torch.testing.assert_close(specialized(usual)(x), usual(x), rtol=0, atol=10 * torch.finfo(dtype).eps)
+    usual, x = (
+        other_attention(upcast_attention=True, upcast_softmax=True).to(dtype),
+        torch.randn(2, 4, 8).to(dtype),
+    )
+    torch.testing.assert_close(
+        specialized(usual)(x), usual(x), rtol=0, atol=10 * torch.finfo(dtype).eps
+    )
     assert len(attended) == 1
 
 
-def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(attended, normalized, monkeypatch):
+def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(
+    attended, normalized, monkeypatch
+):
     usual = diffusers.UNet2DModel.from_pretrained(find_model("fashion-mnist") / "unet")
     transposed = calls_of(torch.nn.functional, "conv_transpose2d", monkeypatch)
     torch.manual_seed(0)
@@ -279,7 +343,9 @@ def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(attended
         torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
         kinds = [type(module) for module in laid_out.modules()]
         assert len(transposed) == kinds.count(networks._OnceUpsample2D) == 2
-        assert len(normalized) == 7  # of 32 and 96 channels at 28 x 28, and of 96 at 14 x 14, in 8 groups
+        assert (
+            len(normalized) == 7
+        )  # of 32 and 96 channels at 28 x 28, and of 96 at 14 x 14, in 8 groups
         assert attended == []
         specialize(laid_out)
         torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
@@ -287,18 +353,27 @@ def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(attended
 
 
 def test_attention_keeps_its_mask(caplog):
-    usual, x, mask = other_attention().double(), torch.randn(2, 4, 8, dtype=torch.float64), torch.zeros(2, 1, 4, dtype=torch.float64)
+    usual, x, mask = (
+        other_attention().double(),
+        torch.randn(2, 4, 8, dtype=torch.float64),
+        torch.zeros(2, 1, 4, dtype=torch.float64),
+    )
     mask[0, 0, 3] = -1e4
     expected = usual(x, attention_mask=mask)
     assert not torch.equal(expected, usual(x))
-    torch.testing.assert_close(specialized(usual)(x, attention_mask=mask), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        specialized(usual)(x, attention_mask=mask), expected, rtol=0, atol=1e-14
+    )
     assert not caplog.records
 
 
 def test_attention_keeps_its_spatial_normalization():
     torch.manual_seed(0)
     usual = Attention(32, heads=2, dim_head=16, spatial_norm_dim=6).double()
-    x, temb = torch.randn(2, 32, 2, 2, dtype=torch.float64), torch.randn(2, 6, 2, 2, dtype=torch.float64)
+    x, temb = (
+        torch.randn(2, 32, 2, 2, dtype=torch.float64),
+        torch.randn(2, 6, 2, 2, dtype=torch.float64),
+    )
     expected = usual(x, temb=temb)
     assert not torch.equal(expected, usual(x, temb=temb.flip(0)))
     torch.testing.assert_close(specialized(usual)(x, temb=temb), expected, rtol=0, atol=1e-14)
@@ -306,10 +381,18 @@ def test_attention_keeps_its_spatial_normalization():
 
 @pytest.mark.parametrize(
     ("options", "asked"),
-    [({}, {"mode": "reduce-overhead"}), ({"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"})]
-    + [(given, given) for given in ({"mode": "default"}, {"backend": "eager"}, {"options": {"freezing": True}})],
+    [
+        ({}, {"mode": "reduce-overhead"}),
+        ({"dynamic": False}, {"dynamic": False, "mode": "reduce-overhead"}),
+    ]
+    + [
+        (given, given)
+        for given in ({"mode": "default"}, {"backend": "eager"}, {"options": {"freezing": True}})
+    ],
 )
-def test_kernels_are_recorded_on_a_gpu_where_nothing_else_is_asked_for(options, asked, tiny, monkeypatch):
+def test_kernels_are_recorded_on_a_gpu_where_nothing_else_is_asked_for(
+    options, asked, tiny, monkeypatch
+):
     pipe, calls = UnconditionalPipeline.from_pretrained(tiny), []
     monkeypatch.setattr(UnconditionalPipeline, "_execution_device", torch.device("cuda"))
     monkeypatch.setattr(pipe.unet, "compile", lambda **given: calls.append(given))
@@ -335,13 +418,19 @@ def test_outputs_of_compiled_networks_on_a_gpu_are_copied():
     inside.forward = torch.compile(inside.forward, backend="eager")
     output = OnAGPU()
     assert networks.kept(output, plain) is output
-    assert [networks.kept(output, network) for network in (in_place, around, inside)] == ["a copy"] * 3
+    assert [networks.kept(output, network) for network in (in_place, around, inside)] == [
+        "a copy"
+    ] * 3
     here = torch.ones(1)
     assert networks.kept(here, in_place) is here
 
 
-@pytest.mark.parametrize(("on_a_gpu", "compiled", "evaluations"), [(True, True, 3), (True, False, 1), (False, True, 1)])
-def test_warming_up_goes_as_far_as_replaying_what_is_recorded(on_a_gpu, compiled, evaluations, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("on_a_gpu", "compiled", "evaluations"), [(True, True, 3), (True, False, 1), (False, True, 1)]
+)
+def test_warming_up_goes_as_far_as_replaying_what_is_recorded(
+    on_a_gpu, compiled, evaluations, tiny, monkeypatch
+):
     pipe, calls, waited = UnconditionalPipeline.from_pretrained(tiny), [], []
     if compiled:
         pipe.unet.compile(backend="eager")
@@ -362,12 +451,17 @@ def test_attention_that_someone_replaced_stays(tiny):
 
 
 def test_a_prepared_network_keeps_its_images_parameters_and_copies(tiny, tmp_path):
-    plain, prepared = diffusers.DDIMPipeline.from_pretrained(tiny), UnconditionalPipeline.from_pretrained(tiny)
+    plain, prepared = (
+        diffusers.DDIMPipeline.from_pretrained(tiny),
+        UnconditionalPipeline.from_pretrained(tiny),
+    )
     assert prepared.compile(backend=lambda graph, inputs: graph.forward) is prepared
     kinds = {type(m) for m in prepared.unet.modules()}
     assert networks._OnceUpsample2D in kinds
     assert Upsample2D not in kinds
-    assert {type(m.processor) for m in prepared.unet.modules() if isinstance(m, Attention)} == {networks._ShortAttnProcessor}
+    assert {type(m.processor) for m in prepared.unet.modules() if isinstance(m, Attention)} == {
+        networks._ShortAttnProcessor
+    }
     specialize(copy.deepcopy(prepared.unet))  # again, which changes nothing
     assert prepared.unet.state_dict().keys() == plain.unet.state_dict().keys()
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 999])
@@ -394,8 +488,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_memory_that_was_freed_is_not_cleared_again_for_each_layer():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    ran = subprocess.run([sys.executable, "-c", FREED], env=environment, check=True, capture_output=True, text=True)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", FREED], env=environment, check=True, capture_output=True, text=True
+    )
     assert int(ran.stdout) < 2**20  # bytes an evaluation; about 20 MiB where nothing is kept
 
 

@@ -35,8 +35,12 @@ def draw(pipe, **options):
 def test_images_are_those_of_diffusers_where_its_stride_is_the_neighbour(steps, eta, tiny, pipe):
     theirs = diffusers.DDIMPipeline.from_pretrained(tiny)
     theirs.set_progress_bar_config(disable=True)
-    expected = theirs(2, make_generators([3, 4]), eta=eta, num_inference_steps=steps, output_type="pt").images
-    torch.testing.assert_close(draw(pipe, seeds=[3, 4], eta=eta, num_inference_steps=steps), expected, rtol=0, atol=2e-5)
+    expected = theirs(
+        2, make_generators([3, 4]), eta=eta, num_inference_steps=steps, output_type="pt"
+    ).images
+    torch.testing.assert_close(
+        draw(pipe, seeds=[3, 4], eta=eta, num_inference_steps=steps), expected, rtol=0, atol=2e-5
+    )
 
 
 def test_a_foreign_configuration_is_followed_with_eps_derived_again(foreign):
@@ -45,12 +49,21 @@ def test_a_foreign_configuration_is_followed_with_eps_derived_again(foreign):
     mine = UnconditionalPipeline.from_pretrained(foreign)
     assert mine.select_clip() == Clip("static")
     assert mine.select_timesteps(50)[0] == 980
-    expected = theirs(2, make_generators([3, 4]), num_inference_steps=10, use_clipped_model_output=True, output_type="pt").images
-    torch.testing.assert_close(draw(mine, seeds=[3, 4], num_inference_steps=10), expected, rtol=0, atol=2e-5)
+    expected = theirs(
+        2,
+        make_generators([3, 4]),
+        num_inference_steps=10,
+        use_clipped_model_output=True,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(
+        draw(mine, seeds=[3, 4], num_inference_steps=10), expected, rtol=0, atol=2e-5
+    )
     unclipped = draw(mine, seeds=[3, 4], num_inference_steps=10, clip="none")
     assert (unclipped - expected).abs().max() > 0.01
     assert torch.equal(
-        draw(mine, seeds=[3, 4], num_inference_steps=10, clip=Clip("static")), draw(mine, seeds=[3, 4], num_inference_steps=10)
+        draw(mine, seeds=[3, 4], num_inference_steps=10, clip=Clip("static")),
+        draw(mine, seeds=[3, 4], num_inference_steps=10),
     )
 
 
@@ -61,12 +74,16 @@ def test_the_image_of_a_seed_does_not_depend_on_the_others(eta, pipe):
     assert (together - apart).abs().max() < 1e-5
 
 
-def test_generators_mean_what_they_mean_in_diffusers_and_latents_take_the_place_of_the_first_draw(pipe):
+def test_generators_mean_what_they_mean_in_diffusers_and_latents_take_the_place_of_the_first_draw(
+    pipe,
+):
     by_seed = draw(pipe, seeds=[5, 6], eta=1.0)
     assert torch.equal(draw(pipe, generator=make_generators([5, 6]), eta=1.0), by_seed)
     x = seeded_randn(pipe.image_shape, [5, 6])
     assert torch.equal(draw(pipe, seeds=[5, 6], latents=x, eta=1.0), by_seed)
-    assert not torch.equal(draw(pipe, generator=make_generators([5, 6]), latents=x, eta=1.0), by_seed)
+    assert not torch.equal(
+        draw(pipe, generator=make_generators([5, 6]), latents=x, eta=1.0), by_seed
+    )
     one = draw(pipe, batch_size=2, generator=make_generators([5])[0])
     torch.testing.assert_close(one[:1], draw(pipe, seeds=[5]))
 
@@ -119,7 +136,12 @@ def test_to_moves_and_casts_and_double_precision_stays(tiny):
 def test_a_callback_sees_every_step_and_stops_with_what_is_predicted(pipe):
     states = []
     whole = draw(pipe, seeds=[0, 1], callback=states.append)
-    assert [(s.t, s.s, s.number) for s in states] == [(999, 749, 0), (749, 499, 1), (499, 249, 2), (249, -1, 3)]
+    assert [(s.t, s.s, s.number) for s in states] == [
+        (999, 749, 0),
+        (749, 499, 1),
+        (499, 249, 2),
+        (249, -1, 3),
+    ]
     assert torch.equal((states[-1].x_s / 2 + 0.5).clamp(0, 1), whole)
     stopped = draw(pipe, seeds=[0, 1], callback=lambda state: state.number == 1)
     assert torch.equal(stopped, (states[1].x0 / 2 + 0.5).clamp(0, 1))
@@ -151,7 +173,9 @@ def test_the_order_is_the_configurations_unless_the_call_says_another(tiny):
     pipe.scheduler.register_to_config(solver_order=2)
     assert torch.equal(draw(pipe, seeds=[0]), second)
     assert torch.equal(draw(pipe, seeds=[0], order=1), first)
-    with pytest.raises(DDIMError, match="order 2 solves the deterministic flow and draws no noise; got eta=1"):
+    with pytest.raises(
+        DDIMError, match="order 2 solves the deterministic flow and draws no noise; got eta=1"
+    ):
         draw(pipe, seeds=[0], eta=1.0)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3)
     assert pipe.select_order() == 1
@@ -167,7 +191,13 @@ def test_class_labels_choose_the_image(classes):
 def test_a_learned_variance_is_left_out():
     torch.manual_seed(0)
     network = diffusers.UNet2DModel(
-        8, 1, 2, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        8,
+        1,
+        2,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
     )
     pipe = UnconditionalPipeline(network.eval(), DDIMScheduler(clip_sample=False))
     states = []
@@ -179,7 +209,9 @@ def test_a_learned_variance_is_left_out():
 
 def test_zero_terminal_snr_starts_from_nothing(tiny):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
     assert float(pipe.noise_schedule.alpha_bar(999)) == 0
     assert bool(draw(pipe, seeds=[0], eta=1.0).isfinite().all())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="epsilon")
@@ -193,10 +225,19 @@ def test_zero_terminal_snr_starts_from_nothing(tiny):
         ({"output_type": "banana"}, "output_type must be pil, np or pt; got 'banana'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
         ({"seeds": []}, "at least 1; got 0"),
-        ({"batch_size": 3, "seeds": [0, 1]}, r"different numbers of images \(batch_size: 3, seeds: 2\)"),
-        ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator both say where noise comes from"),
+        (
+            {"batch_size": 3, "seeds": [0, 1]},
+            r"different numbers of images \(batch_size: 3, seeds: 2\)",
+        ),
+        (
+            {"seeds": [0], "generator": torch.Generator()},
+            "seeds and generator both say where noise comes from",
+        ),
         ({"seeds": [-1]}, "a seed must be a whole number from 0"),
-        ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \[B, 1, H, W\]; got \[1, 3, 8, 8\]"),
+        (
+            {"latents": torch.zeros(1, 3, 8, 8)},
+            r"latents must have shape \[B, 1, H, W\]; got \[1, 3, 8, 8\]",
+        ),
         ({"timesteps": [5, 5], "num_inference_steps": None}, "must not repeat a level"),
         ({"timesteps": [5, 4]}, "leave out num_inference_steps and timestep_spacing, or timesteps"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
@@ -230,12 +271,24 @@ def test_bad_labels_are_refused(labels, message, classes):
 
 def test_channels_that_do_not_fit_are_refused(tiny):
     network = diffusers.UNet2DModel(
-        8, 3, 1, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        8,
+        3,
+        1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
     )
     with pytest.raises(DDIMError, match="the network takes 3 channels and returns 1"):
         draw(UnconditionalPipeline(network, DDIMScheduler()), seeds=[0])
     latent = diffusers.UNet2DModel(
-        8, 4, 4, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        8,
+        4,
+        4,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
     )
     pipe = UnconditionalPipeline(latent, DDIMScheduler())
     assert draw(pipe, seeds=[0]).shape == (1, 4, 8, 8)
@@ -263,11 +316,15 @@ images = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=10
 numpy.save(sys.argv[1] + "/images.npy", images)
 assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "saved")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "saved")], check=True, capture_output=True
+    )
     again = UnconditionalPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(again.scheduler, DDIMScheduler)
     assert again.scheduler.config["solver_order"] == 2
-    images = draw(again, seeds=[3], order=1, num_inference_steps=10, output_type="np")  # diffusers passes over the order
+    images = draw(
+        again, seeds=[3], order=1, num_inference_steps=10, output_type="np"
+    )  # diffusers passes over the order
     assert np.abs(images - np.load(tmp_path / "saved" / "images.npy")).max() < 2e-5
     assert torch.equal(draw(again, seeds=[3]), draw(pipe, seeds=[3]))
 
@@ -283,7 +340,11 @@ def test_what_diffusers_does_not_know_is_not_saved(tiny, tmp_path):
 @pytest.mark.parametrize("model", ["tiny", "tiny_classes", "foreign"])
 def test_a_warm_up_compiles_all_there_is_and_saving_stays_as_it_was(model, request, tmp_path):
     folder = request.getfixturevalue(model)
-    plain, compiled, compilations = UnconditionalPipeline.from_pretrained(folder), UnconditionalPipeline.from_pretrained(folder), []
+    plain, compiled, compilations = (
+        UnconditionalPipeline.from_pretrained(folder),
+        UnconditionalPipeline.from_pretrained(folder),
+        [],
+    )
 
     def count(graph, inputs):
         compilations.append(graph)
@@ -293,7 +354,11 @@ def test_a_warm_up_compiles_all_there_is_and_saving_stays_as_it_was(model, reque
     compiled.warm_up(2)
     before = len(compilations)
     assert before > 0
-    options = {"seeds": [0, 1], "eta": 1.0, "class_labels": [1, 2] if model == "tiny_classes" else None}
+    options = {
+        "seeds": [0, 1],
+        "eta": 1.0,
+        "class_labels": [1, 2] if model == "tiny_classes" else None,
+    }
     torch.testing.assert_close(draw(compiled, **options), draw(plain, **options))
     assert len(compilations) == before
     compiled.save_pretrained(tmp_path)
@@ -315,7 +380,9 @@ def test_unconditional_folders_open_as_our_pipeline(opened, request):
 
 
 def test_parts_may_be_given_and_typos_are_not_swallowed(tiny):
-    pipe = DiffusionPipeline.from_pretrained(tiny, scheduler=diffusers.PNDMScheduler(num_train_timesteps=200))
+    pipe = DiffusionPipeline.from_pretrained(
+        tiny, scheduler=diffusers.PNDMScheduler(num_train_timesteps=200)
+    )
     assert len(pipe.noise_schedule) == 200
     with pytest.raises(TypeError, match="unexpected keyword argument 'dtipe'"):
         DiffusionPipeline.from_pretrained(tiny, dtipe=torch.float16)
@@ -337,7 +404,9 @@ def dit(tmp_path_factory):
     )
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     folder = tmp_path_factory.mktemp("models") / "dit"
-    diffusers.DiTPipeline(transformer, vae, diffusers.DPMSolverMultistepScheduler()).save_pretrained(folder)
+    diffusers.DiTPipeline(
+        transformer, vae, diffusers.DPMSolverMultistepScheduler()
+    ).save_pretrained(folder)
     return folder
 
 
@@ -346,12 +415,16 @@ def test_other_checkpoints_open_as_diffusers_pipeline_with_our_scheduler(dit):
     assert type(pipe) is diffusers.DiTPipeline
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.set_progress_bar_config(disable=True)
-    images = pipe([1], generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+    images = pipe(
+        [1], generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np"
+    ).images
     assert images.shape[0] == 1
     assert np.isfinite(images).all()
     given = diffusers.DPMSolverMultistepScheduler()
     assert DiffusionPipeline.from_pretrained(dit, scheduler=given).scheduler is given
-    with pytest.raises(CheckpointError, match="is a DiTPipeline, which needs more than a network and a scheduler"):
+    with pytest.raises(
+        CheckpointError, match="is a DiTPipeline, which needs more than a network and a scheduler"
+    ):
         UnconditionalPipeline.from_pretrained(dit)
 
 
@@ -359,7 +432,9 @@ def test_a_flow_matching_checkpoint_is_refused_before_its_weights_are_read(dit, 
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "model_index.json").write_text((dit / "model_index.json").read_text())
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(CheckpointError, match="is a FlowMatchEulerDiscreteScheduler of a flow-matching model"):
+    with pytest.raises(
+        CheckpointError, match="is a FlowMatchEulerDiscreteScheduler of a flow-matching model"
+    ):
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
@@ -369,7 +444,9 @@ def test_a_checkpoint_that_diffusers_cannot_open_is_an_error_of_ours(dit, tmp_pa
         for path in (dit / name).iterdir():
             (tmp_path / name / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model_index.json").write_text((dit / "model_index.json").read_text())
-    with pytest.raises(CheckpointError, match="has no transformer, and its model_index.json lists one"):
+    with pytest.raises(
+        CheckpointError, match="has no transformer, and its model_index.json lists one"
+    ):
         DiffusionPipeline.from_pretrained(tmp_path)
     (tmp_path / "transformer").mkdir()
     with pytest.raises(CheckpointError, match="cannot be opened as a DiTPipeline"):
@@ -381,7 +458,9 @@ def test_options_of_a_scheduler_that_were_given_by_position_count(cls, pipe):
     assert len(UnconditionalPipeline(pipe.unet, cls(500)).noise_schedule) == 500
 
 
-@pytest.mark.parametrize("scheduler", [diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()])
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()]
+)
 def test_a_scheduler_of_another_family_is_refused(scheduler, pipe):
     for given in (scheduler, scheduler.config):
         with pytest.raises(DDIMError, match="DDIM cannot take over this configuration: it is a"):
@@ -389,20 +468,30 @@ def test_a_scheduler_of_another_family_is_refused(scheduler, pipe):
 
 
 def test_a_scheduler_that_is_put_in_later_is_taken_or_refused(pipe):
-    made = UnconditionalPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, solver_order=1))
+    made = UnconditionalPipeline(
+        pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, solver_order=1)
+    )
     expected = draw(made, seeds=[0])
     made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
     assert torch.equal(draw(made, seeds=[0]), expected)
-    for scheduler in (diffusers.EulerDiscreteScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()):
+    for scheduler in (
+        diffusers.EulerDiscreteScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+    ):
         made.scheduler = scheduler
-        with pytest.raises(DDIMError, match=rf"its scheduler was replaced by a {type(scheduler).__name__}; set pipe\.scheduler = ddim"):
+        with pytest.raises(
+            DDIMError,
+            match=rf"its scheduler was replaced by a {type(scheduler).__name__}; set pipe\.scheduler = ddim",
+        ):
             draw(made, seeds=[0])
 
 
 def test_an_attribute_of_the_configuration_that_is_changed_is_read(pipe):
     made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
     made.scheduler.config.beta_end = 0.01
-    other = UnconditionalPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.01))
+    other = UnconditionalPipeline(
+        pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.01)
+    )
     assert torch.equal(draw(made, seeds=[0]), draw(other, seeds=[0]))
 
 
@@ -410,7 +499,10 @@ def test_an_attribute_of_the_configuration_that_is_changed_is_read(pipe):
 def test_half_precision_is_saved_and_loaded_to_the_bit(dtype, tiny, tmp_path):
     made = UnconditionalPipeline.from_pretrained(tiny, dtype=dtype)
     made.save_pretrained(tmp_path)
-    same, wider = UnconditionalPipeline.from_pretrained(tmp_path, dtype=dtype), UnconditionalPipeline.from_pretrained(tmp_path)
+    same, wider = (
+        UnconditionalPipeline.from_pretrained(tmp_path, dtype=dtype),
+        UnconditionalPipeline.from_pretrained(tmp_path),
+    )
     theirs = diffusers.DDIMPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert (same.unet.dtype, wider.unet.dtype) == (dtype, torch.float32)
     for name, value in made.unet.state_dict().items():
@@ -421,14 +513,24 @@ def test_half_precision_is_saved_and_loaded_to_the_bit(dtype, tiny, tmp_path):
 
 def test_numpys_numbers_count(pipe, classes):
     expected = draw(pipe, seeds=[3, 4, 5])
-    for seeds in (np.array([3, 4, 5]), torch.tensor([3, 4, 5]), range(3, 6), [np.int64(s) for s in (3, 4, 5)]):
+    for seeds in (
+        np.array([3, 4, 5]),
+        torch.tensor([3, 4, 5]),
+        range(3, 6),
+        [np.int64(s) for s in (3, 4, 5)],
+    ):
         assert torch.equal(draw(pipe, seeds=seeds), expected)
     assert len(draw(pipe, batch_size=np.int64(2))) == 2
     expected = draw(classes, seeds=[0, 1], class_labels=[2, 3])
     assert torch.equal(draw(classes, seeds=np.arange(2), class_labels=np.array([2, 3])), expected)
     assert len(draw(classes, class_labels=np.array([2, 3]))) == 2
-    assert torch.equal(draw(classes, seeds=[0, 1], class_labels=np.int64(2)), draw(classes, seeds=[0, 1], class_labels=2))
-    with pytest.raises(DDIMError, match=r"different numbers of images \(seeds: 3, class_labels: 2\)"):
+    assert torch.equal(
+        draw(classes, seeds=[0, 1], class_labels=np.int64(2)),
+        draw(classes, seeds=[0, 1], class_labels=2),
+    )
+    with pytest.raises(
+        DDIMError, match=r"different numbers of images \(seeds: 3, class_labels: 2\)"
+    ):
         draw(classes, seeds=np.arange(3), class_labels=np.array([2, 3]))
 
 
@@ -437,15 +539,22 @@ def test_sizes_that_the_network_cannot_halve_are_refused(tiny):
     with pytest.raises(DDIMError, match="sides are multiples of 2; the latents' size is 7x8"):
         draw(made, latents=torch.zeros(1, 1, 8, 7))
     made.unet.register_to_config(sample_size=7)
-    with pytest.raises(DDIMError, match="sides are multiples of 2; its configuration's sample_size is 7x7"):
+    with pytest.raises(
+        DDIMError, match="sides are multiples of 2; its configuration's sample_size is 7x7"
+    ):
         draw(made, seeds=[0])
     for size in ("big", [8, 8, 8], 0, [8, None]):
         made.unet.register_to_config(sample_size=size)
-        with pytest.raises(DDIMError, match="sample_size of the network's configuration must be one whole number or two; got"):
+        with pytest.raises(
+            DDIMError,
+            match="sample_size of the network's configuration must be one whole number or two; got",
+        ):
             draw(made, seeds=[0])
 
 
 def test_a_pipeline_of_parts_takes_any_scheduler_of_the_family(pipe):
-    made = UnconditionalPipeline(pipe.unet, diffusers.DDPMScheduler(beta_schedule="sigmoid", clip_sample=False))
+    made = UnconditionalPipeline(
+        pipe.unet, diffusers.DDPMScheduler(beta_schedule="sigmoid", clip_sample=False)
+    )
     assert made.scheduler.config.beta_schedule == "sigmoid"
     assert bool(draw(made, seeds=[0]).isfinite().all())

@@ -23,18 +23,40 @@ def folder(request, tmp_path_factory):
     configs = CONFIGS[request.param]
     out = tmp_path_factory.mktemp("checkpoints") / request.param
     torch.manual_seed(0)
-    heads = {"attention_head_dim": [1, 2, 4, 4]} if isinstance(configs["unet"]["attention_head_dim"], list) else {}
-    narrow = {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 32, "sample_size": 8, **heads}
-    diffusers.UNet2DConditionModel.from_config({**configs["unet"], **narrow}).save_pretrained(out / "unet")
+    heads = (
+        {"attention_head_dim": [1, 2, 4, 4]}
+        if isinstance(configs["unet"]["attention_head_dim"], list)
+        else {}
+    )
+    narrow = {
+        "block_out_channels": [32, 32, 64, 64],
+        "cross_attention_dim": 32,
+        "sample_size": 8,
+        **heads,
+    }
+    diffusers.UNet2DConditionModel.from_config({**configs["unet"], **narrow}).save_pretrained(
+        out / "unet"
+    )
     narrow = {"block_out_channels": [32] * 4, "layers_per_block": 1, "sample_size": 64}
     diffusers.AutoencoderKL.from_config({**configs["vae"], **narrow}).save_pretrained(out / "vae")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(out / "tokenizer")
-    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    narrow = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     words = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPTextConfig.from_dict({**configs["text_encoder"], **narrow, **words, "torch_dtype": "float32"})
+    config = transformers.CLIPTextConfig.from_dict(
+        {**configs["text_encoder"], **narrow, **words, "torch_dtype": "float32"}
+    )
     transformers.CLIPTextModel(config).save_pretrained(out / "text_encoder")
-    index = {**configs["model_index"], "safety_checker": [None, None], "requires_safety_checker": False}
+    index = {
+        **configs["model_index"],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
     rest = {
         "scheduler/scheduler_config.json": configs["scheduler"],
         "feature_extractor/preprocessor_config.json": configs["feature_extractor"],
@@ -68,7 +90,9 @@ def test_the_folder_opens_and_draws_what_diffusers_draws(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert type(pipe) is TextToImagePipeline
     assert pipe.image_shape == (3, 64, 64)
-    assert pipe.scheduler.config.prediction_type == CONFIGS[folder.name]["scheduler"].get("prediction_type", "epsilon")
+    assert pipe.scheduler.config.prediction_type == CONFIGS[folder.name]["scheduler"].get(
+        "prediction_type", "epsilon"
+    )
     assert_alike(draw(pipe, progress=False), draw(open_theirs(folder)))
     assert draw(pipe, progress=False, output_type="pil")[0].size == (64, 64)
 

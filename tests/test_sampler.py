@@ -23,7 +23,10 @@ BETAS = {
     "cosine": make_betas("squaredcos_cap_v2"),
 }
 SCHEDULES = {name: NoiseSchedule.from_betas(betas) for name, betas in BETAS.items()}
-SCHEDULES |= {f"{name}-zero": NoiseSchedule.from_betas(rescale_zero_terminal_snr(betas)) for name, betas in BETAS.items()}
+SCHEDULES |= {
+    f"{name}-zero": NoiseSchedule.from_betas(rescale_zero_terminal_snr(betas))
+    for name, betas in BETAS.items()
+}
 
 
 def pairs_of(count, spacing="trailing", total=1000):
@@ -59,7 +62,9 @@ def test_ddim_converges_with_first_order():
         schedule = uniform_angle_schedule(count)
         oracle = GaussianOracle(schedule, mean=0.5, std=0.25)
         pairs = step_pairs(list(range(count - 1, -1, -1)))
-        x_t = oracle.draw((256,), t=count - 1, generator=torch.Generator().manual_seed(1)).reshape(256, 1)
+        x_t = oracle.draw((256,), t=count - 1, generator=torch.Generator().manual_seed(1)).reshape(
+            256, 1
+        )
         end = sample(oracle.denoise, x_t, pairs, schedule=schedule)
         errors.append(float((end - oracle.flow(x_t, count - 1, -1)).pow(2).mean().sqrt()))
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
@@ -71,10 +76,18 @@ def test_ddim_converges_with_first_order():
 def test_the_error_falls_with_the_order_of_the_solver(order, mean, std):
     errors, counts = [], [20, 40, 80, 160, 320]
     for count in counts:
-        schedule = NoiseSchedule(torch.linspace(6, -6, count, dtype=torch.float64).sigmoid())  # even in log-SNR, the multistep's variable
+        schedule = NoiseSchedule(
+            torch.linspace(6, -6, count, dtype=torch.float64).sigmoid()
+        )  # even in log-SNR, the multistep's variable
         oracle = GaussianOracle(schedule, mean=mean, std=std)
         x_t = oracle.draw((256, 1), t=count - 1, generator=torch.Generator().manual_seed(1))
-        end = sample(oracle.denoise, x_t, step_pairs(list(range(count - 1, 0, -1)), end=0), schedule=schedule, order=order)
+        end = sample(
+            oracle.denoise,
+            x_t,
+            step_pairs(list(range(count - 1, 0, -1)), end=0),
+            schedule=schedule,
+            order=order,
+        )
         errors.append(float((end - oracle.flow(x_t, count - 1, 0)).pow(2).mean().sqrt()))
     assert np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(-order, abs=0.06)
 
@@ -87,29 +100,52 @@ def test_order_two_is_nearer_to_the_flow_in_both_directions(name, kind, count):
     if kind == "epsilon" and name.endswith("zero"):
         pytest.skip("epsilon cannot be solved at zero SNR")
     oracle = GaussianOracle(schedule, mean=0.4, std=0.3)
-    denoise, x = ModelDenoiser(oracle.network(kind), schedule, kind), torch.randn(64, 4, dtype=torch.float64)
+    denoise, x = (
+        ModelDenoiser(oracle.network(kind), schedule, kind),
+        torch.randn(64, 4, dtype=torch.float64),
+    )
     exact = oracle.flow(x, 999, -1)
-    first, second = (float((sample(denoise, x, pairs_of(count), schedule=schedule, order=o) - exact).pow(2).mean()) for o in (1, 2))
+    first, second = (
+        float(
+            (sample(denoise, x, pairs_of(count), schedule=schedule, order=o) - exact).pow(2).mean()
+        )
+        for o in (1, 2)
+    )
     assert second < first, (first, second)
     if kind == "sample":
         return  # no eps at clean data
     exact, up = oracle.flow(x, -1, 799), reverse_pairs(step_pairs(select_timesteps(800, count)))
-    first, second = (float((sample(denoise, x, up, schedule=schedule, order=o) - exact).pow(2).mean()) for o in (1, 2))
+    first, second = (
+        float((sample(denoise, x, up, schedule=schedule, order=o) - exact).pow(2).mean())
+        for o in (1, 2)
+    )
     assert second < first, (first, second)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' own code
 def test_the_multistep_is_dpm_solver_in_diffusers():
     timesteps = [999, 870, 700, 410, 230, 90, 20]
-    stock = diffusers.DPMSolverMultistepScheduler(solver_order=2, lower_order_final=True, final_sigmas_type="zero")
+    stock = diffusers.DPMSolverMultistepScheduler(
+        solver_order=2, lower_order_final=True, final_sigmas_type="zero"
+    )
     stock.set_timesteps(timesteps=timesteps)
     oracle = GaussianOracle(SCHEDULES["linear"], mean=0.3, std=0.4)
-    network, x = oracle.network("epsilon"), torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
-    ours, theirs = sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule, order=2), x
+    network, x = (
+        oracle.network("epsilon"),
+        torch.randn(16, 3, generator=torch.Generator().manual_seed(0)),
+    )
+    ours, theirs = (
+        sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule, order=2),
+        x,
+    )
     for t in stock.timesteps:
         theirs = stock.step(network(theirs, t), t, theirs).prev_sample
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule), theirs, atol=1e-2)
+    assert not torch.allclose(
+        sample(oracle.denoise, x, step_pairs(timesteps), schedule=oracle.schedule),
+        theirs,
+        atol=1e-2,
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -117,19 +153,34 @@ def test_a_trajectory_goes_on_from_a_state(order):
     oracle = GaussianOracle(SCHEDULES["sd"], mean=0.2, std=0.4)
     x, pairs = torch.randn(3, 2), pairs_of(9)
     whole = list(trajectory(oracle.denoise, x, pairs, schedule=oracle.schedule, order=order))
-    rest = list(trajectory(oracle.denoise, whole[3].x_s, pairs[4:], schedule=oracle.schedule, order=order, previous=whole[3]))
+    rest = list(
+        trajectory(
+            oracle.denoise,
+            whole[3].x_s,
+            pairs[4:],
+            schedule=oracle.schedule,
+            order=order,
+            previous=whole[3],
+        )
+    )
     assert [s.number for s in rest] == [4, 5, 6, 7, 8]
     assert all(torch.equal(a.x_s, b.x_s) for a, b in zip(whole[4:], rest, strict=True))
 
 
 def test_the_first_step_and_the_step_to_clean_data_are_ddims_at_order_two():
-    schedule = NoiseSchedule.from_betas(BETAS["sd"], set_alpha_to_one=False)  # its clean level has a finite log-SNR
+    schedule = NoiseSchedule.from_betas(
+        BETAS["sd"], set_alpha_to_one=False
+    )  # its clean level has a finite log-SNR
     oracle = GaussianOracle(schedule, mean=0.2, std=0.4)
     x, pairs = torch.randn(3, 2, dtype=torch.float64), pairs_of(4)
     states = list(trajectory(oracle.denoise, x, pairs, schedule=schedule, order=2))
     assert torch.equal(states[0].x_s, sample(oracle.denoise, x, pairs[:1], schedule=schedule))
-    assert torch.equal(states[3].x_s, sample(oracle.denoise, states[2].x_s, pairs[3:], schedule=schedule))
-    assert not torch.equal(states[1].x_s, sample(oracle.denoise, states[0].x_s, pairs[1:2], schedule=schedule))
+    assert torch.equal(
+        states[3].x_s, sample(oracle.denoise, states[2].x_s, pairs[3:], schedule=schedule)
+    )
+    assert not torch.equal(
+        states[1].x_s, sample(oracle.denoise, states[0].x_s, pairs[1:2], schedule=schedule)
+    )
     with pytest.raises(DDIMError, match="order 2 solves the deterministic flow"):
         sample(oracle.denoise, x, pairs, schedule=schedule, order=2, eta=1.0, noise=lambda: x)
 
@@ -159,7 +210,12 @@ def test_every_eta_samples_the_data_distribution(eta, name):
     x_t = oracle.draw((4, 5000), t=999, generator=torch.Generator().manual_seed(3))
     noise = SeededNoise([0, 1, 2, 3], (5000,), dtype=torch.float64)
     end = sample(
-        ModelDenoiser(oracle.network("v_prediction"), schedule, "v_prediction"), x_t, pairs, schedule=schedule, eta=eta, noise=noise
+        ModelDenoiser(oracle.network("v_prediction"), schedule, "v_prediction"),
+        x_t,
+        pairs,
+        schedule=schedule,
+        eta=eta,
+        noise=noise,
     )
     assert float(end.mean()) == pytest.approx(-0.2, abs=0.02)
     assert float(end.std()) == pytest.approx(0.5, abs=0.03)
@@ -187,7 +243,12 @@ def test_the_flow_there_and_back_is_the_identity():
     oracle = GaussianOracle(SCHEDULES["sd"], mean=0.3, std=0.2)
     x = torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(oracle.flow(oracle.flow(x, 999, -1), -1, 999), x)
-    encoded = sample(lambda x_s, s: oracle.denoise(x_s, s), x, reverse_pairs(pairs_of(1000)), schedule=oracle.schedule)
+    encoded = sample(
+        lambda x_s, s: oracle.denoise(x_s, s),
+        x,
+        reverse_pairs(pairs_of(1000)),
+        schedule=oracle.schedule,
+    )
     torch.testing.assert_close(encoded, oracle.flow(x, -1, 999), rtol=0.1, atol=0.1)
 
 
@@ -199,7 +260,12 @@ def test_a_trajectory_tells_every_step_and_can_be_left_early():
     assert [s.number for s in states] == list(range(7))
     assert all(s.x_s.shape == s.x0.shape == s.eps.shape == (2, 3) for s in states)
     calls = []
-    stream = trajectory(lambda x, t: calls.append(t) or oracle.denoise(x, t), torch.randn(2, 3), pairs_of(7), schedule=schedule)
+    stream = trajectory(
+        lambda x, t: calls.append(t) or oracle.denoise(x, t),
+        torch.randn(2, 3),
+        pairs_of(7),
+        schedule=schedule,
+    )
     next(stream)
     stream.close()
     assert calls == [999]
@@ -223,7 +289,9 @@ def test_images_of_a_seed_do_not_depend_on_the_batch():
 
     def run(seeds):
         stream = SeededNoise(seeds, (3, 4, 4))
-        return sample(oracle.denoise, stream(), pairs_of(10), schedule=schedule, eta=1.0, noise=stream)
+        return sample(
+            oracle.denoise, stream(), pairs_of(10), schedule=schedule, eta=1.0, noise=stream
+        )
 
     together = run([4, 5, 6])
     for i, seed in enumerate((4, 5, 6)):
@@ -253,14 +321,21 @@ def test_any_network_becomes_a_denoiser_and_the_state_stays_float32(output):
     schedule = SCHEDULES["linear"]
     found = ModelDenoiser(Half(output), schedule)(torch.randn(2, 3), 500)
     assert found.x0.dtype == found.eps.dtype == torch.float32
-    assert sample(ModelDenoiser(Half(output), schedule), torch.randn(2, 3), pairs_of(5), schedule=schedule).dtype == torch.float32
+    assert (
+        sample(
+            ModelDenoiser(Half(output), schedule), torch.randn(2, 3), pairs_of(5), schedule=schedule
+        ).dtype
+        == torch.float32
+    )
 
 
 def test_clipping_keeps_the_pair_whole_only_when_eps_is_derived_again():
     schedule, x = SCHEDULES["linear"], torch.randn(4, 6, dtype=torch.float64) * 2
     a = schedule.alpha_bar(400)
     for rederive, whole in ((True, True), (False, False)):
-        x0, eps = ModelDenoiser(lambda x, t: torch.zeros_like(x), schedule, clip=Clip("static", rederive_eps=rederive))(x, 400)
+        x0, eps = ModelDenoiser(
+            lambda x, t: torch.zeros_like(x), schedule, clip=Clip("static", rederive_eps=rederive)
+        )(x, 400)
         assert float(x0.abs().max()) <= 1
         assert torch.allclose(a.sqrt() * x0 + (1 - a).sqrt() * eps, x) is whole
 
@@ -273,7 +348,14 @@ def test_clipped_sampling_stays_on_the_marginal():
         return 0.9 * x  # an imperfect prediction, whose x0 leaves [-1, 1] at high noise
 
     kept, lost = (
-        float(sample(ModelDenoiser(network, schedule, clip=Clip("static", rederive_eps=r)), x, [(900, 800)], schedule=schedule).std())
+        float(
+            sample(
+                ModelDenoiser(network, schedule, clip=Clip("static", rederive_eps=r)),
+                x,
+                [(900, 800)],
+                schedule=schedule,
+            ).std()
+        )
         for r in (True, False)
     )
     assert abs(kept - 1) < 0.02
@@ -282,9 +364,14 @@ def test_clipped_sampling_stays_on_the_marginal():
 
 def test_network_outputs_that_do_not_fit_are_refused():
     schedule = SCHEDULES["linear"]
-    with pytest.raises(DDIMError, match=r"of its input's shape \[1, 3, 4\]; got \[1, 6, 4\].*variance"):
+    with pytest.raises(
+        DDIMError, match=r"of its input's shape \[1, 3, 4\]; got \[1, 6, 4\].*variance"
+    ):
         ModelDenoiser(lambda x, t: x.repeat(1, 2, 1), schedule)(torch.zeros(1, 3, 4), 5)
-    with pytest.raises(DDIMError, match="must return a tensor, a tuple that starts with one, or an object with .sample; got str"):
+    with pytest.raises(
+        DDIMError,
+        match="must return a tensor, a tuple that starts with one, or an object with .sample; got str",
+    ):
         ModelDenoiser(lambda x, t: "x", schedule)(torch.zeros(1, 3), 5)
     with pytest.raises(DDIMError, match="clip must be none, static or dynamic; got 'hard'"):
         Clip("hard")
@@ -292,11 +379,18 @@ def test_network_outputs_that_do_not_fit_are_refused():
 
 def test_what_is_no_schedule_type_or_clipping_is_refused_at_once():
     schedule, network = SCHEDULES["linear"], GaussianOracle(SCHEDULES["linear"]).network("epsilon")
-    with pytest.raises(DDIMError, match=r"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas\(betas\); got a Tensor"):
+    with pytest.raises(
+        DDIMError,
+        match=r"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas\(betas\); got a Tensor",
+    ):
         ModelDenoiser(network, BETAS["linear"])
-    with pytest.raises(DDIMError, match="prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"):
+    with pytest.raises(
+        DDIMError, match="prediction_type must be one of epsilon, sample, v_prediction; got 'eps'"
+    ):
         ModelDenoiser(network, schedule, "eps")
-    with pytest.raises(DDIMError, match=r"clip must be a Clip, such as Clip\('static'\); got 'static'"):
+    with pytest.raises(
+        DDIMError, match=r"clip must be a Clip, such as Clip\('static'\); got 'static'"
+    ):
         ModelDenoiser(network, schedule, clip="static")
 
 

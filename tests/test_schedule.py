@@ -6,7 +6,16 @@ import torch
 from diffusers.schedulers import scheduling_ddim
 
 from ddim.errors import DDIMError
-from ddim.schedule import BETA_SCHEDULES, CLEAN, NoiseSchedule, add_noise, make_betas, match, rescale_zero_terminal_snr, velocity
+from ddim.schedule import (
+    BETA_SCHEDULES,
+    CLEAN,
+    NoiseSchedule,
+    add_noise,
+    make_betas,
+    match,
+    rescale_zero_terminal_snr,
+    velocity,
+)
 
 ALL = [(kind, rescaled) for kind in BETA_SCHEDULES for rescaled in (False, True)]
 
@@ -19,7 +28,9 @@ def build(kind="linear", rescaled=False, count=1000, **options):
 @pytest.mark.parametrize("kind", BETA_SCHEDULES)
 def test_betas_equal_diffusers(kind):
     reference = diffusers.DDPMScheduler(beta_schedule=kind).betas.double()
-    torch.testing.assert_close(make_betas(kind), reference, rtol=2e-5, atol=1e-9)  # theirs are float32
+    torch.testing.assert_close(
+        make_betas(kind), reference, rtol=2e-5, atol=1e-9
+    )  # theirs are float32
 
 
 @pytest.mark.parametrize(("kind", "rescaled"), ALL)
@@ -29,7 +40,9 @@ def test_snr_falls_and_signal_and_noise_share_unit_variance(kind, rescaled):
     assert (snr[1:] < snr[:-1]).all()
     assert (schedule.alphas_cumprod >= 0).all()
     assert (schedule.alphas_cumprod < 1).all()
-    torch.testing.assert_close(schedule.log_snr(torch.arange(999)), snr[:-1].log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        schedule.log_snr(torch.arange(999)), snr[:-1].log(), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", BETA_SCHEDULES)
@@ -40,7 +53,9 @@ def test_rescaled_schedules_end_at_exactly_no_signal_and_keep_their_first_level(
     assert float(zero.log_snr(999)) == -math.inf
     assert float(zero.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
     reference = scheduling_ddim.rescale_zero_terminal_snr(make_betas(kind).float())
-    torch.testing.assert_close(rescale_zero_terminal_snr(make_betas(kind)), reference.double(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        rescale_zero_terminal_snr(make_betas(kind)), reference.double(), rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,7 +86,9 @@ def test_noising_is_linear_and_reaches_both_ends():
     assert torch.equal(add_noise(schedule, x0, noise, 999), noise)
     together = add_noise(schedule, x0, noise, torch.tensor([0, 500, 999]))
     for i, t in enumerate((0, 500, 999)):
-        torch.testing.assert_close(together[i], add_noise(schedule, x0[i : i + 1], noise[i : i + 1], t)[0])
+        torch.testing.assert_close(
+            together[i], add_noise(schedule, x0[i : i + 1], noise[i : i + 1], t)[0]
+        )
 
 
 def test_velocity_rotates_the_pair():
@@ -94,8 +111,16 @@ def test_half_precision_keeps_the_low_noise_levels(dtype):
 
 def test_betas_are_fractions_and_one_ends_in_noise_alone():
     assert NoiseSchedule.from_betas([0.0, 0.5, 1.0]).alphas_cumprod.tolist() == [1.0, 0.5, 0.0]
-    for wrong, told in ([0.1, 2.0], "2"), ([-0.1, 0.2], "-0.1"), ([0.1, math.nan], "nan"), ([1.0, math.inf], "inf"):
-        with pytest.raises(DDIMError, match=rf"betas are variances in \[0, 1\]; got {told}\. A table of alpha_bar goes into"):
+    for wrong, told in (
+        ([0.1, 2.0], "2"),
+        ([-0.1, 0.2], "-0.1"),
+        ([0.1, math.nan], "nan"),
+        ([1.0, math.inf], "inf"),
+    ):
+        with pytest.raises(
+            DDIMError,
+            match=rf"betas are variances in \[0, 1\]; got {told}\. A table of alpha_bar goes into",
+        ):
             NoiseSchedule.from_betas(torch.tensor(wrong))
 
 
@@ -105,11 +130,15 @@ def test_errors_say_what_was_received():
         make_betas("cubic")
     with pytest.raises(DDIMError, match="num_train_timesteps must be at least 1; got 0"):
         make_betas("linear", 0)
-    with pytest.raises(DDIMError, match=r"timesteps must lie in \[-1, 1000\), where -1 is clean data; got 1000"):
+    with pytest.raises(
+        DDIMError, match=r"timesteps must lie in \[-1, 1000\), where -1 is clean data; got 1000"
+    ):
         schedule.alpha_bar(1000)
     with pytest.raises(DDIMError, match=r"timesteps must lie in \[-1, 1000\).* got -2"):
         schedule.alpha_bar(-2)
-    with pytest.raises(DDIMError, match="timesteps must be integers; got a tensor of torch.float32"):
+    with pytest.raises(
+        DDIMError, match="timesteps must be integers; got a tensor of torch.float32"
+    ):
         schedule.alpha_bar(torch.tensor(3.0))
     with pytest.raises(DDIMError, match="at least 2 levels; got 1"):
         rescale_zero_terminal_snr(torch.tensor([0.1]))
@@ -117,13 +146,18 @@ def test_errors_say_what_was_received():
         NoiseSchedule(torch.tensor([0.5, float("nan")]))
     with pytest.raises(DDIMError, match=r"one row of levels, shape \[T\]; got shape \[2, 2\]"):
         NoiseSchedule(torch.ones(2, 2))
-    with pytest.raises(DDIMError, match=r"one level, or one for each of the 3 samples; got shape \[2\]"):
+    with pytest.raises(
+        DDIMError, match=r"one level, or one for each of the 3 samples; got shape \[2\]"
+    ):
         match(torch.ones(2), torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_coefficient_stays_on_the_cpu_since_sending_it_would_wait_for_the_device(dtype):
-    x, levels = torch.empty(3, 2, device="meta", dtype=dtype), torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    x, levels = (
+        torch.empty(3, 2, device="meta", dtype=dtype),
+        torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+    )
     one, many = match(levels[0], x), match(levels, x)
     assert (one.device.type, one.dtype, one.shape) == ("cpu", dtype, ())
     assert (many.device.type, many.dtype, many.shape) == ("meta", dtype, (3, 1))

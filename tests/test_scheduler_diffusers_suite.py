@@ -15,10 +15,22 @@ from diffusers.utils import logging
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 
 BOTH = [pytest.param(DDIMScheduler, id="ours"), pytest.param(diffusers.DDIMScheduler, id="theirs")]
-BATCHED = [pytest.param(DDIMScheduler, id="ours"), pytest.param(diffusers.DDIMParallelScheduler, id="theirs")]
-INVERSES = [pytest.param(DDIMInverseScheduler, id="ours"), pytest.param(diffusers.DDIMInverseScheduler, id="theirs")]
+BATCHED = [
+    pytest.param(DDIMScheduler, id="ours"),
+    pytest.param(diffusers.DDIMParallelScheduler, id="theirs"),
+]
+INVERSES = [
+    pytest.param(DDIMInverseScheduler, id="ours"),
+    pytest.param(diffusers.DDIMInverseScheduler, id="theirs"),
+]
 OURS = [DDIMScheduler, DDIMInverseScheduler]
-CONFIG = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
+CONFIG = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": True,
+}
 
 
 def deterministic_sample():
@@ -32,7 +44,11 @@ def deterministic_noise():
 
 
 def model(sample, t):
-    t = t.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype) if isinstance(t, torch.Tensor) else t
+    t = (
+        t.reshape(-1, *[1] * (sample.ndim - 1)).to(sample.dtype)
+        if isinstance(t, torch.Tensor)
+        else t
+    )
     return sample * t / (t + 1)
 
 
@@ -46,7 +62,9 @@ def full_loop(cls, **options):
     for t in scheduler.timesteps:
         residual = model(sample, t)
         sample = (
-            scheduler.step(residual, t, sample) if "Inverse" in cls.__name__ else scheduler.step(residual, t, sample, 0.0)
+            scheduler.step(residual, t, sample)
+            if "Inverse" in cls.__name__
+            else scheduler.step(residual, t, sample, 0.0)
         ).prev_sample
     return sample
 
@@ -108,14 +126,22 @@ def test_batch_step_no_noise(cls):
     samples = torch.stack([sample, sample + 0.1, sample - 0.1])
     timesteps = torch.arange(1000)[:3, None].repeat(1, samples.shape[1])
     residual = model(samples.flatten(0, 1), timesteps.flatten(0, 1))
-    moved = scheduler.batch_step_no_noise(residual, timesteps.flatten(0, 1), samples.flatten(0, 1), 0.0)
+    moved = scheduler.batch_step_no_noise(
+        residual, timesteps.flatten(0, 1), samples.flatten(0, 1), 0.0
+    )
     check(moved, 1147.7904, 0.4982)
 
 
 @pytest.mark.parametrize("cls", BOTH)
 def test_variance(cls):
     scheduler = make(cls)
-    expected = {(0, 0): 0.0, (420, 400): 0.14771, (980, 960): 0.32460, (487, 486): 0.00979, (999, 998): 0.02}
+    expected = {
+        (0, 0): 0.0,
+        (420, 400): 0.14771,
+        (980, 960): 0.32460,
+        (487, 486): 0.00979,
+        (999, 998): 0.02,
+    }
     for (t, s), value in expected.items():
         assert float(scheduler._get_variance(t, s)) == pytest.approx(value, abs=1e-5)
 
@@ -132,7 +158,10 @@ def test_steps_offset(cls):
 OPTIONS = (
     [{"num_train_timesteps": count} for count in (100, 500, 1000)]
     + [{"steps_offset": offset} for offset in (0, 1)]
-    + [{"beta_start": a, "beta_end": b} for a, b in zip([0.0001, 0.001, 0.01, 0.1], [0.002, 0.02, 0.2, 2], strict=True)]
+    + [
+        {"beta_start": a, "beta_end": b}
+        for a, b in zip([0.0001, 0.001, 0.01, 0.1], [0.002, 0.02, 0.2, 2], strict=True)
+    ]
     + [{"beta_schedule": schedule} for schedule in ("linear", "squaredcos_cap_v2")]
     + [{"prediction_type": kind} for kind in ("epsilon", "v_prediction")]
     + [{"clip_sample": clip} for clip in (True, False)]
@@ -257,7 +286,9 @@ def test_a_configuration_passes_every_compatible_class_and_back():
             continue  # needs a package that is not there
         foreign = compatible.from_config(scheduler.config)
         back = DDIMScheduler.from_config(foreign.config)
-        assert {k: v for k, v in back.config.items() if k in scheduler.config} == dict(scheduler.config)
+        assert {k: v for k, v in back.config.items() if k in scheduler.config} == dict(
+            scheduler.config
+        )
         more = {k for k in back.config if k not in scheduler.config}
         assert not more & set(inspect.signature(DDIMScheduler.__init__).parameters)
 
@@ -283,7 +314,9 @@ def test_unknown_options_of_a_file_are_named_in_the_log(monkeypatch):
 
 
 def test_a_configuration_that_is_read_with_other_values():
-    scheduler, unused = DDIMScheduler.from_config(DDIMScheduler(**CONFIG).config, beta_end=0.5, extra=1, return_unused_kwargs=True)
+    scheduler, unused = DDIMScheduler.from_config(
+        DDIMScheduler(**CONFIG).config, beta_end=0.5, extra=1, return_unused_kwargs=True
+    )
     assert scheduler.config.beta_end == 0.5
     assert unused["extra"] == 1
 
@@ -300,10 +333,17 @@ def test_noise_is_added_at_any_timestep(cls):
 
 
 def test_the_inverse_ignores_what_the_forward_direction_has_more():
-    scheduler = make(DDIMInverseScheduler, thresholding=True, sample_max_value=2.0, dynamic_thresholding_ratio=0.9)
+    scheduler = make(
+        DDIMInverseScheduler,
+        thresholding=True,
+        sample_max_value=2.0,
+        dynamic_thresholding_ratio=0.9,
+    )
     assert "thresholding" not in scheduler.config
     scheduler.set_timesteps(50)
     sample = deterministic_sample()
     plain = make(DDIMInverseScheduler)
     plain.set_timesteps(50)
-    assert torch.equal(scheduler.step(sample, 500, sample).prev_sample, plain.step(sample, 500, sample).prev_sample)
+    assert torch.equal(
+        scheduler.step(sample, 500, sample).prev_sample, plain.step(sample, 500, sample).prev_sample
+    )

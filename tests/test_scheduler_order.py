@@ -36,7 +36,9 @@ def walk(scheduler, x, timesteps=None, network=curved, **options):
 
 
 def x_t(*shape, dtype=torch.float32):
-    return torch.randn(*(shape or (2, 3, 4, 4)), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *(shape or (2, 3, 4, 4)), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
@@ -50,11 +52,20 @@ def test_it_is_the_sampler(kind, zero, clip, count):
     schedule = NoiseSchedule.from_betas(betas)
     x = x_t(dtype=torch.float64)
     denoise = ModelDenoiser(curved, schedule, kind, Clip("static" if clip else "none"))
-    expected = sample(denoise, x, step_pairs(select_timesteps(1000, count)), schedule=schedule, order=2)
+    expected = sample(
+        denoise, x, step_pairs(select_timesteps(1000, count)), schedule=schedule, order=2
+    )
     ours = scheduler(count, prediction_type=kind, rescale_betas_zero_snr=zero, clip_sample=clip)
-    torch.testing.assert_close(walk(ours, x, use_clipped_model_output=clip), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        walk(ours, x, use_clipped_model_output=clip), expected, rtol=1e-9, atol=1e-9
+    )
     ours.set_timesteps(count)
-    torch.testing.assert_close(walk(ours, x, ours.timesteps.tolist(), use_clipped_model_output=clip), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        walk(ours, x, ours.timesteps.tolist(), use_clipped_model_output=clip),
+        expected,
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -81,9 +92,18 @@ def test_a_guided_network_is_a_network():
 
     schedule = NoiseSchedule.from_betas(make_betas())
     expected = sample(
-        ModelDenoiser(guided, schedule, "v_prediction"), x_t(), step_pairs(select_timesteps(1000, 10)), schedule=schedule, order=2
+        ModelDenoiser(guided, schedule, "v_prediction"),
+        x_t(),
+        step_pairs(select_timesteps(1000, 10)),
+        schedule=schedule,
+        order=2,
     )
-    torch.testing.assert_close(walk(scheduler(prediction_type="v_prediction"), x_t(), network=guided), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        walk(scheduler(prediction_type="v_prediction"), x_t(), network=guided),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_the_second_image_is_the_first_with_and_without_new_timesteps():
@@ -93,11 +113,21 @@ def test_the_second_image_is_the_first_with_and_without_new_timesteps():
     ours.set_timesteps(10)
     assert torch.equal(walk(ours, x_t()), first)
     walk(ours, x_t(), ours.timesteps[:3])
-    assert torch.equal(walk(ours, x_t(5, 3, 4, 4))[:0], first[:0])  # another batch has no step before
+    assert torch.equal(
+        walk(ours, x_t(5, 3, 4, 4))[:0], first[:0]
+    )  # another batch has no step before
     ours.timesteps = ours.timesteps[4:]  # image-to-image
     oracle = GaussianOracle(NoiseSchedule.from_betas(make_betas()), mean=0.1, std=0.5)
-    shorter = sample(oracle.denoise, x_t(), step_pairs(ours.timesteps.tolist()), schedule=oracle.schedule, order=2)
-    torch.testing.assert_close(walk(ours, x_t(), network=oracle.network()), shorter, rtol=1e-5, atol=1e-5)
+    shorter = sample(
+        oracle.denoise,
+        x_t(),
+        step_pairs(ours.timesteps.tolist()),
+        schedule=oracle.schedule,
+        order=2,
+    )
+    torch.testing.assert_close(
+        walk(ours, x_t(), network=oracle.network()), shorter, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_timestep_a_sample_takes_each_samples_own_step_before():
@@ -132,14 +162,19 @@ def test_what_the_state_cannot_serve_is_refused_in_a_sentence():
     walk(ours, x, [999, 899])
     for t in (899, 699, torch.tensor(99), torch.tensor([598])):
         with pytest.raises(
-            DDIMError, match=rf"t={int(t)} does not follow t=899 in the list of timesteps; call set_timesteps before each image"
+            DDIMError,
+            match=rf"t={int(t)} does not follow t=899 in the list of timesteps; call set_timesteps before each image",
         ):
             ours.step(x, t, x)
     ours.step(x, 799, x)  # a refusal changes nothing
     for eta in (0.5, "sigma-hat"):
-        with pytest.raises(DDIMError, match="order 2 solves the deterministic flow and draws no noise"):
+        with pytest.raises(
+            DDIMError, match="order 2 solves the deterministic flow and draws no noise"
+        ):
             ours.step(x, 699, x, eta=eta)
-    with pytest.raises(DDIMError, match="stepped in parallel have no step before them; use solver_order=1"):
+    with pytest.raises(
+        DDIMError, match="stepped in parallel have no step before them; use solver_order=1"
+    ):
         ours.batch_step_no_noise(x, [699, 699], x)
     with pytest.raises(DDIMError, match="order of the solver must be 1 .* or 2 .*; got 3"):
         scheduler(solver_order=3)
@@ -211,7 +246,9 @@ def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
 
 
 def test_fitted_timesteps_that_are_none_are_refused():
-    with pytest.raises(DDIMError, match=r"fitted_timesteps must be a list of lists of levels, .* got \[999, 3\]"):
+    with pytest.raises(
+        DDIMError, match=r"fitted_timesteps must be a list of lists of levels, .* got \[999, 3\]"
+    ):
         scheduler(fitted_timesteps=[999, 3])
     with pytest.raises(DDIMError, match="timesteps must fall from noise to data; got 9 after 3"):
         scheduler(2, fitted_timesteps=[[3, 9]])

@@ -12,7 +12,16 @@ from ddim.errors import DDIMError
 from ddim.prediction import Denoised
 from ddim.sampler import trajectory
 from ddim.schedule import NoiseSchedule, make_betas
-from ddim.search import Batch, Walks, best_move, power_timesteps, scaled_difference, search_timesteps, shortest_path, teach
+from ddim.search import (
+    Batch,
+    Walks,
+    best_move,
+    power_timesteps,
+    scaled_difference,
+    search_timesteps,
+    shortest_path,
+    teach,
+)
 from ddim.step import ddim_step
 from ddim.timesteps import check_timesteps, select_timesteps, step_pairs
 
@@ -45,7 +54,13 @@ def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginn
 
     def calls(evaluations):
         counted.levels.clear()
-        search_timesteps(Batch(counted, noise(4, 0)), schedule=SCHEDULE, steps=8, order=order, evaluations=evaluations)
+        search_timesteps(
+            Batch(counted, noise(4, 0)),
+            schedule=SCHEDULE,
+            steps=8,
+            order=order,
+            evaluations=evaluations,
+        )
         return len(counted.levels)
 
     before = 64 + 8 * 6  # the teacher, five powers and the shortest path
@@ -54,10 +69,15 @@ def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginn
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("path", [[999, 800, 640, 400, 200, 50], [999, 800, 600, 400, 210, 50], [990, 800, 600, 400, 200, 50]])
+@pytest.mark.parametrize(
+    "path",
+    [[999, 800, 640, 400, 200, 50], [999, 800, 600, 400, 210, 50], [990, 800, 600, 400, 200, 50]],
+)
 def test_a_common_beginning_gives_the_difference_of_the_whole_walk(order, path):
     counted, x = Counted(mixture), noise(4, 0)
-    walks = Walks(Batch(counted, x), torch.zeros_like(x), schedule=SCHEDULE, order=order, bound=None)
+    walks = Walks(
+        Batch(counted, x), torch.zeros_like(x), schedule=SCHEDULE, order=order, bound=None
+    )
     known = walks([999, 800, 600, 400, 200, 50])
     same = next(i for i, level in enumerate(path) if level != known.levels[i])
     counted.levels.clear()
@@ -70,9 +90,13 @@ def test_a_common_beginning_gives_the_difference_of_the_whole_walk(order, path):
 
 def test_an_error_is_the_mean_square_in_a_range_of_one():
     x = noise(3, 0)
-    walk = Walks(Batch(mixture, x), torch.zeros_like(x), schedule=SCHEDULE, order=1, bound=1.0)([999, 500])
+    walk = Walks(Batch(mixture, x), torch.zeros_like(x), schedule=SCHEDULE, order=1, bound=1.0)(
+        [999, 500]
+    )
     end = walk.states[-1].x_s.clamp(-1, 1) / 2
-    torch.testing.assert_close(walk.errors, end.double().square().mean(1).log(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        walk.errors, end.double().square().mean(1).log(), rtol=1e-5, atol=1e-5
+    )
     assert walk.error == pytest.approx(float(walk.errors.mean()))
     assert scaled_difference(torch.zeros(0, 3), torch.zeros(0, 3), bound=None).shape == (0, 3)
 
@@ -80,7 +104,11 @@ def test_an_error_is_the_mean_square_in_a_range_of_one():
 def test_a_move_is_the_best_where_the_difference_is_linear():
     """No move nearby has a smaller objective; and without damping one image is brought to nothing where it can be."""
     generator = torch.Generator().manual_seed(0)
-    r, j, damping = torch.randn(5, 40, generator=generator), torch.randn(3, 5, 40, generator=generator), torch.full((3,), 0.01).double()
+    r, j, damping = (
+        torch.randn(5, 40, generator=generator),
+        torch.randn(3, 5, 40, generator=generator),
+        torch.full((3,), 0.01).double(),
+    )
 
     def objective(move):
         squares = (r + torch.einsum("k,kbd->bd", move.float(), j)).double().square().sum(1)
@@ -88,17 +116,25 @@ def test_a_move_is_the_best_where_the_difference_is_linear():
 
     move = best_move(r, j, damping)
     for _ in range(50):
-        assert objective(move) <= objective(move + 0.01 * torch.randn(3, generator=generator).double()) + 1e-9
+        assert (
+            objective(move)
+            <= objective(move + 0.01 * torch.randn(3, generator=generator).double()) + 1e-9
+        )
     assert objective(move) < objective(torch.zeros(3).double())
     exact = torch.tensor([0.5, -2.0, 1.0]).double()
-    torch.testing.assert_close(best_move(-torch.einsum("k,kbd->bd", exact.float(), j), j, torch.full((3,), 1e-9).double()), exact)
+    torch.testing.assert_close(
+        best_move(-torch.einsum("k,kbd->bd", exact.float(), j), j, torch.full((3,), 1e-9).double()),
+        exact,
+    )
 
 
 @pytest.mark.parametrize(("steps", "places"), [(12, 12), (10, 4), (50, 7), (5, 2), (5, 1), (1, 1)])
 def test_levels_between_two_places_follow_in_proportion(steps, places):
     hats = search._hats(steps, places)
     assert hats.shape == (places, steps)
-    torch.testing.assert_close(hats.sum(0), torch.ones(steps).double())  # all places together move all levels alike
+    torch.testing.assert_close(
+        hats.sum(0), torch.ones(steps).double()
+    )  # all places together move all levels alike
     if places == steps:
         assert torch.equal(hats, torch.eye(steps).double())
     elif places > 1:
@@ -113,24 +149,43 @@ def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made(order):
     def done(x_t, t):
         x0, eps = mixture(x_t, t)
         half = len(x_t) // 2
-        return Denoised(torch.cat([torch.zeros_like(x0[:half]), x0[half:]]), torch.cat([torch.zeros_like(eps[:half]), eps[half:]]))
+        return Denoised(
+            torch.cat([torch.zeros_like(x0[:half]), x0[half:]]),
+            torch.cat([torch.zeros_like(eps[:half]), eps[half:]]),
+        )
 
     def found(denoise, evaluations):
-        return search_timesteps(Batch(denoise, noise(4, 0)), schedule=SCHEDULE, steps=6, order=order, evaluations=evaluations)
+        return search_timesteps(
+            Batch(denoise, noise(4, 0)),
+            schedule=SCHEDULE,
+            steps=6,
+            order=order,
+            evaluations=evaluations,
+        )
 
     assert found(mixture, 100) != found(mixture, 0)
     assert found(done, 100) == found(done, 0)
 
 
-@pytest.mark.parametrize(("order", "steps", "gain"), [(1, 5, 0.8), (1, 10, 0.97), (2, 6, 0.3), (2, 12, 0.02), (2, 20, 0.05)])
+@pytest.mark.parametrize(
+    ("order", "steps", "gain"),
+    [(1, 5, 0.8), (1, 10, 0.97), (2, 6, 0.3), (2, 12, 0.02), (2, 20, 0.05)],
+)
 def test_the_search_lowers_the_error_of_its_best_start(order, steps, gain):
     x = noise(32, 0)
 
     def error(levels):
         exact = teach(Batch(mixture, x), schedule=SCHEDULE, steps=200)[-1].x_s
-        return Walks(Batch(mixture, x), exact, schedule=SCHEDULE, order=order, bound=1.0)(levels).error
+        return Walks(Batch(mixture, x), exact, schedule=SCHEDULE, order=order, bound=1.0)(
+            levels
+        ).error
 
-    start, end = (search_timesteps(Batch(mixture, x), schedule=SCHEDULE, steps=steps, order=order, evaluations=n) for n in (0, 200))
+    start, end = (
+        search_timesteps(
+            Batch(mixture, x), schedule=SCHEDULE, steps=steps, order=order, evaluations=n
+        )
+        for n in (0, 200)
+    )
     assert error(end) < error(start) + math.log(gain)
     assert len(check_timesteps(end, 1000)) == steps
 
@@ -139,8 +194,15 @@ def test_a_search_that_cannot_be_has_a_sentence():
     schedule = NoiseSchedule.from_betas(make_betas(num_train_timesteps=9, beta_end=0.5))
     batch = Batch(lambda x, t: mixture(x, t, schedule), noise(4, 0))
     for steps in range(1, 10):
-        assert len(check_timesteps(search_timesteps(batch, schedule=schedule, steps=steps, order=2), 9)) == steps
-    with pytest.raises(DDIMError, match="a path of 10 steps cannot be chosen among the 9 of the teacher"):
+        assert (
+            len(
+                check_timesteps(search_timesteps(batch, schedule=schedule, steps=steps, order=2), 9)
+            )
+            == steps
+        )
+    with pytest.raises(
+        DDIMError, match="a path of 10 steps cannot be chosen among the 9 of the teacher"
+    ):
         search_timesteps(batch, schedule=schedule, steps=10)
     with pytest.raises(DDIMError, match="a path of 0 steps"):
         search_timesteps(batch, schedule=schedule, steps=0)
@@ -148,14 +210,26 @@ def test_a_search_that_cannot_be_has_a_sentence():
 
 def test_the_shortest_path_is_the_best_of_all():
     schedule = NoiseSchedule.from_betas(make_betas(num_train_timesteps=9, beta_end=0.5))
-    teacher = list(trajectory(lambda x, t: mixture(x, t, schedule), noise(8, 0), step_pairs(range(8, -1, -1)), schedule=schedule))
+    teacher = list(
+        trajectory(
+            lambda x, t: mixture(x, t, schedule),
+            noise(8, 0),
+            step_pairs(range(8, -1, -1)),
+            schedule=schedule,
+        )
+    )
     starts = {state.t: state for state in teacher}
     ends = {state.s: state.x_s for state in teacher}
 
     def cost(levels):
         total = 0.0
         for t, s in step_pairs(levels):
-            x = ddim_step(starts[t].x0, starts[t].eps, alpha_bar_t=schedule.alpha_bar(t), alpha_bar_s=schedule.alpha_bar(s))
+            x = ddim_step(
+                starts[t].x0,
+                starts[t].eps,
+                alpha_bar_t=schedule.alpha_bar(t),
+                alpha_bar_s=schedule.alpha_bar(s),
+            )
             total += float((x - ends[s]).pow(2).mean())
         return total
 
@@ -164,5 +238,7 @@ def test_the_shortest_path_is_the_best_of_all():
         found = shortest_path(teacher, steps, schedule=schedule)
         assert len(found) == steps
         assert cost(found) == pytest.approx(min(map(cost, every)), rel=1e-5, abs=1e-12)
-    with pytest.raises(DDIMError, match="a path of 10 steps cannot be chosen among the 9 of the teacher"):
+    with pytest.raises(
+        DDIMError, match="a path of 10 steps cannot be chosen among the 9 of the teacher"
+    ):
         shortest_path(teacher, 10, schedule=schedule)

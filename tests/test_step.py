@@ -6,7 +6,15 @@ import torch
 from ddim.errors import DDIMError
 from ddim.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.schedule import BETA_SCHEDULES, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import SIGMA_HAT, check_eta, check_order, ddim_step, linear_step, multistep_weight, step_coefficients
+from ddim.step import (
+    SIGMA_HAT,
+    check_eta,
+    check_order,
+    ddim_step,
+    linear_step,
+    multistep_weight,
+    step_coefficients,
+)
 from ddim.timesteps import SPACINGS, select_timesteps, step_pairs
 
 LINEAR = NoiseSchedule.from_betas(make_betas())
@@ -45,7 +53,10 @@ def test_eta_one_is_the_ddpm_posterior():
 
 
 def test_eta_scales_the_standard_deviation():
-    half, full = (step_coefficients(LINEAR.alpha_bar(600), LINEAR.alpha_bar(500), eta=e).noise for e in (0.5, 1.0))
+    half, full = (
+        step_coefficients(LINEAR.alpha_bar(600), LINEAR.alpha_bar(500), eta=e).noise
+        for e in (0.5, 1.0)
+    )
     assert float(half / full) == pytest.approx(0.5, rel=1e-12)
 
 
@@ -55,7 +66,9 @@ def test_sigma_hat_draws_more_but_keeps_the_direction():
     assert hat.eps == full.eps
     assert float(hat.noise) == pytest.approx(math.sqrt(1 - float(a_t / a_s)), rel=1e-12)
     assert hat.noise > full.noise
-    assert torch.isfinite(torch.stack(step_coefficients(level(0.0), level(0.1), eta=SIGMA_HAT))).all()
+    assert torch.isfinite(
+        torch.stack(step_coefficients(level(0.0), level(0.1), eta=SIGMA_HAT))
+    ).all()
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -72,12 +85,20 @@ def test_there_and_back_with_a_frozen_pair_is_the_identity(kind):
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0, SIGMA_HAT])
 def test_the_linear_form_is_the_same_step(kind, eta):
     x0, eps, z = (torch.randn(4, 6, dtype=torch.float64) for _ in range(3))
-    a_t, a_s = LINEAR.alpha_bar(torch.tensor([999, 600, 30, 2])), LINEAR.alpha_bar(torch.tensor([600, 30, 2, -1]))
+    a_t, a_s = (
+        LINEAR.alpha_bar(torch.tensor([999, 600, 30, 2])),
+        LINEAR.alpha_bar(torch.tensor([600, 30, 2, -1])),
+    )
     x_t = a_t.sqrt()[:, None] * x0 + (1 - a_t).sqrt()[:, None] * eps
     output = from_x0_eps(x0, eps, alpha_bar_t=a_t, prediction_type=kind)
     c = linear_step(kind, a_t, a_s, eta=eta)
     folded = c.x[:, None] * x_t + c.output[:, None] * output + c.noise[:, None] * z
-    torch.testing.assert_close(folded, ddim_step(x0, eps, alpha_bar_t=a_t, alpha_bar_s=a_s, eta=eta, noise=None if eta == 0 else z))
+    torch.testing.assert_close(
+        folded,
+        ddim_step(
+            x0, eps, alpha_bar_t=a_t, alpha_bar_s=a_s, eta=eta, noise=None if eta == 0 else z
+        ),
+    )
 
 
 def test_one_level_a_sample_equals_one_call_a_sample():
@@ -85,19 +106,30 @@ def test_one_level_a_sample_equals_one_call_a_sample():
     t, s = torch.tensor([999, 400, 3]), torch.tensor([800, 399, -1])
     together = ddim_step(x0, eps, alpha_bar_t=LINEAR.alpha_bar(t), alpha_bar_s=LINEAR.alpha_bar(s))
     for i in range(3):
-        alone = ddim_step(x0[i : i + 1], eps[i : i + 1], alpha_bar_t=LINEAR.alpha_bar(int(t[i])), alpha_bar_s=LINEAR.alpha_bar(int(s[i])))
+        alone = ddim_step(
+            x0[i : i + 1],
+            eps[i : i + 1],
+            alpha_bar_t=LINEAR.alpha_bar(int(t[i])),
+            alpha_bar_s=LINEAR.alpha_bar(int(s[i])),
+        )
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_sample_keeps_its_dtype(dtype):
     x = torch.ones(2, 3, dtype=dtype)
-    assert ddim_step(x, x, alpha_bar_t=level(0.3), alpha_bar_s=level(0.5), eta=1.0, noise=x).dtype == dtype
+    assert (
+        ddim_step(x, x, alpha_bar_t=level(0.3), alpha_bar_s=level(0.5), eta=1.0, noise=x).dtype
+        == dtype
+    )
 
 
 def test_errors():
     x = torch.ones(1, 2)
-    with pytest.raises(DDIMError, match="noise is required when eta is not 0, and for the analytic variance; got eta=0.5"):
+    with pytest.raises(
+        DDIMError,
+        match="noise is required when eta is not 0, and for the analytic variance; got eta=0.5",
+    ):
         ddim_step(x, x, alpha_bar_t=level(0.3), alpha_bar_s=level(0.5), eta=0.5)
     with pytest.raises(DDIMError, match="eta must be at least 0 and finite; got -1"):
         check_eta(-1)
@@ -105,7 +137,9 @@ def test_errors():
         check_eta(float("nan"))
     with pytest.raises(DDIMError, match="eta must be a number or 'sigma-hat'; got 'big'"):
         check_eta("big")
-    with pytest.raises(DDIMError, match="would draw more noise than the level can hold.*use at most"):
+    with pytest.raises(
+        DDIMError, match="would draw more noise than the level can hold.*use at most"
+    ):
         step_coefficients(level(0.0), level(0.1), eta=1.5)
 
 
@@ -129,15 +163,27 @@ def test_the_multistep_is_the_published_formula():
     previous, t, s = (LINEAR.alpha_bar(i) for i in (800, 700, 550))
     x_t, x0, x0_previous = (torch.randn(7, dtype=torch.float64) for _ in range(3))
     eps = (x_t - t.sqrt() * x0) / (1 - t).sqrt()
-    ours = ddim_step(x0, eps, alpha_bar_t=t, alpha_bar_s=s) + multistep_weight(previous, t, s) * (x0 - x0_previous)
+    ours = ddim_step(x0, eps, alpha_bar_t=t, alpha_bar_s=s) + multistep_weight(previous, t, s) * (
+        x0 - x0_previous
+    )
     l_previous, l_t, l_s = (((a / (1 - a)).sqrt()).log() for a in (previous, t, s))
     h = l_s - l_t
     d = x0 + (x0 - x0_previous) / (2 * (l_t - l_previous) / h)
-    torch.testing.assert_close(ours, ((1 - s) / (1 - t)).sqrt() * x_t - s.sqrt() * torch.expm1(-h) * d)
+    torch.testing.assert_close(
+        ours, ((1 - s) / (1 - t)).sqrt() * x_t - s.sqrt() * torch.expm1(-h) * d
+    )
 
 
 def test_the_multistep_is_ddim_where_a_log_snr_is_infinite_or_two_levels_are_one():
-    for levels in ((0.0, 0.2, 0.5), (0.2, 0.5, 1.0), (1.0, 0.5, 0.2), (0.5, 0.2, 0.0), (0.1, 0.0, 0.2), (0.5, 1.0, 0.2), (0.5, 0.5, 0.2)):
+    for levels in (
+        (0.0, 0.2, 0.5),
+        (0.2, 0.5, 1.0),
+        (1.0, 0.5, 0.2),
+        (0.5, 0.2, 0.0),
+        (0.1, 0.0, 0.2),
+        (0.5, 1.0, 0.2),
+        (0.5, 0.5, 0.2),
+    ):
         assert float(multistep_weight(*map(level, levels))) == 0
     assert float(multistep_weight(level(0.1), level(0.2), level(0.2))) == 0
     assert float(multistep_weight(level(0.1), level(0.2), level(0.5))) > 0
@@ -150,5 +196,8 @@ def test_orders_that_cannot_be_are_refused():
             check_order(order)
     for eta in (0.5, SIGMA_HAT):
         assert check_order(1, eta=eta) == 1
-        with pytest.raises(DDIMError, match=f"order 2 solves the deterministic flow and draws no noise; got eta={eta}"):
+        with pytest.raises(
+            DDIMError,
+            match=f"order 2 solves the deterministic flow and draws no noise; got eta={eta}",
+        ):
             check_order(2, eta=eta)

@@ -45,7 +45,10 @@ def theirs(tiny_text):
 def schedule_both(pipe, theirs, **options):
     """Both pipelines with the same configuration of their own schedulers."""
     config = {**theirs.scheduler.config, **options}
-    pipe.scheduler, theirs.scheduler = DDIMScheduler.from_config(config), diffusers.DDIMScheduler.from_config(config)
+    pipe.scheduler, theirs.scheduler = (
+        DDIMScheduler.from_config(config),
+        diffusers.DDIMScheduler.from_config(config),
+    )
 
 
 @pytest.fixture
@@ -68,7 +71,12 @@ def test_in_diffusers_own_pipeline_our_scheduler_walks_the_timesteps_of_the_call
         visited.append((int(t), tensors["latents"].clone()))
         return tensors
 
-    options = {"timesteps": levels, "output_type": "latent", "guidance_scale": 3.0, "callback_on_step_end": note}
+    options = {
+        "timesteps": levels,
+        "output_type": "latent",
+        "guidance_scale": 3.0,
+        "callback_on_step_end": note,
+    }
     latents = theirs(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
     assert [t for t, _ in visited] == levels == theirs.scheduler.timesteps.tolist()
 
@@ -78,14 +86,22 @@ def test_in_diffusers_own_pipeline_our_scheduler_walks_the_timesteps_of_the_call
     x = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for (t, state), level in zip(visited, scheduler.timesteps, strict=True):
-            down, up = network(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, positive])).sample.chunk(2)
+            down, up = network(
+                torch.cat([x, x]), t, encoder_hidden_states=torch.cat([negative, positive])
+            ).sample.chunk(2)
             x = scheduler.step(down + 3.0 * (up - down), level, x).prev_sample
             torch.testing.assert_close(x, state)
     torch.testing.assert_close(x, latents)
 
 
 CASES = [
-    {"prediction_type": kind, "timestep_spacing": spacing, "guidance_scale": scale, "guidance_rescale": rescale, "eta": eta}
+    {
+        "prediction_type": kind,
+        "timestep_spacing": spacing,
+        "guidance_scale": scale,
+        "guidance_rescale": rescale,
+        "eta": eta,
+    }
     for kind, (spacing, rescale), (scale, eta) in itertools.product(
         ("epsilon", "v_prediction", "sample"),
         (("leading", 0.0), ("trailing", 0.7), ("trailing", 0.0)),
@@ -98,13 +114,23 @@ CASES = [
 def test_images_are_those_of_diffusers(case, both):
     pipe, theirs = both
     options = dict(case)
-    schedule_both(pipe, theirs, **{name: options.pop(name) for name in ("prediction_type", "timestep_spacing")})
-    for more in ({"num_inference_steps": 5}, {"negative_prompt": "blue", "num_images_per_prompt": 2, "num_inference_steps": 10}):
+    schedule_both(
+        pipe,
+        theirs,
+        **{name: options.pop(name) for name in ("prediction_type", "timestep_spacing")},
+    )
+    for more in (
+        {"num_inference_steps": 5},
+        {"negative_prompt": "blue", "num_images_per_prompt": 2, "num_inference_steps": 10},
+    ):
         if options["guidance_scale"] == 1.0:
             more = {name: value for name, value in more.items() if name != "negative_prompt"}
         count = more.get("num_images_per_prompt", 1)
         mine, stock = (
-            p(PROMPT, output_type="pt", generator=make_generators(range(count)), **options, **more).images for p in (pipe, theirs)
+            p(
+                PROMPT, output_type="pt", generator=make_generators(range(count)), **options, **more
+            ).images
+            for p in (pipe, theirs)
         )
         torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
 
@@ -115,7 +141,10 @@ def test_the_folder_opens_as_our_pipeline(tiny_text):
     assert type(pipe.scheduler) is DDIMScheduler
     assert pipe.unet.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float16
     pipe.scheduler = DDIMScheduler.from_config(
-        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+        pipe.scheduler.config,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
     )
     image = pipe(PROMPT, guidance_rescale=0.7, num_inference_steps=3).images[0]
     assert image.size == (16, 16)
@@ -128,9 +157,17 @@ def test_the_folder_opens_as_our_pipeline(tiny_text):
 def test_two_prompts_two_negative_ones_and_one_generator(batched, both):
     pipe, theirs = both
     prompts, away = ["a red square", "a blue square"], ["black", "a green background"]
-    options = {"num_inference_steps": 5, "eta": 0.7, "negative_prompt": away, "output_type": "pt", "num_images_per_prompt": 2}
+    options = {
+        "num_inference_steps": 5,
+        "eta": 0.7,
+        "negative_prompt": away,
+        "output_type": "pt",
+        "num_images_per_prompt": 2,
+    }
     expected = theirs(prompts, generator=torch.Generator().manual_seed(3), **options).images
-    found = pipe(prompts, generator=torch.Generator().manual_seed(3), guidance_batched=batched, **options).images
+    found = pipe(
+        prompts, generator=torch.Generator().manual_seed(3), guidance_batched=batched, **options
+    ).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -149,7 +186,16 @@ def test_two_prompts_two_negative_ones_and_one_generator(batched, both):
 )
 def test_arguments_mean_what_they_mean_in_diffusers(more, both):
     found, expected = (
-        p(PROMPT, **{"num_inference_steps": 2, "generator": make_generators([1]), "output_type": "pt", **more}) for p in both
+        p(
+            PROMPT,
+            **{
+                "num_inference_steps": 2,
+                "generator": make_generators([1]),
+                "output_type": "pt",
+                **more,
+            },
+        )
+        for p in both
     )
     assert type(found) is type(expected)
     found, expected = found[0], expected[0]
@@ -161,7 +207,9 @@ def test_layers_of_the_text_encoder_are_left_out(pipe):
     ids = pipe.tokenizer([PROMPT, ""], padding="max_length", return_tensors="pt").input_ids
     encoder = pipe.text_encoder
     with torch.no_grad():
-        cond = encoder.final_layer_norm(encoder(ids[:1], output_hidden_states=True).hidden_states[-2])
+        cond = encoder.final_layer_norm(
+            encoder(ids[:1], output_hidden_states=True).hidden_states[-2]
+        )
         uncond = encoder(ids[1:])[0]
     expected = draw(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, seeds=[0])
     torch.testing.assert_close(draw(pipe, clip_skip=1, seeds=[0]), expected)
@@ -171,13 +219,36 @@ def test_layers_of_the_text_encoder_are_left_out(pipe):
 
 def test_places_are_those_of_diffusers(both):
     pipe, theirs = both
-    for mine, stock in ((TextToImagePipeline, theirs), (ImageToImagePipeline, diffusers.StableDiffusionImg2ImgPipeline)):
+    for mine, stock in (
+        (TextToImagePipeline, theirs),
+        (ImageToImagePipeline, diffusers.StableDiffusionImg2ImgPipeline),
+    ):
         placed = [
-            [p.name for p in inspect.signature(cls.__call__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            [
+                p.name
+                for p in inspect.signature(cls.__call__).parameters.values()
+                if p.kind is p.POSITIONAL_OR_KEYWORD
+            ]
             for cls in (mine, stock if inspect.isclass(stock) else type(stock))
         ]
         assert placed[0] == placed[1]
-    found, expected = (p(PROMPT, 16, 8, 2, None, None, 3.0, "blue", 1, 1.0, make_generators([2]), output_type="pt").images for p in both)
+    found, expected = (
+        p(
+            PROMPT,
+            16,
+            8,
+            2,
+            None,
+            None,
+            3.0,
+            "blue",
+            1,
+            1.0,
+            make_generators([2]),
+            output_type="pt",
+        ).images
+        for p in both
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -187,7 +258,9 @@ def test_embeddings_stand_for_prompts(both):
     by_text = draw(pipe, negative_prompt="blue", seeds=[0, 1])
     found = draw(pipe, None, prompt_embeds=cond, negative_prompt_embeds=uncond, seeds=[0, 1])
     torch.testing.assert_close(found, by_text)
-    torch.testing.assert_close(draw(pipe, None, prompt_embeds=cond, negative_prompt="blue", seeds=[0, 1]), by_text)
+    torch.testing.assert_close(
+        draw(pipe, None, prompt_embeds=cond, negative_prompt="blue", seeds=[0, 1]), by_text
+    )
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
@@ -195,12 +268,20 @@ def test_where_the_stride_is_no_neighbour_images_differ_and_ours_are_the_loops(s
     """diffusers leaves its own list there: docs/numerics.md."""
     pipe, theirs = both
     schedule_both(pipe, theirs, prediction_type="v_prediction", timestep_spacing=spacing)
-    mine, stock = (p(PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt").images for p in both)
+    mine, stock = (
+        p(PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt").images
+        for p in both
+    )
     assert (mine - stock).abs().max() > 1e-4
     # diffusers' own loop over our scheduler goes to the neighbours too
     theirs.scheduler = pipe.scheduler
     torch.testing.assert_close(
-        theirs(PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt").images, mine, rtol=0, atol=1e-4
+        theirs(
+            PROMPT, num_inference_steps=7, generator=make_generators([0]), output_type="pt"
+        ).images,
+        mine,
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -214,7 +295,9 @@ def edit(pipe):
 
 @pytest.fixture(scope="module")
 def their_edit(theirs):
-    stock = diffusers.StableDiffusionImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    stock = diffusers.StableDiffusionImg2ImgPipeline(
+        **theirs.components, requires_safety_checker=False
+    )
     stock.set_progress_bar_config(disable=True)
     return stock
 
@@ -231,44 +314,87 @@ def picture(seed=0, size=(16, 16)):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(("spacing", "strength"), [("leading", 0.8), ("trailing", 0.5), ("leading", 1.0), ("trailing", 0.25)])
+@pytest.mark.parametrize(
+    ("spacing", "strength"),
+    [("leading", 0.8), ("trailing", 0.5), ("leading", 1.0), ("trailing", 0.25)],
+)
 @pytest.mark.parametrize(("scale", "eta"), [(7.5, 0.0), (7.5, 1.0), (1.0, 0.5)])
 def test_images_out_of_images_are_those_of_diffusers(kind, spacing, strength, scale, eta, edits):
     schedule_both(*edits, prediction_type=kind, timestep_spacing=spacing)
-    options = {"strength": strength, "eta": eta, "num_inference_steps": 10, "guidance_scale": scale, "output_type": "pt"}
+    options = {
+        "strength": strength,
+        "eta": eta,
+        "num_inference_steps": 10,
+        "guidance_scale": scale,
+        "output_type": "pt",
+    }
     options |= {} if scale == 1.0 else {"negative_prompt": "blue"}
-    mine, stock = (p(PROMPT, picture(), generator=make_generators([4]), **options).images for p in edits)
+    mine, stock = (
+        p(PROMPT, picture(), generator=make_generators([4]), **options).images for p in edits
+    )
     torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("image", [np.zeros((16, 8, 3), np.float32), torch.rand(1, 3, 8, 16), torch.randn(1, 4, 8, 8), [picture(1)]])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((16, 8, 3), np.float32),
+        torch.rand(1, 3, 8, 16),
+        torch.randn(1, 4, 8, 8),
+        [picture(1)],
+    ],
+)
 def test_images_may_be_what_they_may_be_in_diffusers(image, edits):
-    mine, stock = (p(PROMPT, image, num_inference_steps=4, generator=make_generators([4]), output_type="pt").images for p in edits)
+    mine, stock = (
+        p(
+            PROMPT, image, num_inference_steps=4, generator=make_generators([4]), output_type="pt"
+        ).images
+        for p in edits
+    )
     torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
 
 
 def test_bytes_are_the_picture_that_they_are(edit):
     by_picture = draw(edit, image=[picture(1), picture(2)], seeds=[0, 1])
-    by_bytes = draw(edit, image=np.stack([np.asarray(picture(1)), np.asarray(picture(2))]), seeds=[0, 1])
+    by_bytes = draw(
+        edit, image=np.stack([np.asarray(picture(1)), np.asarray(picture(2))]), seeds=[0, 1]
+    )
     assert torch.equal(by_picture, by_bytes)
-    assert torch.equal(draw(edit, image=np.asarray(picture(1)), seeds=[0]), draw(edit, image=picture(1), seeds=[0]))
+    assert torch.equal(
+        draw(edit, image=np.asarray(picture(1)), seeds=[0]), draw(edit, image=picture(1), seeds=[0])
+    )
 
 
 @pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")  # of diffusers
 def test_one_image_goes_with_all_prompts_and_one_generator(edits):
-    prompts, options = ["a red square", "a blue square"], {"num_inference_steps": 4, "output_type": "pt", "eta": 1.0}
-    mine, stock = (p(prompts, picture(), generator=torch.Generator().manual_seed(5), **options).images for p in edits)
+    prompts, options = (
+        ["a red square", "a blue square"],
+        {"num_inference_steps": 4, "output_type": "pt", "eta": 1.0},
+    )
+    mine, stock = (
+        p(prompts, picture(), generator=torch.Generator().manual_seed(5), **options).images
+        for p in edits
+    )
     torch.testing.assert_close(mine, stock, rtol=0, atol=1e-4)
 
 
 def test_each_prompt_keeps_its_own_image(edit):
     """diffusers gives image b modulo 2 to prompt b // 2 here."""
     prompts, images = ["a red square", "a blue square"], [picture(1), picture(2)]
-    together = draw(edit, prompts, image=images, num_images_per_prompt=2, seeds=range(4), strength=0.5)
-    apart = [draw(edit, prompts[b // 2], image=images[b // 2], seeds=[b], strength=0.5) for b in range(4)]
+    together = draw(
+        edit, prompts, image=images, num_images_per_prompt=2, seeds=range(4), strength=0.5
+    )
+    apart = [
+        draw(edit, prompts[b // 2], image=images[b // 2], seeds=[b], strength=0.5) for b in range(4)
+    ]
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-5)
     many = draw(edit, prompts[0], image=images, seeds=[0, 2], strength=0.5)
-    torch.testing.assert_close(many[1:], draw(edit, prompts[0], image=images[1], seeds=[2], strength=0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        many[1:],
+        draw(edit, prompts[0], image=images[1], seeds=[2], strength=0.5),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -289,7 +415,10 @@ def test_strength_lands_on_its_first_level(spacing, steps, strength, edit):
 
 
 def test_guidance_is_rescaled_in_image_to_image_too(edit):
-    plain, rescaled = (draw(edit, image=picture(), seeds=[0], guidance_scale=15.0, guidance_rescale=phi) for phi in (0.0, 1.0))
+    plain, rescaled = (
+        draw(edit, image=picture(), seeds=[0], guidance_scale=15.0, guidance_rescale=phi)
+        for phi in (0.0, 1.0)
+    )
     assert (plain - rescaled).abs().max() > 1e-3
 
 
@@ -303,7 +432,9 @@ def test_the_image_of_a_prompt_and_a_seed_does_not_depend_on_the_others(eta, pip
     for (p, k), image in zip(itertools.product(range(3), range(2)), together, strict=True):
         alone = draw(pipe, prompts[p], seeds=[2 * p + k], eta=eta)[0]
         torch.testing.assert_close(alone, image, rtol=0, atol=1e-5)
-    apart = torch.cat([draw(pipe, prompts[p : p + 1], seeds=[2 * p, 2 * p + 1], eta=eta) for p in range(3)])
+    apart = torch.cat(
+        [draw(pipe, prompts[p : p + 1], seeds=[2 * p, 2 * p + 1], eta=eta) for p in range(3)]
+    )
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
 
 
@@ -324,7 +455,10 @@ def cheap(x_t, t, condition, **options):
 def test_nothing_is_nan_for_any_count_eta_guidance_rescale_and_precision(tiny_text):
     pipe = TextToImagePipeline.from_pretrained(tiny_text)
     pipe.scheduler = DDIMScheduler.from_config(
-        pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+        pipe.scheduler.config,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
     )
     pipe.unet.forward = cheap
     cases = list(itertools.product((0.0, 1.0), (1.0, 1.5, 7.5, 30.0), (0.0, 0.7, 1.0)))
@@ -350,7 +484,12 @@ def test_nothing_is_nan_for_any_count_eta_guidance_rescale_and_precision(tiny_te
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_network_keeps_a_float32_state(dtype, tiny_text, pipe):
     half, seen = TextToImagePipeline.from_pretrained(tiny_text, dtype=dtype), []
-    images = draw(half, seeds=[0], eta=1.0, callback=lambda state: seen.append((state.x_s.dtype, state.eps.dtype)))
+    images = draw(
+        half,
+        seeds=[0],
+        eta=1.0,
+        callback=lambda state: seen.append((state.x_s.dtype, state.eps.dtype)),
+    )
     assert seen == [(torch.float32, torch.float32)] * 4
     assert images.dtype == torch.float32
     assert (images - draw(pipe, seeds=[0], eta=1.0)).abs().max() < 0.1
@@ -359,8 +498,16 @@ def test_a_half_precision_network_keeps_a_float32_state(dtype, tiny_text, pipe):
 
 def test_more_than_diffusers_takes(pipe):
     base = draw(pipe, seeds=[0])
-    assert torch.equal(draw(pipe, num_inference_steps=None, timesteps=pipe.select_timesteps(4), seeds=[0]), base)
-    for options in ({"timestep_spacing": "quadratic"}, {"order": 2}, {"sampler": "o-belm"}, {"sampler": "edict"}, {"clip": "dynamic"}):
+    assert torch.equal(
+        draw(pipe, num_inference_steps=None, timesteps=pipe.select_timesteps(4), seeds=[0]), base
+    )
+    for options in (
+        {"timestep_spacing": "quadratic"},
+        {"order": 2},
+        {"sampler": "o-belm"},
+        {"sampler": "edict"},
+        {"clip": "dynamic"},
+    ):
         assert (draw(pipe, seeds=[0], **options) - base).abs().max() > 1e-5, options
     x = seeded_randn((4, 8, 8), [0])
     assert torch.equal(draw(pipe, seeds=[0], latents=x, eta=1.0), draw(pipe, seeds=[0], eta=1.0))
@@ -371,16 +518,26 @@ def test_more_than_diffusers_takes(pipe):
 def test_the_second_order_of_a_guided_network_is_dpm_solvers(options, both):
     pipe, theirs = both
     levels = [999, 800, 620, 370, 160, 40]
-    config = {**theirs.scheduler.config, **options, "steps_offset": 0, "set_alpha_to_one": True, "clip_sample": False}
+    config = {
+        **theirs.scheduler.config,
+        **options,
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
     pipe.scheduler = DDIMScheduler.from_config(config, solver_order=2)
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     stock = {name: pipe.scheduler.config[name] for name in names}
-    theirs.scheduler = diffusers.DPMSolverMultistepScheduler(**stock, solver_order=2, lower_order_final=True, final_sigmas_type="zero")
+    theirs.scheduler = diffusers.DPMSolverMultistepScheduler(
+        **stock, solver_order=2, lower_order_final=True, final_sigmas_type="zero"
+    )
     asked = {"timesteps": levels, "guidance_scale": 5.0, "guidance_rescale": 0.7}
     expected = theirs(PROMPT, generator=make_generators([0]), output_type="latent", **asked).images
     found = draw(pipe, seeds=[0], num_inference_steps=None, **{**asked, "output_type": "latent"})
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    first = draw(pipe, seeds=[0], num_inference_steps=None, order=1, **{**asked, "output_type": "latent"})
+    first = draw(
+        pipe, seeds=[0], num_inference_steps=None, order=1, **{**asked, "output_type": "latent"}
+    )
     assert (first - expected).abs().max() > 1e-2
 
 
@@ -388,7 +545,12 @@ def test_the_second_order_takes_guidance_and_rescale_at_zero_snr_in_both_loops(b
     pipe, theirs = both
     config = {**theirs.scheduler.config, **VELOCITY, "rescale_betas_zero_snr": True}
     pipe.scheduler = theirs.scheduler = DDIMScheduler.from_config(config, solver_order=2)
-    asked = {"num_inference_steps": 5, "guidance_scale": 7.5, "guidance_rescale": 0.7, "output_type": "latent"}
+    asked = {
+        "num_inference_steps": 5,
+        "guidance_scale": 7.5,
+        "guidance_rescale": 0.7,
+        "output_type": "latent",
+    }
     expected = theirs(PROMPT, generator=make_generators([0]), **asked).images
     found = draw(pipe, seeds=[0], **asked)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -412,7 +574,11 @@ def test_a_saved_pipeline_visits_its_fitted_timesteps_at_their_number_of_steps(t
 
     text = DiffusionPipeline.from_pretrained(tmp_path)
     assert visited(text, PROMPT, num_inference_steps=3) == fitted[0]
-    assert visited(text, PROMPT, num_inference_steps=3, order=1) == pipe.select_timesteps(3, order=1) != fitted[0]
+    assert (
+        visited(text, PROMPT, num_inference_steps=3, order=1)
+        == pipe.select_timesteps(3, order=1)
+        != fitted[0]
+    )
     assert len(visited(text, PROMPT, num_inference_steps=4)) == 4
     edit = ImageToImagePipeline.from_pretrained(tmp_path)
     assert visited(edit, PROMPT, picture(), num_inference_steps=3, strength=0.7) == fitted[0][1:]
@@ -449,7 +615,12 @@ def their_callbacks():
         pipe._interrupt = number == 1
         return tensors
 
-    return {"watch": watch, "push": push, "stop": stop, "cut off": diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5)}
+    return {
+        "watch": watch,
+        "push": push,
+        "stop": stop,
+        "cut off": diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.5),
+    }
 
 
 @pytest.mark.parametrize("name", their_callbacks())
@@ -473,7 +644,9 @@ def test_diffusers_callbacks_do_what_they_do_there(name, eta, both):
 
 def test_the_second_order_goes_on_across_their_callback(pipe):
     options = {"seeds": [1], "order": 2}
-    assert torch.equal(draw(pipe, callback_on_step_end=lambda *a: a[3], **options), draw(pipe, **options))
+    assert torch.equal(
+        draw(pipe, callback_on_step_end=lambda *a: a[3], **options), draw(pipe, **options)
+    )
 
 
 def test_progress_is_shown_unless_it_is_off(pipe, capsys):
@@ -486,16 +659,26 @@ def test_progress_is_shown_unless_it_is_off(pipe, capsys):
 # --- codes
 
 
-@pytest.mark.parametrize(("method", "tolerance"), [("o-belm", 1e-10), ("bdia", 1e-10), ("fixed-point", 1e-6)])
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [("o-belm", 1e-10), ("bdia", 1e-10), ("fixed-point", 1e-6)]
+)
 def test_images_come_back_as_the_vae_has_them_and_other_prompts_edit(method, tolerance, tiny_text):
     pipe = TextToImagePipeline.from_pretrained(tiny_text, scheduler=DDIMScheduler(**VELOCITY))
     pipe.unet.double()
-    images, prompts = [picture(1), picture(2), picture(3)], ["a red square", "a blue square", "black"]
+    images, prompts = (
+        [picture(1), picture(2), picture(3)],
+        ["a red square", "a blue square", "black"],
+    )
     code = pipe.encode(images, prompts, 10, method=method, batch_size=2)
     latents = encode_images(pipe, from_pictures(images, (3, 16, 16)), torch.device("cpu")).mean
     back = pipe.decode(code, prompts, output_type="latent")
     assert float((back - latents).square().mean()) < tolerance
-    torch.testing.assert_close(pipe.decode(code[1:], prompts[1:], output_type="latent", batch_size=1), back[1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        pipe.decode(code[1:], prompts[1:], output_type="latent", batch_size=1),
+        back[1:],
+        rtol=0,
+        atol=1e-4,
+    )
     edited = pipe.decode(code, "a green square", guidance_scale=3.0, output_type="latent")
     assert float((edited - latents).square().mean()) > 1e-3
     assert pipe.decode(code, prompts)[0].size == (16, 16)
@@ -509,34 +692,49 @@ def test_guided_codes_come_back_too(tiny_text):
     again = pipe.encode(pipe.decode(code, PROMPT, **options), PROMPT, 10)
     assert len(again) == 1
     latents = encode_images(pipe, from_pictures(picture(), (3, 16, 16)), torch.device("cpu")).mean
-    assert float((pipe.decode(code, PROMPT, output_type="latent", **options) - latents).square().mean()) < 1e-10
+    assert (
+        float(
+            (pipe.decode(code, PROMPT, output_type="latent", **options) - latents).square().mean()
+        )
+        < 1e-10
+    )
 
 
 def test_codes_that_do_not_fit_are_refused(pipe, tiny_text):
     code = pipe.encode(picture(), PROMPT, 4)
-    with pytest.raises(DDIMError, match=r"give either prompt or prompt_embeds, one of the two; got neither"):
+    with pytest.raises(
+        DDIMError, match=r"give either prompt or prompt_embeds, one of the two; got neither"
+    ):
         pipe.decode(code)
     with pytest.raises(DDIMError, match="there are 2 prompts and 1 images"):
         pipe.decode(code, ["a", "b"])
     with pytest.raises(DDIMError, match=r"o-belm is a pair of states of its own 4 steps"):
         pipe.decode(code, PROMPT, 5)
     with pytest.raises(
-        DDIMError, match=r"width and height must be multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do"
+        DDIMError,
+        match=r"width and height must be multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do",
     ):
         pipe.encode(picture(size=(15, 16)), PROMPT)
     with pytest.raises(DDIMError, match="image 1 is 8x16 and the model's are 16x16"):
         pipe.encode([picture(), picture(size=(16, 8))], PROMPT)
     for images in ("a.png", ["a.png"]):
-        with pytest.raises(DDIMError, match="images must be Pillow images, arrays of bytes, or a tensor; image 0 is a str"):
+        with pytest.raises(
+            DDIMError,
+            match="images must be Pillow images, arrays of bytes, or a tensor; image 0 is a str",
+        ):
             pipe.encode(images, [picture()], 5)
-    with pytest.raises(DDIMError, match=r"a tensor of images must have shape \[B, C, H, W\]; got \[3, 16, 16\]"):
+    with pytest.raises(
+        DDIMError, match=r"a tensor of images must have shape \[B, C, H, W\]; got \[3, 16, 16\]"
+    ):
         pipe.encode(torch.zeros(3, 16, 16), PROMPT)
     steps = r"takes a prompt before the number of steps, {}, prompt=\.\.\., num_inference_steps=20\); got the prompt 20"
     with pytest.raises(DDIMError, match="a text model's encode " + steps.format(r"encode\(images")):
         pipe.encode(picture(), 20)
     with pytest.raises(DDIMError, match="a text model's decode " + steps.format(r"decode\(code")):
         pipe.decode(code, 20)
-    with pytest.raises(DDIMError, match="only a Code can be decoded, which encode or load_code gives; got a list"):
+    with pytest.raises(
+        DDIMError, match="only a Code can be decoded, which encode or load_code gives; got a list"
+    ):
         pipe.decode([picture()], PROMPT)
     assert pipe.encode(picture(size=(20, 31)), PROMPT, 2, resize=True).x_T.shape == (1, 4, 8, 8)
     other = TextToImagePipeline.from_pretrained(tiny_text)
@@ -555,27 +753,46 @@ def test_what_the_loop_does_not_know_goes_to_diffusers_call_with_our_scheduler(t
     seen = []
     options = {"num_inference_steps": 4, "output_type": "pt"}
     with pytest.warns(FutureWarning, match="callback"):
-        found = pipe(PROMPT, seeds=[1], callback=lambda i, t, x: seen.append(int(t)), callback_steps=1, **options).images
+        found = pipe(
+            PROMPT,
+            seeds=[1],
+            callback=lambda i, t, x: seen.append(int(t)),
+            callback_steps=1,
+            **options,
+        ).images
     assert seen == pipe.select_timesteps(4)
     torch.testing.assert_close(found, draw(pipe, seeds=[1]), rtol=0, atol=1e-4)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(both[1].scheduler.config)
-    stock = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)  # of the same weights, laid out alike
+    stock = diffusers.StableDiffusionPipeline(
+        **pipe.components, requires_safety_checker=False
+    )  # of the same weights, laid out alike
     stock.set_progress_bar_config(disable=True)
-    found, expected = (p(PROMPT, generator=make_generators([1]), **options).images for p in (pipe, stock))
+    found, expected = (
+        p(PROMPT, generator=make_generators([1]), **options).images for p in (pipe, stock)
+    )
     assert torch.equal(found, expected)
-    with pytest.raises(DDIMError, match=r"a EulerDiscreteScheduler is sampled by diffusers' own loop, which does not know order"):
+    with pytest.raises(
+        DDIMError,
+        match=r"a EulerDiscreteScheduler is sampled by diffusers' own loop, which does not know order",
+    ):
         pipe(PROMPT, order=2, **options)
     with pytest.raises(ValueError, match="sigmas"):
         draw(both[0], sigmas=[1.0, 0.5])
-    with pytest.raises(TypeError, match="TextToImagePipeline got an unexpected keyword argument 'guidence_scale'"):
+    with pytest.raises(
+        TypeError, match="TextToImagePipeline got an unexpected keyword argument 'guidence_scale'"
+    ):
         pipe(PROMPT, guidence_scale=3)
 
 
 def test_an_argument_of_the_other_pipeline_names_it(pipe, edit):
     hint = r"got an unexpected keyword argument '{0}'; {1} takes it, and {1}\(\*\*pipe.components\) is one of the same parts"
-    with pytest.raises(TypeError, match="^TextToImagePipeline " + hint.format("image", "ImageToImagePipeline")):
+    with pytest.raises(
+        TypeError, match="^TextToImagePipeline " + hint.format("image", "ImageToImagePipeline")
+    ):
         pipe(PROMPT, image=picture(), strength=0.5)
-    with pytest.raises(TypeError, match="^ImageToImagePipeline " + hint.format("height", "TextToImagePipeline")):
+    with pytest.raises(
+        TypeError, match="^ImageToImagePipeline " + hint.format("height", "TextToImagePipeline")
+    ):
         edit(PROMPT, picture(), height=16)
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'heigth'$"):
         edit(PROMPT, picture(), heigth=16)
@@ -587,11 +804,16 @@ def test_an_argument_of_the_other_pipeline_names_it(pipe, edit):
 
 def test_a_distilled_network_that_is_told_the_scale_goes_there_too(both, tiny_text):
     config = both[0].unet.config
-    pipe = TextToImagePipeline.from_pretrained(tiny_text, unet=diffusers.UNet2DConditionModel.from_config(config, time_cond_proj_dim=8))
+    pipe = TextToImagePipeline.from_pretrained(
+        tiny_text, unet=diffusers.UNet2DConditionModel.from_config(config, time_cond_proj_dim=8)
+    )
     pipe.set_progress_bar_config(disable=True)
     theirs = diffusers.StableDiffusionPipeline(**{**pipe.components}, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
-    found, expected = (p(PROMPT, num_inference_steps=2, generator=make_generators([1]), output_type="pt").images for p in (pipe, theirs))
+    found, expected = (
+        p(PROMPT, num_inference_steps=2, generator=make_generators([1]), output_type="pt").images
+        for p in (pipe, theirs)
+    )
     assert torch.equal(found, expected)
 
 
@@ -616,19 +838,27 @@ def test_codes_know_a_network_whose_weights_are_offloaded_one_by_one(tiny_text, 
     offloaded.enable_sequential_cpu_offload(device="cpu")
     assert all(parameter.is_meta for parameter in offloaded.unet.parameters())
     assert offloaded._origin() == pipe._origin()
-    with torch.device("meta"), pytest.raises(DDIMError, match=r"no weights for weight: it lies on the meta device"):
+    with (
+        torch.device("meta"),
+        pytest.raises(DDIMError, match=r"no weights for weight: it lies on the meta device"),
+    ):
         weights_of(torch.nn.Linear(2, 2))
 
 
 def test_textual_inversions_are_words(tiny_text):
-    pipe, theirs = TextToImagePipeline.from_pretrained(tiny_text), diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
+    pipe, theirs = (
+        TextToImagePipeline.from_pretrained(tiny_text),
+        diffusers.StableDiffusionPipeline.from_pretrained(tiny_text),
+    )
     theirs.set_progress_bar_config(disable=True)
     learned = torch.randn(16, generator=torch.Generator().manual_seed(0))
     without = draw(pipe, "a red <thing>", seeds=[0])
     for each in (pipe, theirs):
         each.load_textual_inversion({"<thing>": learned}, token="<thing>")
     found = draw(pipe, "a red <thing>", seeds=[0])
-    expected = theirs("a red <thing>", generator=make_generators([0]), num_inference_steps=4, output_type="pt").images
+    expected = theirs(
+        "a red <thing>", generator=make_generators([0]), num_inference_steps=4, output_type="pt"
+    ).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert (found - without).abs().max() > 1e-3
 
@@ -637,9 +867,13 @@ def test_pipelines_are_made_of_pipelines(pipe, theirs):
     made = ImageToImagePipeline.from_pipe(pipe)
     assert made.unet is pipe.unet
     assert type(made.scheduler) is DDIMScheduler
-    stock = diffusers.StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)  # of the same weights, laid out alike
+    stock = diffusers.StableDiffusionPipeline(
+        **pipe.components, requires_safety_checker=False
+    )  # of the same weights, laid out alike
     assert torch.equal(draw(TextToImagePipeline.from_pipe(stock), seeds=[0]), draw(pipe, seeds=[0]))
-    torch.testing.assert_close(draw(TextToImagePipeline.from_pipe(theirs), seeds=[0]), draw(pipe, seeds=[0]))
+    torch.testing.assert_close(
+        draw(TextToImagePipeline.from_pipe(theirs), seeds=[0]), draw(pipe, seeds=[0])
+    )
     plain = to_diffusers(pipe)
     assert type(plain.scheduler) is diffusers.DDIMScheduler
     torch.testing.assert_close(draw(plain, seeds=[0]), draw(pipe, seeds=[0]))
@@ -665,15 +899,22 @@ assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
 """
     folder = tmp_path / "StableDiffusionPipeline"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
-    found = draw(DiffusionPipeline.from_pretrained(folder), "a red square", seeds=[3], output_type="np")
+    found = draw(
+        DiffusionPipeline.from_pretrained(folder), "a red square", seeds=[3], output_type="np"
+    )
     assert np.abs(found - np.load(folder / "images.npy")).max() < 1e-4
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "StableDiffusionImg2ImgPipeline")) is ImageToImagePipeline
+    assert (
+        type(DiffusionPipeline.from_pretrained(tmp_path / "StableDiffusionImg2ImgPipeline"))
+        is ImageToImagePipeline
+    )
     assert type(ImageToImagePipeline.from_pretrained(folder)) is ImageToImagePipeline
 
 
 def test_a_checkpoints_own_scheduler_becomes_ours_and_later_changes_count(tiny_text, tmp_path):
     stock = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text)
-    stock.scheduler = diffusers.PNDMScheduler.from_config({**stock.scheduler.config, "skip_prk_steps": True})  # as Stable Diffusion 1.5's
+    stock.scheduler = diffusers.PNDMScheduler.from_config(
+        {**stock.scheduler.config, "skip_prk_steps": True}
+    )  # as Stable Diffusion 1.5's
     stock.save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe.scheduler) is DDIMScheduler
@@ -693,14 +934,20 @@ def test_a_checkpoints_own_scheduler_becomes_ours_and_later_changes_count(tiny_t
 def test_inpainting_and_controlnet_are_sampled_by_diffusers_with_our_scheduler(pipe, theirs):
     mask, shown = Image.new("L", (16, 16), 255), {"num_inference_steps": 5, "output_type": "pt"}
     torch.manual_seed(0)
-    control = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(4, 8)
+    )
     for kind, more, given in (
         (
             diffusers.StableDiffusionInpaintPipeline,
             {},
             {"image": picture(), "mask_image": mask, "strength": 1.0, "height": 16, "width": 16},
         ),
-        (diffusers.StableDiffusionControlNetPipeline, {"controlnet": control}, {"image": picture()}),
+        (
+            diffusers.StableDiffusionControlNetPipeline,
+            {"controlnet": control},
+            {"image": picture()},
+        ),
     ):
         images = []
         for source in (pipe, theirs):
@@ -711,15 +958,25 @@ def test_inpainting_and_controlnet_are_sampled_by_diffusers_with_our_scheduler(p
 
 
 def test_other_kinds_keep_diffusers_pipeline_with_our_scheduler(theirs, tmp_path):
-    parts = {**theirs.components, "unet": diffusers.UNet2DConditionModel.from_config(theirs.unet.config, in_channels=9)}
-    diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    parts = {
+        **theirs.components,
+        "unet": diffusers.UNet2DConditionModel.from_config(theirs.unet.config, in_channels=9),
+    }
+    diffusers.StableDiffusionInpaintPipeline(
+        **parts, requires_safety_checker=False
+    ).save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipe) is diffusers.StableDiffusionInpaintPipeline
     assert type(pipe.scheduler) is DDIMScheduler
-    with pytest.raises(CheckpointError, match="is a StableDiffusionInpaintPipeline, not in Stable Diffusion's format"):
+    with pytest.raises(
+        CheckpointError,
+        match="is a StableDiffusionInpaintPipeline, not in Stable Diffusion's format",
+    ):
         TextToImagePipeline.from_pretrained(tmp_path)
     made = TextToImagePipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(DDIMError, match="the network takes 9 channels and returns 4: it is one for inpainting"):
+    with pytest.raises(
+        DDIMError, match="the network takes 9 channels and returns 4: it is one for inpainting"
+    ):
         draw(made)
 
 
@@ -733,7 +990,9 @@ def test_a_safety_checker_is_asked_and_its_pictures_stay_black(tiny_text):
             images[0] = 0.0
             return images, [True, False]
 
-    pipe.register_modules(safety_checker=Checker(), feature_extractor=lambda pictures, return_tensors: Features())
+    pipe.register_modules(
+        safety_checker=Checker(), feature_extractor=lambda pictures, return_tensors: Features()
+    )
     result = pipe(PROMPT, seeds=[0, 1], num_inference_steps=2, **QUIET)
     assert result.nsfw_content_detected == [True, False]
     assert float(result.images[0].max()) == 0.0
@@ -753,7 +1012,8 @@ class Features(dict):
 def test_a_prompt_that_is_too_long_is_cut_and_said_so_once(pipe, caplog):
     long = "a red square on a black background a green square on a white background"
     with pytest.warns(
-        UserWarning, match=r"a prompt has 14 tokens and the text encoder reads 10; this was cut off: 'on a white background'"
+        UserWarning,
+        match=r"a prompt has 14 tokens and the text encoder reads 10; this was cut off: 'on a white background'",
     ):
         images = draw(pipe, long, seeds=[0])
     assert torch.equal(images, draw(pipe, " ".join(long.split()[:10]), seeds=[0]))
@@ -764,7 +1024,10 @@ def test_a_prompt_that_is_too_long_is_cut_and_said_so_once(pipe, caplog):
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pipe):
-    with pytest.warns(UserWarning, match=f"the negative prompt is ignored: guidance is off at guidance_scale={scale}"):
+    with pytest.warns(
+        UserWarning,
+        match=f"the negative prompt is ignored: guidance is off at guidance_scale={scale}",
+    ):
         images = draw(pipe, seeds=[0], guidance_scale=scale, negative_prompt="blue")
     assert torch.equal(images, draw(pipe, seeds=[0], guidance_scale=1.0))
 
@@ -776,45 +1039,105 @@ def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pip
         ({"prompt": []}, r"prompt must be a text, or a list of at least one; got \[\]"),
         ({"prompt": ["a", 3]}, r"prompt must be a text, or a list of at least one; got \['a', 3\]"),
         ({"prompt": 5}, "prompt must be a text"),
-        ({"negative_prompt": 5}, "negative_prompt must be a text, or a list of at least one; got 5"),
-        ({"negative_prompt": [None]}, r"negative_prompt must be a text, or a list of at least one; got \[None\]"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(12, 16)}, r"prompt_embeds must be a tensor \[P, L, 16\].*; got shape \[12, 16\]"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 7)}, r"prompt_embeds must be .*; got shape \[1, 12, 7\]"),
-        ({"negative_prompt_embeds": np.zeros((1, 12, 16))}, r"negative_prompt_embeds must be a tensor .*; got ndarray"),
-        ({"clip_skip": 2}, "clip_skip must be a whole number from 0 to 1, the layers of the text encoder; got 2"),
+        (
+            {"negative_prompt": 5},
+            "negative_prompt must be a text, or a list of at least one; got 5",
+        ),
+        (
+            {"negative_prompt": [None]},
+            r"negative_prompt must be a text, or a list of at least one; got \[None\]",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(12, 16)},
+            r"prompt_embeds must be a tensor \[P, L, 16\].*; got shape \[12, 16\]",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 12, 7)},
+            r"prompt_embeds must be .*; got shape \[1, 12, 7\]",
+        ),
+        (
+            {"negative_prompt_embeds": np.zeros((1, 12, 16))},
+            r"negative_prompt_embeds must be a tensor .*; got ndarray",
+        ),
+        (
+            {"clip_skip": 2},
+            "clip_skip must be a whole number from 0 to 1, the layers of the text encoder; got 2",
+        ),
         ({"seeds": 3}, "seeds must be a list of whole numbers, one an image; got 3"),
-        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents must be a tensor \[B, C, h, w\]; got ndarray"),
+        (
+            {"latents": np.zeros((1, 4, 8, 8))},
+            r"latents must be a tensor \[B, C, h, w\]; got ndarray",
+        ),
         *(
-            ({"guidance_scale": s}, f"guidance_scale must be a finite number, of which 1 or less is off; got {s}")
+            (
+                {"guidance_scale": s},
+                f"guidance_scale must be a finite number, of which 1 or less is off; got {s}",
+            )
             for s in (None, math.nan, math.inf)
         ),
-        ({"guidance_rescale": None}, r"guidance_rescale must lie in \[0, 1\], where 0 is off; got None"),
+        (
+            {"guidance_rescale": None},
+            r"guidance_rescale must lie in \[0, 1\], where 0 is off; got None",
+        ),
         ({"prompt_embeds": torch.zeros(1, 12, 16)}, "one of the two; got both"),
-        ({"negative_prompt": ["a", "b"]}, "there are 1 prompts, and negative_prompt has 2; give one text for all, or one for each"),
+        (
+            {"negative_prompt": ["a", "b"]},
+            "there are 1 prompts, and negative_prompt has 2; give one text for all, or one for each",
+        ),
         (
             {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 12, 16)},
             "give either negative_prompt or negative_prompt_embeds",
         ),
-        ({"prompt": ["a", "b"], "seeds": [0, 1, 2]}, r"other lengths than there are images to make \(a multiple of 2\): seeds: 3"),
+        (
+            {"prompt": ["a", "b"], "seeds": [0, 1, 2]},
+            r"other lengths than there are images to make \(a multiple of 2\): seeds: 3",
+        ),
         ({"seeds": [0, 1], "num_images_per_prompt": 3}, r"\(1 x 3 = 3\): seeds: 2"),
         ({"seeds": [0, 1], "latents": torch.zeros(3, 4, 8, 8)}, "seeds: 2, latents: 3"),
-        ({"generator": make_generators([0, 1]), "num_images_per_prompt": 1}, r"\(1 x 1 = 1\): generator: 2"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1; got 0"),
-        ({"seeds": [0], "generator": torch.Generator()}, "seeds and generator both say where noise comes from"),
+        (
+            {"generator": make_generators([0, 1]), "num_images_per_prompt": 1},
+            r"\(1 x 1 = 1\): generator: 2",
+        ),
+        (
+            {"num_images_per_prompt": 0},
+            "num_images_per_prompt must be a whole number of at least 1; got 0",
+        ),
+        (
+            {"seeds": [0], "generator": torch.Generator()},
+            "seeds and generator both say where noise comes from",
+        ),
         ({"seeds": [-1]}, "a seed must be a whole number"),
-        ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \[B, 4, 8, 8\]; got \[1, 3, 8, 8\]"),
-        ({"height": picture()}, r"height must be a whole number of pixels; got Image\. Images to begin at are for ImageToImagePipeline"),
+        (
+            {"latents": torch.zeros(1, 3, 8, 8)},
+            r"latents must have shape \[B, 4, 8, 8\]; got \[1, 3, 8, 8\]",
+        ),
+        (
+            {"height": picture()},
+            r"height must be a whole number of pixels; got Image\. Images to begin at are for ImageToImagePipeline",
+        ),
         ({"width": 16.0}, "width must be a whole number of pixels; got float"),
-        ({"height": 17}, r"width and height must be multiples of 2, the VAE's factor; got 16x17 \(width x height\), and 16x16 would do"),
+        (
+            {"height": 17},
+            r"width and height must be multiples of 2, the VAE's factor; got 16x17 \(width x height\), and 16x16 would do",
+        ),
         ({"height": 0, "width": 16}, r"got 16x0 \(width x height\), and 16x2 would do"),
         ({"output_type": "banana"}, "output_type must be pil, np, pt or latent; got 'banana'"),
-        ({"guidance_rescale": 1.2}, r"guidance_rescale must lie in \[0, 1\], where 0 is off; got 1.2"),
+        (
+            {"guidance_rescale": 1.2},
+            r"guidance_rescale must lie in \[0, 1\], where 0 is off; got 1.2",
+        ),
         ({"eta": -1}, "eta must be at least 0"),
         ({"num_inference_steps": 0}, "from 1 to 1000"),
         ({"timesteps": [5]}, "leave out num_inference_steps and timestep_spacing, or timesteps"),
         ({"sampler": "o-belm", "eta": 1.0}, "o-belm is deterministic, and needs eta 0"),
-        ({"sampler": "o-belm", "callback_on_step_end": print}, "callback_on_step_end may change latents, and o-belm looks two steps back"),
-        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]}, r"must be of \['latents'"),
+        (
+            {"sampler": "o-belm", "callback_on_step_end": print},
+            "callback_on_step_end may change latents, and o-belm looks two steps back",
+        ),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["noise"]},
+            r"must be of \['latents'",
+        ),
     ],
 )
 def test_bad_calls_are_refused(options, message, pipe):
@@ -826,25 +1149,52 @@ def test_bad_calls_are_refused(options, message, pipe):
     ("options", "message"),
     [
         *(({"strength": s}, r"strength must lie in \(0, 1\]; got") for s in (0.0, -0.5, 1.5)),
-        ({"strength": 0.1}, "strength 0.1 of 4 steps keeps none; use a strength of at least 0.25, or more steps"),
-        ({"image": None}, "image must be a picture, an array or a tensor, or a list of them; got NoneType"),
+        (
+            {"strength": 0.1},
+            "strength 0.1 of 4 steps keeps none; use a strength of at least 0.25, or more steps",
+        ),
+        (
+            {"image": None},
+            "image must be a picture, an array or a tensor, or a list of them; got NoneType",
+        ),
         ({"image": []}, "got an empty list"),
-        ({"image": picture(size=(15, 16))}, r"multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do"),
+        (
+            {"image": picture(size=(15, 16))},
+            r"multiples of 2, the VAE's factor; got 16x15 \(width x height\), and 16x16 would do",
+        ),
         ({"image": torch.zeros(1, 3, 16, 9)}, r"got 9x16 \(width x height\), and 8x16 would do"),
-        ({"image": [picture(), picture(size=(16, 8))]}, r"images of one call must have one size; got 8x16, 16x16 \(width x height\)"),
+        (
+            {"image": [picture(), picture(size=(16, 8))]},
+            r"images of one call must have one size; got 8x16, 16x16 \(width x height\)",
+        ),
         (
             {"image": torch.zeros(16, 16)},
             r"a tensor must have shape \[C, H, W\] or \[B, C, H, W\] with 3 channels, or 4 for latents; got \[16, 16\]",
         ),
-        ({"image": torch.zeros(1, 1, 16, 16)}, r"with 3 channels, or 4 for latents; got \[1, 1, 16, 16\]"),
-        ({"image": torch.zeros(0, 3, 16, 16)}, r"the image has a wrong shape: .*; got \[0, 3, 16, 16\]"),
+        (
+            {"image": torch.zeros(1, 1, 16, 16)},
+            r"with 3 channels, or 4 for latents; got \[1, 1, 16, 16\]",
+        ),
+        (
+            {"image": torch.zeros(0, 3, 16, 16)},
+            r"the image has a wrong shape: .*; got \[0, 3, 16, 16\]",
+        ),
         (
             {"image": np.zeros((16, 16), np.float32)},
             r"an array must have shape \[H, W, C\] or \[B, H, W, C\] with 3 channels; got \[16, 16\]",
         ),
-        ({"image": np.zeros((3, 16, 16), np.uint8)}, r"an array of bytes must have shape .* with 1, 3 or 4 channels; got \[3, 16, 16\]"),
-        ({"image": torch.full((1, 3, 16, 16), 200.0)}, r"must lie in \[0, 1\]; bytes go in as uint8 arrays"),
-        ({"image": [picture()] * 3, "prompt": ["a", "b"]}, "there are 2 prompts and 3 images; give as many of both, or one of either"),
+        (
+            {"image": np.zeros((3, 16, 16), np.uint8)},
+            r"an array of bytes must have shape .* with 1, 3 or 4 channels; got \[3, 16, 16\]",
+        ),
+        (
+            {"image": torch.full((1, 3, 16, 16), 200.0)},
+            r"must lie in \[0, 1\]; bytes go in as uint8 arrays",
+        ),
+        (
+            {"image": [picture()] * 3, "prompt": ["a", "b"]},
+            "there are 2 prompts and 3 images; give as many of both, or one of either",
+        ),
     ],
 )
 def test_bad_images_are_refused(options, message, edit):
@@ -864,12 +1214,20 @@ def test_grey_bytes_are_pictures(edit):
 def test_latents_need_no_vae_and_embeddings_no_text_encoder(tiny_text, pipe):
     bare = TextToImagePipeline(**{**pipe.components, "vae": None}, requires_safety_checker=False)
     bare.warm_up()
-    assert torch.equal(draw(bare, output_type="latent", height=64, width=64, seeds=[0]), draw(bare, output_type="latent", seeds=[0]))
+    assert torch.equal(
+        draw(bare, output_type="latent", height=64, width=64, seeds=[0]),
+        draw(bare, output_type="latent", seeds=[0]),
+    )
     with pytest.raises(CheckpointError, match="the checkpoint has no vae"):
         _ = bare.image_shape
-    bare = TextToImagePipeline(**{**pipe.components, "text_encoder": None, "tokenizer": None}, requires_safety_checker=False)
+    bare = TextToImagePipeline(
+        **{**pipe.components, "text_encoder": None, "tokenizer": None},
+        requires_safety_checker=False,
+    )
     cond, uncond = pipe.conditions(PROMPT)
-    found = draw(bare, None, prompt_embeds=cond, negative_prompt_embeds=uncond, clip_skip=1, seeds=[0])
+    found = draw(
+        bare, None, prompt_embeds=cond, negative_prompt_embeds=uncond, clip_skip=1, seeds=[0]
+    )
     torch.testing.assert_close(found, draw(pipe, seeds=[0]))
 
 
@@ -877,7 +1235,8 @@ def test_a_scheduler_of_another_family_is_refused(both):
     pipe, _ = both
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(
-        DDIMError, match=r"a FlowMatchEulerDiscreteScheduler walks no noise schedule .* set pipe.scheduler to a ddim.DDIMSch"
+        DDIMError,
+        match=r"a FlowMatchEulerDiscreteScheduler walks no noise schedule .* set pipe.scheduler to a ddim.DDIMSch",
     ):
         draw(pipe)
     pipe.scheduler = None
@@ -887,8 +1246,16 @@ def test_a_scheduler_of_another_family_is_refused(both):
 
 @pytest.mark.filterwarnings("ignore:.*`callback:FutureWarning")
 def test_what_goes_to_diffusers_own_call_is_checked_and_counted_alike(pipe, edit, capsys):
-    theirs = {"callback": lambda step, t, latents: None, "callback_steps": 1, "num_inference_steps": 2, "output_type": "pt"}
-    two, second = pipe(PROMPT, seeds=[0, 1], progress=False, **theirs).images, pipe(PROMPT, seeds=[1], **theirs).images
+    theirs = {
+        "callback": lambda step, t, latents: None,
+        "callback_steps": 1,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+    }
+    two, second = (
+        pipe(PROMPT, seeds=[0, 1], progress=False, **theirs).images,
+        pipe(PROMPT, seeds=[1], **theirs).images,
+    )
     torch.testing.assert_close(two[1:], second)
     assert capsys.readouterr().err.count("2/2") == 1  # the bar of the second
     assert len(pipe(PROMPT, latents=torch.randn(2, 4, 8, 8), **theirs).images) == 2
@@ -901,7 +1268,10 @@ def test_what_goes_to_diffusers_own_call_is_checked_and_counted_alike(pipe, edit
     ):
         with pytest.raises(DDIMError, match=message):
             pipe(PROMPT, **{**theirs, **bad})
-    for bad, message in (({"strength": 0}, "strength must lie in"), ({"image": picture(size=(15, 16))}, "multiples of 2")):
+    for bad, message in (
+        ({"strength": 0}, "strength must lie in"),
+        ({"image": picture(size=(15, 16))}, "multiples of 2"),
+    ):
         with pytest.raises(DDIMError, match=message):
             edit(PROMPT, **{"image": picture(), **theirs, **bad})
 
@@ -933,7 +1303,10 @@ def test_a_missing_part_is_named(part, tiny_text, tmp_path):
 def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
     pipe = TextToImagePipeline.from_pretrained(tiny_text)
     pipe.vae.decoder.conv_out.bias.data[0] = torch.nan
-    with pytest.raises(DDIMError, match=r"the VAE's picture became NaN or infinite in torch.float32; keep the VAE in float32"):
+    with pytest.raises(
+        DDIMError,
+        match=r"the VAE's picture became NaN or infinite in torch.float32; keep the VAE in float32",
+    ):
         draw(pipe)
     pipe.unet.conv_out.bias.data[0] = torch.nan
     with pytest.raises(DDIMError, match="the network's prediction became NaN or infinite"):
@@ -952,6 +1325,13 @@ for act in (lambda: ddim.DiffusionPipeline.from_pretrained(sys.argv[1]), lambda:
     except (ImportError, ddim.DDIMError) as error:
         print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tiny_text), str(tiny)], check=True, capture_output=True, text=True)
-    sentence = "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_text), str(tiny)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    sentence = (
+        "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
+    )
     assert run.stdout.splitlines() == [sentence, sentence]

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
     from ddim.checks import Finding as Finding, Model as Model
     from ddim.codes import load_code as load_code, save_code as save_code
-    from ddim.conversion import convert as convert, read_state_dict as read_state_dict, write_model as write_model
+    from ddim.conversion import (
+        convert as convert,
+        read_state_dict as read_state_dict,
+        write_model as write_model,
+    )
     from ddim.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
     from ddim.doctor import Diagnosis as Diagnosis, diagnose as diagnose
     from ddim.encoding import (
@@ -35,17 +39,33 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         ode_error as ode_error,
     )
     from ddim.guidance import guide as guide, guided as guided
-    from ddim.interpolation import interpolate as interpolate, interpolate_grid as interpolate_grid, lerp as lerp, slerp as slerp
+    from ddim.interpolation import (
+        interpolate as interpolate,
+        interpolate_grid as interpolate_grid,
+        lerp as lerp,
+        slerp as slerp,
+    )
     from ddim.inversion import (
         ConvergenceWarning as ConvergenceWarning,
         encodable_timesteps as encodable_timesteps,
         encode_explicit as encode_explicit,
         encode_implicit as encode_implicit,
     )
-    from ddim.noise import SeededNoise as SeededNoise, make_generators as make_generators, seeded_randn as seeded_randn
-    from ddim.objective import draw_timesteps as draw_timesteps, loss_weights as loss_weights, training_loss as training_loss
+    from ddim.noise import (
+        SeededNoise as SeededNoise,
+        make_generators as make_generators,
+        seeded_randn as seeded_randn,
+    )
+    from ddim.objective import (
+        draw_timesteps as draw_timesteps,
+        loss_weights as loss_weights,
+        training_loss as training_loss,
+    )
     from ddim.oracle import GaussianOracle as GaussianOracle
-    from ddim.pipelines import DiffusionPipeline as DiffusionPipeline, UnconditionalPipeline as UnconditionalPipeline
+    from ddim.pipelines import (
+        DiffusionPipeline as DiffusionPipeline,
+        UnconditionalPipeline as UnconditionalPipeline,
+    )
     from ddim.prediction import (
         Denoised as Denoised,
         clip_static as clip_static,
@@ -73,7 +93,11 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         rescale_zero_terminal_snr as rescale_zero_terminal_snr,
         velocity as velocity,
     )
-    from ddim.scheduler import DDIMInverseScheduler as DDIMInverseScheduler, DDIMScheduler as DDIMScheduler, to_diffusers as to_diffusers
+    from ddim.scheduler import (
+        DDIMInverseScheduler as DDIMInverseScheduler,
+        DDIMScheduler as DDIMScheduler,
+        to_diffusers as to_diffusers,
+    )
     from ddim.step import (
         SIGMA_HAT as SIGMA_HAT,
         ddim_step as ddim_step,
@@ -82,7 +106,10 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
         step_coefficients as step_coefficients,
     )
     from ddim.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
-    from ddim.text_to_image import ImageToImagePipeline as ImageToImagePipeline, TextToImagePipeline as TextToImagePipeline
+    from ddim.text_to_image import (
+        ImageToImagePipeline as ImageToImagePipeline,
+        TextToImagePipeline as TextToImagePipeline,
+    )
     from ddim.timesteps import (
         SPACINGS as SPACINGS,
         check_timesteps as check_timesteps,
@@ -95,9 +122,31 @@ if TYPE_CHECKING:  # so that editors and type checkers see what is loaded later
 __version__ = "0.1.0"
 
 _HOMES = {
-    "schedule": ("BETA_SCHEDULES", "CLEAN", "NoiseSchedule", "add_noise", "make_betas", "rescale_zero_terminal_snr", "velocity"),
-    "prediction": ("Denoised", "clip_static", "from_x0_eps", "threshold_dynamic", "to_eps", "to_x0_eps"),
-    "timesteps": ("SPACINGS", "check_timesteps", "reverse_pairs", "select_timesteps", "step_pairs", "truncate_timesteps"),
+    "schedule": (
+        "BETA_SCHEDULES",
+        "CLEAN",
+        "NoiseSchedule",
+        "add_noise",
+        "make_betas",
+        "rescale_zero_terminal_snr",
+        "velocity",
+    ),
+    "prediction": (
+        "Denoised",
+        "clip_static",
+        "from_x0_eps",
+        "threshold_dynamic",
+        "to_eps",
+        "to_x0_eps",
+    ),
+    "timesteps": (
+        "SPACINGS",
+        "check_timesteps",
+        "reverse_pairs",
+        "select_timesteps",
+        "step_pairs",
+        "truncate_timesteps",
+    ),
     "noise": ("SeededNoise", "make_generators", "seeded_randn"),
     "step": ("SIGMA_HAT", "ddim_step", "linear_step", "multistep_weight", "step_coefficients"),
     "denoiser": ("Clip", "Denoiser", "ModelDenoiser"),
@@ -106,8 +155,20 @@ _HOMES = {
     "objective": ("draw_timesteps", "loss_weights", "training_loss"),
     "sampler": ("State", "sample", "trajectory"),
     "interpolation": ("interpolate", "interpolate_grid", "lerp", "slerp"),
-    "inversion": ("ConvergenceWarning", "encodable_timesteps", "encode_explicit", "encode_implicit"),
-    "reversible": ("DriftWarning", "ReversibleSampler", "StatePair", "decode_pair", "encode_pair", "reversible_trajectory"),
+    "inversion": (
+        "ConvergenceWarning",
+        "encodable_timesteps",
+        "encode_explicit",
+        "encode_implicit",
+    ),
+    "reversible": (
+        "DriftWarning",
+        "ReversibleSampler",
+        "StatePair",
+        "decode_pair",
+        "encode_pair",
+        "reversible_trajectory",
+    ),
     "encoding": ("Code", "decode", "decode_trajectory", "encode", "reconstruction_error"),
     "codes": ("load_code", "save_code"),
     "oracle": ("GaussianOracle",),

@@ -40,10 +40,25 @@ __all__ = [
 
 _ZOO = Path(__file__).parent / "zoo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "TextToImagePipeline", "ImageToImagePipeline")
+STABLE_DIFFUSION = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "TextToImagePipeline",
+    "ImageToImagePipeline",
+)
 """Classes of checkpoints in Stable Diffusion's format."""
 
-_PARTS = ("unet", "scheduler", "vae", "vqvae", "movq", "text_encoder", "tokenizer", "transformer", "safety_checker")
+_PARTS = (
+    "unet",
+    "scheduler",
+    "vae",
+    "vqvae",
+    "movq",
+    "text_encoder",
+    "tokenizer",
+    "transformer",
+    "safety_checker",
+)
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
 
 # What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
@@ -84,7 +99,9 @@ def resolve_model(model: str | Path) -> Path | str:
         return path
     ours = f"the embedded models are: {', '.join(known)}" if known else "no model is embedded"
     if path.exists():
-        raise CheckpointError(f"{name!r} is a file, and a model is a folder in diffusers format; {ours}.")
+        raise CheckpointError(
+            f"{name!r} is a file, and a model is a folder in diffusers format; {ours}."
+        )
     if _HUB_ID.fullmatch(name):
         return name
     close = get_close_matches(name, known, n=1)
@@ -94,7 +111,7 @@ def resolve_model(model: str | Path) -> Path | str:
     )
 
 
-def fetch_model(hub_id: str, **options: Any) -> Path:  # noqa: ANN401 - diffusers' own options
+def fetch_model(hub_id: str, **options: Any) -> Path:
     """Downloads what a pipeline of the hub needs into Hugging Face's cache, and returns the folder there.
 
     Args:
@@ -112,13 +129,21 @@ def fetch_model(hub_id: str, **options: Any) -> Path:  # noqa: ANN401 - diffuser
         known = ", ".join(embedded_models()) or "none"
         reason = (
             "the hub has no model of that name that can be read without a login"
-            if type(error).__name__ in ("RepositoryNotFoundError", "GatedRepoError", "EntryNotFoundError", "RevisionNotFoundError")
+            if type(error).__name__
+            in (
+                "RepositoryNotFoundError",
+                "GatedRepoError",
+                "EntryNotFoundError",
+                "RevisionNotFoundError",
+            )
             else "the hub cannot be reached, or holds no pipeline there; check the name and the connection"
         )
-        raise CheckpointError(f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and {reason}.") from error
+        raise CheckpointError(
+            f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and {reason}."
+        ) from error
 
 
-def find_model(model: str | Path, **options: Any) -> Path:  # noqa: ANN401 - as fetch_model
+def find_model(model: str | Path, **options: Any) -> Path:
     """The folder of an embedded model, a path or a hub id, downloaded if need be; options as :func:`fetch_model`.
 
     Raises:
@@ -155,8 +180,12 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     if path.is_file():
         index = read_json(path)
         for name in _PARTS:
-            if (value := index.get(name)) is not None and not (isinstance(value, list) and len(value) == 2):
-                raise CheckpointError(f"{path} must say of {name} which library and class it is of, as a list of the two; got {value!r}.")
+            if (value := index.get(name)) is not None and not (
+                isinstance(value, list) and len(value) == 2
+            ):
+                raise CheckpointError(
+                    f"{path} must say of {name} which library and class it is of, as a list of the two; got {value!r}."
+                )
         return index
     if (folder / "config.json").is_file():
         return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
@@ -176,16 +205,28 @@ def read_guidance(folder: Path) -> dict[str, float]:
         CheckpointError: If the card is damaged, or one is no finite number.
     """
     card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
-    found: dict[str, float] = {name: card[name] for name in ("guidance_scale", "guidance_rescale") if name in card}
+    found: dict[str, float] = {
+        name: card[name] for name in ("guidance_scale", "guidance_rescale") if name in card
+    }
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"{folder / 'card.json'} must say a finite number as {name}; got {value!r}.")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise CheckpointError(
+                f"{folder / 'card.json'} must say a finite number as {name}; got {value!r}."
+            )
     return found
 
 
 def is_unconditional(index: Mapping[str, Any]) -> bool:
     """Whether an index (:func:`read_model_index`) is of a network and a scheduler, and nothing else."""
-    parts = {name for name, value in index.items() if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]}
+    parts = {
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]
+    }
     return index.get("_class_name") in _UNCONDITIONAL or (
         parts <= {"unet", "scheduler"} and (index.get("unet") or [None, None])[1] == "UNet2DModel"
     )
@@ -237,7 +278,9 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
 
 
-def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:  # noqa: ANN401 - any diffusers model
+def load_network(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
     """The network of a model, in evaluation mode on the CPU, its convolutions laid out channels-last.
 
     Args:
@@ -255,13 +298,17 @@ def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str
     name = (index.get("unet") or [None, None])[1]
     kind = getattr(diffusers, str(name), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
-        raise CheckpointError(f"{folder} has no network that diffusers knows: its index says unet = {name!r}, and UNet2DModel would do.")
+        raise CheckpointError(
+            f"{folder} has no network that diffusers knows: its index says unet = {name!r}, and UNet2DModel would do."
+        )
     place = _part(folder, "unet")
     read_json(place / "config.json")
     for path in _weight_files(folder, variant=variant):
         _check_weights(path)
     try:
-        with torch.random.fork_rng(devices=[]):  # without accelerate, weights are drawn first and then overwritten
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # without accelerate, weights are drawn first and then overwritten
             network, report = kind.from_pretrained(
                 place,
                 dtype=dtype,
@@ -284,7 +331,7 @@ def load_network(folder: Path, *, dtype: torch.dtype | None = None, variant: str
     return network.eval().to(memory_format=torch.channels_last)
 
 
-def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:  # noqa: ANN401 - of diffusers' from_pretrained
+def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
     """A pipeline of diffusers from a folder, by ``load``: a class's ``from_pretrained``.
 
     Raises:
@@ -297,7 +344,9 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
     for name, value in index.items():
         present = isinstance(value, list) and value[:1] != [None] and name not in options
         if present and not name.startswith("_") and not (folder / name).is_dir():
-            raise CheckpointError(f"{folder} has no {name}, and its model_index.json lists one; copy or download the checkpoint again.")
+            raise CheckpointError(
+                f"{folder} has no {name}, and its model_index.json lists one; copy or download the checkpoint again."
+            )
     if "torch_dtype" in options:  # its older name, of which diffusers warns
         options["dtype"] = options.pop("torch_dtype")
     try:
@@ -307,7 +356,9 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
             f"opening a {kind} needs more than is installed; run: pip install 'ddim[text]' ({_first_line(error)})."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be opened as a {kind} ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"{folder} cannot be opened as a {kind} ({_first_line(error)})."
+        ) from error
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:
@@ -344,7 +395,10 @@ def _part(folder: Path, name: str) -> Path:
 
 def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     """The files that hold the network's weights: safetensors, whole or in shards, else the pickled one."""
-    place, stem = _part(folder, "unet"), f"diffusion_pytorch_model{'.' + variant if variant else ''}"
+    place, stem = (
+        _part(folder, "unet"),
+        f"diffusion_pytorch_model{'.' + variant if variant else ''}",
+    )
     if found := _files_of(place, stem):
         return found
     raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
@@ -366,13 +420,17 @@ def _check_weights(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is only a pointer of git-lfs; run `git lfs pull` where the model was cloned.")
+        raise CheckpointError(
+            f"{path} is only a pointer of git-lfs; run `git lfs pull` where the model was cloned."
+        )
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
                 pass
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again.") from error
+            raise CheckpointError(
+                f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again."
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,27 +18,88 @@ from ddim.oracle import GaussianOracle
 from ddim.prediction import prediction_row
 from ddim.schedule import CLEAN, NoiseSchedule
 from ddim.step import Eta
-from ddim.symptoms import Brightness, Probe, finished, leaked_brightness, stock_flaws, stock_nan_levels, stock_pairs
+from ddim.symptoms import (
+    Brightness,
+    Probe,
+    finished,
+    leaked_brightness,
+    stock_flaws,
+    stock_nan_levels,
+    stock_pairs,
+)
 from ddim.timesteps import Pair, check_timesteps, step_pairs
 
-__all__ = ["CHECKS", "FAINT", "OTHER_KEYS", "Case", "Check", "Finding", "Model", "Severity", "foreign_finding", "json_numbers"]
+__all__ = [
+    "CHECKS",
+    "FAINT",
+    "OTHER_KEYS",
+    "Case",
+    "Check",
+    "Finding",
+    "Model",
+    "Severity",
+    "foreign_finding",
+    "json_numbers",
+]
 
 Severity = Literal["error", "warning", "info"]
 
 FAINT = 0.03
 """The largest predicted error, pixels in [-1, 1], that is information and no warning: four grey levels of 255."""
 
-_SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 _DATA = (0.5, 0.25)  # the Gaussian data on which steps are judged
 _DATA_NAME = "N({}, {}^2)".format(*_DATA)
 
 OTHER_KEYS = frozenset(
     (
-        *("algorithm_type", "corrector_order", "disable_corrector", "eta", "euler_at_final", "final_sigmas_type", "flow_shift"),
-        *("interpolation_type", "lambda_min_clipped", "lower_order_final", "original_inference_steps", "predict_x0"),
-        *("predictor_order", "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "snr_shift_scale", "solver_order"),
-        *("solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_scaling", "timestep_type"),
-        *("use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas"),
+        *(
+            "algorithm_type",
+            "corrector_order",
+            "disable_corrector",
+            "eta",
+            "euler_at_final",
+            "final_sigmas_type",
+            "flow_shift",
+        ),
+        *(
+            "interpolation_type",
+            "lambda_min_clipped",
+            "lower_order_final",
+            "original_inference_steps",
+            "predict_x0",
+        ),
+        *(
+            "predictor_order",
+            "shift_terminal",
+            "sigma_max",
+            "sigma_min",
+            "skip_prk_steps",
+            "snr_shift_scale",
+            "solver_order",
+        ),
+        *(
+            "solver_p",
+            "solver_type",
+            "tau_func",
+            "time_shift_type",
+            "timestep_scaling",
+            "timestep_type",
+        ),
+        *(
+            "use_beta_sigmas",
+            "use_dynamic_shifting",
+            "use_exponential_sigmas",
+            "use_flow_sigmas",
+            "use_karras_sigmas",
+        ),
         *("use_lu_lambdas", "variance_type"),
         *("predict_epsilon", "tensor_format", "timestep_values"),  # of diffusers before 0.12
         "fitted_timesteps",  # ours
@@ -165,7 +226,11 @@ class Case:
     def leak(self, t: int) -> tuple[Severity, dict[str, float]]:
         """How much N(0, I) errs on level t, and how that is to be judged."""
         bias, factor = leaked_brightness(self.schedule, t, self.brightness)
-        numbers = {"level": t, "snr": float(self.schedule.snr(t)), "sqrt_alpha_bar": float(self.schedule.alpha_bar(t).sqrt())}
+        numbers = {
+            "level": t,
+            "snr": float(self.schedule.snr(t)),
+            "sqrt_alpha_bar": float(self.schedule.alpha_bar(t).sqrt()),
+        }
         return _grade(bias), {**numbers, "brightness_bias": bias, "brightness_spread": factor}
 
 
@@ -180,7 +245,9 @@ class Check:
     def __call__(self, case: Case) -> Finding | None:
         """The finding, with the check's code and reference; None where all is well."""
         found = self.find(case)
-        return found and replace(found, code=self.code, reference=self.reference, evidence=json_numbers(found.evidence))
+        return found and replace(
+            found, code=self.code, reference=self.reference, evidence=json_numbers(found.evidence)
+        )
 
     @property
     def title(self) -> str:
@@ -192,7 +259,9 @@ CHECKS: dict[str, Check] = {}
 """All checks by code. A new one is a function under :func:`_check`, and a test that plants what it looks for."""
 
 
-def _check(code: str, reference: str) -> Callable[[Callable[[Case], Finding | None]], Callable[[Case], Finding | None]]:
+def _check(
+    code: str, reference: str
+) -> Callable[[Callable[[Case], Finding | None]], Callable[[Case], Finding | None]]:
     def register(find: Callable[[Case], Finding | None]) -> Callable[[Case], Finding | None]:
         CHECKS[code] = Check(code, reference, find)
         return find
@@ -210,7 +279,14 @@ def _terminal_snr(case: Case) -> Finding | None:
     if case.terminal == 0:
         return None
     severity, numbers = case.leak(case.last)
-    fix = {"rescale_betas_zero_snr": True, **({"prediction_type": "v_prediction"} if case.config["prediction_type"] == "epsilon" else {})}
+    fix = {
+        "rescale_betas_zero_snr": True,
+        **(
+            {"prediction_type": "v_prediction"}
+            if case.config["prediction_type"] == "epsilon"
+            else {}
+        ),
+    }
     return Finding(
         severity,
         f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps {numbers['sqrt_alpha_bar']:.4g} of the image "
@@ -220,7 +296,9 @@ def _terminal_snr(case: Case) -> Finding | None:
         numbers,
         fix,
         retrain=True,
-        advice="This is too little to be seen." if severity == "info" else _against_a_leak(case.model, fix),
+        advice="This is too little to be seen."
+        if severity == "info"
+        else _against_a_leak(case.model, fix),
     )
 
 
@@ -260,7 +338,10 @@ def _bad_list(case: Case) -> Finding | None:
             check_timesteps(case.custom, len(case.schedule))
         except DDIMError as error:
             return Finding(
-                "error", f"The list of timesteps cannot be walked: {error}", "Sampling is refused.", {"timesteps": list(case.custom)}
+                "error",
+                f"The list of timesteps cannot be walked: {error}",
+                "Sampling is refused.",
+                {"timesteps": list(case.custom)},
             )
         if case.asked in (None, len(case.custom)):
             return None
@@ -292,17 +373,29 @@ def _off_the_grid(case: Case) -> Finding | None:
     if case.custom is not None or case.stock is None or not off:
         return None
     oracle = GaussianOracle(case.schedule, *_DATA)
-    (their_mean, their_std), (mean, std) = (_made(oracle.denoise, case.schedule, p, oracle, case.levels[0]) for p in (theirs, ours))
+    (their_mean, their_std), (mean, std) = (
+        _made(oracle.denoise, case.schedule, p, oracle, case.levels[0]) for p in (theirs, ours)
+    )
     error = math.hypot(their_mean - mean, their_std - std)
     total = len(case.schedule)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
-    near = max((n for n in divisors if n <= case.steps), default=1), min((n for n in divisors if n >= case.steps), default=total)
+    near = (
+        max((n for n in divisors if n <= case.steps), default=1),
+        min((n for n in divisors if n >= case.steps), default=total),
+    )
     return Finding(
         _grade(error),
         f"Plain diffusers leaves the grid at {off} of {len(theirs)} steps: it goes to t - {total // case.steps}, not to the next level.",
         f"On data {_DATA_NAME} with a perfect network it makes N({their_mean:.3f}, {their_std:.3f}^2), the next level "
         f"N({mean:.3f}, {std:.3f}^2): off by {error:.3f}.",
-        {"steps": case.steps, "off": off, "diffusers": [their_mean, their_std], "ddim": [mean, std], "data": list(_DATA), "error": error},
+        {
+            "steps": case.steps,
+            "off": off,
+            "diffusers": [their_mean, their_std],
+            "ddim": [mean, std],
+            "data": list(_DATA),
+            "error": error,
+        },
         {} if case.config["timestep_spacing"] == "trailing" else {"timestep_spacing": "trailing"},
         advice=f"ddim.DDIMScheduler goes to the next level for every number of steps; in plain diffusers take trailing with {near[0]} or "
         f"{near[1]} steps.",
@@ -333,7 +426,8 @@ def _epsilon_at_zero_snr(case: Case) -> Finding | None:
     otherwise = (
         case.probed != "epsilon"
         if case.probed
-        else case.training_schedule is not None and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
+        else case.training_schedule is not None
+        and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
     )
     return Finding(
         "error",
@@ -349,7 +443,12 @@ def _epsilon_at_zero_snr(case: Case) -> Finding | None:
 @_check("DDIM007", f"{_LIN}, Sec. 3.3")
 def _leading_at_zero_snr(case: Case) -> Finding | None:
     """A zero-SNR schedule whose last level is never visited (leading)."""
-    if case.terminal > 0 or case.config["timestep_spacing"] != "leading" or case.custom is not None or case.levels[0] == case.last:
+    if (
+        case.terminal > 0
+        or case.config["timestep_spacing"] != "leading"
+        or case.custom is not None
+        or case.levels[0] == case.last
+    ):
         return None
     severity, numbers = case.leak(case.levels[0])
     return Finding(
@@ -378,7 +477,9 @@ def _eta_nan(case: Case) -> Finding | None:
         + ("is below 0 there" if eta > 1 else "is 0 there, and in float32 rounds below it")
         + ", and its root is NaN.",
         {"eta": eta, "levels": levels},
-        advice="Use an eta of at most 1." if eta > 1 else "ddim.DDIMScheduler computes it in float64, where it is 0; or use eta=0.",
+        advice="Use an eta of at most 1."
+        if eta > 1
+        else "ddim.DDIMScheduler computes it in float64, where it is 0; or use eta=0.",
     )
 
 
@@ -389,15 +490,22 @@ def _clipping(case: Case) -> Finding | None:
         return None
     grave = bool(case.model.latent) or "Inverse" in case.config["_class_name"]
     bound = case.config["clip_sample_range"]
-    what = "latents reach far beyond it" if case.model.latent else "an encoding of images is not undone by decoding"
+    what = (
+        "latents reach far beyond it"
+        if case.model.latent
+        else "an encoding of images is not undone by decoding"
+    )
     return Finding(
         "warning" if grave else "info",
         f"clip_sample is on: the predicted image is clamped to +-{bound:g}"
         + (", and the model works on latents." if case.model.latent else "."),
-        f"Where it clamps, {what}" + ("." if grave else "; images drawn from noise keep their range by it."),
+        f"Where it clamps, {what}"
+        + ("." if grave else "; images drawn from noise keep their range by it."),
         {"clip_sample_range": bound, "latent": case.model.latent},
         {"clip_sample": False} if grave else {},
-        advice="" if grave else "Turn it off where images are encoded, or where they come out in range without it.",
+        advice=""
+        if grave
+        else "Turn it off where images are encoded, or where they come out in range without it.",
     )
 
 
@@ -434,7 +542,11 @@ def _ill_posed(case: Case) -> Finding | None:
         "error" if smallest == 0 else "info" if clipped else "warning",
         f"{kind} prediction has determinant {smallest:.4g} at level {level}{' (clean data)' if level == CLEAN else ''}.",
         f"The network's error is multiplied {factor} there"
-        + ("." if not clipped or smallest == 0 else "; clipping, which is on, holds the image in range."),
+        + (
+            "."
+            if not clipped or smallest == 0
+            else "; clipping, which is on, holds the image in range."
+        ),
         {"level": level, "determinant": smallest},
         advice="Clip the predicted image, if it is one of pixels (clip_sample); v_prediction, with determinant 1, needs training.",
     )
@@ -450,7 +562,11 @@ def _idle_thresholding(case: Case) -> Finding | None:
     return Finding(
         "warning",
         f"thresholding is on with sample_max_value {limit:g}: "
-        + ("the threshold lies between 1 and that, so it is always 1." if plain else "a threshold of at least 1 is cut to that."),
+        + (
+            "the threshold lies between 1 and that, so it is always 1."
+            if plain
+            else "a threshold of at least 1 is cut to that."
+        ),
         "It is plain clipping to +-1, at the cost of a sort."
         if plain
         else "Each predicted image is clamped to that and divided by it: contrast grows at every step.",
@@ -465,7 +581,12 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
     """Guidance without rescale on a zero-SNR model."""
     scale = case.guidance_scale
     guided = case.model.guided is not False if scale is None else scale > 1
-    if case.terminal > 0 or case.config["prediction_type"] == "epsilon" or not guided or case.guidance_rescale > 0:
+    if (
+        case.terminal > 0
+        or case.config["prediction_type"] == "epsilon"
+        or not guided
+        or case.guidance_rescale > 0
+    ):
         return None
     return Finding(
         "info",
@@ -502,7 +623,9 @@ def _betas_length(case: Case) -> Finding | None:
     return Finding(
         "error" if given < told else "warning",
         f"trained_betas has {given} levels, and num_train_timesteps says {told}.",
-        "Plain diffusers asks for levels that do not exist." if given < told else "Plain diffusers never visits the noisiest levels.",
+        "Plain diffusers asks for levels that do not exist."
+        if given < told
+        else "Plain diffusers never visits the noisiest levels.",
         {"trained_betas": given, "num_train_timesteps": told},
         {"num_train_timesteps": given},
     )
@@ -544,16 +667,25 @@ def _other_training(case: Case) -> Finding | None:
         return None
     training, there, here = case.training, case.training_schedule, case.schedule
     kind, trained_kind = case.config["prediction_type"], training["prediction_type"]
-    if len(there) != len(here) or (kind == trained_kind and torch.allclose(there.alphas_cumprod, here.alphas_cumprod, atol=1e-6)):
+    if len(there) != len(here) or (
+        kind == trained_kind
+        and torch.allclose(there.alphas_cumprod, here.alphas_cumprod, atol=1e-6)
+    ):
         return None
     oracle = GaussianOracle(there, *_DATA)
     mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
-    solvable = not (kind == "epsilon" and bool((here.alpha_bar(torch.tensor(case.levels)) == 0).any()))
+    solvable = not (
+        kind == "epsilon" and bool((here.alpha_bar(torch.tensor(case.levels)) == 0).any())
+    )
     pairs, first = step_pairs(case.levels), case.levels[0]
     mean, std = _made(mixed, here, pairs, oracle, first) if solvable else (math.inf, math.inf)
     right_mean, right_std = _made(oracle.denoise, there, pairs, oracle, first)
     error = math.hypot(mean - right_mean, std - right_std)
-    keys = {k: training[k] for k in (*_SCHEDULE_KEYS, "prediction_type") if training[k] != case.config[k]}
+    keys = {
+        k: training[k]
+        for k in (*_SCHEDULE_KEYS, "prediction_type")
+        if training[k] != case.config[k]
+    }
     denied = {"prediction_type"} if case.probed not in (None, trained_kind) else set()
     denied |= {"rescale_betas_zero_snr"} if denied and case.probed == "epsilon" else set()
     return Finding(
@@ -573,7 +705,11 @@ def _steps_not_given(case: Case) -> Finding | None:
     if case.asked is not None or case.custom is not None:
         return None
     total, spacing = len(case.schedule), case.config["timestep_spacing"]
-    off, minus_one = ([], []) if case.stock is None else stock_flaws(total, spacing, steps_offset=case.config["steps_offset"])
+    off, minus_one = (
+        ([], [])
+        if case.stock is None
+        else stock_flaws(total, spacing, steps_offset=case.config["steps_offset"])
+    )
     return Finding(
         "info",
         f"The number of steps is not given; {case.steps} are assumed.",
@@ -596,9 +732,13 @@ def _probed_type(case: Case) -> Finding | None:
         f"The configuration says {case.config['prediction_type']}, and the network's answers are "
         + (f"those of {found}" if found else "of no known type")
         + f" (relative errors: {told}).",
-        "Its output is read as what it is not: the images are noise." if found else "The network is not trained, or not on these images.",
+        "Its output is read as what it is not: the images are noise."
+        if found
+        else "The network is not trained, or not on these images.",
         {"errors": case.probe.errors, "probed": found},
-        {"prediction_type": found, **({"rescale_betas_zero_snr": False} if unusable else {})} if found else {},
+        {"prediction_type": found, **({"rescale_betas_zero_snr": False} if unusable else {})}
+        if found
+        else {},
     )
 
 
@@ -612,7 +752,11 @@ def _probed_end(case: Case) -> Finding | None:
         "warning",
         f"The network was not trained at level {case.last} of this schedule: "
         f"its relative error is {case.probe.evidence['error_at_end']:.3f} there and {case.probe.evidence['error_below']:.3f} just below"
-        + ("." if following is None else f", and its brightness follows the noise's ({following:.2f} of the images' spread)."),
+        + (
+            "."
+            if following is None
+            else f", and its brightness follows the noise's ({following:.2f} of the images' spread)."
+        ),
         "The first step, which sets an image's brightness, is guesswork.",
         dict(case.probe.evidence),
         {"rescale_betas_zero_snr": True} if case.terminal == 0 else {},
@@ -624,7 +768,11 @@ def _probed_end(case: Case) -> Finding | None:
 @_check("DDIM023", "docs/decisions/0024-keys-that-the-doctor-knows.md")
 def _idle_keys(case: Case) -> Finding | None:
     """Keys that DDIM does not read."""
-    idle = {key: case.config[key] for key in sorted(OTHER_KEYS & set(case.config)) if key not in case.read}
+    idle = {
+        key: case.config[key]
+        for key in sorted(OTHER_KEYS & set(case.config))
+        if key not in case.read
+    }
     if not idle:
         return None
     inverted = idle.get("predict_epsilon") is False and case.config["prediction_type"] == "epsilon"
@@ -651,7 +799,7 @@ def foreign_finding(kind: str, told: str) -> Finding:
     )
 
 
-def json_numbers(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+def json_numbers(value: Any) -> Any:
     """The same with null for NaN and infinities, which JSON has not."""
     if isinstance(value, dict):
         return {key: json_numbers(inner) for key, inner in value.items()}
@@ -660,10 +808,20 @@ def json_numbers(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _made(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], oracle: GaussianOracle, first: int) -> tuple[float, float]:
+def _made(
+    denoise: Denoiser,
+    schedule: NoiseSchedule,
+    pairs: Sequence[Pair],
+    oracle: GaussianOracle,
+    first: int,
+) -> tuple[float, float]:
     """Mean and std of the images that these steps make of noise as the oracle's data has it at the first level."""
-    start = torch.tensor([oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())], dtype=torch.float64)
-    mean, std = finished(denoise, schedule, pairs, mean=start, std=oracle.variance(first).sqrt().reshape(1))
+    start = torch.tensor(
+        [oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())], dtype=torch.float64
+    )
+    mean, std = finished(
+        denoise, schedule, pairs, mean=start, std=oracle.variance(first).sqrt().reshape(1)
+    )
     return float(mean), float(std)
 
 

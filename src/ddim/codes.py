@@ -26,7 +26,8 @@ def load_code(path: Path | str) -> Code:
     """
     try:
         with safe_open(path, "pt") as file:
-            return Code.from_tensors({name: file.get_tensor(name) for name in file.keys()}, file.metadata())  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Code.from_tensors(tensors, file.metadata())
     except FileNotFoundError:
         raise DataError(f"there is no code at {path}.") from None
     except (SafetensorError, OSError) as error:

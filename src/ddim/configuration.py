@@ -16,9 +16,34 @@ __all__ = ["check_options", "foreign_family", "given_options", "unknown_options"
 _FAMILY = frozenset(
     f"{name}Scheduler"
     for name in (
-        *("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
-        *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverMultistepInverse"),
-        *("DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep", "SASolver", "LCM", "TCD", "RePaint"),
+        *(
+            "DDIM",
+            "DDIMInverse",
+            "DDIMParallel",
+            "DDPM",
+            "DDPMParallel",
+            "PNDM",
+            "LMSDiscrete",
+            "EulerDiscrete",
+            "EulerAncestralDiscrete",
+        ),
+        *(
+            "HeunDiscrete",
+            "KDPM2Discrete",
+            "KDPM2AncestralDiscrete",
+            "DPMSolverMultistep",
+            "DPMSolverMultistepInverse",
+        ),
+        *(
+            "DPMSolverSinglestep",
+            "DPMSolverSDE",
+            "DEISMultistep",
+            "UniPCMultistep",
+            "SASolver",
+            "LCM",
+            "TCD",
+            "RePaint",
+        ),
     )
 )
 
@@ -29,14 +54,26 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
     A scheduler in memory has no ``_class_name`` in its configuration: then the options tell.
     """
     kind = None if config.get("_class_name") is None else str(config["_class_name"])
-    other = () if "beta_schedule" in config else tuple(name for name in ("shift", "sigma_data", "sigma_min", "beta_max") if name in config)
-    flow = "Flow" in (kind or "") or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    other = (
+        ()
+        if "beta_schedule" in config
+        else tuple(
+            name for name in ("shift", "sigma_data", "sigma_min", "beta_max") if name in config
+        )
+    )
+    flow = (
+        "Flow" in (kind or "")
+        or config.get("prediction_type") == "flow_prediction"
+        or config.get("use_flow_sigmas")
+    )
     if flow or (kind is None and "shift" in other):
         return (
             f"a {kind or 'scheduler'} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
             "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
         )
-    if (kind is None and (other or "snr_shift_scale" in config)) or (kind is not None and kind not in _FAMILY):
+    if (kind is None and (other or "snr_shift_scale" in config)) or (
+        kind is not None and kind not in _FAMILY
+    ):
         return (
             f"a {kind or 'scheduler'}, which has no noise schedule of discrete betas for DDIM to follow; "
             "use diffusers' own pipeline for it."
@@ -60,13 +97,23 @@ _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": ("a whole number from 1 to 1000000", lambda value: _is_whole(value) and 1 <= value <= 1_000_000),
+    "num_train_timesteps": (
+        "a whole number from 1 to 1000000",
+        lambda value: _is_whole(value) and 1 <= value <= 1_000_000,
+    ),
     "beta_start": ("a number from 0 to 1", _is_fraction),
     "beta_end": ("a number from 0 to 1", _is_fraction),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
     "trained_betas": (
         "null or a list of numbers from 0 to 1",
-        lambda value: value is None or (isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_fraction, value))),
+        lambda value: (
+            value is None
+            or (
+                isinstance(value, (list, tuple))
+                and len(value) > 0
+                and all(map(_is_fraction, value))
+            )
+        ),
     ),
     "clip_sample": _SWITCH,
     "thresholding": _SWITCH,
@@ -106,18 +153,28 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     if "_use_default_values" not in config:
         return dict(config)
     defaults = inspect.signature(scheduler).parameters
-    unset = [name for name in config["_use_default_values"] if name not in defaults or _is(config.get(name), defaults[name].default)]
+    unset = [
+        name
+        for name in config["_use_default_values"]
+        if name not in defaults or _is(config.get(name), defaults[name].default)
+    ]
     return {**config, "_use_default_values": unset}
 
 
-def unknown_options(names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]) -> dict[str, str | None]:
+def unknown_options(
+    names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]
+) -> dict[str, str | None]:
     """Names that are options neither of a scheduler nor of any in its family, each with the nearest option that it has, if one is near."""
     own = [name for name in inspect.signature(scheduler).parameters if name != "kwargs"]
     strange = [name for name in names if name not in own]
     if not strange:
         return {}
     others = {name for kind in family() for name in inspect.signature(kind).parameters}
-    return {name: next(iter(difflib.get_close_matches(name, own, 1)), None) for name in strange if name not in others}
+    return {
+        name: next(iter(difflib.get_close_matches(name, own, 1)), None)
+        for name in strange
+        if name not in others
+    }
 
 
 def _is(value: object, default: object) -> bool:

@@ -80,10 +80,14 @@ def read_state_dict(path: Path) -> State:
             content = content[name]
             break
     weights = (
-        {re.sub(r"^module\.", "", str(k)): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+        {re.sub(r"^module\.", "", str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
+        if isinstance(content, dict)
+        else {}
     )
     if not weights:
-        raise CheckpointError(f"{path} holds no weights by name; a state dict, or a training checkpoint with one, is needed.")
+        raise CheckpointError(
+            f"{path} holds no weights by name; a state dict, or a training checkpoint with one, is needed."
+        )
     return weights
 
 
@@ -117,22 +121,32 @@ def convert(
         CheckpointError: If the layout is unknown or has no equal in ``UNet2DModel``, or a weight is missing, left over or misshapen.
     """
     layout = layout or _tell_layout(state)
-    unet, rules = _read_ddim(state) if layout == "ddim" else _read_improved_diffusion(state, num_heads or 4)
+    unet, rules = (
+        _read_ddim(state) if layout == "ddim" else _read_improved_diffusion(state, num_heads or 4)
+    )
     unet["sample_size"] = sample_size or unet["sample_size"]
     if unet["sample_size"] is None:
-        raise CheckpointError("the weights do not tell the size of the images; give it (--sample-size).")
+        raise CheckpointError(
+            "the weights do not tell the size of the images; give it (--sample-size)."
+        )
     renamed: State = {}
     names: dict[str, str] = {}
     for key, weight in state.items():
         for target, tensor in _rename(key, weight, rules).items():
             renamed[target], names[target] = tensor, key
     betas = make_betas(beta_schedule, num_train_timesteps, beta_start=beta_start, beta_end=beta_end)
-    scheduler: dict[str, Any] = {"prediction_type": prediction_type, "clip_sample": False, "timestep_spacing": "trailing"}
+    scheduler: dict[str, Any] = {
+        "prediction_type": prediction_type,
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+    }
     native = beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
     if layout == "improved-diffusion" and num_train_timesteps != _MOST_LEVELS:
         betas, native = _thin(betas), False
     scheduler |= (
-        {"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end} if native else {"trained_betas": betas.tolist()}
+        {"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end}
+        if native
+        else {"trained_betas": betas.tolist()}
     )
     return Converted(layout, unet, {**scheduler, "num_train_timesteps": len(betas)}, renamed, names)
 
@@ -154,7 +168,9 @@ def write_model(converted: Converted, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        diffusers.DDIMPipeline(network, diffusers.DDIMScheduler(**converted.scheduler)).save_pretrained(partial)
+        diffusers.DDIMPipeline(
+            network, diffusers.DDIMScheduler(**converted.scheduler)
+        ).save_pretrained(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -165,12 +181,18 @@ def _check(converted: Converted, expected: Mapping[str, Tensor]) -> None:
     for name, weight in converted.state.items():
         key = converted.names[name]
         if name not in expected:
-            raise CheckpointError(f"the weight {key} has no place in a UNet2DModel; the checkpoint is of another architecture.")
+            raise CheckpointError(
+                f"the weight {key} has no place in a UNet2DModel; the checkpoint is of another architecture."
+            )
         if weight.shape != expected[name].shape:
-            raise CheckpointError(f"the weight {key} must have shape {list(expected[name].shape)}; got {list(weight.shape)}.")
+            raise CheckpointError(
+                f"the weight {key} must have shape {list(expected[name].shape)}; got {list(weight.shape)}."
+            )
     missing = sorted(set(expected) - set(converted.state))
     if missing:
-        raise CheckpointError(f"the checkpoint is not complete: it has nothing for {missing[0]} (and {len(missing) - 1} more).")
+        raise CheckpointError(
+            f"the checkpoint is not complete: it has nothing for {missing[0]} (and {len(missing) - 1} more)."
+        )
 
 
 def _tell_layout(state: Mapping[str, Tensor]) -> Layout:
@@ -178,7 +200,9 @@ def _tell_layout(state: Mapping[str, Tensor]) -> Layout:
         return "ddim"
     if "input_blocks.0.0.weight" in state:
         return "improved-diffusion"
-    if any(key.endswith("init_conv.weight") for key in state) and any("mid_attn" in key for key in state):
+    if any(key.endswith("init_conv.weight") for key in state) and any(
+        "mid_attn" in key for key in state
+    ):
         raise CheckpointError(
             "this is a network of denoising-diffusion-pytorch, whose blocks normalise after the convolution and whose attention is linear, "
             "as in no UNet2DModel; sample it as it is, with its module as the network of ddim.ModelDenoiser (docs/conversion.md)."
@@ -211,10 +235,15 @@ def _rename(key: str, weight: Tensor, rules: _Renaming) -> dict[str, Tensor]:
     if inner != "qkv":
         return {name: matrix}
     if not matrix.ndim or matrix.shape[0] % (3 * rules.num_heads):
-        raise CheckpointError(f"the weight {key} must have rows for q, k and v of {rules.num_heads} heads; got {list(weight.shape)}.")
+        raise CheckpointError(
+            f"the weight {key} must have rows for q, k and v of {rules.num_heads} heads; got {list(weight.shape)}."
+        )
     # Each head has its q, k and v in a row.
     split = matrix.reshape(rules.num_heads, 3, -1, *matrix.shape[1:]).unbind(1)
-    return {f"{target}.to_{letter}.{kind}": part.flatten(0, 1) for letter, part in zip("qkv", split, strict=True)}
+    return {
+        f"{target}.to_{letter}.{kind}": part.flatten(0, 1)
+        for letter, part in zip("qkv", split, strict=True)
+    }
 
 
 def _width(state: Mapping[str, Tensor], key: str, axis: int = 0) -> int:
@@ -222,7 +251,9 @@ def _width(state: Mapping[str, Tensor], key: str, axis: int = 0) -> int:
     if key not in state:
         raise CheckpointError(f"the checkpoint is not complete: it has no {key}.")
     if state[key].ndim <= axis:
-        raise CheckpointError(f"the weight {key} must have more than {axis} dimensions; got shape {list(state[key].shape)}.")
+        raise CheckpointError(
+            f"the weight {key} must have more than {axis} dimensions; got shape {list(state[key].shape)}."
+        )
     return state[key].shape[axis]
 
 
@@ -230,16 +261,22 @@ def _level_width(state: Mapping[str, Tensor], key: str) -> int:
     """The width of a level, of which the norms make 32 groups."""
     width = _width(state, key)
     if not width or width % 32:
-        raise CheckpointError(f"the weight {key} must have a multiple of 32 rows, the groups of the norms; got {list(state[key].shape)}.")
+        raise CheckpointError(
+            f"the weight {key} must have a multiple of 32 rows, the groups of the norms; got {list(state[key].shape)}."
+        )
     return width
 
 
-def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[str, Any]:  # noqa: ANN401 - of UNet2DModel
+def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[str, Any]:
     """What both layouts have in common."""
     return {
         "block_out_channels": tuple(channels),
-        "down_block_types": tuple("AttnDownBlock2D" if there else "DownBlock2D" for there in attention),
-        "up_block_types": tuple("AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attention)),
+        "down_block_types": tuple(
+            "AttnDownBlock2D" if there else "DownBlock2D" for there in attention
+        ),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attention)
+        ),
         "norm_num_groups": 32,
         "attn_norm_num_groups": 32,  # else the middle block has no norm before its attention under scale_shift
         "act_fn": "silu",
@@ -250,22 +287,43 @@ def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[st
 
 def _read_ddim(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], _Renaming]:
     """The architecture of Song's code; its attention has one head, and is where the side is 16."""
-    levels = 1 + max((int(m[1]) for key in state if (m := re.match(r"down\.(\d+)\.", key))), default=-1)
-    blocks = 1 + max((int(m[1]) for key in state if (m := re.match(r"down\.0\.block\.(\d+)\.", key))), default=-1)
+    levels = 1 + max(
+        (int(m[1]) for key in state if (m := re.match(r"down\.(\d+)\.", key))), default=-1
+    )
+    blocks = 1 + max(
+        (int(m[1]) for key in state if (m := re.match(r"down\.0\.block\.(\d+)\.", key))), default=-1
+    )
     if not levels or not blocks:
         raise CheckpointError("the checkpoint is not complete: it has no down.0.block.0.")
     if levels > 1 and "down.0.downsample.conv.weight" not in state:
-        raise CheckpointError("a network with resamp_with_conv=False, which halves its images by averaging, has no equal in UNet2DModel.")
+        raise CheckpointError(
+            "a network with resamp_with_conv=False, which halves its images by averaging, has no equal in UNet2DModel."
+        )
     attention = [f"down.{level}.attn.0.q.weight" in state for level in range(levels)]
-    renaming = {"temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2", "norm_out": "conv_norm_out"}
-    renaming |= {"mid.block_1": "mid_block.resnets.0", "mid.attn_1": "mid_block.attentions.0", "mid.block_2": "mid_block.resnets.1"}
+    renaming = {
+        "temb.dense.0": "time_embedding.linear_1",
+        "temb.dense.1": "time_embedding.linear_2",
+        "norm_out": "conv_norm_out",
+    }
+    renaming |= {
+        "mid.block_1": "mid_block.resnets.0",
+        "mid.attn_1": "mid_block.attentions.0",
+        "mid.block_2": "mid_block.resnets.1",
+    }
     for level in range(levels):
         for side, place, count in (("down", level, blocks), ("up", levels - 1 - level, blocks + 1)):
             for block in range(count):
                 renaming[f"{side}.{level}.block.{block}"] = f"{side}_blocks.{place}.resnets.{block}"
-                renaming[f"{side}.{level}.attn.{block}"] = f"{side}_blocks.{place}.attentions.{block}"
+                renaming[f"{side}.{level}.attn.{block}"] = (
+                    f"{side}_blocks.{place}.attentions.{block}"
+                )
             renaming[f"{side}.{level}.{side}sample"] = f"{side}_blocks.{place}.{side}samplers.0"
-    parts = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0"}
+    parts = {
+        "temb_proj": "time_emb_proj",
+        "nin_shortcut": "conv_shortcut",
+        "norm": "group_norm",
+        "proj_out": "to_out.0",
+    }
     parts |= {letter: f"to_{letter}" for letter in "qkv"}
     unet = _unet(
         [_level_width(state, f"down.{level}.block.0.conv1.weight") for level in range(levels)],
@@ -283,16 +341,27 @@ def _read_ddim(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], _Renaming]:
     return unet, _Renaming(renaming, parts, 1)
 
 
-def _read_improved_diffusion(state: Mapping[str, Tensor], num_heads: int) -> tuple[dict[str, Any], _Renaming]:
+def _read_improved_diffusion(
+    state: Mapping[str, Tensor], num_heads: int
+) -> tuple[dict[str, Any], _Renaming]:
     """The architecture of OpenAI's code, whose blocks are numbered through."""
-    renaming = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding"}
+    renaming = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb": "class_embedding",
+    }
     renaming |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
-    renaming |= {"middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0"}
+    renaming |= {
+        "middle_block.0": "mid_block.resnets.0",
+        "middle_block.1": "mid_block.attentions.0",
+    }
     renaming |= {"middle_block.2": "mid_block.resnets.1"}
     channels: list[int] = []
     attention: list[bool] = []
     level = block = layers = 0
-    for number in range(1, 1 + max(int(m[1]) for key in state if (m := re.match(r"input_blocks\.(\d+)\.", key)))):
+    for number in range(
+        1, 1 + max(int(m[1]) for key in state if (m := re.match(r"input_blocks\.(\d+)\.", key)))
+    ):
         place = f"input_blocks.{number}"
         if f"{place}.0.in_layers.2.weight" in state:
             width = _level_width(state, f"{place}.0.in_layers.2.weight")
@@ -304,11 +373,16 @@ def _read_improved_diffusion(state: Mapping[str, Tensor], num_heads: int) -> tup
                     f"{place} is {width} wide on a level of {channels[-1]}: residual blocks that halve their images (resblock_updown) "
                     "are of guided-diffusion, which is not converted."
                 )
-            renaming |= {f"{place}.0": f"down_blocks.{level}.resnets.{block}", f"{place}.1": f"down_blocks.{level}.attentions.{block}"}
+            renaming |= {
+                f"{place}.0": f"down_blocks.{level}.resnets.{block}",
+                f"{place}.1": f"down_blocks.{level}.attentions.{block}",
+            }
             layers, block = block + 1, block + 1
         else:
             if f"{place}.0.op.weight" not in state:
-                raise CheckpointError(f"{place} is neither a residual block nor a strided convolution, so no UNet2DModel has it.")
+                raise CheckpointError(
+                    f"{place} is neither a residual block nor a strided convolution, so no UNet2DModel has it."
+                )
             renaming[f"{place}.0"] = f"down_blocks.{level}.downsamplers.0"
             level, block = level + 1, 0
     if not channels:
@@ -321,9 +395,22 @@ def _read_improved_diffusion(state: Mapping[str, Tensor], num_heads: int) -> tup
             renaming[f"{place}.1"] = f"up_blocks.{up}.attentions.{block}"
         if block == layers and up < level:
             renaming[f"{place}.{2 if has else 1}"] = f"up_blocks.{up}.upsamplers.0"
-    parts = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2"}
-    parts |= {"out_layers.3": "conv2", "skip_connection": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0", "op": "conv"}
-    attended = {width for width, has in zip(channels, attention, strict=True) if has} | {channels[-1]}
+    parts = {
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+    }
+    parts |= {
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+        "norm": "group_norm",
+        "proj_out": "to_out.0",
+        "op": "conv",
+    }
+    attended = {width for width, has in zip(channels, attention, strict=True) if has} | {
+        channels[-1]
+    }
     if num_heads > 1 and len(attended) > 1:
         raise CheckpointError(
             f"{num_heads} heads of attention at {sorted(attended)} channels are heads of different widths, which UNet2DModel has not; "

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 from ddim.guidance import network_output
-from ddim.prediction import PREDICTION_TYPES, Denoised, PredictionType, clip_static, solve, threshold_dynamic, to_eps, to_x0_eps
+from ddim.prediction import (
+    PREDICTION_TYPES,
+    Denoised,
+    PredictionType,
+    clip_static,
+    solve,
+    threshold_dynamic,
+    to_eps,
+    to_x0_eps,
+)
 from ddim.schedule import CLEAN, NoiseSchedule, match
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
@@ -85,9 +94,13 @@ class ModelDenoiser:
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, NoiseSchedule):
-            raise DDIMError(f"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a {_kind(self.schedule)}.")
+            raise DDIMError(
+                f"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a {_kind(self.schedule)}."
+            )
         if self.prediction_type not in PREDICTION_TYPES:
-            raise DDIMError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}.")
+            raise DDIMError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {self.prediction_type!r}."
+            )
         if not isinstance(self.clip, Clip):
             raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
 
@@ -116,27 +129,56 @@ class ModelDenoiser:
                 "If it also predicts a variance, wrap it to return the mean's channels only."
             )
         output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
-        known = None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
+        known = (
+            None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
+        )
         if known is not None and all(map(math.isfinite, known)):
             x0_x, x0_m, eps_x, eps_m = known
-            x0 = output if self.prediction_type == "sample" else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
-            return Denoised(x0, output if self.prediction_type == "epsilon" else torch.mul(x_t, eps_x).add_(output, alpha=eps_m))
+            x0 = (
+                output
+                if self.prediction_type == "sample"
+                else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
+            )
+            return Denoised(
+                x0,
+                output
+                if self.prediction_type == "epsilon"
+                else torch.mul(x_t, eps_x).add_(output, alpha=eps_m),
+            )
         alpha_bar_t = self.schedule.alpha_bar(t)
-        denoised = to_x0_eps(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type)
+        denoised = to_x0_eps(
+            output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type
+        )
         if self.clip.kind == "none":
             return denoised
         x0 = self.clip(denoised.x0)
-        return Denoised(x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps)
+        return Denoised(
+            x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps
+        )
 
     @cached_property
     def _solutions(self) -> dict[int, tuple[float, ...]]:
         """:func:`ddim.prediction.solve` at every level, as numbers: a step then waits for no device."""
-        return dict(enumerate(zip(*(c.tolist() for c in solve(self.prediction_type, self.schedule.alphas_cumprod)), strict=True)))
+        return dict(
+            enumerate(
+                zip(
+                    *(
+                        c.tolist()
+                        for c in solve(self.prediction_type, self.schedule.alphas_cumprod)
+                    ),
+                    strict=True,
+                )
+            )
+        )
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        parameter = next(self.network.parameters(), None) if isinstance(self.network, torch.nn.Module) else None
+        parameter = (
+            next(self.network.parameters(), None)
+            if isinstance(self.network, torch.nn.Module)
+            else None
+        )
         return x_t.dtype if parameter is None else parameter.dtype
 
 
@@ -168,6 +210,8 @@ def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
             return denoise(x_t, t)
         eps = denoise(x_t, 0).eps
         alpha_bar = schedule.alpha_bar(CLEAN)
-        return Denoised((x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps)
+        return Denoised(
+            (x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps
+        )
 
     return extended

@@ -23,7 +23,11 @@ from ddim.timesteps import select_timesteps, step_pairs
 __all__ = ["Diagnosis", "complete", "diagnose", "levels_of"]
 
 _STEPS = 50  # what the pipelines take where no number is given
-_ASSUMED = (-0.43, 0.35, 64 * 64)  # the brightness of unknown images: dark and uneven as Fashion-MNIST, so that a leak shows
+_ASSUMED = (
+    -0.43,
+    0.35,
+    64 * 64,
+)  # the brightness of unknown images: dark and uneven as Fashion-MNIST, so that a leak shows
 
 # Absent keys mean what they mean in diffusers' DDIM, which is what a DDIM pipeline makes of any configuration.
 _DEFAULTS: dict[str, Any] = {
@@ -44,7 +48,12 @@ _DEFAULTS: dict[str, Any] = {
     "rescale_betas_zero_snr": False,
 }
 # Of the one sampler of the family whose schedule is its own.
-_COGVIDEO: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "snr_shift_scale": 3.0}
+_COGVIDEO: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "snr_shift_scale": 3.0,
+}
 
 
 @dataclass(frozen=True)
@@ -79,16 +88,28 @@ class Diagnosis:
         if self.after is None or not self.summary:
             return ""
         told = []
-        for key, name, right in (("brightness_bias", "brightness bias", 0.0), ("brightness_spread", "brightness spread", 1.0)):
+        for key, name, right in (
+            ("brightness_bias", "brightness bias", 0.0),
+            ("brightness_spread", "brightness spread", 1.0),
+        ):
             before, after = self.summary[key], self.after.summary[key]
-            if abs(after - right) > abs(before - right) + FAINT:  # less is what fewer or other steps make of it
-                told.append(f"{name} from {before:+.3f} to {after:+.3f}" if right == 0 else f"{name} from {before:.3f} to {after:.3f}")
+            if (
+                abs(after - right) > abs(before - right) + FAINT
+            ):  # less is what fewer or other steps make of it
+                told.append(
+                    f"{name} from {before:+.3f} to {after:+.3f}"
+                    if right == 0
+                    else f"{name} from {before:.3f} to {after:.3f}"
+                )
         changed = {key for key, value in self.after.config.items() if self.config.get(key) != value}
         codes = [f.code for f in self.findings if f.fix.keys() & changed and not f.retrain]
         if not told or not codes:
             return ""
         reason = f"what is mended is graver ({', '.join(codes)})"
-        if self.summary["terminal_snr"] == 0 < self.after.summary["terminal_snr"] and "rescale_betas_zero_snr" in changed:
+        if (
+            self.summary["terminal_snr"] == 0 < self.after.summary["terminal_snr"]
+            and "rescale_betas_zero_snr" in changed
+        ):
             reason = "zero terminal SNR is given up, because the weights predict epsilon, from which no image can be told there"
         return f"The fix makes what is predicted worse ({', '.join(told)}): {reason}."
 
@@ -166,7 +187,9 @@ def _look(
     given = dict(config)
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:
-        raise DDIMError(f"this is the configuration of a {kind}, and not of a scheduler; give a scheduler_config.json.")
+        raise DDIMError(
+            f"this is the configuration of a {kind}, and not of a scheduler; give a scheduler_config.json."
+        )
     told = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
     if told is not None:
         return Diagnosis(given, (foreign_finding(kind, told),), {})
@@ -176,11 +199,17 @@ def _look(
     if eta is not None:
         check_eta(eta)
     total, count = len(schedule), _STEPS if steps is None else steps
-    count = min(count, total) if steps is None or isinstance(count, int) and count > total else count
-    levels = select_timesteps(total, count, full["timestep_spacing"], steps_offset=full["steps_offset"])
+    count = (
+        min(count, total) if steps is None or isinstance(count, int) and count > total else count
+    )
+    levels = select_timesteps(
+        total, count, full["timestep_spacing"], steps_offset=full["steps_offset"]
+    )
     custom = timesteps
     if timesteps is None and spacing is None:
-        custom = next((fitted for fitted in full.get("fitted_timesteps") or [] if len(fitted) == count), None)
+        custom = next(
+            (fitted for fitted in full.get("fitted_timesteps") or [] if len(fitted) == count), None
+        )
     if custom is not None:
         if not all(isinstance(t, int) for t in custom):
             raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
@@ -197,7 +226,11 @@ def _look(
         custom=custom,
         read=_read_keys(full),
         levels=levels,
-        stock=stock_timesteps(total, len(levels), full["timestep_spacing"], steps_offset=full["steps_offset"]) if listed else None,
+        stock=stock_timesteps(
+            total, len(levels), full["timestep_spacing"], steps_offset=full["steps_offset"]
+        )
+        if listed
+        else None,
         eta=eta,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
@@ -214,11 +247,15 @@ def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
     return {
         "scheduler": case.config["_class_name"],
         "levels": len(case.schedule),
-        "beta_schedule": "trained_betas" if case.config["trained_betas"] is not None else case.config["beta_schedule"],
+        "beta_schedule": "trained_betas"
+        if case.config["trained_betas"] is not None
+        else case.config["beta_schedule"],
         "prediction_type": case.config["prediction_type"],
         "terminal_snr": float(case.schedule.snr(case.last)),
         "steps": case.steps,
-        "timestep_spacing": "custom" if case.custom is not None else case.config["timestep_spacing"],
+        "timestep_spacing": "custom"
+        if case.custom is not None
+        else case.config["timestep_spacing"],
         "first_level": case.levels[0],
         "last_level": case.levels[-1],
         "brightness": {
@@ -242,19 +279,35 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in config:
         if key not in _DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
             close = get_close_matches(key, [*_DEFAULTS, *sorted(OTHER_KEYS)], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "no scheduler of this family has it; remove it."
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else "no scheduler of this family has it; remove it."
+            )
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
     full = {**_DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
     shift = full.get("snr_shift_scale")
     if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
         raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
     fitted = full.get("fitted_timesteps") or []
-    if not isinstance(fitted, list) or not all(isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted):
+    if not isinstance(fitted, list) or not all(
+        isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted
+    ):
         raise DDIMError(f"fitted_timesteps must be a list of lists of levels; got {fitted!r}.")
     betas = full["trained_betas"]
-    named = {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)} if isinstance(betas, (list, tuple)) else {}
-    for key, beta in {**named, "beta_start": full["beta_start"], "beta_end": full["beta_end"]}.items():
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN is in no range
+    named = (
+        {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)}
+        if isinstance(betas, (list, tuple))
+        else {}
+    )
+    for key, beta in {
+        **named,
+        "beta_start": full["beta_start"],
+        "beta_end": full["beta_end"],
+    }.items():
+        if (
+            isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1
+        ):  # NaN is in no range
             raise DDIMError(f"{key} must be a number from 0 to 1; got {beta!r}.")
     check_options(full)
     return full
@@ -271,7 +324,9 @@ def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
     if shift:
         table = noise_schedule({**config, "rescale_betas_zero_snr": False}).alphas_cumprod
         table = table / (shift + (1 - shift) * table)
-        schedule = noise_schedule({**config, "trained_betas": 1 - table / torch.cat([table.new_ones(1), table[:-1]])})
+        schedule = noise_schedule(
+            {**config, "trained_betas": 1 - table / torch.cat([table.new_ones(1), table[:-1]])}
+        )
     if float(schedule.alphas_cumprod[-1]) == 1:
         raise DDIMError("the scheduler's configuration adds no noise: all its betas are 0.")
     return schedule

@@ -91,7 +91,9 @@ class Code:
             raise DDIMError(f"method must be one of {', '.join(ENCODERS)}; got {self.method!r}.")
         held = 2 if self.is_exact else 1
         if self.states.ndim < 2 or self.states.shape[0] != held:
-            raise DDIMError(f"a code of {self.method} holds {held} state(s), shape [{held}, B, ...]; got {list(self.states.shape)}.")
+            raise DDIMError(
+                f"a code of {self.method} holds {held} state(s), shape [{held}, B, ...]; got {list(self.states.shape)}."
+            )
         if not self.timesteps:
             raise DDIMError("a code must say its timesteps; got none.")
 
@@ -100,12 +102,18 @@ class Code:
 
     def __getitem__(self, chosen: slice) -> "Code":
         """The code of some of the images."""
-        residual, labels = (None if value is None else value[chosen] for value in (self.residual, self.labels))
+        residual, labels = (
+            None if value is None else value[chosen] for value in (self.residual, self.labels)
+        )
         return replace(self, states=self.states[:, chosen], residual=residual, labels=labels)
 
     def to(self, device: torch.device | str) -> "Code":
         """The code with its states and labels on a device."""
-        return replace(self, states=self.states.to(device), labels=None if self.labels is None else self.labels.to(device))
+        return replace(
+            self,
+            states=self.states.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
 
     @classmethod
     def join(cls, parts: Sequence["Code"]) -> "Code":
@@ -115,13 +123,31 @@ class Code:
             DDIMError: If there are none, or they cannot go together.
         """
         if not parts or any(part._settings() != parts[0]._settings() for part in parts):
-            raise DDIMError("codes can be joined if there are some, and all are of one method, one list of timesteps and one model.")
-        held = {name: torch.cat([part.tensors()[name] for part in parts], int(name == "states")) for name in parts[0].tensors()}
+            raise DDIMError(
+                "codes can be joined if there are some, and all are of one method, one list of timesteps and one model."
+            )
+        held = {
+            name: torch.cat([part.tensors()[name] for part in parts], int(name == "states"))
+            for name in parts[0].tensors()
+        }
         most = max(part.evaluations for part in parts)
-        return replace(parts[0], states=held["states"], residual=held.get("residual"), labels=held.get("labels"), evaluations=most)
+        return replace(
+            parts[0],
+            states=held["states"],
+            residual=held.get("residual"),
+            labels=held.get("labels"),
+            evaluations=most,
+        )
 
     def _settings(self) -> tuple[object, ...]:
-        return (self.method, self.timesteps, self.gamma, self.mixing, dict(self.origin), sorted(self.tensors()))
+        return (
+            self.method,
+            self.timesteps,
+            self.gamma,
+            self.mixing,
+            dict(self.origin),
+            sorted(self.tensors()),
+        )
 
     @property
     def is_exact(self) -> bool:
@@ -139,7 +165,10 @@ class Code:
 
     def metadata(self) -> dict[str, str]:
         """What is not a tensor, as safetensors' metadata; :meth:`from_tensors` reads it."""
-        plain = {name: getattr(self, name) for name in ("method", "timesteps", "evaluations", "gamma", "mixing")}
+        plain = {
+            name: getattr(self, name)
+            for name in ("method", "timesteps", "evaluations", "gamma", "mixing")
+        }
         held = {name: fingerprint(value) for name, value in self.tensors().items()}
         return {
             "format": "ddim-code",
@@ -151,21 +180,34 @@ class Code:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
         held = {"states": self.states, "residual": self.residual, "labels": self.labels}
-        return {name: value.detach().cpu().contiguous() for name, value in held.items() if value is not None}
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in held.items()
+            if value is not None
+        }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> "Code":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+    ) -> "Code":
         """Rebuilds a code.
 
         Raises:
             DDIMError: If these are not what :meth:`tensors` and :meth:`metadata` gave.
         """
-        if not metadata or metadata.get("format") != "ddim-code" or metadata.get("version") != "1" or "states" not in tensors:
+        if (
+            not metadata
+            or metadata.get("format") != "ddim-code"
+            or metadata.get("version") != "1"
+            or "states" not in tensors
+        ):
             raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
         try:
             for name, written in json.loads(metadata["tensors"]).items():
                 if name not in tensors or fingerprint(tensors[name]) != written:
-                    raise DDIMError(f"the code is damaged: its {name} are not those that were written; encode the images again.")
+                    raise DDIMError(
+                        f"the code is damaged: its {name} are not those that were written; encode the images again."
+                    )
             plain = json.loads(metadata["code"])
             plain["timesteps"] = tuple(int(t) for t in plain["timesteps"])
             residual, labels = tensors.get("residual"), tensors.get("labels")
@@ -232,7 +274,14 @@ def encode(
         found = (
             encode_explicit(counted, x0, levels, schedule=schedule)
             if method == "ddim"
-            else encode_implicit(counted, x0, levels, schedule=schedule, tolerance=tolerance, max_evaluations=max_evaluations)
+            else encode_implicit(
+                counted,
+                x0,
+                levels,
+                schedule=schedule,
+                tolerance=tolerance,
+                max_evaluations=max_evaluations,
+            )
         )
         states, residual = found.x_T.unsqueeze(0), found.residual
     else:
@@ -243,7 +292,9 @@ def encode(
         raise DivergenceError(
             f"the code grew to {largest:.1e}, where noise is of order 1: {method} diverged at {len(levels)} steps; {_ADVICE[method]}."
         )
-    return Code(states, method, tuple(levels), evaluations, gamma, mixing, residual, labels, origin or {})
+    return Code(
+        states, method, tuple(levels), evaluations, gamma, mixing, residual, labels, origin or {}
+    )
 
 
 def decode_trajectory(
@@ -277,17 +328,25 @@ def decode_trajectory(
     if not code.is_exact:
         return trajectory(denoise, code.x_T.double(), step_pairs(levels), schedule=schedule)
     pair = StatePair(code.states[0].double(), code.states[1].double())
-    return decode_pair(denoise, pair, levels, schedule=schedule, sampler=ReversibleSampler(code.method, code.gamma, code.mixing))  # type: ignore[arg-type]
+    return decode_pair(
+        denoise,
+        pair,
+        levels,
+        schedule=schedule,
+        sampler=ReversibleSampler(code.method, code.gamma, code.mixing),
+    )  # type: ignore[arg-type]
 
 
-def check_code(code: Any) -> None:  # noqa: ANN401 - what a user holds for one
+def check_code(code: Any) -> None:
     """Refuses what is no code.
 
     Raises:
         DDIMError: With what it is.
     """
     if not isinstance(code, Code):
-        raise DDIMError(f"only a Code can be decoded, which encode or load_code gives; got a {type(code).__name__}.")
+        raise DDIMError(
+            f"only a Code can be decoded, which encode or load_code gives; got a {type(code).__name__}."
+        )
 
 
 def check_origin(code: Code, origin: Mapping[str, str]) -> None:
@@ -304,14 +363,18 @@ def check_origin(code: Code, origin: Mapping[str, str]) -> None:
     for name in sorted(shared, key=lambda name: name != "dtype"):
         there, here = code.origin[name], origin[name]
         if there != here and name == "dtype":
-            raise DDIMError(f"the code was made by a network in {there}, and this one is in {here}; decode it in {there}.")
+            raise DDIMError(
+                f"the code was made by a network in {there}, and this one is in {here}; decode it in {there}."
+            )
         if there != here:
             raise DDIMError(
                 f"the code was made with another {name} ({there} there, {here} here); decode it with the model that encoded it."
             )
 
 
-def decoding_timesteps(code: Code, timesteps: Sequence[int] | None, *, schedule: NoiseSchedule) -> tuple[int, ...]:
+def decoding_timesteps(
+    code: Code, timesteps: Sequence[int] | None, *, schedule: NoiseSchedule
+) -> tuple[int, ...]:
     """The levels that a code is decoded over.
 
     A code lies at its own first level, and nowhere else. So that one takes the place of the first level that is asked for, and of
@@ -359,7 +422,9 @@ def decode(
     """
     check_code(code)
     x = code.states[-1].double()  # what the two-step methods' pair of a single step holds already
-    for state in decode_trajectory(denoise, code, schedule=schedule, timesteps=timesteps, origin=origin):
+    for state in decode_trajectory(
+        denoise, code, schedule=schedule, timesteps=timesteps, origin=origin
+    ):
         x = state.x_s
     return x
 
@@ -380,7 +445,9 @@ def reconstruction_error(images: Tensor, reconstructions: Tensor) -> Tensor:
         DDIMError: If the shapes differ.
     """
     if images.shape != reconstructions.shape:
-        raise DDIMError(f"images and reconstructions must have one shape; got {list(images.shape)} and {list(reconstructions.shape)}.")
+        raise DDIMError(
+            f"images and reconstructions must have one shape; got {list(images.shape)} and {list(reconstructions.shape)}."
+        )
     difference = images.double().clamp(-1, 1) - reconstructions.double().clamp(-1, 1)
     return (difference / 2).flatten(1).square().mean(1)
 
@@ -390,5 +457,7 @@ def fingerprint(value: Mapping[str, Tensor] | Tensor) -> str:
     digest = hashlib.sha256()
     for name, tensor in (("", value),) if isinstance(value, Tensor) else value.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]

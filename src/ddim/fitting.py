@@ -24,7 +24,16 @@ from ddim.schedule import NoiseSchedule, add_noise
 from ddim.search import LEAST_ERROR, Batch, scaled_difference, search_timesteps, teach
 from ddim.timesteps import SPACINGS, Spacing, select_timesteps, step_pairs
 
-__all__ = ["Batch", "Fit", "Interval", "estimate_gamma", "fit_timesteps", "geometric_mean", "ode_error", "ode_errors"]
+__all__ = [
+    "Batch",
+    "Fit",
+    "Interval",
+    "estimate_gamma",
+    "fit_timesteps",
+    "geometric_mean",
+    "ode_error",
+    "ode_errors",
+]
 
 FITTED = "fitted"
 MANY = "ddim-50"
@@ -81,7 +90,10 @@ def ode_error(x: Tensor, exact: Tensor, *, bound: float | None = 1.0) -> Tensor:
 def geometric_mean(values: Tensor) -> Interval:
     """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm; nan bounds for a single value."""
     logarithms = values.double().log()
-    mean, margin = logarithms.mean(), 1.96 * logarithms.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan
+    mean, margin = (
+        logarithms.mean(),
+        1.96 * logarithms.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan,
+    )
     return Interval(float(mean.exp()), float((mean - margin).exp()), float((mean + margin).exp()))
 
 
@@ -117,15 +129,21 @@ def fit_timesteps(
     """
     names: list[Spacing] = [cast(Spacing, name) for name in SPACINGS]
     paths = {str(name): select_timesteps(len(schedule), steps, name) for name in names}
-    found = search_timesteps(batch, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound)
+    found = search_timesteps(
+        batch, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound
+    )
     paths = {FITTED: found, **paths}
     many, parts = select_timesteps(len(schedule), min(50, len(schedule)), "trailing"), []
     for part in held_out:
-        exact = teach(part, schedule=schedule, steps=100)[-1].x_s if finish is None else finish(part)
+        exact = (
+            teach(part, schedule=schedule, steps=100)[-1].x_s if finish is None else finish(part)
+        )
         errors = ode_errors(part, exact, paths, schedule=schedule, order=order, bound=bound)
         parts.append(errors | ode_errors(part, exact, {MANY: many}, schedule=schedule, bound=bound))
     if not parts:
-        raise DDIMError("fitted timesteps are judged on noise that the search has not seen; give at least one held-out batch.")
+        raise DDIMError(
+            "fitted timesteps are judged on noise that the search has not seen; give at least one held-out batch."
+        )
     errors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     name = min(paths, key=lambda n: geometric_mean(errors[n]).mean)
     return Fit(paths[name], name, paths, errors)
@@ -133,19 +151,32 @@ def fit_timesteps(
 
 @torch.no_grad()
 def ode_errors(
-    batch: Batch, exact: Tensor, paths: Mapping[str, Sequence[int]], *, schedule: NoiseSchedule, order: int = 1, bound: float | None = 1.0
+    batch: Batch,
+    exact: Tensor,
+    paths: Mapping[str, Sequence[int]],
+    *,
+    schedule: NoiseSchedule,
+    order: int = 1,
+    bound: float | None = 1.0,
 ) -> dict[str, Tensor]:
     """The :func:`ode_error` [B] of a batch by the name of each list of levels; ``exact`` [B, ...] is where many steps end."""
 
     def finished(levels: Sequence[int]) -> Tensor:
         return sample(batch.denoise, batch.x_t, step_pairs(levels), schedule=schedule, order=order)
 
-    return {name: ode_error(finished(levels), exact, bound=bound).cpu() for name, levels in paths.items()}
+    return {
+        name: ode_error(finished(levels), exact, bound=bound).cpu()
+        for name, levels in paths.items()
+    }
 
 
 @torch.no_grad()
 def estimate_gamma(
-    data: Iterable[tuple[Denoiser, Tensor]], timesteps: Iterable[int], *, schedule: NoiseSchedule, seed: int = 0
+    data: Iterable[tuple[Denoiser, Tensor]],
+    timesteps: Iterable[int],
+    *,
+    schedule: NoiseSchedule,
+    seed: int = 0,
 ) -> dict[int, float]:
     r"""Measures what the analytic variance needs, :math:`\Gamma_t = E\,\|\hat\epsilon(x_t, t)\|^2 / d`, in one pass over data.
 
@@ -169,14 +200,18 @@ def estimate_gamma(
         Eq. 8. https://arxiv.org/abs/2201.06503
     """
     levels, seen = list(timesteps), 0
-    explained = dict.fromkeys(levels, 0.0)  # the sums over images of |eps|^2 - |predicted eps|^2, a dimension
+    explained = dict.fromkeys(
+        levels, 0.0
+    )  # the sums over images of |eps|^2 - |predicted eps|^2, a dimension
     for given, x0 in data:
         denoise = checked(given)
         noise = seeded_randn(x0.shape[1:], range(seed + seen, seed + seen + len(x0))).to(x0.device)
         seen += len(x0)
         for t in levels:
             eps = denoise(add_noise(schedule, x0, noise, t), t).eps
-            explained[t] += float((noise.double().square() - eps.double().square()).flatten(1).mean(1).sum())
+            explained[t] += float(
+                (noise.double().square() - eps.double().square()).flatten(1).mean(1).sum()
+            )
     if not seen:
         raise DDIMError("gamma is measured on images; got none.")
     return {t: min(max(1 - total / seen, 0.0), 1.0) for t, total in explained.items()}

@@ -18,14 +18,24 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 
-__all__ = ["SMALLEST_STD", "check_rescale", "check_scale", "guide", "guided", "is_guided", "network_output"]
+__all__ = [
+    "SMALLEST_STD",
+    "check_rescale",
+    "check_scale",
+    "guide",
+    "guided",
+    "is_guided",
+    "network_output",
+]
 
 
 SMALLEST_STD = 1e-5
 """What is added, in squares, to a standard deviation in the rescale: that of a constant prediction is 0, up to rounding."""
 
 
-def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0) -> Tensor:
+def guide(
+    conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0
+) -> Tensor:
     r"""Combines two raw predictions: the module's equation.
 
     Args:
@@ -47,16 +57,25 @@ def guide(conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: 
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Algorithm 2. https://arxiv.org/abs/2305.08891
     """
     if conditional.shape != unconditional.shape:
-        raise DDIMError(f"both predictions must have one shape; got {list(conditional.shape)} and {list(unconditional.shape)}.")
+        raise DDIMError(
+            f"both predictions must have one shape; got {list(conditional.shape)} and {list(unconditional.shape)}."
+        )
     check_rescale(rescale)
-    if conditional.dtype in (torch.float16, torch.bfloat16):  # a large scale overflows float16, and leaves bfloat16 two digits
+    if conditional.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # a large scale overflows float16, and leaves bfloat16 two digits
         conditional, unconditional = conditional.float(), unconditional.float()
     combined = torch.lerp(unconditional, conditional, scale)
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
     kept = combined.new_full((), 1 - rescale)
-    factor = torch.addcdiv(kept, _inverse_std(combined), _inverse_std(conditional), value=rescale).reshape(-1, *[1] * (combined.ndim - 1))
-    return combined * factor if combined.requires_grad else combined.mul_(factor)  # memory that is not in the cache costs a fifth of a step
+    factor = torch.addcdiv(
+        kept, _inverse_std(combined), _inverse_std(conditional), value=rescale
+    ).reshape(-1, *[1] * (combined.ndim - 1))
+    return (
+        combined * factor if combined.requires_grad else combined.mul_(factor)
+    )  # memory that is not in the cache costs a fifth of a step
 
 
 def _inverse_std(x: Tensor) -> Tensor:
@@ -66,11 +85,15 @@ def _inverse_std(x: Tensor) -> Tensor:
     """
     if x.requires_grad:
         centred = x.flatten(1)
-        for _ in range(2):  # the mean of equal numbers is off by rounding; what is left of it is equal numbers again
+        for _ in range(
+            2
+        ):  # the mean of equal numbers is off by rounding; what is left of it is equal numbers again
             centred = centred - centred.mean(1, keepdim=True)
         return (centred.square().mean(1, keepdim=True) + SMALLEST_STD**2).rsqrt()
     size = len(x)
-    inverse: Tensor = torch.native_group_norm(x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2)[2]
+    inverse: Tensor = torch.native_group_norm(
+        x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2
+    )[2]
     return inverse
 
 
@@ -110,7 +133,9 @@ def guided(
 
         def one_by_one(x_t: Tensor, t: Tensor) -> Tensor:
             without = network_output(network(x_t, t, uncond))
-            return guide(network_output(network(x_t, t, cond)), without, scale=scale, rescale=rescale)
+            return guide(
+                network_output(network(x_t, t, cond)), without, scale=scale, rescale=rescale
+            )
 
         return one_by_one
     both = torch.cat([uncond, cond])
@@ -132,7 +157,7 @@ def is_guided(scale: float) -> bool:
     return scale > 1
 
 
-def network_output(output: Any) -> Tensor:  # noqa: ANN401 - whatever a network returns
+def network_output(output: Any) -> Tensor:
     """The prediction in what a network returned: a tensor, a tuple or list that starts with one, or an object with ``.sample``.
 
     Raises:
@@ -161,7 +186,9 @@ def check_scale(scale: float) -> None:
     except TypeError:
         finite = False
     if not finite:
-        raise DDIMError(f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}.")
+        raise DDIMError(
+            f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}."
+        )
 
 
 def check_rescale(rescale: float) -> None:

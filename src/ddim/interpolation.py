@@ -59,7 +59,9 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     rows = (a.reshape(a.shape[0], -1).double(), b.reshape(b.shape[0], -1).double())
     lengths = [row.norm(dim=1, keepdim=True) for row in rows]
     tiny = torch.finfo(torch.float64).tiny
-    first, second = (row / length.clamp(min=tiny) for row, length in zip(rows, lengths, strict=True))
+    first, second = (
+        row / length.clamp(min=tiny) for row, length in zip(rows, lengths, strict=True)
+    )
     cosine = (first * second).sum(1, keepdim=True)
     # The part of b across a: its length is the sine, without the cancellation of an arc cosine near 0 and pi.
     across = second - cosine * first
@@ -95,10 +97,14 @@ def interpolate(a: Tensor, b: Tensor, count: int, *, kind: Interpolation = "sphe
         raise DDIMError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {kind!r}.")
     between = slerp if kind == "spherical" else lerp
     middle = [between(a[None], b[None], i / (count - 1)) for i in range(1, count - 1)]
-    return torch.cat([a[None], *middle, b[None]])  # the ends themselves, not what rounding makes of them
+    return torch.cat(
+        [a[None], *middle, b[None]]
+    )  # the ends themselves, not what rounding makes of them
 
 
-def interpolate_grid(corners: Tensor, rows: int, columns: int, *, kind: Interpolation = "spherical") -> Tensor:
+def interpolate_grid(
+    corners: Tensor, rows: int, columns: int, *, kind: Interpolation = "spherical"
+) -> Tensor:
     """A grid between four latents: paths down its left and right edges, and across from the one to the other.
 
     Args:
@@ -117,12 +123,19 @@ def interpolate_grid(corners: Tensor, rows: int, columns: int, *, kind: Interpol
         raise DDIMError(f"a grid has four corners; got {corners.shape[0]}.")
     left = interpolate(corners[0], corners[2], rows, kind=kind)
     right = interpolate(corners[1], corners[3], rows, kind=kind)
-    return torch.cat([interpolate(start, end, columns, kind=kind) for start, end in zip(left, right, strict=True)])
+    return torch.cat(
+        [
+            interpolate(start, end, columns, kind=kind)
+            for start, end in zip(left, right, strict=True)
+        ]
+    )
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
-        raise DDIMError(f"a path needs two ends of one shape; got {list(a.shape)} and {list(b.shape)}.")
+        raise DDIMError(
+            f"a path needs two ends of one shape; got {list(a.shape)} and {list(b.shape)}."
+        )
 
 
 def _perpendicular(direction: Tensor) -> Tensor:

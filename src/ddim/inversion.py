@@ -26,7 +26,13 @@ from ddim.schedule import NoiseSchedule
 from ddim.step import linear_step
 from ddim.timesteps import reverse_pairs, step_pairs
 
-__all__ = ["ConvergenceWarning", "Encoding", "encodable_timesteps", "encode_explicit", "encode_implicit"]
+__all__ = [
+    "ConvergenceWarning",
+    "Encoding",
+    "encodable_timesteps",
+    "encode_explicit",
+    "encode_implicit",
+]
 
 
 _FIRST = 50.0  # times the tolerance, for the step out of the clean level
@@ -74,11 +80,15 @@ def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> li
         lower = levels[0] - 1
         levels = ([] if lower < 0 or lower in levels else [lower]) + levels[1:]
     if not levels:
-        raise DDIMError(f"an encoder needs a level whose SNR is above 0; got timesteps {list(timesteps)}.")
+        raise DDIMError(
+            f"an encoder needs a level whose SNR is above 0; got timesteps {list(timesteps)}."
+        )
     return levels
 
 
-def encode_explicit(denoise: Denoiser, x0: Tensor, timesteps: Sequence[int], *, schedule: NoiseSchedule) -> Encoding:
+def encode_explicit(
+    denoise: Denoiser, x0: Tensor, timesteps: Sequence[int], *, schedule: NoiseSchedule
+) -> Encoding:
     """The paper's encoder: Euler's method backwards, with eps at the less noisy state. One evaluation a step.
 
     Autograd records it all, unless it is called under ``torch.no_grad()``.
@@ -162,7 +172,15 @@ def encode_implicit(
             total += 1
         # A residual of x_t is 1/grow times as large where sampling lands.
         x, eps, residual, used = _solve_step(
-            denoise, grow * x, eps, t, add, scale=1 / grow, tolerance=wanted, max_evaluations=max_evaluations, depth=depth
+            denoise,
+            grow * x,
+            eps,
+            t,
+            add,
+            scale=1 / grow,
+            tolerance=wanted,
+            max_evaluations=max_evaluations,
+            depth=depth,
         )
         total += used
         worst = torch.maximum(worst, residual)
@@ -201,13 +219,20 @@ def _solve_step(
     y = base + add * eps
     best, best_eps, best_image = y, eps, y
     lowest = torch.full((len(y),), float("inf"), dtype=torch.float64, device=y.device)
-    history: list[tuple[Tensor, Tensor, Tensor]] = []  # iterate, its image, and in which samples they still count
+    history: list[
+        tuple[Tensor, Tensor, Tensor]
+    ] = []  # iterate, its image, and in which samples they still count
     for used in range(1, max_evaluations + 1):
         eps = denoise(y, t).eps
         image = base + add * eps
         residual = scale * (image - y).flatten(1).double().square().mean(1).sqrt()
-        take = (residual < lowest) & (lowest > tolerance)  # a sample that is solved keeps what it has
-        best, best_eps, best_image = (torch.where(shaped(take), new, old) for new, old in ((y, best), (eps, best_eps), (image, best_image)))
+        take = (residual < lowest) & (
+            lowest > tolerance
+        )  # a sample that is solved keeps what it has
+        best, best_eps, best_image = (
+            torch.where(shaped(take), new, old)
+            for new, old in ((y, best), (eps, best_eps), (image, best_image))
+        )
         lowest = torch.where(take, residual, lowest)
         if bool((lowest <= tolerance).all()) or not bool(torch.isfinite(lowest).all()):
             return best, best_eps, lowest, used
@@ -233,7 +258,9 @@ def _anderson(history: list[tuple[Tensor, Tensor, Tensor]], y: Tensor, image: Te
     gram = change.transpose(1, 2) @ change
     # A ridge far below the residuals' own rounding keeps parallel columns, and the empty ones of a forgotten history, solvable.
     ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram + ridge[:, None, None] * torch.eye(
+        gram.shape[1], dtype=gram.dtype, device=gram.device
+    )
     weights: Tensor = torch.linalg.solve(gram, change.transpose(1, 2) @ residual.unsqueeze(2))
     combined: Tensor = image.flatten(1).double() - (move @ weights).squeeze(2)
     return combined.reshape(y.shape).to(y.dtype)

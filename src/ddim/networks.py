@@ -61,13 +61,17 @@ def _keep_freed_memory() -> None:
     torch.empty(2**25 - 2**14, dtype=torch.uint8, device="cpu")
 
 
-def is_compiled(network: Any) -> bool:  # noqa: ANN401 - any callable
+def is_compiled(network: Any) -> bool:
     """Whether torch compiles what is called: in place, by a module around it, or by a function in place of its ``forward``."""
     in_place = getattr(network, "_compiled_call_impl", None) is not None
-    return in_place or hasattr(network, "_orig_mod") or hasattr(getattr(network, "forward", None), "_torchdynamo_orig_callable")
+    return (
+        in_place
+        or hasattr(network, "_orig_mod")
+        or hasattr(getattr(network, "forward", None), "_torchdynamo_orig_callable")
+    )
 
 
-def kept(output: Tensor, network: Any) -> Tensor:  # noqa: ANN401 - any callable
+def kept(output: Tensor, network: Any) -> Tensor:
     """A network's output as a tensor that its next call leaves alone, which one of a compiled network on a GPU need not be: a graph of
     kernels that is replayed writes to the same memory each time."""
     return output.clone() if output.is_cuda and is_compiled(network) else output
@@ -87,39 +91,73 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     held = get_state_dict_offloaded_model(module)
     missing = [name for name in state if name not in held]
     if missing:
-        raise DDIMError(f"the network has no weights for {missing[0]}: it lies on the meta device; load a checkpoint into it first.")
+        raise DDIMError(
+            f"the network has no weights for {missing[0]}: it lies on the meta device; load a checkpoint into it first."
+        )
     return {name: held[name] for name in state}
 
 
 class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]
     """Upsampling and convolution at once, where they are what diffusers makes by default."""
 
-    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - diffusers' own
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **options: Any
+    ) -> Any:
         conv = self.conv if self.name == "conv" else self.Conv2d_0
-        doubled = output_size is None or tuple(output_size) == tuple(2 * side for side in hidden_states.shape[-2:])
+        doubled = output_size is None or tuple(output_size) == tuple(
+            2 * side for side in hidden_states.shape[-2:]
+        )
         worth = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3] >= PLACES
-        if args or options or not (doubled and worth and self.interpolate and self.norm is None and _is_plain(conv)):
+        if (
+            args
+            or options
+            or not (
+                doubled and worth and self.interpolate and self.norm is None and _is_plain(conv)
+            )
+        ):
             return super().forward(hidden_states, output_size, *args, **options)
-        return F.conv_transpose2d(hidden_states, _upsampling_kernel(conv.weight), conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(
+            hidden_states, _upsampling_kernel(conv.weight), conv.bias, stride=2, padding=1
+        )
 
 
-def _is_plain(conv: Any) -> bool:  # noqa: ANN401 - whatever stands where a convolution is expected
+def _is_plain(conv: Any) -> bool:
     """Whether a layer is no more than a padded 3x3 convolution of weights that are here, on a CPU, and whose sums do not round.
 
     No adapter, hook or method of its own stands in it, nor does it pad with anything but zeros, as what makes tiles asks for.
     """
-    if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or conv.weight.dtype not in EXACT:
+    if (
+        type(conv) is not nn.Conv2d
+        or conv.weight.device.type != "cpu"
+        or conv.weight.dtype not in EXACT
+    ):
         return False
     if torch.is_autocast_enabled("cpu"):  # it would sum the weights in half precision
         return False
-    usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    usual = (
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+    )
     if usual != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
         return False
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return not any(hooks) and "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
+    hooks = (
+        conv._forward_hooks,
+        conv._forward_pre_hooks,
+        conv._backward_hooks,
+        conv._backward_pre_hooks,
+    )
+    return (
+        not any(hooks) and "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
+    )
 
 
-_ROWS = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], device="cpu")  # wherever this module is first imported
+_ROWS = torch.tensor(
+    [[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], device="cpu"
+)  # wherever this module is first imported
 """[3, 4]: the rows of a transposed convolution's kernel that a row of a convolution's goes to. Each input is seen at two rows, and a
 transposed convolution runs backwards."""
 _TAPS = torch.kron(_ROWS, _ROWS)
@@ -138,7 +176,12 @@ class _RowsGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         exact = input.device.type == "cpu" and input.dtype in EXACT
-        if not (exact and self.affine and input.ndim > 2 and (torch.compiler.is_compiling() or self._is_slow(input))):
+        if not (
+            exact
+            and self.affine
+            and input.ndim > 2
+            and (torch.compiler.is_compiling() or self._is_slow(input))
+        ):
             return super().forward(input)
         rows = input.flatten(2).transpose(1, 2)
         count, _, channels = rows.shape
@@ -146,19 +189,33 @@ class _RowsGroupNorm(nn.GroupNorm):
         def mean(x: Tensor) -> Tensor:  # [B, groups, 1]
             return x.mean(1).view(count, self.num_groups, -1).mean(2, keepdim=True)
 
-        def stored(x: Tensor) -> Tensor:  # a compiler would compute it again for every number; where there is memory, it reads there
-            return x.reshape(count, 1, channels).as_strided((count, 1, channels), (channels, channels, 1))
+        def stored(
+            x: Tensor,
+        ) -> Tensor:  # a compiler would compute it again for every number; where there is memory, it reads there
+            return x.reshape(count, 1, channels).as_strided(
+                (count, 1, channels), (channels, channels, 1)
+            )
 
         centre = mean(rows)
         spread = (mean(rows * rows) - centre * centre).clamp_(min=0)
-        scale = (spread + self.eps).rsqrt() * self.weight.view(self.num_groups, -1)  # [B, groups, channels of one]
+        scale = (spread + self.eps).rsqrt() * self.weight.view(
+            self.num_groups, -1
+        )  # [B, groups, channels of one]
         shift = self.bias.view(self.num_groups, -1) - centre * scale
-        return torch.addcmul(stored(shift), rows, stored(scale)).transpose(1, 2).reshape(input.shape)
+        return (
+            torch.addcmul(stored(shift), rows, stored(scale)).transpose(1, 2).reshape(input.shape)
+        )
 
     def _is_slow(self, x: Tensor) -> bool:
         """Whether torch's kernel is: of many small images that lie channels-last, where a group's channels fill no vector of numbers."""
         width = self.num_channels // self.num_groups
-        if width >= 16 or width == 8 or x.ndim != 4 or x.numel() < LARGE or x.shape[2] * x.shape[3] >= SMALL_MAP:
+        if (
+            width >= 16
+            or width == 8
+            or x.ndim != 4
+            or x.numel() < LARGE
+            or x.shape[2] * x.shape[3] >= SMALL_MAP
+        ):
             return False
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
@@ -168,16 +225,28 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
 
     def __call__(  # diffusers passes only what is named here
         self,
-        attn: Any,  # noqa: ANN401 - diffusers' Attention
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-    ) -> Any:  # noqa: ANN401 - diffusers' own
-        tokens = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
-        pairs = tokens.shape[1] * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
-        if pairs > SHORT or hidden_states.dtype not in EXACT or attention_mask is not None or any(getattr(attn, name) for name in _MORE):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    ) -> Any:
+        tokens = (
+            hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        )
+        pairs = (
+            tokens.shape[1]
+            * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
+        )
+        if (
+            pairs > SHORT
+            or hidden_states.dtype not in EXACT
+            or attention_mask is not None
+            or any(getattr(attn, name) for name in _MORE)
+        ):
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb
+            )
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         given = tokens if encoder_hidden_states is None else encoder_hidden_states
@@ -186,7 +255,9 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
             mixed = layer(mixed)
         if hidden_states.ndim == 4:
             mixed = mixed.transpose(1, 2).reshape(hidden_states.shape)
-        return (mixed + hidden_states if attn.residual_connection else mixed) / attn.rescale_output_factor
+        return (
+            mixed + hidden_states if attn.residual_connection else mixed
+        ) / attn.rescale_output_factor
 
 
 _MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross")
@@ -208,5 +279,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
     query, key, value = split(query), split(key * width**-0.5), split(value)
     scores = torch.bmm(key, query.transpose(1, 2))
     weights = (scores - scores.amax(1, keepdim=True)).exp()
-    mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights) / weights.sum(1, keepdim=True)  # [B * heads, D, queries]
+    mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights) / weights.sum(
+        1, keepdim=True
+    )  # [B * heads, D, queries]
     return mixed.reshape(count, heads * width, -1).transpose(1, 2)

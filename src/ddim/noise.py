@@ -49,7 +49,10 @@ def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
 
     Generators on an accelerator draw there, and the result comes back to the CPU.
     """
-    draws = [torch.randn((1, *shape), generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators]
+    draws = [
+        torch.randn((1, *shape), generator=g, device=g.device, dtype=torch.float32).cpu()
+        for g in generators
+    ]
     return torch.cat(draws) if draws else torch.empty((0, *shape))
 
 
@@ -79,8 +82,12 @@ class SeededNoise:
         given: list[Any] = list(seeds_or_generators)
         held = [g for g in given if isinstance(g, torch.Generator)]
         if held and len(held) != len(given):
-            raise DDIMError("seeds and generators cannot be mixed; give one or the other for every image.")
-        self.generators = held or make_generators([s for s in given if not isinstance(s, torch.Generator)])
+            raise DDIMError(
+                "seeds and generators cannot be mixed; give one or the other for every image."
+            )
+        self.generators = held or make_generators(
+            [s for s in given if not isinstance(s, torch.Generator)]
+        )
         self.shape = tuple(shape)
         self.device, self.dtype = torch.device(device), dtype
 
@@ -88,4 +95,8 @@ class SeededNoise:
         """The next noise of every image, [B, *shape]."""
         noise = randn_each(self.shape, self.generators).to(self.dtype)
         # Pinned memory lets the copy run beside the kernels already queued, without waiting for them.
-        return noise.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else noise.to(self.device)
+        return (
+            noise.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else noise.to(self.device)
+        )

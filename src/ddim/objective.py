@@ -51,7 +51,9 @@ def loss_weights(
         Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023. https://arxiv.org/abs/2303.09556
     """
     if prediction_type not in PREDICTION_TYPES:
-        raise DDIMError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+        raise DDIMError(
+            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}."
+        )
     if weighting == "uniform":
         return torch.ones(t.shape, dtype=torch.float64)
     if weighting != "min-snr":
@@ -61,13 +63,17 @@ def loss_weights(
     snr = schedule.snr(t)
     saturated = snr.clamp(max=gamma)
     if prediction_type == "epsilon":
-        weights = torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))  # min(SNR, gamma) / SNR is 0/0 at SNR 0
+        weights = torch.where(
+            snr > gamma, gamma / snr, torch.ones_like(snr)
+        )  # min(SNR, gamma) / SNR is 0/0 at SNR 0
     else:
         weights = saturated if prediction_type == "sample" else saturated / (snr + 1)
     return weights.clamp(min=floor)
 
 
-def draw_timesteps(batch_size: int, num_train_timesteps: int, *, generator: torch.Generator) -> Tensor:
+def draw_timesteps(
+    batch_size: int, num_train_timesteps: int, *, generator: torch.Generator
+) -> Tensor:
     """Draws levels uniformly from 0..T-1, shape [B], int64 on the CPU."""
     return torch.randint(num_train_timesteps, (batch_size,), generator=generator)
 
@@ -92,7 +98,9 @@ def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) 
     """
     if strength == 0:
         return noise
-    shift = torch.randn(noise.shape[:2], generator=generator).reshape(*noise.shape[:2], *[1] * (noise.ndim - 2))
+    shift = torch.randn(noise.shape[:2], generator=generator).reshape(
+        *noise.shape[:2], *[1] * (noise.ndim - 2)
+    )
     return noise + strength * shift.to(noise.device, noise.dtype)
 
 
@@ -128,7 +136,9 @@ def training_loss(
         https://arxiv.org/abs/2010.02502
     """
     x_t = add_noise(schedule, x0, noise, t)
-    target = from_x0_eps(x0, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=prediction_type)
+    target = from_x0_eps(
+        x0, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=prediction_type
+    )
     error: Tensor = network(x_t, t.to(x_t.device)) - target
     losses = error.to(x0.dtype).square().flatten(1).mean(1)
     return losses if weights is None else losses * weights.to(losses.device, losses.dtype)

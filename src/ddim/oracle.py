@@ -45,14 +45,21 @@ class GaussianOracle:
         alpha, sigma, variance = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), self.variance(t)
         centred = x_t - match(alpha * self.mean, x_t)
         mean = match(torch.as_tensor(self.mean, dtype=torch.float64), x_t)
-        return Denoised(mean + match(alpha * self.std**2 / variance, x_t) * centred, match(sigma / variance, x_t) * centred)
+        return Denoised(
+            mean + match(alpha * self.std**2 / variance, x_t) * centred,
+            match(sigma / variance, x_t) * centred,
+        )
 
-    def network(self, prediction_type: PredictionType = "epsilon") -> Callable[[Tensor, Tensor], Tensor]:
+    def network(
+        self, prediction_type: PredictionType = "epsilon"
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """A perfect network of the given parametrisation: (x_t, t) -> prediction."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             x0, eps = self.denoise(x_t, t)
-            return from_x0_eps(x0, eps, alpha_bar_t=self.schedule.alpha_bar(t), prediction_type=prediction_type)
+            return from_x0_eps(
+                x0, eps, alpha_bar_t=self.schedule.alpha_bar(t), prediction_type=prediction_type
+            )
 
         return predict
 
@@ -60,9 +67,13 @@ class GaussianOracle:
         r"""Where the exact ODE carries x_t from level t to level s: :math:`\alpha_s \mu + \sqrt{V_s / V_t}\,(x_t - \alpha_t \mu)`."""
         alpha_t, alpha_s = self.schedule.alpha_bar(t).sqrt(), self.schedule.alpha_bar(s).sqrt()
         ratio = (self.variance(s) / self.variance(t)).sqrt()
-        return match(alpha_s * self.mean, x_t) + match(ratio, x_t) * (x_t - match(alpha_t * self.mean, x_t))
+        return match(alpha_s * self.mean, x_t) + match(ratio, x_t) * (
+            x_t - match(alpha_t * self.mean, x_t)
+        )
 
-    def draw(self, shape: tuple[int, ...], *, t: int, generator: torch.Generator | None = None) -> Tensor:
+    def draw(
+        self, shape: tuple[int, ...], *, t: int, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draws from the exact marginal at level t, float64."""
         z = torch.randn(shape, generator=generator, dtype=torch.float64)
         alpha = self.schedule.alpha_bar(t).sqrt()

@@ -56,7 +56,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:  # noqa: ANN401 - any scheduler of diffusers
+    def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=as_ddim(scheduler))
 
@@ -68,9 +68,9 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         unet: torch.nn.Module | None = None,
-        scheduler: Any = None,  # noqa: ANN401 - any scheduler of diffusers
+        scheduler: Any = None,
         variant: str | None = None,
-        **hub: Any,  # noqa: ANN401 - options of the download, checked below
+        **hub: Any,
     ) -> "UnconditionalPipeline":
         """Opens an unconditional model.
 
@@ -88,7 +88,9 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """
         unknown = sorted(set(hub) - set(HUB_OPTIONS))
         if unknown:
-            raise TypeError(f"UnconditionalPipeline.from_pretrained() got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(
+                f"UnconditionalPipeline.from_pretrained() got an unexpected keyword argument {unknown[0]!r}"
+            )
         folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
         index = read_model_index(folder)
         if not is_unconditional(index):
@@ -104,7 +106,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own options
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers' ``save_pretrained``.
 
         Raises:
@@ -122,10 +124,14 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """
         size = self.unet.config.sample_size
         if size is None:
-            raise DDIMError("the network's configuration has no sample_size; give latents of the size to sample.")
+            raise DDIMError(
+                "the network's configuration has no sample_size; give latents of the size to sample."
+            )
         sides = size if isinstance(size, (list, tuple)) else (size, size)
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise DDIMError(f"the sample_size of the network's configuration must be one whole number or two; got {size!r}.")
+            raise DDIMError(
+                f"the sample_size of the network's configuration must be one whole number or two; got {size!r}."
+            )
         height, width = sides
         self._check_size(height, width, "its configuration's sample_size")
         return int(self.unet.config.in_channels), height, width
@@ -152,13 +158,22 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If the labels do not fit the network, or the network is no unconditional one.
         """
         network = self._network(self._labels(class_labels, batch_size))
-        return ModelDenoiser(network, self.noise_schedule, self.scheduler.config.prediction_type, self.select_clip(clip), self.unet.dtype)
+        return ModelDenoiser(
+            network,
+            self.noise_schedule,
+            self.scheduler.config.prediction_type,
+            self.select_clip(clip),
+            self.unet.dtype,
+        )
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
         """Evaluates the network and drops the result: allocations, and a compilation if there is one, happen here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        self._warm_up(self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none"), x)
+        self._warm_up(
+            self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none"),
+            x,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -182,7 +197,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         progress: bool = True,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
-    ) -> Any:  # noqa: ANN401 - diffusers' ImagePipelineOutput, or a tuple where that is asked for
+    ) -> Any:
         """Makes images.
 
         Args:
@@ -217,24 +232,38 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         self._check_output_type(output_type)
         schedule = self.noise_schedule
         given_order, order = order, self.select_order(order)
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        )
         self.check_path(levels, eta=eta, order=order, analytic=gamma is not None)
-        count = self._count(batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels)
+        count = self._count(
+            batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
+        )
         denoise = self.denoiser(count, class_labels=class_labels, clip=clip)
         channels = int(self.unet.config.in_channels)
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
-            raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}.")
+            raise DDIMError(
+                f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}."
+            )
         if latents is not None:
             self._check_size(latents.shape[2], latents.shape[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
-        x, noise = self._start(count, shape, self._place(), seeds=seeds, generator=generator, latents=latents)
+        x, noise = self._start(
+            count, shape, self._place(), seeds=seeds, generator=generator, latents=latents
+        )
         if prior is not None:
             if latents is not None:
-                raise DDIMError("latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them.")
+                raise DDIMError(
+                    "latents are x_T itself, and a prior changes what x_T is drawn from; leave out one of them."
+                )
             x = prior.start(x, schedule.alpha_bar(levels[0]))
         if sampler != "ddim":
-            check_exact(sampler, eta=eta, clip=denoise.clip, order=given_order, analytic=gamma is not None)
-        states = self._states(denoise, x, levels, sampler=sampler, eta=eta, noise=noise, order=order, gamma=gamma)
+            check_exact(
+                sampler, eta=eta, clip=denoise.clip, order=given_order, analytic=gamma is not None
+            )
+        states = self._states(
+            denoise, x, levels, sampler=sampler, eta=eta, noise=noise, order=order, gamma=gamma
+        )
         x = self._walk(states, x, len(levels), callback=callback, progress=progress)
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
@@ -243,7 +272,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
     @torch.no_grad()
     def encode(
         self,
-        images: Any,  # noqa: ANN401 - pictures, bytes or a tensor
+        images: Any,
         num_inference_steps: int | None = None,
         *,
         method: EncodingMethod = "o-belm",
@@ -281,11 +310,17 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If images or options do not fit the network, or the method diverges.
         """
         x0 = from_pictures(images, self.image_shape, resize=resize)
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+        )
         labels = self._labels(class_labels, len(x0))
 
         def denoiser(chosen: slice) -> ModelDenoiser:  # clipping cannot be undone
-            return self.denoiser(len(x0[chosen]), class_labels=None if labels is None else labels[chosen], clip="none")
+            return self.denoiser(
+                len(x0[chosen]),
+                class_labels=None if labels is None else labels[chosen],
+                clip="none",
+            )
 
         code = self._encode(
             x0,
@@ -314,7 +349,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         progress: bool = False,
         batch_size: int = 64,
         output_type: Literal["pil", "np", "pt"] = "pil",
-    ) -> Any:  # noqa: ANN401 - the type that was asked for
+    ) -> Any:
         """Brings the images of a code back.
 
         Args:
@@ -335,13 +370,17 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If the code is of another model, or of other steps, or does not fit.
         """
         self._check_output_type(output_type)
-        levels = self.decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+        levels = self.decoding_timesteps(
+            code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
+        )
 
         def denoiser(chosen: slice) -> ModelDenoiser:
             part = code[chosen]
             return self.denoiser(len(part), class_labels=part.labels, clip="none")
 
-        x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
+        x = self._decode(
+            code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size
+        )
         self.maybe_free_model_hooks()
         return self._finish(x, output_type)
 
@@ -360,10 +399,16 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """
         check_code(code)
         if tuple(code.x_T.shape[1:]) != self.image_shape:
-            raise DDIMError(f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}.")
-        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+            raise DDIMError(
+                f"the model's latents have shape {list(self.image_shape)}; the code's have {list(code.x_T.shape[1:])}."
+            )
+        levels = self._decoding_timesteps(
+            code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
+        )
         if code.labels is None and self._takes_labels:
-            raise DDIMError("the network is class-conditional, and the code has no classes; encode with class_labels (--class).")
+            raise DDIMError(
+                "the network is class-conditional, and the code has no classes; encode with class_labels (--class)."
+            )
         self._labels(code.labels, len(code))
         return levels
 
@@ -372,25 +417,31 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             raise DDIMError(f"output_type must be pil, np or pt; got {output_type!r}.")
         channels = int(self.unet.config.in_channels)
         if output_type == "pil" and channels not in (1, 3):
-            raise DDIMError(f"the network makes images of {channels} channels, and a picture has 1 or 3; use output_type='np' or 'pt'.")
+            raise DDIMError(
+                f"the network makes images of {channels} channels, and a picture has 1 or 3; use output_type='np' or 'pt'."
+            )
 
     @staticmethod
-    def _finish(x: Tensor, output_type: str) -> Any:  # noqa: ANN401 - the type that was asked for
+    def _finish(x: Tensor, output_type: str) -> Any:
         """Finished images of a state [B, C, H, W]: clamped, in [0, 1], or pictures."""
         if output_type == "pil":
             return to_pil(to_uint8(x))
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
-    def _count(self, batch_size: int | None, **given: Any) -> int:  # noqa: ANN401 - what the call was given
+    def _count(self, batch_size: int | None, **given: Any) -> int:
         """The number of images, from whatever says it; refuses where two say different numbers."""
         sizes = {} if batch_size is None else {"batch_size": batch_size}
         for name, value in given.items():
-            if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0:  # a list, range, array or tensor
+            if (
+                hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+            ):  # a list, range, array or tensor
                 sizes[name] = len(value)
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-            raise DDIMError(f"the arguments tell different numbers of images ({told}); give one of each an image.")
+            raise DDIMError(
+                f"the arguments tell different numbers of images ({told}); give one of each an image."
+            )
         count = next(iter(sizes.values()), 1)
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
@@ -399,9 +450,13 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
     @property
     def _takes_labels(self) -> bool:
         config = self.unet.config
-        return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+        return (
+            config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+        )
 
-    def _labels(self, class_labels: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+    def _labels(
+        self, class_labels: int | Sequence[int] | Tensor | None, count: int
+    ) -> Tensor | None:
         """One label an image on the network's device, or None for a network without classes."""
         classes = self.unet.config.get("num_class_embeds")
         if class_labels is None and not self._takes_labels:
@@ -413,10 +468,20 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             raise DDIMError("the network was trained without classes; leave out class_labels.")
         labels = torch.as_tensor(class_labels)
         if labels.ndim > 1 or (labels.ndim == 1 and len(labels) != count):
-            raise DDIMError(f"class_labels must be one number for all images, or one for each of {count}; got shape {list(labels.shape)}.")
-        labels = (labels.expand(count) if labels.ndim == 0 else labels).contiguous().to(self._execution_device)
-        if classes is not None and (labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())):
-            raise DDIMError(f"class_labels must be whole numbers from 0 to {classes - 1}; got {torch.as_tensor(class_labels).tolist()}.")
+            raise DDIMError(
+                f"class_labels must be one number for all images, or one for each of {count}; got shape {list(labels.shape)}."
+            )
+        labels = (
+            (labels.expand(count) if labels.ndim == 0 else labels)
+            .contiguous()
+            .to(self._execution_device)
+        )
+        if classes is not None and (
+            labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())
+        ):
+            raise DDIMError(
+                f"class_labels must be whole numbers from 0 to {classes - 1}; got {torch.as_tensor(class_labels).tolist()}."
+            )
         return labels
 
     def _network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -428,7 +493,11 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
                 f"the network takes {channels} channels and returns {made}; an unconditional model returns as many as it takes, "
                 "or twice as many where it predicts a variance too."
             )
-        options: dict[str, Any] = {"return_dict": False} if labels is None else {"class_labels": labels, "return_dict": False}
+        options: dict[str, Any] = (
+            {"return_dict": False}
+            if labels is None
+            else {"class_labels": labels, "return_dict": False}
+        )
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
@@ -443,7 +512,7 @@ class DiffusionPipeline:
     """Opens any checkpoint of the DDIM family as the pipeline that fits it."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # noqa: ANN401 - one of many pipelines
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """Opens a model.
 
         Args:
@@ -458,11 +527,15 @@ class DiffusionPipeline:
         Raises:
             CheckpointError: If the model cannot be found or opened, or its scheduler is not of the DDIM family (flow matching).
         """
-        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options})
+        folder = find_model(
+            pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options}
+        )
         index = read_model_index(folder)
         if is_unconditional(index):
             pipe: Any = UnconditionalPipeline.from_pretrained(folder, **options)
-        elif index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
+        elif (
+            index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None
+        ):
             pipe = text_pipeline(index["_class_name"]).from_pretrained(folder, **options)
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
@@ -472,7 +545,7 @@ class DiffusionPipeline:
         return pipe
 
 
-def text_pipeline(kind: str) -> Any:  # noqa: ANN401 - a class of a module that needs transformers
+def text_pipeline(kind: str) -> Any:
     """Our pipeline for one of :data:`ddim.checkpoints.STABLE_DIFFUSION`.
 
     Raises:
@@ -482,4 +555,8 @@ def text_pipeline(kind: str) -> Any:  # noqa: ANN401 - a class of a module that 
         from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
     except ImportError as error:
         raise DDIMError(str(error)) from error
-    return ImageToImagePipeline if kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline") else TextToImagePipeline
+    return (
+        ImageToImagePipeline
+        if kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline")
+        else TextToImagePipeline
+    )

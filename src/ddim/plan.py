@@ -54,19 +54,29 @@ class Plan:
     listed: frozenset[int]
     source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
     target: Tensor  # alpha_bar of the level that it steps to, [T] float64
-    multistep: Tensor | None = None  # order 2: the weight of x0 - x0_previous at each t, and the level before t; [2, T] float64
+    multistep: Tensor | None = (
+        None  # order 2: the weight of x0 - x0_previous at each t, and the level before t; [2, T] float64
+    )
     tables: dict[tuple[Eta, bool, torch.dtype, torch.device], Table] = field(default_factory=dict)
 
     def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> Table:
         table = self.tables.get((eta, rederive, dtype, device))
         if table is None and is_compiling():
-            return self._make_table(eta, rederive, dtype, device)  # not kept: a traced step must not change its own guards
+            return self._make_table(
+                eta, rederive, dtype, device
+            )  # not kept: a traced step must not change its own guards
         if table is None:
-            with torch.inference_mode(False):  # else it could not take part in a backward pass later
-                table = self.tables[(eta, rederive, dtype, device)] = self._make_table(eta, rederive, dtype, device)
+            with torch.inference_mode(
+                False
+            ):  # else it could not take part in a backward pass later
+                table = self.tables[(eta, rederive, dtype, device)] = self._make_table(
+                    eta, rederive, dtype, device
+                )
         return table
 
-    def _make_table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> Table:
+    def _make_table(
+        self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device
+    ) -> Table:
         mode: _Mode
         check_order(1 if self.multistep is None else 2, eta=eta)
         if self.clip is not None:
@@ -76,7 +86,9 @@ class Plan:
             mode = "folded" if dtype in (torch.float32, torch.float64) else "split"
         held = torch.float64 if dtype == torch.float64 else torch.float32
         multistep = None if self.multistep is None else self.multistep.to(device, held)
-        rows = 6 if mode != "folded" else 4 if eta == 0 else 5  # a row that is not gathered is time saved at each step
+        rows = (
+            6 if mode != "folded" else 4 if eta == 0 else 5
+        )  # a row that is not gathered is time saved at each step
         return Table(mode, _coefficients(self, eta, mode)[:rows].to(device, held), multistep)
 
 
@@ -88,17 +100,29 @@ def _solution(plan: Plan) -> Solution:
     # Clean data determines x0 (itself) but no eps. The network was called at t, so its x0 is read as eps there: the inversion
     # is then that of the same network expressed as an epsilon prediction.
     clean, at_t = plan.source == 1, solve("sample", plan.target)
-    instead = Solution(torch.ones_like(plan.source), torch.zeros_like(plan.source), at_t.eps_x, at_t.eps_m)
-    return Solution(*(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True)))
+    instead = Solution(
+        torch.ones_like(plan.source), torch.zeros_like(plan.source), at_t.eps_x, at_t.eps_m
+    )
+    return Solution(
+        *(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True))
+    )
 
 
 def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
     """All columns (a, b, c, d, e, f) of the module's equation, [6, T], float64 on the CPU."""
     source, target = plan.source, plan.target
-    if isinstance(eta, float) and eta > 1:  # a level that no step leaves may not admit it, and must not refuse it
-        listed = torch.zeros(len(source), dtype=torch.bool).index_fill(0, torch.tensor(sorted(plan.listed)), True)
+    if (
+        isinstance(eta, float) and eta > 1
+    ):  # a level that no step leaves may not admit it, and must not refuse it
+        listed = torch.zeros(len(source), dtype=torch.bool).index_fill(
+            0, torch.tensor(sorted(plan.listed)), True
+        )
         target = torch.where(listed, target, source)
-    weights, found, none = step_coefficients(source, target, eta=eta), _solution(plan), torch.zeros_like(source)
+    weights, found, none = (
+        step_coefficients(source, target, eta=eta),
+        _solution(plan),
+        torch.zeros_like(source),
+    )
     if mode == "folded":
         (x, output, _), x0 = fold(weights, found), none
     elif mode == "split":
@@ -111,7 +135,12 @@ def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
 
 def _as_levels(t: Tensor) -> Tensor:
     """Whole numbers of any type as int64. A fraction is refused on the CPU; on a device that would wait for it, and it is cut off."""
-    if t.is_floating_point() and t.device.type == "cpu" and not is_compiling() and bool((t != t.round()).any()):
+    if (
+        t.is_floating_point()
+        and t.device.type == "cpu"
+        and not is_compiling()
+        and bool((t != t.round()).any())
+    ):
         raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
     return t.long()
 
@@ -125,7 +154,9 @@ def gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     if t.ndim == 0 or t.shape == (1,):
         return columns.index_select(1, t).unbind(0)
     if t.shape != x.shape[:1]:
-        raise DDIMError(f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}.")
+        raise DDIMError(
+            f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape {list(t.shape)}."
+        )
     return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
 
 
@@ -134,7 +165,9 @@ def _times(coefficient: Tensor, x: Tensor) -> Tensor:
     return product if product.dtype == x.dtype else product.to(x.dtype)
 
 
-def advance(plan: Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def advance(
+    plan: Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
     a, b, c, d, *more = at
     is_x0 = plan.prediction_type == "sample" and not plan.inverse
@@ -163,4 +196,6 @@ def whole(t: object) -> int:
     try:
         return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)  # type: ignore[arg-type]
     except TypeError:
-        raise DDIMError(f"a timestep must be a whole number, or a tensor of them; got {t!r}.") from None
+        raise DDIMError(
+            f"a timestep must be a whole number, or a tensor of them; got {t!r}."
+        ) from None

@@ -67,7 +67,9 @@ def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[
         return one, zero
     if prediction_type == "v_prediction":
         return -(1 - alpha_bar).sqrt(), alpha_bar.sqrt()
-    raise DDIMError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}.")
+    raise DDIMError(
+        f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}."
+    )
 
 
 def solve(prediction_type: PredictionType, alpha_bar: Tensor) -> Solution:
@@ -75,11 +77,15 @@ def solve(prediction_type: PredictionType, alpha_bar: Tensor) -> Solution:
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     p, q = prediction_row(prediction_type, alpha_bar)
     # For v the determinant is alpha^2 + sigma^2: 1 in exact arithmetic, and dividing by its rounding would only add error.
-    determinant = torch.ones_like(alpha) if prediction_type == "v_prediction" else alpha * q - sigma * p
+    determinant = (
+        torch.ones_like(alpha) if prediction_type == "v_prediction" else alpha * q - sigma * p
+    )
     return Solution(q / determinant, -sigma / determinant, -p / determinant, alpha / determinant)
 
 
-def to_x0_eps(output: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType) -> Denoised:
+def to_x0_eps(
+    output: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
+) -> Denoised:
     r"""Converts a network's output at level t into (x0, eps).
 
     Args:
@@ -104,12 +110,22 @@ def to_x0_eps(output: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor, prediction_ty
             "sample prediction cannot be used at clean data, since eps = (x_t - alpha x0) / sigma divides by 0; start at level 0 or above."
         )
     solution = solve(prediction_type, alpha_bar_t)
-    x0 = output if prediction_type == "sample" else match(solution.x0_x, x_t) * x_t + match(solution.x0_m, x_t) * output
-    eps = output if prediction_type == "epsilon" else match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * output
+    x0 = (
+        output
+        if prediction_type == "sample"
+        else match(solution.x0_x, x_t) * x_t + match(solution.x0_m, x_t) * output
+    )
+    eps = (
+        output
+        if prediction_type == "epsilon"
+        else match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * output
+    )
     return Denoised(x0, eps)
 
 
-def from_x0_eps(x0: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType) -> Tensor:
+def from_x0_eps(
+    x0: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
+) -> Tensor:
     """What a perfect network of this type would return for (x0, eps): the training target, shape [B, ...]."""
     if prediction_type == "epsilon":
         return eps
@@ -166,5 +182,10 @@ def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.
     below = min(int(rank), flat.shape[1] - 1)
     above = min(below + 1, flat.shape[1] - 1)
     low, high = (flat.kthvalue(k + 1, dim=1).values for k in (below, above))
-    threshold = torch.lerp(low, high, rank - below).clamp(1.0, max_value).reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+    threshold = (
+        torch.lerp(low, high, rank - below)
+        .clamp(1.0, max_value)
+        .reshape(-1, *[1] * (x0.ndim - 1))
+        .to(x0.dtype)
+    )
     return x0.clamp(-threshold, threshold) / threshold

@@ -41,18 +41,37 @@ class DataPrior:
     def __post_init__(self) -> None:
         channels = len(self.mean)
         if not channels or [len(row) for row in self.covariance] != [channels] * channels:
-            raise DDIMError("a prior needs the mean of each channel, and a covariance of as many rows and columns.")
+            raise DDIMError(
+                "a prior needs the mean of each channel, and a covariance of as many rows and columns."
+            )
         matrix = torch.tensor(self.covariance, dtype=torch.float64)
-        sound = bool(torch.isfinite(torch.tensor(self.mean)).all() and torch.isfinite(matrix).all() and torch.equal(matrix, matrix.T))
+        sound = bool(
+            torch.isfinite(torch.tensor(self.mean)).all()
+            and torch.isfinite(matrix).all()
+            and torch.equal(matrix, matrix.T)
+        )
         if not sound or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
-            raise DDIMError("a prior's mean must be finite and its covariance symmetric, with no negative eigenvalue.")
+            raise DDIMError(
+                "a prior's mean must be finite and its covariance symmetric, with no negative eigenvalue."
+            )
         if self.image is not None:
             widths = {len(row) for plane in self.image for row in plane}
-            if len(self.image) != channels or len({len(plane) for plane in self.image}) != 1 or len(widths) != 1 or 0 in widths:
-                raise DDIMError(f"a prior's mean image must have {channels} channels of rows of one length.")
-            offset = torch.tensor(self.image, dtype=torch.float64).mean((1, 2)) - torch.tensor(self.mean, dtype=torch.float64)
+            if (
+                len(self.image) != channels
+                or len({len(plane) for plane in self.image}) != 1
+                or len(widths) != 1
+                or 0 in widths
+            ):
+                raise DDIMError(
+                    f"a prior's mean image must have {channels} channels of rows of one length."
+                )
+            offset = torch.tensor(self.image, dtype=torch.float64).mean((1, 2)) - torch.tensor(
+                self.mean, dtype=torch.float64
+            )
             if not bool((offset.abs() < 1e-3).all()):
-                raise DDIMError("a prior's mean image must be finite, and of the mean colour that the prior says.")
+                raise DDIMError(
+                    "a prior's mean image must be finite, and of the mean colour that the prior says."
+                )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
@@ -66,15 +85,29 @@ class DataPrior:
             return cls(
                 tuple(map(float, content["mean"])),
                 tuple(tuple(map(float, row)) for row in content["covariance"]),
-                None if image is None else tuple(tuple(tuple(map(float, row)) for row in plane) for plane in image),
+                None
+                if image is None
+                else tuple(tuple(tuple(map(float, row)) for row in plane) for plane in image),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise error if isinstance(error, DDIMError) else DDIMError(f"a prior needs the keys mean and covariance ({error}).") from None
+            raise (
+                error
+                if isinstance(error, DDIMError)
+                else DDIMError(f"a prior needs the keys mean and covariance ({error}).")
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         """What a run's record says of it: the mean image, which is long, by the first 16 hex digits of a SHA-256."""
-        image = None if self.image is None else hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
-        return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance], "image": image}
+        image = (
+            None
+            if self.image is None
+            else hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
+        )
+        return {
+            "mean": list(self.mean),
+            "covariance": [list(row) for row in self.covariance],
+            "image": image,
+        }
 
     def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
         """Turns standard normal noise into x_T, image by image.
@@ -90,13 +123,22 @@ class DataPrior:
             DDIMError: If the images have another number of channels, or another size than the mean image.
         """
         if z.shape[1] != len(self.mean):
-            raise DDIMError(f"the prior is of images with {len(self.mean)} channels; the model makes images of {z.shape[1]}.")
+            raise DDIMError(
+                f"the prior is of images with {len(self.mean)} channels; the model makes images of {z.shape[1]}."
+            )
         size = z.shape[2:] if self.image is None else (len(self.image[0]), len(self.image[0][0]))
         if tuple(z.shape[2:]) != tuple(size):
-            raise DDIMError(f"the prior's mean image is {size[0]}x{size[1]}; the model makes images of {z.shape[2]}x{z.shape[3]}.")
+            raise DDIMError(
+                f"the prior's mean image is {size[0]}x{size[1]}; the model makes images of {z.shape[2]}x{z.shape[3]}."
+            )
         pixels = z.shape[2:].numel()
-        mean, covariance = (torch.tensor(value, dtype=torch.float64) for value in (self.mean, self.covariance))
-        factor = torch.linalg.cholesky(alpha_bar * covariance + (1 - alpha_bar) / pixels * torch.eye(len(mean), dtype=torch.float64))
+        mean, covariance = (
+            torch.tensor(value, dtype=torch.float64) for value in (self.mean, self.covariance)
+        )
+        factor = torch.linalg.cholesky(
+            alpha_bar * covariance
+            + (1 - alpha_bar) / pixels * torch.eye(len(mean), dtype=torch.float64)
+        )
         drawn = z.mean((2, 3))  # its covariance is I / pixels
         wanted = (alpha_bar.sqrt() * mean).to(drawn) + drawn @ (pixels**0.5 * factor.T).to(drawn)
         x_t: Tensor = z + (wanted - drawn)[:, :, None, None]

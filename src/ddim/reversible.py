@@ -85,7 +85,9 @@ class ReversibleSampler:
 
     def __post_init__(self) -> None:
         if self.method not in REVERSIBLE:
-            raise DDIMError(f"a reversible sampler is one of {', '.join(REVERSIBLE)}; got {self.method!r}.")
+            raise DDIMError(
+                f"a reversible sampler is one of {', '.join(REVERSIBLE)}; got {self.method!r}."
+            )
         if not 0 < self.gamma <= 1:
             raise DDIMError(f"gamma of BDIA must lie in (0, 1]; got {self.gamma}.")
         if not 0 < self.mixing < 1:
@@ -122,7 +124,9 @@ def o_belm_coefficients(alpha_bar: Tensor) -> TwoStep:
     lower, here, upper = alpha[:-2], alpha[1:-1], alpha[2:]
     quotient = delta[:-1] / delta[1:]
     rho = quotient * upper / lower
-    return TwoStep(quotient**2 * upper / lower, (1 - rho**2) * lower / here, -(1 + rho) * delta[:-1] / here)
+    return TwoStep(
+        quotient**2 * upper / lower, (1 - rho**2) * lower / here, -(1 + rho) * delta[:-1] / here
+    )
 
 
 def bdia_coefficients(alpha_bar: Tensor, gamma: float = 1.0) -> TwoStep:
@@ -142,7 +146,9 @@ def bdia_coefficients(alpha_bar: Tensor, gamma: float = 1.0) -> TwoStep:
     """
     here = alpha_bar[1:-1]
     down, up = (linear_step("epsilon", here, there) for there in (alpha_bar[:-2], alpha_bar[2:]))
-    return TwoStep(torch.full_like(here, gamma), down.x - gamma * up.x, down.output - gamma * up.output)
+    return TwoStep(
+        torch.full_like(here, gamma), down.x - gamma * up.x, down.output - gamma * up.output
+    )
 
 
 class _Path(NamedTuple):
@@ -155,15 +161,23 @@ class _Path(NamedTuple):
 def _path(schedule: NoiseSchedule, timesteps: Sequence[int]) -> _Path:
     rising = check_timesteps(timesteps, len(schedule))[::-1]
     alpha_bar = schedule.alpha_bar(torch.tensor([CLEAN, *rising]))
-    if alpha_bar[0] == alpha_bar[1]:  # where clean data is level 0 itself (set_alpha_to_one is off) there is no step between them
+    if (
+        alpha_bar[0] == alpha_bar[1]
+    ):  # where clean data is level 0 itself (set_alpha_to_one is off) there is no step between them
         rising, alpha_bar = rising[1:], alpha_bar[1:]
     if not rising:
-        raise DDIMError("a reversible sampler needs a level above that of clean data; got timesteps [0], where no step is left.")
+        raise DDIMError(
+            "a reversible sampler needs a level above that of clean data; got timesteps [0], where no step is left."
+        )
     return _Path([CLEAN, *rising], alpha_bar)
 
 
 def _two_step(sampler: ReversibleSampler, alpha_bar: Tensor) -> TwoStep:
-    return o_belm_coefficients(alpha_bar) if sampler.method == "o-belm" else bdia_coefficients(alpha_bar, sampler.gamma)
+    return (
+        o_belm_coefficients(alpha_bar)
+        if sampler.method == "o-belm"
+        else bdia_coefficients(alpha_bar, sampler.gamma)
+    )
 
 
 def reversible_trajectory(
@@ -199,7 +213,9 @@ def reversible_trajectory(
     return _two_step_from_noise(denoise, x_T, path, _two_step(sampler, path.alpha_bar))
 
 
-def check_start(schedule: NoiseSchedule, timesteps: Sequence[int], sampler: ReversibleSampler) -> None:
+def check_start(
+    schedule: NoiseSchedule, timesteps: Sequence[int], sampler: ReversibleSampler
+) -> None:
     """Refuses levels that this sampler cannot start from.
 
     Raises:
@@ -207,7 +223,9 @@ def check_start(schedule: NoiseSchedule, timesteps: Sequence[int], sampler: Reve
     """
     path = _path(schedule, timesteps)
     if sampler.method == "edict" and path.alpha_bar[-1] == 0:
-        raise DDIMError(f"edict cannot start at t={path.levels[-1]}, where the SNR is 0; start a level lower, or use o-belm or bdia.")
+        raise DDIMError(
+            f"edict cannot start at t={path.levels[-1]}, where the SNR is 0; start a level lower, or use o-belm or bdia."
+        )
 
 
 def encode_pair(
@@ -243,8 +261,13 @@ def encode_pair(
         return _edict_up(denoise, x0, path, sampler.mixing)
     levels, alpha_bar = path
     first = at_clean(denoise, schedule)(x0, CLEAN)
-    below, x = x0, ddim_step(first.x0, first.eps, alpha_bar_t=alpha_bar[0], alpha_bar_s=alpha_bar[1])
-    for level, p, q, r in zip(levels[1:], *map(Tensor.tolist, _two_step(sampler, alpha_bar)), strict=False):
+    below, x = (
+        x0,
+        ddim_step(first.x0, first.eps, alpha_bar_t=alpha_bar[0], alpha_bar_s=alpha_bar[1]),
+    )
+    for level, p, q, r in zip(
+        levels[1:], *map(Tensor.tolist, _two_step(sampler, alpha_bar)), strict=False
+    ):
         below, x = x, (below - q * x - r * denoise(x, level).eps) / p
     return StatePair(x, below)
 
@@ -282,7 +305,9 @@ def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
         )
 
 
-def _two_step_from_noise(denoise: Denoiser, x_T: Tensor, path: _Path, coefficients: TwoStep) -> Iterator[State]:
+def _two_step_from_noise(
+    denoise: Denoiser, x_T: Tensor, path: _Path, coefficients: TwoStep
+) -> Iterator[State]:
     t, s = path.levels[-1], path.levels[-2]
     x0, eps = denoise(x_T, t)
     x = ddim_step(x0, eps, alpha_bar_t=path.alpha_bar[-1], alpha_bar_s=path.alpha_bar[-2])
@@ -290,10 +315,14 @@ def _two_step_from_noise(denoise: Denoiser, x_T: Tensor, path: _Path, coefficien
     yield from _two_step_down(denoise, StatePair(x_T, x), path, coefficients)
 
 
-def _two_step_down(denoise: Denoiser, pair: StatePair, path: _Path, coefficients: TwoStep) -> Iterator[State]:
+def _two_step_down(
+    denoise: Denoiser, pair: StatePair, path: _Path, coefficients: TwoStep
+) -> Iterator[State]:
     above, x = pair
     count = len(path.levels) - 1
-    for i, p, q, r in reversed(list(zip(range(1, count), *map(Tensor.tolist, coefficients), strict=True))):
+    for i, p, q, r in reversed(
+        list(zip(range(1, count), *map(Tensor.tolist, coefficients), strict=True))
+    ):
         x0, eps = denoise(x, path.levels[i])
         above, x = x, p * above + q * x + r * eps
         yield State(x, x0, eps, path.levels[i], path.levels[i - 1], count - i)
@@ -302,7 +331,9 @@ def _two_step_down(denoise: Denoiser, pair: StatePair, path: _Path, coefficients
 def _edict_steps(path: _Path) -> list[tuple[int, int, float, float]]:
     """(t, s, a, b) of each step from i to i-1, i rising: x_s = a x_t + b eps; alpha_bar above 0."""
     steps = linear_step("epsilon", path.alpha_bar[1:], path.alpha_bar[:-1])
-    return list(zip(path.levels[1:], path.levels, steps.x.tolist(), steps.output.tolist(), strict=False))
+    return list(
+        zip(path.levels[1:], path.levels, steps.x.tolist(), steps.output.tolist(), strict=False)
+    )
 
 
 def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> Iterator[State]:

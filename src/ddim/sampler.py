@@ -81,18 +81,33 @@ def trajectory(
     random = eta != 0 or gamma is not None
     if random and noise is None:
         what = f"eta={eta}" if gamma is None else "the analytic variance"
-        raise DDIMError(f"{what} draws noise at every step; give noise=..., for example a SeededNoise.")
+        raise DDIMError(
+            f"{what} draws noise at every step; give noise=..., for example a SeededNoise."
+        )
     first = 0 if previous is None else previous.number + 1
     missing = [t for t, _ in pairs if gamma is not None and t not in gamma]
     if missing:
-        raise DDIMError(f"gamma has no value for level {missing[0]}; estimate it for all levels that are visited.")
+        raise DDIMError(
+            f"gamma has no value for level {missing[0]}; estimate it for all levels that are visited."
+        )
     # All coefficients at once, as numbers: looked up step by step they would cost more than the rest of the loop.
-    alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64)) for i in (0, 1))
-    gammas = None if gamma is None else torch.tensor([gamma[t] for t, _ in pairs], dtype=torch.float64)
-    weights = [w.tolist() for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gammas)]
+    alpha_bar_t, alpha_bar_s = (
+        schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))
+        for i in (0, 1)
+    )
+    gammas = (
+        None if gamma is None else torch.tensor([gamma[t] for t, _ in pairs], dtype=torch.float64)
+    )
+    weights = [
+        w.tolist() for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gammas)
+    ]
     before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
-    multistep = multistep_weight(torch.cat([before, alpha_bar_t])[: len(pairs)], alpha_bar_t, alpha_bar_s).tolist()
-    for number, ((t, s), of_x0, of_eps, of_noise, of_change) in enumerate(zip(pairs, *weights, multistep, strict=True)):
+    multistep = multistep_weight(
+        torch.cat([before, alpha_bar_t])[: len(pairs)], alpha_bar_t, alpha_bar_s
+    ).tolist()
+    for number, ((t, s), of_x0, of_eps, of_noise, of_change) in enumerate(
+        zip(pairs, *weights, multistep, strict=True)
+    ):
         x0, eps = denoise(x_t, t)
         x_t = torch.mul(x0, of_x0).add_(eps, alpha=of_eps)
         if random and noise is not None:
@@ -118,6 +133,8 @@ def sample(
 
     Autograd records it all, unless it is called under ``torch.no_grad()``.
     """
-    for state in trajectory(denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma):
+    for state in trajectory(
+        denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma
+    ):
         x_t = state.x_s
     return x_t

@@ -10,13 +10,27 @@ from torch import Tensor
 
 from ddim.checkpoints import noise_schedule
 from ddim.denoiser import Clip, Denoiser
-from ddim.encoding import Code, EncodingMethod, check_origin, decode_trajectory, decoding_timesteps, encode, fingerprint
+from ddim.encoding import (
+    Code,
+    EncodingMethod,
+    check_origin,
+    decode_trajectory,
+    decoding_timesteps,
+    encode,
+    fingerprint,
+)
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion import encodable_timesteps
 from ddim.networks import is_compiled, specialize, weights_of
 from ddim.noise import SeededNoise, check_seeds
 from ddim.prediction import to_x0_eps
-from ddim.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start, reversible_trajectory
+from ddim.reversible import (
+    REVERSIBLE,
+    Reversible,
+    ReversibleSampler,
+    check_start,
+    reversible_trajectory,
+)
 from ddim.sampler import State, trajectory
 from ddim.schedule import NoiseSchedule
 from ddim.scheduler import DDIMScheduler, fitted_timesteps
@@ -25,10 +39,26 @@ from ddim.timesteps import Spacing, check_timesteps, select_timesteps, step_pair
 
 __all__ = ["HUB_OPTIONS", "Generators", "Place", "Sampling", "check_exact"]
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
+HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "use_safetensors",
+    "variant",
+)
 """Options of ``from_pretrained`` that say what is downloaded."""
 
-_NEEDED = ("timestep_spacing", "steps_offset", "thresholding", "clip_sample", "clip_sample_range", "sample_max_value")
+_NEEDED = (
+    "timestep_spacing",
+    "steps_offset",
+    "thresholding",
+    "clip_sample",
+    "clip_sample_range",
+    "sample_max_value",
+)
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -48,7 +78,7 @@ class Sampling:
     progress_bar: Callable[..., Any]
     _execution_device: torch.device
 
-    def compile(self, **options: Any) -> Any:  # noqa: ANN401 - torch.compile's own options; returns itself
+    def compile(self, **options: Any) -> Any:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and moving work as before.
 
         A network on the CPU is prepared for it first (:func:`ddim.networks.specialize`), so move it before. On a GPU the mode is
@@ -75,14 +105,16 @@ class Sampling:
         return Place(self._execution_device, self.unet.dtype)
 
     @property
-    def _options(self) -> Any:  # noqa: ANN401 - diffusers' frozen dictionary, whose attributes are the options
+    def _options(self) -> Any:
         """The scheduler's configuration as it is now.
 
         Raises:
             DDIMError: If the scheduler was replaced by one that has not DDIM's options.
         """
         config = self.scheduler.config
-        if isinstance(self.scheduler, diffusers.DDIMScheduler) or all(hasattr(config, name) for name in _NEEDED):
+        if isinstance(self.scheduler, diffusers.DDIMScheduler) or all(
+            hasattr(config, name) for name in _NEEDED
+        ):
             return config
         raise DDIMError(
             f"this pipeline samples with DDIM, and its scheduler was replaced by a {type(self.scheduler).__name__}; set pipe.scheduler = "
@@ -121,9 +153,16 @@ class Sampling:
             fitted = None
             if timestep_spacing is None and self.select_order(order) == self.select_order():
                 fitted = fitted_timesteps(vars(config), steps)
-            return fitted or select_timesteps(total, steps, timestep_spacing or config.timestep_spacing, steps_offset=config.steps_offset)
+            return fitted or select_timesteps(
+                total,
+                steps,
+                timestep_spacing or config.timestep_spacing,
+                steps_offset=config.steps_offset,
+            )
         if num_inference_steps is not None or timestep_spacing is not None:
-            raise DDIMError("timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps.")
+            raise DDIMError(
+                "timesteps say which levels are visited; leave out num_inference_steps and timestep_spacing, or timesteps."
+            )
         return check_timesteps(timesteps, total)
 
     def select_order(self, order: int | None = None) -> int:
@@ -133,7 +172,13 @@ class Sampling:
         return check_order(order)
 
     def check_path(
-        self, timesteps: Sequence[int], *, eta: Eta = 0.0, order: int | None = None, analytic: bool = False, sampler: str = "ddim"
+        self,
+        timesteps: Sequence[int],
+        *,
+        eta: Eta = 0.0,
+        order: int | None = None,
+        analytic: bool = False,
+        sampler: str = "ddim",
     ) -> None:
         """Refuses levels, an eta, an order, an analytic variance and a sampler that would come to no finite image, unevaluated.
 
@@ -145,10 +190,20 @@ class Sampling:
             check_start(self.noise_schedule, timesteps, ReversibleSampler(sampler))  # type: ignore[arg-type] # one of the three
         check_order(self.select_order(order), eta=eta, analytic=analytic)
         schedule = self.noise_schedule
-        alpha_bar_t, alpha_bar_s = (schedule.alpha_bar(torch.tensor(levels)) for levels in zip(*step_pairs(timesteps), strict=True))
-        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=torch.ones_like(alpha_bar_t) if analytic else None)
+        alpha_bar_t, alpha_bar_s = (
+            schedule.alpha_bar(torch.tensor(levels))
+            for levels in zip(*step_pairs(timesteps), strict=True)
+        )
+        step_coefficients(
+            alpha_bar_t,
+            alpha_bar_s,
+            eta=eta,
+            gamma=torch.ones_like(alpha_bar_t) if analytic else None,
+        )
         nothing = torch.zeros_like(alpha_bar_t)
-        to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self._options.prediction_type)
+        to_x0_eps(
+            nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self._options.prediction_type
+        )
 
     def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
         """How a call with this option keeps the predicted x0 in range; None: as the scheduler's configuration says."""
@@ -157,7 +212,12 @@ class Sampling:
             return clip
         if clip is None:
             clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
-        return Clip(clip, config.clip_sample_range, config.dynamic_thresholding_ratio, max(1.0, config.sample_max_value))
+        return Clip(
+            clip,
+            config.clip_sample_range,
+            config.dynamic_thresholding_ratio,
+            max(1.0, config.sample_max_value),
+        )
 
     def _states(
         self,
@@ -174,12 +234,31 @@ class Sampling:
         """The trajectory of DDIM, or of a sampler that can be run backwards (:func:`check_exact`)."""
         if sampler == "ddim":
             return trajectory(
-                denoise, x_T, step_pairs(timesteps), schedule=self.noise_schedule, eta=eta, noise=noise, order=order, gamma=gamma
+                denoise,
+                x_T,
+                step_pairs(timesteps),
+                schedule=self.noise_schedule,
+                eta=eta,
+                noise=noise,
+                order=order,
+                gamma=gamma,
             )
-        return reversible_trajectory(denoise, x_T.double(), timesteps, schedule=self.noise_schedule, sampler=ReversibleSampler(sampler))
+        return reversible_trajectory(
+            denoise,
+            x_T.double(),
+            timesteps,
+            schedule=self.noise_schedule,
+            sampler=ReversibleSampler(sampler),
+        )
 
     def _walk(
-        self, states: Iterable[State], x: Tensor, total: int, *, callback: Callable[[State], bool | None] | None, progress: bool
+        self,
+        states: Iterable[State],
+        x: Tensor,
+        total: int,
+        *,
+        callback: Callable[[State], bool | None] | None,
+        progress: bool,
     ) -> Tensor:
         """Runs a trajectory to its end, or until the callback stops it; the last sample, which is finite."""
         with self.progress_bar(total=total) if progress else contextlib.nullcontext() as bar:
@@ -213,8 +292,14 @@ class Sampling:
     ) -> Code:
         """The code of data [B, ...] batch by batch, under the denoiser of each batch's images."""
         if len(x0) == 0 or batch_size < 1:
-            raise DDIMError(f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}.")
-        levels, origin, parts = encodable_timesteps(self.noise_schedule, timesteps), self._origin(), []
+            raise DDIMError(
+                f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, batch_size={batch_size}."
+            )
+        levels, origin, parts = (
+            encodable_timesteps(self.noise_schedule, timesteps),
+            self._origin(),
+            [],
+        )
         for first in range(0, len(x0), batch_size):
             chosen = slice(first, first + batch_size)
             parts.append(
@@ -249,12 +334,23 @@ class Sampling:
         for first in range(0, len(code), max(1, batch_size)):
             chosen = slice(first, first + max(1, batch_size))
             part = code[chosen].to(self._execution_device)
-            states = decode_trajectory(denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps)
-            finished.append(self._walk(states, part.states[-1], len(timesteps), callback=callback, progress=progress))
+            states = decode_trajectory(
+                denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps
+            )
+            finished.append(
+                self._walk(
+                    states, part.states[-1], len(timesteps), callback=callback, progress=progress
+                )
+            )
         return torch.cat(finished)
 
     def _decoding_timesteps(
-        self, code: Code, num_inference_steps: int | None, *, timestep_spacing: Spacing | None, timesteps: Sequence[int] | None
+        self,
+        code: Code,
+        num_inference_steps: int | None,
+        *,
+        timestep_spacing: Spacing | None,
+        timesteps: Sequence[int] | None,
     ) -> list[int]:
         """The levels that a code is decoded over with these options: its own without any.
 
@@ -266,7 +362,9 @@ class Sampling:
         check_origin(code, self._origin())
         asked = None
         if num_inference_steps is not None or timestep_spacing is not None or timesteps is not None:
-            asked = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
+            asked = self.select_timesteps(
+                num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+            )
         levels = list(decoding_timesteps(code, asked, schedule=self.noise_schedule))
         self.check_path(levels, order=1)
         return levels
@@ -274,7 +372,12 @@ class Sampling:
     def _origin(self) -> dict[str, str]:
         """What a code depends on beside its own options."""
         schedule = self.noise_schedule
-        levels = torch.cat([schedule.alphas_cumprod, torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64)])
+        levels = torch.cat(
+            [
+                schedule.alphas_cumprod,
+                torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64),
+            ]
+        )
         return {
             "dtype": str(self.unet.dtype).removeprefix("torch."),
             "network": fingerprint(weights_of(self.unet)),
@@ -282,16 +385,33 @@ class Sampling:
         }
 
     def _noise(
-        self, count: int, shape: Sequence[int], place: Place, *, seeds: Sequence[int] | None, generator: Generators | None
+        self,
+        count: int,
+        shape: Sequence[int],
+        place: Place,
+        *,
+        seeds: Sequence[int] | None,
+        generator: Generators | None,
     ) -> SeededNoise:
         """The stream of noise of that many images: of their seeds, of generators, else of seeds from torch's global generator."""
         if seeds is not None and generator is not None:
-            raise DDIMError("seeds and generator both say where noise comes from; give one of them.")
+            raise DDIMError(
+                "seeds and generator both say where noise comes from; give one of them."
+            )
         if generator is not None:
-            sources: Sequence[Any] = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+            sources: Sequence[Any] = (
+                [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+            )
         else:
-            sources = check_seeds(torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds)
-        return SeededNoise(sources, shape, device=place.device, dtype=torch.float64 if place.dtype == torch.float64 else torch.float32)
+            sources = check_seeds(
+                torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
+            )
+        return SeededNoise(
+            sources,
+            shape,
+            device=place.device,
+            dtype=torch.float64 if place.dtype == torch.float64 else torch.float32,
+        )
 
     def _start(
         self,
@@ -312,7 +432,9 @@ class Sampling:
         return latents.to(noise.device, noise.dtype), noise
 
 
-def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False) -> None:
+def check_exact(
+    sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False
+) -> None:
     """Refuses what a sampler that can be run backwards cannot have.
 
     Raises:
@@ -321,8 +443,12 @@ def check_exact(sampler: str, *, eta: Eta, clip: Clip, order: int | None = None,
     if eta != 0:
         raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
     if analytic:
-        raise DDIMError(f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of them.")
+        raise DDIMError(
+            f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of them."
+        )
     if order == 2:
         raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
     if clip.kind != "none":
-        raise DDIMError(f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind}).")
+        raise DDIMError(
+            f"{sampler} cannot be run backwards through clipping; use clip none with it (got {clip.kind})."
+        )

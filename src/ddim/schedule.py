@@ -79,17 +79,27 @@ def make_betas(
     if kind == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float64) ** 2
     if kind == "squaredcos_cap_v2":
-        return _betas_from_alpha_bar(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count)
+        return _betas_from_alpha_bar(
+            lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count
+        )
     if kind == "sigmoid":
-        return torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64)) * (beta_end - beta_start) + beta_start
+        return (
+            torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
+            * (beta_end - beta_start)
+            + beta_start
+        )
     if kind == "laplace":
         return _betas_from_alpha_bar(_laplace_alpha_bar, count)
     raise DDIMError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got {kind!r}.")
 
 
-def _betas_from_alpha_bar(alpha_bar: Callable[[float], float], count: int, max_beta: float = 0.999) -> Tensor:
+def _betas_from_alpha_bar(
+    alpha_bar: Callable[[float], float], count: int, max_beta: float = 0.999
+) -> Tensor:
     levels = [alpha_bar(i / count) for i in range(count + 1)]
-    return torch.tensor([min(1 - levels[i + 1] / levels[i], max_beta) for i in range(count)], dtype=torch.float64)
+    return torch.tensor(
+        [min(1 - levels[i + 1] / levels[i], max_beta) for i in range(count)], dtype=torch.float64
+    )
 
 
 def _laplace_alpha_bar(u: float) -> float:
@@ -120,7 +130,9 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
         https://arxiv.org/abs/2305.08891
     """
     if betas.numel() < 2:
-        raise DDIMError(f"rescaling to zero terminal SNR needs at least 2 levels; got {betas.numel()}.")
+        raise DDIMError(
+            f"rescaling to zero terminal SNR needs at least 2 levels; got {betas.numel()}."
+        )
     alpha = (1 - betas.double()).cumprod(0).sqrt()
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     alpha_bar = alpha**2
@@ -142,13 +154,17 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or table.numel() == 0:
-            raise DDIMError(f"alphas_cumprod must be one row of levels, shape [T]; got shape {list(table.shape)}.")
+            raise DDIMError(
+                f"alphas_cumprod must be one row of levels, shape [T]; got shape {list(table.shape)}."
+            )
         if not bool(torch.isfinite(table).all()):
             raise DDIMError("alphas_cumprod must be finite; got NaN or infinity among the levels.")
         object.__setattr__(self, "alphas_cumprod", table.detach().to("cpu", torch.float64))
 
     @classmethod
-    def from_betas(cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True) -> "NoiseSchedule":
+    def from_betas(
+        cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True
+    ) -> "NoiseSchedule":
         """Builds the table from the betas (:func:`make_betas`, or a trained list), shape [T], in [0, 1]; 1 leaves no signal.
 
         Raises:
@@ -172,11 +188,15 @@ class NoiseSchedule:
         Raises:
             DDIMError: If a level lies outside [-1, T) or is not an integer.
         """
-        if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
+        if isinstance(t, Tensor) and (
+            t.is_floating_point() or t.is_complex() or t.dtype == torch.bool
+        ):
             raise DDIMError(f"timesteps must be integers; got a tensor of {t.dtype}.")
         levels = torch.as_tensor(t, dtype=torch.int64, device="cpu")
         if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
-            raise DDIMError(f"timesteps must lie in [-1, {len(self)}), where -1 is clean data; got {levels.tolist()}.")
+            raise DDIMError(
+                f"timesteps must lie in [-1, {len(self)}), where -1 is clean data; got {levels.tolist()}."
+            )
         final = torch.tensor(self.final_alpha_cumprod, dtype=torch.float64)
         return torch.where(levels == CLEAN, final, self.alphas_cumprod[levels])
 
@@ -198,12 +218,18 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
         DDIMError: If there are neither one nor B coefficients.
     """
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] != x.shape[0]):
-        raise DDIMError(f"there must be one level, or one for each of the {x.shape[0]} samples; got shape {list(coefficient.shape)}.")
+        raise DDIMError(
+            f"there must be one level, or one for each of the {x.shape[0]} samples; got shape {list(coefficient.shape)}."
+        )
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     if coefficient.ndim:
         return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
     # One number on the CPU multiplies tensors anywhere; to send it to a device would wait for the device.
-    return coefficient.to(dtype) if coefficient.device.type == "cpu" else coefficient.to(x.device, dtype)
+    return (
+        coefficient.to(dtype)
+        if coefficient.device.type == "cpu"
+        else coefficient.to(x.device, dtype)
+    )
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:

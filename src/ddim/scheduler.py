@@ -39,7 +39,15 @@ from ddim.step import Eta, check_order, multistep_weight, step_coefficients
 from ddim.timesteps import Spacing, as_levels, check_timesteps, select_timesteps, step_pairs
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
-__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDIMSchedulerOutput", "SchedulerMixin", "as_ddim", "fitted_timesteps", "to_diffusers"]
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDIMSchedulerOutput",
+    "SchedulerMixin",
+    "as_ddim",
+    "fitted_timesteps",
+    "to_diffusers",
+]
 
 # A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted there is logged, not warned
 # about: code that turns warnings into errors keeps working.
@@ -56,15 +64,21 @@ def _say_once(message: str) -> None:
         _logger.warning(message)
 
 
-def fitted_timesteps(config: Mapping[str, Any], num_inference_steps: int | None) -> list[int] | None:
+def fitted_timesteps(
+    config: Mapping[str, Any], num_inference_steps: int | None
+) -> list[int] | None:
     """The list of that many levels among ``config["fitted_timesteps"]``; None where there is none of that length.
 
     Raises:
         DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
     """
     lists = config.get("fitted_timesteps") or []
-    if not isinstance(lists, (list, tuple)) or not all(isinstance(levels, (list, tuple)) for levels in lists):
-        raise DDIMError(f"fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, 300]]; got {lists!r}.")
+    if not isinstance(lists, (list, tuple)) or not all(
+        isinstance(levels, (list, tuple)) for levels in lists
+    ):
+        raise DDIMError(
+            f"fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, 300]]; got {lists!r}."
+        )
     found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
     return None if found is None else check_timesteps(found, config["num_train_timesteps"])
 
@@ -76,9 +90,16 @@ class _Scheduler:
     _inverse = False
     # One call of these reads all options of its kind from a config, as attributes: that is where pipelines write them.
     _recipe = operator.attrgetter(
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one"
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "rescale_betas_zero_snr",
+        "set_alpha_to_one",
     )
-    _options = operator.attrgetter("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range")
+    _options = operator.attrgetter(
+        "num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"
+    )
 
     config: Any
     _deprecated_kwargs: list[str]
@@ -97,7 +118,9 @@ class _Scheduler:
         self._signal_tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._levels()
         self._grid: list[int] = []  # the listed levels, falling in both directions
-        self._timesteps = self._as_timesteps(list(range(self.config.num_train_timesteps))[::-1], None)
+        self._timesteps = self._as_timesteps(
+            list(range(self.config.num_train_timesteps))[::-1], None
+        )
 
     # --- levels
 
@@ -133,9 +156,15 @@ class _Scheduler:
             self._make_levels(recipe, trained)
         table, clean = self._alphas_cumprod, self._clean
         # Inference tensors count no versions; there an edit in place shows when the table is next assigned.
-        key = (-1 if table.is_inference() else table._version, -1 if clean.is_inference() else clean._version)
+        key = (
+            -1 if table.is_inference() else table._version,
+            -1 if clean.is_inference() else clean._version,
+        )
         if key != self._schedule_key:
-            self._schedule, self._schedule_key = self._adopt(table.detach().cpu(), clean.detach().cpu()), key
+            self._schedule, self._schedule_key = (
+                self._adopt(table.detach().cpu(), clean.detach().cpu()),
+                key,
+            )
             self._signal_tables.clear()
         return self._schedule
 
@@ -147,7 +176,9 @@ class _Scheduler:
             else:
                 betas = torch.as_tensor(np.asarray(trained), dtype=torch.float64)
                 if betas.numel() != count:
-                    _say_once(f"trained_betas has {betas.numel()} levels, but num_train_timesteps is {count}; only the former can be used.")
+                    _say_once(
+                        f"trained_betas has {betas.numel()} levels, but num_train_timesteps is {count}; only the former can be used."
+                    )
             self._sound = bool(((betas >= 0) & (betas <= 1)).all())
             if not self._sound:  # accepted by diffusers; nothing more can be said about it
                 _say_once(
@@ -158,7 +189,9 @@ class _Scheduler:
             self._exact = NoiseSchedule(levels, 1.0 if to_one else float(levels[0]))
             self.betas, self.alphas = betas.float(), (1 - betas).float()
             self.alphas_cumprod = self._exact.alphas_cumprod.float()
-            self._clean_alpha_cumprod = torch.tensor(1.0) if to_one else self.alphas_cumprod[0].clone()
+            self._clean_alpha_cumprod = (
+                torch.tensor(1.0) if to_one else self.alphas_cumprod[0].clone()
+            )
         self._made_of = (recipe, trained)
 
     def _adopt(self, table: Tensor, clean: Tensor) -> NoiseSchedule:
@@ -171,10 +204,12 @@ class _Scheduler:
         own, own_clean = exact.alphas_cumprod, exact.final_alpha_cumprod
         return NoiseSchedule(
             own if is_rounded(table, own) else table,
-            own_clean if is_rounded(clean, torch.tensor(own_clean, dtype=torch.float64, device="cpu")) else float(clean),
+            own_clean
+            if is_rounded(clean, torch.tensor(own_clean, dtype=torch.float64, device="cpu"))
+            else float(clean),
         )
 
-    def register_to_config(self, **kwargs: Any) -> None:  # noqa: ANN401 - any option
+    def register_to_config(self, **kwargs: Any) -> None:
         """Changes options; where they define the levels, the public tables follow at once."""
         if isinstance(betas := kwargs.get("trained_betas"), (Tensor, np.ndarray)):
             kwargs["trained_betas"] = betas.tolist()  # as a file holds them
@@ -184,7 +219,9 @@ class _Scheduler:
             self._levels()
 
     @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any) -> Any:  # noqa: ANN401 - diffusers' protocol
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
         """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the ``solver_order`` of another multistep
         scheduler is not taken over: DDIM stays DDIM unless you ask.
 
@@ -205,7 +242,10 @@ class _Scheduler:
             unknown = unknown_options(sorted(names), cls, DDIMScheduler._get_compatibles)
             for name, near in unknown.items():
                 hint = "" if near is None else f"; did you mean {near!r}?"
-                warnings.warn(f"{cls.__name__} has no option {name!r} and ignores it{hint or '.'}", stacklevel=2)
+                warnings.warn(
+                    f"{cls.__name__} has no option {name!r} and ignores it{hint or '.'}",
+                    stacklevel=2,
+                )
         return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
 
     # --- timesteps
@@ -217,7 +257,11 @@ class _Scheduler:
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor | Sequence[int]) -> None:
-        self._timesteps = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
+        self._timesteps = (
+            timesteps
+            if isinstance(timesteps, Tensor)
+            else torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
+        )
         levels = self._timesteps.tolist()
         levels = levels[::-1] if self._inverse else levels
         start = self._grid.index(levels[0]) if levels and levels[0] in self._grid else 0
@@ -226,7 +270,9 @@ class _Scheduler:
                 self._grid = check_timesteps(levels, self.config.num_train_timesteps)
             except DDIMError as error:
                 self._grid = []
-                _say_once(f"A list of timesteps has no neighbours, so steps go to t - T // N as in diffusers: {error}")
+                _say_once(
+                    f"A list of timesteps has no neighbours, so steps go to t - T // N as in diffusers: {error}"
+                )
         if self.num_inference_steps is None:
             self.num_inference_steps = max(len(levels), 1)
         self._renew()
@@ -255,10 +301,14 @@ class _Scheduler:
         config = self.config
         total = config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise DDIMError("give either num_inference_steps or a list of timesteps, one of the two.")
+            raise DDIMError(
+                "give either num_inference_steps or a list of timesteps, one of the two."
+            )
         if timesteps is not None:
             levels = as_levels(timesteps)
-            grid = check_timesteps(levels[::-1] if self._inverse and levels[:1] < levels[-1:] else levels, total)
+            grid = check_timesteps(
+                levels[::-1] if self._inverse and levels[:1] < levels[-1:] else levels, total
+            )
         else:
             if isinstance(num_inference_steps, (int, np.integer)) and num_inference_steps > total:
                 raise DDIMError(
@@ -277,7 +327,9 @@ class _Scheduler:
         self._renew()
 
     def _as_timesteps(self, grid: list[int], device: str | torch.device | None) -> Tensor:
-        return torch.from_numpy(np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)).to(device)
+        return torch.from_numpy(np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)).to(
+            device
+        )
 
     # --- plan
 
@@ -298,13 +350,18 @@ class _Scheduler:
                 and (table._version, clean._version) == self._schedule_key
                 and plan.num_inference_steps == self.num_inference_steps
             )
-        except (ValueError, RuntimeError):  # two arrays of betas have no truth value, and inference tensors no version
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # two arrays of betas have no truth value, and inference tensors no version
             return False
 
     def _current(self) -> Plan:
         """The plan for the options of this moment, found by those that matter."""
         if self.num_inference_steps is None:
-            raise DDIMError("Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler")
+            raise DDIMError(
+                "Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler"
+            )
         plan, schedule = self._plan, self._levels()
         if (
             plan is None
@@ -321,7 +378,12 @@ class _Scheduler:
         with torch.device("cpu"), torch.inference_mode(False):
             plan = self._plan = self._make_plan()
         # What was in use is made at once, so that the first step of the next image does not wait, and compiled code finds it.
-        usual: tuple[Eta, bool, torch.dtype, torch.device] = (0.0, False, torch.float32, self._timesteps.device)
+        usual: tuple[Eta, bool, torch.dtype, torch.device] = (
+            0.0,
+            False,
+            torch.float32,
+            self._timesteps.device,
+        )
         for eta, rederive, dtype, device in {usual, *(old.tables if old else ())}:
             # Some may be refused for these timesteps or this order, but only if they are asked for.
             if eta == 0 or (plan.multistep is None and (isinstance(eta, str) or eta <= 1)):
@@ -330,11 +392,19 @@ class _Scheduler:
 
     def _make_plan(self) -> Plan:
         config, schedule, steps = self.config, self._levels(), self.num_inference_steps or 1
-        prediction_row(config.prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
-        neighbour = {t: s for t, s in (step_pairs(self._grid) if self._grid else ()) if t < len(schedule)}
+        prediction_row(
+            config.prediction_type, schedule.alphas_cumprod[:1]
+        )  # refuses an unknown type
+        neighbour = {
+            t: s for t, s in (step_pairs(self._grid) if self._grid else ()) if t < len(schedule)
+        }
         stride = max(config.num_train_timesteps // steps, 1)
-        lower = schedule.alpha_bar(torch.tensor([neighbour.get(t, max(t - stride, CLEAN)) for t in range(len(schedule))]))
-        source, target = (lower, schedule.alphas_cumprod) if self._inverse else (schedule.alphas_cumprod, lower)
+        lower = schedule.alpha_bar(
+            torch.tensor([neighbour.get(t, max(t - stride, CLEAN)) for t in range(len(schedule))])
+        )
+        source, target = (
+            (lower, schedule.alphas_cumprod) if self._inverse else (schedule.alphas_cumprod, lower)
+        )
         plan = Plan(
             schedule=schedule,
             options=self._options(config),
@@ -357,19 +427,30 @@ class _Scheduler:
         return None
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
-        return Clip("static", bound=self.config.clip_sample_range) if self.config.clip_sample else None
+        return (
+            Clip("static", bound=self.config.clip_sample_range) if self.config.clip_sample else None
+        )
 
     # --- step
 
     def _transition(
-        self, plan: Plan, table: Table, output: Tensor, timestep: int | Tensor, x: Tensor, eta: Eta = 0.0, noise: Tensor | None = None
+        self,
+        plan: Plan,
+        table: Table,
+        output: Tensor,
+        timestep: int | Tensor,
+        x: Tensor,
+        eta: Eta = 0.0,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The step of either direction: (x_s, x0)."""
         if output.shape != x.shape:
             output = _mean_of(output, x)
         if isinstance(timestep, Tensor):
             at = gather(table.columns, timestep, x)
-        elif is_compiling():  # as an index of a tensor an int stays symbolic: one graph for all timesteps
+        elif (
+            is_compiling()
+        ):  # as an index of a tensor an int stays symbolic: one graph for all timesteps
             at = table.columns.narrow(1, timestep, 1).unbind(0)
         else:
             t = timestep if type(timestep) is int else whole(timestep)
@@ -383,13 +464,19 @@ class _Scheduler:
     def _check_level(self, plan: Plan, t: int, eta: Eta) -> None:
         levels = len(plan.schedule)
         if not 0 <= t < levels:
-            raise DDIMError(f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}.")
+            raise DDIMError(
+                f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}."
+            )
         if t in plan.listed:
             return
         self._check_solvable(plan, t)
         if isinstance(eta, float) and eta > 1:
-            raise DDIMError(f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}.")
-        _say_once("A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers.")
+            raise DDIMError(
+                f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}."
+            )
+        _say_once(
+            "A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers."
+        )
 
     def _check_solvable(self, plan: Plan, t: int) -> None:
         if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound:
@@ -413,7 +500,9 @@ def _clamp_and_divide(x0: Tensor, bound: float) -> Tensor:
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
     """The mean's channels of a network that also predicts a variance; DDIM has no use for the others."""
     if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-        _say_once("The model's output has twice the channels of the sample: the second half, a learned variance, is not used.")
+        _say_once(
+            "The model's output has twice the channels of the sample: the second half, a learned variance, is not used."
+        )
         return output[:, : x.shape[1]]
     raise DDIMError(
         f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, a mean and a learned variance); "
@@ -475,10 +564,14 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     def _multistep(self, schedule: NoiseSchedule) -> Tensor | None:
         if check_order(self.config.solver_order) == 1:
             return None
-        table = torch.stack([torch.zeros(len(schedule)), torch.full((len(schedule),), CLEAN)]).double()
+        table = torch.stack(
+            [torch.zeros(len(schedule)), torch.full((len(schedule),), CLEAN)]
+        ).double()
         grid = torch.tensor([t for t in self._grid if t < len(schedule)], dtype=torch.int64)
         table[1, grid[1:]] = grid[:-1].double()
-        table[0, grid[1:-1]] = multistep_weight(*(schedule.alpha_bar(levels) for levels in (grid[:-2], grid[1:-1], grid[2:])))
+        table[0, grid[1:-1]] = multistep_weight(
+            *(schedule.alpha_bar(levels) for levels in (grid[:-2], grid[1:-1], grid[2:]))
+        )
         return table
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -486,7 +579,9 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             return super()._clip()
         ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
         if largest < 1:  # accepted by diffusers, where every threshold is then cut to it
-            _say_once(f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides by it at every step.")
+            _say_once(
+                f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides by it at every step."
+            )
             return functools.partial(_clamp_and_divide, bound=largest)
         return Clip("dynamic", ratio=ratio, max_value=largest)
 
@@ -534,11 +629,18 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             self._correct(plan, table, timestep, x_s, x0)
         return _result(x_s, x0) if return_dict else (x_s, x0)
 
-    def _correct(self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor) -> None:
+    def _correct(
+        self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor
+    ) -> None:
         """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour above; keeps x0 for the next."""
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
         before, self._before = self._before, (t, x0)
-        if before is None or before[1].shape != x0.shape or plan.multistep is None or table.multistep is None:
+        if (
+            before is None
+            or before[1].shape != x0.shape
+            or plan.multistep is None
+            or table.multistep is None
+        ):
             return
         if t.numel() == before[0].numel() == 1 and t.device.type == "cpu" and not is_compiling():
             now, last = int(t), int(before[0])
@@ -574,19 +676,31 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             The mean of x_s, shape [B, C, ...], dtype of the sample.
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
-        t = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device=sample.device)
+        t = (
+            timesteps
+            if isinstance(timesteps, Tensor)
+            else torch.tensor(timesteps, device=sample.device)
+        )
         if self.config.solver_order != 1:
-            raise DDIMError("samples that are stepped in parallel have no step before them; use solver_order=1.")
+            raise DDIMError(
+                "samples that are stepped in parallel have no step before them; use solver_order=1."
+            )
         plan, table = self._ready(eta, use_clipped_model_output, sample)
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
         """The posterior variance of a step between two levels at eta = 1, float32 []; a negative level is clean data."""
         schedule = self._levels()
-        weights = step_coefficients(schedule.alpha_bar(int(timestep)), schedule.alpha_bar(max(int(prev_timestep), CLEAN)), eta=1.0)
+        weights = step_coefficients(
+            schedule.alpha_bar(int(timestep)),
+            schedule.alpha_bar(max(int(prev_timestep), CLEAN)),
+            eta=1.0,
+        )
         return (weights.noise**2).float()
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
+    def add_noise(
+        self, original_samples: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor
+    ) -> Tensor:
         r"""Draws from the forward process: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
 
         Args:
@@ -603,20 +717,28 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         x0, noise, alpha, sigma = self._signal_and_noise(timesteps, original_samples, noise)
         return (x0 * alpha).addcmul_(noise, sigma).to(original_samples.dtype)
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor) -> Tensor:
+    def get_velocity(
+        self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor
+    ) -> Tensor:
         r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as :meth:`add_noise`."""
         x0, noise, alpha, sigma = self._signal_and_noise(timesteps, sample, noise)
         return (noise * alpha).addcmul_(x0, sigma, value=-1).to(sample.dtype)
 
-    def _signal_and_noise(self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _signal_and_noise(
+        self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x and noise in one shape, and alpha_t and sigma_t, shaped to multiply them; computed in float64, rounded once."""
         schedule = self._levels()
-        t = (timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")).flatten()
+        t = (
+            timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")
+        ).flatten()
         if t.device.type == "cpu" and not is_compiling() and t.numel():
             if t.is_floating_point() and bool((t != t.round()).any()):
                 raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
             if int(t.min()) < 0 or int(t.max()) >= len(schedule):
-                raise DDIMError(f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}.")
+                raise DDIMError(
+                    f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}."
+                )
         x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
         if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
             x, noise = (y.expand(t.numel(), *y.shape[1:]) for y in (x, noise))
@@ -650,7 +772,9 @@ def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor
             )
         return given
     if isinstance(generator, (list, tuple)) and len(generator) != x.shape[0]:
-        raise DDIMError(f"a list of generators must have one for each of the {x.shape[0]} samples; got {len(generator)}.")
+        raise DDIMError(
+            f"a list of generators must have one for each of the {x.shape[0]} samples; got {len(generator)}."
+        )
     drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)
     return drawn
 
@@ -685,10 +809,15 @@ class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type:
         clip_sample_range: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
-        **kwargs: Any,  # noqa: ANN401 - diffusers' own protocol
+        **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:
-            deprecate("set_alpha_to_zero", "1.0.0", "Use `set_alpha_to_one` instead of `set_alpha_to_zero`.", standard_warn=False)
+            deprecate(
+                "set_alpha_to_zero",
+                "1.0.0",
+                "Use `set_alpha_to_one` instead of `set_alpha_to_zero`.",
+                standard_warn=False,
+            )
             self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         ignored = sorted(set(kwargs) - {"set_alpha_to_zero"})
         if ignored:
@@ -721,14 +850,17 @@ class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type:
         return _result(x_t, x0) if return_dict else (x_t, x0)
 
 
-def as_ddim(scheduler: Any) -> DDIMScheduler:  # noqa: ANN401 - any scheduler of diffusers
+def as_ddim(scheduler: Any) -> DDIMScheduler:
     """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration.
 
     Raises:
         DDIMError: If it is of another family, such as flow matching.
     """
     if isinstance(scheduler, SchedulerMixin):
-        scheduler = {**given_options(scheduler.config, type(scheduler)), "_class_name": type(scheduler).__name__}
+        scheduler = {
+            **given_options(scheduler.config, type(scheduler)),
+            "_class_name": type(scheduler).__name__,
+        }
     made: DDIMScheduler = DDIMScheduler.from_config(scheduler)
     return made
 
@@ -754,16 +886,22 @@ def to_diffusers(obj: _Converted) -> _Converted:
         exported_scheduler: _Converted = _export(obj)
         return exported_scheduler
     if isinstance(obj, diffusers.DiffusionPipeline):
-        stock = {name: _export(part) for name, part in obj.components.items() if isinstance(part, _Scheduler)}
+        stock = {
+            name: _export(part)
+            for name, part in obj.components.items()
+            if isinstance(part, _Scheduler)
+        }
         exported = copy.copy(obj)
         exported.register_modules(**stock)
         return exported
     if isinstance(obj, SchedulerMixin):
         return obj
-    raise DDIMError(f"only a scheduler or a pipeline can be converted to diffusers; got {type(obj).__name__}.")
+    raise DDIMError(
+        f"only a scheduler or a pipeline can be converted to diffusers; got {type(obj).__name__}."
+    )
 
 
-def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffusers
+def _export(scheduler: _Scheduler) -> Any:
     config = dict(scheduler.config)
     known = ("leading", "trailing") if scheduler._inverse else ("leading", "linspace", "trailing")
     if scheduler.config.timestep_spacing not in known:
@@ -773,15 +911,22 @@ def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffuser
         )
     schedule = scheduler._levels()
     if not torch.equal(schedule.alphas_cumprod, scheduler._exact.alphas_cumprod):
-        warnings.warn("The replaced alphas_cumprod is not part of the configuration, and is not exported.", stacklevel=3)
+        warnings.warn(
+            "The replaced alphas_cumprod is not part of the configuration, and is not exported.",
+            stacklevel=3,
+        )
     if config["trained_betas"] is None and config["beta_schedule"] in ("sigmoid", "laplace"):
         # Before the rescale, which the exported class does itself.
         kind, count = config["beta_schedule"], config["num_train_timesteps"]
-        betas = make_betas(kind, count, beta_start=config["beta_start"], beta_end=config["beta_end"])
+        betas = make_betas(
+            kind, count, beta_start=config["beta_start"], beta_end=config["beta_end"]
+        )
         config |= {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
     for name, default in (("solver_order", 1), ("fitted_timesteps", None)):
         if name in config and config[name] == default:
-            del config[name]  # it says nothing, and diffusers would tell of a key that it does not know
+            del config[
+                name
+            ]  # it says nothing, and diffusers would tell of a key that it does not know
     config["_use_default_values"] = []
     cls = diffusers.DDIMInverseScheduler if scheduler._inverse else diffusers.DDIMScheduler
     stock = cls.from_config(config)
@@ -789,7 +934,10 @@ def _export(scheduler: _Scheduler) -> Any:  # noqa: ANN401 - a class of diffuser
         stock.set_timesteps(scheduler.num_inference_steps)
         stride = len(scheduler) // scheduler.num_inference_steps
         if stock.timesteps.tolist() != scheduler.timesteps.tolist():
-            warnings.warn("The timesteps that are set are not part of the configuration, and diffusers would choose others.", stacklevel=3)
+            warnings.warn(
+                "The timesteps that are set are not part of the configuration, and diffusers would choose others.",
+                stacklevel=3,
+            )
         elif any(max(t - stride, CLEAN) != s for t, s in step_pairs(scheduler._grid)):
             warnings.warn(
                 f"diffusers steps to t - {stride} whatever the next timestep is, so at {scheduler.num_inference_steps} steps with "

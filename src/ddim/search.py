@@ -20,7 +20,15 @@ from ddim.schedule import CLEAN, NoiseSchedule
 from ddim.step import check_order, ddim_step
 from ddim.timesteps import select_timesteps, step_pairs
 
-__all__ = ["Batch", "best_move", "power_timesteps", "scaled_difference", "search_timesteps", "shortest_path", "teach"]
+__all__ = [
+    "Batch",
+    "best_move",
+    "power_timesteps",
+    "scaled_difference",
+    "search_timesteps",
+    "shortest_path",
+    "teach",
+]
 
 POWERS = (1.0, 1.25, 1.5, 1.75, 2.0)
 LEAST_ERROR = 1e-14
@@ -55,14 +63,35 @@ class Walk(NamedTuple):
 class Walks:
     """Walks from one noise, counted in calls of the network; what a path has in common with a known one is not evaluated again."""
 
-    def __init__(self, batch: Batch, exact: Tensor, *, schedule: NoiseSchedule, order: int, bound: float | None) -> None:
-        self.batch, self.exact, self.schedule, self.order, self.bound = batch, exact, schedule, order, bound
+    def __init__(
+        self,
+        batch: Batch,
+        exact: Tensor,
+        *,
+        schedule: NoiseSchedule,
+        order: int,
+        bound: float | None,
+    ) -> None:
+        self.batch, self.exact, self.schedule, self.order, self.bound = (
+            batch,
+            exact,
+            schedule,
+            order,
+            bound,
+        )
         self.calls = 0
 
     def __call__(self, levels: list[int], known: Walk | None = None) -> Walk:
         """Walks a path; ``known`` is another walk, whose beginning may be the same."""
         states = [] if known is None else known.states
-        same = next((i for i, (state, level) in enumerate(zip(states, levels, strict=False)) if state.t != level), len(states))
+        same = next(
+            (
+                i
+                for i, (state, level) in enumerate(zip(states, levels, strict=False))
+                if state.t != level
+            ),
+            len(states),
+        )
         head = states[: max(same - 1, 0)]  # the last level in common is left for another one
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Denoised:
@@ -72,9 +101,15 @@ class Walks:
 
         pairs, last = step_pairs(levels)[len(head) :], head[-1] if head else None
         x = self.batch.x_t if last is None else last.x_s
-        walked = head + list(trajectory(denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last))
+        walked = head + list(
+            trajectory(denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last)
+        )
         self.calls += len(levels) - same
-        return Walk(levels, walked, scaled_difference(walked[-1].x_s, self.exact, bound=self.bound).float().cpu())
+        return Walk(
+            levels,
+            walked,
+            scaled_difference(walked[-1].x_s, self.exact, bound=self.bound).float().cpu(),
+        )
 
 
 def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tensor:
@@ -82,7 +117,11 @@ def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tenso
 
     Both are clamped to +-bound; with None, as latents have it, nothing is clamped or scaled.
     """
-    difference = x - exact if bound is None else (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
+    difference = (
+        x - exact
+        if bound is None
+        else (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
+    )
     flat: Tensor = difference.double().flatten(1) / difference.shape[1:].numel() ** 0.5
     return flat
 
@@ -124,14 +163,18 @@ def search_timesteps(
     """
     check_order(order)
     total = len(schedule)
-    starts = [path for power in POWERS if (path := power_timesteps(total, steps, power)) is not None]
+    starts = [
+        path for power in POWERS if (path := power_timesteps(total, steps, power)) is not None
+    ]
     teacher = teach(batch, schedule=schedule, steps=max(64, 4 * steps))
     starts.append(shortest_path(teacher, steps, schedule=schedule))
     walks = Walks(batch, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
     begun = sorted((walks(path) for path in starts), key=lambda walk: walk.error)
     walks.calls, ends = 0, begun[:1]
     most = min(steps, max(1, evaluations // steps))
-    stages = [most] if order == 2 and steps > 1 else [min(4, most), most]  # few places first, where the difference is less of a line
+    stages = (
+        [most] if order == 2 and steps > 1 else [min(4, most), most]
+    )  # few places first, where the difference is less of a line
     for start in begun:
         if len(stages) > 1:
             ends.append(_slide(walks, start, evaluations // 2))
@@ -145,15 +188,26 @@ def search_timesteps(
 
 def power_timesteps(num_train_timesteps: int, num_steps: int, power: float) -> list[int] | None:
     r"""Levels :math:`T (1 - i/N)^p - 1`: trailing at p = 1, near the quadratic ones at p = 2; None where two of them would coincide."""
-    levels = [max(round(num_train_timesteps * (1 - i / num_steps) ** power) - 1, 0) for i in range(num_steps)]
+    levels = [
+        max(round(num_train_timesteps * (1 - i / num_steps) ** power) - 1, 0)
+        for i in range(num_steps)
+    ]
     return levels if _falling(levels) else None
 
 
 def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
     """Moves all levels along one shape after the other, each for as long as that helps; strides that help neither way are halved."""
     total, steps = len(walks.schedule), len(best.levels)
-    u, place = torch.linspace(0, 1, steps, dtype=torch.float64), torch.tensor(best.levels, dtype=torch.float64)
-    shapes = [1 - u, u, 4 * u * (1 - u), 10 * u * (1 - u) * (1 - 2 * u)]  # the first level, the last, a bend, a bend both ways
+    u, place = (
+        torch.linspace(0, 1, steps, dtype=torch.float64),
+        torch.tensor(best.levels, dtype=torch.float64),
+    )
+    shapes = [
+        1 - u,
+        u,
+        4 * u * (1 - u),
+        10 * u * (1 - u) * (1 - 2 * u),
+    ]  # the first level, the last, a bend, a bend both ways
     longest = max(1, total // (3 * steps))  # a third of a step
     strides, least = [longest] * min(len(shapes), max(1, steps - 1)), max(1, longest // 8)
 
@@ -191,12 +245,16 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
         for move in (stride * hat, -stride * hat):
             path = _moved(best.levels, move, total)
             made = 0.0 if path is None else float((_between(best.levels, path) @ rows)[k])
-            if path is not None and abs(made) >= stride / 2:  # not where the first or the last possible level is in the way
+            if (
+                path is not None and abs(made) >= stride / 2
+            ):  # not where the first or the last possible level is in the way
                 slopes[k] = (walks(path, best).difference - best.difference) / made
                 break
     damping, refused = 0.1, 0
     while walks.calls < evaluations and refused < 2:
-        path = _moved(best.levels, best_move(best.difference, slopes, damping / reach.square()) @ hats, total)
+        path = _moved(
+            best.levels, best_move(best.difference, slopes, damping / reach.square()) @ hats, total
+        )
         if path == best.levels:
             break
         if path is None:
@@ -205,7 +263,9 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
         there, by = walks(path, best), _between(best.levels, path) @ rows
         missed = there.difference - best.difference - torch.einsum("k,kbd->bd", by.float(), slopes)
         weights = by / reach.square()
-        slopes += torch.einsum("k,bd->kbd", (weights / (by @ weights).clamp(min=1e-6)).float(), missed)
+        slopes += torch.einsum(
+            "k,bd->kbd", (weights / (by @ weights).clamp(min=1e-6)).float(), missed
+        )
         if _both_gain(best, there):
             best, refused, damping = there, 0, damping / 4
         else:
@@ -239,7 +299,9 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
     for _ in range(30):
         errors = (norms + 2 * products @ move + (squares @ move) @ move).clamp(min=LEAST_ERROR)
         weights = 1 / (errors * len(errors))
-        move = -torch.linalg.solve(torch.einsum("b,bkl->kl", weights, squares) + damping.diag(), weights @ products)
+        move = -torch.linalg.solve(
+            torch.einsum("b,bkl->kl", weights, squares) + damping.diag(), weights @ products
+        )
     return move
 
 
@@ -272,7 +334,10 @@ def _between(levels: Sequence[int], path: Sequence[int]) -> Tensor:
 
 def _moved(levels: Sequence[float], move: Tensor, total: int) -> list[int] | None:
     """The levels after a move, inside [0, T); None where they would not fall any more."""
-    path = [min(max(round(level + by), 0), total - 1) for level, by in zip(levels, move.tolist(), strict=True)]
+    path = [
+        min(max(round(level + by), 0), total - 1)
+        for level, by in zip(levels, move.tolist(), strict=True)
+    ]
     return path if _falling(path) else None
 
 
@@ -304,12 +369,19 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
     """
     count = len(teacher)
     if not 1 <= steps <= count:
-        raise DDIMError(f"a path of {steps} steps cannot be chosen among the {count} of the teacher; record more of them.")
-    cost = torch.full((count, count + 1), torch.inf, dtype=torch.float64)  # [i, j]: from the i-th level to the j-th; the last is clean
+        raise DDIMError(
+            f"a path of {steps} steps cannot be chosen among the {count} of the teacher; record more of them."
+        )
+    cost = torch.full(
+        (count, count + 1), torch.inf, dtype=torch.float64
+    )  # [i, j]: from the i-th level to the j-th; the last is clean
     for i, state in enumerate(teacher):
         for j in range(i + 1, count + 1):
             reached = ddim_step(
-                state.x0, state.eps, alpha_bar_t=schedule.alpha_bar(state.t), alpha_bar_s=schedule.alpha_bar(teacher[j - 1].s)
+                state.x0,
+                state.eps,
+                alpha_bar_t=schedule.alpha_bar(state.t),
+                alpha_bar_s=schedule.alpha_bar(teacher[j - 1].s),
             )
             cost[i, j] = (reached - teacher[j - 1].x_s).square().mean()
     total, origins = torch.full((count + 1,), torch.inf, dtype=torch.float64), []

@@ -27,7 +27,14 @@ from ddim.sampler import State, trajectory
 from ddim.sampling import HUB_OPTIONS, Sampling, check_exact
 from ddim.scheduler import as_ddim, to_diffusers
 from ddim.step import Eta
-from ddim.text_inputs import Conditions, count_images, encode_prompts, given_lengths, number_of_prompts, warn_of_no_guidance
+from ddim.text_inputs import (
+    Conditions,
+    count_images,
+    encode_prompts,
+    given_lengths,
+    number_of_prompts,
+    warn_of_no_guidance,
+)
 from ddim.timesteps import step_pairs
 
 __all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
@@ -61,28 +68,38 @@ class StableDiffusion(Sampling):
 
     def __init__(
         self,
-        vae: Any,  # noqa: ANN401 - the classes that diffusers names, below
-        text_encoder: Any,  # noqa: ANN401
-        tokenizer: Any,  # noqa: ANN401
-        unet: Any,  # noqa: ANN401
-        scheduler: Any,  # noqa: ANN401
-        safety_checker: Any = None,  # noqa: ANN401
-        feature_extractor: Any = None,  # noqa: ANN401
-        image_encoder: Any = None,  # noqa: ANN401
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
         ours = as_ddim(scheduler)
-        if ours.config.timestep_spacing != "leading":  # the only one that knows an offset: diffusers would warn of 0 all the same
+        if (
+            ours.config.timestep_spacing != "leading"
+        ):  # the only one that knows an offset: diffusers would warn of 0 all the same
             ours.register_to_config(steps_offset=1)
         super().__init__(  # type: ignore[call-arg]
-            vae, text_encoder, tokenizer, unet, ours, safety_checker, feature_extractor, image_encoder, requires_safety_checker
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            ours,
+            safety_checker,
+            feature_extractor,
+            image_encoder,
+            requires_safety_checker,
         )
 
     # diffusers reads them, to tell which parts of one pipeline go into another.
     __init__.__annotations__.update(diffusers.StableDiffusionPipeline.__init__.__annotations__)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:  # noqa: ANN401 - this class
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """Opens a checkpoint in Stable Diffusion's format.
 
         Args:
@@ -92,16 +109,20 @@ class StableDiffusion(Sampling):
         Raises:
             CheckpointError: If the model cannot be found or opened, is of another kind, or lacks a part.
         """
-        folder = find_model(pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options})
+        folder = find_model(
+            pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options}
+        )
         kind = read_model_index(folder).get("_class_name")
         if kind not in STABLE_DIFFUSION:
-            raise CheckpointError(f"{folder} is a {kind}, not in Stable Diffusion's format; open it with ddim.DiffusionPipeline.")
+            raise CheckpointError(
+                f"{folder} is a {kind}, not in Stable Diffusion's format; open it with ddim.DiffusionPipeline."
+            )
         pipe = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
         lay_out(*(getattr(pipe, name) for name in ("unet", "vae") if name not in options))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # noqa: ANN401 - diffusers' own options
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers' ``save_pretrained``.
 
         Raises:
@@ -127,7 +148,11 @@ class StableDiffusion(Sampling):
         """
         _, height, width = self.latent_shape
         self._require("vae")
-        return int(self.vae.config.out_channels), height * self.vae_scale_factor, width * self.vae_scale_factor
+        return (
+            int(self.vae.config.out_channels),
+            height * self.vae_scale_factor,
+            width * self.vae_scale_factor,
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -138,15 +163,27 @@ class StableDiffusion(Sampling):
         """
         size = self.unet.config.sample_size
         if size is None:
-            raise DDIMError("the network's configuration has no sample_size; give height and width.")
+            raise DDIMError(
+                "the network's configuration has no sample_size; give height and width."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.unet.config.in_channels), int(height), int(width)
 
     @torch.no_grad()
-    def conditions(self, prompt: Prompt, negative_prompt: Prompt | None = None, *, guidance_scale: float = 7.5) -> Conditions:
+    def conditions(
+        self, prompt: Prompt, negative_prompt: Prompt | None = None, *, guidance_scale: float = 7.5
+    ) -> Conditions:
         """What :meth:`denoiser` is told of the images of prompts, one of each; guidance off needs no negative prompts."""
         count = number_of_prompts(prompt, None)
-        return encode_prompts(self, prompt, negative_prompt, place=self._place(), scale=guidance_scale, groups=count, each=1)
+        return encode_prompts(
+            self,
+            prompt,
+            negative_prompt,
+            place=self._place(),
+            scale=guidance_scale,
+            groups=count,
+            each=1,
+        )
 
     def denoiser(
         self,
@@ -163,14 +200,29 @@ class StableDiffusion(Sampling):
         Raises:
             DDIMError: If the network is not of this kind, or guidance lacks what it leads away from.
         """
-        network = self._guided(conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs)
+        network = self._guided(
+            conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs
+        )
         return self._model(network, clip, self.unet.dtype)
 
-    def _model(self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype) -> ModelDenoiser:
-        return ModelDenoiser(network, self.noise_schedule, self._options.prediction_type, self.select_clip(clip), dtype)
+    def _model(
+        self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype
+    ) -> ModelDenoiser:
+        return ModelDenoiser(
+            network,
+            self.noise_schedule,
+            self._options.prediction_type,
+            self.select_clip(clip),
+            dtype,
+        )
 
     def _guided(
-        self, conditions: Conditions, scale: float, rescale: float, batched: bool, cross_attention_kwargs: Mapping[str, Any] | None
+        self,
+        conditions: Conditions,
+        scale: float,
+        rescale: float,
+        batched: bool,
+        cross_attention_kwargs: Mapping[str, Any] | None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         unet = self.unet
         if unet.config.in_channels != unet.config.out_channels:
@@ -183,7 +235,11 @@ class StableDiffusion(Sampling):
                 "the network has an IP-adapter, which wants an image: give a call ip_adapter_image or ip_adapter_image_embeds, or take the "
                 "adapter off with unload_ip_adapter()."
             )
-        options = {"return_dict": False} | ({} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs})
+        options = {"return_dict": False} | (
+            {}
+            if cross_attention_kwargs is None
+            else {"cross_attention_kwargs": cross_attention_kwargs}
+        )
 
         def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             # One layout at every step: a compiled network is compiled again for each new one, and states inherit theirs from outputs.
@@ -213,18 +269,31 @@ class StableDiffusion(Sampling):
                 "set pipe.scheduler to a ddim.DDIMScheduler, or to another scheduler of diffusers for such models."
             )
         if others:
-            unknown = sorted(set(others) - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"})
+            unknown = sorted(
+                set(others)
+                - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"}
+            )
             if unknown:
                 name, its_own = self._other
-                hint = f"; {name} takes it, and {name}(**pipe.components) is one of the same parts" if unknown[0] in its_own else ""
-                raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}{hint}")
+                hint = (
+                    f"; {name} takes it, and {name}(**pipe.components) is one of the same parts"
+                    if unknown[0] in its_own
+                    else ""
+                )
+                raise TypeError(
+                    f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}{hint}"
+                )
             return next(iter(others))
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return f"a {type(self.scheduler).__name__}"
-        return "a network that is told the guidance scale" if self.unet.config.time_cond_proj_dim is not None else None
+        return (
+            "a network that is told the guidance scale"
+            if self.unet.config.time_cond_proj_dim is not None
+            else None
+        )
 
     @staticmethod
-    def _refuse_elsewhere(reason: str, **ours: Any) -> None:  # noqa: ANN401 - arguments of a call
+    def _refuse_elsewhere(reason: str, **ours: Any) -> None:
         """Refuses what diffusers' own loop does not know."""
         given = [name for name, value in ours.items() if value is not None]
         if given:
@@ -234,20 +303,34 @@ class StableDiffusion(Sampling):
 
     @contextlib.contextmanager
     def _elsewhere(
-        self, options: dict[str, Any], *, rescale: float, seeds: Sequence[int] | None, callback: Callable[..., Any] | None, progress: bool
+        self,
+        options: dict[str, Any],
+        *,
+        rescale: float,
+        seeds: Sequence[int] | None,
+        callback: Callable[..., Any] | None,
+        progress: bool,
     ) -> Iterator[dict[str, Any]]:
         """Checks what diffusers' own call would not, and yields the arguments of that call; while held, its bar is shown as asked."""
         prompts = number_of_prompts(options["prompt"], options["prompt_embeds"])
-        lengths = given_lengths(seeds=seeds, generator=options["generator"], latents=options.get("latents"))
+        lengths = given_lengths(
+            seeds=seeds, generator=options["generator"], latents=options.get("latents")
+        )
         self._check_output_type(options["output_type"])
         check_rescale(rescale)
-        away = options["negative_prompt"] is not None or options["negative_prompt_embeds"] is not None
+        away = (
+            options["negative_prompt"] is not None or options["negative_prompt_embeds"] is not None
+        )
         if away and not is_guided(options["guidance_scale"]):
             warn_of_no_guidance(options["guidance_scale"], stacklevel=6)
         given = options | {
             "num_inference_steps": options["num_inference_steps"] or 50,
-            "num_images_per_prompt": count_images(prompts, None, options["num_images_per_prompt"], lengths)[1],
-            "callback_on_step_end_tensor_inputs": list(options["callback_on_step_end_tensor_inputs"]),
+            "num_images_per_prompt": count_images(
+                prompts, None, options["num_images_per_prompt"], lengths
+            )[1],
+            "callback_on_step_end_tensor_inputs": list(
+                options["callback_on_step_end_tensor_inputs"]
+            ),
             **({} if seeds is None else {"generator": make_generators(seeds)}),
             **({} if callback is None else {"callback": callback}),
         }
@@ -288,14 +371,26 @@ class StableDiffusion(Sampling):
             check_exact(sampler, eta=eta, clip=self.select_clip(clip), order=order)
         if on_step_end is None:
             network = self._guided(conditions, scale, rescale, batched, cross_attention_kwargs)
-            states = self._states(self._model(network, clip, dtype), x, timesteps, sampler=sampler, eta=eta, noise=noise, order=solver)
+            states = self._states(
+                self._model(network, clip, dtype),
+                x,
+                timesteps,
+                sampler=sampler,
+                eta=eta,
+                noise=noise,
+                order=solver,
+            )
         else:
             if sampler != "ddim":
-                raise DDIMError(f"callback_on_step_end may change latents, and {sampler} looks two steps back; use callback with it.")
+                raise DDIMError(
+                    f"callback_on_step_end may change latents, and {sampler} looks two steps back; use callback with it."
+                )
             inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
             unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
             if unknown:
-                raise DDIMError(f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}; got {unknown}.")
+                raise DDIMError(
+                    f"callback_on_step_end_tensor_inputs must be of {self._callback_tensor_inputs}; got {unknown}."
+                )
             states = self._steered(
                 x,
                 timesteps,
@@ -329,16 +424,44 @@ class StableDiffusion(Sampling):
         """The trajectory with diffusers' callback, which may replace latents and embeddings, change the guidance, or interrupt."""
 
         def renew() -> Callable[[Tensor, Tensor], Tensor]:
-            return self._guided(conditions, self._guidance_scale, self._guidance_rescale, batched, self._cross_attention_kwargs)
+            return self._guided(
+                conditions,
+                self._guidance_scale,
+                self._guidance_rescale,
+                batched,
+                self._cross_attention_kwargs,
+            )
 
         network, state, schedule = renew(), None, self.noise_schedule
         denoise = self._model(lambda x_t, t: network(x_t, t), clip, dtype)
         for number, pair in enumerate(step_pairs(timesteps)):
-            (state,) = trajectory(denoise, x, [pair], schedule=schedule, eta=eta, noise=noise, order=order, previous=state)
-            both = conditions.cond if conditions.uncond is None else torch.cat([conditions.uncond, conditions.cond])
-            held = {"latents": state.x_s, "prompt_embeds": both, "negative_prompt_embeds": conditions.uncond}
+            (state,) = trajectory(
+                denoise,
+                x,
+                [pair],
+                schedule=schedule,
+                eta=eta,
+                noise=noise,
+                order=order,
+                previous=state,
+            )
+            both = (
+                conditions.cond
+                if conditions.uncond is None
+                else torch.cat([conditions.uncond, conditions.cond])
+            )
+            held = {
+                "latents": state.x_s,
+                "prompt_embeds": both,
+                "negative_prompt_embeds": conditions.uncond,
+            }
             before = self._guidance_scale, self._guidance_rescale
-            changed = on_step_end(self, number, torch.tensor(pair[0]), {name: held[name] for name in inputs}) or {}
+            changed = (
+                on_step_end(
+                    self, number, torch.tensor(pair[0]), {name: held[name] for name in inputs}
+                )
+                or {}
+            )
             x = changed.get("latents", state.x_s).to(state.x_s.dtype)
             state = state._replace(x_s=x)
             embeds = changed.get("prompt_embeds", both)
@@ -350,21 +473,31 @@ class StableDiffusion(Sampling):
             if self._interrupt:
                 return
 
-    def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> Any:  # noqa: ANN401 - diffusers' output, or a tuple
+    def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> Any:
         """Pictures of finished latents."""
         images: Any = latents if output_type == "latent" else self._pictures(latents)
         flags = None
         if output_type != "latent":
             if self.safety_checker is not None:
                 images, flags = self.run_safety_checker(images, *self._place())
-            safe = [not flag for flag in flags] if flags else [True] * len(images)  # a blacked-out picture is in [0, 1] already
-            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=safe)
+            safe = (
+                [not flag for flag in flags] if flags else [True] * len(images)
+            )  # a blacked-out picture is in [0, 1] already
+            images = self.image_processor.postprocess(
+                images, output_type=output_type, do_denormalize=safe
+            )
         self.maybe_free_model_hooks()
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags) if return_dict else (images, flags)
+        return (
+            StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
+            if return_dict
+            else (images, flags)
+        )
 
     def _pictures(self, latents: Tensor) -> Tensor:
         """The VAE's pictures of latents, float32, about [-1, 1]."""
-        decoded: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0].float()
+        decoded: Tensor = self.vae.decode(
+            (latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
+        )[0].float()
         if not bool(torch.isfinite(decoded).all()):
             raise DivergenceError(
                 f"the VAE's picture became NaN or infinite in {self.vae.dtype}; keep the VAE in float32: pipe.vae.to(torch.float32)."
@@ -374,7 +507,9 @@ class StableDiffusion(Sampling):
     def _require(self, *names: str) -> None:
         missing = [name for name in names if getattr(self, name, None) is None]
         if missing:
-            raise CheckpointError(f"the checkpoint has no {' and no '.join(missing)}; open one that has, or give it to from_pretrained.")
+            raise CheckpointError(
+                f"the checkpoint has no {' and no '.join(missing)}; open one that has, or give it to from_pretrained."
+            )
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -79,15 +79,23 @@ def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
         DDIMError: With the value that was received.
     """
     if order not in ORDERS:
-        raise DDIMError(f"the order of the solver must be 1 (DDIM) or 2 (its multistep); got {order!r}.")
+        raise DDIMError(
+            f"the order of the solver must be 1 (DDIM) or 2 (its multistep); got {order!r}."
+        )
     if order == 2 and eta != 0:
-        raise DDIMError(f"order 2 solves the deterministic flow and draws no noise; got eta={eta}, so use eta=0, or order 1.")
+        raise DDIMError(
+            f"order 2 solves the deterministic flow and draws no noise; got eta={eta}, so use eta=0, or order 1."
+        )
     if order == 2 and analytic:
-        raise DDIMError("order 2 solves the deterministic flow, and the analytic variance draws noise; use order 1, or leave out gamma.")
+        raise DDIMError(
+            "order 2 solves the deterministic flow, and the analytic variance draws noise; use order 1, or leave out gamma."
+        )
     return order
 
 
-def step_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0, gamma: Tensor | None = None) -> StepCoefficients:
+def step_coefficients(
+    alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0, gamma: Tensor | None = None
+) -> StepCoefficients:
     r"""The weights of x0, eps and z in the step from t to s.
 
     Args:
@@ -113,11 +121,21 @@ def step_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.
     """
     check_eta(eta)
     if gamma is not None:
-        return _analytic(step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), alpha_bar_t, alpha_bar_s, eta, gamma)
+        return _analytic(
+            step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta),
+            alpha_bar_t,
+            alpha_bar_s,
+            eta,
+            gamma,
+        )
     if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
-        return StepCoefficients(alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), torch.zeros_like(alpha_bar_s))
+        return StepCoefficients(
+            alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), torch.zeros_like(alpha_bar_s)
+        )
     scale = 1.0 if isinstance(eta, str) else float(eta)
-    added = (1 - alpha_bar_t / alpha_bar_s).clamp(min=0)  # two levels that are equal round to -1 ulp
+    added = (1 - alpha_bar_t / alpha_bar_s).clamp(
+        min=0
+    )  # two levels that are equal round to -1 ulp
     variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
     remainder = 1 - alpha_bar_s - variance
     # At eta = 1 from zero terminal SNR the remainder is 0. This order of operations keeps it so in float64 (in float32 it rounds
@@ -132,7 +150,9 @@ def step_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.
     return StepCoefficients(alpha_bar_s.sqrt(), remainder.clamp(min=0).sqrt(), noise)
 
 
-def _analytic(plain: StepCoefficients, alpha_bar_t: Tensor, alpha_bar_s: Tensor, eta: Eta, gamma: Tensor) -> StepCoefficients:
+def _analytic(
+    plain: StepCoefficients, alpha_bar_t: Tensor, alpha_bar_s: Tensor, eta: Eta, gamma: Tensor
+) -> StepCoefficients:
     r"""Adds the noise that the prediction leaves out.
 
     .. math:: \mathrm{noise}^2 \leftarrow \mathrm{noise}^2
@@ -141,9 +161,13 @@ def _analytic(plain: StepCoefficients, alpha_bar_t: Tensor, alpha_bar_s: Tensor,
     if eta == SIGMA_HAT:
         raise DDIMError("the analytic variance is that of a number eta; got sigma-hat.")
     if bool((alpha_bar_t == 0).any()):
-        raise DDIMError("the analytic variance has no value where the SNR is 0; start at a lower level, or use the variance of eta.")
+        raise DDIMError(
+            "the analytic variance has no value where the SNR is 0; start at a lower level, or use the variance of eta."
+        )
     missing = ((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t).sqrt() - plain.eps
-    added = torch.where(alpha_bar_s < 1, missing**2 * (1 - gamma), 0.0)  # the finished image is the mean: no noise in what is shown
+    added = torch.where(
+        alpha_bar_s < 1, missing**2 * (1 - gamma), 0.0
+    )  # the finished image is the mean: no noise in what is shown
     return plain._replace(noise=(plain.noise**2 + added).sqrt())
 
 
@@ -179,16 +203,22 @@ def ddim_step(
     if eta == 0 and gamma is None:
         return x_s
     if noise is None:
-        raise DDIMError(f"noise is required when eta is not 0, and for the analytic variance; got eta={eta} and no noise.")
+        raise DDIMError(
+            f"noise is required when eta is not 0, and for the analytic variance; got eta={eta} and no noise."
+        )
     return x_s + match(weights.noise, x0) * noise
 
 
-def linear_step(prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0) -> LinearStep:
+def linear_step(
+    prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0
+) -> LinearStep:
     """Folds conversion and step into one linear map of (x_t, model output, z), valid where nothing is clipped.
 
     Shapes and errors as :func:`step_coefficients`; infinite or NaN where the parametrisation has no solution.
     """
-    return fold(step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), solve(prediction_type, alpha_bar_t))
+    return fold(
+        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), solve(prediction_type, alpha_bar_t)
+    )
 
 
 def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
@@ -200,7 +230,9 @@ def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
     )
 
 
-def multistep_weight(alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> Tensor:
+def multistep_weight(
+    alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
+) -> Tensor:
     r"""The weight w that makes DDIM's step from t to s second order, given the x0 predicted one step before.
 
     .. math::
@@ -219,7 +251,11 @@ def multistep_weight(alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_
         Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. Algorithm 2.
         https://arxiv.org/abs/2211.01095
     """
-    before, here, there = (alpha_bar.logit() for alpha_bar in (alpha_bar_previous, alpha_bar_t, alpha_bar_s))  # 2 l
-    change = alpha_bar_s.sqrt() - (1 - alpha_bar_s).sqrt() * (alpha_bar_t / (1 - alpha_bar_t)).sqrt()
+    before, here, there = (
+        alpha_bar.logit() for alpha_bar in (alpha_bar_previous, alpha_bar_t, alpha_bar_s)
+    )  # 2 l
+    change = (
+        alpha_bar_s.sqrt() - (1 - alpha_bar_s).sqrt() * (alpha_bar_t / (1 - alpha_bar_t)).sqrt()
+    )
     weight = change * (there - here) / (2 * (here - before))
     return torch.where(weight.isfinite(), weight, 0.0)

@@ -74,7 +74,9 @@ class Brightness:
     def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
         """That of images whose mean colours are known."""
         count = len(prior.mean)
-        return cls(sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions)
+        return cls(
+            sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions
+        )
 
     @classmethod
     def of_images(cls, images: Tensor) -> "Brightness":
@@ -87,16 +89,25 @@ class Brightness:
             DDIMError: If there are fewer than two images.
         """
         if len(images) < 2:
-            raise DDIMError(f"the brightness of images needs at least 2 of them; got {len(images)}.")
+            raise DDIMError(
+                f"the brightness of images needs at least 2 of them; got {len(images)}."
+            )
         fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
-        rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)  # times fold: noise keeps variance 1
+        rows = (
+            torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
+        )  # times fold: noise keeps variance 1
         weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
         mean = rows.mean(0)
         # What no image deviates along is left out: there the best prediction is the mean, whatever the noise.
         _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
         std = singular / (len(images) - 1) ** 0.5
         bright = rows @ weights
-        return cls(float(bright.mean()), float(bright.std()), images[0].numel(), Modes(basis @ mean, std, basis @ weights))
+        return cls(
+            float(bright.mean()),
+            float(bright.std()),
+            images[0].numel(),
+            Modes(basis @ mean, std, basis @ weights),
+        )
 
     @property
     def modes(self) -> Modes:
@@ -104,7 +115,9 @@ class Brightness:
         if self.measured is not None:
             return self.measured
         root = self.dimensions**0.5
-        return Modes(*torch.tensor([[self.mean * root], [self.std * root], [1 / root]], dtype=torch.float64))
+        return Modes(
+            *torch.tensor([[self.mean * root], [self.std * root], [1 / root]], dtype=torch.float64)
+        )
 
     def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
         """The exact denoiser along the modes, of samples [K, ...]."""
@@ -117,23 +130,31 @@ class Brightness:
         return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
 
 
-def finished(denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def finished(
+    denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean and std, each [K], of the images that DDIM makes of N(mean, std^2), for a denoiser that is affine in x_t [K, ...]."""
     x = sample(denoise, torch.stack([mean, mean + std], dim=1), pairs, schedule=schedule)
     return x[:, 0], x[:, 1] - x[:, 0]
 
 
-def predict_brightness(schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness) -> tuple[float, float]:
+def predict_brightness(
+    schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness
+) -> tuple[float, float]:
     """What sampling from N(0, I) over these pairs does to brightness.
 
     Returns:
         The bias of the mean grey level, and the factor by which the spread between images changes: (0, 1) is right.
     """
     zero = torch.zeros_like(brightness.modes.mean)
-    return brightness.change(*finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1))
+    return brightness.change(
+        *finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1)
+    )
 
 
-def leaked_brightness(schedule: NoiseSchedule, t: int, brightness: Brightness) -> tuple[float, float]:
+def leaked_brightness(
+    schedule: NoiseSchedule, t: int, brightness: Brightness
+) -> tuple[float, float]:
     r"""The same for infinitely many steps from level t: what N(0, I) alone costs there.
 
     Where brightness is taken for independent of the rest of the image, with :math:`s = \mathrm{std}\sqrt{d}` over d dimensions the bias is
@@ -144,7 +165,10 @@ def leaked_brightness(schedule: NoiseSchedule, t: int, brightness: Brightness) -
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 3.1 (the leak, without this formula).
         https://arxiv.org/abs/2305.08891
     """
-    zero, one = (brightness.oracle(schedule).flow(torch.full_like(brightness.modes.mean, start), t, CLEAN) for start in (0.0, 1.0))
+    zero, one = (
+        brightness.oracle(schedule).flow(torch.full_like(brightness.modes.mean, start), t, CLEAN)
+        for start in (0.0, 1.0)
+    )
     return brightness.change(zero, one - zero)
 
 
@@ -153,7 +177,9 @@ def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int =
     return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
 
 
-def _stock_levels(total: int, count: int, spacing: str, steps_offset: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def _stock_levels(
+    total: int, count: int, spacing: str, steps_offset: int
+) -> "np.ndarray[Any, np.dtype[np.int64]]":
     if spacing == "leading":
         levels = np.arange(count)[::-1] * float(total // count) + steps_offset
     elif spacing == "linspace":
@@ -238,7 +264,13 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(network: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, images: Tensor, *, seed: int = 0) -> Probe:
+def probe(
+    network: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    images: Tensor,
+    *,
+    seed: int = 0,
+) -> Probe:
     """Tells epsilon, sample and v apart, and whether level T-1 was ever trained, by nine calls on noised images.
 
     A network was trained at the end if it errs there no more than just below. At zero terminal SNR there is a sharper sign: the
@@ -269,12 +301,16 @@ def probe(network: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, 
     assert kinds == PREDICTION_TYPES
     inner = [last * tenth // 10 for tenth in (1, 3, 5, 7, 9)]
     outputs = [(call(t)[0], t) for t in inner]
-    errors = {kind: sum(error(output, t, kind) for output, t in outputs) / len(inner) for kind in kinds}
+    errors = {
+        kind: sum(error(output, t, kind) for output, t in outputs) / len(inner) for kind in kinds
+    }
     kind = min(kinds, key=errors.__getitem__)
     if not errors[kind] < 0.7:
         return Probe(errors, None, None, {})
     below = max(
-        error(call(t)[0], t, kind) for t in {max(last - total // share, 0) for share in (1000, 100, 50)} | {max(last - 1, 0)} - {last}
+        error(call(t)[0], t, kind)
+        for t in {max(last - total // share, 0) for share in (1000, 100, 50)}
+        | {max(last - 1, 0)} - {last}
     )
     output, x_t = call(last)
     at_end = error(output, last, kind)
@@ -282,8 +318,12 @@ def probe(network: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, 
     trained = at_end <= 2 * below + 0.02
     if float(schedule.alpha_bar(last)) == 0:
         if kind == "epsilon":
-            return Probe(errors, kind, None, evidence)  # x0 cannot be told from it, and eps is the input itself
+            return Probe(
+                errors, kind, None, evidence
+            )  # x0 cannot be told from it, and eps is the input itself
         x0 = to_x0_eps(output, x_t, alpha_bar_t=schedule.alpha_bar(last), prediction_type=kind).x0
-        evidence["brightness_following_noise"] = float(x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std())
+        evidence["brightness_following_noise"] = float(
+            x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std()
+        )
         trained = trained and evidence["brightness_following_noise"] < 0.2
     return Probe(errors, kind, trained, evidence)

@@ -12,7 +12,13 @@ from ddim.encoding import Code, EncodingMethod, check_code
 from ddim.errors import DDIMError
 from ddim.images import from_pictures, picture_size
 from ddim.stable_diffusion import Callback, Prompt, StableDiffusion
-from ddim.text_inputs import Conditions, check_size, encode_images, encode_prompts, number_of_prompts
+from ddim.text_inputs import (
+    Conditions,
+    check_size,
+    encode_images,
+    encode_prompts,
+    number_of_prompts,
+)
 from ddim.timesteps import Spacing
 
 __all__ = ["TextCodes"]
@@ -24,7 +30,7 @@ class TextCodes(StableDiffusion):
     @torch.no_grad()
     def encode(
         self,
-        images: Any,  # noqa: ANN401 - pictures, bytes or a tensor
+        images: Any,
         prompt: Prompt | None = None,
         num_inference_steps: int | None = None,
         *,
@@ -85,9 +91,14 @@ class TextCodes(StableDiffusion):
             raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
         pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+        )
         size = max(1, batch_size)
-        chunks = [encode_images(self, pictures[i : i + size], place.device).mean for i in range(0, len(pictures), size)]
+        chunks = [
+            encode_images(self, pictures[i : i + size], place.device).mean
+            for i in range(0, len(pictures), size)
+        ]
         x0 = torch.cat(chunks) if chunks else pictures
         denoiser = self._denoisers(
             len(x0),
@@ -134,7 +145,7 @@ class TextCodes(StableDiffusion):
         progress: bool = False,
         batch_size: int = 16,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-    ) -> Any:  # noqa: ANN401 - the type that was asked for
+    ) -> Any:
         """Brings the images of a code back under the prompt that they were encoded with, or edits them under another one.
 
         Args:
@@ -166,8 +177,12 @@ class TextCodes(StableDiffusion):
         _refuse_number("decode", "code", prompt)
         channels = int(self.unet.config.in_channels)
         if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
-            raise DDIMError(f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}.")
-        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps)
+            raise DDIMError(
+                f"the model's latents have shape [B, {channels}, h, w]; the code's have {list(code.x_T.shape)}."
+            )
+        levels = self._decoding_timesteps(
+            code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
+        )
         denoiser = self._denoisers(
             len(code),
             prompt,
@@ -179,7 +194,9 @@ class TextCodes(StableDiffusion):
             clip_skip,
             guidance_batched,
         )
-        x = self._decode(code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size)
+        x = self._decode(
+            code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size
+        )
         return self._finish(x.float(), output_type, return_dict=True).images
 
     def _denoisers(
@@ -197,7 +214,9 @@ class TextCodes(StableDiffusion):
         """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
         prompts = number_of_prompts(prompt, prompt_embeds)
         if prompts not in (1, count):
-            raise DDIMError(f"there are {prompts} prompts and {count} images; give one prompt for all, or one an image.")
+            raise DDIMError(
+                f"there are {prompts} prompts and {count} images; give one prompt for all, or one an image."
+            )
         cond, uncond = encode_prompts(
             self,
             prompt,
@@ -213,12 +232,18 @@ class TextCodes(StableDiffusion):
 
         def denoiser(chosen: slice) -> ModelDenoiser:
             conditions = Conditions(cond[chosen], None if uncond is None else uncond[chosen])
-            return self.denoiser(conditions, guidance_scale=scale, guidance_rescale=rescale, guidance_batched=batched, clip="none")
+            return self.denoiser(
+                conditions,
+                guidance_scale=scale,
+                guidance_rescale=rescale,
+                guidance_batched=batched,
+                clip="none",
+            )
 
         return denoiser
 
 
-def _refuse_number(name: str, first: str, prompt: Any) -> None:  # noqa: ANN401 - what was given for a prompt
+def _refuse_number(name: str, first: str, prompt: Any) -> None:
     if isinstance(prompt, (int, np.integer)):
         raise DDIMError(
             f"a text model's {name} takes a prompt before the number of steps, {name}({first}, prompt=..., num_inference_steps={prompt}); "

@@ -22,11 +22,21 @@ from ddim.step import Eta
 from ddim.timesteps import Spacing, truncate_timesteps
 
 if not is_transformers_available():
-    raise ImportError("text models need transformers, which is not installed; run: pip install 'ddim[text]'.")
+    raise ImportError(
+        "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
+    )
 
 from ddim.stable_diffusion import Callback, ClipOption, Prompt, StepEnd
 from ddim.text_codes import TextCodes
-from ddim.text_inputs import check_size, count_images, encode_images, encode_prompts, given_lengths, number_of_prompts, prepare_images
+from ddim.text_inputs import (
+    check_size,
+    count_images,
+    encode_images,
+    encode_prompts,
+    given_lengths,
+    number_of_prompts,
+    prepare_images,
+)
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
 
@@ -66,7 +76,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,  # noqa: ANN401 - as diffusers has it
+        ip_adapter_image: Any = None,
         ip_adapter_image_embeds: list[Tensor] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -84,8 +94,8 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         guidance_batched: bool = True,
         callback: Callback | None = None,
         progress: bool = True,
-        **others: Any,  # noqa: ANN401 - of diffusers' call alone; one that it does not know is refused
-    ) -> Any:  # noqa: ANN401 - diffusers' StableDiffusionPipelineOutput, or a tuple where that is asked for
+        **others: Any,
+    ) -> Any:
         """Makes images of prompts.
 
         Args:
@@ -131,7 +141,11 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             DDIMError: If options exclude each other or do not fit the checkpoint, or a prediction is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        theirs = {"sigmas": sigmas, "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}
+        theirs = {
+            "sigmas": sigmas,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }
         others |= {name: value for name, value in theirs.items() if value is not None}
         if reason := self._why_elsewhere(others):
             self._refuse_elsewhere(
@@ -166,16 +180,24 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
                 **others,
             }
-            with self._elsewhere(options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress) as arguments:
+            with self._elsewhere(
+                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
+            ) as arguments:
                 return super().__call__(**arguments)
         self._check_output_type(output_type)
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        )
         self.check_path(levels, eta=eta, order=order, sampler=sampler)
         lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
-        groups, each = count_images(number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths)
+        groups, each = count_images(
+            number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths
+        )
         shape = self._latent_shape(height, width, latents)
         place = self._place()
-        x, noise = self._start(groups * each, shape, place, seeds=seeds, generator=generator, latents=latents)
+        x, noise = self._start(
+            groups * each, shape, place, seeds=seeds, generator=generator, latents=latents
+        )
         self._clip_skip = clip_skip
         conditions = encode_prompts(
             self,
@@ -211,16 +233,23 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         )
         return self._finish(x, output_type, return_dict)
 
-    def _latent_shape(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, ...]:
+    def _latent_shape(
+        self, height: int | None, width: int | None, latents: Tensor | None
+    ) -> tuple[int, ...]:
         """(C, h, w) of the latents of a call."""
         factor, channels = self.vae_scale_factor, int(self.unet.config.in_channels)
         if height is None or width is None:
-            own = [side * factor for side in (self.latent_shape if latents is None else latents.shape)[-2:]]
+            own = [
+                side * factor
+                for side in (self.latent_shape if latents is None else latents.shape)[-2:]
+            ]
             height, width = own[0] if height is None else height, own[1] if width is None else width
         check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
         if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
-            raise DDIMError(f"latents must have shape [B, {', '.join(map(str, shape))}]; got {list(latents.shape)}.")
+            raise DDIMError(
+                f"latents must have shape [B, {', '.join(map(str, shape))}]; got {list(latents.shape)}."
+            )
         return shape
 
 
@@ -237,7 +266,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
     def __call__(
         self,
         prompt: Prompt | None = None,
-        image: Any = None,  # noqa: ANN401 - pictures, arrays or tensors
+        image: Any = None,
         strength: float = 0.8,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
@@ -249,7 +278,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         generator: Generators | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: Any = None,  # noqa: ANN401 - as diffusers has it
+        ip_adapter_image: Any = None,
         ip_adapter_image_embeds: list[Tensor] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -267,8 +296,8 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         guidance_batched: bool = True,
         callback: Callback | None = None,
         progress: bool = True,
-        **others: Any,  # noqa: ANN401 - of diffusers' call alone; one that it does not know is refused
-    ) -> Any:  # noqa: ANN401 - diffusers' StableDiffusionPipelineOutput, or a tuple where that is asked for
+        **others: Any,
+    ) -> Any:
         """Makes images of prompts out of images: noised to a level, and sampled from there.
 
         Args:
@@ -313,7 +342,11 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
             DDIMError: If options exclude each other or do not fit the checkpoint or the images, or a prediction is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        theirs = {"sigmas": sigmas, "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}
+        theirs = {
+            "sigmas": sigmas,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }
         others |= {name: value for name, value in theirs.items() if value is not None}
         if reason := self._why_elsewhere(others):
             self._refuse_elsewhere(
@@ -327,7 +360,9 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 guidance_rescale=guidance_rescale or None,
             )
             prepare_images(self, image)  # refuses what diffusers would cut off in silence
-            truncate_timesteps(range(num_inference_steps or 50) if timesteps is None else timesteps, strength)
+            truncate_timesteps(
+                range(num_inference_steps or 50) if timesteps is None else timesteps, strength
+            )
             options = {
                 "prompt": prompt,
                 "image": image,
@@ -349,18 +384,26 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
                 **others,
             }
-            with self._elsewhere(options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress) as arguments:
+            with self._elsewhere(
+                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
+            ) as arguments:
                 return super().__call__(**arguments)
         self._check_output_type(output_type)
         self._require("vae")
-        levels = self.select_timesteps(num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        )
         levels = truncate_timesteps(levels, strength)
         self.check_path(levels, eta=eta, order=order, sampler=sampler)
         given = prepare_images(self, image)
         lengths = given_lengths(seeds=seeds, generator=generator)
-        groups, each = count_images(number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths)
+        groups, each = count_images(
+            number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths
+        )
         place = self._place()
-        x0, noise = self._first_latents(given, groups * each, place, seeds=seeds, generator=generator)
+        x0, noise = self._first_latents(
+            given, groups * each, place, seeds=seeds, generator=generator
+        )
         self._clip_skip = clip_skip
         conditions = encode_prompts(
             self,
@@ -397,21 +440,35 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         return self._finish(x, output_type, return_dict)
 
     def _first_latents(
-        self, given: Tensor, count: int, place: Place, *, seeds: Sequence[int] | None, generator: Generators | None
+        self,
+        given: Tensor,
+        count: int,
+        place: Place,
+        *,
+        seeds: Sequence[int] | None,
+        generator: Generators | None,
     ) -> tuple[Tensor, SeededNoise]:
         """Clean latents [B, C, h, w] of images, drawn from the VAE's posterior, and the stream of later noise."""
         is_latent = given.shape[1] != self.vae.config.in_channels
         mean, std = (given.float(), None) if is_latent else encode_images(self, given, place.device)
         shape = mean.shape[1:]
-        mean, noise = mean.to(place.device), self._noise(count, shape, place, seeds=seeds, generator=generator)
+        mean, noise = (
+            mean.to(place.device),
+            self._noise(count, shape, place, seeds=seeds, generator=generator),
+        )
 
         def for_all(values: Tensor) -> Tensor:
             return values.repeat_interleave(count // len(given), 0).to(noise.dtype)
 
         if std is None:
             return for_all(mean), noise
-        if isinstance(generator, torch.Generator):  # as diffusers draws from one: for each image that is given, not for each that is made
-            return for_all(mean + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()), noise
+        if isinstance(
+            generator, torch.Generator
+        ):  # as diffusers draws from one: for each image that is given, not for each that is made
+            return for_all(
+                mean
+                + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()
+            ), noise
         return for_all(mean) + for_all(std) * noise(), noise
 
 

@@ -36,7 +36,11 @@ Pair = tuple[int, int]
 
 
 def select_timesteps(
-    num_train_timesteps: int, num_inference_steps: int, spacing: Spacing = "trailing", *, steps_offset: int = 0
+    num_train_timesteps: int,
+    num_inference_steps: int,
+    spacing: Spacing = "trailing",
+    *,
+    steps_offset: int = 0,
 ) -> list[int]:
     r"""Chooses N of T levels, falling. Exactly N distinct levels in [0, T), for every N in 1..T and every spacing.
 
@@ -70,7 +74,11 @@ def select_timesteps(
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2. https://arxiv.org/abs/2305.08891
     """
     total, count = num_train_timesteps, num_inference_steps
-    if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or not 1 <= count <= total:
+    if (
+        not isinstance(count, (int, np.integer))
+        or isinstance(count, bool)
+        or not 1 <= count <= total
+    ):
         raise DDIMError(
             f"num_inference_steps must be a whole number from 1 to {total}, the number of levels the model was trained on; got {count!r}."
         )
@@ -106,8 +114,13 @@ def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
     except TypeError:
         rows = True
     if rows:
-        raise DDIMError(f"timesteps must be one list of levels, such as [999, 500, 3]; got {timesteps!r}.")
-    values = [value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value for value in values]
+        raise DDIMError(
+            f"timesteps must be one list of levels, such as [999, 500, 3]; got {timesteps!r}."
+        )
+    values = [
+        value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
+        for value in values
+    ]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
             raise DDIMError(f"timesteps must be whole numbers; got {value!r}.")
@@ -123,7 +136,9 @@ def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int)
     levels = as_levels(timesteps)
     outside = [t for t in levels if not 0 <= t < num_train_timesteps]
     if outside:
-        raise DDIMError(f"timesteps must lie in [0, {num_train_timesteps}), the levels the model was trained on; got {outside[0]}.")
+        raise DDIMError(
+            f"timesteps must lie in [0, {num_train_timesteps}), the levels the model was trained on; got {outside[0]}."
+        )
     _check_falling(levels)
     return levels
 
@@ -135,7 +150,9 @@ def _check_falling(levels: Sequence[int]) -> None:
         if earlier == later:
             raise DDIMError(f"timesteps must not repeat a level; got {later} twice.")
         if earlier < later:
-            raise DDIMError(f"timesteps must fall from noise to data; got {later} after {earlier}. Sort them in descending order.")
+            raise DDIMError(
+                f"timesteps must fall from noise to data; got {later} after {earlier}. Sort them in descending order."
+            )
 
 
 def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[Pair]:

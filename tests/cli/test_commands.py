@@ -14,8 +14,27 @@ from PIL import Image
 from ddim.cli import COMMANDS, main
 from ddim.cli._arguments import option_names
 
-TRAIN = ["train", "--data", "digits", "--block-out-channels", "8,16", "--batch-size", "8", "--images", "64"]
-TRAIN += ["--checkpoint-every", "4", "--log-every", "2", "--validation-images", "32", "--lr-warmup-steps", "2"]
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--block-out-channels",
+    "8,16",
+    "--batch-size",
+    "8",
+    "--images",
+    "64",
+]
+TRAIN += [
+    "--checkpoint-every",
+    "4",
+    "--log-every",
+    "2",
+    "--validation-images",
+    "32",
+    "--lr-warmup-steps",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +75,22 @@ def test_a_stopped_run_resumes_to_the_same_losses_bit_by_bit(model, tmp_path):
 def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model, tmp_path, capsys):
     common = ["sample", str(model), "--steps", "4", "--eta", "1"]
     assert main([*common, "--count", "5", "--batch-size", "5", "--out", str(tmp_path / "a")]) == 0
-    assert main([*common, "--count", "2", "--seed", "3", "--batch-size", "1", "--out", str(tmp_path / "b")]) == 0
+    assert (
+        main(
+            [
+                *common,
+                "--count",
+                "2",
+                "--seed",
+                "3",
+                "--batch-size",
+                "1",
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
     for name in ("000003.png", "000004.png"):
         assert np.abs(read(tmp_path / "a" / name) - read(tmp_path / "b" / name)).max() <= 1
     capsys.readouterr()
@@ -79,7 +113,10 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
             ["evaluate", "--repeats", "2", "m", "--reference", "x"],
             "there is no option --repeats; `ddim evaluate --help` lists the options.",
         ),
-        (["evaluate", "--referense", "x"], "there is no option --referense; did you mean --reference?"),
+        (
+            ["evaluate", "--referense", "x"],
+            "there is no option --referense; did you mean --reference?",
+        ),
         (["evaluate"], "SAMPLES_OR_MODEL and --reference must be given"),
         (["evaluate", "--reference", "x"], "SAMPLES_OR_MODEL must be given"),
         (["convert", "x"], "OUT must be given"),
@@ -98,7 +135,9 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         ),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()

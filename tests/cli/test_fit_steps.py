@@ -29,12 +29,34 @@ def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
     assert set(rows) == {"fitted", "ddim-50", *SPACINGS}
     assert content["timesteps"] in [row["timesteps"] for row in rows.values()]
     assert all(rows[name]["ratio"]["mean"] <= 1 for name in ("fitted", *SPACINGS))
-    assert all(row["ode_error"]["low"] < row["ode_error"]["mean"] < row["ode_error"]["high"] for row in rows.values())
+    assert all(
+        row["ode_error"]["low"] < row["ode_error"]["mean"] < row["ode_error"]["high"]
+        for row in rows.values()
+    )
     assert 0 < content["seconds"] < content["seconds_total"]
     assert f"ddim sample {tiny} --order {order} --timesteps {path}" in told
     assert ", ".join(map(str, content["timesteps"])) in told
-    assert main(["sample", str(tiny), "--order", str(order), "--timesteps", str(path), "--count", "1", "--out", str(tmp_path / "o")]) == 0
-    assert json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"] == content["timesteps"]
+    assert (
+        main(
+            [
+                "sample",
+                str(tiny),
+                "--order",
+                str(order),
+                "--timesteps",
+                str(path),
+                "--count",
+                "1",
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"]
+        == content["timesteps"]
+    )
 
 
 def test_a_terminal_shows_progress(tiny, tmp_path, monkeypatch):
@@ -43,9 +65,19 @@ def test_a_terminal_shows_progress(tiny, tmp_path, monkeypatch):
     assert "it/s]" in shown()
 
 
-def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_with(tiny, tiny_classes, tmp_path, capsys):
+def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_with(
+    tiny, tiny_classes, tmp_path, capsys
+):
     path = tmp_path / "steps.json"
-    content = {"timesteps": [999, 500], "protocol": {"command": "fit-steps", "model": "m", "weight_hash": weight_hash(tiny), "order": 2}}
+    content = {
+        "timesteps": [999, 500],
+        "protocol": {
+            "command": "fit-steps",
+            "model": "m",
+            "weight_hash": weight_hash(tiny),
+            "order": 2,
+        },
+    }
     path.write_text(json.dumps(content))
     here, there = weight_hash(tiny), weight_hash(tiny_classes)
 
@@ -56,17 +88,23 @@ def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_wit
 
     end = "); `ddim fit-steps` fits others."
     assert note("a", tiny, "--timesteps", path, "--order", 2) == []
-    assert note("b", tiny, "--timesteps", path) == [f"note: these timesteps were fitted to m (order 2, not 1{end}"]
+    assert note("b", tiny, "--timesteps", path) == [
+        f"note: these timesteps were fitted to m (order 2, not 1{end}"
+    ]
     assert note("c", tiny_classes, "--timesteps", path) == [
         f"note: these timesteps were fitted to m (weights {here}, not {there}; order 2, not 1{end}"
     ]
     assert note("d", tiny_classes, "--timesteps", "999,500") == []
-    assert note("e", tiny_classes, "--timesteps", tmp_path / "a" / "run.json") == []  # drawn with, and not fitted
+    assert (
+        note("e", tiny_classes, "--timesteps", tmp_path / "a" / "run.json") == []
+    )  # drawn with, and not fitted
     path.write_text(json.dumps({"timesteps": [999, 500]}))
     assert note("f", tiny_classes, "--timesteps", path) == []
 
 
-def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_near(tiny_classes, tmp_path):
+def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_near(
+    tiny_classes, tmp_path
+):
     found = {}
     for name, options in {"a": (), "b": ("--batch-size", 4), "c": ("--exact",)}.items():
         assert fit(tiny_classes, tmp_path / f"{name}.json", *options) == 0
@@ -75,40 +113,97 @@ def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_n
     assert found["c"]["protocol"]["reference"] == {"order": 1, "steps": 1000}
     for other, relative in (("b", 1e-3), ("c", 0.2)):
         for one, same in zip(found["a"]["results"][:5], found[other]["results"][:5], strict=True):
-            assert one["ode_error"]["mean"] == pytest.approx(same["ode_error"]["mean"], rel=relative)
+            assert one["ode_error"]["mean"] == pytest.approx(
+                same["ode_error"]["mean"], rel=relative
+            )
 
 
 def test_guided_models_of_text_are_fitted_on_their_latents(tiny_text, tmp_path, capsys):
     found = {}
     for scale in (1, 7.5):
         path = tmp_path / f"{scale}.json"
-        assert fit(tiny_text, path, "--prompt", "a cat", "--prompt", "a dog", "--guidance-scale", scale, "--order", 2) == 0
+        assert (
+            fit(
+                tiny_text,
+                path,
+                "--prompt",
+                "a cat",
+                "--prompt",
+                "a dog",
+                "--guidance-scale",
+                scale,
+                "--order",
+                2,
+            )
+            == 0
+        )
         found[scale] = json.loads(path.read_text())
         told = found[scale]["protocol"]
-        assert (told["prompt"], told["guidance_scale"], told["guidance_rescale"]) == (["a cat", "a dog"], scale, 0.0)
+        assert (told["prompt"], told["guidance_scale"], told["guidance_rescale"]) == (
+            ["a cat", "a dog"],
+            scale,
+            0.0,
+        )
         assert found[scale]["evaluations"] == 4 * (2 if scale > 1 else 1)
-        assert all(row["ratio"]["mean"] <= 1 for row in found[scale]["results"] if row["name"] != "ddim-50")
+        assert all(
+            row["ratio"]["mean"] <= 1 for row in found[scale]["results"] if row["name"] != "ddim-50"
+        )
     assert f"--timesteps {path} --prompt PROMPT" in capsys.readouterr().out
     assert found[1]["results"][1]["ode_error"] != found[7.5]["results"][1]["ode_error"]
-    drawn = ("--order", "2", "--timesteps", str(path), "--prompt", "a cat", "--count", "1", "--out", str(tmp_path / "o"))
+    drawn = (
+        "--order",
+        "2",
+        "--timesteps",
+        str(path),
+        "--prompt",
+        "a cat",
+        "--count",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    )
     assert main(["sample", str(tiny_text), *drawn]) == 0
     assert fit(tiny_text, tmp_path / "none.json") == 2
     assert "makes images of prompts: give --prompt TEXT" in capsys.readouterr().err
 
 
 def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_text, tmp_path):
-    options = ("--prompt", "a cat", "--guidance-scale", 3, "--guidance-rescale", 0.5, "--exact", "--held-out", 2)
+    options = (
+        "--prompt",
+        "a cat",
+        "--guidance-scale",
+        3,
+        "--guidance-rescale",
+        0.5,
+        "--exact",
+        "--held-out",
+        2,
+    )
     assert fit(tiny_text, tmp_path / "steps.json", *options) == 0
     content = json.loads((tmp_path / "steps.json").read_text())
     pipe, seeds = TextToImagePipeline.from_pretrained(tiny_text), range(1_000_004, 1_000_006)
 
     def ends(**steps):
-        asked = {"guidance_scale": 3.0, "guidance_rescale": 0.5, "output_type": "latent", "progress": False}
+        asked = {
+            "guidance_scale": 3.0,
+            "guidance_rescale": 0.5,
+            "output_type": "latent",
+            "progress": False,
+        }
         return pipe(["a cat"] * 2, seeds=seeds, **asked, **steps).images
 
     exact = ends(num_inference_steps=1000, timestep_spacing="trailing")
     for row in content["results"][:2]:
-        error = (ends(timesteps=row["timesteps"]) - exact).double().square().flatten(1).mean(1).log().mean().exp()
+        error = (
+            (ends(timesteps=row["timesteps"]) - exact)
+            .double()
+            .square()
+            .flatten(1)
+            .mean(1)
+            .log()
+            .mean()
+            .exp()
+        )
         assert row["ode_error"]["mean"] == pytest.approx(float(error), rel=1e-3)
 
 
@@ -122,10 +217,15 @@ def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_
         (("--count", "0"), "--count must be at least 1; got 0."),
         (("--evaluations", "-1"), "--evaluations must be at least 0; got -1."),
         (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
-        (("--out", "there.json"), "there.json is there already; use another --out, or delete that file."),
+        (
+            ("--out", "there.json"),
+            "there.json is there already; use another --out, or delete that file.",
+        ),
     ],
 )
-def test_bad_options_are_one_sentence_and_leave_nothing(options, message, tiny, tmp_path, capsys, monkeypatch):
+def test_bad_options_are_one_sentence_and_leave_nothing(
+    options, message, tiny, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("there.json").write_text("{}")
     assert main(["fit-steps", str(tiny), *options]) == 2

@@ -14,7 +14,9 @@ from ddim.cli.flaws import _folders, _prompts
 from ddim.evaluation.flaws import settings
 from ddim.training.config import TrainConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:a prompt has")  # the tiny tokenizer reads little, and what it reads matters little here
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:a prompt has"
+)  # the tiny tokenizer reads little, and what it reads matters little here
 
 SCHEDULES = {
     "epsilon": {"prediction_type": "epsilon"},
@@ -30,10 +32,19 @@ def models(tmp_path_factory):
     parts = tiny_text_parts(sample_size=16)
     for name, options in SCHEDULES.items():
         scheduler = diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1, **options
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            steps_offset=1,
+            **options,
         )
         diffusers.StableDiffusionPipeline(
-            **parts, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **parts,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         ).save_pretrained(folder / name)
     return folder
 
@@ -42,10 +53,15 @@ def models(tmp_path_factory):
 def garments(tmp_path_factory):
     """A few images in the place of Fashion-MNIST's."""
     folder = tmp_path_factory.mktemp("garments")
-    images, labels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8), np.arange(12, dtype=np.uint8) % 10
+    images, labels = (
+        np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8),
+        np.arange(12, dtype=np.uint8) % 10,
+    )
     for split in ("train", "t10k"):
         for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(
+                n.to_bytes(4, "big") for n in array.shape
+            )
             (folder / f"{split}-{name}-ubyte").write_bytes(header + array.tobytes())
     return folder
 
@@ -71,10 +87,20 @@ def whole(models, garments, tmp_path_factory):
 
 
 def test_it_writes_a_record_a_table_a_plot_and_a_sheet(whole):
-    assert sorted(p.name for p in whole.iterdir() if p.name[0] != ".") == ["cells", "flaws.md", "flaws.png", "run.json", "sheet.png"]
+    assert sorted(p.name for p in whole.iterdir() if p.name[0] != ".") == [
+        "cells",
+        "flaws.md",
+        "flaws.png",
+        "run.json",
+        "sheet.png",
+    ]
     found = record(whole)
     kinds = [r["measured"] for r in found["results"]]
-    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"background": 12 * 5, "saturation": 4 * 2, "unconditional": 6 * 5}
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "background": 12 * 5,
+        "saturation": 4 * 2,
+        "unconditional": 6 * 5,
+    }
     assert found["protocol"]["command"] == "flaws"
     assert set(found["protocol"]["weight_hash"]) == set(SCHEDULES)
     assert found["seconds"] > 0
@@ -88,17 +114,27 @@ def test_no_two_settings_are_the_same_images(whole):
     found = {}
     for r in record(whole)["results"]:
         if r["measured"] == "background":
-            found.setdefault((r["model"], r["spacing"], r["guidance_rescale"]), []).append(r["brightness"])
+            found.setdefault((r["model"], r["spacing"], r["guidance_rescale"]), []).append(
+                r["brightness"]
+            )
     assert len(found) == 12
     assert len({tuple(values) for values in found.values()}) == 12
-    saturated = [(r["contrast"], r["guidance_rescale"]) for r in record(whole)["results"] if r["measured"] == "saturation"]
-    assert len({contrast for contrast, _ in saturated}) == 6  # without guidance the rescale does nothing
+    saturated = [
+        (r["contrast"], r["guidance_rescale"])
+        for r in record(whole)["results"]
+        if r["measured"] == "saturation"
+    ]
+    assert (
+        len({contrast for contrast, _ in saturated}) == 6
+    )  # without guidance the rescale does nothing
 
 
 def test_the_theory_knows_that_zero_terminal_snr_costs_nothing_at_the_last_level(whole):
     for r in record(whole)["results"]:
         if r["measured"] == "unconditional" and r["bias_in_theory"] is not None:
-            assert (r["factor_in_theory"] == pytest.approx(1)) == (r["model"] == "zero-snr" and r["spacing"] == "trailing")
+            assert (r["factor_in_theory"] == pytest.approx(1)) == (
+                r["model"] == "zero-snr" and r["spacing"] == "trailing"
+            )
 
 
 def test_what_is_missing_is_measured_again_to_the_same_numbers(whole, models, tmp_path, capsys):
@@ -112,17 +148,23 @@ def test_what_is_missing_is_measured_again_to_the_same_numbers(whole, models, tm
     for ours, theirs in zip(record(out)["results"], record(whole)["results"], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            assert value == (pytest.approx(theirs[key], abs=1e-4) if isinstance(value, float) else theirs[key])
+            assert value == (
+                pytest.approx(theirs[key], abs=1e-4) if isinstance(value, float) else theirs[key]
+            )
 
 
-def test_a_run_that_finds_all_there_keeps_the_times_of_the_one_that_measured(whole, models, tmp_path):
+def test_a_run_that_finds_all_there_keeps_the_times_of_the_one_that_measured(
+    whole, models, tmp_path
+):
     out = tmp_path / "all"
     shutil.copytree(whole, out)
     assert run(models, out) == 0
     assert record(out) == record(whole)
 
 
-def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(models, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(
+    models, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "broken"
     with monkeypatch.context() as patch:
 
@@ -142,13 +184,18 @@ def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(models, tmp_p
 def test_a_folder_of_another_protocol_is_refused(whole, models, capsys):
     before = record(whole)
     assert run(models, whole, "--seed", 5) == 2
-    assert "holds results of another protocol: seed is 0 there and 5 here" in capsys.readouterr().err
+    assert (
+        "holds results of another protocol: seed is 0 there and 5 here" in capsys.readouterr().err
+    )
     assert record(whole) == before
 
 
 def test_models_in_wrong_places_and_strangers_are_refused(models, tiny, tmp_path, capsys):
     assert run(models, tmp_path / "a", "--v", models / "zero-snr") == 2
-    assert "is to be the model of v, leaky, and its scheduler says v_prediction, zero SNR" in capsys.readouterr().err
+    assert (
+        "is to be the model of v, leaky, and its scheduler says v_prediction, zero SNR"
+        in capsys.readouterr().err
+    )
     assert run(models, tmp_path / "b", "--v", tiny) == 2
     assert "is a model without text" in capsys.readouterr().err
     other = tmp_path / "other"
@@ -165,7 +212,10 @@ def test_models_in_wrong_places_and_strangers_are_refused(models, tiny, tmp_path
     ("options", "text"),
     [
         (("--count", "0"), "--count must be at least 1; got 0"),
-        (("--guidance", "0.5,2"), "--guidance and --guidance-scale must be at least 1, which is off"),
+        (
+            ("--guidance", "0.5,2"),
+            "--guidance and --guidance-scale must be at least 1, which is off",
+        ),
         (("--guidance-rescale", "0"), "--guidance-rescale must lie in"),
         (("--epsilon", "nowhere"), "neither an embedded model nor an existing folder"),
     ],
@@ -189,13 +239,30 @@ def test_models_that_are_not_named_are_trained_from_one_base(models, tmp_path, m
         return type("Result", (), {"finished": True})
 
     monkeypatch.setattr("ddim.training.trainer.train", train)
-    command, out = flaws.Command(base=str(models / "zero-snr"), train_images=640, v=str(models / "v")), tmp_path / "out"
-    assert _folders(command, out) == {"epsilon": out / "models" / "epsilon", "v": models / "v", "zero-snr": out / "models" / "zero-snr"}
-    assert {name: (c.prediction_type, c.rescale_betas_zero_snr, c.images, c.base, c.from_scratch) for name, c in asked.items()} == {
+    command, out = (
+        flaws.Command(base=str(models / "zero-snr"), train_images=640, v=str(models / "v")),
+        tmp_path / "out",
+    )
+    assert _folders(command, out) == {
+        "epsilon": out / "models" / "epsilon",
+        "v": models / "v",
+        "zero-snr": out / "models" / "zero-snr",
+    }
+    assert {
+        name: (c.prediction_type, c.rescale_betas_zero_snr, c.images, c.base, c.from_scratch)
+        for name, c in asked.items()
+    } == {
         "epsilon": ("epsilon", False, 640, str(models / "zero-snr"), True),
         "zero-snr": ("v_prediction", True, 640, str(models / "zero-snr"), True),
     }
-    options = [{k: v for k, v in vars(c).items() if k not in ("out", "prediction_type", "rescale_betas_zero_snr")} for c in asked.values()]
+    options = [
+        {
+            k: v
+            for k, v in vars(c).items()
+            if k not in ("out", "prediction_type", "rescale_betas_zero_snr")
+        }
+        for c in asked.values()
+    ]
     assert options[0] == options[1]
     asked.clear()
     _folders(command, out)

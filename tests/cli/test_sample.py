@@ -39,8 +39,28 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
     for seed, picture in zip((5, 6, 7), expected, strict=True):
         assert np.abs(pixels(out / f"{seed:06d}.png") - np.asarray(picture).astype(int)).max() <= 1
     run = record(out)
-    assert set(run) == {"protocol", "results", "seconds", "seconds_total", "evaluations", "execution", "versions"}
-    ours = {"sampler", "timesteps", "eta", "order", "variance", "clip", "prior", "prompt", "guidance_scale", "dtype", "class"}
+    assert set(run) == {
+        "protocol",
+        "results",
+        "seconds",
+        "seconds_total",
+        "evaluations",
+        "execution",
+        "versions",
+    }
+    ours = {
+        "sampler",
+        "timesteps",
+        "eta",
+        "order",
+        "variance",
+        "clip",
+        "prior",
+        "prompt",
+        "guidance_scale",
+        "dtype",
+        "class",
+    }
     assert ours | {"command", "weight_hash", "schedule"} <= set(run["protocol"]) & set(IDENTITY)
     assert run["protocol"]["weight_hash"] == weight_hash(tiny)
     assert run["protocol"]["timesteps"] == [999, 749, 499, 249]
@@ -57,12 +77,21 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
     assert "all 1000 steps would have taken" in told
 
 
-@pytest.mark.parametrize("options", [(), ("--eta", "1"), ("--sampler", "ddpm"), ("--eta", "sigma-hat", "--clip", "dynamic")])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--eta", "1"), ("--sampler", "ddpm"), ("--eta", "sigma-hat", "--clip", "dynamic")],
+)
 def test_a_seed_is_one_picture_whatever_its_batch(options, tiny, tmp_path):
     assert sample(tiny, tmp_path / "a", "--count", 5, *options) == 0
     assert sample(tiny, tmp_path / "b", "--count", 4, "--seed", 1, "--batch-size", 3, *options) == 0
     for seed in range(1, 5):
-        assert np.abs(pixels(tmp_path / "a" / f"{seed:06d}.png") - pixels(tmp_path / "b" / f"{seed:06d}.png")).max() <= 1
+        assert (
+            np.abs(
+                pixels(tmp_path / "a" / f"{seed:06d}.png")
+                - pixels(tmp_path / "b" / f"{seed:06d}.png")
+            ).max()
+            <= 1
+        )
 
 
 def test_running_again_draws_what_is_missing(tiny, tmp_path, capsys, monkeypatch):
@@ -90,19 +119,25 @@ def test_images_that_were_not_asked_for_are_told_and_not_in_the_grid(tiny, tmp_p
     assert "2 images drawn, 1 were there" in told
     assert "grid.png. 3 of other seeds are there too, and not in the grid." in told
     assert sample(tiny, tmp_path / "alone", "--count", 3, "--seed", 3) == 0
-    assert np.abs(pixels(tmp_path / "grid.png") - pixels(tmp_path / "alone" / "grid.png")).max() <= 1
+    assert (
+        np.abs(pixels(tmp_path / "grid.png") - pixels(tmp_path / "alone" / "grid.png")).max() <= 1
+    )
 
 
 def test_times_say_how_many_batches_they_are_of(tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path / "a", "--count", 5, "--batch-size", 2) == 0
-    told = re.search(r"4 steps in each of 3 batches took ([\d.]+) s, ([\d.]+) ms a step", capsys.readouterr().out)
+    told = re.search(
+        r"4 steps in each of 3 batches took ([\d.]+) s, ([\d.]+) ms a step", capsys.readouterr().out
+    )
     assert float(told[1]) == pytest.approx(4 * 3 * float(told[2]) / 1000, abs=0.06)
     assert sample(tiny, tmp_path / "b", "--count", 2) == 0
     assert re.search(r"4 steps took [\d.]+ s", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("columns", [0, 60])
-def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(columns, tiny, tmp_path, monkeypatch):
+def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(
+    columns, tiny, tmp_path, monkeypatch
+):
     with on_a_terminal(monkeypatch, columns=columns) as shown:
         assert sample(tiny, tmp_path, "--count", 4, "--batch-size", 2) == 0
     told = shown()
@@ -134,10 +169,16 @@ def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", "5"), "timesteps is [999, 749, 499, 249] there and [999, 799, ... 199] (5 levels) here"),
+        (
+            ("--steps", "5"),
+            "timesteps is [999, 749, 499, 249] there and [999, 799, ... 199] (5 levels) here",
+        ),
         (("--eta", "0.5"), "eta is 0.0 there and 0.5 here"),
         (("--order", "2"), "order is 1 there and 2 here"),
-        (("--clip", "static"), 'clip is {"kind": "none"} there and {"kind": "static", "bound": 1.0} here'),
+        (
+            ("--clip", "static"),
+            'clip is {"kind": "none"} there and {"kind": "static", "bound": 1.0} here',
+        ),
         (("--dtype", "bfloat16"), 'dtype is "float32" there and "bfloat16" here'),
         (("--spacing", "linspace"), "timesteps is"),
     ],
@@ -169,7 +210,9 @@ def test_pictures_without_a_record_are_not_mixed_with(tiny, tmp_path, capsys):
     assert names(tmp_path) == ["000000.png"]
 
 
-def test_what_a_run_left_without_a_picture_binds_nobody_but_another_command_does(tiny, tmp_path, capsys, monkeypatch):
+def test_what_a_run_left_without_a_picture_binds_nobody_but_another_command_does(
+    tiny, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(UnconditionalPipeline, "warm_up", interrupted)
     assert sample(tiny, tmp_path, "--steps", 3) == 130
     assert names(tmp_path) == ["run.json"]
@@ -179,7 +222,10 @@ def test_what_a_run_left_without_a_picture_binds_nobody_but_another_command_does
     path.write_text(path.read_text().replace('"command": "sample"', '"command": "reconstruct"'))
     (tmp_path / "000000.png").unlink()
     assert sample(tiny, tmp_path, "--steps", 2, "--count", 1) == 2
-    assert 'another protocol: command is "reconstruct" there and "sample" here' in capsys.readouterr().err
+    assert (
+        'another protocol: command is "reconstruct" there and "sample" here'
+        in capsys.readouterr().err
+    )
 
 
 def interrupted(*args):
@@ -203,20 +249,37 @@ def test_timesteps_are_a_list_or_a_file_that_holds_one(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"protocol": []}', '{"protocol": {}}', "{}", "[5, 3]", '{"timesteps": [5, true]}', '{"timesteps": "5"}']
+    "content",
+    [
+        '{"protocol": []}',
+        '{"protocol": {}}',
+        "{}",
+        "[5, 3]",
+        '{"timesteps": [5, true]}',
+        '{"timesteps": "5"}',
+    ],
 )
 def test_a_file_without_timesteps_is_one_sentence(content, tiny, tmp_path, capsys):
     (tmp_path / "levels.json").write_text(content)
     assert sample(tiny, tmp_path / "a", "--timesteps", tmp_path / "levels.json") == 2
-    assert "levels.json must hold a list of whole numbers under the key 'timesteps'." in capsys.readouterr().err
+    assert (
+        "levels.json must hold a list of whole numbers under the key 'timesteps'."
+        in capsys.readouterr().err
+    )
 
 
 def test_the_ddpm_sampler_is_sigma_hat_with_static_clipping(tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path / "a", "--sampler", "ddpm", "--count", 1) == 0
     protocol = record(tmp_path / "a")["protocol"]
-    assert (protocol["sampler"], protocol["eta"], protocol["clip"]) == ("ddpm", "sigma-hat", {"kind": "static", "bound": 1.0})
+    assert (protocol["sampler"], protocol["eta"], protocol["clip"]) == (
+        "ddpm",
+        "sigma-hat",
+        {"kind": "static", "bound": 1.0},
+    )
     assert sample(tiny, tmp_path / "b", "--eta", "sigma-hat", "--clip", "static", "--count", 1) == 0
-    assert np.array_equal(pixels(tmp_path / "a" / "000000.png"), pixels(tmp_path / "b" / "000000.png"))
+    assert np.array_equal(
+        pixels(tmp_path / "a" / "000000.png"), pixels(tmp_path / "b" / "000000.png")
+    )
     assert sample(tiny, tmp_path / "c", "--sampler", "ddpm", "--eta", 1) == 2
     assert "--sampler ddpm fixes the noise at sigma-hat; leave out --eta" in capsys.readouterr().err
 
@@ -225,8 +288,15 @@ def test_classes_go_round_the_seeds_unless_one_is_asked_for(tiny, tiny_classes, 
     assert sample(tiny_classes, tmp_path / "all", "--count", 6) == 0
     assert [r["class"] for r in record(tmp_path / "all")["results"]] == [0, 1, 2, 3, 0, 1]
     assert sample(tiny_classes, tmp_path / "one", "--count", 6, "--class", 1) == 0
-    assert np.abs(pixels(tmp_path / "all" / "000005.png") - pixels(tmp_path / "one" / "000005.png")).max() <= 1
-    assert not np.array_equal(pixels(tmp_path / "all" / "000002.png"), pixels(tmp_path / "one" / "000002.png"))
+    assert (
+        np.abs(
+            pixels(tmp_path / "all" / "000005.png") - pixels(tmp_path / "one" / "000005.png")
+        ).max()
+        <= 1
+    )
+    assert not np.array_equal(
+        pixels(tmp_path / "all" / "000002.png"), pixels(tmp_path / "one" / "000002.png")
+    )
     assert sample(tiny_classes, tmp_path / "x", "--class", 4) == 2
     assert "--class must be from 0 to 3; got 4" in capsys.readouterr().err
     assert sample(tiny, tmp_path / "x", "--class", 1) == 2
@@ -236,13 +306,22 @@ def test_classes_go_round_the_seeds_unless_one_is_asked_for(tiny, tiny_classes, 
 def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path, capsys):
     assert sample(foreign, tmp_path / "a", "--count", 1) == 0
     told = capsys.readouterr().out
-    assert "note: the model's configuration clips predicted images (static) and starts at level 750, not at 999; " in told
+    assert (
+        "note: the model's configuration clips predicted images (static) and starts at level 750, not at 999; "
+        in told
+    )
     assert "--clip none --spacing trailing would not." in told
     assert pixels(tmp_path / "a" / "000000.png").shape == (8, 8, 3)
-    assert sample(foreign, tmp_path / "b", "--count", 1, "--clip", "none", "--spacing", "trailing") == 0
+    assert (
+        sample(foreign, tmp_path / "b", "--count", 1, "--clip", "none", "--spacing", "trailing")
+        == 0
+    )
     assert "note:" not in capsys.readouterr().out
     assert sample(tiny / "unet", tmp_path / "c", "--count", 1) == 0
-    assert "comes without a scheduler; it is taken for a model of 1000 linear levels that predicts epsilon" in capsys.readouterr().out
+    assert (
+        "comes without a scheduler; it is taken for a model of 1000 linear levels that predicts epsilon"
+        in capsys.readouterr().out
+    )
 
 
 def test_half_precision_runs_and_is_recorded(tiny, tmp_path):
@@ -256,16 +335,25 @@ def test_the_grid_does_not_grow_without_end(tiny, tmp_path):
     assert pixels(tmp_path / "grid.png").shape == (12 * (8 * 10 + 2), 12 * (8 * 10 + 2))
 
 
-def test_the_analytic_variance_is_measured_once_and_draws_noise_at_eta_zero(tiny_classes, tmp_path, capsys):
+def test_the_analytic_variance_is_measured_once_and_draws_noise_at_eta_zero(
+    tiny_classes, tmp_path, capsys
+):
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(10) % 4)
     options = ("--variance", "analytic", "--data", tmp_path / "data.npz", "--clip", "none")
     assert sample(tiny_classes, tmp_path / "a", "--count", 3, *options) == 0
-    assert record(tmp_path / "a")["protocol"]["variance"] == {"kind": "analytic", "data": str(tmp_path / "data.npz"), "images": 256}
+    assert record(tmp_path / "a")["protocol"]["variance"] == {
+        "kind": "analytic",
+        "data": str(tmp_path / "data.npz"),
+        "images": 256,
+    }
     gamma = json.loads((tmp_path / "a" / "gamma.json").read_text())["gamma"]
     assert list(gamma) == ["999", "749", "499", "249"]
     assert all(0 <= value <= 1 for value in gamma.values())
-    assert sample(tiny_classes, tmp_path / "b", "--count", 2, "--seed", 1, "--batch-size", 1, *options) == 0
+    assert (
+        sample(tiny_classes, tmp_path / "b", "--count", 2, "--seed", 1, "--batch-size", 1, *options)
+        == 0
+    )
     assert sample(tiny_classes, tmp_path / "c", "--count", 2, "--seed", 1) == 0
     for seed in (1, 2):
         first, same, without = (pixels(tmp_path / name / f"{seed:06d}.png") for name in "abc")
@@ -275,7 +363,10 @@ def test_the_analytic_variance_is_measured_once_and_draws_noise_at_eta_zero(tiny
     assert sample(tiny_classes, tmp_path / "a", "--count", 4, *options) == 2
     assert "there is no data at" in capsys.readouterr().err
     assert sample(tiny_classes, tmp_path / "c", *options[:2]) == 2
-    assert "does not say what it was trained on; name images for --variance analytic with --data" in capsys.readouterr().err
+    assert (
+        "does not say what it was trained on; name images for --variance analytic with --data"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_measured_gamma_is_used_again(tiny, tmp_path):
@@ -289,10 +380,14 @@ def test_a_measured_gamma_is_used_again(tiny, tmp_path):
     assert sample(tiny, tmp_path / "a", "--count", 2, *options) == 0
     (tmp_path / "a" / "000000.png").unlink()
     assert sample(tiny, tmp_path / "a", "--count", 1, *options) == 0
-    assert np.abs(pixels(tmp_path / "a" / "000000.png") - before).max() > 1  # by the file, which says something else now
+    assert (
+        np.abs(pixels(tmp_path / "a" / "000000.png") - before).max() > 1
+    )  # by the file, which says something else now
 
 
-def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_order(tiny, tmp_path, capsys):
+def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_order(
+    tiny, tmp_path, capsys
+):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
     pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
     pipe.save_pretrained(tmp_path / "model")
@@ -329,19 +424,34 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--steps", "0"), "ddim: --steps must be a whole number from 1 to 1000"),
         (("--steps", "2", "--timesteps", "5,4"), "leave out --steps and --spacing, or"),
         (("--count", "0"), "--count must be at least 1; got 0."),
-        (("--count", "1000000000000"), "--count must be at most 1000000 in one run; got 1000000000000, so go on from there with --seed."),
+        (
+            ("--count", "1000000000000"),
+            "--count must be at most 1000000 in one run; got 1000000000000, so go on from there with --seed.",
+        ),
         (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
         (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
         (("--eta", "-0.5"), "eta must be at least 0 and finite; got -0.5."),
         (("--eta", "3"), "eta=3.0 would draw more noise than the level can hold"),
         (("--eta", "nan"), "eta must be at least 0 and finite; got nan."),
         (("--variance", "learned"), "--variance must be one of eta, analytic; got 'learned'."),
-        (("--variance", "analytic", "--order", "2"), "the analytic variance draws noise; use order 1"),
-        (("--variance", "analytic", "--sampler", "ddpm"), "the analytic variance is that of a number eta; got sigma-hat."),
+        (
+            ("--variance", "analytic", "--order", "2"),
+            "the analytic variance draws noise; use order 1",
+        ),
+        (
+            ("--variance", "analytic", "--sampler", "ddpm"),
+            "the analytic variance is that of a number eta; got sigma-hat.",
+        ),
         (("--variance", "analytic", "--data", "none.npz"), "there is no data at 'none.npz'"),
-        (("--data", "digits"), "--data is what --variance analytic is measured on; give both, or neither."),
+        (
+            ("--data", "digits"),
+            "--data is what --variance analytic is measured on; give both, or neither.",
+        ),
         (("--order", "3"), "--order must be one of 1, 2; got '3'."),
-        (("--order", "2", "--eta", "1"), "order 2 solves the deterministic flow and draws no noise; got eta=1.0"),
+        (
+            ("--order", "2", "--eta", "1"),
+            "order 2 solves the deterministic flow and draws no noise; got eta=1.0",
+        ),
         (("--eta", "big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--timesteps", "5,5"), "timesteps must not repeat a level; got 5 twice."),
         (("--timesteps", "4,5"), "timesteps must fall from noise to data; got 5 after 4."),
@@ -349,9 +459,15 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--timesteps", "5,x"), "--timesteps: it must be a whole number; got 'x'."),
         (("--timesteps", ","), "timesteps must name at least one level"),
         (("--timesteps", "none.json"), "--timesteps: none.json cannot be read as JSON"),
-        (("--spacing", "cubic"), "--spacing must be one of leading, linspace, trailing, quadratic; got 'cubic'."),
+        (
+            ("--spacing", "cubic"),
+            "--spacing must be one of leading, linspace, trailing, quadratic; got 'cubic'.",
+        ),
         (("--clip", "soft"), "--clip must be one of none, static, dynamic; got 'soft'."),
-        (("--device", "abacus"), "--device must be auto, or one that torch knows such as cpu or cuda; got 'abacus'."),
+        (
+            ("--device", "abacus"),
+            "--device must be auto, or one that torch knows such as cpu or cuda; got 'abacus'.",
+        ),
         (("--device", "meta:x"), "--device must be auto"),
         (("--device", "meta"), "--device meta cannot be used here (Cannot copy out of meta tensor"),
         (("--dtype", "float8"), "--dtype must be one of float32, bfloat16, float16; got 'float8'."),
@@ -378,24 +494,39 @@ def test_models_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
         assert sample(folder, tmp_path / "out") == 2
         return capsys.readouterr().err
 
-    flow = changed("flow", "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    flow = changed(
+        "flow", "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"
+    )
     assert "is a FlowMatchEulerDiscreteScheduler of a flow-matching model" in flow
     for number, (option, value) in enumerate(
         [
-            *[("num_train_timesteps", "1000"), ("trained_betas", "abc"), ("beta_start", None), ("clip_sample", None)],
-            *[("prediction_type", None), ("timestep_spacing", 3), ("steps_offset", "one"), ("beta_schedule", 1)],
+            *[
+                ("num_train_timesteps", "1000"),
+                ("trained_betas", "abc"),
+                ("beta_start", None),
+                ("clip_sample", None),
+            ],
+            *[
+                ("prediction_type", None),
+                ("timestep_spacing", 3),
+                ("steps_offset", "one"),
+                ("beta_schedule", 1),
+            ],
         ]
     ):
         told = changed(f"malformed{number}", "scheduler/scheduler_config.json", **{option: value})
         assert f"scheduler_config.json cannot be used: {option} must be " in told
         assert told.startswith("ddim: ")
         assert told.count("\n") == 1
-    assert "sides are multiples of 2; its configuration's sample_size is 7x7 (width x height)." in changed(
-        "odd", "unet/config.json", sample_size=7
+    assert (
+        "sides are multiples of 2; its configuration's sample_size is 7x7 (width x height)."
+        in changed("odd", "unet/config.json", sample_size=7)
     )
     kind = changed("embeddings", "unet/config.json", class_embed_type="identity")
     assert "is conditioned on identity embeddings, not on numbered classes" in kind
-    assert "weights and config.json do not fit" in changed("channels", "unet/config.json", in_channels=3)
+    assert "weights and config.json do not fit" in changed(
+        "channels", "unet/config.json", in_channels=3
+    )
     assert "is a LDMPipeline, which needs more" in changed(
         "ldm", "model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"]
     )
@@ -434,7 +565,10 @@ def test_too_little_memory_says_what_to_do(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(UnconditionalPipeline, "__call__", starve)
     assert sample(tiny, tmp_path, "--count", 3) == 2
-    assert "cpu has too little memory for 16 images at once; give a smaller --batch-size." in capsys.readouterr().err
+    assert (
+        "cpu has too little memory for 16 images at once; give a smaller --batch-size."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_bug_shows_its_traceback(tiny, tmp_path, monkeypatch):
@@ -447,12 +581,17 @@ def test_version_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "ddim 0.1.0\n"
     assert main(["fly"]) == 2
-    assert capsys.readouterr().err == f"ddim: there is no command 'fly'; the commands are {', '.join(cli.COMMANDS)}.\n"
+    assert (
+        capsys.readouterr().err
+        == f"ddim: there is no command 'fly'; the commands are {', '.join(cli.COMMANDS)}.\n"
+    )
 
 
 def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
     run = [sys.executable, "-m", "ddim", "sample", "--steps", "2", "--count", "1"]
-    result = subprocess.run([*run, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [*run, "--out", str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert result.stderr == ""
     assert pixels(tmp_path / "000000.png").shape == (28, 28)
     bad = subprocess.run([*run, "--steps", "0"], capture_output=True, text=True, check=False)
@@ -463,9 +602,14 @@ def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
 def test_a_run_that_was_killed_before_it_told_is_told_of(tiny, tmp_path):
     assert main(["sample", str(tiny), "--steps", "2", "--count", "4", "--out", str(tmp_path)]) == 0
     content = record(tmp_path)
-    for kept in ([], content["results"][2:]):  # killed after its pictures; or two runs at once, of which the last wrote its own only
+    for kept in (
+        [],
+        content["results"][2:],
+    ):  # killed after its pictures; or two runs at once, of which the last wrote its own only
         (tmp_path / "run.json").write_text(json.dumps({**content, "results": kept}))
-        assert main(["sample", str(tiny), "--steps", "2", "--count", "2", "--out", str(tmp_path)]) == 0
+        assert (
+            main(["sample", str(tiny), "--steps", "2", "--count", "2", "--out", str(tmp_path)]) == 0
+        )
         assert record(tmp_path) == content
 
 
@@ -474,13 +618,18 @@ def test_a_picture_of_another_size_and_a_record_of_nothing_are_named(tiny, tmp_p
     assert main(call) == 0
     Image.new("RGB", (20, 20)).save(tmp_path / "000000.png")
     assert main(call) == 2
-    assert "000000.png has another size than the pictures beside it; delete it" in capsys.readouterr().err
+    assert (
+        "000000.png has another size than the pictures beside it; delete it"
+        in capsys.readouterr().err
+    )
     (tmp_path / "run.json").write_text(json.dumps({**record(tmp_path), "protocol": []}))
     assert main(call) == 2
     assert "is not a record of this program (its protocol is no object" in capsys.readouterr().err
 
 
-def test_a_fitted_list_that_is_none_and_a_card_that_says_nothing_are_refused(tiny, tmp_path, capsys):
+def test_a_fitted_list_that_is_none_and_a_card_that_says_nothing_are_refused(
+    tiny, tmp_path, capsys
+):
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     path = model / "scheduler" / "scheduler_config.json"

@@ -34,7 +34,9 @@ def pipe(tiny_text):
 def card(tiny_text, tmp_path):
     """The same model with a card that says how it wants to be guided."""
     shutil.copytree(tiny_text, tmp_path / "model")
-    (tmp_path / "model" / "card.json").write_text(json.dumps({"guidance_scale": 3.0, "guidance_rescale": 0.7}))
+    (tmp_path / "model" / "card.json").write_text(
+        json.dumps({"guidance_scale": 3.0, "guidance_rescale": 0.7})
+    )
     return tmp_path / "model"
 
 
@@ -44,21 +46,40 @@ def test_one_prompt_is_drawn_like_any_model(tiny_text, tmp_path, pipe):
     expected = pipe("a red square", seeds=[3, 4], num_inference_steps=2, progress=False).images
     assert all(near(tmp_path / f"{3 + k:06d}.png", picture) for k, picture in enumerate(expected))
     run = record(tmp_path)
-    told = {"prompt": "a red square", "negative_prompt": None, "guidance_scale": 7.5, "guidance_rescale": 0.0, "image": None}
+    told = {
+        "prompt": "a red square",
+        "negative_prompt": None,
+        "guidance_scale": 7.5,
+        "guidance_rescale": 0.0,
+        "image": None,
+    }
     assert {name: run["protocol"][name] for name in told} == told
     assert run["results"][0] == {"seed": 3, "file": "000003.png", "prompt": "a red square"}
     assert run["evaluations"] == 4
 
 
-def test_many_prompts_from_arguments_and_files_are_taken_up_again(tiny_text, tmp_path, pipe, capsys):
+def test_many_prompts_from_arguments_and_files_are_taken_up_again(
+    tiny_text, tmp_path, pipe, capsys
+):
     (tmp_path / "more.txt").write_text("a blue square\n\n  a green, square \n")
-    options = ("--prompt", "a red square", "--prompt", tmp_path / "more.txt", "--count", 2, "--batch-size", 4)
+    options = (
+        "--prompt",
+        "a red square",
+        "--prompt",
+        tmp_path / "more.txt",
+        "--count",
+        2,
+        "--batch-size",
+        4,
+    )
     out = tmp_path / "out"
     assert sample(tiny_text, out, *options) == 0
     assert names(out)[:-1] == [f"{p:03d}-{s:06d}.png" for p in range(3) for s in range(2)]
     texts = ["a red square", "a blue square", "a green, square"]
     assert record(out)["protocol"]["prompt"] == texts
-    assert [r["prompt"] for r in record(out)["results"]] == [text for text in texts for _ in range(2)]
+    assert [r["prompt"] for r in record(out)["results"]] == [
+        text for text in texts for _ in range(2)
+    ]
     for p, text in enumerate(texts):
         picture = pipe(text, seeds=[1], num_inference_steps=2, progress=False).images[0]
         assert near(out / f"{p:03d}-000001.png", picture)
@@ -72,21 +93,67 @@ def test_many_prompts_from_arguments_and_files_are_taken_up_again(tiny_text, tmp
 
 
 def test_guidance_is_the_cards_unless_it_is_given(card, tmp_path, pipe):
-    assert sample(card, tmp_path / "a", "--prompt", "a red square", "--count", 1, "--negative-prompt", "blue") == 0
-    assert (record(tmp_path / "a")["protocol"]["guidance_scale"], record(tmp_path / "a")["protocol"]["guidance_rescale"]) == (3.0, 0.7)
+    assert (
+        sample(
+            card,
+            tmp_path / "a",
+            "--prompt",
+            "a red square",
+            "--count",
+            1,
+            "--negative-prompt",
+            "blue",
+        )
+        == 0
+    )
+    assert (
+        record(tmp_path / "a")["protocol"]["guidance_scale"],
+        record(tmp_path / "a")["protocol"]["guidance_rescale"],
+    ) == (3.0, 0.7)
     expected = pipe(
-        "a red square", negative_prompt="blue", guidance_scale=3.0, guidance_rescale=0.7, seeds=[0], num_inference_steps=2, progress=False
+        "a red square",
+        negative_prompt="blue",
+        guidance_scale=3.0,
+        guidance_rescale=0.7,
+        seeds=[0],
+        num_inference_steps=2,
+        progress=False,
     )
     assert near(tmp_path / "a" / "000000.png", expected.images[0])
-    assert sample(card, tmp_path / "b", "--prompt", "a", "--count", 1, "--guidance-scale", 1, "--guidance-rescale", 0) == 0
+    assert (
+        sample(
+            card,
+            tmp_path / "b",
+            "--prompt",
+            "a",
+            "--count",
+            1,
+            "--guidance-scale",
+            1,
+            "--guidance-rescale",
+            0,
+        )
+        == 0
+    )
     assert record(tmp_path / "b")["protocol"]["guidance_scale"] == 1.0
     assert record(tmp_path / "b")["evaluations"] == 2
 
 
 def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    )
     picture.save(tmp_path / "a.png")
-    options = ("--prompt", "a red square", "--count", 2, "--steps", 4, "--image", tmp_path / "a.png")
+    options = (
+        "--prompt",
+        "a red square",
+        "--count",
+        2,
+        "--steps",
+        4,
+        "--image",
+        tmp_path / "a.png",
+    )
     assert sample(tiny_text, tmp_path / "out", *options, "--strength", 0.5) == 0
     expected = ImageToImagePipeline(**pipe.components)(
         "a red square", picture, 0.5, num_inference_steps=4, seeds=[0, 1], progress=False
@@ -104,43 +171,94 @@ def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line"),
+        (
+            (),
+            "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line",
+        ),
         (("--prompt", "a", "--class", "1"), "--class is not for models of text; leave it out"),
         (("--prompt", "a", "--prior", "data"), "--prior is not for models of text"),
         (("--prompt", "a", "--variance", "analytic"), "--variance is not for models of text"),
-        (("--prompt", "a", "--strength", "0.5"), "--strength says how much of --image is kept; give an image with it"),
-        (("--prompt", "none.txt"), "a text that ends in .txt is a file of prompts, and it cannot be read"),
+        (
+            ("--prompt", "a", "--strength", "0.5"),
+            "--strength says how much of --image is kept; give an image with it",
+        ),
+        (
+            ("--prompt", "none.txt"),
+            "a text that ends in .txt is a file of prompts, and it cannot be read",
+        ),
         (("--prompt", "EMPTY"), "the file holds no prompt; write one in a line"),
-        (("--prompt", "a", "--guidance-rescale", "2"), "--guidance-rescale must lie in [0, 1], where 0 is off; got 2.0"),
+        (
+            ("--prompt", "a", "--guidance-rescale", "2"),
+            "--guidance-rescale must lie in [0, 1], where 0 is off; got 2.0",
+        ),
         (("--prompt", "a", "--image", "none.png"), "there is no picture at none.png"),
-        (("--prompt", "a", "--image", "ODD"), "odd.png: width and height must be multiples of 2, the VAE's factor; got 16x15"),
-        (("--prompt", "a", "--image", "GOOD", "--strength", "1.5"), "strength must lie in (0, 1]; got 1.5"),
-        (("--prompt", "a", "--image", "GOOD", "--strength", "0.1"), "strength 0.1 of 2 steps keeps none"),
+        (
+            ("--prompt", "a", "--image", "ODD"),
+            "odd.png: width and height must be multiples of 2, the VAE's factor; got 16x15",
+        ),
+        (
+            ("--prompt", "a", "--image", "GOOD", "--strength", "1.5"),
+            "strength must lie in (0, 1]; got 1.5",
+        ),
+        (
+            ("--prompt", "a", "--image", "GOOD", "--strength", "0.1"),
+            "strength 0.1 of 2 steps keeps none",
+        ),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(options, message, tiny_text, tmp_path, capsys):
-    given = {"EMPTY": tmp_path / "empty.txt", "ODD": tmp_path / "odd.png", "GOOD": tmp_path / "good.png"}
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    options, message, tiny_text, tmp_path, capsys
+):
+    given = {
+        "EMPTY": tmp_path / "empty.txt",
+        "ODD": tmp_path / "odd.png",
+        "GOOD": tmp_path / "good.png",
+    }
     given["EMPTY"].write_text("\n")
     Image.new("RGB", (16, 15)).save(given["ODD"])
     Image.new("RGB", (16, 16)).save(given["GOOD"])
-    assert sample(tiny_text, tmp_path / "out", *(given.get(option, option) for option in options)) == 2
+    assert (
+        sample(tiny_text, tmp_path / "out", *(given.get(option, option) for option in options)) == 2
+    )
     told = capsys.readouterr().err.strip()
     assert message in told
     assert "\n" not in told
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [("--prompt", "a"), ("--guidance-scale", "3"), ("--image", "a.png")])
+@pytest.mark.parametrize(
+    "option", [("--prompt", "a"), ("--guidance-scale", "3"), ("--image", "a.png")]
+)
 def test_options_of_text_are_refused_for_models_without(option, tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path / "out", *option) == 2
-    assert f"{option[0]} is for models of text, and {tiny} was trained without; leave it out" in capsys.readouterr().err
+    assert (
+        f"{option[0]} is for models of text, and {tiny} was trained without; leave it out"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("default")
 def test_what_is_not_used_is_told_in_a_line(tiny_text, tmp_path, capsys):
     long = "a red square on a black background on a white background"
-    assert sample(tiny_text, tmp_path, "--prompt", long, "--count", 1, "--guidance-scale", 1, "--negative-prompt", "blue") == 0
+    assert (
+        sample(
+            tiny_text,
+            tmp_path,
+            "--prompt",
+            long,
+            "--count",
+            1,
+            "--guidance-scale",
+            1,
+            "--negative-prompt",
+            "blue",
+        )
+        == 0
+    )
     told = capsys.readouterr().err
-    assert "ddim: warning: a prompt has 11 tokens and the text encoder reads 10; this was cut off: 'background'." in told
+    assert (
+        "ddim: warning: a prompt has 11 tokens and the text encoder reads 10; this was cut off: 'background'."
+        in told
+    )
     assert "ddim: warning: the negative prompt is ignored: guidance is off" in told

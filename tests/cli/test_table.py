@@ -44,7 +44,18 @@ def run(model, reference, out, *options):
     given += [] if "--steps" in options else ["--steps", "2,20"]
     given += [] if "--metrics" in options else ["--metrics", "kid-pixels,recall-pixels"]
     given += [] if "--count" in options else ["--count", "24", "--long-count", "12"]
-    return main(["table", str(model), "--reference", str(reference), "--out", str(out), *given, *map(str, options)])
+    return main(
+        [
+            "table",
+            str(model),
+            "--reference",
+            str(reference),
+            "--out",
+            str(out),
+            *given,
+            *map(str, options),
+        ]
+    )
 
 
 def cells(folder):
@@ -73,16 +84,28 @@ def test_it_writes_cells_a_record_a_table_and_plots(whole):
         "table.csv",
         "table.md",
     ]
-    assert set(cells(whole)) == {f"eta-{eta}-steps-{steps}.json" for eta in ("0.0", "1.0", "sigma-hat") for steps in (2, 20)}
+    assert set(cells(whole)) == {
+        f"eta-{eta}-steps-{steps}.json" for eta in ("0.0", "1.0", "sigma-hat") for steps in (2, 20)
+    }
     results = record(whole)["results"]
     assert [(r["eta"], r["steps"], r["evaluations"], r["count"]) for r in results] == [
-        (eta, steps, steps, count) for eta in (0.0, 1.0, "sigma-hat") for steps, count in ((2, 24), (20, 12))
+        (eta, steps, steps, count)
+        for eta in (0.0, 1.0, "sigma-hat")
+        for steps, count in ((2, 24), (20, 12))
     ]
     ddpm = results[3]
     assert (ddpm["quality_ratio"], ddpm["speedup"]) == (1, 1)
-    assert all(r["speedup"] == pytest.approx(ddpm["seconds"] / 12 / (r["seconds"] / r["count"])) for r in results)
+    assert all(
+        r["speedup"] == pytest.approx(ddpm["seconds"] / 12 / (r["seconds"] / r["count"]))
+        for r in results
+    )
     protocol = record(whole)["protocol"]
-    assert (protocol["timesteps"], protocol["count"], protocol["long_count"], protocol["seed"]) == ("trailing", 24, 12, 0)
+    assert (protocol["timesteps"], protocol["count"], protocol["long_count"], protocol["seed"]) == (
+        "trailing",
+        24,
+        12,
+        0,
+    )
     rows = list(csv.DictReader((whole / "table.csv").read_text().splitlines()))
     assert [float(r["kid-pixels"]) for r in rows] == [r["kid-pixels"] for r in results]
     text = (whole / "table.md").read_text()
@@ -90,13 +113,17 @@ def test_it_writes_cells_a_record_a_table_and_plots(whole):
     assert "## Against DDPM of 20 steps\n\nAll on 12 images of the same seeds" in text
 
 
-def test_timing_rounds_take_the_time_of_all_cells_again(whole, model, reference, tmp_path, monkeypatch, capsys):
+def test_timing_rounds_take_the_time_of_all_cells_again(
+    whole, model, reference, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(whole, tmp_path / "out")
     drawn = []
 
     def time_batch(self, eta, steps):
         drawn.append((eta, steps))
-        return steps * (1.0, 50.0, 2.0)[(len(drawn) - 1) // 6]  # a machine that was busy in the second round
+        return (
+            steps * (1.0, 50.0, 2.0)[(len(drawn) - 1) // 6]
+        )  # a machine that was busy in the second round
 
     monkeypatch.setattr(table.Bench, "time_batch", time_batch)
     assert run(model, reference, tmp_path / "out", "--steps", "2", "--timing-rounds", "3") == 0
@@ -119,18 +146,36 @@ def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path, monkeypatc
 
     monkeypatch.setattr(table, "draw_batches", draw)
     assert run(model, reference, tmp_path / "out", "--timing-rounds", "1", "--batch-size", "8") == 0
-    assert sorted(drawn, key=str) == sorted(((list(range(8)), c["eta"], c["steps"]) for c in cells(whole).values()), key=str)
+    assert sorted(drawn, key=str) == sorted(
+        ((list(range(8)), c["eta"], c["steps"]) for c in cells(whole).values()), key=str
+    )
     before, after = cells(whole), cells(tmp_path / "out")
-    assert all(after[name]["seconds"] == 4.0 / 8 * (24 if after[name]["steps"] == 2 else 12) for name in before)
+    assert all(
+        after[name]["seconds"] == 4.0 / 8 * (24 if after[name]["steps"] == 2 else 12)
+        for name in before
+    )
     assert all(after[name]["results"] == before[name]["results"] for name in before)
 
 
 def test_a_cell_is_what_evaluate_says_of_it(whole, model, reference, tmp_path):
-    options = ["--steps", "2", "--eta", "1", "--count", "24", "--metrics", "kid-pixels,recall-pixels", "--out", str(tmp_path)]
+    options = [
+        "--steps",
+        "2",
+        "--eta",
+        "1",
+        "--count",
+        "24",
+        "--metrics",
+        "kid-pixels,recall-pixels",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(["evaluate", str(model), "--reference", str(reference), *options]) == 0
     cell = cells(whole)["eta-1.0-steps-2.json"]
     for one, other in zip(record(tmp_path)["results"], cell["results"], strict=True):
-        assert (one["value"], one["floor"], one["std"]) == pytest.approx((other["value"], other["floor"], other["std"]), rel=1e-3)
+        assert (one["value"], one["floor"], one["std"]) == pytest.approx(
+            (other["value"], other["floor"], other["std"]), rel=1e-3
+        )
     assert [r["count"] for r in cell["compared"]] == [12, 12]
     assert cell["timesteps"] == [19, 9]
 
@@ -146,7 +191,13 @@ def test_processes_and_batches_change_no_number(whole, model, reference, tmp_pat
 def test_processes_take_the_longest_cells_first():
     cells = [(0.0, 5), (1.0, 5), (0.0, 10), (0.0, 20), (0.0, 100)]
     assert [steps for _, steps in table._longest_first(cells, (24, 18))] == [100, 20, 10, 5, 5]
-    assert [steps for _, steps in table._longest_first(cells, (24, 1))] == [10, 5, 5, 100, 20]  # those beyond ten are of one image
+    assert [steps for _, steps in table._longest_first(cells, (24, 1))] == [
+        10,
+        5,
+        5,
+        100,
+        20,
+    ]  # those beyond ten are of one image
 
 
 def test_an_interrupted_table_is_gone_on_with(model, reference, tmp_path, capsys, monkeypatch):
@@ -164,7 +215,11 @@ def test_an_interrupted_table_is_gone_on_with(model, reference, tmp_path, capsys
     kept = {name: content for name, content in cells(tmp_path).items()}
     assert len(kept) == len(record(tmp_path)["results"]) == 2
     measured.clear()
-    monkeypatch.setattr(table.Bench, "cell", lambda self, eta, steps: measured.append((eta, steps)) or real(self, eta, steps))
+    monkeypatch.setattr(
+        table.Bench,
+        "cell",
+        lambda self, eta, steps: measured.append((eta, steps)) or real(self, eta, steps),
+    )
     assert run(model, reference, tmp_path) == 0
     assert "4 cells measured, 2 were there" in capsys.readouterr().out
     assert measured == [("sigma-hat", 2), (0.0, 20), (1.0, 20), ("sigma-hat", 20)]
@@ -176,14 +231,21 @@ def test_other_etas_and_steps_join_a_table(model, reference, tmp_path, capsys):
     assert run(model, reference, tmp_path, "--eta", 0, "--steps", 2) == 0
     assert run(model, reference, tmp_path, "--eta", "0,0.5", "--steps", "2,3") == 0
     assert "3 cells measured, 1 were there" in capsys.readouterr().out
-    assert [(r["eta"], r["steps"]) for r in record(tmp_path)["results"]] == [(0, 2), (0, 3), (0.5, 2), (0.5, 3)]
+    assert [(r["eta"], r["steps"]) for r in record(tmp_path)["results"]] == [
+        (0, 2),
+        (0, 3),
+        (0.5, 2),
+        (0.5, 3),
+    ]
 
 
 def test_repeats_are_other_seeds(whole, model, reference, tmp_path):
     assert run(model, reference, tmp_path / "a", "--eta", 0, "--steps", 2, "--repeats", 2) == 0
     assert run(model, reference, tmp_path / "b", "--eta", 0, "--steps", 2, "--seed", 24) == 0
     name = "eta-0.0-steps-2.json"
-    both, one, other = (cells(folder)[name]["results"][0] for folder in (tmp_path / "a", whole, tmp_path / "b"))
+    both, one, other = (
+        cells(folder)[name]["results"][0] for folder in (tmp_path / "a", whole, tmp_path / "b")
+    )
     assert one["value"] != other["value"]
     assert both["value"] == pytest.approx((one["value"] + other["value"]) / 2, rel=1e-6)
     assert both["std"] == pytest.approx(abs(one["value"] - other["value"]) / 2**0.5, rel=1e-6)
@@ -192,7 +254,10 @@ def test_repeats_are_other_seeds(whole, model, reference, tmp_path):
 def test_two_runs_in_one_folder_are_refused(model, reference, tmp_path, capsys):
     with filelock.FileLock(tmp_path / ".lock"):
         assert run(model, reference, tmp_path) == 2
-    assert f"{tmp_path} is being written by another run; wait for it, or use another --out." in capsys.readouterr().err
+    assert (
+        f"{tmp_path} is being written by another run; wait for it, or use another --out."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "cells").exists()
 
 
@@ -211,10 +276,25 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_that_is_killed_lets_go_of_its_folder_and_of_no_finished_cell(model, reference, tmp_path, capsys):
-    options = ["--eta", "0", "--steps", "2,3", "--metrics", "kid-pixels", "--count", "24", "--long-count", "12"]
+def test_a_run_that_is_killed_lets_go_of_its_folder_and_of_no_finished_cell(
+    model, reference, tmp_path, capsys
+):
+    options = [
+        "--eta",
+        "0",
+        "--steps",
+        "2,3",
+        "--metrics",
+        "kid-pixels",
+        "--count",
+        "24",
+        "--long-count",
+        "12",
+    ]
     command = ["table", str(model), "--reference", str(reference), "--out", str(tmp_path), *options]
-    with subprocess.Popen([sys.executable, "-c", HANG, *command], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANG, *command], stdout=subprocess.PIPE, text=True
+    ) as other:
         try:
             while "in the middle" not in (line := other.stdout.readline()):
                 assert line, "it ended by itself"
@@ -231,7 +311,9 @@ def test_a_run_that_is_killed_lets_go_of_its_folder_and_of_no_finished_cell(mode
     assert not [p for p in tmp_path.rglob("*.partial")]
 
 
-def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(model, reference, tmp_path, capsys):
+def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(
+    model, reference, tmp_path, capsys
+):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     path = folder / "scheduler" / "scheduler_config.json"
@@ -244,11 +326,19 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(mod
         "eta-0.0-steps-3.json": [18, 9, 2],
     }
     assert record(out)["protocol"]["timesteps"] == {"fitted": [[18, 9, 2]], "otherwise": "trailing"}
-    assert "DDIM of order 2, trailing timesteps, at 3 steps the model's fitted timesteps, clipping none" in (out / "table.md").read_text()
+    assert (
+        "DDIM of order 2, trailing timesteps, at 3 steps the model's fitted timesteps, clipping none"
+        in (out / "table.md").read_text()
+    )
     path.write_text(json.dumps(config | {"fitted_timesteps": [[17, 9, 2]]}))
     assert run(folder, reference, out, "--eta", 0, "--steps", "2,3") == 2
     assert "holds results of another protocol: timesteps is" in capsys.readouterr().err
-    assert run(folder, reference, tmp_path / "plain", "--eta", 0, "--steps", 3, "--spacing", "trailing") == 0
+    assert (
+        run(
+            folder, reference, tmp_path / "plain", "--eta", 0, "--steps", 3, "--spacing", "trailing"
+        )
+        == 0
+    )
     assert record(tmp_path / "plain")["protocol"]["timesteps"] == "trailing"
     assert cells(tmp_path / "plain")["eta-0.0-steps-3.json"]["timesteps"] == [19, 12, 6]
 
@@ -258,12 +348,17 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(mod
     [
         (("--count", "20"), "count is 24 there and 20 here"),
         (("--seed", "1"), "seed is 0 there and 1 here"),
-        (("--metrics", "swd-pixels"), 'metrics is ["kid-pixels", "recall-pixels"] there and ["swd-pixels"] here'),
+        (
+            ("--metrics", "swd-pixels"),
+            'metrics is ["kid-pixels", "recall-pixels"] there and ["swd-pixels"] here',
+        ),
         (("--spacing", "leading"), 'timesteps is "trailing" there and "leading" here'),
         (("--clip", "static"), 'clip is {"kind": "none"} there'),
     ],
 )
-def test_another_protocol_is_refused_with_what_differs(options, message, whole, model, reference, capsys):
+def test_another_protocol_is_refused_with_what_differs(
+    options, message, whole, model, reference, capsys
+):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     assert run(model, reference, whole, *options) == 2
     told = capsys.readouterr().err
@@ -279,10 +374,15 @@ def test_a_damaged_cell_is_named(model, reference, tmp_path, capsys):
     assert "eta-0.0-steps-2.json is not a cell of this program" in capsys.readouterr().err
 
 
-def test_a_process_that_dies_is_told_and_finished_cells_are_kept(model, reference, tmp_path, capsys, monkeypatch):
+def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
+    model, reference, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(table, "_start", len)  # fails in the process, for it takes one argument
     assert run(model, reference, tmp_path, "--processes", 2) == 2
-    assert "a process ended before its cell, perhaps for want of memory; finished cells are kept" in capsys.readouterr().err
+    assert (
+        "a process ended before its cell, perhaps for want of memory; finished cells are kept"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,9 +391,15 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(model, referenc
         (("--count", "0"), "--count must be at least 1; got 0."),
         (("--processes", "0"), "--processes must be at least 1; got 0."),
         (("--repeats", "0"), "--repeats must be at least 1; got 0."),
-        (("--count", "10", "--long-count", "11"), "--long-count must be from 1 to --count, 10; got 11."),
+        (
+            ("--count", "10", "--long-count", "11"),
+            "--long-count must be from 1 to --count, 10; got 11.",
+        ),
         (("--count", "24", "--long-count", "5"), "recall-pixels needs at least 6 images; got 5."),
-        (("--count", "61"), "61 samples need a reference of as many images, and it holds 60; use at most 60."),
+        (
+            ("--count", "61"),
+            "61 samples need a reference of as many images, and it holds 60; use at most 60.",
+        ),
         (("--eta", ","), "--eta and --steps must each name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
@@ -302,7 +408,9 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(model, referenc
         (("--metrics", "kid-moon"), "'kid-moon' is no metric"),
     ],
 )
-def test_bad_options_are_one_sentence_before_anything_is_drawn(options, message, model, reference, tmp_path, capsys):
+def test_bad_options_are_one_sentence_before_anything_is_drawn(
+    options, message, model, reference, tmp_path, capsys
+):
     assert run(model, reference, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
     assert message in captured.err

@@ -18,11 +18,26 @@ from ddim.cli import main
 from ddim.training.config import PRESETS
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
-TINY = ["--block-out-channels", "8,16", "--batch-size", "8", "--lr-warmup-steps", "2", "--validation-images", "16"]
+TINY = [
+    "--block-out-channels",
+    "8,16",
+    "--batch-size",
+    "8",
+    "--lr-warmup-steps",
+    "2",
+    "--validation-images",
+    "16",
+]
 
 
 def ddim(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "ddim", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "ddim", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -47,9 +62,16 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     assert sampled.returncode == 0, sampled.stderr
     prior = json.loads((out / "prior.json").read_text())
     assert np.shape(prior["image"]) == (1, 28, 28)
-    informed = ddim("sample", out, "--steps", 2, "--count", 1, "--prior", "data", "--out", tmp_path / "informed")
+    informed = ddim(
+        "sample", out, "--steps", 2, "--count", 1, "--prior", "data", "--out", tmp_path / "informed"
+    )
     assert informed.returncode == 0, informed.stderr
-    assert {p.name for p in (tmp_path / "images").iterdir()} == {"000000.png", "000001.png", "grid.png", "run.json"}
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {
+        "000000.png",
+        "000001.png",
+        "grid.png",
+        "run.json",
+    }
     with Image.open(tmp_path / "images" / "000001.png") as picture:
         assert picture.size == (28, 28)
     code = (
@@ -67,15 +89,45 @@ def captioned(tmp_path):
     for i in range(20):
         name, colour = [("red", (255, 0, 0)), ("blue", (0, 0, 255))][i % 2]
         Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name} square" + " on a black background" * (i == 3) * 5}))
+        rows.append(
+            json.dumps(
+                {
+                    "file_name": f"{i}.png",
+                    "text": f"a {name} square" + " on a black background" * (i == 3) * 5,
+                }
+            )
+        )
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
 
 
-def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(tmp_path, tiny_text, captioned, capsys):
+def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(
+    tmp_path, tiny_text, captioned, capsys
+):
     out = tmp_path / "model"
-    options = ["--prediction-type", "v_prediction", "--rescale-betas-zero-snr", "--images", 16, "--batch-size", 4, "--log-every", 2]
-    trained = ddim("train", "--base", tiny_text, "--data", captioned, "--out", out, *options, "--preview-every", 4)
+    options = [
+        "--prediction-type",
+        "v_prediction",
+        "--rescale-betas-zero-snr",
+        "--images",
+        16,
+        "--batch-size",
+        4,
+        "--log-every",
+        2,
+    ]
+    trained = ddim(
+        "train",
+        "--base",
+        tiny_text,
+        "--data",
+        captioned,
+        "--out",
+        out,
+        *options,
+        "--preview-every",
+        4,
+    )
     assert trained.returncode == 0, trained.stderr
     assert (
         trained.stderr.splitlines()[-1]
@@ -97,16 +149,36 @@ assert "ddim" not in sys.modules
     # The card says how to guide it: `ddim sample` does so, and the doctor misses nothing.
     card = json.loads((out / "card.json").read_text())
     assert (card["guidance_scale"], card["guidance_rescale"]) == (7.5, 0.7)
-    assert main(["sample", str(out), "--prompt", "a red square", "--steps", "2", "--count", "1", "--out", str(tmp_path / "drawn")]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(out),
+                "--prompt",
+                "a red square",
+                "--steps",
+                "2",
+                "--count",
+                "1",
+                "--out",
+                str(tmp_path / "drawn"),
+            ]
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "drawn" / "run.json").read_text())["protocol"]
     assert (told["guidance_scale"], told["guidance_rescale"]) == (7.5, 0.7)
     capsys.readouterr()
     for options, expected in (([], set()), (["--guidance-rescale", "0"], {"DDIM013"})):
         assert main(["doctor", str(out), "--steps", "50", "--json", *options]) == 0
-        assert {f["code"] for f in json.loads(capsys.readouterr().out)["findings"]} & {"DDIM013"} == expected
+        assert {f["code"] for f in json.loads(capsys.readouterr().out)["findings"]} & {
+            "DDIM013"
+        } == expected
 
 
-def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_not_logged_again(tmp_path, alone, capsys, monkeypatch):
+def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_not_logged_again(
+    tmp_path, alone, capsys, monkeypatch
+):
     out = tmp_path / "out"
     run = ["train", "--data", "digits", "--out", str(out), *TINY, "--images", "16"]
     out.mkdir()
@@ -122,7 +194,9 @@ def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_n
     assert "finished already" not in capsys.readouterr().out
     (out / "run.json").write_text("{}")  # of samples that were drawn into the model's folder
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    monkeypatch.setattr("ddim.training.trainer.RunLog", lambda *args, **options: pytest.fail("logged"))
+    monkeypatch.setattr(
+        "ddim.training.trainer.RunLog", lambda *args, **options: pytest.fail("logged")
+    )
     assert main(run) == 0
     assert capsys.readouterr().out == (
         f"The run was finished already, after 2 steps, and nothing was trained.\nThe model is in {out}; sample it with: ddim sample {out}\n"
@@ -152,7 +226,9 @@ def test_columns_of_a_hub_data_set_are_chosen_by_name(tmp_path, monkeypatch, alo
     run = ["train", "--data", "owner/set", "--out", str(tmp_path / "out"), *TINY, "--images", "8"]
     assert main([*run, "--image-column", "photo"]) == 2
     assert "ddim: owner/set has no column 'photo'; it has scan, kind.\n" in capsys.readouterr().err
-    assert main([*run, "--image-column", "scan", "--label-column", "kind", "--class-conditional"]) == 0
+    assert (
+        main([*run, "--image-column", "scan", "--label-column", "kind", "--class-conditional"]) == 0
+    )
     assert json.loads((tmp_path / "out" / "card.json").read_text())["data"]["classes"] == ["0", "1"]
 
 
@@ -175,7 +251,9 @@ def test_a_loss_that_is_not_a_number_is_one_sentence(tmp_path, monkeypatch, alon
     from ddim.training import trainer
 
     usual = trainer.training_loss
-    monkeypatch.setattr(trainer, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan"))
+    monkeypatch.setattr(
+        trainer, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan")
+    )
     assert main(["train", "--data", "digits", "--out", str(tmp_path), *TINY, "--images", "32"]) == 2
     assert capsys.readouterr().err == (
         "ddim: the loss became nan at step 1; the last good checkpoint is none. "
@@ -186,7 +264,21 @@ def test_a_loss_that_is_not_a_number_is_one_sentence(tmp_path, monkeypatch, alon
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, alone, capsys):
     (tmp_path / "file").touch()
-    assert main(["train", "--data", "digits", "--out", str(tmp_path / "file" / "out"), *TINY, "--images", "32"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                "digits",
+                "--out",
+                str(tmp_path / "file" / "out"),
+                *TINY,
+                "--images",
+                "32",
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert told.startswith(f"ddim: cannot read or write {tmp_path / 'file'}")
     assert told.count("\n") == 1
@@ -194,13 +286,27 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, alone, capsys
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_out_of_disk_it_goes_on_to_the_same_weights(tmp_path):
-    options = ["train", "--data", "digits", *TINY, "--images", 4000, "--checkpoint-every", 5, "--log-every", 5]
+    options = [
+        "train",
+        "--data",
+        "digits",
+        *TINY,
+        "--images",
+        4000,
+        "--checkpoint-every",
+        5,
+        "--log-every",
+        5,
+    ]
     out, checkpoints = tmp_path / "out", tmp_path / "out" / "checkpoints"
 
     def whole():
         return sorted(p.name for p in checkpoints.glob("[0-9]*")) if checkpoints.is_dir() else []
 
-    running = subprocess.Popen([sys.executable, "-m", "ddim", *map(str, options), "--out", str(out)], stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ddim", *map(str, options), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 300
         while not whole() and time.monotonic() < until and running.poll() is None:
@@ -213,12 +319,16 @@ def test_killed_at_any_moment_and_out_of_disk_it_goes_on_to_the_same_weights(tmp
     assert not (out / "model_index.json").exists()
 
     def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the log fits, the weights do not
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (50_000, 50_000)
+        )  # the log fits, the weights do not
 
     failed = ddim(*options, "--out", out, preexec_fn=small_disk)
     assert failed.returncode == 2
     told = failed.stderr.splitlines()[-1]
-    assert told.startswith(f"ddim: the checkpoint of step {int(before[-1]) + 5} cannot be written to {checkpoints} (")
+    assert told.startswith(
+        f"ddim: the checkpoint of step {int(before[-1]) + 5} cannot be written to {checkpoints} ("
+    )
     assert "Traceback" not in failed.stderr
     assert whole() == before
     assert list(checkpoints.glob(".partial*")) == []
@@ -226,17 +336,48 @@ def test_killed_at_any_moment_and_out_of_disk_it_goes_on_to_the_same_weights(tmp
     for folder in (out, tmp_path / "unbroken"):
         done = ddim(*options, "--out", folder)
         assert done.returncode == 0, done.stderr
-    cards = [json.loads((folder / "card.json").read_text()) for folder in (out, tmp_path / "unbroken")]
+    cards = [
+        json.loads((folder / "card.json").read_text()) for folder in (out, tmp_path / "unbroken")
+    ]
     assert cards[0]["weight_hash"] == cards[1]["weight_hash"]
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_cache_of_latents(tmp_path, tiny_text, captioned):
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim", "train"]
-    options = ["--base", tiny_text, "--data", captioned, "--out", out, "--images", 32, "--batch-size", 4, "--cache-latents", "disk"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "ddim",
+        "train",
+    ]
+    options = [
+        "--base",
+        tiny_text,
+        "--data",
+        captioned,
+        "--out",
+        out,
+        "--images",
+        32,
+        "--batch-size",
+        4,
+        "--cache-latents",
+        "disk",
+    ]
     command = list(map(str, [*launch, *options, "--train-text-encoder"]))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     card = json.loads((out / "card.json").read_text())
     assert (card["processes"], card["step"], card["images_seen"]) == (2, 4, 32)
@@ -267,14 +408,49 @@ sys.exit(code)
 def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(tmp_path):
     script, out = tmp_path / "launched.py", tmp_path / "out"
     script.write_text(LAUNCHED)
-    options = ["train", "--data", "digits", "--out", out, *TINY, "--images", 96, "--checkpoint-every", 2, "--keep-checkpoints", 9]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options = [
+        "train",
+        "--data",
+        "digits",
+        "--out",
+        out,
+        *TINY,
+        "--images",
+        96,
+        "--checkpoint-every",
+        2,
+        "--keep-checkpoints",
+        9,
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
     def run(launcher):
         command = list(map(str, [*launcher, script, tmp_path, *options]))
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("The model is in ") == 1
         return [dict(np.load(tmp_path / f"rank-{rank}.npz")) for rank in (0, 1)]
@@ -284,7 +460,11 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     for name in ("noise", "x0"):
         assert not any(np.array_equal(a, b) for a, b in zip(first[name], second[name], strict=True))
     assert abs(np.corrcoef(first["noise"].ravel(), second["noise"].ravel())[0, 1]) < 0.05
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["0000002", "0000004", "0000006"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "0000002",
+        "0000004",
+        "0000006",
+    ]
     card = json.loads((out / "card.json").read_text())
     assert (card["processes"], card["images_seen"]) == (2, 96)
     assert card["command"].startswith("torchrun --nproc-per-node 2 -m ddim train --data digits")

@@ -48,12 +48,16 @@ def test_real_images_are_what_they_are_said_to_be(real):
     assert judged.error.abs().max() < 1e-6
     assert frame_spread(images).max() < 1e-6
     assert judged.hue_right.all()
-    assert judged.class_right.double().mean() > 0.9  # the classifier's own limit, 0.934 over all test images
+    assert (
+        judged.class_right.double().mean() > 0.9
+    )  # the classifier's own limit, 0.934 over all test images
 
 
 def test_other_backgrounds_hues_and_garments_are_seen(real):
     images, asked = real
-    assert not told(images.roll(1, dims=1), asked).hue_right.any()  # red, green, blue become green, blue, red: 120 degrees
+    assert not told(
+        images.roll(1, dims=1), asked
+    ).hue_right.any()  # red, green, blue become green, blue, red: 120 degrees
     wrong = [a._replace(garment=(a.garment + 5) % len(GARMENTS)) for a in asked]
     assert told(images, wrong).class_right.double().mean() < 0.05
     brighter = told((images + 0.1).clamp(max=1), asked)
@@ -78,7 +82,9 @@ def test_an_image_without_colour_has_no_right_hue():
 
 
 def test_hues_lie_on_a_circle():
-    assert hue_distance(torch.tensor([359.0, 10.0, 180.0]), torch.tensor([1.0, 350.0, 0.0])).tolist() == [2.0, 20.0, 180.0]
+    assert hue_distance(
+        torch.tensor([359.0, 10.0, 180.0]), torch.tensor([1.0, 350.0, 0.0])
+    ).tolist() == [2.0, 20.0, 180.0]
 
 
 def test_saturated_values_are_those_at_both_ends():
@@ -97,6 +103,12 @@ def test_frames_are_measured_without_what_they_frame():
 
 def test_numbers_must_agree():
     with pytest.raises(ValueError, match="one garment and one caption an image; got 1, 1 and 0"):
-        judge(torch.zeros(1, 3, 32, 32), torch.zeros(1, 28, 28), [], palette=PALETTE, classifier=torch.nn.Identity())
+        judge(
+            torch.zeros(1, 3, 32, 32),
+            torch.zeros(1, 28, 28),
+            [],
+            palette=PALETTE,
+            classifier=torch.nn.Identity(),
+        )
     with pytest.raises(ValueError, match="no values"):
         summarise(torch.empty(0))

@@ -18,7 +18,9 @@ from ddim.evaluation.flaws import (
 from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 
 LEAKY = NoiseSchedule.from_betas(make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012))
-ZERO = NoiseSchedule.from_betas(rescale_zero_terminal_snr(make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012)))
+ZERO = NoiseSchedule.from_betas(
+    rescale_zero_terminal_snr(make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012))
+)
 
 
 def judged(brightness):
@@ -39,10 +41,18 @@ def test_every_fix_is_taken_alone_and_with_every_other():
 
 
 def test_backgrounds_have_mean_spread_and_shares():
-    (record,) = background_records(Setting("v", "trailing", 0.0), {"gray": judged([0.4, 0.6])}, {"gray": 0.5})
+    (record,) = background_records(
+        Setting("v", "trailing", 0.0), {"gray": judged([0.4, 0.6])}, {"gray": 0.5}
+    )
     assert record["brightness"] == pytest.approx(0.5)
     assert record["spread"] == pytest.approx(0.1)
-    assert (record["requested"], record["hue_right"], record["class_right"], record["both_right"], record["count"]) == (0.5, 0.5, 1, 0.5, 2)
+    assert (
+        record["requested"],
+        record["hue_right"],
+        record["class_right"],
+        record["both_right"],
+        record["count"],
+    ) == (0.5, 0.5, 1, 0.5, 2)
 
 
 def test_saturation_is_a_share_of_values():
@@ -67,7 +77,9 @@ def brightness(schedule, first, made, real):
     )
 
 
-@pytest.mark.parametrize(("schedule", "first", "flawed"), [(LEAKY, 999, True), (LEAKY, 961, True), (ZERO, 999, False)])
+@pytest.mark.parametrize(
+    ("schedule", "first", "flawed"), [(LEAKY, 999, True), (LEAKY, 961, True), (ZERO, 999, False)]
+)
 def test_exact_sampling_of_gaussian_brightness_meets_the_theory(schedule, first, flawed):
     torch.manual_seed(0)
     mean, std, n = -0.4, 0.6, 16
@@ -76,7 +88,9 @@ def test_exact_sampling_of_gaussian_brightness_meets_the_theory(schedule, first,
     # the exact flow from level t carries x to the data's quantile: N(a mu, a^2 s^2 + sigma^2) -> N(mu, s^2), all times n
     alpha_bar = schedule.alpha_bar(first)
     s, mu = n * std, n * mean
-    made = (mu + s * (noise - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + 1 - alpha_bar).sqrt()) / n
+    made = (
+        mu + s * (noise - alpha_bar.sqrt() * mu) / (alpha_bar * s**2 + 1 - alpha_bar).sqrt()
+    ) / n
     channel, decoded = brightness(schedule, first, made, real)
     assert channel["bias"] == pytest.approx(channel["bias_in_theory"], abs=0.01)
     assert channel["factor"] == pytest.approx(channel["factor_in_theory"], abs=0.01)
@@ -89,9 +103,16 @@ def test_exact_sampling_of_gaussian_brightness_meets_the_theory(schedule, first,
 def records():
     found = []
     for setting in settings(0.7):
-        found += background_records(setting, {"black": judged([0.1, 0.3]), "white": judged([0.9, 0.7])}, {"black": 0.0, "white": 1.0})
+        found += background_records(
+            setting,
+            {"black": judged([0.1, 0.3]), "white": judged([0.9, 0.7])},
+            {"black": 0.0, "white": 1.0},
+        )
     for setting in twins(0.7):
-        found += [saturation_record(setting, torch.rand(2, 3, 4, 4), guidance_scale=w, real=0.0) for w in (1.0, 7.5)]
+        found += [
+            saturation_record(setting, torch.rand(2, 3, 4, 4), guidance_scale=w, real=0.0)
+            for w in (1.0, 7.5)
+        ]
     return found + brightness(LEAKY, 999, torch.randn(9, 2), torch.randn(9, 2))
 
 
@@ -106,7 +127,10 @@ def test_the_document_has_every_setting_and_every_table(records):
 
 
 def test_a_document_of_a_run_that_has_just_begun_is_a_document():
-    assert to_markdown([], protocol="Nothing yet.") == "# What the fixes do, measured\n\nNothing yet.\n"
+    assert (
+        to_markdown([], protocol="Nothing yet.")
+        == "# What the fixes do, measured\n\nNothing yet.\n"
+    )
 
 
 def test_the_plot_draws_every_line(records):

@@ -23,7 +23,11 @@ def naive_kernel_distance(x, y):
 
     x, y = x.double(), y.double()
     n, m = len(x), len(y)
-    within = [sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    within = [
+        sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j)
+        / (len(z) * (len(z) - 1))
+        for z in (x, y)
+    ]
     return sum(within) - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
@@ -46,7 +50,10 @@ def test_kernel_distance_is_its_definition():
 
 
 def test_kernel_distance_is_unbiased_and_rises_with_noise():
-    alike = [metrics.kernel_distance(draws(40, seed=2 * s), draws(40, seed=2 * s + 1)) for s in range(200)]
+    alike = [
+        metrics.kernel_distance(draws(40, seed=2 * s), draws(40, seed=2 * s + 1))
+        for s in range(200)
+    ]
     assert abs(np.mean(alike)) < 3 * np.std(alike) / np.sqrt(200)
     assert min(alike) < 0
     x, y, noise = draws(500), draws(500, seed=1), draws(500, seed=2)
@@ -65,7 +72,9 @@ def test_torchmetrics_kernel_distance_agrees_given_the_same_features():
             return images.float().flatten(1) / 255
 
     metric = image.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=60)
-    x, y = torch.randint(0, 256, (2, 60, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x, y = torch.randint(
+        0, 256, (2, 60, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     metric.update(x, real=True)
     metric.update(y // 2, real=False)
     ours = metrics.kernel_distance((y // 2).flatten(1) / 255, x.flatten(1) / 255)
@@ -109,7 +118,9 @@ def test_a_shift_moves_the_sliced_distance_by_its_part_along_each_direction():
     distance = metrics.sliced_wasserstein(metrics.project(x + shift), metrics.project(x))
     expected = metrics.project(shift[None]).double().square().mean().sqrt()
     assert distance == pytest.approx(float(expected), rel=1e-5)
-    assert distance == pytest.approx(0.7, rel=0.2)  # the mean square of a unit vector's part is 1 / D
+    assert distance == pytest.approx(
+        0.7, rel=0.2
+    )  # the mean square of a unit vector's part is 1 / D
 
 
 def test_projections_are_of_unit_length_and_follow_their_seed():

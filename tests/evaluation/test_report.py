@@ -11,14 +11,31 @@ from PIL import Image
 
 from ddim.errors import DDIMError
 from ddim.evaluation.protocol import Result
-from ddim.evaluation.report import PAPER, Cell, check_plots, flat_records, save_plots, text_table, to_csv, to_markdown
+from ddim.evaluation.report import (
+    PAPER,
+    Cell,
+    check_plots,
+    flat_records,
+    save_plots,
+    text_table,
+    to_csv,
+    to_markdown,
+)
 
 
 def cell(eta, steps, value, *, seconds=1.0, count=200, compared=None):
     def result(v, n):
         return (Result("fd-fashion", "fashion", v, 1.5, 0.25, n, n),)
 
-    return Cell(eta, steps, tuple(range(steps))[::-1], steps, seconds, result(value, count), result(compared or value, 50))
+    return Cell(
+        eta,
+        steps,
+        tuple(range(steps))[::-1],
+        steps,
+        seconds,
+        result(value, count),
+        result(compared or value, 50),
+    )
 
 
 @pytest.fixture
@@ -34,14 +51,27 @@ def cells():
 
 
 def markdown(cells, reference="fashion-mnist"):
-    return to_markdown(cells, levels=100, title="A table", protocol="As it was done.", reference=reference)
+    return to_markdown(
+        cells, levels=100, title="A table", protocol="As it was done.", reference=reference
+    )
 
 
 def test_records_are_sorted_and_compare_equal_numbers(cells):
     records = flat_records(cells, levels=100)
-    assert [(r["eta"], r["steps"]) for r in records] == [(0, 10), (0, 20), (1, 10), (1, 20), (1, 100), ("sigma-hat", 100)]
+    assert [(r["eta"], r["steps"]) for r in records] == [
+        (0, 10),
+        (0, 20),
+        (1, 10),
+        (1, 20),
+        (1, 100),
+        ("sigma-hat", 100),
+    ]
     first = records[0]
-    assert (first["fd-fashion"], first["fd-fashion_floor"], first["fd-fashion_std"]) == (9.0, 1.5, 0.25)
+    assert (first["fd-fashion"], first["fd-fashion_floor"], first["fd-fashion_std"]) == (
+        9.0,
+        1.5,
+        0.25,
+    )
     assert (first["evaluations"], first["count"], first["seconds"]) == (10, 200, 20)
     assert first["quality_ratio"] == 6.0 / 4.0
     assert first["quality_ratio_sigma_hat"] == 6.0 / 2.0
@@ -51,8 +81,12 @@ def test_records_are_sorted_and_compare_equal_numbers(cells):
 
 def test_without_ddpm_there_are_no_ratios(cells):
     records = flat_records(cells, levels=1000)
-    assert {r[key] for r in records for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")} == {None}
-    assert "Against DDPM" not in to_markdown(cells, levels=1000, title="", protocol="", reference="x")
+    assert {
+        r[key] for r in records for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")
+    } == {None}
+    assert "Against DDPM" not in to_markdown(
+        cells, levels=1000, title="", protocol="", reference="x"
+    )
     assert "Against DDPM of 100 steps" in markdown(cells)
 
 
@@ -65,7 +99,10 @@ def test_csv_reads_back(cells):
 def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
     text = markdown(cells)
     assert text.startswith("# A table\n\nAs it was done.\n")
-    assert "Lower is better; real images against real ones: 1.5 on 200 images and 1.5 on 50 images." in text
+    assert (
+        "Lower is better; real images against real ones: 1.5 on 200 images and 1.5 on 50 images."
+        in text
+    )
     assert "| 1         | 30 ± 0.25 | 4.5 ± 0.25 | 3 ± 0.25 (50 images) |" in text
     assert "for orientation: other data, so compare orders, not values" in text
     assert "- S=10: as the paper." in text
@@ -80,32 +117,47 @@ def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
 
 def test_floors_that_differ_by_rounding_are_told_once(cells):
     other = replace(cells[2], results=(replace(cells[2].results[0], floor=1.5 + 1e-9),))
-    assert "real ones: 1.5 on 200 images and 1.5 on 50 images." in markdown([*cells, replace(other, steps=50)])
+    assert "real ones: 1.5 on 200 images and 1.5 on 50 images." in markdown(
+        [*cells, replace(other, steps=50)]
+    )
 
 
 def test_the_order_of_eta_is_by_all_images_where_they_are_equally_many():
     full, part = cell(0.0, 10, 9.0, compared=21.0), cell(1.0, 10, 30.0, compared=20.0)
     assert "- S=10: as the paper." in markdown([full, part])
-    fewer = cell(1.0, 10, 8.0, count=50, compared=22.0)  # of few images, a distance is another number
+    fewer = cell(
+        1.0, 10, 8.0, count=50, compared=22.0
+    )  # of few images, a distance is another number
     assert "- S=10: as the paper." in markdown([full, fewer])
 
 
 def test_markdown_says_how_the_time_was_taken(cells):
-    assert "## Seconds an image\n\nOf all images of a cell, each when it was measured" in markdown(cells)
+    assert "## Seconds an image\n\nOf all images of a cell, each when it was measured" in markdown(
+        cells
+    )
     in_turn = [replace(c, timing_rounds=3) for c in cells]
     assert "Batches of all cells drawn in turn, the median of 3 each." in markdown(in_turn)
-    assert "Not all of them taken in turn: they do not compare." in markdown([*in_turn[:-1], cells[-1]])
+    assert "Not all of them taken in turn: they do not compare." in markdown(
+        [*in_turn[:-1], cells[-1]]
+    )
 
 
 def test_the_papers_table_is_the_papers():
     assert PAPER["CIFAR-10"][0.0] == {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04}
     assert PAPER["CelebA"]["sigma-hat"][1000] == 3.26
-    assert all(list(row.values()) == sorted(row.values(), reverse=True) for table in PAPER.values() for row in table.values())
+    assert all(
+        list(row.values()) == sorted(row.values(), reverse=True)
+        for table in PAPER.values()
+        for row in table.values()
+    )
 
 
 def test_plots_are_pictures_with_something_in_them(cells, tmp_path):
     save_plots(cells, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["quality-evaluations.png", "quality-seconds.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "quality-evaluations.png",
+        "quality-seconds.png",
+    ]
     for path in tmp_path.iterdir():
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[:2] == (660, 960)
@@ -114,7 +166,10 @@ def test_plots_are_pictures_with_something_in_them(cells, tmp_path):
 
 def test_missing_matplotlib_is_told_before_anything_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DDIMError, match=r"plots need matplotlib, which is not installed; run: pip install 'ddim\[plot\]'"):
+    with pytest.raises(
+        DDIMError,
+        match=r"plots need matplotlib, which is not installed; run: pip install 'ddim\[plot\]'",
+    ):
         check_plots()
 
 

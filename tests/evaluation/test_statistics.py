@@ -48,13 +48,17 @@ def test_batches_in_any_number_and_order_give_one_number(order, cuts):
 def test_order_of_images_does_not_matter():
     x, y = features(300, 16), Statistics.of(features(300, 16, seed=1))
     turned = x[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
-    assert frechet_distance(Statistics.of(x), y) == pytest.approx(frechet_distance(Statistics.of(turned), y), rel=1e-10)
+    assert frechet_distance(Statistics.of(x), y) == pytest.approx(
+        frechet_distance(Statistics.of(turned), y), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("count", [400, 20])
 def test_it_is_the_definition_by_scipys_root(count):
     x, y = features(count, 12), features(count, 12, seed=1, shift=0.3)
-    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(by_sqrtm(x, y), rel=1e-7)
+    assert frechet_distance(Statistics.of(x), Statistics.of(y)) == pytest.approx(
+        by_sqrtm(x, y), rel=1e-7
+    )
 
 
 def test_closed_form_of_gaussians_that_share_their_axes():
@@ -69,13 +73,17 @@ def test_it_is_symmetric_zero_on_itself_and_finite_where_covariances_are_singula
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-9)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     few, flat = Statistics.of(features(3, 8)), Statistics.of(torch.zeros(10, 8))
-    assert frechet_distance(few, flat) == pytest.approx(float(few.covariance.trace() + few.mean.square().sum()), rel=1e-9)
+    assert frechet_distance(few, flat) == pytest.approx(
+        float(few.covariance.trace() + few.mean.square().sum()), rel=1e-9
+    )
 
 
 def test_it_grows_with_noise():
     x, y = features(500, 8), features(500, 8)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    distances = [frechet_distance(Statistics.of(x + s * noise), Statistics.of(y)) for s in (0, 0.5, 1, 2)]
+    distances = [
+        frechet_distance(Statistics.of(x + s * noise), Statistics.of(y)) for s in (0, 0.5, 1, 2)
+    ]
     assert distances == sorted(distances)
     assert distances[1] > distances[0] + 0.05
 
@@ -89,7 +97,9 @@ def test_torchmetrics_agrees_given_the_same_features():
         def forward(self, images):
             return images.flatten(1)[:, :12]
 
-    metric = image.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(3, 2, 2))
+    metric = image.FrechetInceptionDistance(
+        feature=Features(), normalize=True, input_img_size=(3, 2, 2)
+    )
     x, y = torch.rand((2, 200, 3, 2, 2), generator=torch.Generator().manual_seed(0))
     metric.update(x, real=True)
     metric.update(0.8 * y, real=False)

@@ -75,7 +75,10 @@ def parsed(words):
     return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
 
 
-@pytest.mark.parametrize("options", [OTHER, {"data": "digits", "out": "x"}, *[{"out": "x", **p.options} for p in PRESETS.values()]])
+@pytest.mark.parametrize(
+    "options",
+    [OTHER, {"data": "digits", "out": "x"}, *[{"out": "x", **p.options} for p in PRESETS.values()]],
+)
 def test_the_command_line_of_a_configuration_gives_that_configuration(options):
     config = TrainConfig(**options)
     words = shlex.split(command_line(config))
@@ -84,7 +87,9 @@ def test_the_command_line_of_a_configuration_gives_that_configuration(options):
 
 
 def test_every_option_is_tried():
-    assert {field.name for field in fields(TrainConfig) if OTHER[field.name] != field.default} == set(OTHER)
+    assert {
+        field.name for field in fields(TrainConfig) if OTHER[field.name] != field.default
+    } == set(OTHER)
 
 
 def test_several_processes_are_launched_by_torchrun():
@@ -93,7 +98,9 @@ def test_several_processes_are_launched_by_torchrun():
 
 
 def test_options_replace_those_of_a_preset():
-    expected = vars(TrainConfig(**{**PRESETS["digits"].options, "out": "runs/digits", "batch_size": 3}))
+    expected = vars(
+        TrainConfig(**{**PRESETS["digits"].options, "out": "runs/digits", "batch_size": 3})
+    )
     assert parsed(["--preset", "digits", "--batch-size", "3"]) == expected
     assert parsed(["--batch-size=3", "--preset=digits"]) == expected
 
@@ -110,7 +117,10 @@ def test_a_preset_that_does_not_exist(words):
         ({"images": 0}, "images must be at least 1; got 0"),
         ({"block_out_channels": (8, 0)}, r"block_out_channels must be at least 1; got \(8, 0\)"),
         ({"block_out_channels": ()}, r"block_out_channels must be at least 1; got \(\)"),
-        ({"block_out_channels": (8, 12)}, "block_out_channels must be multiples of norm_num_groups=8; got 12"),
+        (
+            {"block_out_channels": (8, 12)},
+            "block_out_channels must be multiples of norm_num_groups=8; got 12",
+        ),
         ({"norm_num_groups": 0}, "norm_num_groups must be at least 1; got 0"),
         ({"layers_per_block": 0}, "layers_per_block must be at least 1; got 0"),
         ({"attention_head_dim": 0}, "attention_head_dim must be at least 1; got 0"),
@@ -119,8 +129,14 @@ def test_a_preset_that_does_not_exist(words):
             {"attention_head_dim": 33, "attention_levels": 9},
             "attention_head_dim must be at most 32, the fewest channels that have attention; got 33",
         ),
-        ({"attention_head_dim": 129, "attention_levels": 0}, "attention_head_dim must be at most 128, .*; got 129"),
-        ({"num_train_timesteps": 3 * 10**9}, "num_train_timesteps must be at most 1000000; got 3000000000"),
+        (
+            {"attention_head_dim": 129, "attention_levels": 0},
+            "attention_head_dim must be at most 128, .*; got 129",
+        ),
+        (
+            {"num_train_timesteps": 3 * 10**9},
+            "num_train_timesteps must be at most 1000000; got 3000000000",
+        ),
         ({"seed": 2**63}, r"seed must lie in 0\.\.2\*\*63 - 1; got 9223372036854775808"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
         ({"gradient_clip": float("inf")}, "gradient_clip must be finite; got inf"),
@@ -129,22 +145,46 @@ def test_a_preset_that_does_not_exist(words):
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0; got nan"),
         ({"learning_rate": 0.0}, r"learning_rate must be above 0; got 0\.0"),
         ({"snr_gamma": float("nan")}, "snr_gamma must be above 0; got nan"),
-        ({"beta_start": 0.0}, r"betas must rise within \(0, 1\); got beta_start=0\.0, beta_end=0\.02"),
+        (
+            {"beta_start": 0.0},
+            r"betas must rise within \(0, 1\); got beta_start=0\.0, beta_end=0\.02",
+        ),
         ({"beta_end": 1e-5}, "betas must rise within"),
         ({"beta_end": 1.0}, "betas must rise within"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\); got 1\.0"),
         ({"dropout": -0.1}, r"dropout must lie in \[0, 1\); got -0\.1"),
-        ({"beta_start": 0.03}, r"betas must rise within \(0, 1\); got beta_start=0\.03, beta_end=0\.02"),
+        (
+            {"beta_start": 0.03},
+            r"betas must rise within \(0, 1\); got beta_start=0\.03, beta_end=0\.02",
+        ),
         ({"caption_dropout": 1.5, "base": "x"}, r"caption_dropout must lie in \[0, 1\]; got 1\.5"),
         ({"offset_noise": -0.1}, r"offset_noise must be at least 0; got -0\.1"),
-        ({"from_scratch": True}, "from_scratch needs a model whose configuration is taken; name it by --base"),
-        ({"train_text_encoder": True}, "train_text_encoder is of text models; name one by --base, or leave it out"),
+        (
+            {"from_scratch": True},
+            "from_scratch needs a model whose configuration is taken; name it by --base",
+        ),
+        (
+            {"train_text_encoder": True},
+            "train_text_encoder is of text models; name one by --base, or leave it out",
+        ),
         ({"cache_latents": "disk"}, "cache_latents is of text models; name one by --base"),
         ({"caption_dropout": 0.2}, "caption_dropout is of text models; name one by --base"),
-        ({"base": "x", "layers_per_block": 2}, "layers_per_block is of a new network, and the base's goes on; add --from-scratch"),
-        ({"base": "x", "from_scratch": True, "block_out_channels": (8, 12)}, "must be multiples of norm_num_groups=8; got 12"),
-        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True, "base": "x"}, "epsilon prediction cannot be trained at zero"),
-        ({"rescale_betas_zero_snr": True}, "epsilon prediction cannot be trained at zero terminal SNR"),
+        (
+            {"base": "x", "layers_per_block": 2},
+            "layers_per_block is of a new network, and the base's goes on; add --from-scratch",
+        ),
+        (
+            {"base": "x", "from_scratch": True, "block_out_channels": (8, 12)},
+            "must be multiples of norm_num_groups=8; got 12",
+        ),
+        (
+            {"prediction_type": "epsilon", "rescale_betas_zero_snr": True, "base": "x"},
+            "epsilon prediction cannot be trained at zero",
+        ),
+        (
+            {"rescale_betas_zero_snr": True},
+            "epsilon prediction cannot be trained at zero terminal SNR",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options, text):

@@ -45,7 +45,11 @@ def labels(data):
 
 
 def write_idx(path, array, *, type_code=8):
-    content = bytes([0, 0, type_code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    content = (
+        bytes([0, 0, type_code, array.ndim])
+        + struct.pack(f">{array.ndim}I", *array.shape)
+        + array.tobytes()
+    )
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
@@ -68,10 +72,14 @@ def write_parquet(datasets, path, **columns):
     """Writes columns of plain values; an array becomes a column of images, and a pair is a type and its values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     typed = {
-        name: (datasets.Image(), [Image.fromarray(a) for a in column]) if isinstance(column, np.ndarray) else column
+        name: (datasets.Image(), [Image.fromarray(a) for a in column])
+        if isinstance(column, np.ndarray)
+        else column
         for name, column in columns.items()
     }
-    table = datasets.Dataset.from_dict({name: column[1] if isinstance(column, tuple) else column for name, column in typed.items()})
+    table = datasets.Dataset.from_dict(
+        {name: column[1] if isinstance(column, tuple) else column for name, column in typed.items()}
+    )
     for name, column in typed.items():
         if isinstance(column, tuple):
             table = table.cast_column(name, column[0])
@@ -102,7 +110,10 @@ def test_captions_of_an_image_folder(tmp_path, name):
     three(tmp_path, "a.png", "deep/b.png", "c.png")
     rows = [("c.png", "last, with a comma"), ("deep/b.png", 'a "quoted" word'), ("./a.png", "été")]
     if name.endswith("csv"):
-        lines = ["text,file_name", *('"' + text.replace('"', '""') + f'",{file}' for file, text in rows)]
+        lines = [
+            "text,file_name",
+            *('"' + text.replace('"', '""') + f'",{file}' for file, text in rows),
+        ]
     else:
         lines = [json.dumps({"file_name": file, "text": text, "n": 1}) for file, text in rows]
     (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -112,11 +123,19 @@ def test_captions_of_an_image_folder(tmp_path, name):
 def test_each_split_has_its_own_metadata_and_the_column_a_name(tmp_path):
     for split in ("train", "test"):
         three(tmp_path / split)
-        lines = [json.dumps({"file_name": f"{n}.png", "said": [f"{split} {n}", "another"]}) for n in "abc"]
+        lines = [
+            json.dumps({"file_name": f"{n}.png", "said": [f"{split} {n}", "another"]})
+            for n in "abc"
+        ]
         (tmp_path / split / "metadata.jsonl").write_text("\n".join(lines))
-    assert captions_of(tmp_path, split="test", caption_column="said") == ["test a", "test b", "test c"]
+    assert captions_of(tmp_path, split="test", caption_column="said") == [
+        "test a",
+        "test b",
+        "test c",
+    ]
     with pytest.raises(
-        DataError, match=r"metadata\.jsonl must have columns file_name and text \(or --caption-column\); it has file_name, said"
+        DataError,
+        match=r"metadata\.jsonl must have columns file_name and text \(or --caption-column\); it has file_name, said",
     ):
         captions_of(tmp_path)
 
@@ -127,7 +146,10 @@ def test_captions_in_text_files_beside_the_images(tmp_path):
         (tmp_path / f"{name}.txt").write_text(text)
     assert captions_of(tmp_path) == ["one", "", "two"]
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(DataError, match=r"^1 of 3 images of .* have no caption: .*b\.txt is missing; an empty file will do\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"^1 of 3 images of .* have no caption: .*b\.txt is missing; an empty file will do\.$",
+    ):
         captions_of(tmp_path)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"is no UTF-8 text \(.*\); save it as UTF-8"):
@@ -137,9 +159,18 @@ def test_captions_in_text_files_beside_the_images(tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ('{"file_name": "a.png", "text": "x"}', r"has no row for 2 of 3 images of .*, such as .*b\.png; add it, or move the image away"),
-        ('{"file_name": "a.png", "text": null}', r"row 1 of .*metadata\.jsonl has no caption but None; an empty text will do"),
-        ('{"file": "a.png", "text": "x"}', r"must have columns file_name and text \(or --caption-column\); it has file, text"),
+        (
+            '{"file_name": "a.png", "text": "x"}',
+            r"has no row for 2 of 3 images of .*, such as .*b\.png; add it, or move the image away",
+        ),
+        (
+            '{"file_name": "a.png", "text": null}',
+            r"row 1 of .*metadata\.jsonl has no caption but None; an empty text will do",
+        ),
+        (
+            '{"file": "a.png", "text": "x"}',
+            r"must have columns file_name and text \(or --caption-column\); it has file, text",
+        ),
         ('{"file_name"', r"metadata\.jsonl cannot be read \(.*\); write one row an image"),
         ("", r"must hold a row an image with file_name and a caption; got nothing"),
         ("[1]", r"must hold a row an image with file_name and a caption; got other values"),
@@ -154,13 +185,20 @@ def test_messages_of_metadata(tmp_path, content, text):
 
 def test_captions_of_a_table(tmp_path, datasets):
     path = write_parquet(
-        datasets, tmp_path / "a.parquet", image=GREY, caption=list("abcdef"), other=[[c, "x"] for c in "uvwxyz"], n=[1, 2] * 3
+        datasets,
+        tmp_path / "a.parquet",
+        image=GREY,
+        caption=list("abcdef"),
+        other=[[c, "x"] for c in "uvwxyz"],
+        n=[1, 2] * 3,
     )
     assert captions_of(path) == list("abcdef")
     assert captions_of(path, caption_column="other") == list("uvwxyz")
     with pytest.raises(DataError, match=r"has no column 'said'; it has image, caption, other, n"):
         captions_of(path, caption_column="said")
-    with pytest.raises(DataError, match=r"row 0 of column 'n' of .* has no caption but 1; an empty text will do"):
+    with pytest.raises(
+        DataError, match=r"row 0 of column 'n' of .* has no caption but 1; an empty text will do"
+    ):
         captions_of(path, caption_column="n")
 
 
@@ -168,10 +206,15 @@ def test_captions_of_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", images=GREY, captions=np.array(list("abcdef")))
     assert captions_of(tmp_path / "a.npz") == list("abcdef")
     np.savez(tmp_path / "a.npz", images=GREY, captions=np.array(["x"]))
-    with pytest.raises(DataError, match="holds 6 images but 1 captions; there must be one caption an image"):
+    with pytest.raises(
+        DataError, match="holds 6 images but 1 captions; there must be one caption an image"
+    ):
         captions_of(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", images=GREY, captions=LABELS)
-    with pytest.raises(DataError, match=r"captions of .*a\.npz must be text, one an image; got int64 of shape \[6\]"):
+    with pytest.raises(
+        DataError,
+        match=r"captions of .*a\.npz must be text, one an image; got int64 of shape \[6\]",
+    ):
         captions_of(tmp_path / "a.npz")
 
 
@@ -180,8 +223,13 @@ def test_data_without_captions(tmp_path, datasets, source):
     three(tmp_path / "folder")
     np.savez(tmp_path / "npz.npz", images=GREY)
     write_parquet(datasets, tmp_path / "parquet.parquet", image=GREY)
-    place = {"digits": "digits", "folder": tmp_path / "folder"}.get(source, tmp_path / f"{source}.{source}")
-    with pytest.raises(DataError, match=r"has no captions; put metadata\.jsonl \(with file_name and text\) or NAME\.txt beside"):
+    place = {"digits": "digits", "folder": tmp_path / "folder"}.get(
+        source, tmp_path / f"{source}.{source}"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"has no captions; put metadata\.jsonl \(with file_name and text\) or NAME\.txt beside",
+    ):
         captions_of(place)
 
 
@@ -207,13 +255,18 @@ def test_npz_with_splits_is_the_first_images_of_fashion_mnist():
         assert labels(test) == file["test_labels"].tolist()
 
 
-@pytest.mark.skipif(not Path(FASHION_MNIST_FOLDER).is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not Path(FASHION_MNIST_FOLDER).is_dir(),
+    reason="Debian's package dataset-fashion-mnist is not installed",
+)
 @pytest.mark.parametrize(("split", "count"), [("train", 60_000), ("test", 10_000)])
 def test_the_excerpt_is_the_start_of_the_package(split, count, monkeypatch):
     monkeypatch.delenv("DDIM_FASHION_MNIST", raising=False)
     whole, part = load_images("fashion-mnist", split=split), load_images(str(NPZ), split=split)
     assert len(whole) == count
-    assert all(torch.equal(whole[i][0], part[i][0]) and whole[i][1] == part[i][1] for i in range(1024))
+    assert all(
+        torch.equal(whole[i][0], part[i][0]) and whole[i][1] == part[i][1] for i in range(1024)
+    )
 
 
 def test_an_item_is_a_uint8_tensor_and_an_int_and_the_callers_own(tmp_path):
@@ -247,7 +300,10 @@ def test_npz_without_labels(tmp_path):
     assert np.array_equal(stack(data)[:, 0], GREY)
 
 
-@pytest.mark.parametrize(("second", "expected"), [(LABELS, LABELS.tolist()), (np.linspace(0, 1, 6), [-1] * 6), (np.arange(4), [-1] * 6)])
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [(LABELS, LABELS.tolist()), (np.linspace(0, 1, 6), [-1] * 6), (np.arange(4), [-1] * 6)],
+)
 def test_npz_without_names_takes_a_second_array_that_looks_like_labels(tmp_path, second, expected):
     np.savez(tmp_path / "a.npz", GREY, second)
     assert labels(load_images(str(tmp_path / "a.npz"))) == expected
@@ -310,7 +366,12 @@ def test_folder_with_classes(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("not an image, and not called one")
     write_png(tmp_path / ".thumbnails" / "x.png", COLOUR[3])
     data = load_images(str(tmp_path))
-    assert (data.class_names, labels(data), data.channels, data.resolution) == (("a", "b"), [0, 1, 1], 3, (5, 7))
+    assert (data.class_names, labels(data), data.channels, data.resolution) == (
+        ("a", "b"),
+        [0, 1, 1],
+        3,
+        (5, 7),
+    )
     assert np.array_equal(stack(data), COLOUR[[1, 0, 2]].transpose(0, 3, 1, 2))
 
 
@@ -380,7 +441,10 @@ def test_a_resolution_of_two_numbers_is_covered_and_cut(tmp_path):
 
 def test_resolution_leaves_images_of_that_size_alone(tmp_path):
     np.savez(tmp_path / "a.npz", images=COLOUR[:, :, :5])
-    assert np.array_equal(stack(load_images(str(tmp_path / "a.npz"), resolution=5)), COLOUR[:, :, :5].transpose(0, 3, 1, 2))
+    assert np.array_equal(
+        stack(load_images(str(tmp_path / "a.npz"), resolution=5)),
+        COLOUR[:, :, :5].transpose(0, 3, 1, 2),
+    )
 
 
 def test_center_crop_does_not_resize(tmp_path):
@@ -394,7 +458,9 @@ def test_center_crop_does_not_resize(tmp_path):
 def test_grey_to_colour_and_back(tmp_path):
     np.savez(tmp_path / "grey.npz", images=GREY)
     np.savez(tmp_path / "colour.npz", images=np.stack([GREY] * 3, axis=-1))
-    assert np.array_equal(stack(load_images(str(tmp_path / "grey.npz"), channels=3)), np.stack([GREY] * 3, axis=1))
+    assert np.array_equal(
+        stack(load_images(str(tmp_path / "grey.npz"), channels=3)), np.stack([GREY] * 3, axis=1)
+    )
     assert np.array_equal(stack(load_images(str(tmp_path / "colour.npz"), channels=1))[:, 0], GREY)
 
 
@@ -426,7 +492,10 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     write_png(tmp_path / "0.tif", GREY[0].astype(np.float32) / 255)
-    with pytest.raises(DataError, match=r"0\.tif: the image has floating-point pixels of unknown range; convert it to 8 bits"):
+    with pytest.raises(
+        DataError,
+        match=r"0\.tif: the image has floating-point pixels of unknown range; convert it to 8 bits",
+    ):
         load_images(str(tmp_path))[0]
 
 
@@ -435,9 +504,15 @@ def test_floating_point_pixels_are_refused(tmp_path):
 
 def test_parquet_file(tmp_path, datasets):
     names = datasets.ClassLabel(names=["cat", "dog", "eel"])
-    path = write_parquet(datasets, tmp_path / "a.parquet", image=COLOUR, label=(names, LABELS.tolist()))
+    path = write_parquet(
+        datasets, tmp_path / "a.parquet", image=COLOUR, label=(names, LABELS.tolist())
+    )
     data = load_images(str(path))
-    assert (data.name, data.class_names, labels(data)) == (str(path), ("cat", "dog", "eel"), LABELS.tolist())
+    assert (data.name, data.class_names, labels(data)) == (
+        str(path),
+        ("cat", "dog", "eel"),
+        LABELS.tolist(),
+    )
     assert (data.channels, data.resolution) == (3, (5, 7))
     assert np.array_equal(stack(data), COLOUR.transpose(0, 3, 1, 2))
 
@@ -445,10 +520,28 @@ def test_parquet_file(tmp_path, datasets):
 @pytest.mark.parametrize("inside", ["", "data"])
 def test_parquet_folder_with_splits(tmp_path, datasets, inside):
     whole, words = datasets.Value("int64"), datasets.Value("string")
-    write_parquet(datasets, tmp_path / "set" / inside / "train-00000-of-00002.parquet", image=GREY[:2], other=(whole, [7, 7]))
-    write_parquet(datasets, tmp_path / "set" / inside / "train-00001-of-00002.parquet", image=GREY[2:4], other=(whole, [7, 7]))
-    write_parquet(datasets, tmp_path / "set" / inside / "test-00000-of-00001.parquet", image=GREY[4:], label=(words, ["b", "a"]))
-    train, test = load_images(str(tmp_path / "set")), load_images(str(tmp_path / "set"), split="test")
+    write_parquet(
+        datasets,
+        tmp_path / "set" / inside / "train-00000-of-00002.parquet",
+        image=GREY[:2],
+        other=(whole, [7, 7]),
+    )
+    write_parquet(
+        datasets,
+        tmp_path / "set" / inside / "train-00001-of-00002.parquet",
+        image=GREY[2:4],
+        other=(whole, [7, 7]),
+    )
+    write_parquet(
+        datasets,
+        tmp_path / "set" / inside / "test-00000-of-00001.parquet",
+        image=GREY[4:],
+        label=(words, ["b", "a"]),
+    )
+    train, test = (
+        load_images(str(tmp_path / "set")),
+        load_images(str(tmp_path / "set"), split="test"),
+    )
     assert np.array_equal(stack(train)[:, 0], GREY[:4])
     assert train.class_names is None
     assert np.array_equal(stack(test)[:, 0], GREY[4:])
@@ -464,7 +557,13 @@ def encode(array):
 
 
 def test_columns_by_name(tmp_path, datasets):
-    write_parquet(datasets, tmp_path / "a.parquet", scan=[encode(a) for a in GREY], kind=LABELS.tolist(), label=[[0, 1]] * 6)
+    write_parquet(
+        datasets,
+        tmp_path / "a.parquet",
+        scan=[encode(a) for a in GREY],
+        kind=LABELS.tolist(),
+        label=[[0, 1]] * 6,
+    )
     data = load_images(str(tmp_path / "a.parquet"), image_column="scan", label_column="kind")
     assert np.array_equal(stack(data)[:, 0], GREY)
     assert (labels(data), data.class_names) == (LABELS.tolist(), ("0", "1", "2"))
@@ -477,12 +576,16 @@ def test_columns_by_name(tmp_path, datasets):
             load_images(str(tmp_path / "a.parquet"), **wrong)
     with pytest.raises(DataError, match="column 'kind' of .* does not hold images"):
         load_images(str(tmp_path / "a.parquet"), image_column="kind")
-    with pytest.raises(DataError, match="labels of .* must be whole numbers, one an image; got int64 of shape"):
+    with pytest.raises(
+        DataError, match="labels of .* must be whole numbers, one an image; got int64 of shape"
+    ):
         load_images(str(tmp_path / "a.parquet"), image_column="scan", label_column="label")
 
 
 def test_rows_without_a_usable_image(tmp_path, datasets):
-    write_parquet(datasets, tmp_path / "a.parquet", image_bytes=[encode(GREY[0]), None, b"no image"])
+    write_parquet(
+        datasets, tmp_path / "a.parquet", image_bytes=[encode(GREY[0]), None, b"no image"]
+    )
     data = load_images(str(tmp_path / "a.parquet"), image_column="image_bytes")
     with pytest.raises(DataError, match="image 1 of .* is empty; remove its row"):
         data[1]
@@ -492,27 +595,40 @@ def test_rows_without_a_usable_image(tmp_path, datasets):
 
 def test_damaged_parquet(tmp_path, datasets):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet \(.*\); check the file, or write it again\."):
+    with pytest.raises(
+        DataError,
+        match=r"a\.parquet cannot be read as parquet \(.*\); check the file, or write it again\.",
+    ):
         load_images(str(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize("source", ["owner/set", "plain", "owner/set-v1.0"])
 def test_a_hub_data_set_is_asked_for_by_its_id_and_split(datasets, monkeypatch, source):
     asked = []
-    table = datasets.Dataset.from_dict({"img": [encode(a) for a in GREY], "fine_label": LABELS.tolist()})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or table)
+    table = datasets.Dataset.from_dict(
+        {"img": [encode(a) for a in GREY], "fine_label": LABELS.tolist()}
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or table
+    )
     data = load_images(source, split="validation")
     assert asked == [((source,), {"split": "validation"})]
     assert (data.name, labels(data)) == (source, LABELS.tolist())
     assert np.array_equal(stack(data)[:, 0], GREY)
 
 
-def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(tmp_path, datasets, monkeypatch):
+def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(
+    tmp_path, datasets, monkeypatch
+):
     asked = []
     table = datasets.Dataset.from_dict({"image": [encode(a) for a in GREY]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append(args) or table)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: asked.append(args) or table
+    )
     monkeypatch.delenv("DDIM_FASHION_MNIST", raising=False)
-    monkeypatch.setattr(sys.modules[load_images.__module__], "FASHION_MNIST_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setattr(
+        sys.modules[load_images.__module__], "FASHION_MNIST_FOLDER", str(tmp_path / "none")
+    )
     assert len(load_images("fashion-mnist")) == 6
     assert asked == [("zalando-datasets/fashion_mnist",)]
 
@@ -535,7 +651,11 @@ def test_fashion_mnist_comes_from_the_hub_where_the_package_is_missing(tmp_path,
             FileNotFoundError("Dataset 'owner/set' doesn't exist"),
             "is neither a path that exists nor a hub data set open to you",
         ),
-        ("owner/set", ValueError("Unknown split \"train\". Should be one of ['all']."), r"owner/set has no split 'train' \(.*\['all'\]\)"),
+        (
+            "owner/set",
+            ValueError("Unknown split \"train\". Should be one of ['all']."),
+            r"owner/set has no split 'train' \(.*\['all'\]\)",
+        ),
         (
             "owner/set",
             ValueError("Config name is missing.\nPick one"),
@@ -549,7 +669,9 @@ def test_messages_of_the_hub(tmp_path, datasets, monkeypatch, source, error, tex
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.delenv("DDIM_FASHION_MNIST", raising=False)
-    monkeypatch.setattr(sys.modules[load_images.__module__], "FASHION_MNIST_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setattr(
+        sys.modules[load_images.__module__], "FASHION_MNIST_FOLDER", str(tmp_path / "none")
+    )
     with pytest.raises(DataError, match=text):
         load_images(source)
 
@@ -561,7 +683,10 @@ class ConnectError(Exception):
 ConnectError.__module__ = "httpx2"
 
 
-@pytest.mark.parametrize(("error", "offline"), [(ConnectError("no name"), True), (TimeoutError(), True), (ValueError("gated"), False)])
+@pytest.mark.parametrize(
+    ("error", "offline"),
+    [(ConnectError("no name"), True), (TimeoutError(), True), (ValueError("gated"), False)],
+)
 def test_a_hub_that_cannot_be_reached_is_tried_once(datasets, monkeypatch, error, offline):
     """Its libraries would go on for half a minute, with a line of a warning a try; what they have in their cache they give offline too."""
     import huggingface_hub
@@ -586,13 +711,18 @@ def test_a_hub_that_cannot_be_reached_is_tried_once(datasets, monkeypatch, error
 def test_a_name_that_is_neither_here_nor_reached_says_so_at_once(datasets, monkeypatch, caplog):
     """With the libraries themselves, which find no hub in a fraction of a second."""
     began = time.perf_counter()
-    with pytest.raises(DataError, match=r"^there is no folder or file 'nothere' here, and the hub cannot be reached \(no route"):
+    with pytest.raises(
+        DataError,
+        match=r"^there is no folder or file 'nothere' here, and the hub cannot be reached \(no route",
+    ):
         load_images("nothere")
     assert time.perf_counter() - began < 5
     assert "Retry" not in caplog.text
 
 
-@pytest.mark.parametrize(("module", "source"), [("datasets", "owner/set"), ("sklearn.datasets", "digits")])
+@pytest.mark.parametrize(
+    ("module", "source"), [("datasets", "owner/set"), ("sklearn.datasets", "digits")]
+)
 def test_a_missing_extra_says_what_to_install(monkeypatch, module, source):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=r"not installed; run: pip install 'ddim\[train\]'\."):
@@ -602,7 +732,20 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, module, source):
 # Errors of files
 
 
-@pytest.mark.parametrize("source", ["", "./none", "/none", "~none", "none.npz", "none.parquet", "a/b/c", "train-images-idx3-ubyte", "x.gz"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "./none",
+        "/none",
+        "~none",
+        "none.npz",
+        "none.parquet",
+        "a/b/c",
+        "train-images-idx3-ubyte",
+        "x.gz",
+    ],
+)
 def test_a_path_that_does_not_exist(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     if source:
@@ -615,7 +758,9 @@ def test_a_path_that_does_not_exist(source, monkeypatch, tmp_path):
 
 def test_a_file_of_no_known_kind(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(DataError, match=r"a\.txt is not a data set this reads; give a folder of images"):
+    with pytest.raises(
+        DataError, match=r"a\.txt is not a data set this reads; give a folder of images"
+    ):
         load_images(str(tmp_path / "a.txt"))
 
 
@@ -629,7 +774,9 @@ def test_a_folder_without_images(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path, resolution):
     write_png(tmp_path / "0.png", GREY[0])
     (tmp_path / "1.png").write_text("words")
-    with pytest.raises(DataError, match=r"1\.png is not an image that can be read .*; remove or replace it"):
+    with pytest.raises(
+        DataError, match=r"1\.png is not an image that can be read .*; remove or replace it"
+    ):
         load_images(str(tmp_path), resolution=resolution)[1]
 
 
@@ -644,16 +791,22 @@ def test_images_of_several_sizes_are_told_at_once_and_how_to_fix_them(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", GREY[1, :4])
     with pytest.raises(
-        DataError, match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); bring all to one size: .*--resolution 5"
+        DataError,
+        match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); bring all to one size: .*--resolution 5",
     ):
         load_images(str(tmp_path))
-    with pytest.raises(DataError, match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); .*--resolution 5"):
+    with pytest.raises(
+        DataError,
+        match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); .*--resolution 5",
+    ):
         load_images(str(tmp_path), center_crop=True)
     assert stack(load_images(str(tmp_path), resolution=5)).shape == (2, 1, 5, 5)
 
 
 @pytest.mark.parametrize("below", ["", "digits"])
-def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside_them(below, tmp_path):
+def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside_them(
+    below, tmp_path
+):
     folder = tmp_path / below
     write_png(folder / "000000.png", GREY[0])
     write_png(folder / "grid.png", GREY[0, :4])
@@ -671,34 +824,61 @@ def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside
 
 
 def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
-    sources = [path.read_text() for folder in ("cli", "evaluation") for path in (Path(ddim.__file__).parent / folder).glob("*.py")]
-    written = {name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)}
+    sources = [
+        path.read_text()
+        for folder in ("cli", "evaluation")
+        for path in (Path(ddim.__file__).parent / folder).glob("*.py")
+    ]
+    written = {
+        name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)
+    }
     assert written == _SHEETS
 
 
 def test_a_picture_on_its_side_is_told_when_it_is_read(tmp_path):
     write_png(tmp_path / "0.png", GREY[0])
     write_png(tmp_path / "1.png", np.ascontiguousarray(GREY[1].T))
-    with pytest.raises(DataError, match=r"1\.png is 5x7 and the first is 7x5 \(width x height\); bring all to one size: .*--resolution 5"):
+    with pytest.raises(
+        DataError,
+        match=r"1\.png is 5x7 and the first is 7x5 \(width x height\); bring all to one size: .*--resolution 5",
+    ):
         load_images(str(tmp_path))[1]
 
 
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"images": GREY.astype(np.float32)}, r"must be uint8 of shape \[N, H, W\] or .*; got float32 of shape \[6, 5, 7\]"),
+        (
+            {"images": GREY.astype(np.float32)},
+            r"must be uint8 of shape \[N, H, W\] or .*; got float32 of shape \[6, 5, 7\]",
+        ),
         ({"images": GREY[0]}, r"got uint8 of shape \[5, 7\]"),
         ({"images": COLOUR[..., :2]}, r"got uint8 of shape \[6, 5, 7, 2\]"),
         ({"images": GREY[:, :0]}, r"got uint8 of shape \[6, 0, 7\]"),
         ({"images": GREY[:0]}, "holds no images"),
-        ({"images": GREY, "labels": LABELS[:4]}, "holds 6 images but 4 labels; there must be one label an image"),
-        ({"images": GREY, "labels": LABELS / 2}, r"must be whole numbers, one an image; got float64 of shape \[6\]"),
-        ({"images": GREY, "labels": np.eye(6, dtype=int)}, r"must be whole numbers, one an image; got int64 of shape \[6, 6\]"),
+        (
+            {"images": GREY, "labels": LABELS[:4]},
+            "holds 6 images but 4 labels; there must be one label an image",
+        ),
+        (
+            {"images": GREY, "labels": LABELS / 2},
+            r"must be whole numbers, one an image; got float64 of shape \[6\]",
+        ),
+        (
+            {"images": GREY, "labels": np.eye(6, dtype=int)},
+            r"must be whole numbers, one an image; got int64 of shape \[6, 6\]",
+        ),
         ({"images": GREY, "labels": LABELS - 1}, r"must lie in 0\.\.99999; got -1"),
         ({"images": GREY, "labels": LABELS + 10**9}, r"must lie in 0\.\.99999; got 1000000002"),
-        ({"pictures": GREY}, r"a\.npz holds pictures; its images must be called train_images, images or arr_0"),
+        (
+            {"pictures": GREY},
+            r"a\.npz holds pictures; its images must be called train_images, images or arr_0",
+        ),
         ({}, r"a\.npz holds no arrays; its images must be called"),
-        ({"images": np.array([None])}, r"a\.npz cannot be read as an \.npz file of plain arrays \(.*; write it again with numpy\.savez"),
+        (
+            {"images": np.array([None])},
+            r"a\.npz cannot be read as an \.npz file of plain arrays \(.*; write it again with numpy\.savez",
+        ),
     ],
 )
 def test_messages_of_npz(tmp_path, arrays, text):
@@ -735,9 +915,15 @@ def test_damaged_npz(tmp_path, damage):
         (b"words", "it starts with 776f7264 instead of 000008"),
         (bytes([0, 0, 13, 1, 0, 0, 0, 0]), "it starts with 00000d01 instead of 000008"),
         (bytes([0, 0, 8, 3]), "is damaged: it ends within its header of 16 bytes"),
-        (bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]), r"is damaged: its header promises 9 bytes of shape \[9\], and it holds 2"),
+        (
+            bytes([0, 0, 8, 1, 0, 0, 0, 9, 1, 2]),
+            r"is damaged: its header promises 9 bytes of shape \[9\], and it holds 2",
+        ),
         (bytes([0, 0, 8, 1, 0, 0, 0, 1, 1, 2]), r"promises 1 bytes of shape \[1\], and it holds 2"),
-        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "is damaged: its header promises 79228162458924105385300197375 bytes"),
+        (
+            bytes([0, 0, 8, 3]) + b"\xff" * 12,
+            "is damaged: its header promises 79228162458924105385300197375 bytes",
+        ),
         (gzip.compress(b"\x00\x00\x08\x01", mtime=0)[:-6], "cannot be read as an IDX file"),
         (b"\x1f\x8b\x08 and no more", "cannot be read as an IDX file"),
     ],
@@ -761,7 +947,9 @@ def test_idx_images_must_have_three_dimensions(tmp_path):
         load_images(str(tmp_path))
 
 
-def test_images_to_measure_on_are_the_test_split_where_there_is_one(tmp_path, datasets, monkeypatch):
+def test_images_to_measure_on_are_the_test_split_where_there_is_one(
+    tmp_path, datasets, monkeypatch
+):
     np.savez(tmp_path / "a.npz", images=GREY)
     write_png(tmp_path / "folder" / "0.png", GREY[0])
     write_png(tmp_path / "divided" / "test" / "0.png", GREY[0])
@@ -783,7 +971,10 @@ def test_images_to_measure_on_are_the_test_split_where_there_is_one(tmp_path, da
     def of_the_hub(name, split):
         if split == "test":
             raise ValueError("Unknown split \"test\". Should be one of ['train'].")
-        return datasets.Dataset.from_dict({"image": [Image.fromarray(GREY[0])]}, features=datasets.Features({"image": datasets.Image()}))
+        return datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(GREY[0])]},
+            features=datasets.Features({"image": datasets.Image()}),
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
     assert load_test_images("owner/set")[1] == "train"
@@ -799,19 +990,25 @@ def test_splits_that_do_not_exist(tmp_path):
         load_images(str(tmp_path / "a.npz"), split="test")
     with pytest.raises(DataError, match="folder " + undivided):
         load_images(str(tmp_path / "folder"), split="test")
-    with pytest.raises(DataError, match=r"fashion_mnist_2048\.npz has no split 'val'; it has test, train\."):
+    with pytest.raises(
+        DataError, match=r"fashion_mnist_2048\.npz has no split 'val'; it has test, train\."
+    ):
         load_images(str(NPZ), split="val")
     with pytest.raises(DataError, match="digits has splits train and test; got 'val'"):
         load_images("digits", split="val")
     with pytest.raises(
-        DataError, match=r"no images of split 'train', which would be train-images-idx3-ubyte.*; it holds t10k-images-idx3-ubyte\."
+        DataError,
+        match=r"no images of split 'train', which would be train-images-idx3-ubyte.*; it holds t10k-images-idx3-ubyte\.",
     ):
         load_images(str(tmp_path / "idx"))
 
 
 def test_a_folder_for_fashion_mnist_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("DDIM_FASHION_MNIST", str(tmp_path / "none"))
-    with pytest.raises(DataError, match="DDIM_FASHION_MNIST names .*none, which is no folder; correct it, or unset it"):
+    with pytest.raises(
+        DataError,
+        match="DDIM_FASHION_MNIST names .*none, which is no folder; correct it, or unset it",
+    ):
         load_images("fashion-mnist")
 
 

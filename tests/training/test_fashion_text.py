@@ -32,7 +32,9 @@ def garments() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def test_ranks_go_round_all_pairs_of_colour_and_background():
     assert len(set(EVERY)) == 300
-    assert {c.caption for c in EVERY} == {f"a {c} {g} on a {b} background" for c in COLOURS for g in GARMENTS for b in BACKGROUNDS}
+    assert {c.caption for c in EVERY} == {
+        f"a {c} {g} on a {b} background" for c in COLOURS for g in GARMENTS for b in BACKGROUNDS
+    }
     assert combine(3, 30) == combine(3, 0)
 
 
@@ -43,7 +45,9 @@ def test_all_combinations_are_used_equally_often(garments):
         counts = Counter(data.captions[i] for i in np.flatnonzero(labels == label))
         assert len(counts) == 30
         assert max(counts.values()) - min(counts.values()) <= 1
-    assert all(GARMENTS[label] in caption for label, caption in zip(labels, data.captions, strict=True))
+    assert all(
+        GARMENTS[label] in caption for label, caption in zip(labels, data.captions, strict=True)
+    )
 
 
 def test_the_frame_is_pure_background_and_black_and_white_are_exact(garments):
@@ -62,7 +66,10 @@ def test_the_frame_is_pure_background_and_black_and_white_are_exact(garments):
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_garment_is_read_back_from_any_colour_and_background(garments, colour, background):
     images, _ = garments
-    composed = np.stack([compose(image, Combination(colour, "bag", background)) for image in images[:50]]) / 255
+    composed = (
+        np.stack([compose(image, Combination(colour, "bag", background)) for image in images[:50]])
+        / 255
+    )
     np.testing.assert_allclose(extract_garments(composed), images[:50] / 255, atol=0.01)
 
 
@@ -80,7 +87,9 @@ def test_hues_are_sixty_degrees_apart():
     assert sorted(hues().values()) == [0, 60, 120, 180, 240, 300]
 
 
-def test_the_named_set_has_captions_and_the_garments_of_fashion_mnist(monkeypatch, tmp_path, garments):
+def test_the_named_set_has_captions_and_the_garments_of_fashion_mnist(
+    monkeypatch, tmp_path, garments
+):
     images, labels = garments
     for name, array in (("images-idx3", images[:40]), ("labels-idx1", labels[:40])):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)

@@ -52,8 +52,17 @@ def squares(tmp_path_factory):
 
 
 def config(out, base, data, **options):
-    tiny = {"batch_size": 4, "images": 24, "lr_warmup_steps": 2, "validation_images": 6, "checkpoint_every": 2, "log_every": 1}
-    return TrainConfig(out=str(out), base=str(base), data=str(data), keep_checkpoints=9, **{**tiny, **options})
+    tiny = {
+        "batch_size": 4,
+        "images": 24,
+        "lr_warmup_steps": 2,
+        "validation_images": 6,
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
+    return TrainConfig(
+        out=str(out), base=str(base), data=str(data), keep_checkpoints=9, **{**tiny, **options}
+    )
 
 
 def first_batches(run, monkeypatch):
@@ -76,35 +85,62 @@ def hashes(folder, *parts):
 
 
 def test_one_command_makes_a_zero_snr_v_model_of_an_epsilon_one(tmp_path, tiny_text, squares):
-    run = config(tmp_path, tiny_text, squares, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    run = config(
+        tmp_path, tiny_text, squares, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
     assert train(run).finished
     scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
-    assert {name: scheduler[name] for name in ("_class_name", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")} == {
+    assert {
+        name: scheduler[name]
+        for name in ("_class_name", "prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+    } == {
         "_class_name": "DDIMScheduler",
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
     }
-    assert (scheduler["clip_sample"], scheduler["set_alpha_to_one"], scheduler["steps_offset"]) == (False, True, 1)
-    assert (scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]) == ("scaled_linear", 0.00085, 0.012)
+    assert (scheduler["clip_sample"], scheduler["set_alpha_to_one"], scheduler["steps_offset"]) == (
+        False,
+        True,
+        1,
+    )
+    assert (scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]) == (
+        "scaled_linear",
+        0.00085,
+        0.012,
+    )
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index == {**json.loads((tiny_text / "model_index.json").read_text()), "_diffusers_version": diffusers.__version__}
+    assert index == {
+        **json.loads((tiny_text / "model_index.json").read_text()),
+        "_diffusers_version": diffusers.__version__,
+    }
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["weight_hash"] == weight_hash(tmp_path)
-    assert card["base"] == {"base_class": "StableDiffusionPipeline", "base_weights": weight_hash(tiny_text)}
+    assert card["base"] == {
+        "base_class": "StableDiffusionPipeline",
+        "base_weights": weight_hash(tiny_text),
+    }
     assert card["data"]["captions"] == 6
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a red square", num_inference_steps=4, guidance_rescale=0.7, output_type="np").images[0]
+    image = pipe(
+        "a red square", num_inference_steps=4, guidance_rescale=0.7, output_type="np"
+    ).images[0]
     assert image.shape == (16, 16, 3)
     assert np.isfinite(image).all()
 
 
 @pytest.mark.parametrize("cache", ["no", "memory", "disk"])
 @pytest.mark.parametrize(
-    "options", [{"horizontal_flip": True, "offset_noise": 0.1}, {"train_text_encoder": True, "gradient_checkpointing": True}]
+    "options",
+    [
+        {"horizontal_flip": True, "offset_noise": 0.1},
+        {"train_text_encoder": True, "gradient_checkpointing": True},
+    ],
 )
-def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, tiny_text, squares, cache, options):
+def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(
+    tmp_path, tiny_text, squares, cache, options
+):
     run = config(tmp_path, tiny_text, squares, learning_rate=1e-3, cache_latents=cache, **options)
     whole = train(run)
     before = weight_hash(tmp_path)
@@ -120,22 +156,42 @@ def test_only_what_is_trained_changes(tmp_path, tiny_text, squares):
     for along in (False, True):
         out = tmp_path / str(along)
         train(config(out, tiny_text, squares, learning_rate=1e-3, train_text_encoder=along))
-        ours, theirs = (hashes(folder, "unet", "text_encoder", "vae") for folder in (out, tiny_text))
-        assert {part for part in ours if ours[part] != theirs[part]} == ({"unet", "text_encoder"} if along else {"unet"})
-        assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (tiny_text / "tokenizer" / "tokenizer.json").read_bytes()
-        first, last = (out / "checkpoints" / step / "vae" / "diffusion_pytorch_model.safetensors" for step in ("0000002", "0000006"))
+        ours, theirs = (
+            hashes(folder, "unet", "text_encoder", "vae") for folder in (out, tiny_text)
+        )
+        assert {part for part in ours if ours[part] != theirs[part]} == (
+            {"unet", "text_encoder"} if along else {"unet"}
+        )
+        assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (
+            tiny_text / "tokenizer" / "tokenizer.json"
+        ).read_bytes()
+        first, last = (
+            out / "checkpoints" / step / "vae" / "diffusion_pytorch_model.safetensors"
+            for step in ("0000002", "0000006")
+        )
         assert first.samefile(last)
         assert not first.samefile(tiny_text / "vae" / first.name)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_average_is_over_the_text_encoder_too(tmp_path, tiny_text, squares, decay):
-    train(config(tmp_path, tiny_text, squares, learning_rate=1e-3, train_text_encoder=True, ema_decay=decay))
+    train(
+        config(
+            tmp_path,
+            tiny_text,
+            squares,
+            learning_rate=1e-3,
+            train_text_encoder=True,
+            ema_decay=decay,
+        )
+    )
     network = load_file(tmp_path / "checkpoints" / "0000006" / "training" / "network.safetensors")
     for part in ("unet", "text_encoder"):
         (file,) = (tmp_path / part).glob("*.safetensors")
         average = load_file(file)
-        assert {f"{part}.{name}" for name in average} == {name for name in network if name.startswith(f"{part}.")}
+        assert {f"{part}.{name}" for name in average} == {
+            name for name in network if name.startswith(f"{part}.")
+        }
         same = [torch.equal(value, network[f"{part}.{name}"]) for name, value in average.items()]
         assert all(same) if decay == 0 else not any(same)
 
@@ -143,22 +199,37 @@ def test_the_average_is_over_the_text_encoder_too(tmp_path, tiny_text, squares, 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, tiny_text, squares):
     losses = []
     for on in (False, True):
-        run = config(tmp_path / str(on), tiny_text, squares, learning_rate=1e-3, train_text_encoder=True, gradient_checkpointing=on)
+        run = config(
+            tmp_path / str(on),
+            tiny_text,
+            squares,
+            learning_rate=1e-3,
+            train_text_encoder=True,
+            gradient_checkpointing=on,
+        )
         _, subject = trainer.make_subject(run, open_base(run.base))
-        parts = (subject.network.unet.down_blocks[0], subject.network.text_encoder.encoder.layers[0])
+        parts = (
+            subject.network.unet.down_blocks[0],
+            subject.network.text_encoder.encoder.layers[0],
+        )
         assert [bool(getattr(part, "gradient_checkpointing", False)) for part in parts] == [on, on]
         losses.append([loss for _, loss in train(run).losses])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_bf16_keeps_the_latents_in_float32(tmp_path, tiny_text, squares, monkeypatch):
-    drawn = first_batches(config(tmp_path, tiny_text, squares, mixed_precision="bf16", train_text_encoder=True), monkeypatch)
+    drawn = first_batches(
+        config(tmp_path, tiny_text, squares, mixed_precision="bf16", train_text_encoder=True),
+        monkeypatch,
+    )
     assert {x0.dtype for x0, _ in drawn} == {torch.float32}
 
 
 def test_offset_noise_reaches_the_loss(tmp_path, tiny_text, squares, monkeypatch):
     plain = first_batches(config(tmp_path / "a", tiny_text, squares), monkeypatch)
-    offset = first_batches(config(tmp_path / "b", tiny_text, squares, offset_noise=0.3), monkeypatch)
+    offset = first_batches(
+        config(tmp_path / "b", tiny_text, squares, offset_noise=0.3), monkeypatch
+    )
     for (x0, noise), (same, shifted) in zip(plain, offset, strict=True):
         assert torch.equal(x0, same)
         shift = shifted - noise
@@ -166,20 +237,28 @@ def test_offset_noise_reaches_the_loss(tmp_path, tiny_text, squares, monkeypatch
         torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift))
 
 
-def test_further_parts_of_the_base_are_copied_and_pickled_ones_left_out(tmp_path, tiny_text, squares):
+def test_further_parts_of_the_base_are_copied_and_pickled_ones_left_out(
+    tmp_path, tiny_text, squares
+):
     index = {
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
     }
     base = broken(tiny_text, tmp_path / "base", index=index)
-    for name, file in (("feature_extractor", "preprocessor_config.json"), ("safety_checker", "pytorch_model.bin")):
+    for name, file in (
+        ("feature_extractor", "preprocessor_config.json"),
+        ("safety_checker", "pytorch_model.bin"),
+    ):
         (base / name).mkdir()
         (base / name / file).write_text("{}")
     notes = []
     train(config(tmp_path / "out", base, squares, images=4), on_note=notes.append)
     assert notes == [f"the safety_checker of {base} has pickled weights alone, and is left out."]
     written = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert (written["feature_extractor"], written["safety_checker"]) == (index["feature_extractor"], [None, None])
+    assert (written["feature_extractor"], written["safety_checker"]) == (
+        index["feature_extractor"],
+        [None, None],
+    )
     assert (tmp_path / "out" / "feature_extractor" / "preprocessor_config.json").is_file()
     assert not (tmp_path / "out" / "safety_checker").exists()
 
@@ -211,7 +290,14 @@ def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
 def test_cached_latents_are_those_of_the_moment(tmp_path, tiny_text, squares, monkeypatch, flip):
     drawn = {}
     for cache in ("no", "memory", "disk"):
-        run = config(tmp_path / cache, tiny_text, squares, cache_latents=cache, horizontal_flip=flip, images=16)
+        run = config(
+            tmp_path / cache,
+            tiny_text,
+            squares,
+            cache_latents=cache,
+            horizontal_flip=flip,
+            images=16,
+        )
         drawn[cache] = first_batches(run, monkeypatch)
     for (a, noise_a), (b, noise_b), (c, noise_c) in zip(*drawn.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -233,25 +319,49 @@ def test_a_latent_is_drawn_from_its_posterior_and_scaled(tmp_path, tiny_text, sq
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     batch = [subject.examples[5][0][None].expand(4000, -1, -1, -1, -1, -1), torch.full((4000,), 5)]
-    drawn, _ = subject.clean(batch, torch.device("cpu"), Draws.at(0, (0, 0, 0), torch.device("cpu")))
-    again, _ = subject.clean(batch, torch.device("cpu"), Draws.at(0, (1, 0, 0), torch.device("cpu")))
+    drawn, _ = subject.clean(
+        batch, torch.device("cpu"), Draws.at(0, (0, 0, 0), torch.device("cpu"))
+    )
+    again, _ = subject.clean(
+        batch, torch.device("cpu"), Draws.at(0, (1, 0, 0), torch.device("cpu"))
+    )
     assert not torch.equal(drawn, again)
-    torch.testing.assert_close(drawn.mean(0), 0.5 * posterior.mean[0], atol=4 * 0.5 * float(posterior.std.max()) / 4000**0.5 + 1e-5, rtol=0)
+    torch.testing.assert_close(
+        drawn.mean(0),
+        0.5 * posterior.mean[0],
+        atol=4 * 0.5 * float(posterior.std.max()) / 4000**0.5 + 1e-5,
+        rtol=0,
+    )
     torch.testing.assert_close(drawn.std(0), 0.5 * posterior.std[0], rtol=0.1, atol=0)
     held, _ = subject.clean([b[:1] for b in batch], torch.device("cpu"), None)
     torch.testing.assert_close(held, 0.5 * posterior.mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_captions_are_dropped_at_their_rate_and_never_of_held_out_images(tmp_path, tiny_text, squares, share):
+def test_captions_are_dropped_at_their_rate_and_never_of_held_out_images(
+    tmp_path, tiny_text, squares, share
+):
     data, subject = subject_of(tmp_path, tiny_text, squares, caption_dropout=share)
     batch = [torch.stack([data[i][0] for i in range(50)]), torch.arange(50)]
-    rows = torch.cat([subject.clean(batch, torch.device("cpu"), Draws.at(0, (s, 0, 0), torch.device("cpu")))[1] for s in range(80)])
+    rows = torch.cat(
+        [
+            subject.clean(batch, torch.device("cpu"), Draws.at(0, (s, 0, 0), torch.device("cpu")))[
+                1
+            ]
+            for s in range(80)
+        ]
+    )
     dropped = rows.reshape(80, 50) == 0
-    assert float(dropped.float().mean()) == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
-    assert share in (0, 1) or dropped.any(1).float().mean() > 0.9  # each caption by itself, not the batch
+    assert float(dropped.float().mean()) == pytest.approx(
+        share, abs=4 * (share * (1 - share) / 4000) ** 0.5
+    )
+    assert (
+        share in (0, 1) or dropped.any(1).float().mean() > 0.9
+    )  # each caption by itself, not the batch
     told = [subject.captions.texts[int(row)] for row in rows[:50][~dropped[0]]]
-    assert told == [caption for caption, gone in zip(data.captions[:50], dropped[0], strict=True) if not gone]
+    assert told == [
+        caption for caption, gone in zip(data.captions[:50], dropped[0], strict=True) if not gone
+    ]
     assert not (subject.clean(batch, torch.device("cpu"), None)[1] == 0).any()
 
 
@@ -263,18 +373,26 @@ def test_a_condition_is_what_a_pipeline_makes_of_the_caption(tmp_path, tiny_text
     torch.testing.assert_close(subject.embeddings[:1], empty[:1])
 
 
-def test_embeddings_that_do_not_fit_are_computed_batch_by_batch(tmp_path, tiny_text, squares, monkeypatch):
+def test_embeddings_that_do_not_fit_are_computed_batch_by_batch(
+    tmp_path, tiny_text, squares, monkeypatch
+):
     losses = []
     for most in (2**30, 1):
         monkeypatch.setattr(text, "_MOST_EMBEDDINGS", most)
-        losses.append([loss for _, loss in train(config(tmp_path / str(most), tiny_text, squares)).losses])
+        losses.append(
+            [loss for _, loss in train(config(tmp_path / str(most), tiny_text, squares)).losses]
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_previews_are_drawn_under_captions(tmp_path, tiny_text, squares):
     options = {"preview_every": 3, "preview_count": 8, "preview_steps": 2}
     train(config(tmp_path, tiny_text, squares, **options))
-    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["0000003.png", "0000006.png", "captions.txt"]
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
+        "0000003.png",
+        "0000006.png",
+        "captions.txt",
+    ]
     captions = (tmp_path / "previews" / "captions.txt").read_text().splitlines()
     assert len(captions) == 8
     assert len(set(captions)) == 6
@@ -282,7 +400,11 @@ def test_previews_are_drawn_under_captions(tmp_path, tiny_text, squares):
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_a_preview_is_what_a_pipeline_draws(tmp_path, tiny_text, squares, scale):
-    options = {"preview_guidance_scale": scale, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    options = {
+        "preview_guidance_scale": scale,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
     _, subject = subject_of(tmp_path, tiny_text, squares, **options)
     scheduler = subject.package.scheduler
     predict, captions = subject.preview(subject.network.eval(), 2, torch.device("cpu"))
@@ -290,12 +412,17 @@ def test_a_preview_is_what_a_pipeline_draws(tmp_path, tiny_text, squares, scale)
     x_t = seeded_randn(subject.shape, [0, 1])
     with torch.no_grad():
         x0 = sample(
-            ModelDenoiser(predict, schedule, "v_prediction"), x_t, step_pairs(select_timesteps(1000, 5, "trailing")), schedule=schedule
+            ModelDenoiser(predict, schedule, "v_prediction"),
+            x_t,
+            step_pairs(select_timesteps(1000, 5, "trailing")),
+            schedule=schedule,
         )
         ours = (subject.images(x0) / 2 + 0.5).clamp(0, 1)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_text, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(captions, num_inference_steps=5, guidance_scale=scale, latents=x_t, output_type="pt").images
+    theirs = pipe(
+        captions, num_inference_steps=5, guidance_scale=scale, latents=x_t, output_type="pt"
+    ).images
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -307,21 +434,40 @@ def test_without_options_the_base_says_what_is_predicted(tmp_path, tiny_text, sq
     theirs = diffusers.DDIMScheduler.from_pretrained(tiny_text, subfolder="scheduler")
     ours = make_scheduler(config(tmp_path, tiny_text, squares), theirs.config)
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
-    differing = {name for name in ours.config if ours.config[name] != theirs.config.get(name) and not name.startswith("_")}
+    differing = {
+        name
+        for name in ours.config
+        if ours.config[name] != theirs.config.get(name) and not name.startswith("_")
+    }
     assert differing == {"timestep_spacing", "set_alpha_to_one"}
 
 
 @pytest.mark.parametrize(
-    "name", ["stable-diffusion-v1-5", "stable-diffusion-2-1", "stable-diffusion-2-1-base", "stable-diffusion-inpainting"]
+    "name",
+    [
+        "stable-diffusion-v1-5",
+        "stable-diffusion-2-1",
+        "stable-diffusion-2-1-base",
+        "stable-diffusion-inpainting",
+    ],
 )
 def test_well_known_checkpoints_become_zero_snr_ones(tmp_path, name):
     """Whatever scheduler they came with, the result walks their betas rescaled, and so without an offset."""
     inherited = json.loads((DATA / "scheduler_configs" / f"{name}.json").read_text())
     options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     made = make_scheduler(config(tmp_path, "base", "data", **options), inherited).config
-    expected = rescale_zero_terminal_snr(make_betas("scaled_linear", 1000, beta_start=0.00085, beta_end=0.012))
-    torch.testing.assert_close(noise_schedule(made).alphas_cumprod, NoiseSchedule.from_betas(expected).alphas_cumprod)
-    assert (made.timestep_spacing, made.clip_sample, made.set_alpha_to_one, made.prediction_type) == (
+    expected = rescale_zero_terminal_snr(
+        make_betas("scaled_linear", 1000, beta_start=0.00085, beta_end=0.012)
+    )
+    torch.testing.assert_close(
+        noise_schedule(made).alphas_cumprod, NoiseSchedule.from_betas(expected).alphas_cumprod
+    )
+    assert (
+        made.timestep_spacing,
+        made.clip_sample,
+        made.set_alpha_to_one,
+        made.prediction_type,
+    ) == (
         "trailing",
         False,
         True,
@@ -333,14 +479,26 @@ def test_well_known_checkpoints_become_zero_snr_ones(tmp_path, name):
     ("options", "inherited", "expected"),
     [
         ({"prediction_type": "v_prediction"}, {}, ("v_prediction", False, "scaled_linear")),
-        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}, ("v_prediction", True, "scaled_linear")),
-        ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ("v_prediction", True, "scaled_linear")),
+        (
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            {},
+            ("v_prediction", True, "scaled_linear"),
+        ),
+        (
+            {},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            ("v_prediction", True, "scaled_linear"),
+        ),
         (
             {"beta_schedule": "linear"},
             {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
             ("v_prediction", False, "linear"),
         ),
-        ({}, {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}, ("epsilon", False, "scaled_linear")),
+        (
+            {},
+            {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+            ("epsilon", False, "scaled_linear"),
+        ),
     ],
 )
 def test_each_switch_replaces_what_the_base_says(tmp_path, options, inherited, expected):
@@ -352,20 +510,38 @@ def test_each_switch_replaces_what_the_base_says(tmp_path, options, inherited, e
 
 def test_epsilon_at_zero_terminal_snr_is_refused_whoever_asks_for_it(tmp_path):
     with pytest.raises(
-        DDIMError, match="^epsilon prediction cannot be trained at zero terminal SNR, .*; use --prediction-type v_prediction"
+        DDIMError,
+        match="^epsilon prediction cannot be trained at zero terminal SNR, .*; use --prediction-type v_prediction",
     ):
-        make_scheduler(config(tmp_path, "owner/base", "x", rescale_betas_zero_snr=True), {"prediction_type": "epsilon"})
+        make_scheduler(
+            config(tmp_path, "owner/base", "x", rescale_betas_zero_snr=True),
+            {"prediction_type": "epsilon"},
+        )
     zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    with pytest.raises(DDIMError, match="^owner/base has zero terminal SNR, and epsilon prediction cannot be trained there"):
+    with pytest.raises(
+        DDIMError,
+        match="^owner/base has zero terminal SNR, and epsilon prediction cannot be trained there",
+    ):
         make_scheduler(config(tmp_path, "owner/base", "x", prediction_type="epsilon"), zero)
 
 
 def test_the_terminal_step_is_trained_under_min_snr(tmp_path, tiny_text, squares, monkeypatch):
-    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "weighting": "min-snr", "weight_floor": 0.02}
+    options = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "weighting": "min-snr",
+        "weight_floor": 0.02,
+    }
     smallest = []
-    monkeypatch.setattr(trainer, "draw_timesteps", lambda count, levels, **_: torch.full((count,), levels - 1))
+    monkeypatch.setattr(
+        trainer, "draw_timesteps", lambda count, levels, **_: torch.full((count,), levels - 1)
+    )
     usual = trainer.loss_weights
-    monkeypatch.setattr(trainer, "loss_weights", lambda *a, **o: smallest.append(float(usual(*a, **o).min())) or usual(*a, **o))
+    monkeypatch.setattr(
+        trainer,
+        "loss_weights",
+        lambda *a, **o: smallest.append(float(usual(*a, **o).min())) or usual(*a, **o),
+    )
     result = train(config(tmp_path, tiny_text, squares, **options))
     assert set(smallest) == {0.02}
     assert all(loss > 0 for _, loss in result.losses)
@@ -378,7 +554,10 @@ def broken(base, folder, **changes):
     """A copy of a base whose index or configurations differ."""
     shutil.copytree(base, folder)
     for name, change in changes.items():
-        path = folder / {"index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}.get(name, f"{name}/config.json")
+        path = folder / {
+            "index": "model_index.json",
+            "scheduler": "scheduler/scheduler_config.json",
+        }.get(name, f"{name}/config.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     return folder
 
@@ -386,14 +565,26 @@ def broken(base, folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"index": {"vae": None}}, "has no vae (the autoencoder), which a text model needs; complete the folder"),
-        ({"index": {"tokenizer": [None, None]}}, "has no tokenizer (the tokenizer), which a text model needs"),
+        (
+            {"index": {"vae": None}},
+            "has no vae (the autoencoder), which a text model needs; complete the folder",
+        ),
+        (
+            {"index": {"tokenizer": [None, None]}},
+            "has no tokenizer (the tokenizer), which a text model needs",
+        ),
         (
             {"index": {"text_encoder_2": ["transformers", "CLIPTextModel"]}},
             "with a text_encoder_2, and training knows Stable Diffusion 1 and 2",
         ),
-        ({"index": {"unet": ["diffusers", "UNet2DModel"]}}, "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel"),
-        ({"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "a FlowMatchEulerDiscreteScheduler of a flow-matching model"),
+        (
+            {"index": {"unet": ["diffusers", "UNet2DModel"]}},
+            "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel",
+        ),
+        (
+            {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
+            "a FlowMatchEulerDiscreteScheduler of a flow-matching model",
+        ),
         (
             {"unet": {"sample_size": 16}},
             "makes images of 32x32, and those of the data are 16x16 .*; use --resolution 32, or --from-scratch",
@@ -417,8 +608,12 @@ def test_a_folder_that_is_missing_is_named(tmp_path, tiny_text, squares, part):
 
 def test_pickled_weights_are_not_copied(tmp_path, tiny_text, squares):
     base = broken(tiny_text, tmp_path / "base")
-    (base / "vae" / "diffusion_pytorch_model.safetensors").rename(base / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(DDIMError, match=r"the vae of .* has no \.safetensors file without a variant"):
+    (base / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        base / "vae" / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        DDIMError, match=r"the vae of .* has no \.safetensors file without a variant"
+    ):
         train(config(tmp_path / "out", base, squares))
 
 
@@ -436,10 +631,22 @@ def test_damaged_weights_are_named(tmp_path, tiny_text, squares):
             {"resolution": 15},
             r"images of 15x15 \(width x height\) cannot be made into latents: the autoencoder of .* divides by 2; use --resolution 16",
         ),
-        ({"resolution": 32}, "makes images of 16x16, and those of the data are 32x32 .*; use --resolution 16, or --from-scratch"),
-        ({"channels": 1}, r"the autoencoder of .* takes 3 channel\(s\), and the images have 1; use --channels 3"),
-        ({"class_conditional": True}, "is a text model, which knows captions and no classes; leave out --class-conditional"),
-        ({"from_scratch": True, "block_out_channels": (8,) * 5}, "images of 16x16 cannot be halved 4 times, .*; use --resolution 32"),
+        (
+            {"resolution": 32},
+            "makes images of 16x16, and those of the data are 32x32 .*; use --resolution 16, or --from-scratch",
+        ),
+        (
+            {"channels": 1},
+            r"the autoencoder of .* takes 3 channel\(s\), and the images have 1; use --channels 3",
+        ),
+        (
+            {"class_conditional": True},
+            "is a text model, which knows captions and no classes; leave out --class-conditional",
+        ),
+        (
+            {"from_scratch": True, "block_out_channels": (8,) * 5},
+            "images of 16x16 cannot be halved 4 times, .*; use --resolution 32",
+        ),
         ({"data": "digits"}, "digits has no captions; put metadata.jsonl"),
     ],
 )
@@ -451,24 +658,35 @@ def test_data_and_options_that_do_not_fit_the_base(tmp_path, tiny_text, squares,
 
 def test_a_base_is_no_place_for_its_successor(tmp_path, tiny_text, squares):
     base = broken(tiny_text, tmp_path / "base")
-    with pytest.raises(DDIMError, match="holds unet, scheduler, .* and no checkpoint of a run that made them"):
+    with pytest.raises(
+        DDIMError, match="holds unet, scheduler, .* and no checkpoint of a run that made them"
+    ):
         train(config(base, base, squares))
 
 
 def test_a_text_model_without_transformers(tmp_path, tiny_text, squares, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DDIMError, match=r"^text models need transformers, which is not installed; run: pip install 'ddim\[text\]'\.$"):
+    with pytest.raises(
+        DDIMError,
+        match=r"^text models need transformers, which is not installed; run: pip install 'ddim\[text\]'\.$",
+    ):
         train(config(tmp_path, tiny_text, squares))
 
 
 def test_captions_that_are_cut_are_counted(tmp_path, tiny_text, squares):
     with np.load(squares) as file:
         arrays = dict(file)
-    arrays["captions"] = np.array([*arrays["captions"][:57], *["a red square " * 9] * 2, "word " * 30])
+    arrays["captions"] = np.array(
+        [*arrays["captions"][:57], *["a red square " * 9] * 2, "word " * 30]
+    )
     np.savez(tmp_path / "long.npz", **arrays)
     notes = []
-    train(config(tmp_path / "out", tiny_text, tmp_path / "long.npz", images=4), on_note=notes.append)
-    assert notes == [f"3 of 60 captions are longer than the 12 tokens that {tiny_text} reads, and are cut there."]
+    train(
+        config(tmp_path / "out", tiny_text, tmp_path / "long.npz", images=4), on_note=notes.append
+    )
+    assert notes == [
+        f"3 of 60 captions are longer than the 12 tokens that {tiny_text} reads, and are cut there."
+    ]
     assert json.loads((tmp_path / "out" / "card.json").read_text())["data"]["captions_cut"] == 3
 
 
@@ -479,7 +697,10 @@ def test_another_base_than_the_runs_is_refused(tmp_path, tiny_text, squares):
     with torch.no_grad():
         parts["vae"].quant_conv.bias.add_(1)
     parts["vae"].save_pretrained(base / "vae")
-    with pytest.raises(DDIMError, match="a run whose base .* had base_weights='.*', and there is base_weights='.*' now"):
+    with pytest.raises(
+        DDIMError,
+        match="a run whose base .* had base_weights='.*', and there is base_weights='.*' now",
+    ):
         train(config(tmp_path / "out", base, squares, images=8))
 
 
@@ -494,7 +715,9 @@ def test_no_path_of_the_base_gets_into_the_model(tmp_path, tiny_text, squares):
 
 def test_an_unconditional_base_goes_on(tmp_path, tiny):
     train(config(tmp_path, tiny, "digits", learning_rate=1e-9, ema_decay=0.0))
-    before, after = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (tiny, tmp_path))
+    before, after = (
+        load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (tiny, tmp_path)
+    )
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
@@ -505,8 +728,15 @@ def test_an_unconditional_base_goes_on(tmp_path, tiny):
 
 def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
     train(config(tmp_path / "a", tiny, "digits", from_scratch=True, images=4))
-    train(config(tmp_path / "b", tiny, "digits", from_scratch=True, images=4, block_out_channels=(8, 8)))
-    theirs, a, b = (json.loads((f / "unet" / "config.json").read_text()) for f in (tiny, tmp_path / "a", tmp_path / "b"))
+    train(
+        config(
+            tmp_path / "b", tiny, "digits", from_scratch=True, images=4, block_out_channels=(8, 8)
+        )
+    )
+    theirs, a, b = (
+        json.loads((f / "unet" / "config.json").read_text())
+        for f in (tiny, tmp_path / "a", tmp_path / "b")
+    )
     assert a == theirs
     assert (b["block_out_channels"], b["norm_num_groups"]) == ([8, 8], 8)
 
@@ -514,9 +744,18 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"resolution": 16}, r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use --channels 1 --resolution 8"),
-        ({"class_conditional": True}, "knows no classes, and 10 were asked for; leave out --class-conditional, or add --from-scratch"),
-        ({"train_text_encoder": True}, "train_text_encoder is of text models, and .* has no text encoder"),
+        (
+            {"resolution": 16},
+            r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use --channels 1 --resolution 8",
+        ),
+        (
+            {"class_conditional": True},
+            "knows no classes, and 10 were asked for; leave out --class-conditional, or add --from-scratch",
+        ),
+        (
+            {"train_text_encoder": True},
+            "train_text_encoder is of text models, and .* has no text encoder",
+        ),
     ],
 )
 def test_what_does_not_fit_an_unconditional_base(tmp_path, tiny, options, text):

@@ -78,7 +78,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path, 
         return usual(network, x0, **options) * (float("nan") if len(calls) == 5 else 1)
 
     usual = only_in_training(monkeypatch, loss)
-    with pytest.raises(NonFiniteLossError, match=r"the loss became nan at step 5; the last good checkpoint is .*/0000004\. Lower"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"the loss became nan at step 5; the last good checkpoint is .*/0000004\. Lower",
+    ):
         train(config(tmp_path, log_every=6))
     assert steps_in(tmp_path) == [2, 4]
     assert not (tmp_path / "model_index.json").exists()
@@ -86,9 +89,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path, 
 
 def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
     """A gradient may overflow where the loss does not: the weights are broken one step before the loss tells."""
-    monkeypatch.setattr(trainer, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4)
+    monkeypatch.setattr(
+        trainer, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4
+    )
     with pytest.raises(
-        NonFiniteLossError, match=r"the largest weight became (nan|inf) at step 4; the last good checkpoint is .*/0000002\."
+        NonFiniteLossError,
+        match=r"the largest weight became (nan|inf) at step 4; the last good checkpoint is .*/0000002\.",
     ):
         train(config(tmp_path))
     assert steps_in(tmp_path) == [2]
@@ -97,7 +103,10 @@ def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
 def test_a_network_that_overflows_on_held_out_images_is_never_a_checkpoint(tmp_path, monkeypatch):
     """Weights that are huge, and finite, show in no training loss before the next step."""
     monkeypatch.setattr(trainer, "validation_loss", lambda *_: float("nan"))
-    with pytest.raises(NonFiniteLossError, match=r"the held-out loss became nan at step 2; the last good checkpoint is none\."):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"the held-out loss became nan at step 2; the last good checkpoint is none\.",
+    ):
         train(config(tmp_path))
     assert steps_in(tmp_path) == []
 
@@ -126,22 +135,40 @@ def test_bf16_trains_with_noise_and_loss_in_float32(tmp_path, monkeypatch):
 
     def spied(*args):
         network = make(*args)
-        network.conv_in.register_forward_hook(lambda module, inputs, output: inside.add((inputs[0].dtype, output.dtype)))
+        network.conv_in.register_forward_hook(
+            lambda module, inputs, output: inside.add((inputs[0].dtype, output.dtype))
+        )
         return network
 
     monkeypatch.setattr(subject, "make_network", spied)
-    result = train(config(tmp_path, mixed_precision="bf16", images=400, learning_rate=3e-3, validation_images=0, checkpoint_every=100))
+    result = train(
+        config(
+            tmp_path,
+            mixed_precision="bf16",
+            images=400,
+            learning_rate=3e-3,
+            validation_images=0,
+            checkpoint_every=100,
+        )
+    )
     assert dtypes == {torch.float32}
     assert inside == {(torch.float32, torch.bfloat16)}
     losses = [value for _, value in result.losses]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
-    weights = torch.load(tmp_path / "checkpoints" / "0000100" / "training" / "optimizer.pt", weights_only=True)
-    assert {v.dtype for state in weights["state"].values() for v in state.values()} == {torch.float32}
+    weights = torch.load(
+        tmp_path / "checkpoints" / "0000100" / "training" / "optimizer.pt", weights_only=True
+    )
+    assert {v.dtype for state in weights["state"].values() for v in state.values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
 def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
-    with pytest.raises(DDIMError, match=r"^--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no\.$"):
+    with pytest.raises(
+        DDIMError,
+        match=r"^--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no\.$",
+    ):
         train(config(tmp_path / "out", mixed_precision="fp16"))
     assert not (tmp_path / "out").exists()
 
@@ -149,7 +176,18 @@ def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
 # Resuming
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation": 2, "horizontal_flip": True, "dropout": 0.2, "class_conditional": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "gradient_accumulation": 2,
+            "horizontal_flip": True,
+            "dropout": 0.2,
+            "class_conditional": True,
+        },
+    ],
+)
 def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, options):
     whole = train(config(tmp_path, **options), revision="a")
     hashes = weight_hash(tmp_path)
@@ -158,7 +196,10 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, options
     rest = train(config(tmp_path, **options), revision="b")
     assert rest.losses == whole.losses[2:]
     assert weight_hash(tmp_path) == hashes
-    log = [json.loads(line)["step"] for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "log" / "log.jsonl").read_text().splitlines()
+    ]
     assert log == list(range(1, whole.step + 1))  # the steps that were taken twice are logged once
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["revisions"] == [{"step": 0, "revision": "a"}, {"step": 2, "revision": "b"}]
@@ -192,7 +233,12 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
     train(config(tmp_path, images=8), revision="a")
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
     record = json.loads(path.read_text())
-    del record["held_out"], record["revisions"], record["config"]["center_crop"], record["config"]["image_column"]
+    del (
+        record["held_out"],
+        record["revisions"],
+        record["config"]["center_crop"],
+        record["config"]["image_column"],
+    )
     path.write_text(json.dumps(record | {"config": {**record["config"], "images": 16}}))
     train(config(tmp_path, images=16), revision="b")
     after = record_of(tmp_path / "checkpoints" / "0000004")
@@ -206,27 +252,38 @@ def test_a_model_of_someone_elses_is_not_replaced(tmp_path, found):
     (tmp_path / found / "precious").touch()
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(
-        OutputError, match=rf"holds {found} and no checkpoint of a run that made them, and the trained .* use another --out"
+        OutputError,
+        match=rf"holds {found} and no checkpoint of a run that made them, and the trained .* use another --out",
     ):
         train(config(tmp_path, data="a missing folder/x"))
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == sorted([found, f"{found}/precious", "checkpoints"])
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == sorted(
+        [found, f"{found}/precious", "checkpoints"]
+    )
 
 
 def test_other_options_than_the_folders_are_refused(tmp_path):
     train(config(tmp_path, images=8))
     with pytest.raises(
-        CheckpointError, match=r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use another"
+        CheckpointError,
+        match=r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use another",
     ):
         train(config(tmp_path, images=8, learning_rate=1e-3))
     with pytest.raises(
-        CheckpointError, match=r"a run that is finished, of images=8; to go on from its model give --base .*, another --out"
+        CheckpointError,
+        match=r"a run that is finished, of images=8; to go on from its model give --base .*, another --out",
     ):
         train(config(tmp_path, images=12))
-    with pytest.raises(CheckpointError, match=r"holds a run with images=8, and images=4 was asked for; use another --out, or the same"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds a run with images=8, and images=4 was asked for; use another --out, or the same",
+    ):
         train(config(tmp_path, images=4))
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
-    with pytest.raises(CheckpointError, match=r"holds a run on 2 process\(es\), and this one has 1; use the same number"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds a run on 2 process\(es\), and this one has 1; use the same number",
+    ):
         train(config(tmp_path, images=8, checkpoint_every=1, workers=0))  # a free option may differ
 
 
@@ -248,30 +305,52 @@ def test_data_that_changed_are_told_from_the_option_of_the_same_name(tmp_path):
         (0.01, {}, False, {}),
         (0.01, {"guidance_scale": 3.0}, False, {"guidance_scale": 3.0}),
         (1.0, {}, False, {"guidance_scale": 7.5, "guidance_rescale": 0.7}),
-        (1.0, {"guidance_scale": 3.0, "guidance_rescale": 0.5}, False, {"guidance_scale": 3.0, "guidance_rescale": 0.5}),
-        (1.0, {"guidance_scale": 3.0, "guidance_rescale": 0.0}, False, {"guidance_scale": 3.0, "guidance_rescale": 0.7}),
+        (
+            1.0,
+            {"guidance_scale": 3.0, "guidance_rescale": 0.5},
+            False,
+            {"guidance_scale": 3.0, "guidance_rescale": 0.5},
+        ),
+        (
+            1.0,
+            {"guidance_scale": 3.0, "guidance_rescale": 0.0},
+            False,
+            {"guidance_scale": 3.0, "guidance_rescale": 0.7},
+        ),
         (1.0, {"guidance_scale": 3.0}, True, {"guidance_scale": 7.5, "guidance_rescale": 0.7}),
     ],
 )
-def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_snr(tmp_path, beta, card, from_scratch, expected):
+def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_snr(
+    tmp_path, beta, card, from_scratch, expected
+):
     (tmp_path / "card.json").write_text(json.dumps(card))
     schedule = NoiseSchedule.from_betas(torch.tensor([0.1, beta], dtype=torch.float64))
-    options = config(tmp_path / "out", base=str(tmp_path), from_scratch=from_scratch, block_out_channels=None)
+    options = config(
+        tmp_path / "out", base=str(tmp_path), from_scratch=from_scratch, block_out_channels=None
+    )
     for is_text in (True, False):
         base = Base(str(tmp_path), tmp_path, {}, {}, {}, is_text)
         assert trainer._guidance(options, base, schedule) == (expected if is_text else {})
     assert trainer._guidance(options, None, schedule) == {}
     (tmp_path / "card.json").write_text('{"guidance_scale": "much"}')
     if not from_scratch:
-        with pytest.raises(CheckpointError, match=r"card\.json must say a finite number as guidance_scale; got 'much'\."):
-            trainer._guidance(options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule)
+        with pytest.raises(
+            CheckpointError,
+            match=r"card\.json must say a finite number as guidance_scale; got 'much'\.",
+        ):
+            trainer._guidance(
+                options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule
+            )
 
 
 @pytest.mark.parametrize("name", ["record.json", "optimizer.pt", "network.safetensors"])
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
     train(config(tmp_path, images=8))
     (tmp_path / "checkpoints" / "0000002" / "training" / name).write_bytes(b"words")
-    with pytest.raises(CheckpointError, match=r"0000002 cannot be (read|restored) \(.*\); delete that folder to go on from an earlier one"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"0000002 cannot be (read|restored) \(.*\); delete that folder to go on from an earlier one",
+    ):
         train(config(tmp_path, images=8))
 
 
@@ -291,13 +370,16 @@ def full(*args, **kwargs):
         ("pathlib.Path.rename", full),
     ],
 )
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(tmp_path, monkeypatch, place, error):
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(
+    tmp_path, monkeypatch, place, error
+):
     def fill(progress):
         if progress.step == 3:
             monkeypatch.setattr(place, error)
 
     with pytest.raises(
-        OutputError, match=r"^the checkpoint of step 4 cannot be written to .*/checkpoints \(No space left on device\); mend"
+        OutputError,
+        match=r"^the checkpoint of step 4 cannot be written to .*/checkpoints \(No space left on device\); mend",
     ):
         train(config(tmp_path), on_progress=fill)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
@@ -308,7 +390,8 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(
 def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "weight_hash", full)
     with pytest.raises(
-        OutputError, match=r"^the model cannot be written to .* \(No space left on device\); mend that, and the same command"
+        OutputError,
+        match=r"^the model cannot be written to .* \(No space left on device\); mend that, and the same command",
     ):
         train(config(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
@@ -332,7 +415,9 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 10, 11):
         (tmp_path / f"{step:07d}").mkdir()
     (tmp_path / ".partial-0000012").mkdir()
-    (tmp_path / ".0000001.old" / "unet").mkdir(parents=True)  # of a run that was killed while it removed one
+    (tmp_path / ".0000001.old" / "unet").mkdir(
+        parents=True
+    )  # of a run that was killed while it removed one
     prune(tmp_path, keep=2, best=2)
     assert not list(tmp_path.glob(".*.old"))
     assert sorted(int(p.name) for p in tmp_path.glob("[0-9]*")) == [2, 10, 11]
@@ -345,7 +430,10 @@ def test_the_best_is_the_one_of_least_loss_on_held_out_images(tmp_path, monkeypa
     monkeypatch.setattr(trainer, "validation_loss", lambda *args: next(held))
     train(config(tmp_path, keep_checkpoints=1))
     assert steps_in(tmp_path) == [4, 6]
-    assert record_of(tmp_path / "checkpoints" / "0000006")["best"] == {"step": 4, "validation_loss": 0.2}
+    assert record_of(tmp_path / "checkpoints" / "0000006")["best"] == {
+        "step": 4,
+        "validation_loss": 0.2,
+    }
 
 
 # What is trained
@@ -354,13 +442,19 @@ def test_the_best_is_the_one_of_least_loss_on_held_out_images(tmp_path, monkeypa
 def test_every_class_is_trained_and_held_out_where_images_are_sorted_by_class(tmp_path):
     labels = np.repeat(np.arange(5), 20)
     np.savez(tmp_path / "sorted.npz", images=np.zeros((100, 8, 8), np.uint8), labels=labels)
-    train(config(tmp_path / "out", data=str(tmp_path / "sorted.npz"), validation_images=10, images=8))
+    train(
+        config(tmp_path / "out", data=str(tmp_path / "sorted.npz"), validation_images=10, images=8)
+    )
     held = range(*record_of(tmp_path / "out" / "checkpoints" / "0000002")["held_out"])
     assert np.bincount(labels[list(held)]).tolist() == [2] * 5
 
 
-@pytest.mark.parametrize(("count", "asked", "expected"), [(1500, 512, 150), (1500, 7, 7), (1500, 0, 0), (9, 512, 0)])
-def test_the_images_held_out_are_as_many_as_asked_and_never_trained(tmp_path, monkeypatch, count, asked, expected):
+@pytest.mark.parametrize(
+    ("count", "asked", "expected"), [(1500, 512, 150), (1500, 7, 7), (1500, 0, 0), (9, 512, 0)]
+)
+def test_the_images_held_out_are_as_many_as_asked_and_never_trained(
+    tmp_path, monkeypatch, count, asked, expected
+):
     class Stop(Exception): ...
 
     def batches(images, *args, **kwargs):
@@ -379,7 +473,14 @@ def test_the_images_held_out_are_as_many_as_asked_and_never_trained(tmp_path, mo
 def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path):
     images = list(range(5, 29))
     shares = [
-        [i for batch in trainer._Batches(images, config(tmp_path), start=0, stop=6, rank=rank, world=2) for i in batch] for rank in (0, 1)
+        [
+            i
+            for batch in trainer._Batches(
+                images, config(tmp_path), start=0, stop=6, rank=rank, world=2
+            )
+            for i in batch
+        ]
+        for rank in (0, 1)
     ]
     first = [i for share in shares for i in share[:12]]
     assert sorted(first) == images
@@ -391,7 +492,12 @@ def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_every_schedule_trains_at_zero_terminal_snr(tmp_path, beta_schedule, prediction_type):
-    options = {"beta_schedule": beta_schedule, "prediction_type": prediction_type, "weighting": "min-snr", "num_train_timesteps": 50}
+    options = {
+        "beta_schedule": beta_schedule,
+        "prediction_type": prediction_type,
+        "weighting": "min-snr",
+        "num_train_timesteps": 50,
+    }
     result = train(config(tmp_path, images=4, rescale_betas_zero_snr=True, **options))
     assert np.isfinite(result.loss)
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
@@ -404,24 +510,37 @@ def test_gradients_are_accumulated_under_accelerate_launch_too(tmp_path, monkeyp
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # as it sets it
     result = train(config(tmp_path, gradient_accumulation=3, images=24))
     assert result.step == 2
-    state = torch.load(tmp_path / "checkpoints" / "0000002" / "training" / "optimizer.pt", weights_only=True)["state"]
+    state = torch.load(
+        tmp_path / "checkpoints" / "0000002" / "training" / "optimizer.pt", weights_only=True
+    )["state"]
     assert state[0]["step"] == 2
 
 
 def test_previews_and_class_labels(tmp_path):
-    train(config(tmp_path, class_conditional=True, preview_every=3, preview_count=4, preview_steps=2))
-    assert [p.name for p in sorted((tmp_path / "previews").iterdir())] == ["0000003.png", "0000006.png"]
+    train(
+        config(tmp_path, class_conditional=True, preview_every=3, preview_count=4, preview_steps=2)
+    )
+    assert [p.name for p in sorted((tmp_path / "previews").iterdir())] == [
+        "0000003.png",
+        "0000006.png",
+    ]
     assert json.loads((tmp_path / "unet" / "config.json").read_text())["num_class_embeds"] == 10
 
 
 def test_class_labels_that_are_not_there(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((9, 8, 8), np.uint8))
-    with pytest.raises(DDIMError, match="a class-conditional model needs labels, and .* has none; leave out --class-conditional"):
+    with pytest.raises(
+        DDIMError,
+        match="a class-conditional model needs labels, and .* has none; leave out --class-conditional",
+    ):
         train(config(tmp_path, data=str(tmp_path / "a.npz"), class_conditional=True))
 
 
 def test_images_that_cannot_be_halved(tmp_path):
-    with pytest.raises(DDIMError, match=r"images of 8x8 cannot be halved 4 times, .*; use --resolution 16, or fewer entries"):
+    with pytest.raises(
+        DDIMError,
+        match=r"images of 8x8 cannot be halved 4 times, .*; use --resolution 16, or fewer entries",
+    ):
         make_network(config(tmp_path, block_out_channels=(8,) * 5), load_images("digits"))
 
 
@@ -434,7 +553,15 @@ def test_an_image_that_cannot_be_read_is_one_sentence_from_a_worker_too(tmp_path
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "5.png").write_text("words")
     with pytest.raises(DataError) as caught:
-        train(config(tmp_path / "out", data=str(tmp_path), resolution=8, workers=workers, validation_images=0))
+        train(
+            config(
+                tmp_path / "out",
+                data=str(tmp_path),
+                resolution=8,
+                workers=workers,
+                validation_images=0,
+            )
+        )
     assert str(caught.value).startswith(f"{tmp_path}/5.png is not an image that can be read (")
     assert "Traceback" not in str(caught.value)
 
@@ -447,7 +574,9 @@ def test_the_learning_rate_rises_and_falls(tmp_path, kind):
     assert rates[10] == pytest.approx(1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert rates[55] == pytest.approx(1 if kind == "constant" else 0.5)
-    assert rates[99] == pytest.approx({"constant": 1, "linear": 1 / 90, "cosine": 0.5 * (1 + np.cos(np.pi * 89 / 90))}[kind])
+    assert rates[99] == pytest.approx(
+        {"constant": 1, "linear": 1 / 90, "cosine": 0.5 * (1 + np.cos(np.pi * 89 / 90))}[kind]
+    )
 
 
 def test_the_average_follows_parameters_and_copies_buffers():
@@ -470,10 +599,17 @@ def test_the_average_follows_parameters_and_copies_buffers():
 # Slow
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 2 worker processes"
+)  # where there is one core
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's compiler, about itself
 def test_compiled_and_loaded_by_workers_it_learns_the_same(tmp_path):
-    plain, other = train(config(tmp_path / "a")), train(config(tmp_path / "b", compile=True, workers=2))
-    assert [value for _, value in other.losses] == pytest.approx([value for _, value in plain.losses], rel=1e-4)
+    plain, other = (
+        train(config(tmp_path / "a")),
+        train(config(tmp_path / "b", compile=True, workers=2)),
+    )
+    assert [value for _, value in other.losses] == pytest.approx(
+        [value for _, value in plain.losses], rel=1e-4
+    )
     assert latest_checkpoint(Path(tmp_path / "b" / "checkpoints"))

@@ -63,14 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given[0] not in COMMANDS:
             near = difflib.get_close_matches(given[0], COMMANDS, 1)
-            told = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+            told = (
+                f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+            )
             raise DDIMError(f"there is no command {given[0]!r}; {told}")
         module = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         with warnings.catch_warnings():
             _tell_warnings()
             code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
-        return _fail(str(error) if module is None or isinstance(error, CheckpointError) else _as_options(str(error), module, given[1:]))
+        return _fail(
+            str(error)
+            if module is None or isinstance(error, CheckpointError)
+            else _as_options(str(error), module, given[1:])
+        )
     except OSError as error:
         where = f"cannot read or write {error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
@@ -84,7 +90,7 @@ def _tell_warnings() -> None:
     """Has what this package warns of told in one line, without the place in its code."""
     otherwise = warnings.showwarning
 
-    def tell(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:  # noqa: ANN401 - as warnings.showwarning
+    def tell(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
         if category.__module__.split(".")[0] == "ddim":
             print(f"ddim: warning: {message}", file=sys.stderr)
         else:
@@ -93,14 +99,14 @@ def _tell_warnings() -> None:
     warnings.showwarning = tell
 
 
-def _parse(module: Any, name: str, arguments: list[str]) -> object:  # noqa: ANN401 - a command's module
+def _parse(module: Any, name: str, arguments: list[str]) -> object:
     from ddim.cli._arguments import parse
 
     default, rest = module.defaults(arguments)
     return parse(module.Command, name=name, arguments=rest, default=default)
 
 
-def _as_options(message: str, module: Any, arguments: list[str]) -> str:  # noqa: ANN401 - as above
+def _as_options(message: str, module: Any, arguments: list[str]) -> str:
     """Calls options in a message as the command line does, where the command has them and they are what is meant.
 
     They are where they were given, and in a message that names ``num_inference_steps``, which no file of a model holds.
@@ -108,7 +114,9 @@ def _as_options(message: str, module: Any, arguments: list[str]) -> str:  # noqa
     from ddim.cli._arguments import option_names
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    meant = set(option_names(module.Command)) & (set(_OPTIONS.values()) if "num_inference_steps" in message else given)
+    meant = set(option_names(module.Command)) & (
+        set(_OPTIONS.values()) if "num_inference_steps" in message else given
+    )
     for name, option in _OPTIONS.items():
         if option in meant:
             message = re.sub(rf"(?<![\w-]){name}(?![\w=])", option, message)

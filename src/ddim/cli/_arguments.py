@@ -16,7 +16,15 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ddim.errors import DDIMError
 
-__all__ = ["EtaOption", "EtasOption", "FittedLevels", "ModelArgument", "TimestepsOption", "option_names", "parse"]
+__all__ = [
+    "EtaOption",
+    "EtasOption",
+    "FittedLevels",
+    "ModelArgument",
+    "TimestepsOption",
+    "option_names",
+    "parse",
+]
 
 C = TypeVar("C")
 
@@ -31,16 +39,26 @@ def parse(command: type[C], *, name: str, arguments: list[str], default: C | Non
     errors = io.StringIO()
     asks_for_help = any(a in ("-h", "--help") for a in arguments)
     try:
-        with contextlib.redirect_stderr(errors), contextlib.nullcontext() if asks_for_help else _unwrapped():
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.nullcontext() if asks_for_help else _unwrapped(),
+        ):
             options: dict[str, Any] = {} if default is None else {"default": default}
             parsed: Any = tyro.cli(
-                command, prog=f"ddim {name}", args=arguments, registry=_registry(), config=(tyro.conf.FlagCreatePairsOff,), **options
+                command,
+                prog=f"ddim {name}",
+                args=arguments,
+                registry=_registry(),
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         # tyro tells of a missing argument first, where a mistyped option may have taken it.
-        raise DDIMError(_unknown_option(command, name, arguments) or _one_sentence(errors.getvalue(), name)) from None
+        raise DDIMError(
+            _unknown_option(command, name, arguments) or _one_sentence(errors.getvalue(), name)
+        ) from None
     result: C = parsed
     return result
 
@@ -63,7 +81,9 @@ def _unknown_option(command: type, name: str, arguments: Sequence[str]) -> str |
         option = argument.partition("=")[0].replace("_", "-")
         if option.startswith("--") and len(option) > 2 and option not in known:
             near = difflib.get_close_matches(option, known, 1, cutoff=0.75)
-            return f"there is no option {option}; {f'did you mean {near[0]}?' if near else _see(name)}"
+            return (
+                f"there is no option {option}; {f'did you mean {near[0]}?' if near else _see(name)}"
+            )
     return None
 
 
@@ -102,13 +122,21 @@ def _one_sentence(box: str, name: str) -> str:
         given = match[1].split(", ")
         if options := [g for g in given if g.startswith("-")]:
             return f"there is no option {options[0]}; {see}"
-        return f"there is an argument too many: {given[0]!r}; lists are separated by commas, and {see}"
+        return (
+            f"there is an argument too many: {given[0]!r}; lists are separated by commas, and {see}"
+        )
     if words.startswith("Missing from"):
-        needed = [match[0] for line in blocks[1] if (match := re.match(r"--[a-z][\w-]*|[A-Z][A-Z_]+(?=$| \()", line))]
+        needed = [
+            match[0]
+            for line in blocks[1]
+            if (match := re.match(r"--[a-z][\w-]*|[A-Z][A-Z_]+(?=$| \()", line))
+        ]
         return f"{' and '.join(needed)} must be given; {see}"
     if match := re.match(r"Missing value for argument '([^']*)'", words):
         return f"{match[1]} needs a value; {see}"
-    if match := re.match(r"invalid choice '(.*)' for argument '([^']*)'. Expected one of \((.*)\)", words):
+    if match := re.match(
+        r"invalid choice '(.*)' for argument '([^']*)'. Expected one of \((.*)\)", words
+    ):
         choices = [c for c in re.findall(r"'([^']*)'", match[3]) if c != "None"]
         return f"{match[2]} must be one of {', '.join(choices)}; got {match[1]!r}."
     if match := re.match(r"Error parsing (\S+): (.*)", words):
@@ -124,25 +152,41 @@ def _registry() -> ConstructorRegistry:
     def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if info.type is int:
             return _spec(lambda text: _number(int, text), metavar="INT")
-        return _spec(lambda text: _number(float, text), metavar="NUMBER") if info.type is float else None
+        return (
+            _spec(lambda text: _number(float, text), metavar="NUMBER")
+            if info.type is float
+            else None
+        )
 
     @registry.primitive_rule
     def comma_lists(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         kinds = get_args(info.type)
-        if get_origin(info.type) is not tuple or kinds[1:] != (...,) or kinds[0] not in (int, float, str):
+        if (
+            get_origin(info.type) is not tuple
+            or kinds[1:] != (...,)
+            or kinds[0] not in (int, float, str)
+        ):
             return None
         convert = _CONVERT[kinds[0]]
         metavar = {int: "INT", float: "NUMBER", str: "NAME"}[kinds[0]]
-        return _spec(lambda text: tuple(convert(part) for part in _split(text)), metavar=f"{metavar},...")
+        return _spec(
+            lambda text: tuple(convert(part) for part in _split(text)), metavar=f"{metavar},..."
+        )
 
     @registry.primitive_rule
     def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         """``X | None`` is read as X; leaving the option out is how to say None."""
         kinds = get_args(info.type)
-        if get_origin(info.type) not in (Union, UnionType) or NoneType not in kinds or len(kinds) != 2:
+        if (
+            get_origin(info.type) not in (Union, UnionType)
+            or NoneType not in kinds
+            or len(kinds) != 2
+        ):
             return None
         inner = next(k for k in kinds if k is not NoneType)
-        spec: Any = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner, info.markers))
+        spec: Any = ConstructorRegistry.get_primitive_spec(
+            PrimitiveTypeInfo.make(inner, info.markers)
+        )
         if not isinstance(spec, PrimitiveConstructorSpec):
             return None
         return PrimitiveConstructorSpec(
@@ -163,7 +207,9 @@ def _spec(convert: Callable[[str], Any], *, metavar: str) -> PrimitiveConstructo
         metavar=metavar,
         instance_from_str=lambda texts: convert(texts[0]),
         is_instance=lambda x: True,
-        str_from_instance=lambda x: [",".join(map(str, x)) if isinstance(x, tuple) else "unset" if x is None else str(x)],
+        str_from_instance=lambda x: [
+            ",".join(map(str, x)) if isinstance(x, tuple) else "unset" if x is None else str(x)
+        ],
     )
 
 
@@ -171,14 +217,20 @@ def _number(kind: type[int] | type[float], text: str) -> int | float:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"it must be a {'whole ' if kind is int else ''}number; got {text!r}.") from None
+        raise ValueError(
+            f"it must be a {'whole ' if kind is int else ''}number; got {text!r}."
+        ) from None
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-_CONVERT: dict[Any, Callable[[str], Any]] = {int: lambda t: _number(int, t), float: lambda t: _number(float, t), str: str}
+_CONVERT: dict[Any, Callable[[str], Any]] = {
+    int: lambda t: _number(int, t),
+    float: lambda t: _number(float, t),
+    str: str,
+}
 
 
 def _eta(text: str) -> float | str:
@@ -211,13 +263,16 @@ def _timesteps(text: str) -> tuple[int, ...]:
         raise ValueError(f"{text} must hold a list of whole numbers under the key 'timesteps'.")
     levels = FittedLevels(found)
     protocol = content.get("protocol")
-    levels.protocol = protocol if isinstance(protocol, dict) and protocol.get("command") == "fit-steps" else {}
+    levels.protocol = (
+        protocol if isinstance(protocol, dict) and protocol.get("command") == "fit-steps" else {}
+    )
     return levels
 
 
 ModelArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
 EtaOption = Annotated[float | Literal["sigma-hat"] | None, _spec(_eta, metavar="NUMBER|sigma-hat")]
 EtasOption = Annotated[
-    tuple[float | Literal["sigma-hat"], ...], _spec(lambda text: tuple(map(_eta, _split(text))), metavar="NUMBER|sigma-hat,...")
+    tuple[float | Literal["sigma-hat"], ...],
+    _spec(lambda text: tuple(map(_eta, _split(text))), metavar="NUMBER|sigma-hat,..."),
 ]
 TimestepsOption = Annotated[tuple[int, ...] | None, _spec(_timesteps, metavar="INT,...|FILE.json")]

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from ddim.pipelines import UnconditionalPipeline
     from ddim.training.data import ImageData
 
-__all__ = ["describe_reference", "draw_batches", "image_batches", "note_few", "open_panel", "open_reference", "shuffled_batches"]
+__all__ = [
+    "describe_reference",
+    "draw_batches",
+    "image_batches",
+    "note_few",
+    "open_panel",
+    "open_reference",
+    "shuffled_batches",
+]
 
 BATCH = 256
 """Images that pass through an extractor together; it does not change a number but for rounding."""
@@ -25,7 +33,9 @@ FEW = 100
 """Below so many images, differences between models drown in the spread over seeds."""
 
 
-def open_reference(source: str, *, split: str, shape: tuple[int, int, int], what: str, resize: bool = False) -> "ImageData":
+def open_reference(
+    source: str, *, split: str, shape: tuple[int, int, int], what: str, resize: bool = False
+) -> "ImageData":
     """The real images, grey or colour as the samples are; with ``resize`` of their size, too.
 
     Raises:
@@ -33,7 +43,9 @@ def open_reference(source: str, *, split: str, shape: tuple[int, int, int], what
     """
     from ddim.training.data import load_images
 
-    data = load_images(source, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
+    data = load_images(
+        source, split=split, channels=shape[0], resolution=shape[1:] if resize else None
+    )
     if data.resolution != shape[1:]:
         told = [f"{width}x{height}" for height, width in (shape[1:], data.resolution)]
         raise DataError(
@@ -62,26 +74,48 @@ def open_panel(
     pairs = [item.partition("=") for item in weights]
     for name, _, path in pairs:
         if not path:
-            raise DDIMError(f"--weights are NAME=PATH, such as inception=weights.pth; got {name!r}.")
+            raise DDIMError(
+                f"--weights are NAME=PATH, such as inception=weights.pth; got {name!r}."
+            )
     paths = {name: Path(path).expanduser() for name, _, path in pairs}
-    panel = load_panel(default_metrics(shape) if names is None else names, image_shape=shape, weights=paths, device=device)
+    panel = load_panel(
+        default_metrics(shape) if names is None else names,
+        image_shape=shape,
+        weights=paths,
+        device=device,
+    )
     if names is None:
         panel = panel.fitting(min(counts), available) or panel
     panel.check_counts(counts, available)
     return panel
 
 
-def note_few(panel: "Panel", *, shape: tuple[int, int, int], counts: Sequence[int], available: int, chosen: bool) -> None:
+def note_few(
+    panel: "Panel",
+    *,
+    shape: tuple[int, int, int],
+    counts: Sequence[int],
+    available: int,
+    chosen: bool,
+) -> None:
     """Says in a line what few images are too few for; ``chosen``: whether the metrics were asked for, so that none was left out."""
     from ddim.evaluation.protocol import default_metrics
 
-    if absent := [name for name in default_metrics(shape) if name not in panel.metrics and not chosen]:
-        print(f"note: {min(counts)} samples against {available} real images are too few for {', '.join(absent)}.")
+    if absent := [
+        name for name in default_metrics(shape) if name not in panel.metrics and not chosen
+    ]:
+        print(
+            f"note: {min(counts)} samples against {available} real images are too few for {', '.join(absent)}."
+        )
     if min(counts) < FEW:
-        print(f"note: numbers of only {min(counts)} images say little; they differ much from seeds to seeds.")
+        print(
+            f"note: numbers of only {min(counts)} images say little; they differ much from seeds to seeds."
+        )
 
 
-def describe_reference(data: "ImageData", split: str, panel: "Panel", *, resize: bool) -> dict[str, Any]:
+def describe_reference(
+    data: "ImageData", split: str, panel: "Panel", *, resize: bool
+) -> dict[str, Any]:
     """The part of a protocol that says what samples are compared with, and by which numbers."""
     resized = {"resolution": list(data.resolution)} if resize else {}
     return {
@@ -106,14 +140,16 @@ def shuffled_batches(data: "ImageData") -> "Iterator[Tensor]":
     """All images of the reference, in an order that means nothing and is always the same."""
     import torch
 
-    return image_batches(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist())
+    return image_batches(
+        data, torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    )
 
 
 def draw_batches(
     pipe: "UnconditionalPipeline",
     seeds: Sequence[int],
     seconds: list[float],
-    **options: Any,  # noqa: ANN401 - of ddim.cli._model.draw
+    **options: Any,
 ) -> "Iterator[Tensor]":
     """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch are added to ``seconds``."""
     import numpy as np

@@ -53,7 +53,9 @@ def check_images(files: Sequence[str] | None, data: str | None) -> None:
     from ddim.training.data import check_source
 
     if (files is None) == (data is None):
-        raise DDIMError("give images as files (--images a.png,b.png) or as a data set (--data), one of the two.")
+        raise DDIMError(
+            "give images as files (--images a.png,b.png) or as a data set (--data), one of the two."
+        )
     for file in files or ():
         open_picture(file)
     if data is not None:
@@ -68,7 +70,9 @@ def check_first(seed: int, *, files: bool = False) -> None:
     """
     if seed < 0 or (files and seed):
         what = (
-            "counts the images of --data, and files are all taken; leave it out" if files else "must be 0 or more, the number of an image"
+            "counts the images of --data, and files are all taken; leave it out"
+            if files
+            else "must be 0 or more, the number of an image"
         )
         raise DDIMError(f"--seed {what}; got {seed}.")
 
@@ -120,9 +124,15 @@ def read_images(
         x0 = torch.cat(singles) if singles else from_pictures([], shape)
     else:
         assert data is not None
-        found, split = load_test_images(data, split=split, channels=shape[0], resolution=shape[1:] if resize else None)
+        found, split = load_test_images(
+            data, split=split, channels=shape[0], resolution=shape[1:] if resize else None
+        )
         if missing := beyond(len(found), first, count):
-            asked = f"--seed and --count ask for the {missing}" if first else f"--count asks for {count}"
+            asked = (
+                f"--seed and --count ask for the {missing}"
+                if first
+                else f"--count asks for {count}"
+            )
             raise DataError(f"{data} has {len(found)} images in its split {split}, and {asked}.")
         _check_size(f"the images of {data} are", found.resolution[::-1], shape)
         items = [found[i] for i in range(first, len(found) if count is None else first + count)]
@@ -138,7 +148,9 @@ def read_images(
 def _check_size(what: str, size: tuple[int, int], shape: tuple[int, int, int]) -> None:
     width, height = shape[:0:-1]
     if size != (width, height):
-        told = f"{what} {size[0]}x{size[1]} and the model's images {width}x{height} (width x height)"
+        told = (
+            f"{what} {size[0]}x{size[1]} and the model's images {width}x{height} (width x height)"
+        )
         raise DataError(f"{told}; give --resize, or bring all to that size.")
 
 
@@ -154,13 +166,27 @@ def begin_run(out: Path, protocol: dict[str, Any], execution: dict[str, Any]) ->
     from ddim.cli._run import NAME, RunRecord, check_protocol, read_run, versions, write_run
 
     there = read_run(out)
-    results = out.is_dir() and any(p.name != NAME and not p.name.startswith(".") for p in out.iterdir())
+    results = out.is_dir() and any(
+        p.name != NAME and not p.name.startswith(".") for p in out.iterdir()
+    )
     if there is None and results:
-        raise OutputError(f"{out} holds files and no run.json of this command; use another --out, or delete that folder.")
-    before = check_protocol(out, protocol, empty=there is not None and not there.results and not results)
+        raise OutputError(
+            f"{out} holds files and no run.json of this command; use another --out, or delete that folder."
+        )
+    before = check_protocol(
+        out, protocol, empty=there is not None and not there.results and not results
+    )
     if before is not None:
         return before
-    record = RunRecord(protocol, results=[], seconds=0.0, seconds_total=0.0, evaluations=0, execution=execution, versions=versions())
+    record = RunRecord(
+        protocol,
+        results=[],
+        seconds=0.0,
+        seconds_total=0.0,
+        evaluations=0,
+        execution=execution,
+        versions=versions(),
+    )
     out.mkdir(parents=True, exist_ok=True)
     write_run(out, record)
     return record
@@ -201,7 +227,9 @@ def unsolved_steps() -> Iterator[list[str]]:
         if issubclass(warning.category, ConvergenceWarning):
             told.append(str(warning.message))
         else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def tell_unsolved(steps: Sequence[str]) -> str:
@@ -215,7 +243,9 @@ def tell_unsolved(steps: Sequence[str]) -> str:
 def note_levels(asked: Sequence[int], used: Sequence[int]) -> None:
     """Says in one line where codes lie, if that is not the first level that was asked for."""
     if used[0] != asked[0]:
-        print(f"note: level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at level {used[0]}.")
+        print(
+            f"note: level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at level {used[0]}."
+        )
 
 
 def scaled(images: "NDArray[np.uint8]") -> int:

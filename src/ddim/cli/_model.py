@@ -61,7 +61,9 @@ def quiet_libraries(*, text: bool = False) -> None:
             transformers.utils.logging.disable_progress_bar()
 
 
-def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[UnconditionalPipeline, Path]":  # noqa: ANN401 - as find_device
+def open_model(
+    name: str, *, device: Any, dtype: str = "float32"
+) -> "tuple[UnconditionalPipeline, Path]":
     """The pipeline of a model that makes pictures, and its folder.
 
     Raises:
@@ -82,10 +84,14 @@ def open_model(name: str, *, device: Any, dtype: str = "float32") -> "tuple[Unco
         )
     pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     if pipe.image_shape[0] not in (1, 3):
-        raise DDIMError(f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python.")
+        raise DDIMError(
+            f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python."
+        )
     kind = pipe.unet.config.get("class_embed_type")
     if kind is not None and not pipe.unet.config.get("num_class_embeds"):
-        raise DDIMError(f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its class_labels from Python.")
+        raise DDIMError(
+            f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its class_labels from Python."
+        )
     return pipe, folder
 
 
@@ -97,14 +103,22 @@ def check_class(pipe: "UnconditionalPipeline", fixed: int | None, *, required: b
     """
     classes = int(pipe.unet.config.get("num_class_embeds") or 0)
     if fixed is not None and not 0 <= fixed < classes:
-        told = f"must be from 0 to {classes - 1}" if classes else "is of no use: the model was trained without classes"
+        told = (
+            f"must be from 0 to {classes - 1}"
+            if classes
+            else "is of no use: the model was trained without classes"
+        )
         raise DDIMError(f"--class {told}; got {fixed}.")
     if fixed is None and required and classes:
-        raise DDIMError(f"the model is class-conditional: name the images' class with --class, from 0 to {classes - 1}.")
+        raise DDIMError(
+            f"the model is class-conditional: name the images' class with --class, from 0 to {classes - 1}."
+        )
     return classes
 
 
-def sampling_evaluations(pipe: "UnconditionalPipeline", sampler: str, timesteps: Sequence[int]) -> int:
+def sampling_evaluations(
+    pipe: "UnconditionalPipeline", sampler: str, timesteps: Sequence[int]
+) -> int:
     """Network calls an image that a sampler makes over these levels."""
     from ddim.reversible import REVERSIBLE, ReversibleSampler
 
@@ -114,7 +128,7 @@ def sampling_evaluations(pipe: "UnconditionalPipeline", sampler: str, timesteps:
 
 
 @contextlib.contextmanager
-def enough_memory(device: Any, batch_size: int) -> Iterator[None]:  # noqa: ANN401 - as find_device
+def enough_memory(device: Any, batch_size: int) -> Iterator[None]:
     """Says what to do where the accelerator's memory ends.
 
     Raises:
@@ -125,10 +139,14 @@ def enough_memory(device: Any, batch_size: int) -> Iterator[None]:  # noqa: ANN4
     try:
         yield
     except torch.OutOfMemoryError:
-        raise DDIMError(f"{device} has too little memory for {batch_size} images at once; give a smaller --batch-size.") from None
+        raise DDIMError(
+            f"{device} has too little memory for {batch_size} images at once; give a smaller --batch-size."
+        ) from None
 
 
-def seed_label(pipe: "UnconditionalPipeline", fixed: int | None = None) -> Callable[[int], dict[str, int]]:
+def seed_label(
+    pipe: "UnconditionalPipeline", fixed: int | None = None
+) -> Callable[[int], dict[str, int]]:
     """``{"class": n}`` of a seed's image: one for all, else the seeds go round the classes; empty for a model without classes."""
     classes = pipe.unet.config.get("num_class_embeds")
     return lambda seed: {"class": seed % classes if fixed is None else fixed} if classes else {}
@@ -151,9 +169,20 @@ def describe_model(
     from ddim.checkpoints import weight_hash
 
     config = pipe.scheduler.config
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    names = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     each = classes if pipe.unet.config.get("num_class_embeds") else None
-    bounds = {"none": {}, "static": {"bound": clip.bound}, "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value}}
+    bounds = {
+        "none": {},
+        "static": {"bound": clip.bound},
+        "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value},
+    }
     return {
         "model": name,
         "weight_hash": weight_hash(folder),
@@ -174,7 +203,7 @@ def draw(
     batch_size: int,
     fill: bool,
     label: Callable[[int], dict[str, int]],
-    **options: Any,  # noqa: ANN401 - of the pipeline's call
+    **options: Any,
 ) -> Iterator[tuple[list[int], Any, float]]:
     """Draws batch by batch: the seeds, their images of the ``output_type`` asked for, and the seconds that took.
 
@@ -187,14 +216,16 @@ def draw(
         **options: Of the pipeline's call.
     """
 
-    def make(batch: list[int]) -> Any:  # noqa: ANN401 - of the output_type asked for
+    def make(batch: list[int]) -> Any:
         labels = [number for s in batch for number in label(s).values()]
         return pipe(seeds=batch, class_labels=labels or None, progress=False, **options).images
 
     return in_batches(seeds, make, batch_size=batch_size, fill=fill)
 
 
-def in_batches(items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size: int, fill: bool) -> Iterator[tuple[list[T], Any, float]]:
+def in_batches(
+    items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size: int, fill: bool
+) -> Iterator[tuple[list[T], Any, float]]:
     """Makes the images of items batch by batch: the items, their images, and the seconds that took; arguments as :func:`draw`."""
     size = min(batch_size, len(items))
     for first in range(0, len(items), max(1, size)):
@@ -205,19 +236,21 @@ def in_batches(items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size
 
 
 @contextlib.contextmanager
-def progress_bar(pipe: Any, total: int | None) -> Iterator[Any]:  # noqa: ANN401 - any pipeline; tqdm has no types
+def progress_bar(pipe: Any, total: int | None) -> Iterator[Any]:
     """A bar on the terminal that standard error is, or None where it is none; ``total`` is None where nobody knows it."""
     if not sys.stderr.isatty():
         yield None
         return
     with contextlib.suppress(OSError):
-        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:  # as below `script`; tqdm would draw a bar of no width
+        if (
+            os.get_terminal_size(sys.stderr.fileno()).columns == 0
+        ):  # as below `script`; tqdm would draw a bar of no width
             pipe.set_progress_bar_config(ncols=80)
     with pipe.progress_bar(itertools.count() if total is None else None, total=total) as bar:
         yield bar
 
 
-def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet where this module is
+def find_device(name: str) -> Any:
     """The device of that name; float32 means float32 there from now on.
 
     Raises:
@@ -229,15 +262,25 @@ def find_device(name: str) -> Any:  # noqa: ANN401 - torch is not imported yet w
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DDIMError(f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}.") from None
+        raise DDIMError(
+            f"--device must be auto, or one that torch knows such as cpu or cuda; got {name!r}."
+        ) from None
     try:
-        torch.empty(1, device=device).cpu()  # a device that holds no numbers, such as meta, is of no use either
+        torch.empty(
+            1, device=device
+        ).cpu()  # a device that holds no numbers, such as meta, is of no use either
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DDIMError(f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu.") from None
+        raise DDIMError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu."
+        ) from None
     return device
 
 

@@ -12,7 +12,16 @@ from typing import Any
 from ddim import __version__
 from ddim.errors import OutputError
 
-__all__ = ["IDENTITY", "NAME", "RunRecord", "alone", "check_protocol", "read_run", "versions", "write_run"]
+__all__ = [
+    "IDENTITY",
+    "NAME",
+    "RunRecord",
+    "alone",
+    "check_protocol",
+    "read_run",
+    "versions",
+    "write_run",
+]
 
 NAME = "run.json"
 """The record's name in a folder of results."""
@@ -72,7 +81,11 @@ class RunRecord:
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
-    return {"python": platform.python_version(), "ddim": __version__, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
+    return {
+        "python": platform.python_version(),
+        "ddim": __version__,
+        **{name: version(name) for name in ("torch", "diffusers", "numpy")},
+    }
 
 
 @contextlib.contextmanager
@@ -89,7 +102,9 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise OutputError(f"{folder} is being written by another run; wait for it, or use another --out.") from None
+        raise OutputError(
+            f"{folder} is being written by another run; wait for it, or use another --out."
+        ) from None
     try:
         yield
     finally:
@@ -112,7 +127,9 @@ def read_run(folder: Path) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise OutputError(f"{path} is not a record of this program ({error}); use another --out, or delete that folder.") from error
+        raise OutputError(
+            f"{path} is not a record of this program ({error}); use another --out, or delete that folder."
+        ) from error
 
 
 def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
@@ -122,7 +139,9 @@ def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
     write_atomically(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
 
 
-def check_protocol(folder: Path, protocol: Mapping[str, Any], *, empty: bool = False) -> RunRecord | None:
+def check_protocol(
+    folder: Path, protocol: Mapping[str, Any], *, empty: bool = False
+) -> RunRecord | None:
     """The record of an earlier run of the same protocol in this folder, or None where there was none.
 
     Args:
@@ -141,8 +160,13 @@ def check_protocol(folder: Path, protocol: Mapping[str, Any], *, empty: bool = F
         return None
     changed = [k for k in IDENTITY if record.protocol.get(k) != asked.get(k)]
     if changed:
-        told = "; ".join(f"{k} is {_brief(record.protocol.get(k))} there and {_brief(asked.get(k))} here" for k in changed)
-        raise OutputError(f"{folder} holds results of another protocol: {told}. Use another --out, or delete that folder.")
+        told = "; ".join(
+            f"{k} is {_brief(record.protocol.get(k))} there and {_brief(asked.get(k))} here"
+            for k in changed
+        )
+        raise OutputError(
+            f"{folder} holds results of another protocol: {told}. Use another --out, or delete that folder."
+        )
     return record
 
 

@@ -43,7 +43,11 @@ class Item:
     @property
     def file(self) -> str:
         """The name of its picture."""
-        return f"{self.seed:06d}.png" if self.prompt is None else f"{self.prompt:03d}-{self.seed:06d}.png"
+        return (
+            f"{self.seed:06d}.png"
+            if self.prompt is None
+            else f"{self.prompt:03d}-{self.seed:06d}.png"
+        )
 
     @classmethod
     def of(cls, stem: str) -> "Item | None":
@@ -70,7 +74,7 @@ class TextRequest:
     def read(
         cls,
         command: TextOptions,
-        pipe: Any,  # noqa: ANN401 - one of three pipelines
+        pipe: Any,
         folder: Path,
         *,
         image: str | None = None,
@@ -86,23 +90,40 @@ class TextRequest:
         from ddim.pipelines import UnconditionalPipeline
 
         names = ("negative_prompt", "guidance_scale", "guidance_rescale")
-        options = {name: getattr(command, name) for name in names} | {"image": image, "strength": strength}
+        options = {name: getattr(command, name) for name in names} | {
+            "image": image,
+            "strength": strength,
+        }
         given = [name for name, value in options.items() if value is not None]
         if isinstance(pipe, UnconditionalPipeline):
             if command.prompt or given:
                 option = "prompt" if command.prompt else given[0].replace("_", "-")
-                raise DDIMError(f"--{option} is for models of text, and {command.model} was trained without; leave it out.")
+                raise DDIMError(
+                    f"--{option} is for models of text, and {command.model} was trained without; leave it out."
+                )
             return None
         if not command.prompt:
-            raise DDIMError(f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line.")
+            raise DDIMError(
+                f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line."
+            )
         card = read_guidance(folder)
-        scale = card.get("guidance_scale", 7.5) if command.guidance_scale is None else command.guidance_scale
-        rescale = card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale
+        scale = (
+            card.get("guidance_scale", 7.5)
+            if command.guidance_scale is None
+            else command.guidance_scale
+        )
+        rescale = (
+            card.get("guidance_rescale", 0.0)
+            if command.guidance_rescale is None
+            else command.guidance_rescale
+        )
         check_rescale(rescale)
         check_scale(scale)
         prompts = tuple(read_prompts(command.prompt))
         if strength is not None and image is None:
-            raise DDIMError("--strength says how much of --image is kept; give an image with it, or leave it out.")
+            raise DDIMError(
+                "--strength says how much of --image is kept; give an image with it, or leave it out."
+            )
         picture, described = _read_image(image, pipe)
         told = {
             "prompt": prompts[0] if len(prompts) == 1 else list(prompts),
@@ -116,7 +137,11 @@ class TextRequest:
 
     def items(self, seeds: Sequence[int]) -> list[Item]:
         """All images: of each prompt one a seed."""
-        return [Item(None if len(self.prompts) == 1 else p, seed) for p in range(len(self.prompts)) for seed in seeds]
+        return [
+            Item(None if len(self.prompts) == 1 else p, seed)
+            for p in range(len(self.prompts))
+            for seed in seeds
+        ]
 
     def prompt_of(self, item: Item) -> str:
         """The text of an item."""
@@ -134,9 +159,17 @@ class TextRequest:
 
     def options(self, items: Sequence[Item]) -> dict[str, Any]:
         """Of the pipeline's call, for these images."""
-        guidance = {"guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale}
+        guidance = {
+            "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+        }
         start = {} if self.picture is None else {"image": self.picture, "strength": self.strength}
-        return {"prompt": [self.prompt_of(item) for item in items], "negative_prompt": self.negative_prompt, **guidance, **start}
+        return {
+            "prompt": [self.prompt_of(item) for item in items],
+            "negative_prompt": self.negative_prompt,
+            **guidance,
+            **start,
+        }
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
@@ -153,14 +186,16 @@ def read_prompts(given: Sequence[str]) -> list[str]:
         try:
             lines = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be read ({error}).") from error
+            raise DataError(
+                f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be read ({error})."
+            ) from error
         if not any(lines):
             raise DataError(f"--prompt {text}: the file holds no prompt; write one in a line.")
         prompts += [line for line in lines if line]
     return prompts
 
 
-def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, str] | None]":  # noqa: ANN401 - as above
+def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, str] | None]":
     """The picture to begin with, and its name and hash."""
     if path is None:
         return None, None
@@ -179,7 +214,7 @@ def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, s
 def open_any(
     name: str,
     *,
-    device: Any,  # noqa: ANN401 - as find_device
+    device: Any,
     dtype: str,
     image: bool,
 ) -> "tuple[UnconditionalPipeline | TextToImagePipeline | ImageToImagePipeline, Path]":

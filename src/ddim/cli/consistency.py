@@ -71,7 +71,9 @@ def run(command: Command) -> None:
     unknown = [s for s in command.sampler if s not in SAMPLERS]
     if unknown or not command.sampler or not command.steps:
         told = f"{unknown[0]!r}" if unknown else "nothing"
-        raise DDIMError(f"--sampler must name some of {', '.join(SAMPLERS)}, and --steps some numbers; got {told}.")
+        raise DDIMError(
+            f"--sampler must name some of {', '.join(SAMPLERS)}, and --steps some numbers; got {told}."
+        )
 
     import numpy as np
     import torch
@@ -86,7 +88,10 @@ def run(command: Command) -> None:
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device)
     seeds, label = check_seeds(range(command.seed, command.seed + command.count)), seed_label(pipe)
-    chosen = {s: pipe.select_timesteps(s, timestep_spacing=command.spacing, order=1) for s in sorted(set(command.steps))}
+    chosen = {
+        s: pipe.select_timesteps(s, timestep_spacing=command.spacing, order=1)
+        for s in sorted(set(command.steps))
+    }
     for timesteps in chosen.values():
         for sampler in ("ddim", *command.sampler):
             pipe.check_path(timesteps, order=1, sampler=sampler)
@@ -102,14 +107,26 @@ def run(command: Command) -> None:
         "seed": command.seed,
     }
     out = Path(command.out or f"out/consistency-{short_name(command.model)}")
-    execution = {"batch_size": command.batch_size, "device": str(device), "compile": command.compile}
+    execution = {
+        "batch_size": command.batch_size,
+        "device": str(device),
+        "compile": command.compile,
+    }
     begin_run(out, protocol, execution)
 
     def sample(sampler: str, steps: int) -> "Tensor":
         """The images of all seeds, [B, C, H, W] in [-1, 1], clamped."""
-        options: dict[str, Any] = {"order": 2} if sampler == "ddim-2" else {"order": 1} if sampler == "ddim" else {"sampler": sampler}
+        options: dict[str, Any] = (
+            {"order": 2}
+            if sampler == "ddim-2"
+            else {"order": 1}
+            if sampler == "ddim"
+            else {"sampler": sampler}
+        )
         options |= {"timesteps": chosen[steps], "clip": "none", "output_type": "pt"}
-        drawn = draw(pipe, seeds, batch_size=command.batch_size, fill=command.compile, label=label, **options)
+        drawn = draw(
+            pipe, seeds, batch_size=command.batch_size, fill=command.compile, label=label, **options
+        )
         return torch.cat([2 * images.cpu().double() - 1 for _, images, _ in drawn])
 
     longest = max(chosen)
@@ -121,7 +138,9 @@ def run(command: Command) -> None:
         reference = sample("ddim", longest)
         for sampler in dict.fromkeys(command.sampler):
             for steps, timesteps in chosen.items():
-                images = reference if sampler == "ddim" and steps == longest else sample(sampler, steps)
+                images = (
+                    reference if sampler == "ddim" and steps == longest else sample(sampler, steps)
+                )
                 error = reconstruction_error(reference, images)
                 cell = {
                     "sampler": sampler,
@@ -132,7 +151,10 @@ def run(command: Command) -> None:
                 }
                 results.append(cell)
                 sheet.append(to_uint8(images[:SHOWN].float()))
-                print(f"{sampler}, {steps} steps: {cell['mse']:.2e} from {longest} steps of ddim", flush=True)
+                print(
+                    f"{sampler}, {steps} steps: {cell['mse']:.2e} from {longest} steps of ddim",
+                    flush=True,
+                )
     seconds = time.perf_counter() - started
     rows = [["sampler", "steps", "mse", "standard error", "evaluations"]]
     for r in results:
@@ -144,18 +166,31 @@ def run(command: Command) -> None:
         f"{spacing} timesteps, no clipping. In sheet.png a row is a latent, and the columns are the rows of this table, in order.\n\n"
     )
     write_atomically(out / "table.md", head + text_table(rows))
-    lines = {s: [(r["evaluations"], r["mse"]) for r in results if r["sampler"] == s and r["mse"] > 0] for s in command.sampler}
-    save_lines(lines, out / "distance.png", across="network evaluations", up=f"squared distance to {longest} steps")
-    pictures = np.stack(sheet, 1).reshape(-1, *sheet[0].shape[1:])  # a row an image, a column a trajectory
+    lines = {
+        s: [(r["evaluations"], r["mse"]) for r in results if r["sampler"] == s and r["mse"] > 0]
+        for s in command.sampler
+    }
+    save_lines(
+        lines,
+        out / "distance.png",
+        across="network evaluations",
+        up=f"squared distance to {longest} steps",
+    )
+    pictures = np.stack(sheet, 1).reshape(
+        -1, *sheet[0].shape[1:]
+    )  # a row an image, a column a trajectory
     save_png(make_grid(pictures, columns=len(sheet)), out / "sheet.png", scale=scaled(pictures))
     record = RunRecord(
         protocol=protocol,
         results=results,
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
-        evaluations=sum(r["evaluations"] for r in results) + (0 if "ddim" in command.sampler else longest),
+        evaluations=sum(r["evaluations"] for r in results)
+        + (0 if "ddim" in command.sampler else longest),
         execution=execution,
         versions=versions(),
     )
     write_run(out, record)
-    print(f"{len(results)} trajectories of {len(seeds)} latents; the table is {out / 'table.md'}, beside a plot and a sheet.")
+    print(
+        f"{len(results)} trajectories of {len(seeds)} latents; the table is {out / 'table.md'}, beside a plot and a sheet."
+    )

@@ -27,7 +27,9 @@ class Command:
     """What the network predicts."""
     num_train_timesteps: int = 1000
     """Levels of the noise schedule it was trained with."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = (
+        "linear"
+    )
     """Noise schedule it was trained with; improved-diffusion's cosine is squaredcos_cap_v2."""
     beta_start: float = 1e-4
     """First beta of linear, scaled_linear and sigmoid."""
@@ -58,14 +60,22 @@ def run(command: Command) -> None:
     write_model(converted, Path(command.out))
     count = sum(weight.numel() for weight in converted.state.values())
     unet, levels = converted.unet, converted.scheduler["num_train_timesteps"]
-    print(f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}.")
-    heads = f", {command.num_heads or 4} heads of attention" if converted.layout == "improved-diffusion" else ""
+    print(
+        f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}."
+    )
+    heads = (
+        f", {command.num_heads or 4} heads of attention"
+        if converted.layout == "improved-diffusion"
+        else ""
+    )
     print(
         f"Weights do not tell what follows, so it is as you said, or assumed: {command.prediction_type} prediction, "
         f"{command.beta_schedule} betas, {command.num_train_timesteps} levels{heads}."
     )
     if levels != command.num_train_timesteps:
-        print(f"Every {command.num_train_timesteps // levels}th level is kept: those at which the network is told a whole number.")
+        print(
+            f"Every {command.num_train_timesteps // levels}th level is kept: those at which the network is told a whole number."
+        )
     if unet["out_channels"] == 2 * unet["in_channels"]:
         print("The network predicts a variance too; DDIM does not use it.")
     print(f"Sample the model with: ddim sample {command.out}")

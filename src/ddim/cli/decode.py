@@ -61,17 +61,32 @@ def run(command: Command) -> None:
 
     whole = load_code(command.code)
     if missing := beyond(len(whole), command.seed, command.count):
-        raise DDIMError(f"{command.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and --count ask for {missing}.")
+        raise DDIMError(
+            f"{command.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and --count ask for {missing}."
+        )
     code = whole[command.seed : None if command.count is None else command.seed + command.count]
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
-    steps = command.steps if command.steps is not None or command.spacing is None else len(code.timesteps)
+    steps = (
+        command.steps
+        if command.steps is not None or command.spacing is None
+        else len(code.timesteps)
+    )
     timesteps = pipe.decoding_timesteps(code, steps, timestep_spacing=command.spacing)
     if steps is not None and len(timesteps) != steps:
-        print(f"note: the code lies at level {timesteps[0]}; {steps - len(timesteps)} of the {steps} levels are not below it.")
+        print(
+            f"note: the code lies at level {timesteps[0]}; {steps - len(timesteps)} of the {steps} levels are not below it."
+        )
     protocol = {
         "command": "decode",
-        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), dtype=command.dtype, classes="the code's"),
+        **describe_model(
+            command.model,
+            pipe,
+            folder,
+            clip=pipe.select_clip("none"),
+            dtype=command.dtype,
+            classes="the code's",
+        ),
         "sampler": code.method if code.is_exact else "ddim",
         "timesteps": timesteps,
         "eta": 0.0,
@@ -86,10 +101,14 @@ def run(command: Command) -> None:
         with NetworkCalls(pipe) as calls:
             pictures = pipe.decode(code, timesteps=timesteps, batch_size=command.batch_size)
     seconds = time.perf_counter() - started
-    files = {number: f"{number:06d}.png" for number in range(command.seed, command.seed + len(pictures))}
+    files = {
+        number: f"{number:06d}.png" for number in range(command.seed, command.seed + len(pictures))
+    }
     for file, picture in zip(files.values(), pictures, strict=True):
         save_png(picture, out / file)
-    results = [r for r in before.results if r["image"] not in files] + [{"image": n, "file": file} for n, file in files.items()]
+    results = [r for r in before.results if r["image"] not in files] + [
+        {"image": n, "file": file} for n, file in files.items()
+    ]
     shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:GRID]])
     save_png(make_grid(shown), out / "grid.png", scale=scaled(shown))
     record = RunRecord(
@@ -102,4 +121,6 @@ def run(command: Command) -> None:
         versions=versions(),
     )
     write_run(out, record)
-    print(f"{len(pictures)} images decoded in {seconds:.1f} s; they are in {out}, together in {out / 'grid.png'}.")
+    print(
+        f"{len(pictures)} images decoded in {seconds:.1f} s; they are in {out}, together in {out / 'grid.png'}."
+    )

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["Command", "defaults", "run"]
 
 _CONFIG = "scheduler_config.json"
-_TRAINED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+_TRAINED = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 _WHOLE = 1024  # images whose pixels' covariance is taken
 _PROBED = 64
 _COUNTED: dict[str, "Severity"] = {"error": "error", "warning": "warning", "note": "info"}
@@ -80,18 +87,34 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 def run(command: Command) -> int:
     """Prints the findings, writes what was asked for, and returns the exit code."""
-    fixed = None if command.fix is None else Path(command.fix) / _CONFIG if Path(command.fix).is_dir() else Path(command.fix)
+    fixed = (
+        None
+        if command.fix is None
+        else Path(command.fix) / _CONFIG
+        if Path(command.fix).is_dir()
+        else Path(command.fix)
+    )
     for path in (fixed, None if command.prior is None else Path(command.prior)):
         if path is not None and path.exists():
-            raise OutputError(f"{path} is there already, and is not overwritten; give another name.")
+            raise OutputError(
+                f"{path} is there already, and is not overwritten; give another name."
+            )
     for name in ("prior", "probe"):
         if getattr(command, name) and command.data is None:
             raise DDIMError(f"--{name} looks at real images; give --data.")
     if command.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise DDIMError("--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'.")
+        raise DDIMError(
+            "--plot needs matplotlib, which is not installed; run: pip install 'ddim[plot]'."
+        )
     given = command.brightness
-    if given is not None and (command.data is not None or len(given) != 2 or not (math.isfinite(given[0]) and 0 < given[1] < math.inf)):
-        raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data.")
+    if given is not None and (
+        command.data is not None
+        or len(given) != 2
+        or not (math.isfinite(given[0]) and 0 < given[1] < math.inf)
+    ):
+        raise DDIMError(
+            "--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data."
+        )
 
     from ddim.checkpoints import read_guidance
     from ddim.checks import json_numbers
@@ -107,25 +130,45 @@ def run(command: Command) -> int:
         spacing=command.spacing,
         timesteps=command.timesteps,
         eta=command.eta,
-        guidance_scale=card.get("guidance_scale") if command.guidance_scale is None else command.guidance_scale,
-        guidance_rescale=card.get("guidance_rescale", 0.0) if command.guidance_rescale is None else command.guidance_rescale,
+        guidance_scale=card.get("guidance_scale")
+        if command.guidance_scale is None
+        else command.guidance_scale,
+        guidance_rescale=card.get("guidance_rescale", 0.0)
+        if command.guidance_rescale is None
+        else command.guidance_rescale,
         model=model,
         brightness=brightness,
         probe=probe,
     )
     if command.json:
-        content = {"source": command.source, **asdict(diagnosis), "fixed": diagnosis.fixed(), "probe": probe and asdict(probe)}
+        content = {
+            "source": command.source,
+            **asdict(diagnosis),
+            "fixed": diagnosis.fixed(),
+            "probe": probe and asdict(probe),
+        }
         print(json.dumps(json_numbers(content), indent=2, allow_nan=False))
     else:
         _report(command.source, diagnosis, probe)
     say = sys.stderr if command.json else sys.stdout
     if prior is not None and command.prior:
-        write_atomically(command.prior, json.dumps({**asdict(prior), "data": command.data}, sort_keys=True) + "\n")
-        print(f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}", file=say)
+        write_atomically(
+            command.prior,
+            json.dumps({**asdict(prior), "data": command.data}, sort_keys=True) + "\n",
+        )
+        print(
+            f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}",
+            file=say,
+        )
     if fixed is not None:
         print(_fix(diagnosis, fixed), file=say)
     if command.plot is not None:
-        print(_plot(diagnosis, command.plot) if diagnosis.summary else "There is no plot: this scheduler has no levels.", file=say)
+        print(
+            _plot(diagnosis, command.plot)
+            if diagnosis.summary
+            else "There is no plot: this scheduler has no levels.",
+            file=say,
+        )
     return int(diagnosis.has("error") or (command.strict and diagnosis.has("warning")))
 
 
@@ -149,18 +192,32 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
     else:
         found = resolve_model(command.source)
         folder = found if isinstance(found, Path) else _fetch(found)
-        places = [place for place in (folder / "scheduler" / _CONFIG, folder / _CONFIG) if place.is_file()]
+        places = [
+            place for place in (folder / "scheduler" / _CONFIG, folder / _CONFIG) if place.is_file()
+        ]
         if not places:
             read_model_index(folder)  # says what else the folder may be
-            raise CheckpointError(f"{folder} holds no scheduler/{_CONFIG}, so there is no noise schedule to look at.")
+            raise CheckpointError(
+                f"{folder} holds no scheduler/{_CONFIG}, so there is no noise schedule to look at."
+            )
         config = read_json(places[0])
-        records = [place for place in (folder / "card.json", folder / "training" / "record.json") if place.is_file()]
+        records = [
+            place
+            for place in (folder / "card.json", folder / "training" / "record.json")
+            if place.is_file()
+        ]
         training = _training(read_json(records[0])) if records else None
     if not (folder / "model_index.json").is_file():
         return config, Model(latent=command.latent or None, training=training), None
     index = read_model_index(folder)
-    latent = command.latent or any(index.get(name, [None])[0] is not None for name in ("vae", "vqvae", "movq"))
-    unet = read_json(folder / "unet" / "config.json") if (folder / "unet" / "config.json").is_file() else {}
+    latent = command.latent or any(
+        index.get(name, [None])[0] is not None for name in ("vae", "vqvae", "movq")
+    )
+    unet = (
+        read_json(folder / "unet" / "config.json")
+        if (folder / "unet" / "config.json").is_file()
+        else {}
+    )
     size, channels = unet.get("sample_size"), unet.get("in_channels")
     height, width = size if isinstance(size, list) else (size, size)
     model = Model(
@@ -188,7 +245,11 @@ def _fetch(hub_id: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["*.json", "scheduler/*.json", "unet/*.json"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=["*.json", "scheduler/*.json", "unet/*.json"]
+            )
+        )
     except Exception as error:
         raise CheckpointError(
             f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub has nothing of that name that can be "
@@ -203,7 +264,9 @@ def _look_at_data(
     if command.data is None:
         return _known_brightness(command, model, folder), None, None
     if model.latent:
-        raise DDIMError("--data tells the brightness of pixels, and this model works on latents; leave it out.")
+        raise DDIMError(
+            "--data tells the brightness of pixels, and this model works on latents; leave it out."
+        )
     import torch
 
     from ddim.checkpoints import find_model, load_network
@@ -212,7 +275,9 @@ def _look_at_data(
     from ddim.training.data import load_images, measure_prior, stack_images
 
     if command.probe and (folder is None or model.guided):
-        raise DDIMError("--probe calls the network of an unconditional model; give the model's folder, not a configuration alone.")
+        raise DDIMError(
+            "--probe calls the network of an unconditional model; give the model's folder, not a configuration alone."
+        )
     channels, resolution = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
     data = load_images(command.data, channels=channels, resolution=resolution)
     prior = measure_prior(data)
@@ -222,8 +287,16 @@ def _look_at_data(
     schedule = levels_of(complete(config))
     network = load_network(folder if Path(command.source).exists() else find_model(command.source))
     few = _spread(len(data), _PROBED)
-    labels = {"class_labels": torch.tensor([data[i][1] for i in few])} if network.config.get("num_class_embeds") else {}
-    found = probe(lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]], schedule, stack_images(data, few))
+    labels = (
+        {"class_labels": torch.tensor([data[i][1] for i in few])}
+        if network.config.get("num_class_embeds")
+        else {}
+    )
+    found = probe(
+        lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]],
+        schedule,
+        stack_images(data, few),
+    )
     return brightness, prior, found
 
 
@@ -243,7 +316,9 @@ def _known_brightness(command: Command, model: "Model", folder: Path | None) -> 
         return Brightness(command.brightness[0], command.brightness[1], channels * height * width)
     if folder is None or model.shape is None or not (folder / "prior.json").is_file():
         return None
-    return Brightness.of(DataPrior.from_dict(read_json(folder / "prior.json")), channels * height * width)
+    return Brightness.of(
+        DataPrior.from_dict(read_json(folder / "prior.json")), channels * height * width
+    )
 
 
 def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
@@ -261,15 +336,28 @@ def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
             f"{'' if known['whole_images'] else ' (taken for independent of the rest of the image)'}"
         )
     if probe is not None:
-        told = {True: "trained", False: "not trained", None: "cannot be told whether it was trained"}[probe.trained_at_end]
-        print(f"the network's answers are those of {probe.prediction_type}; at the last level it was {told}")
+        told = {
+            True: "trained",
+            False: "not trained",
+            None: "cannot be told whether it was trained",
+        }[probe.trained_at_end]
+        print(
+            f"the network's answers are those of {probe.prediction_type}; at the last level it was {told}"
+        )
     for finding in diagnosis.findings:
         colour, reset = (_COLOURS[finding.severity], "\x1b[0m") if coloured else ("", "")
         print(f"\n{colour}{finding.severity} {finding.code}{reset}  {finding.message}")
-        for line in (finding.consequence, _told_fix(finding), finding.advice, f"See {finding.reference}."):
+        for line in (
+            finding.consequence,
+            _told_fix(finding),
+            finding.advice,
+            f"See {finding.reference}.",
+        ):
             if line:
                 print(f"  {line}")
-    counts = {name: sum(f.severity == s for f in diagnosis.findings) for name, s in _COUNTED.items()}
+    counts = {
+        name: sum(f.severity == s for f in diagnosis.findings) for name, s in _COUNTED.items()
+    }
     print(f"\n{', '.join(f'{count} {name}{_plural(count)}' for name, count in counts.items())}.")
 
 
@@ -282,7 +370,10 @@ def _keys(finding: "Finding") -> str:
 
 
 def _told_fix(finding: "Finding") -> str:
-    return _keys(finding) and f"Fix: {_keys(finding)}{' (for a network that is trained anew)' if finding.retrain else ''}"
+    return (
+        _keys(finding)
+        and f"Fix: {_keys(finding)}{' (for a network that is trained anew)' if finding.retrain else ''}"
+    )
 
 
 def _fix(diagnosis: "Diagnosis", path: Path) -> str:
@@ -293,14 +384,24 @@ def _fix(diagnosis: "Diagnosis", path: Path) -> str:
         if f.retrain and f.fix and f.severity != "info"
     ]
     if diagnosis.after is None:
-        return "\n".join([f"There is nothing to change without training; {path} is not written.", *left])
+        return "\n".join(
+            [f"There is nothing to change without training; {path} is not written.", *left]
+        )
     fixed = diagnosis.fixed()
     _write_json(path, fixed)
-    before, after = (json.dumps(c, indent=2, sort_keys=True).splitlines() for c in (diagnosis.config, fixed))
+    before, after = (
+        json.dumps(c, indent=2, sort_keys=True).splitlines() for c in (diagnosis.config, fixed)
+    )
     diff = difflib.unified_diff(before, after, "as it is", str(path), lineterm="")
-    provided = [f"{f.code}: {f.advice}" for f in diagnosis.findings if f.fix and f.advice and not f.retrain and f.severity != "info"]
+    provided = [
+        f"{f.code}: {f.advice}"
+        for f in diagnosis.findings
+        if f.fix and f.advice and not f.retrain and f.severity != "info"
+    ]
     worse = [diagnosis.worse] if diagnosis.worse else []
-    return "\n".join([*diff, f"The corrected configuration is in {path}.", *worse, *provided, *left])
+    return "\n".join(
+        [*diff, f"The corrected configuration is in {path}.", *worse, *provided, *left]
+    )
 
 
 def _write_json(path: Path | str, content: dict[str, Any]) -> None:
@@ -330,12 +431,21 @@ def _plot(diagnosis: "Diagnosis", path: str) -> str:
     curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
     spacings: tuple[Spacing, ...] = get_args(Spacing)
     for row, spacing in enumerate(spacings):
-        levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=config["steps_offset"]))
+        levels = torch.tensor(
+            select_timesteps(len(schedule), steps, spacing, steps_offset=config["steps_offset"])
+        )
         visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
         sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
-    visited.set(title=f"levels of {steps} steps", xlabel="level", yticks=range(len(spacings)), yticklabels=spacings)
+    visited.set(
+        title=f"levels of {steps} steps",
+        xlabel="level",
+        yticks=range(len(spacings)),
+        yticklabels=spacings,
+    )
     sizes.set(
-        title=f"step sizes{', that out of zero SNR is infinite' if zero else ''}", xlabel="level that is reached", ylabel="gain of log-SNR"
+        title=f"step sizes{', that out of zero SNR is infinite' if zero else ''}",
+        xlabel="level that is reached",
+        ylabel="gain of log-SNR",
     )
     sizes.legend()
     drawn = io.BytesIO()

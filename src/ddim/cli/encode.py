@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, check_first, check_images, note_levels, read_images, tell_unsolved, unsolved_steps
+from ddim.cli._latent import (
+    NetworkCalls,
+    check_first,
+    check_images,
+    note_levels,
+    read_images,
+    tell_unsolved,
+    unsolved_steps,
+)
 from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model
 from ddim.errors import OutputError
 
@@ -72,17 +80,43 @@ def run(command: Command) -> None:
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
     asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
-    chosen: dict[str, Any] = {"split": command.split, "first": command.seed, "count": command.count, "resize": command.resize}
-    x0, labels, data = read_images(pipe, command.images, command.data, **chosen, fixed=command.class_)
+    chosen: dict[str, Any] = {
+        "split": command.split,
+        "first": command.seed,
+        "count": command.count,
+        "resize": command.resize,
+    }
+    x0, labels, data = read_images(
+        pipe, command.images, command.data, **chosen, fixed=command.class_
+    )
     with enough_memory(device, command.batch_size):
         pipe.warm_up(min(command.batch_size, len(x0)))
         started = time.perf_counter()
         with NetworkCalls(pipe) as calls, unsolved_steps() as unsolved:
-            code = pipe.encode(x0, timesteps=asked, method=command.method, class_labels=labels, batch_size=command.batch_size)
-    seconds, rms, evaluations = time.perf_counter() - started, code.rms().tolist(), calls.each(len(code))
+            code = pipe.encode(
+                x0,
+                timesteps=asked,
+                method=command.method,
+                class_labels=labels,
+                batch_size=command.batch_size,
+            )
+    seconds, rms, evaluations = (
+        time.perf_counter() - started,
+        code.rms().tolist(),
+        calls.each(len(code)),
+    )
     note_levels(asked, code.timesteps)
-    residuals = [{}] * len(code) if code.residual is None else [{"residual": r} for r in code.residual.tolist()]
-    read: dict[str, Any] = {"clip": pipe.select_clip("none"), "dtype": command.dtype, "fixed": command.class_, "classes": "the data's"}
+    residuals = (
+        [{}] * len(code)
+        if code.residual is None
+        else [{"residual": r} for r in code.residual.tolist()]
+    )
+    read: dict[str, Any] = {
+        "clip": pipe.select_clip("none"),
+        "dtype": command.dtype,
+        "fixed": command.class_,
+        "classes": "the data's",
+    }
     record = RunRecord(
         protocol={
             "command": "encode",
@@ -93,7 +127,9 @@ def run(command: Command) -> None:
         },
         results=[
             {"image": number, "rms": value, **residual}
-            for number, (value, residual) in enumerate(zip(rms, residuals, strict=True), start=command.seed)
+            for number, (value, residual) in enumerate(
+                zip(rms, residuals, strict=True), start=command.seed
+            )
         ],
         seconds=seconds,
         seconds_total=time.perf_counter() - began,
@@ -102,9 +138,15 @@ def run(command: Command) -> None:
         versions=versions(),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_run(out.parent, record, name=f"{out.name}.{NAME}")  # first, for a code without its record could not be written again
+    write_run(
+        out.parent, record, name=f"{out.name}.{NAME}"
+    )  # first, for a code without its record could not be written again
     save_code(code, out)
-    told = "" if code.residual is None else f" The worst step is solved to {float(code.residual.max()):.1e}."
+    told = (
+        ""
+        if code.residual is None
+        else f" The worst step is solved to {float(code.residual.max()):.1e}."
+    )
     told += tell_unsolved(unsolved)
     print(
         f"{len(code)} images encoded by {code.method} in {evaluations:.4g} evaluations each and {seconds:.1f} s; "

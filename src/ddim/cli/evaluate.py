@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import EtaOption
-from ddim.cli._evaluation import describe_reference, draw_batches, image_batches, note_few, open_panel, open_reference, shuffled_batches
+from ddim.cli._evaluation import (
+    describe_reference,
+    draw_batches,
+    image_batches,
+    note_few,
+    open_panel,
+    open_reference,
+    shuffled_batches,
+)
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DataError, DDIMError
 
@@ -27,7 +35,9 @@ COUNT = 2048
 class Command:
     """Measures a folder of images, an array file, or a model against real images; each number beside its floor and its spread."""
 
-    samples_or_model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")]
+    samples_or_model: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")
+    ]
     """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a diffusers folder, or a hub id; none of text."""
     reference: str
     """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
@@ -87,16 +97,30 @@ def run(command: Command) -> None:
     from ddim.evaluation.report import spread_text, text_table
 
     device = find_device(command.device)
-    samples = _of_model(command, device) if _is_model(command.samples_or_model) else _of_images(command)
-    data = open_reference(command.reference, split=command.split, shape=samples.shape, what=command.samples_or_model, resize=command.resize)
-    asked: dict[str, Any] = {"weights": command.weights, "counts": [samples.count], "available": len(data)}
+    samples = (
+        _of_model(command, device) if _is_model(command.samples_or_model) else _of_images(command)
+    )
+    data = open_reference(
+        command.reference,
+        split=command.split,
+        shape=samples.shape,
+        what=command.samples_or_model,
+        resize=command.resize,
+    )
+    asked: dict[str, Any] = {
+        "weights": command.weights,
+        "counts": [samples.count],
+        "available": len(data),
+    }
     panel = open_panel(command.metrics, shape=samples.shape, device=device, **asked)
     against = describe_reference(data, command.split, panel, resize=command.resize)
     protocol = {"command": "evaluate", **samples.protocol, **against, "count": samples.count}
     out = Path(command.out or f"out/evaluate-{short_name(command.samples_or_model)}")
     with alone(out):
         check_protocol(out, protocol)
-        reference = collect_reference(shuffled_batches(data), panel, available=len(data), counts=[samples.count])
+        reference = collect_reference(
+            shuffled_batches(data), panel, available=len(data), counts=[samples.count]
+        )
         collected = collect(samples.batches, panel, cuts=sample_cuts([samples.count]))
         results = measure(collected, reference, panel, count=samples.count)
         record = RunRecord(
@@ -105,17 +129,31 @@ def run(command: Command) -> None:
             seconds=sum(samples.seconds),
             seconds_total=time.perf_counter() - began,
             evaluations=samples.evaluations,
-            execution={"device": str(device), "batch_size": command.batch_size, "compile": command.compile},
+            execution={
+                "device": str(device),
+                "batch_size": command.batch_size,
+                "compile": command.compile,
+            },
             versions=versions(),
         )
         write_run(out, record)
     rows = [["metric", "value", "spread", "real images"]]
     rows += [[r.metric, f"{r.value:.4g}", spread_text(r), f"{r.floor:.4g}"] for r in results]
     print(text_table(rows), end="")
-    note_few(panel, shape=samples.shape, counts=[samples.count], available=len(data), chosen=command.metrics is not None)
+    note_few(
+        panel,
+        shape=samples.shape,
+        counts=[samples.count],
+        available=len(data),
+        chosen=command.metrics is not None,
+    )
     if (halves := results[0].floor_count) < samples.count:
-        print(f"note: the reference has {halves} images a half, so its floor is of {halves} and too high for {samples.count}.")
-    print(f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the record is in {out / 'run.json'}.")
+        print(
+            f"note: the reference has {halves} images a half, so its floor is of {halves} and too high for {samples.count}."
+        )
+    print(
+        f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the record is in {out / 'run.json'}."
+    )
 
 
 def _is_model(name: str) -> bool:
@@ -124,7 +162,11 @@ def _is_model(name: str) -> bool:
 
     path = Path(name).expanduser()
     marks = ("model_index.json", "config.json", "checkpoints")
-    return name in embedded_models() or not path.exists() or (path.is_dir() and any((path / mark).exists() for mark in marks))
+    return (
+        name in embedded_models()
+        or not path.exists()
+        or (path.is_dir() and any((path / mark).exists() for mark in marks))
+    )
 
 
 def _of_model(command: Command, device: "torch.device") -> Samples:
@@ -143,14 +185,20 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
 
     def batches() -> "Iterator[Tensor]":
         (pipe.compile() if command.compile else pipe).warm_up(min(command.batch_size, count))
-        options = {"batch_size": command.batch_size, "fill": command.compile, "timesteps": timesteps, "eta": eta}
+        options = {
+            "batch_size": command.batch_size,
+            "fill": command.compile,
+            "timesteps": timesteps,
+            "eta": eta,
+        }
         yield from draw_batches(pipe, seeds, seconds, **options)
 
     protocol = {
         **describe_model(command.samples_or_model, pipe, folder, clip=pipe.select_clip()),
         "sampler": "ddim",
         "steps": len(timesteps),
-        "spacing": command.spacing or ("fitted" if timesteps in fitted else pipe.scheduler.config.timestep_spacing),
+        "spacing": command.spacing
+        or ("fitted" if timesteps in fitted else pipe.scheduler.config.timestep_spacing),
         "timesteps": timesteps,
         "eta": eta,
         "order": pipe.select_order(),
@@ -167,14 +215,29 @@ def _of_images(command: Command) -> Samples:
     name = command.samples_or_model
     for option in ("steps", "eta", "spacing"):
         if getattr(command, option) is not None:
-            raise DDIMError(f"--{option} tells how a model is sampled, and {name} holds images; leave it out.")
+            raise DDIMError(
+                f"--{option} tells how a model is sampled, and {name} holds images; leave it out."
+            )
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
-    if run is not None and (absent := [r["file"] for r in run.results if "file" in r and not (path / r["file"]).is_file()]):
-        raise DataError(f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again.")
+    if run is not None and (
+        absent := [
+            r["file"] for r in run.results if "file" in r and not (path / r["file"]).is_file()
+        ]
+    ):
+        raise DataError(
+            f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again."
+        )
     data = load_images(name)
     count = command.count or len(data)
     if count > len(data):
         raise DataError(f"{name} holds {len(data)} images; got --count {count}.")
     shape, batches = (data.channels, *data.resolution), image_batches(data, range(count))
-    return Samples(count, shape, batches, {"samples": name, "sampled": run and run.protocol}, run.evaluations if run else 0, [])
+    return Samples(
+        count,
+        shape,
+        batches,
+        {"samples": name, "sampled": run and run.protocol},
+        run.evaluations if run else 0,
+        [],
+    )

@@ -64,9 +64,17 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 def run(command: Command) -> None:
     """Fits, prints the comparison, and writes the file."""
     began = time.perf_counter()
-    for name, least in (("steps", 1), ("count", 1), ("held_out", 2), ("evaluations", 0), ("batch_size", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("count", 1),
+        ("held_out", 2),
+        ("evaluations", 0),
+        ("batch_size", 1),
+    ):
         if getattr(command, name) < least:
-            raise DDIMError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(command, name)}.")
+            raise DDIMError(
+                f"--{name.replace('_', '-')} must be at least {least}; got {getattr(command, name)}."
+            )
     out = Path(command.out)
     if out.exists():
         raise OutputError(f"{out} is there already; use another --out, or delete that file.")
@@ -89,14 +97,21 @@ def run(command: Command) -> None:
     opened, folder = open_any(command.model, device=device, dtype="float32", image=False)
     pipe: Any = opened
     text = TextRequest.read(command, pipe, folder)
-    schedule, order, clip = pipe.noise_schedule, pipe.select_order(command.order), pipe.select_clip()
+    schedule, order, clip = (
+        pipe.noise_schedule,
+        pipe.select_order(command.order),
+        pipe.select_clip(),
+    )
     classes, total = pipe.unet.config.get("num_class_embeds"), len(pipe.noise_schedule)
     bound = 1.0 if text is None else None  # latents have none
     select_timesteps(total, command.steps)  # refuses a number that cannot be
     out.parent.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    with enough_memory(device, max(command.count, command.batch_size)), contextlib.ExitStack() as stack:
+    with (
+        enough_memory(device, max(command.count, command.batch_size)),
+        contextlib.ExitStack() as stack,
+    ):
         bar = stack.enter_context(progress_bar(pipe, None))
 
         def batch(drawn: list[int]) -> Batch:
@@ -105,8 +120,13 @@ def run(command: Command) -> None:
                 denoise: Denoiser = pipe.denoiser(len(drawn), class_labels=labels, clip=clip)
             else:
                 prompts = [text.prompts[seed % len(text.prompts)] for seed in drawn]
-                guidance = {"guidance_scale": text.guidance_scale, "guidance_rescale": text.guidance_rescale}
-                conditions = pipe.conditions(prompts, text.negative_prompt, guidance_scale=text.guidance_scale)
+                guidance = {
+                    "guidance_scale": text.guidance_scale,
+                    "guidance_rescale": text.guidance_rescale,
+                }
+                conditions = pipe.conditions(
+                    prompts, text.negative_prompt, guidance_scale=text.guidance_scale
+                )
                 denoise = pipe.denoiser(conditions, clip=clip, **guidance)
             shape = pipe.image_shape if text is None else pipe.latent_shape
 
@@ -118,12 +138,20 @@ def run(command: Command) -> None:
             return Batch(told, seeded_randn(shape, drawn).to(device))
 
         def finish(part: Batch) -> Tensor:
-            return sample(part.denoise, part.x_t, step_pairs(select_timesteps(total, total)), schedule=schedule)
+            return sample(
+                part.denoise,
+                part.x_t,
+                step_pairs(select_timesteps(total, total)),
+                schedule=schedule,
+            )
 
         found, judged = seeds[: command.count], seeds[command.count :]
         fit = fit_timesteps(
             batch(found),
-            [batch(judged[first : first + command.batch_size]) for first in range(0, len(judged), command.batch_size)],
+            [
+                batch(judged[first : first + command.batch_size])
+                for first in range(0, len(judged), command.batch_size)
+            ],
             schedule=schedule,
             steps=command.steps,
             order=order,
@@ -137,8 +165,17 @@ def run(command: Command) -> None:
     print(f"{'timesteps':10s} {'ODE error':>10s}   {fit.name} / this one, with its 95 % interval")
     for name, errors in fit.errors.items():
         error, ratio = geometric_mean(errors), fit.ratio(name)
-        results.append({"name": name, "timesteps": fit.paths.get(name), "ode_error": error._asdict(), "ratio": ratio._asdict()})
-        print(f"{name:10s} {error.mean:10.2e}   {ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        results.append(
+            {
+                "name": name,
+                "timesteps": fit.paths.get(name),
+                "ode_error": error._asdict(),
+                "ratio": ratio._asdict(),
+            }
+        )
+        print(
+            f"{name:10s} {error.mean:10.2e}   {ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+        )
     protocol = {
         "command": "fit-steps",
         "model": command.model,
@@ -148,7 +185,9 @@ def run(command: Command) -> None:
         "clip": asdict(clip),
         "seeds": [found[0], found[-1]],
         "held_out": [judged[0], judged[-1]],
-        "reference": {"order": 1, "steps": total} if command.exact else {"order": 2, "steps": min(100, total), "spacing": "quadratic"},
+        "reference": {"order": 1, "steps": total}
+        if command.exact
+        else {"order": 2, "steps": min(100, total), "spacing": "quadratic"},
         "evaluations": command.evaluations,
         "prompt": None,
         "guidance_scale": None,
@@ -163,7 +202,13 @@ def run(command: Command) -> None:
         execution={"device": str(device), "batch_size": command.batch_size},
         versions=versions(),
     )
-    write_atomically(out, json.dumps({"timesteps": fit.timesteps, **asdict(record)}, indent=2, allow_nan=False) + "\n")
-    print(f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found in {seconds:.0f} s.")
+    write_atomically(
+        out,
+        json.dumps({"timesteps": fit.timesteps, **asdict(record)}, indent=2, allow_nan=False)
+        + "\n",
+    )
+    print(
+        f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found in {seconds:.0f} s."
+    )
     more = "" if text is None else " --prompt PROMPT"
     print(f"Draw with them: ddim sample {command.model} --order {order} --timesteps {out}{more}")

@@ -80,7 +80,9 @@ def run(command: Command) -> None:
             f"--guidance and --guidance-scale must be at least 1, which is off; got {command.guidance}, {command.guidance_scale}."
         )
     if not 0 < command.guidance_rescale <= 1:
-        raise DDIMError(f"--guidance-rescale must lie in (0, 1], to be compared with 0; got {command.guidance_rescale}.")
+        raise DDIMError(
+            f"--guidance-rescale must lie in (0, 1], to be compared with 0; got {command.guidance_rescale}."
+        )
 
     from ddim.cli._run import alone
     from ddim.evaluation.report import check_plots
@@ -106,7 +108,18 @@ def _measure(command: Command, out: Path, began: float) -> None:
     def write(records: list[dict[str, Any]]) -> None:
         execution = {"device": str(bench.device), "batch_size": command.batch_size}
         seconds, evaluations = bench.seconds, bench.evaluations
-        write_run(out, RunRecord(bench.protocol, records, seconds, time.perf_counter() - began, evaluations, execution, versions()))
+        write_run(
+            out,
+            RunRecord(
+                bench.protocol,
+                records,
+                seconds,
+                time.perf_counter() - began,
+                evaluations,
+                execution,
+                versions(),
+            ),
+        )
 
     work = bench.work()
     missing = [name for name in work if not (cells / f"{name}.json").exists()]
@@ -116,7 +129,9 @@ def _measure(command: Command, out: Path, began: float) -> None:
         records, strip = work[name]()
         if strip is not None:
             save_png(strip, cells / f"{name}.png")
-        write_atomically(cells / f"{name}.json", json.dumps(records, indent=2, allow_nan=False) + "\n")
+        write_atomically(
+            cells / f"{name}.json", json.dumps(records, indent=2, allow_nan=False) + "\n"
+        )
         print(f"{name}: {_brief(records)}; {done} of {len(missing)}", flush=True)
         write(_read(cells, work))
     records = _read(cells, work)
@@ -154,12 +169,19 @@ def _train(command: Command, name: str, folder: Path) -> None:
         "rescale_betas_zero_snr": training.zero_snr,
         "out": str(folder),
     }
-    if (folder / "model_index.json").is_file() and read_json(folder / "card.json")["config"]["images"] == command.train_images:
+    if (folder / "model_index.json").is_file() and read_json(folder / "card.json")["config"][
+        "images"
+    ] == command.train_images:
         return
     print(f"Training {name} ({training.told}) into {folder}.", flush=True)
-    result = train(TrainConfig(**options), on_progress=lambda p: print(f"step {p.step}/{p.steps}  loss {p.loss:.4f}", flush=True))
+    result = train(
+        TrainConfig(**options),
+        on_progress=lambda p: print(f"step {p.step}/{p.steps}  loss {p.loss:.4f}", flush=True),
+    )
     if not result.finished:
-        raise DDIMError(f"the training of {name} was stopped at step {result.step}; the same command goes on from there.")
+        raise DDIMError(
+            f"the training of {name} was stopped at step {result.step}; the same command goes on from there."
+        )
 
 
 class Bench:
@@ -221,16 +243,26 @@ class Bench:
             f"caption; seeds from {command.seed} on, the same in every setting."
         )
 
-    def work(self) -> dict[str, Callable[[], tuple[list[dict[str, Any]], "NDArray[np.uint8] | None"]]]:
+    def work(
+        self,
+    ) -> dict[str, Callable[[], tuple[list[dict[str, Any]], "NDArray[np.uint8] | None"]]]:
         """What there is to measure, by the names of its cells."""
         from ddim.evaluation.flaws import settings, twins
 
         rescale = self.command.guidance_rescale
-        work: dict[str, Any] = {f"backgrounds-{s.name}": partial(self.backgrounds, s) for s in settings(rescale)}
+        work: dict[str, Any] = {
+            f"backgrounds-{s.name}": partial(self.backgrounds, s) for s in settings(rescale)
+        }
         work |= {f"saturation-{s.name}": partial(self.saturation, s) for s in twins(rescale)}
-        return work | {f"unconditional-{s.name}": partial(self.unconditional, s) for s in settings(rescale) if not s.guidance_rescale}
+        return work | {
+            f"unconditional-{s.name}": partial(self.unconditional, s)
+            for s in settings(rescale)
+            if not s.guidance_rescale
+        }
 
-    def draw(self, setting: "Setting", prompts: Sequence[str], *, guidance_scale: float) -> "tuple[Tensor, Tensor]":
+    def draw(
+        self, setting: "Setting", prompts: Sequence[str], *, guidance_scale: float
+    ) -> "tuple[Tensor, Tensor]":
         """Latents, and images in [0, 1], of the prompts; the n-th image has the n-th seed."""
         import torch
 
@@ -276,13 +308,21 @@ class Bench:
         judged, shown = {}, []
         for background in BACKGROUNDS:
             asked = _prompts(self.command.count, (background,))
-            _, images = self.draw(setting, [c.caption for c in asked], guidance_scale=self.command.guidance_scale)
+            _, images = self.draw(
+                setting, [c.caption for c in asked], guidance_scale=self.command.guidance_scale
+            )
             wanted = [Asked(*c.numbers) for c in asked]
-            garments = torch.from_numpy(extract_garments(images.permute(0, 2, 3, 1).numpy())).float()
-            judged[background] = judge(images, garments, wanted, palette=list(hues().values()), classifier=self.classifier)
+            garments = torch.from_numpy(
+                extract_garments(images.permute(0, 2, 3, 1).numpy())
+            ).float()
+            judged[background] = judge(
+                images, garments, wanted, palette=list(hues().values()), classifier=self.classifier
+            )
             shown.append(to_uint8(images[:SHOWN] * 2 - 1))
         strip = make_grid(np.concatenate(shown), columns=SHOWN * len(BACKGROUNDS), padding=0)
-        return background_records(setting, judged, {name: level / 255 for name, level in BACKGROUNDS.items()}), strip
+        return background_records(
+            setting, judged, {name: level / 255 for name, level in BACKGROUNDS.items()}
+        ), strip
 
     def saturation(self, setting: "Setting") -> tuple[list[dict[str, Any]], None]:
         """Values that are 0 or 1 in images none of whose real counterparts has any."""
@@ -324,11 +364,14 @@ class Bench:
         images = torch.stack([data[i][0] for i in range(len(data))]).float() / 255
         vae = self.pipes["epsilon"].vae
         with torch.no_grad():
-            parts = [vae.encode((part * 2 - 1).to(self.device)).latent_dist.mean.cpu() for part in torch.split(images, 250)]
+            parts = [
+                vae.encode((part * 2 - 1).to(self.device)).latent_dist.mean.cpu()
+                for part in torch.split(images, 250)
+            ]
         return torch.cat(parts) * vae.config.scaling_factor, images
 
 
-def _open(folder: Path, device: "torch.device") -> Any:  # noqa: ANN401 - a pipeline of diffusers
+def _open(folder: Path, device: "torch.device") -> Any:
     """The text model of a folder.
 
     Raises:
@@ -339,16 +382,20 @@ def _open(folder: Path, device: "torch.device") -> Any:  # noqa: ANN401 - a pipe
 
     quiet_libraries(text=True)
     if is_unconditional(read_model_index(folder)):
-        raise DDIMError(f"{folder} is a model without text, and the fixes are measured by prompts; name models trained on fashion-text.")
+        raise DDIMError(
+            f"{folder} is a model without text, and the fixes are measured by prompts; name models trained on fashion-text."
+        )
     return DiffusionPipeline.from_pretrained(folder).to(device)
 
 
-def _same_weights(a: Any, b: Any) -> bool:  # noqa: ANN401 - networks
+def _same_weights(a: Any, b: Any) -> bool:
     """Whether two networks hold the same numbers under the same names."""
     import torch
 
     ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def _prompts(count: int, backgrounds: Sequence[str]) -> "list[Combination]":
@@ -358,7 +405,11 @@ def _prompts(count: int, backgrounds: Sequence[str]) -> "list[Combination]":
     def nth(i: int) -> Combination:
         rest, colour = divmod(i, len(COLOURS))
         # the garment moves on once more a round, so that colours and garments do not go in step
-        return Combination(list(COLOURS)[colour], GARMENTS[(i + rest) % len(GARMENTS)], backgrounds[i % len(backgrounds)])
+        return Combination(
+            list(COLOURS)[colour],
+            GARMENTS[(i + rest) % len(GARMENTS)],
+            backgrounds[i % len(backgrounds)],
+        )
 
     return [nth(i) for i in range(count)]
 
@@ -373,7 +424,9 @@ def _read(cells: Path, names: Iterable[str]) -> list[dict[str, Any]]:
         except FileNotFoundError:
             continue
         except (ValueError, TypeError) as error:
-            raise OutputError(f"{path} is not a cell of this program ({error}); delete it, and it is measured again.") from error
+            raise OutputError(
+                f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+            ) from error
     return records
 
 
@@ -383,7 +436,9 @@ def _brief(records: Sequence[dict[str, Any]]) -> str:
     if first["measured"] == "background":
         return ", ".join(f"{r['background']} {r['brightness']:.3f}" for r in records)
     if first["measured"] == "saturation":
-        return ", ".join(f"w {r['guidance_scale']:g}: {100 * r['saturated']:.1f} %" for r in records)
+        return ", ".join(
+            f"w {r['guidance_scale']:g}: {100 * r['saturated']:.1f} %" for r in records
+        )
     return ", ".join(f"{r['of']} {r['mean']:+.3f} ± {r['std']:.3f}" for r in records)
 
 
@@ -394,7 +449,10 @@ def _save_sheet(bench: Bench, cells: Path, path: Path) -> None:
     from ddim.evaluation.flaws import settings
     from ddim.images import load_image, replacing
 
-    strips = [(s, load_image(cells / f"backgrounds-{s.name}.png")) for s in settings(bench.command.guidance_rescale)]
+    strips = [
+        (s, load_image(cells / f"backgrounds-{s.name}.png"))
+        for s in settings(bench.command.guidance_rescale)
+    ]
     height, width = strips[0][1].shape[:2]
     figure = Figure(figsize=(width / 48, len(strips) * (height / 48 + 0.3)), layout="constrained")
     for axes, (setting, strip) in zip(figure.subplots(len(strips), 1), strips, strict=True):

@@ -8,8 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, begin_run, check_images, note_levels, read_images, scaled, tell_unsolved, unsolved_steps
-from ddim.cli._model import check_class, check_positive, describe_model, enough_memory, find_device, open_model, short_name
+from ddim.cli._latent import (
+    NetworkCalls,
+    begin_run,
+    check_images,
+    note_levels,
+    read_images,
+    scaled,
+    tell_unsolved,
+    unsolved_steps,
+)
+from ddim.cli._model import (
+    check_class,
+    check_positive,
+    describe_model,
+    enough_memory,
+    find_device,
+    open_model,
+    short_name,
+)
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
@@ -63,14 +80,23 @@ def run(command: Command) -> None:
     """Draws the path, or the grid, and writes it with run.json."""
     began = time.perf_counter()
     check_positive(command, "batch_size")
-    given, needed = command.images if command.seeds is None else command.seeds, 4 if command.grid else 2
+    given, needed = (
+        command.images if command.seeds is None else command.seeds,
+        4 if command.grid else 2,
+    )
     if given is None or (command.seeds is not None and command.images is not None):
-        raise DDIMError("give the ends of the path as --seeds 3,17 or as --images a.png,b.png, one of the two.")
+        raise DDIMError(
+            "give the ends of the path as --seeds 3,17 or as --images a.png,b.png, one of the two."
+        )
     if len(given) != needed:
         what = "a grid has four corners" if command.grid else "a path has two ends"
-        raise DDIMError(f"{what}, and {len(given)} {'was' if len(given) == 1 else 'were'} given; name {needed}, separated by commas.")
+        raise DDIMError(
+            f"{what}, and {len(given)} {'was' if len(given) == 1 else 'were'} given; name {needed}, separated by commas."
+        )
     if command.count < 2:
-        raise DDIMError(f"--count must be at least 2, for the ends are among them; got {command.count}.")
+        raise DDIMError(
+            f"--count must be at least 2, for the ends are among them; got {command.count}."
+        )
 
     import dataclasses
 
@@ -94,7 +120,9 @@ def run(command: Command) -> None:
     check_class(pipe, command.class_, required=True)
     protocol = {
         "command": "interpolate",
-        **describe_model(command.model, pipe, folder, clip=pipe.select_clip("none"), fixed=command.class_),
+        **describe_model(
+            command.model, pipe, folder, clip=pipe.select_clip("none"), fixed=command.class_
+        ),
         "timesteps": timesteps,
         "eta": 0.0,
         "count": command.count,
@@ -107,7 +135,9 @@ def run(command: Command) -> None:
         code = Code(x_T.unsqueeze(0), "ddim", tuple(timesteps), 0, labels=labels)
         protocol["data"] = {"seeds": list(command.seeds)}
     else:
-        pictures = read_images(pipe, command.images, None, resize=command.resize, fixed=command.class_)
+        pictures = read_images(
+            pipe, command.images, None, resize=command.resize, fixed=command.class_
+        )
         protocol["data"] = {**pictures.data, "method": command.method}
 
     def path(ends: "Tensor") -> "Tensor":
@@ -122,14 +152,25 @@ def run(command: Command) -> None:
         started = time.perf_counter()
         with NetworkCalls(pipe) as encoding, unsolved_steps() as unsolved:
             if command.images is not None:
-                options: dict[str, Any] = {"method": command.method, "class_labels": pictures.labels, "batch_size": command.batch_size}
+                options: dict[str, Any] = {
+                    "method": command.method,
+                    "class_labels": pictures.labels,
+                    "batch_size": command.batch_size,
+                }
                 code = pipe.encode(pictures.x0, timesteps=asked, **options)
         # Every state of a code goes along its own path, with one weight: both states of a pair keep their distance.
         states = torch.stack([path(state) for state in code.states])
-        along = None if code.labels is None else code.labels[:1].expand(states.shape[1]).contiguous()
+        along = (
+            None if code.labels is None else code.labels[:1].expand(states.shape[1]).contiguous()
+        )
         whole = dataclasses.replace(code, states=states, labels=along, residual=None)
         with NetworkCalls(pipe) as decoding:
-            pixels = np.stack([np.atleast_3d(np.asarray(p)) for p in pipe.decode(whole, batch_size=command.batch_size)])
+            pixels = np.stack(
+                [
+                    np.atleast_3d(np.asarray(p))
+                    for p in pipe.decode(whole, batch_size=command.batch_size)
+                ]
+            )
     seconds = time.perf_counter() - started
     note_levels(asked, timesteps)
 
@@ -140,7 +181,14 @@ def run(command: Command) -> None:
         frames = [p.resize((p.width * scale, p.height * scale), 0) for p in to_pil(pixels)]
         with replacing(out / "path.gif") as partial:
             there_and_back = [*frames, *frames[-2:0:-1]]
-            there_and_back[0].save(partial, format="GIF", save_all=True, append_images=there_and_back[1:], duration=120, loop=0)
+            there_and_back[0].save(
+                partial,
+                format="GIF",
+                save_all=True,
+                append_images=there_and_back[1:],
+                duration=120,
+                loop=0,
+            )
     rms = whole.rms().tolist()
     record = RunRecord(
         protocol=protocol,
@@ -153,4 +201,6 @@ def run(command: Command) -> None:
     )
     write_run(out, record)
     reach = f"the root mean square of the latents is {min(rms):.2f} to {max(rms):.2f} (noise: 1)"
-    print(f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{tell_unsolved(unsolved)}")
+    print(
+        f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{tell_unsolved(unsolved)}"
+    )

@@ -9,8 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ddim.cli._arguments import ModelArgument
-from ddim.cli._latent import NetworkCalls, Pictures, begin_run, check_first, check_images, note_levels, read_images, scaled, unsolved_steps
-from ddim.cli._model import check_positive, describe_model, enough_memory, find_device, open_model, short_name
+from ddim.cli._latent import (
+    NetworkCalls,
+    Pictures,
+    begin_run,
+    check_first,
+    check_images,
+    note_levels,
+    read_images,
+    scaled,
+    unsolved_steps,
+)
+from ddim.cli._model import (
+    check_positive,
+    describe_model,
+    enough_memory,
+    find_device,
+    open_model,
+    short_name,
+)
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
@@ -77,7 +94,9 @@ def run(command: Command) -> None:
     unknown = [m for m in command.method if m not in ENCODERS]
     if unknown or not command.method or not command.steps:
         told = f"{unknown[0]!r}" if unknown else "nothing"
-        raise DDIMError(f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got {told}.")
+        raise DDIMError(
+            f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got {told}."
+        )
 
     from ddim.cli._run import RunRecord, versions, write_run
     from ddim.evaluation.report import check_plots
@@ -89,13 +108,28 @@ def run(command: Command) -> None:
     check_images(None, command.data)
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
-    asked = {steps: pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1) for steps in dict.fromkeys(command.steps)}
-    chosen = {steps: encodable_timesteps(pipe.noise_schedule, levels) for steps, levels in asked.items()}
+    asked = {
+        steps: pipe.select_timesteps(steps, timestep_spacing=command.spacing, order=1)
+        for steps in dict.fromkeys(command.steps)
+    }
+    chosen = {
+        steps: encodable_timesteps(pipe.noise_schedule, levels) for steps, levels in asked.items()
+    }
     for levels in chosen.values():
         pipe.check_path(levels, order=1)
-    which: dict[str, Any] = {"split": command.split, "first": command.seed, "count": command.count, "resize": command.resize}
+    which: dict[str, Any] = {
+        "split": command.split,
+        "first": command.seed,
+        "count": command.count,
+        "resize": command.resize,
+    }
     pictures = read_images(pipe, None, command.data, **which, fixed=command.class_)
-    read: dict[str, Any] = {"clip": pipe.select_clip("none"), "dtype": command.dtype, "fixed": command.class_, "classes": "the data's"}
+    read: dict[str, Any] = {
+        "clip": pipe.select_clip("none"),
+        "dtype": command.dtype,
+        "fixed": command.class_,
+        "classes": "the data's",
+    }
     protocol = {
         "command": "reconstruct",
         **describe_model(command.model, pipe, folder, **read),
@@ -122,15 +156,26 @@ def run(command: Command) -> None:
         write_run(out, record)
 
     missing = [
-        (m, s) for s in chosen for m in dict.fromkeys(command.method) if not any(r["method"] == m and r["steps"] == s for r in results)
+        (m, s)
+        for s in chosen
+        for m in dict.fromkeys(command.method)
+        if not any(r["method"] == m and r["steps"] == s for r in results)
     ]
     with enough_memory(device, command.batch_size):
         pipe.warm_up(min(command.batch_size, len(pictures.x0)))
         for method, steps in missing:
-            cell, took = _measure(pipe, pictures, chosen[steps], method=method, batch_size=command.batch_size)
-            results, seconds = [*results, {"method": method, "steps": steps, **cell}], seconds + took
+            cell, took = _measure(
+                pipe, pictures, chosen[steps], method=method, batch_size=command.batch_size
+            )
+            results, seconds = (
+                [*results, {"method": method, "steps": steps, **cell}],
+                seconds + took,
+            )
             told = "diverged" if cell["mse"] is None else f"mse {cell['mse']:.2e}"
-            print(f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} evaluations a step, {took:.1f} s", flush=True)
+            print(
+                f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} evaluations a step, {took:.1f} s",
+                flush=True,
+            )
             save()
         results.sort(key=lambda r: (ENCODERS.index(r["method"]), r["steps"]))
         save()
@@ -140,11 +185,18 @@ def run(command: Command) -> None:
     write_atomically(out / "table.md", _table(results, command, pictures.data["split"]))
     _plot(results, out / "reconstruction.png")
     there = len(results) - len(missing)
-    print(f"{len(missing)} cells measured, {there} were there; the table is {out / 'table.md'}, beside a plot and a sheet.")
+    print(
+        f"{len(missing)} cells measured, {there} were there; the table is {out / 'table.md'}, beside a plot and a sheet."
+    )
 
 
 def _measure(
-    pipe: "UnconditionalPipeline", pictures: Pictures, timesteps: list[int], *, method: str, batch_size: int
+    pipe: "UnconditionalPipeline",
+    pictures: Pictures,
+    timesteps: list[int],
+    *,
+    method: str,
+    batch_size: int,
 ) -> tuple[dict[str, Any], float]:
     """One cell, and the seconds it took."""
     import torch
@@ -166,10 +218,18 @@ def _measure(
         done += len(part)
         try:
             with encoding, unsolved_steps() as told:
-                code = pipe.encode(part, timesteps=timesteps, method=method, class_labels=labels, batch_size=batch_size)  # type: ignore[arg-type]
+                code = pipe.encode(
+                    part,
+                    timesteps=timesteps,
+                    method=method,
+                    class_labels=labels,
+                    batch_size=batch_size,
+                )  # type: ignore[arg-type]
             back = code.states[-1]  # where the pair of a single step holds the data already
             with decoding:
-                pipe.decode(code, batch_size=batch_size, output_type="pt", callback=keep)  # and is measured before float32 rounds it
+                pipe.decode(
+                    code, batch_size=batch_size, output_type="pt", callback=keep
+                )  # and is measured before float32 rounds it
         except DivergenceError:
             return {"mse": None, "evaluations": encoding.each(done)}, time.perf_counter() - began
         unsolved += len(told)
@@ -195,18 +255,40 @@ def _table(results: list[dict[str, Any]], command: Command, split: str) -> str:
     """The cells as a document."""
     from ddim.evaluation.report import text_table
 
-    rows = [["method", "steps", "mse", "largest", "evaluations a step", "RMS of the code", "paper (DDIM, CIFAR-10)"]]
+    rows = [
+        [
+            "method",
+            "steps",
+            "mse",
+            "largest",
+            "evaluations a step",
+            "RMS of the code",
+            "paper (DDIM, CIFAR-10)",
+        ]
+    ]
     for r in results:
         paper = f"{PAPER[r['steps']]:g}" if r["method"] == "ddim" and r["steps"] in PAPER else ""
-        numbers = ["diverged", ""] if r["mse"] is None else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
+        numbers = (
+            ["diverged", ""] if r["mse"] is None else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
+        )
         rms = "" if r["mse"] is None else f"{r['rms']:.2f}"
-        rows.append([r["method"], str(r["steps"]), *numbers, f"{r['evaluations'] / r['steps']:.2f}", rms, paper])
+        rows.append(
+            [
+                r["method"],
+                str(r["steps"]),
+                *numbers,
+                f"{r['evaluations'] / r['steps']:.2f}",
+                rms,
+                paper,
+            ]
+        )
     begun = f", from number {command.seed} on" if command.seed else ""
     return (
         f"# {command.model}: images from their codes\n\n"
         f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({split}{begun}); "
         f"{command.dtype} network, float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png are the "
-        f"originals, then {', '.join(command.method)} at {min(command.steps)} steps.\n\n" + text_table(rows)
+        f"originals, then {', '.join(command.method)} at {min(command.steps)} steps.\n\n"
+        + text_table(rows)
     )
 
 
@@ -214,11 +296,20 @@ def _plot(results: list[dict[str, Any]], path: Path) -> None:
     from ddim.evaluation.report import save_lines
 
     methods = dict.fromkeys(r["method"] for r in results)
-    lines = {m: [(r["steps"], r["mse"]) for r in results if r["method"] == m and r["mse"]] for m in methods}
+    lines = {
+        m: [(r["steps"], r["mse"]) for r in results if r["method"] == m and r["mse"]]
+        for m in methods
+    }
     save_lines(lines, path, across="steps each way", up="mean squared error, pixels in [0, 1]")
 
 
-def _sheet(pipe: "UnconditionalPipeline", pictures: Pictures, timesteps: list[int], methods: Sequence[str], path: Path) -> None:
+def _sheet(
+    pipe: "UnconditionalPipeline",
+    pictures: Pictures,
+    timesteps: list[int],
+    methods: Sequence[str],
+    path: Path,
+) -> None:
     """Originals in the first row, then a row for each method at the fewest steps."""
     import numpy as np
 

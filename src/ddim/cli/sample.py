@@ -118,11 +118,15 @@ def run(command: Command) -> None:
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
     if command.count > MOST:
-        raise DDIMError(f"--count must be at most {MOST} in one run; got {command.count}, so go on from there with --seed.")
+        raise DDIMError(
+            f"--count must be at most {MOST} in one run; got {command.count}, so go on from there with --seed."
+        )
     if command.data is not None and command.variance != "analytic":
         raise DDIMError("--data is what --variance analytic is measured on; give both, or neither.")
     if command.sampler == "ddpm" and command.eta is not None:
-        raise DDIMError("--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler.")
+        raise DDIMError(
+            "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
+        )
 
     from ddim.checkpoints import has_scheduler
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
@@ -135,25 +139,45 @@ def run(command: Command) -> None:
     seeds = check_seeds(range(command.seed, command.seed + command.count))
     eta: Eta = check_eta(SIGMA_HAT if command.sampler == "ddpm" else command.eta or 0.0)
 
-    pipe, folder = open_any(command.model, device=device, dtype=command.dtype, image=command.image is not None)
+    pipe, folder = open_any(
+        command.model, device=device, dtype=command.dtype, image=command.image is not None
+    )
     text = TextRequest.read(command, pipe, folder, image=command.image, strength=command.strength)
-    useful = {"class": command.class_ is None, "prior": command.prior == "standard", "variance": command.variance == "eta"}
+    useful = {
+        "class": command.class_ is None,
+        "prior": command.prior == "standard",
+        "variance": command.variance == "eta",
+    }
     if text is not None and not all(useful.values()):
-        raise DDIMError(f"--{min(useful, key=useful.__getitem__)} is not for models of text; leave it out.")
+        raise DDIMError(
+            f"--{min(useful, key=useful.__getitem__)} is not for models of text; leave it out."
+        )
     order = pipe.select_order(command.order)
-    listed = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order)
-    timesteps = listed if text is None or text.strength is None else truncate_timesteps(listed, text.strength)
+    listed = pipe.select_timesteps(
+        command.steps, timestep_spacing=command.spacing, timesteps=command.timesteps, order=order
+    )
+    timesteps = (
+        listed
+        if text is None or text.strength is None
+        else truncate_timesteps(listed, text.strength)
+    )
     analytic = command.variance == "analytic"
     sampler = "ddim" if command.sampler == "ddpm" else command.sampler
     pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic, sampler=sampler)
-    clip = pipe.select_clip(command.clip or ("static" if command.sampler == "ddpm" and text is None else None))  # latents have no range
+    clip = pipe.select_clip(
+        command.clip or ("static" if command.sampler == "ddpm" and text is None else None)
+    )  # latents have no range
     if sampler != "ddim":
         check_exact(sampler, eta=eta, clip=clip, order=command.order, analytic=analytic)
     prior = _prior(command, folder)
     check_class(pipe, command.class_)
     images = _open_data(command, pipe, folder) if analytic else None
-    protocol = _protocol(command, pipe, folder, timesteps=timesteps, eta=eta, order=order, clip=clip)
-    protocol["variance"] = None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
+    protocol = _protocol(
+        command, pipe, folder, timesteps=timesteps, eta=eta, order=order, clip=clip
+    )
+    protocol["variance"] = (
+        None if images is None else {"kind": "analytic", "data": images.name, "images": MEASURED}
+    )
     if prior is not None:
         protocol["prior"] = prior.describe()
     if text is not None:
@@ -163,21 +187,32 @@ def run(command: Command) -> None:
     items = [Item(None, seed) for seed in seeds] if text is None else text.items(seeds)
 
     def drawn() -> set[Item]:
-        return {item for item in map(Item.of, (path.stem for path in out.glob("*.png"))) if item is not None}
+        return {
+            item
+            for item in map(Item.of, (path.stem for path in out.glob("*.png")))
+            if item is not None
+        }
 
     there = drawn()
     before = check_protocol(out, protocol, empty=not there)
     if there and before is None:
-        raise OutputError(f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder.")
+        raise OutputError(
+            f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder."
+        )
     missing = [item for item in items if item not in there]
     _note(command, pipe, clip, listed, assumed=not has_scheduler(folder))
     _note_fitted(command.timesteps, protocol)
 
     label = seed_label(pipe, command.class_)
 
-    def record(seconds: float, **execution: Any) -> RunRecord:  # noqa: ANN401 - what is known by then
+    def record(seconds: float, **execution: Any) -> RunRecord:
         results = [
-            {"seed": i.seed, "file": i.file, **label(i.seed), **({} if text is None else {"prompt": text.prompt_of(i)})}
+            {
+                "seed": i.seed,
+                "file": i.file,
+                **label(i.seed),
+                **({} if text is None else {"prompt": text.prompt_of(i)}),
+            }
             for i in sorted(drawn(), key=lambda item: item.file)
         ]
         return RunRecord(
@@ -185,7 +220,8 @@ def run(command: Command) -> None:
             results=results,
             seconds=seconds,
             seconds_total=time.perf_counter() - began,
-            evaluations=sampling_evaluations(pipe, sampler, timesteps) * (2 if text is not None and text.is_guided else 1),
+            evaluations=sampling_evaluations(pipe, sampler, timesteps)
+            * (2 if text is not None and text.is_guided else 1),
             execution={
                 "count": command.count,
                 "batch_size": command.batch_size,
@@ -198,24 +234,42 @@ def run(command: Command) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     if before is None:
-        write_run(out, record(0.0, drawn=0))  # so that what an interrupted run leaves is known for what it is
+        write_run(
+            out, record(0.0, drawn=0)
+        )  # so that what an interrupted run leaves is known for what it is
     with enough_memory(device, command.batch_size):
-        options: dict[str, Any] = {"timesteps": listed, "eta": eta, "order": order, "clip": clip, "sampler": sampler}
+        options: dict[str, Any] = {
+            "timesteps": listed,
+            "eta": eta,
+            "order": order,
+            "clip": clip,
+            "sampler": sampler,
+        }
         if text is None:
             gamma = None
             if images is not None and missing:
-                gamma = _measure_gamma(protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size)
+                gamma = _measure_gamma(
+                    protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size
+                )
             options |= {"gamma": gamma, "prior": prior}
-        seconds, warm_up, batches = _draw(command, pipe, missing, out, text=text, label=label, steps=len(timesteps), **options)
+        seconds, warm_up, batches = _draw(
+            command, pipe, missing, out, text=text, label=label, steps=len(timesteps), **options
+        )
 
     _write_grid(out, items, text)
     now = record(seconds, drawn=len(missing), warm_up_seconds=warm_up)
     if missing:
         write_run(out, now)
-    elif before is not None and before.results != now.results:  # of a run that was killed before it said what it drew
+    elif (
+        before is not None and before.results != now.results
+    ):  # of a run that was killed before it said what it drew
         write_run(out, replace(before, results=now.results))
     others = len(there - set(items))
-    beside = f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not in the grid." if others else ""
+    beside = (
+        f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not in the grid."
+        if others
+        else ""
+    )
     told = f"{len(missing)} images drawn, {len(items) - len(missing)} were there"
     print(f"{told}; they are in {out}, together in {out / 'grid.png'}.{beside}")
     if missing:
@@ -230,14 +284,14 @@ def run(command: Command) -> None:
 
 def _draw(
     command: Command,
-    pipe: Any,  # noqa: ANN401 - a pipeline with or without text
+    pipe: Any,
     items: list[Item],
     out: Path,
     *,
     text: TextRequest | None,
     label: Callable[[int], dict[str, int]],
     steps: int,
-    **options: Any,  # noqa: ANN401 - of the pipeline's call
+    **options: Any,
 ) -> tuple[float, float, int]:
     """Draws and writes the pictures of the items; returns the seconds of sampling, those of the warm-up, and the number of batches."""
     if not items:
@@ -247,12 +301,14 @@ def _draw(
     size = min(command.batch_size, len(items))
     batches = -(-len(items) // size)
     began = time.perf_counter()
-    (pipe.compile() if command.compile else pipe).warm_up(size, **({} if text is None else {"guidance_scale": text.guidance_scale}))
+    (pipe.compile() if command.compile else pipe).warm_up(
+        size, **({} if text is None else {"guidance_scale": text.guidance_scale})
+    )
     warm_up, seconds = time.perf_counter() - began, 0.0
     with progress_bar(pipe, batches * steps) as bar:
         options["callback"] = None if bar is None else _advance(bar)
 
-        def make(batch: list[Item]) -> Any:  # noqa: ANN401 - a list of pictures
+        def make(batch: list[Item]) -> Any:
             seeds = [item.seed for item in batch]
             labels = [number for seed in seeds for number in label(seed).values()]
             asked = {"class_labels": labels or None} if text is None else text.options(batch)
@@ -279,7 +335,9 @@ def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
     usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
     for item, picture in zip(shown, loaded, strict=True):
         if picture.shape != usual:
-            raise OutputError(f"{out / item.file} has another size than the pictures beside it; delete it, and run again.")
+            raise OutputError(
+                f"{out / item.file} has another size than the pictures beside it; delete it, and run again."
+            )
     pictures = np.stack(loaded)
     scale = max(1, 96 // pictures.shape[2])
     if text is None or prompts == 1:
@@ -291,7 +349,7 @@ def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
 
 def _protocol(
     command: Command,
-    pipe: Any,  # noqa: ANN401 - as above
+    pipe: Any,
     folder: Path,
     *,
     timesteps: list[int],
@@ -304,10 +362,14 @@ def _protocol(
     fitted = timesteps in (config.get("fitted_timesteps") or [])
     return {
         "command": "sample",
-        **describe_model(command.model, pipe, folder, clip=clip, dtype=command.dtype, fixed=command.class_),
+        **describe_model(
+            command.model, pipe, folder, clip=clip, dtype=command.dtype, fixed=command.class_
+        ),
         "sampler": command.sampler,
         "steps": len(timesteps),
-        "spacing": None if command.timesteps else command.spacing or ("fitted" if fitted else config.timestep_spacing),
+        "spacing": None
+        if command.timesteps
+        else command.spacing or ("fitted" if fitted else config.timestep_spacing),
         "timesteps": timesteps,
         "eta": eta,
         "order": order,
@@ -339,9 +401,13 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
     trained = card.get("config") if isinstance(card, dict) else None
     source = command.data or (trained.get("data") if isinstance(trained, dict) else None)
     if source is None:
-        raise DDIMError(f"{command.model} does not say what it was trained on; name images for --variance analytic with --data.")
+        raise DDIMError(
+            f"{command.model} does not say what it was trained on; name images for --variance analytic with --data."
+        )
     channels, height, width = pipe.image_shape
-    images = load_images(str(source), channels=channels, resolution=height if height == width else None)
+    images = load_images(
+        str(source), channels=channels, resolution=height if height == width else None
+    )
     if tuple(images.resolution) != (height, width):
         raise DDIMError(
             f"the model makes images of {width}x{height}, and those of {source} are {images.resolution[1]}x{images.resolution[0]} "
@@ -351,7 +417,12 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
 
 
 def _measure_gamma(
-    protocol: dict[str, Any], pipe: "UnconditionalPipeline", images: "ImageData", path: Path, *, batch_size: int
+    protocol: dict[str, Any],
+    pipe: "UnconditionalPipeline",
+    images: "ImageData",
+    path: Path,
+    *,
+    batch_size: int,
 ) -> dict[int, float]:
     """What the analytic variance needs at the protocol's levels: from the file where that is of the same protocol, else measured."""
     import numpy as np
@@ -369,8 +440,12 @@ def _measure_gamma(
 
     def batches() -> "Iterator[tuple[Denoiser, Tensor]]":
         for first in range(0, len(chosen), batch_size):
-            pixels, labels = zip(*(images[i] for i in chosen[first : first + batch_size]), strict=True)
-            x0 = from_uint8(np.stack([image.permute(1, 2, 0).numpy() for image in pixels])).to(pipe.device)
+            pixels, labels = zip(
+                *(images[i] for i in chosen[first : first + batch_size]), strict=True
+            )
+            x0 = from_uint8(np.stack([image.permute(1, 2, 0).numpy() for image in pixels])).to(
+                pipe.device
+            )
             yield pipe.denoiser(len(x0), class_labels=labels if classes else None), x0
 
     gamma = estimate_gamma(batches(), protocol["timesteps"], schedule=pipe.noise_schedule)
@@ -378,20 +453,36 @@ def _measure_gamma(
     return gamma
 
 
-def _note(command: Command, pipe: "UnconditionalPipeline", clip: "Clip", timesteps: list[int], *, assumed: bool) -> None:
+def _note(
+    command: Command,
+    pipe: "UnconditionalPipeline",
+    clip: "Clip",
+    timesteps: list[int],
+    *,
+    assumed: bool,
+) -> None:
     """Says in one line what a model's configuration does to its images, where that is not what ours do."""
     last = len(pipe.noise_schedule) - 1
     clips = command.clip is None and command.sampler == "ddim" and clip.kind != "none"
     fitted = timesteps in (pipe.scheduler.config.get("fitted_timesteps") or [])
-    short = command.spacing is None and command.timesteps is None and timesteps[0] != last and not fitted
+    short = (
+        command.spacing is None
+        and command.timesteps is None
+        and timesteps[0] != last
+        and not fitted
+    )
     if assumed:
         print(
             f"note: {command.model} comes without a scheduler; it is taken for a model of {last + 1} linear levels that predicts epsilon."
         )
     elif clips or short:
-        does = [f"clips predicted images ({clip.kind})"] * clips + [f"starts at level {timesteps[0]}, not at {last}"] * short
+        does = [f"clips predicted images ({clip.kind})"] * clips + [
+            f"starts at level {timesteps[0]}, not at {last}"
+        ] * short
         instead = ["--clip none"] * clips + ["--spacing trailing"] * short
-        print(f"note: the model's configuration {' and '.join(does)}; {' '.join(instead)} would not.")
+        print(
+            f"note: the model's configuration {' and '.join(does)}; {' '.join(instead)} would not."
+        )
 
 
 def _note_fitted(levels: tuple[int, ...] | None, protocol: dict[str, Any]) -> None:
@@ -400,14 +491,19 @@ def _note_fitted(levels: tuple[int, ...] | None, protocol: dict[str, Any]) -> No
         return
     told = levels.protocol
     names = {"weight_hash": "weights", "order": "order"}
-    other = [f"{what} {told[key]}, not {protocol[key]}" for key, what in names.items() if key in told and told[key] != protocol[key]]
+    other = [
+        f"{what} {told[key]}, not {protocol[key]}"
+        for key, what in names.items()
+        if key in told and told[key] != protocol[key]
+    ]
     if other:
         print(
-            f"note: these timesteps were fitted to {told.get('model')} ({'; '.join(other)}); `ddim fit-steps` fits others.", file=sys.stderr
+            f"note: these timesteps were fitted to {told.get('model')} ({'; '.join(other)}); `ddim fit-steps` fits others.",
+            file=sys.stderr,
         )
 
 
-def _advance(bar: Any) -> Callable[["State"], None]:  # noqa: ANN401 - tqdm has no types
+def _advance(bar: Any) -> Callable[["State"], None]:
     def advance(state: "State") -> None:
         bar.update()
 

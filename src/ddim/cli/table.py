@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddim.cli._arguments import EtasOption, ModelArgument
-from ddim.cli._evaluation import describe_reference, draw_batches, note_few, open_panel, open_reference, shuffled_batches
+from ddim.cli._evaluation import (
+    describe_reference,
+    draw_batches,
+    note_few,
+    open_panel,
+    open_reference,
+    shuffled_batches,
+)
 from ddim.cli._model import check_positive, describe_model, find_device, open_model, short_name
 from ddim.errors import DDIMError, OutputError
 
@@ -93,7 +100,9 @@ def run(command: Command) -> None:
     began = time.perf_counter()
     check_positive(command, "count", "repeats", "batch_size", "processes")
     if not 1 <= command.counts[1] <= command.count:
-        raise DDIMError(f"--long-count must be from 1 to --count, {command.count}; got {command.long_count}.")
+        raise DDIMError(
+            f"--long-count must be from 1 to --count, {command.count}; got {command.long_count}."
+        )
     if command.timing_rounds < 0:
         raise DDIMError(f"--timing-rounds must be 0 or more; got {command.timing_rounds}.")
     if not command.eta or not command.steps:
@@ -104,14 +113,18 @@ def run(command: Command) -> None:
 
     check_plots()
     bench = Bench(command)
-    wanted = [(eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)]
+    wanted = [
+        (eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)
+    ]
     for eta, steps in wanted:
         bench.pipe.check_path(bench.timesteps(steps), eta=eta)
     out = Path(command.out or f"out/table-{short_name(command.model)}")
     with alone(out):
         (out / "cells").mkdir(exist_ok=True)
         check_protocol(out, bench.protocol, empty=not any((out / "cells").iterdir()))
-        missing = [(eta, steps) for eta, steps in wanted if not _cell_file(out, eta, steps).exists()]
+        missing = [
+            (eta, steps) for eta, steps in wanted if not _cell_file(out, eta, steps).exists()
+        ]
         _write(out, bench, began)  # so that what an interrupted run leaves is known for what it is
         with contextlib.closing(_measured(command, bench, missing, out)) as measured:
             for done, cell in enumerate(measured, start=1):
@@ -127,9 +140,15 @@ def run(command: Command) -> None:
             _write(out, bench, began)
         save_plots(_read_cells(out), out)
     note_few(
-        bench.panel, shape=bench.pipe.image_shape, counts=command.counts, available=len(bench.data), chosen=command.metrics is not None
+        bench.panel,
+        shape=bench.pipe.image_shape,
+        counts=command.counts,
+        available=len(bench.data),
+        chosen=command.metrics is not None,
     )
-    print(f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}.")
+    print(
+        f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}."
+    )
 
 
 class Bench:
@@ -140,12 +159,24 @@ class Bench:
 
         self.command = command
         self.device = find_device(command.device)
-        self.seeds = check_seeds(range(command.seed, command.seed + command.repeats * command.count))
+        self.seeds = check_seeds(
+            range(command.seed, command.seed + command.repeats * command.count)
+        )
         self.pipe, folder = open_model(command.model, device=self.device)
         self.clip = self.pipe.select_clip(command.clip)
         shape = self.pipe.image_shape
-        self.data = open_reference(command.reference, split=command.split, shape=shape, what=command.model, resize=command.resize)
-        asked: dict[str, Any] = {"weights": command.weights, "counts": command.counts, "available": len(self.data)}
+        self.data = open_reference(
+            command.reference,
+            split=command.split,
+            shape=shape,
+            what=command.model,
+            resize=command.resize,
+        )
+        asked: dict[str, Any] = {
+            "weights": command.weights,
+            "counts": command.counts,
+            "available": len(self.data),
+        }
         self.panel = open_panel(command.metrics, shape=shape, device=self.device, **asked)
         self.levels = len(self.pipe.noise_schedule)
         config = self.pipe.scheduler.config
@@ -184,23 +215,42 @@ class Bench:
     def time_batch(self, eta: float | str, steps: int) -> float:
         """Seconds an image of the first batch of a cell."""
         took: list[float] = []
-        for _ in draw_batches(self.pipe, self.seeds[: self.batch_size], took, **self._options(eta, self.timesteps(steps))):
+        for _ in draw_batches(
+            self.pipe,
+            self.seeds[: self.batch_size],
+            took,
+            **self._options(eta, self.timesteps(steps)),
+        ):
             pass
         return sum(took) / self.batch_size
 
     def _options(self, eta: float | str, timesteps: list[int]) -> dict[str, Any]:
         fill = self.command.compile
-        return {"batch_size": self.batch_size, "fill": fill, "timesteps": timesteps, "eta": eta, "clip": self.clip}
+        return {
+            "batch_size": self.batch_size,
+            "fill": fill,
+            "timesteps": timesteps,
+            "eta": eta,
+            "clip": self.clip,
+        }
 
     def cell(self, eta: float | str, steps: int) -> "Cell":
         """Draws and measures one cell; of the images stays what the metrics need."""
-        from ddim.evaluation.protocol import collect, collect_reference, measure, over_repeats, sample_cuts
+        from ddim.evaluation.protocol import (
+            collect,
+            collect_reference,
+            measure,
+            over_repeats,
+            sample_cuts,
+        )
         from ddim.evaluation.report import Cell
 
         long = self.command.counts[1]
         if self._reference is None:
             images = shuffled_batches(self.data)
-            self._reference = collect_reference(images, self.panel, available=len(self.data), counts=self.command.counts)
+            self._reference = collect_reference(
+                images, self.panel, available=len(self.data), counts=self.command.counts
+            )
             self.warm_up()
         timesteps = self.timesteps(steps)
         count = long if steps > LONG else self.command.count
@@ -224,7 +274,9 @@ class Bench:
         )
 
 
-def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | str, int]], out: Path) -> "Generator[Cell]":
+def _measured(
+    command: Command, bench: Bench, missing: Sequence[tuple[float | str, int]], out: Path
+) -> "Generator[Cell]":
     """Measures cells, here or in processes; each is in its file before it is told."""
     if command.processes == 1 or len(missing) < 2:
         for eta, steps in missing:
@@ -232,22 +284,30 @@ def _measured(command: Command, bench: Bench, missing: Sequence[tuple[float | st
         return
     count, others = min(command.processes, len(missing)), set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(command, count))
+    executor = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_start, initargs=(command, count)
+    )
     try:
         cells = _longest_first(missing, command.counts)
-        for future in as_completed([executor.submit(_save_in_process, eta, steps, out) for eta, steps in cells]):
+        for future in as_completed(
+            [executor.submit(_save_in_process, eta, steps, out) for eta, steps in cells]
+        ):
             yield future.result()
     except BrokenProcessPool:
         raise DDIMError(
             "a process ended before its cell, perhaps for want of memory; finished cells are kept, so run again with fewer --processes."
         ) from None
     finally:
-        for process in set(multiprocessing.active_children()) - others:  # idle ones, unless the run was interrupted
+        for process in (
+            set(multiprocessing.active_children()) - others
+        ):  # idle ones, unless the run was interrupted
             process.terminate()
         executor.shutdown(cancel_futures=True)
 
 
-def _longest_first(cells: Sequence[tuple[float | str, int]], counts: tuple[int, int]) -> list[tuple[float | str, int]]:
+def _longest_first(
+    cells: Sequence[tuple[float | str, int]], counts: tuple[int, int]
+) -> list[tuple[float | str, int]]:
     """Cells in the order in which processes take them: a long one left to the end would be drawn while the others idle."""
     return sorted(cells, key=lambda cell: -cell[1] * counts[cell[1] > LONG])
 
@@ -261,7 +321,10 @@ def _time_again(bench: Bench, out: Path) -> None:
     bench.warm_up()
     took = [[bench.time_batch(cell.eta, cell.steps) for cell in cells] for _ in range(rounds)]
     for cell, seconds in zip(cells, zip(*took, strict=True), strict=True):
-        _write_cell(replace(cell, seconds=statistics.median(seconds) * cell.count, timing_rounds=rounds), out)
+        _write_cell(
+            replace(cell, seconds=statistics.median(seconds) * cell.count, timing_rounds=rounds),
+            out,
+        )
     print(f"{len(cells)} cells timed in turn, the median of {rounds} each.", flush=True)
 
 
@@ -275,11 +338,15 @@ def _start(command: Command, processes: int) -> None:
     import torch
 
     global _bench
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command's own process answers, and ends this one
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the command's own process answers, and ends this one
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
-    threading.Thread(target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True).start()
+    threading.Thread(
+        target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True
+    ).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _bench = Bench(command)
 
@@ -300,7 +367,10 @@ def _save_cell(bench: Bench, eta: float | str, steps: int, out: Path) -> "Cell":
 def _write_cell(cell: "Cell", out: Path) -> "Cell":
     from ddim.images import write_atomically
 
-    write_atomically(_cell_file(out, cell.eta, cell.steps), json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
+    write_atomically(
+        _cell_file(out, cell.eta, cell.steps),
+        json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n",
+    )
     return cell
 
 
@@ -313,10 +383,14 @@ def _read_cells(out: Path) -> "list[Cell]":
     for path in sorted((out / "cells").glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            numbers: Any = {key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")}
+            numbers: Any = {
+                key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")
+            }
             cells.append(Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content))
         except (ValueError, TypeError, KeyError) as error:
-            raise OutputError(f"{path} is not a cell of this program ({error}); delete it, and it is measured again.") from error
+            raise OutputError(
+                f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+            ) from error
     return cells
 
 
@@ -328,7 +402,12 @@ def _write(out: Path, bench: Bench, began: float) -> None:
 
     command, cells = bench.command, _read_cells(out)
     records = flat_records(cells, levels=bench.levels)
-    execution = {"device": str(bench.device), "batch_size": command.batch_size, "compile": command.compile, "processes": command.processes}
+    execution = {
+        "device": str(bench.device),
+        "batch_size": command.batch_size,
+        "compile": command.compile,
+        "processes": command.processes,
+    }
     record = RunRecord(
         protocol=bench.protocol,
         results=records,
@@ -342,7 +421,11 @@ def _write(out: Path, bench: Bench, began: float) -> None:
     if cells:
         write_atomically(out / "table.csv", to_csv(records))
         text = to_markdown(
-            cells, levels=bench.levels, title=f"{command.model}: eta and steps", protocol=_told(bench), reference=command.reference
+            cells,
+            levels=bench.levels,
+            title=f"{command.model}: eta and steps",
+            protocol=_told(bench),
+            reference=command.reference,
         )
         write_atomically(out / "table.md", text)
 
@@ -350,13 +433,19 @@ def _write(out: Path, bench: Bench, began: float) -> None:
 def _told(bench: Bench) -> str:
     """What was done, in sentences."""
     command, told = bench.command, bench.protocol
-    networks = ", ".join(f"{name} ({code})" if code else name for name, code in told["extractors"].items())
+    networks = ", ".join(
+        f"{name} ({code})" if code else name for name, code in told["extractors"].items()
+    )
     spacing, numbers = told["timesteps"], sorted(len(levels) for levels in bench.fitted)
     if numbers:
         spacing = f"{spacing['otherwise']} timesteps, at {', '.join(map(str, numbers))} steps the model's fitted"
     count, long = command.counts
     fewer = f" ({long} above {LONG} steps)" if long < count else ""
-    spread = f"over {command.repeats} repeats" if command.repeats > 1 else "from disjoint thirds of the images"
+    spread = (
+        f"over {command.repeats} repeats"
+        if command.repeats > 1
+        else "from disjoint thirds of the images"
+    )
     return (
         f"DDIM of order {told['order']}, {spacing} timesteps, clipping {told['clip']['kind']}, float32, weights {told['weight_hash']}; "
         f"{count} images a cell{fewer}, seeds from {command.seed} on, the same in every cell; "

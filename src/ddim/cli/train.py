@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Command", "defaults", "run"]
 
-_PRESETS_HELP = "Begin with the options of a preset, which those given replace. " + " ".join(f"{k}: {v.note}" for k, v in PRESETS.items())
+_PRESETS_HELP = "Begin with the options of a preset, which those given replace. " + " ".join(
+    f"{k}: {v.note}" for k, v in PRESETS.items()
+)
 
 
 @dataclass(frozen=True)
 class Command(TrainConfig):
     """Trains an unconditional, class-conditional or text-conditional model, and writes a folder that diffusers loads too."""
 
-    preset: Annotated[str | None, tyro.conf.arg(help=_PRESETS_HELP, metavar="|".join(PRESETS))] = None
+    preset: Annotated[str | None, tyro.conf.arg(help=_PRESETS_HELP, metavar="|".join(PRESETS))] = (
+        None
+    )
 
 
 def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
@@ -55,31 +59,46 @@ def run(command: Command) -> None:
             if progress.seconds_left < 86400
             else f"{progress.seconds_left / 86400:.1f} days"
         )
-        held = "" if progress.validation_loss is None else f"  held out {progress.validation_loss:.4f}"
+        held = (
+            "" if progress.validation_loss is None else f"  held out {progress.validation_loss:.4f}"
+        )
         print(
             f"step {progress.step}/{progress.steps}  {progress.images} images  loss {progress.loss:.4f}{held}  "
             f"{progress.images_per_second:.1f} images/s  {left} left",
             flush=True,
         )
 
-    config = TrainConfig(**{field.name: getattr(command, field.name) for field in fields(TrainConfig)})
+    config = TrainConfig(
+        **{field.name: getattr(command, field.name) for field in fields(TrainConfig)}
+    )
     try:
         from ddim.training.trainer import train
 
         if command.base is not None:
             quiet_libraries(text=True)
-        result = train(config, on_progress=show, on_note=lambda note: print(f"ddim: {note}", file=sys.stderr), revision=_revision())
+        result = train(
+            config,
+            on_progress=show,
+            on_note=lambda note: print(f"ddim: {note}", file=sys.stderr),
+            revision=_revision(),
+        )
     except ModuleNotFoundError as error:
-        raise DDIMError(f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'.") from error
+        raise DDIMError(
+            f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'."
+        ) from error
     if not result.is_main_process:
         return
     if result.finished:
         prompt = " --prompt '...'" if (result.out / "text_encoder").is_dir() else ""
         if result.was_finished:
-            print(f"The run was finished already, after {result.step} steps, and nothing was trained.")
+            print(
+                f"The run was finished already, after {result.step} steps, and nothing was trained."
+            )
         print(f"The model is in {result.out}; sample it with: ddim sample {result.out}{prompt}")
     else:
-        print(f"Stopped at step {result.step} with a checkpoint; the same command goes on from there.")
+        print(
+            f"Stopped at step {result.step} with a checkpoint; the same command goes on from there."
+        )
 
 
 def _revision() -> str | None:
@@ -87,11 +106,16 @@ def _revision() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else an environment inside someone's repository has theirs
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # else an environment inside someone's repository has theirs
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None

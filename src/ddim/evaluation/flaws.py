@@ -73,7 +73,11 @@ class Setting:
     @property
     def record(self) -> dict[str, Any]:
         """The part of a record that says where it was measured."""
-        return {"model": self.model, "spacing": self.spacing, "guidance_rescale": self.guidance_rescale}
+        return {
+            "model": self.model,
+            "spacing": self.spacing,
+            "guidance_rescale": self.guidance_rescale,
+        }
 
 
 def settings(guidance_rescale: float) -> list[Setting]:
@@ -84,10 +88,16 @@ def settings(guidance_rescale: float) -> list[Setting]:
 
 def twins(guidance_rescale: float) -> list[Setting]:
     """The model without any fix and the one with those of training and spacing, each with and without the rescale."""
-    return [s for s in settings(guidance_rescale) if (s.model, s.spacing) in (("epsilon", "leading"), ("zero-snr", "trailing"))]
+    return [
+        s
+        for s in settings(guidance_rescale)
+        if (s.model, s.spacing) in (("epsilon", "leading"), ("zero-snr", "trailing"))
+    ]
 
 
-def background_records(setting: Setting, judged: Mapping[str, Judged], requested: Mapping[str, float]) -> list[dict[str, Any]]:
+def background_records(
+    setting: Setting, judged: Mapping[str, Judged], requested: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """One record a background: the brightness asked for and made, and how often the garment is right.
 
     Args:
@@ -115,7 +125,9 @@ def background_records(setting: Setting, judged: Mapping[str, Judged], requested
     return records
 
 
-def saturation_record(setting: Setting, images: Tensor, *, guidance_scale: float, real: float) -> dict[str, Any]:
+def saturation_record(
+    setting: Setting, images: Tensor, *, guidance_scale: float, real: float
+) -> dict[str, Any]:
     """How many values of images [B, 3, H, W] in [0, 1] are 0 or 1, beside those of real images of the same captions."""
     made = summarise(saturated(images))
     contrast = summarise(images.flatten(1).std(1, correction=0))
@@ -176,9 +188,13 @@ def unconditional_records(
 
     records = []
     dimensions = latents[0, 0].numel()
-    for channel, (made, real) in enumerate(zip(latents.mean((2, 3)).T, real_latents.mean((2, 3)).T, strict=True)):
+    for channel, (made, real) in enumerate(
+        zip(latents.mean((2, 3)).T, real_latents.mean((2, 3)).T, strict=True)
+    ):
         told = record(f"latent channel {channel}", made, real)
-        bias, factor = leaked_brightness(schedule, first, Brightness(told["data_mean"], told["data_std"], dimensions))
+        bias, factor = leaked_brightness(
+            schedule, first, Brightness(told["data_mean"], told["data_std"], dimensions)
+        )
         records.append(told | {"bias_in_theory": bias, "factor_in_theory": factor})
     return [*records, record("decoded images", images.mean((1, 2, 3)), real_images.mean((1, 2, 3)))]
 
@@ -193,8 +209,14 @@ def to_markdown(records: Sequence[Mapping[str, Any]], *, protocol: str) -> str:
         rows = [["setting", *(f"{n} ({requested[n]:.3f})" for n in names), "hue", "class", "both"]]
         for setting, group in _by_setting(found):
             of = {r["background"]: r for r in group}
-            cells = [f"{of[n]['brightness']:.3f} ± {of[n]['spread']:.3f}" if n in of else "" for n in names]
-            shares = [f"{100 * sum(r[key] for r in group) / len(group):.0f} %" for key in ("hue_right", "class_right", "both_right")]
+            cells = [
+                f"{of[n]['brightness']:.3f} ± {of[n]['spread']:.3f}" if n in of else ""
+                for n in names
+            ]
+            shares = [
+                f"{100 * sum(r[key] for r in group) / len(group):.0f} %"
+                for key in ("hue_right", "class_right", "both_right")
+            ]
             rows.append([setting.told, *cells, *shares])
         parts += [
             "## Background asked for and made\n",
@@ -207,18 +229,55 @@ def to_markdown(records: Sequence[Mapping[str, Any]], *, protocol: str) -> str:
         rows = [["setting", *(f"w = {w:g}" for w in scales)]]
         for setting, group in _by_setting(found):
             at = {r["guidance_scale"]: r for r in group}
-            rows.append([setting.told, *(f"{100 * at[w]['saturated']:.2f} %" if w in at else "" for w in scales)])
+            rows.append(
+                [
+                    setting.told,
+                    *(f"{100 * at[w]['saturated']:.2f} %" if w in at else "" for w in scales),
+                ]
+            )
         real = f"Real images of the same captions have {100 * found[0]['real']:.2f} %.\n"
-        parts += ["## Saturated values\n", f"The share of values that are 0 or 1. {real}", text_table(rows)]
+        parts += [
+            "## Saturated values\n",
+            f"The share of values that are 0 or 1. {real}",
+            text_table(rows),
+        ]
     found = [r for r in records if r["measured"] == "unconditional"]
     if found:
-        rows = [["setting", "of", "data", "made", "bias", "in theory", "spread made / data", "in theory"]]
+        rows = [
+            [
+                "setting",
+                "of",
+                "data",
+                "made",
+                "bias",
+                "in theory",
+                "spread made / data",
+                "in theory",
+            ]
+        ]
         for setting, group in _by_setting(found):
             for r in group:
-                theory = ["" if r[k] is None else f"{r[k]:{form}}" for k, form in (("bias_in_theory", "+.3f"), ("factor_in_theory", ".3f"))]
-                data, made = (f"{r[m]:.3f} ± {r[s]:.3f}" for m, s in (("data_mean", "data_std"), ("mean", "std")))
+                theory = [
+                    "" if r[k] is None else f"{r[k]:{form}}"
+                    for k, form in (("bias_in_theory", "+.3f"), ("factor_in_theory", ".3f"))
+                ]
+                data, made = (
+                    f"{r[m]:.3f} ± {r[s]:.3f}"
+                    for m, s in (("data_mean", "data_std"), ("mean", "std"))
+                )
                 name = f"{TRAININGS[setting.model].told}, {setting.spacing}"
-                rows.append([name, r["of"], data, made, f"{r['bias']:+.3f}", theory[0], f"{r['factor']:.3f}", theory[1]])
+                rows.append(
+                    [
+                        name,
+                        r["of"],
+                        data,
+                        made,
+                        f"{r['bias']:+.3f}",
+                        theory[0],
+                        f"{r['factor']:.3f}",
+                        theory[1],
+                    ]
+                )
         said = (
             "The mean of a channel over an image, in units of the latents (of decoded images: pixels in [0, 1]). The theory holds for the "
             "best network if that mean is Gaussian, and tells what starting from N(0, 1) costs at the first level; network and steps err "
@@ -239,8 +298,19 @@ def plot_flaws(records: Sequence[Mapping[str, Any]]) -> "Figure":
         line = sorted(group, key=lambda r: r["requested"])
         spread = [r["spread"] for r in line]
         error = [r["brightness"] - r["requested"] for r in line]
-        style = {"linestyle": "-" if setting.guidance_rescale else ":", "marker": "o" if setting.spacing == "trailing" else "s"}
-        left.errorbar([r["requested"] for r in line], error, yerr=spread, color=_COLOURS[setting.model], capsize=2, markersize=4, **style)
+        style = {
+            "linestyle": "-" if setting.guidance_rescale else ":",
+            "marker": "o" if setting.spacing == "trailing" else "s",
+        }
+        left.errorbar(
+            [r["requested"] for r in line],
+            error,
+            yerr=spread,
+            color=_COLOURS[setting.model],
+            capsize=2,
+            markersize=4,
+            **style,
+        )
         left.plot([], [], color=_COLOURS[setting.model], label=setting.told, markersize=4, **style)
     left.axhline(0, color="grey", linewidth=1)
     left.set(xlabel="brightness asked for", ylabel="brightness made, less that asked for")
@@ -261,28 +331,47 @@ def plot_flaws(records: Sequence[Mapping[str, Any]]) -> "Figure":
         names.append(f"{TRAININGS[setting.model].told}\n{setting.spacing}")
         for r in group:
             pixels = r["factor_in_theory"] is None
-            right.plot(len(names) - 1, r["factor"], marker="D" if pixels else "o", color=_COLOURS[setting.model])
+            right.plot(
+                len(names) - 1,
+                r["factor"],
+                marker="D" if pixels else "o",
+                color=_COLOURS[setting.model],
+            )
             if not pixels:
                 right.plot(len(names) - 1, r["factor_in_theory"], marker="x", color="black")
     right.axhline(1, color="grey", linewidth=1)
     right.set_xticks(range(len(names)), names, fontsize="small", rotation=30)
     right.set(ylabel="spread of brightness, of the data's")
-    for marker, name in (("o", "latent channels"), ("x", "the same in theory"), ("D", "decoded images")):
+    for marker, name in (
+        ("o", "latent channels"),
+        ("x", "the same in theory"),
+        ("D", "decoded images"),
+    ):
         right.plot([], [], marker=marker, linestyle="", color="black", label=name)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12 if axes is not right else -0.25), ncol=2)
+            axes.legend(
+                fontsize="x-small",
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.12 if axes is not right else -0.25),
+                ncol=2,
+            )
     return figure
 
 
 _COLOURS = {"epsilon": "tab:red", "v": "tab:orange", "zero-snr": "tab:blue"}
 
 
-def _by_setting(records: Iterable[Mapping[str, Any]]) -> list[tuple[Setting, list[Mapping[str, Any]]]]:
+def _by_setting(
+    records: Iterable[Mapping[str, Any]],
+) -> list[tuple[Setting, list[Mapping[str, Any]]]]:
     """The records of each setting, in the order of the settings."""
     groups: dict[Setting, list[Mapping[str, Any]]] = {}
     for r in records:
         groups.setdefault(Setting(r["model"], r["spacing"], r["guidance_rescale"]), []).append(r)
     order = list(TRAININGS)
-    return sorted(groups.items(), key=lambda pair: (order.index(pair[0].model), pair[0].spacing, pair[0].guidance_rescale))
+    return sorted(
+        groups.items(),
+        key=lambda pair: (order.index(pair[0].model), pair[0].spacing, pair[0].guidance_rescale),
+    )

@@ -72,7 +72,9 @@ def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> flo
     """
     x, y = samples.double(), reference.double()
     # The smallest of k + 1 is the distance of an image to itself.
-    reach = torch.cat([_squared(rows, y).topk(k + 1, largest=False).values[:, k] for rows in _chunks(y, len(y))])
+    reach = torch.cat(
+        [_squared(rows, y).topk(k + 1, largest=False).values[:, k] for rows in _chunks(y, len(y))]
+    )
     inside = [(_squared(rows, y) <= reach).any(1) for rows in _chunks(x, len(y))]
     return float(torch.cat(inside).double().mean())
 
@@ -91,7 +93,11 @@ def nearest_distances(samples: Tensor, reference: Tensor) -> Tensor:
 
 def project(features: Tensor, *, directions: int = 128, seed: int = 0) -> Tensor:
     """Projects features [N, D] on fixed random unit vectors: [N, directions], float32."""
-    drawn = torch.randn((features.shape[1], directions), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(
+        (features.shape[1], directions),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
     projected: Tensor = features.double() @ (drawn / drawn.norm(dim=0))
     return projected.float()
 

@@ -78,7 +78,9 @@ def _frechet(a: Sketch, b: Sketch, extractor: Extractor) -> float:
     return frechet_distance(a.statistics, b.statistics)
 
 
-def _of_features(compute: Callable[[Tensor, Tensor], float]) -> Callable[[Sketch, Sketch, Extractor], float]:
+def _of_features(
+    compute: Callable[[Tensor, Tensor], float],
+) -> Callable[[Sketch, Sketch, Extractor], float]:
     return lambda a, b, extractor: compute(torch.cat(a.features), torch.cat(b.features))
 
 
@@ -89,20 +91,39 @@ def _classes(a: Sketch, b: Sketch, extractor: Extractor) -> float:
 def histogram(sketch: Sketch, extractor: Extractor) -> list[int]:
     """How many of the images the extractor tells to be of each of its classes."""
     assert extractor.classify is not None
-    return metrics.class_histogram(extractor.classify(torch.cat(sketch.features)), count=len(extractor.classes))
+    return metrics.class_histogram(
+        extractor.classify(torch.cat(sketch.features)), count=len(extractor.classes)
+    )
 
 
 METRICS: dict[str, Metric] = {
     # Below D images the covariance has no full rank.
     "fd": Metric("statistics", _frechet, lambda e: max(2, e.dimensions), whole=True),
     "kid": Metric("features", _of_features(metrics.kernel_distance), lambda e: 2),
-    "precision": Metric("features", _of_features(metrics.precision), lambda e: metrics.NEIGHBOURS + 1, higher_is_better=True),
-    "recall": Metric("features", _of_features(metrics.recall), lambda e: metrics.NEIGHBOURS + 1, higher_is_better=True),
-    "nearest": Metric("features", _of_features(lambda x, y: float(metrics.nearest_distances(x, y).mean())), lambda e: 1, whole=True),
+    "precision": Metric(
+        "features",
+        _of_features(metrics.precision),
+        lambda e: metrics.NEIGHBOURS + 1,
+        higher_is_better=True,
+    ),
+    "recall": Metric(
+        "features",
+        _of_features(metrics.recall),
+        lambda e: metrics.NEIGHBOURS + 1,
+        higher_is_better=True,
+    ),
+    "nearest": Metric(
+        "features",
+        _of_features(lambda x, y: float(metrics.nearest_distances(x, y).mean())),
+        lambda e: 1,
+        whole=True,
+    ),
     "classes": Metric("features", _classes, lambda e: 1, whole=True),
     "swd": Metric(
         "projections",
-        lambda a, b, e: metrics.sliced_wasserstein(torch.cat(a.projections), torch.cat(b.projections)),
+        lambda a, b, e: metrics.sliced_wasserstein(
+            torch.cat(a.projections), torch.cat(b.projections)
+        ),
         lambda e: 1,
     ),
 }
@@ -141,8 +162,14 @@ class Panel:
         """The metrics that so many samples and reference images are enough for, and their extractors; None where there is none."""
         parts = {name: self.parts(name) for name in self.metrics}
         needed = {name: metric.minimum(extractor) for name, (metric, extractor) in parts.items()}
-        kept = tuple(name for name, least in needed.items() if least <= count and 2 * least <= available)
-        return None if not kept else Panel(kept, {parts[name][1].name: parts[name][1] for name in kept})
+        kept = tuple(
+            name for name, least in needed.items() if least <= count and 2 * least <= available
+        )
+        return (
+            None
+            if not kept
+            else Panel(kept, {parts[name][1].name: parts[name][1] for name in kept})
+        )
 
     def check_counts(self, counts: Iterable[int], available: int) -> None:
         """Refuses counts that are too small for a metric, or larger than the reference.
@@ -157,15 +184,22 @@ class Panel:
             if smallest < needed:
                 raise DDIMError(f"{name} needs at least {needed} images; got {smallest}.")
             if available < 2 * needed:
-                raise DataError(f"{name} needs a reference of at least {2 * needed} images, for its floor too; got {available}.")
+                raise DataError(
+                    f"{name} needs a reference of at least {2 * needed} images, for its floor too; got {available}."
+                )
         if available < largest:
-            raise DataError(f"{largest} samples need a reference of as many images, and it holds {available}; use at most {available}.")
+            raise DataError(
+                f"{largest} samples need a reference of as many images, and it holds {available}; use at most {available}."
+            )
 
 
 def default_metrics(image_shape: tuple[int, int, int]) -> tuple[str, ...]:
     """What is measured unless something else is asked for, by the shape (C, H, W) of the images."""
     if image_shape == (1, 28, 28):
-        return (*(f"{m}-fashion" for m in ("fd", "kid", "precision", "recall", "nearest", "classes")), "swd-pixels")
+        return (
+            *(f"{m}-fashion" for m in ("fd", "kid", "precision", "recall", "nearest", "classes")),
+            "swd-pixels",
+        )
     extractor = "pixels" if image_shape[0] == 1 else "efficientnet-lite0"
     return (*(f"{m}-{extractor}" for m in ("kid", "precision", "recall", "nearest")), "swd-pixels")
 
@@ -199,13 +233,18 @@ def load_panel(
             )
     given = dict(weights or {})
     if unused := set(given) - {extractor for *_, extractor in pairs}:
-        raise DDIMError(f"weights are given for {', '.join(sorted(unused))}, and no metric uses them; add one such as fd-{min(unused)}.")
+        raise DDIMError(
+            f"weights are given for {', '.join(sorted(unused))}, and no metric uses them; add one such as fd-{min(unused)}."
+        )
     opened = {
-        e: load_extractor(e, image_shape=image_shape, weights=given.get(e), device=device) for e in dict.fromkeys(p[2] for p in pairs)
+        e: load_extractor(e, image_shape=image_shape, weights=given.get(e), device=device)
+        for e in dict.fromkeys(p[2] for p in pairs)
     }
     for name, (metric, _, extractor) in zip(names, pairs, strict=True):
         if metric == "classes" and opened[extractor].classify is None:
-            raise DDIMError(f"{name} needs an extractor that tells classes, which {extractor} does not; use classes-fashion.")
+            raise DDIMError(
+                f"{name} needs an extractor that tells classes, which {extractor} does not; use classes-fashion."
+            )
     return Panel(tuple(names), opened)
 
 
@@ -223,7 +262,9 @@ class Collected:
 
     def between(self, extractor: str, first: int, last: int) -> Sketch:
         """The sketch of images ``first`` to ``last`` - 1; both must be cuts."""
-        chosen = sum((s for start, s in self._pieces[extractor].items() if first <= start < last), Sketch())
+        chosen = sum(
+            (s for start, s in self._pieces[extractor].items() if first <= start < last), Sketch()
+        )
         assert chosen.count == last - first, f"{first} or {last} is no cut"
         return chosen
 
@@ -239,7 +280,10 @@ def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> C
     Returns:
         Sketches between the cuts.
     """
-    needs = {e: {metric.needs for metric, x in map(panel.parts, panel.metrics) if x.name == e} for e in panel.extractors}
+    needs = {
+        e: {metric.needs for metric, x in map(panel.parts, panel.metrics) if x.name == e}
+        for e in panel.extractors
+    }
     edges = sorted({0, *cuts})
     result = Collected()
     for batch in images:
@@ -278,11 +322,17 @@ class Reference:
         return _last(self.collected, metric, extractor, count, before=0)
 
 
-def _last(collected: Collected, metric: Metric, extractor: str, count: int, *, before: int) -> Sketch:
-    return collected.between(extractor, before if metric.whole else collected.count - count, collected.count)
+def _last(
+    collected: Collected, metric: Metric, extractor: str, count: int, *, before: int
+) -> Sketch:
+    return collected.between(
+        extractor, before if metric.whole else collected.count - count, collected.count
+    )
 
 
-def collect_reference(images: Iterable[Tensor], panel: Panel, *, available: int, counts: Iterable[int]) -> Reference:
+def collect_reference(
+    images: Iterable[Tensor], panel: Panel, *, available: int, counts: Iterable[int]
+) -> Reference:
     """Passes the reference through the extractors, and measures real against real.
 
     Args:
@@ -323,16 +373,22 @@ def measure(samples: Collected, reference: Reference, panel: Panel, *, count: in
     for name in panel.metrics:
         metric, extractor = panel.parts(name)
 
-        def value(first: int, last: int, metric: Metric = metric, extractor: Extractor = extractor) -> float:
+        def value(
+            first: int, last: int, metric: Metric = metric, extractor: Extractor = extractor
+        ) -> float:
             part = samples.between(extractor.name, first, last)
-            return metric.compute(part, reference.against(metric, extractor.name, last - first), extractor)
+            return metric.compute(
+                part, reference.against(metric, extractor.name, last - first), extractor
+            )
 
         third = count // 3
         spread = None
         if third >= metric.minimum(extractor):
             spread = stdev(value(i * third, (i + 1) * third) for i in range(3)) / math.sqrt(3)
         floor, floor_count = reference.floors[name, count]
-        results.append(Result(name, extractor.name, value(0, count), floor, spread, count, floor_count))
+        results.append(
+            Result(name, extractor.name, value(0, count), floor, spread, count, floor_count)
+        )
     return results
 
 
@@ -341,4 +397,7 @@ def over_repeats(repeats: Sequence[Sequence[Result]]) -> list[Result]:
     if len(repeats) == 1:
         return list(repeats[0])
     groups = [[r.value for r in same] for same in zip(*repeats, strict=True)]
-    return [replace(first, value=mean(values), std=stdev(values)) for first, values in zip(repeats[0], groups, strict=True)]
+    return [
+        replace(first, value=mean(values), std=stdev(values))
+        for first, values in zip(repeats[0], groups, strict=True)
+    ]

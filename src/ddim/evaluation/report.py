@@ -48,7 +48,10 @@ _FID = {
     ),
 }
 
-PAPER = {data: {eta: dict(zip(_STEPS, row, strict=True)) for eta, row in zip(_ETAS, rows, strict=True)} for data, rows in _FID.items()}
+PAPER = {
+    data: {eta: dict(zip(_STEPS, row, strict=True)) for eta, row in zip(_ETAS, rows, strict=True)}
+    for data, rows in _FID.items()
+}
 """FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Table 1. https://arxiv.org/abs/2010.02502"""
 
 _NAMES = {"CIFAR-10": r"cifar10(?!0)", "CelebA": r"celeba(?!hq|maskhq|spoof)"}
@@ -94,11 +97,22 @@ def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
     ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
     records = []
     for cell in _sorted(cells):
-        record: dict[str, Any] = {"eta": cell.eta, "steps": cell.steps, "evaluations": cell.evaluations, "count": cell.count}
+        record: dict[str, Any] = {
+            "eta": cell.eta,
+            "steps": cell.steps,
+            "evaluations": cell.evaluations,
+            "count": cell.count,
+        }
         record["seconds"] = cell.seconds
         for result in cell.results:
-            record |= {result.metric: result.value, f"{result.metric}_floor": result.floor, f"{result.metric}_std": result.std}
-        record["quality_ratio"], record["quality_ratio_sigma_hat"] = (_ratio(cell, other) for other in (ddpm, larger))
+            record |= {
+                result.metric: result.value,
+                f"{result.metric}_floor": result.floor,
+                f"{result.metric}_std": result.std,
+            }
+        record["quality_ratio"], record["quality_ratio_sigma_hat"] = (
+            _ratio(cell, other) for other in (ddpm, larger)
+        )
         record["speedup"] = ddpm and ddpm.seconds_per_image / cell.seconds_per_image
         records.append(record)
     return records
@@ -116,11 +130,21 @@ def to_csv(records: Sequence[dict[str, Any]]) -> str:
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows, the first of them the head, as a markdown table that is straight in plain text too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return (
+        "\n".join(
+            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+        )
+        + "\n"
+    )
 
 
-def to_markdown(cells: Sequence[Cell], *, levels: int, title: str, protocol: str, reference: str) -> str:
+def to_markdown(
+    cells: Sequence[Cell], *, levels: int, title: str, protocol: str, reference: str
+) -> str:
     """The table as a document: each metric by eta and steps, time, ratios to DDPM, and the paper's numbers.
 
     Args:
@@ -133,11 +157,27 @@ def to_markdown(cells: Sequence[Cell], *, levels: int, title: str, protocol: str
     parts = [f"# {title}\n", f"{protocol}\n"]
     for i, result in enumerate(cells[0].results):
         better = "higher" if METRICS[result.metric.partition("-")[0]].higher_is_better else "lower"
-        floors = {(c.results[i].floor_count, _number(c.results[i].floor)) for c in cells}  # machines differ in the last digits
-        told = " and ".join(f"{floor} on {count} images" for count, floor in sorted(floors, reverse=True))
-        parts += [f"## {result.metric}\n", f"{better.capitalize()} is better; real images against real ones: {told}.\n"]
-        parts.append(_by_steps(cells, lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells))))
-    parts += ["## Seconds an image\n", f"{_told_timing(cells)}\n", _by_steps(cells, lambda cell: _number(cell.seconds_per_image))]
+        floors = {
+            (c.results[i].floor_count, _number(c.results[i].floor)) for c in cells
+        }  # machines differ in the last digits
+        told = " and ".join(
+            f"{floor} on {count} images" for count, floor in sorted(floors, reverse=True)
+        )
+        parts += [
+            f"## {result.metric}\n",
+            f"{better.capitalize()} is better; real images against real ones: {told}.\n",
+        ]
+        parts.append(
+            _by_steps(
+                cells,
+                lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells)),
+            )
+        )
+    parts += [
+        "## Seconds an image\n",
+        f"{_told_timing(cells)}\n",
+        _by_steps(cells, lambda cell: _number(cell.seconds_per_image)),
+    ]
     parts += _against_ddpm(cells, levels)
     return "\n".join([*parts, *_beside_paper(cells, reference)])
 
@@ -156,11 +196,24 @@ def _against_ddpm(cells: Sequence[Cell], levels: int) -> list[str]:
     if _find(cells, 1.0, levels) is None and _find(cells, "sigma-hat", levels) is None:
         return []
     quality = cells[0].compared[0]
-    rows = [["eta", "steps", f"{quality.metric} / eta 1", f"{quality.metric} / sigma-hat", "times faster than eta 1"]]
+    rows = [
+        [
+            "eta",
+            "steps",
+            f"{quality.metric} / eta 1",
+            f"{quality.metric} / sigma-hat",
+            "times faster than eta 1",
+        ]
+    ]
     for r in flat_records(cells, levels=levels):
-        ratios = [_number(r[key]) for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")]
+        ratios = [
+            _number(r[key]) for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")
+        ]
         rows.append([_eta(r["eta"]), str(r["steps"]), *ratios])
-    head = f"## Against DDPM of {levels} steps\n", f"All on {quality.count} images of the same seeds; eta 1 and sigma-hat are DDPM.\n"
+    head = (
+        f"## Against DDPM of {levels} steps\n",
+        f"All on {quality.count} images of the same seeds; eta 1 and sigma-hat are DDPM.\n",
+    )
     return [*head, text_table(rows)]
 
 
@@ -169,8 +222,14 @@ def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
     name = "".join(c for c in reference.lower() if c.isalnum())
     own = next((data for data, pattern in _NAMES.items() if re.search(pattern, name)), None)
     data = own or "CIFAR-10"
-    said = f"FID of {data} in the paper (Table 1; Inception features, 50,000 images, its own network)"
-    said += ", the data of this table." if own else ", for orientation: other data, so compare orders, not values."
+    said = (
+        f"FID of {data} in the paper (Table 1; Inception features, 50,000 images, its own network)"
+    )
+    said += (
+        ", the data of this table."
+        if own
+        else ", for orientation: other data, so compare orders, not values."
+    )
     rows = [["eta", *(f"S={s}" for s in PAPER[data][0.0])]]
     rows += [[_eta(eta), *(f"{v:.2f}" for v in row.values())] for eta, row in PAPER[data].items()]
     orders = []
@@ -178,13 +237,22 @@ def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
     sign = -1 if METRICS[metric.partition("-")[0]].higher_is_better else 1
     for steps in sorted({c.steps for c in cells}):
         column = [c for c in cells if c.steps == steps and c.eta in PAPER[data]]
-        equal = len({c.count for c in column}) == 1  # then all images count, which tell more than the first of them
+        equal = (
+            len({c.count for c in column}) == 1
+        )  # then all images count, which tell more than the first of them
         here = {c.eta: sign * (c.results if equal else c.compared)[0].value for c in column}
         there = {eta: PAPER[data][eta][steps] for eta in here if steps in PAPER[data][eta]}
         if len(there) > 1:
-            ours, theirs = (" < ".join(_eta(e) for e in sorted(values, key=values.__getitem__)) for values in (here, there))
-            orders.append(f"- S={steps}: {'as the paper' if ours == theirs else f'here {ours}; in the paper {theirs}'}.")
-    compared = [f"The order of eta by {metric}, best first:\n", "\n".join(orders) + "\n"] if orders else []
+            ours, theirs = (
+                " < ".join(_eta(e) for e in sorted(values, key=values.__getitem__))
+                for values in (here, there)
+            )
+            orders.append(
+                f"- S={steps}: {'as the paper' if ours == theirs else f'here {ours}; in the paper {theirs}'}."
+            )
+    compared = (
+        [f"The order of eta by {metric}, best first:\n", "\n".join(orders) + "\n"] if orders else []
+    )
     return ["## The paper's numbers\n", f"{said}\n", text_table(rows), *compared]
 
 
@@ -197,14 +265,20 @@ def check_plots() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise DDIMError("plots need matplotlib, which is not installed; run: pip install 'ddim[plot]'.") from error
+        raise DDIMError(
+            "plots need matplotlib, which is not installed; run: pip install 'ddim[plot]'."
+        ) from error
 
 
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by file name; all on equally many images."""
     from matplotlib.figure import Figure
 
-    metric, count, floor = cells[0].compared[0].metric, cells[0].compared[0].count, cells[0].compared[0].floor
+    metric, count, floor = (
+        cells[0].compared[0].metric,
+        cells[0].compared[0].count,
+        cells[0].compared[0].floor,
+    )
     axes: dict[str, tuple[str, Any]] = {
         "quality-evaluations.png": ("network evaluations an image", lambda cell: cell.evaluations),
         "quality-seconds.png": ("seconds an image", lambda cell: cell.seconds_per_image),
@@ -218,7 +292,15 @@ def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
             values = [c.compared[0] for c in line]
             name = r"$\hat\sigma$" if eta == "sigma-hat" else rf"$\eta$ = {_eta(eta)}"
             bars = [v.std or 0.0 for v in values]
-            plot.errorbar([x(c) for c in line], [v.value for v in values], yerr=bars, marker="o", markersize=4, capsize=2, label=name)
+            plot.errorbar(
+                [x(c) for c in line],
+                [v.value for v in values],
+                yerr=bars,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=name,
+            )
         plot.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real images")
         plot.set_xscale("log")
         if all(c.compared[0].value > 0 for c in cells) and floor > 0:
@@ -239,7 +321,9 @@ def save_plots(cells: Sequence[Cell], folder: Path) -> None:
             figure.savefig(partial, format="png", dpi=150)
 
 
-def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str) -> None:
+def save_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str
+) -> None:
     """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at all."""
     from matplotlib.figure import Figure
 
@@ -258,7 +342,7 @@ def save_lines(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *
         figure.savefig(partial, format="png", dpi=150)
 
 
-def _label_plainly(axes: Any) -> None:  # noqa: ANN401 - matplotlib's
+def _label_plainly(axes: Any) -> None:
     """Plain numbers along both axes, for measurements span few powers of ten; more of them where it is fewer still."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -284,7 +368,11 @@ def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:
 
 
 def _ratio(cell: Cell, other: Cell | None) -> float | None:
-    return cell.compared[0].value / other.compared[0].value if other is not None and other.compared[0].value else None
+    return (
+        cell.compared[0].value / other.compared[0].value
+        if other is not None and other.compared[0].value
+        else None
+    )
 
 
 def _sorted(cells: Sequence[Cell]) -> list[Cell]:
@@ -292,7 +380,7 @@ def _sorted(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda c: (isinstance(c.eta, str), c.eta, c.steps))
 
 
-def _by_steps(cells: Sequence[Cell], told: Any) -> str:  # noqa: ANN401 - a function of a cell
+def _by_steps(cells: Sequence[Cell], told: Any) -> str:
     steps = sorted({c.steps for c in cells})
     rows = [["eta", *(f"S={s}" for s in steps)]]
     for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
@@ -309,7 +397,13 @@ def _told(cell: Cell, result: Result, *, most: int) -> str:
 
 def spread_text(result: Result) -> str:
     """Two digits of a result's spread; nothing where there is none."""
-    return "" if result.std is None else f"{result.std:.2g}" if result.std < 99.5 else f"{result.std:.0f}"
+    return (
+        ""
+        if result.std is None
+        else f"{result.std:.2g}"
+        if result.std < 99.5
+        else f"{result.std:.0f}"
+    )
 
 
 def _number(value: float | None) -> str:

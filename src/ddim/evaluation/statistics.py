@@ -32,7 +32,9 @@ class Statistics:
         return cls(len(features), exact.sum(0), exact.T @ exact)
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        return Statistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+        return Statistics(
+            self.count + other.count, self.total + other.total, self.outer + other.outer
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -65,6 +67,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     first, second = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # a covariance's eigenvalues go below 0 by rounding only
+    root = (
+        vectors * values.clamp(min=0).sqrt() @ vectors.T
+    )  # a covariance's eigenvalues go below 0 by rounding only
     cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
     return float((a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.checkpoints import find_model, is_unconditional, read_guidance, read_json, read_model_index, read_scheduler_config, weight_hash
+from ddim.checkpoints import (
+    find_model,
+    is_unconditional,
+    read_guidance,
+    read_json,
+    read_model_index,
+    read_scheduler_config,
+    weight_hash,
+)
 from ddim.errors import CheckpointError, DDIMError
 
 __all__ = ["Base", "load_part", "open_base"]
@@ -34,7 +42,9 @@ class Base:
     @property
     def channels(self) -> int:
         """Channels of its images."""
-        config = read_json(self.folder / "vae" / "config.json") if self.is_text else self.network_config
+        config = (
+            read_json(self.folder / "vae" / "config.json") if self.is_text else self.network_config
+        )
         return int(config.get("in_channels", 3))
 
     @property
@@ -45,7 +55,10 @@ class Base:
     @property
     def facts(self) -> dict[str, Any]:
         """What the record says of it."""
-        return {"base_class": self.index.get("_class_name"), "base_weights": weight_hash(self.folder)}
+        return {
+            "base_class": self.index.get("_class_name"),
+            "base_weights": weight_hash(self.folder),
+        }
 
 
 def open_base(name: str) -> Base:
@@ -63,13 +76,26 @@ def open_base(name: str) -> Base:
     if is_text:
         _check_parts(name, folder, index)
     elif (index.get("unet") or [None, None])[1] != "UNet2DModel":
-        raise CheckpointError(f"{name} has a network of class {(index.get('unet') or [None, None])[1]}, and UNet2DModel can be trained.")
+        raise CheckpointError(
+            f"{name} has a network of class {(index.get('unet') or [None, None])[1]}, and UNet2DModel can be trained."
+        )
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    return Base(name, folder, index, read_scheduler_config(folder), read_json(place / "config.json"), is_text)
+    return Base(
+        name,
+        folder,
+        index,
+        read_scheduler_config(folder),
+        read_json(place / "config.json"),
+        is_text,
+    )
 
 
 def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
-    further = [p for p in ("text_encoder_2", "transformer", "prior_prior", "controlnet") if (index.get(p) or [None])[0] is not None]
+    further = [
+        p
+        for p in ("text_encoder_2", "transformer", "prior_prior", "controlnet")
+        if (index.get(p) or [None])[0] is not None
+    ]
     if further:
         raise CheckpointError(
             f"{name} is a {index.get('_class_name')} with a {further[0]}, and training knows Stable Diffusion 1 and 2; "
@@ -78,9 +104,13 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
     for part, (kind, what) in _PARTS.items():
         found = (index.get(part) or [None, None])[1]
         if found is None or not (folder / part).is_dir():
-            raise CheckpointError(f"{name} has no {part} ({what}), which a text model needs; complete the folder, or take another base.")
+            raise CheckpointError(
+                f"{name} has no {part} ({what}), which a text model needs; complete the folder, or take another base."
+            )
         if kind and found.removesuffix("Fast") != kind:
-            raise CheckpointError(f"the {part} of {name} is a {found}, and training knows {kind}; train it with diffusers' own scripts.")
+            raise CheckpointError(
+                f"the {part} of {name} is a {found}, and training knows {kind}; train it with diffusers' own scripts."
+            )
     for part in ("vae", "text_encoder"):
         if not any("." not in p.stem for p in (folder / part).glob("*.safetensors")):
             raise CheckpointError(
@@ -89,7 +119,7 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
             )
 
 
-def load_part(base: Base, part: str) -> Any:  # noqa: ANN401 - whatever the index names
+def load_part(base: Base, part: str) -> Any:
     """The autoencoder, text encoder or tokenizer of a text model, from its folder.
 
     Raises:
@@ -100,9 +130,13 @@ def load_part(base: Base, part: str) -> Any:  # noqa: ANN401 - whatever the inde
     try:
         module = importlib.import_module(library)
     except ModuleNotFoundError as error:
-        raise DDIMError(f"text models need {library}, which is not installed; run: pip install 'ddim[text]'.") from error
+        raise DDIMError(
+            f"text models need {library}, which is not installed; run: pip install 'ddim[text]'."
+        ) from error
     try:
         return getattr(module, kind).from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"the {part} of {base.name} cannot be loaded ({reason}); check {base.folder / part}.") from error
+        raise CheckpointError(
+            f"the {part} of {base.name} cannot be loaded ({reason}); check {base.folder / part}."
+        ) from error

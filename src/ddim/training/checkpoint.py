@@ -42,7 +42,15 @@ __all__ = [
 # ``cache_latents`` and ``gradient_checkpointing`` may change the rounding, so that only a run that keeps them continues to the same bits.
 FREE_FIELDS = frozenset(
     {
-        *("checkpoint_every", "keep_checkpoints", "log_every", "workers", "compile", "cache_latents", "gradient_checkpointing"),
+        *(
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "workers",
+            "compile",
+            "cache_latents",
+            "gradient_checkpointing",
+        ),
         *("preview_every", "preview_count", "preview_steps", "preview_guidance_scale"),
     }
 )
@@ -78,7 +86,9 @@ class Package:
     frozen: Mapping[str, Path]
 
 
-def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = None) -> diffusers.DDIMScheduler:
+def make_scheduler(
+    config: TrainConfig, inherited: Mapping[str, Any] | None = None
+) -> diffusers.DDIMScheduler:
     """The scheduler that samples what this configuration trains: no clipping, trailing timesteps, to clean data.
 
     Args:
@@ -89,9 +99,15 @@ def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = No
         DDIMError: If it is epsilon prediction at zero terminal SNR.
     """
     base = dict(inherited or {})
-    given = {name: value for name in (*_BETAS, "prediction_type") if (value := getattr(config, name)) is not None}
+    given = {
+        name: value
+        for name in (*_BETAS, "prediction_type")
+        if (value := getattr(config, name)) is not None
+    }
     options = _DDPM | {name: base[name] for name in _DDPM if name in base} | given
-    kept = not given.keys() & set(_BETAS)  # another schedule is another table, not the base's rescaled one
+    kept = not given.keys() & set(
+        _BETAS
+    )  # another schedule is another table, not the base's rescaled one
     rescale = config.rescale_betas_zero_snr or (kept and bool(base.get("rescale_betas_zero_snr")))
     if rescale and options["prediction_type"] == "epsilon":
         if config.rescale_betas_zero_snr:
@@ -101,9 +117,16 @@ def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = No
             "leave out --prediction-type, or name a --beta-schedule, which is then not rescaled."
         )
     trained = base.get("trained_betas") if kept else None
-    if trained is None and options["beta_schedule"] not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+    if trained is None and options["beta_schedule"] not in (
+        "linear",
+        "scaled_linear",
+        "squaredcos_cap_v2",
+    ):
         betas = make_betas(
-            options["beta_schedule"], options["num_train_timesteps"], beta_start=options["beta_start"], beta_end=options["beta_end"]
+            options["beta_schedule"],
+            options["num_train_timesteps"],
+            beta_start=options["beta_start"],
+            beta_end=options["beta_end"],
         )
         trained = betas.tolist()
     return diffusers.DDIMScheduler(
@@ -113,23 +136,35 @@ def make_scheduler(config: TrainConfig, inherited: Mapping[str, Any] | None = No
         clip_sample=False,
         timestep_spacing="trailing",
         set_alpha_to_one=True,
-        steps_offset=base.get("steps_offset", 0),  # unused by trailing; pipelines of diffusers want 1 of a text model
+        steps_offset=base.get(
+            "steps_offset", 0
+        ),  # unused by trailing; pipelines of diffusers want 1 of a text model
     )
 
 
-def save_model(folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None) -> None:
+def save_model(
+    folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None
+) -> None:
     """Writes a model in diffusers format into a new folder; what was written before, and does not change, is linked from there."""
     for name, part in package.parts(network).items():
         part.save_pretrained(folder / name)
         config = read_json(folder / name / "config.json")
         if config.pop("_name_or_path", None) is not None:  # where the base lay on this machine
-            (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            (folder / name / "config.json").write_text(
+                json.dumps(config, indent=2, sort_keys=True) + "\n"
+            )
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)
-    index = {**package.index, "_diffusers_version": diffusers.__version__, "scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {
+        **package.index,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for weights in folder.glob("*/*.safetensors"):  # written for this user alone, unlike the files beside them
+    for weights in folder.glob(
+        "*/*.safetensors"
+    ):  # written for this user alone, unlike the files beside them
         shutil.copymode(folder / "model_index.json", weights)
 
 
@@ -138,7 +173,11 @@ def _copy_part(source: Path, target: Path, before: Path | None) -> None:
     target.mkdir()
     for file in sorted(source.iterdir()):
         stem, _, kind = file.name.rpartition(".")
-        if not file.is_file() or kind not in ("json", "txt", "model", "safetensors") or (kind == "safetensors" and "." in stem):
+        if (
+            not file.is_file()
+            or kind not in ("json", "txt", "model", "safetensors")
+            or (kind == "safetensors" and "." in stem)
+        ):
             continue
         if before is not None:
             with contextlib.suppress(OSError):
@@ -158,8 +197,14 @@ def _partial(folder: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
-        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except (
+        OSError,
+        RuntimeError,
+        safetensors.SafetensorError,
+    ) as error:  # torch and safetensors have errors of their own for a full disk
+        reason = getattr(error, "strerror", None) or (
+            str(error).strip() or type(error).__name__
+        ).splitlines()[0].rstrip(".")
         raise OutputError(
             f"{what} cannot be written to {folder.parent} ({reason}); mend that, and the same command goes on from the last checkpoint."
         ) from error
@@ -184,11 +229,14 @@ def save_checkpoint(
         inner = partial / "training"
         inner.mkdir()
         safetensors.torch.save_file(
-            {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, inner / "network.safetensors"
+            {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()},
+            inner / "network.safetensors",
         )
         torch.save(optimizer.state_dict(), inner / "optimizer.pt")
         (inner / "record.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-        for path in partial.rglob("*.*"):  # onto the disk before the name, so that a power cut leaves no empty files under it
+        for path in partial.rglob(
+            "*.*"
+        ):  # onto the disk before the name, so that a power cut leaves no empty files under it
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(target, ignore_errors=True)
@@ -202,12 +250,18 @@ def prune(root: Path, *, keep: int, best: int | None) -> None:
         shutil.rmtree(old)
     for step in _steps(root)[:-keep]:
         if step != best:
-            old = (root / f"{step:07d}").rename(root / f".{step:07d}.old")  # one that is gone in part must not pass for a checkpoint
+            old = (root / f"{step:07d}").rename(
+                root / f".{step:07d}.old"
+            )  # one that is gone in part must not pass for a checkpoint
             shutil.rmtree(old)
 
 
 def _steps(root: Path) -> list[int]:
-    return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit()) if root.is_dir() else []
+    return (
+        sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit())
+        if root.is_dir()
+        else []
+    )
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -225,7 +279,9 @@ def check_out(out: Path) -> None:
     if latest_checkpoint(out / "checkpoints") is not None:
         return
     if (out / "run.json").exists():
-        raise OutputError(f"{out} holds the results of another command (run.json), and no checkpoint of a run; use another --out.")
+        raise OutputError(
+            f"{out} holds the results of another command (run.json), and no checkpoint of a run; use another --out."
+        )
     if found := [name for name in _PUBLISHED if (out / name).exists()]:
         raise OutputError(
             f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the trained model would replace them; "
@@ -256,7 +312,9 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
         CheckpointError: If it is damaged, or was made with other options, other data, or another number of processes.
     """
     record = read_record(checkpoint)
-    defaults = {field.name: field.default for field in fields(TrainConfig)}  # of options that the run's own version did not have
+    defaults = {
+        field.name: field.default for field in fields(TrainConfig)
+    }  # of options that the run's own version did not have
     for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
@@ -289,11 +347,20 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     revisions = record.get("revisions", [])
     if not revisions or revisions[-1]["revision"] != part["revision"]:
         revisions = [*revisions, part]
-    return fresh | record | {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
+    return (
+        fresh
+        | record
+        | {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
+    )
 
 
 def load_training_state(
-    checkpoint: Path, *, network: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, package: Package
+    checkpoint: Path,
+    *,
+    network: nn.Module,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    package: Package,
 ) -> None:
     """Restores weights, averages and optimiser in place.
 
@@ -301,11 +368,23 @@ def load_training_state(
         CheckpointError: If a file is missing, damaged, or of another network.
     """
     try:
-        network.load_state_dict(safetensors.torch.load_file(checkpoint / "training" / "network.safetensors"))
+        network.load_state_dict(
+            safetensors.torch.load_file(checkpoint / "training" / "network.safetensors")
+        )
         for name, part in package.parts(averaged).items():
             files = (checkpoint / name).glob("*.safetensors")
-            part.load_state_dict({key: value for file in files for key, value in safetensors.torch.load_file(file).items()})
-        optimizer.load_state_dict(torch.load(checkpoint / "training" / "optimizer.pt", weights_only=True, map_location="cpu"))
+            part.load_state_dict(
+                {
+                    key: value
+                    for file in files
+                    for key, value in safetensors.torch.load_file(file).items()
+                }
+            )
+        optimizer.load_state_dict(
+            torch.load(
+                checkpoint / "training" / "optimizer.pt", weights_only=True, map_location="cpu"
+            )
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -319,7 +398,13 @@ def is_published(out: Path, network: nn.Module, package: Package) -> bool:
     return (out / "model_index.json").is_file() and all((out / name).is_dir() for name in parts)
 
 
-def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any], prior: DataPrior | None = None) -> None:
+def publish(
+    out: Path,
+    network: nn.Module,
+    package: Package,
+    card: dict[str, Any],
+    prior: DataPrior | None = None,
+) -> None:
     """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable.
 
     With what is known of the data's brightness where there is a prior, for ``ddim sample --prior data`` and the doctor.
@@ -329,7 +414,9 @@ def publish(out: Path, network: nn.Module, package: Package, card: dict[str, Any
         facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)
         (partial / "card.json").write_text(facts + "\n")
         if prior is not None:
-            (partial / "prior.json").write_text(json.dumps({**asdict(prior), "data": card["data"]["name"]}, sort_keys=True) + "\n")
+            (partial / "prior.json").write_text(
+                json.dumps({**asdict(prior), "data": card["data"]["name"]}, sort_keys=True) + "\n"
+            )
         for name in ("model_index.json", "prior.json"):
             (out / name).unlink(missing_ok=True)
         for folder in sorted(p for p in partial.iterdir() if p.is_dir()):

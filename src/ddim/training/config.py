@@ -46,7 +46,13 @@ _AT_LEAST = {
 
 
 # What nothing but a text model has.
-_OF_TEXT = ("train_text_encoder", "caption_column", "caption_dropout", "cache_latents", "preview_guidance_scale")
+_OF_TEXT = (
+    "train_text_encoder",
+    "caption_column",
+    "caption_dropout",
+    "cache_latents",
+    "preview_guidance_scale",
+)
 
 EPSILON_AT_ZERO_SNR = (
     "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
@@ -73,8 +79,12 @@ class Architecture:
         """
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
-            raise DDIMError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}.")
-        narrowest = min(self.block_out_channels[-max(1, self.attention_levels) :])  # the middle of the network always has attention
+            raise DDIMError(
+                f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}."
+            )
+        narrowest = min(
+            self.block_out_channels[-max(1, self.attention_levels) :]
+        )  # the middle of the network always has attention
         if self.attention_head_dim > narrowest:
             raise DDIMError(
                 f"attention_head_dim must be at most {narrowest}, the fewest channels that have attention; got {self.attention_head_dim}."
@@ -141,7 +151,9 @@ class TrainConfig:
     """What the network predicts; by default what the base's does, or epsilon."""
     num_train_timesteps: int | None = None
     """Levels T of the noise schedule; by default the base's, or 1000."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None = None
+    beta_schedule: (
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None
+    ) = None
     """Noise schedule; by default the base's, or linear. One that is named here replaces the base's, rescaling included."""
     beta_start: float | None = None
     """First beta of linear, scaled_linear and sigmoid; by default the base's, or 0.0001."""
@@ -203,7 +215,11 @@ class TrainConfig:
     @property
     def architecture(self) -> Architecture:
         """The shape of a network that is made without a base."""
-        given = {f.name: value for f in fields(Architecture) if (value := getattr(self, f.name)) is not None}
+        given = {
+            f.name: value
+            for f in fields(Architecture)
+            if (value := getattr(self, f.name)) is not None
+        }
         return Architecture(**given)
 
     @property
@@ -216,7 +232,11 @@ class TrainConfig:
     @property
     def text_options(self) -> list[str]:
         """The options that are not at their defaults and mean nothing without a text model."""
-        return [f.name for f in fields(TrainConfig) if f.name in _OF_TEXT and getattr(self, f.name) != f.default]
+        return [
+            f.name
+            for f in fields(TrainConfig)
+            if f.name in _OF_TEXT and getattr(self, f.name) != f.default
+        ]
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -224,27 +244,41 @@ class TrainConfig:
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if value is not None and (value == () or not min(value if isinstance(value, tuple) else (value,)) >= least):  # not: NaN
+                if value is not None and (
+                    value == () or not min(value if isinstance(value, tuple) else (value,)) >= least
+                ):  # not: NaN
                     raise DDIMError(f"{name} must be at least {least}; got {value}.")
         for name in ("peak_learning_rate", "snr_gamma"):
             if not getattr(self, name) > 0:
-                raise DDIMError(f"{name.removeprefix('peak_')} must be above 0; got {getattr(self, name)}.")
+                raise DDIMError(
+                    f"{name.removeprefix('peak_')} must be above 0; got {getattr(self, name)}."
+                )
         for field in fields(TrainConfig):
             if isinstance(value := getattr(self, field.name), float) and math.isinf(value):
                 raise DDIMError(f"{field.name} must be finite; got {value}.")
         if (self.num_train_timesteps or 0) > 1_000_000:  # as `ddim sample` takes it
-            raise DDIMError(f"num_train_timesteps must be at most 1000000; got {self.num_train_timesteps}.")
+            raise DDIMError(
+                f"num_train_timesteps must be at most 1000000; got {self.num_train_timesteps}."
+            )
         if self.seed >= 2**63:
             raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
-        start, end = 1e-4 if self.beta_start is None else self.beta_start, 0.02 if self.beta_end is None else self.beta_end
+        start, end = (
+            1e-4 if self.beta_start is None else self.beta_start,
+            0.02 if self.beta_end is None else self.beta_end,
+        )
         if not 0 < start <= end < 1:
-            raise DDIMError(f"betas must rise within (0, 1); got beta_start={start}, beta_end={end}.")
+            raise DDIMError(
+                f"betas must rise within (0, 1); got beta_start={start}, beta_end={end}."
+            )
         for name in ("ema_decay", "dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise DDIMError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
         if not 0 <= self.caption_dropout <= 1:
             raise DDIMError(f"caption_dropout must lie in [0, 1]; got {self.caption_dropout}.")
-        if self.rescale_betas_zero_snr and (self.prediction_type == "epsilon" or (self.prediction_type is None and self.base is None)):
+        if self.rescale_betas_zero_snr and (
+            self.prediction_type == "epsilon"
+            or (self.prediction_type is None and self.base is None)
+        ):
             raise DDIMError(EPSILON_AT_ZERO_SNR)
         self._check_base()
         if self.base is None or self.from_scratch:
@@ -253,19 +287,27 @@ class TrainConfig:
     def _check_base(self) -> None:
         if self.base is None:
             if self.from_scratch:
-                raise DDIMError("from_scratch needs a model whose configuration is taken; name it by --base, or leave it out.")
+                raise DDIMError(
+                    "from_scratch needs a model whose configuration is taken; name it by --base, or leave it out."
+                )
             if self.text_options:
-                raise DDIMError(f"{self.text_options[0]} is of text models; name one by --base, or leave it out.")
+                raise DDIMError(
+                    f"{self.text_options[0]} is of text models; name one by --base, or leave it out."
+                )
         elif not self.from_scratch:
             given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
             if given:
-                raise DDIMError(f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, or leave it out.")
+                raise DDIMError(
+                    f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, or leave it out."
+                )
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:
     """The command that trains this configuration: the options that differ from their defaults, as a shell reads them."""
     words = ["ddim", "train"]
-    if processes > 1:  # torchrun, since accelerate launch starts a single process where there are no GPUs
+    if (
+        processes > 1
+    ):  # torchrun, since accelerate launch starts a single process where there are no GPUs
         words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words]
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
@@ -321,11 +363,17 @@ PRESETS: dict[str, Preset] = {
         note="The embedded model: 2.7 M parameters, 28x28, epsilon, linear betas.",
     ),
     "fashion-text": Preset(
-        _FASHION_TEXT | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "images": 400_000},
+        _FASHION_TEXT
+        | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "images": 400_000},
         note="The embedded text model: 2.5 M parameters, 16x16 latents, v-prediction, zero terminal SNR.",
     ),
-    "fashion-text-v": Preset(_FASHION_TEXT | {"prediction_type": "v_prediction"}, note="Its twin without zero terminal SNR."),
-    "fashion-text-epsilon": Preset(_FASHION_TEXT | {"prediction_type": "epsilon"}, note="Its twin without v-prediction, too."),
+    "fashion-text-v": Preset(
+        _FASHION_TEXT | {"prediction_type": "v_prediction"},
+        note="Its twin without zero terminal SNR.",
+    ),
+    "fashion-text-epsilon": Preset(
+        _FASHION_TEXT | {"prediction_type": "epsilon"}, note="Its twin without v-prediction, too."
+    ),
     "digits": Preset(
         {
             "data": "digits",

@@ -38,18 +38,51 @@ __all__ = [
     "stack_images",
 ]
 
-FASHION_MNIST_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
-FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+FASHION_MNIST_FOLDER = (
+    "/usr/share/datasets/fashion-mnist"  # where Debian's package dataset-fashion-mnist puts it
+)
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-_FILES = {*_SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}  # never the end of a hub data set's name
-_SHEETS = {"grid", "strip", "path", "sheet", "distance", "reconstruction", "flaws", "quality-evaluations", "quality-seconds"}
+_FILES = {
+    *_SUFFIXES,
+    ".npz",
+    ".npy",
+    ".parquet",
+    ".gz",
+    ".zip",
+    ".tar",
+}  # never the end of a hub data set's name
+_SHEETS = {
+    "grid",
+    "strip",
+    "path",
+    "sheet",
+    "distance",
+    "reconstruction",
+    "flaws",
+    "quality-evaluations",
+    "quality-seconds",
+}
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _SPLITS = ("train", "test", "val", "valid", "validation")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
-_MOST_CLASSES = 100_000  # a label above it is an identity or damage, and would make as many class names
+_MOST_CLASSES = (
+    100_000  # a label above it is an identity or damage, and would make as many class names
+)
 
 
 class _NoSuchSplit(DataError):
@@ -113,7 +146,7 @@ class ImageItems(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 - an array or a Pillow image
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class NamedSource(NamedTuple):
@@ -166,12 +199,17 @@ def load_images(
         DataError: If the source is missing, damaged, of an unusable shape, or without the captions asked for; the message says
             what to do.
     """
-    if resolution is not None and min(resolution if isinstance(resolution, tuple) else (resolution,)) < 1:
+    if (
+        resolution is not None
+        and min(resolution if isinstance(resolution, tuple) else (resolution,)) < 1
+    ):
         raise DataError(f"resolution must be at least 1; got {resolution}.")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
     shape = _Shape(resolution=resolution, channels=channels, center_crop=center_crop)
-    data = _open(source, split, _Columns(image_column, label_column, caption_column, captions), **shape)
+    data = _open(
+        source, split, _Columns(image_column, label_column, caption_column, captions), **shape
+    )
     if captions and data.captions is None:
         raise DataError(
             f"{source} has no captions; put metadata.jsonl (with file_name and text) or NAME.txt beside the images of a folder, "
@@ -183,7 +221,9 @@ def load_images(
 def measure_prior(data: ImageData, *, most: int = 10_000) -> DataPrior:
     """The prior of images, from at most that many, spread over the data: as many as a mean and a covariance need."""
     chosen = range(0, len(data), max(1, len(data) // most))
-    return fit_prior(stack_images(data, chosen[first : first + 512]) for first in range(0, len(chosen), 512))
+    return fit_prior(
+        stack_images(data, chosen[first : first + 512]) for first in range(0, len(chosen), 512)
+    )
 
 
 def stack_images(data: ImageData, places: Iterable[int]) -> Tensor:
@@ -194,14 +234,20 @@ def stack_images(data: ImageData, places: Iterable[int]) -> Tensor:
 def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> "_Images":
     if source in _NAMED:
         images, labels, class_names, captions = _NAMED[source](split)
-        return _Images.of_items(source, images, labels, class_names, captions if columns.captions else None, **shape)
+        return _Images.of_items(
+            source, images, labels, class_names, captions if columns.captions else None, **shape
+        )
     if source == "fashion-mnist":
         chosen = os.environ.get("DDIM_FASHION_MNIST")
         folder = Path(chosen or FASHION_MNIST_FOLDER)
         if folder.is_dir():
-            return _Images.of_arrays(source, *_read_idx_folder(folder, split), FASHION_MNIST_CLASSES, **shape)
+            return _Images.of_arrays(
+                source, *_read_idx_folder(folder, split), FASHION_MNIST_CLASSES, **shape
+            )
         if chosen:
-            raise DataError(f"DDIM_FASHION_MNIST names {chosen}, which is no folder; correct it, or unset it.")
+            raise DataError(
+                f"DDIM_FASHION_MNIST names {chosen}, which is no folder; correct it, or unset it."
+            )
         return _from_hub(source, FASHION_MNIST_HUB, split, columns, **shape)
     path = check_source(source)
     if not path.exists():
@@ -214,12 +260,16 @@ def _open(source: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -
         return _from_folder(source, path, split, columns, **shape)
     if path.suffix == ".npz":
         images, labels, captions = _read_npz(path, split)
-        return _Images.of_arrays(source, images, labels, None, captions if columns.captions else None, **shape)
+        return _Images.of_arrays(
+            source, images, labels, None, captions if columns.captions else None, **shape
+        )
     if "idx3-ubyte" in path.name:
         return _Images.of_arrays(source, read_idx(path), _labels_beside(path), None, **shape)
     if path.suffix == ".parquet":
         return _from_parquet(source, [path], columns, **shape)
-    raise DataError(f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id.")
+    raise DataError(
+        f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a .parquet, or a hub dataset id."
+    )
 
 
 def check_source(source: str) -> Path:
@@ -229,14 +279,23 @@ def check_source(source: str) -> Path:
         DataError: If it can only be a path, and there is nothing.
     """
     path = Path(os.path.expanduser(source))
-    must_be = source.startswith((".", "/", "~")) or path.suffix in _FILES or source.count("/") > 1 or "ubyte" in path.name
+    must_be = (
+        source.startswith((".", "/", "~"))
+        or path.suffix in _FILES
+        or source.count("/") > 1
+        or "ubyte" in path.name
+    )
     if not source or (must_be and not path.exists()):
         raise DataError(f"there is no data at {source!r}; check the path.")
     return path
 
 
 def load_test_images(
-    source: str, *, split: str | None = None, resolution: int | tuple[int, int] | None = None, channels: int | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    channels: int | None = None,
 ) -> tuple[ImageData, str]:
     """Opens the images to measure on: the split ``test`` where the data has one, else ``train``, which is all of undivided data.
 
@@ -254,7 +313,9 @@ def load_test_images(
     """
     if split is None:
         try:
-            return load_images(source, split="test", resolution=resolution, channels=channels), "test"
+            return load_images(
+                source, split="test", resolution=resolution, channels=channels
+            ), "test"
         except _NoSuchSplit:
             split = "train"
     return load_images(source, split=split, resolution=resolution, channels=channels), split
@@ -269,7 +330,7 @@ class _Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - a Pillow image
+    def __getitem__(self, index: int, /) -> Any:
         from PIL import Image, ImageOps
 
         path = self.paths[index]
@@ -287,7 +348,9 @@ class _Files:
         for index, path in enumerate(self.paths):
             try:
                 with Image.open(path) as picture:
-                    size = [min(picture.size)] if center_crop else sorted(picture.size)  # sorted: EXIF may turn it on its side
+                    size = (
+                        [min(picture.size)] if center_crop else sorted(picture.size)
+                    )  # sorted: EXIF may turn it on its side
             except Exception as error:
                 raise _not_an_image(path, error) from error
             first = first or size
@@ -317,13 +380,15 @@ class _Column:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int, /) -> Any:  # noqa: ANN401 - a Pillow image
+    def __getitem__(self, index: int, /) -> Any:
         try:
             picture = self.table[index][self.column]
         except IndexError:
             raise
         except Exception as error:
-            raise DataError(f"image {index} of {self.name} cannot be decoded ({error}); remove or replace it.") from error
+            raise DataError(
+                f"image {index} of {self.name} cannot be decoded ({error}); remove or replace it."
+            ) from error
         if picture is None:
             raise DataError(f"image {index} of {self.name} is empty; remove its row.")
         return picture
@@ -377,7 +442,9 @@ class _Images:
         if len(items) == 0:
             raise DataError(f"{name} holds no images.")
         if captions is not None and len(captions) != len(items):
-            raise DataError(f"{name} holds {len(items)} images but {len(captions)} captions; there must be one caption an image.")
+            raise DataError(
+                f"{name} holds {len(items)} images but {len(captions)} captions; there must be one caption an image."
+            )
         numbers, class_names = _number_labels(name, labels, class_names, len(items))
         first = items[0]
         if isinstance(first, np.ndarray):
@@ -391,7 +458,17 @@ class _Images:
         elif resolution or center_crop:
             height = width = resolution or min(height, width)
         size, depth = (height, width), channels or (1 if grey else 3)
-        return cls(name, items, numbers, class_names, captions, depth, size, resize=resolution is not None, center_crop=center_crop)
+        return cls(
+            name,
+            items,
+            numbers,
+            class_names,
+            captions,
+            depth,
+            size,
+            resize=resolution is not None,
+            center_crop=center_crop,
+        )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -407,9 +484,13 @@ class _Images:
         return torch.from_numpy(self._shaped(image, index)), label
 
     def _told(self, index: int) -> str:
-        return str(self.items.paths[index]) if isinstance(self.items, _Files) else f"image {index} of {self.name}"
+        return (
+            str(self.items.paths[index])
+            if isinstance(self.items, _Files)
+            else f"image {index} of {self.name}"
+        )
 
-    def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:  # noqa: ANN401 - an array or a Pillow image
+    def _shaped(self, image: Any, index: int) -> NDArray[np.uint8]:
         """Converts mode and size with Pillow: a new array [C, H, W]."""
         from PIL import Image
 
@@ -433,25 +514,34 @@ class _Images:
 
 
 def _number_labels(
-    name: str, labels: Sequence[int] | Sequence[str] | NDArray[Any] | None, class_names: tuple[str, ...] | None, count: int
+    name: str,
+    labels: Sequence[int] | Sequence[str] | NDArray[Any] | None,
+    class_names: tuple[str, ...] | None,
+    count: int,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Checks labels, and numbers those that are words. Labels that are all -1, as in test sets of the hub, are none."""
     if labels is None:
         return None, None
     array = np.asarray(labels)
     if array.ndim == 1 and len(array) != count:
-        raise DataError(f"{name} holds {count} images but {len(array)} labels; there must be one label an image.")
+        raise DataError(
+            f"{name} holds {count} images but {len(array)} labels; there must be one label an image."
+        )
     if array.ndim == 1 and array.dtype.kind == "U":
         words, numbers = np.unique(array, return_inverse=True)
         array, class_names = numbers, tuple(str(w) for w in words)
     if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise DataError(f"labels of {name} must be whole numbers, one an image; got {array.dtype} of shape {list(array.shape)}.")
+        raise DataError(
+            f"labels of {name} must be whole numbers, one an image; got {array.dtype} of shape {list(array.shape)}."
+        )
     if (array == -1).all():
         return None, None
     limit = _MOST_CLASSES if class_names is None else len(class_names)
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= limit:
-        raise DataError(f"labels of {name} must lie in 0..{limit - 1}; got {low if low < 0 else high}.")
+        raise DataError(
+            f"labels of {name} must lie in 0..{limit - 1}; got {low if low < 0 else high}."
+        )
     return array.astype(np.int64), class_names or tuple(str(i) for i in range(high + 1))
 
 
@@ -468,13 +558,19 @@ def read_idx(path: Path | str) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; check the path.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as an IDX file ({error}); fetch it again.") from error
+        raise DataError(
+            f"{path} cannot be read as an IDX file ({error}); fetch it again."
+        ) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path} is not an IDX file of bytes: it starts with {content[:4].hex() or 'nothing'} instead of 000008.")
+        raise DataError(
+            f"{path} is not an IDX file of bytes: it starts with {content[:4].hex() or 'nothing'} instead of 000008."
+        )
     ndim = content[3]
     header, body = content[4 : 4 + 4 * ndim], content[4 + 4 * ndim :]
     if len(header) != 4 * ndim:
-        raise DataError(f"{path} is damaged: it ends within its header of {4 + 4 * ndim} bytes; fetch it again.")
+        raise DataError(
+            f"{path} is damaged: it ends within its header of {4 + 4 * ndim} bytes; fetch it again."
+        )
     shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4))
     if len(body) != math.prod(shape):
         raise DataError(
@@ -484,7 +580,9 @@ def read_idx(path: Path | str) -> NDArray[np.uint8]:
     return np.frombuffer(body, dtype=np.uint8).reshape(shape)
 
 
-def _read_idx_folder(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+def _read_idx_folder(
+    folder: Path, split: str
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     prefix = _IDX_PREFIX.get(split, split)
     images = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
     if images is None:
@@ -498,7 +596,9 @@ def _read_idx_folder(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArr
 def _labels_beside(images: Path) -> NDArray[np.uint8] | None:
     """Reads the labels that MNIST's naming puts beside an images file, whichever of the two is gzipped."""
     plain = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    found = next((p for p in (images.with_name(plain), images.with_name(f"{plain}.gz")) if p.exists()), None)
+    found = next(
+        (p for p in (images.with_name(plain), images.with_name(f"{plain}.gz")) if p.exists()), None
+    )
     return None if found is None else read_idx(found)
 
 
@@ -509,9 +609,15 @@ def _digits(split: str) -> NamedSource:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise DataError("the data set digits comes with scikit-learn, which is not installed; run: pip install 'ddim[train]'.") from error
+        raise DataError(
+            "the data set digits comes with scikit-learn, which is not installed; run: pip install 'ddim[train]'."
+        ) from error
     digits = load_digits()
-    return NamedSource(np.round(digits.images * (255 / 16)).astype(np.uint8)[part], digits.target[part], tuple("0123456789"))
+    return NamedSource(
+        np.round(digits.images * (255 / 16)).astype(np.uint8)[part],
+        digits.target[part],
+        tuple("0123456789"),
+    )
 
 
 def _fashion_text(split: str) -> NamedSource:
@@ -530,22 +636,37 @@ _NAMED: dict[str, Callable[[str], NamedSource]] = {"digits": _digits, "fashion-t
 
 def _read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any] | None, list[str] | None]:
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # opened here: numpy leaves a damaged file open
+        with (
+            path.open("rb") as raw,
+            np.load(raw, allow_pickle=False) as file,
+        ):  # opened here: numpy leaves a damaged file open
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise TypeError("it holds a single array")
             names = list(file.files)
             images_key, labels_key = _npz_keys(path, names, split)
             images, labels = file[images_key], file[labels_key] if labels_key in names else None
-            captions_key = images_key.replace("images", "captions")  # arrays without names have none
-            captions = file[captions_key] if captions_key != images_key and captions_key in names else None
+            captions_key = images_key.replace(
+                "images", "captions"
+            )  # arrays without names have none
+            captions = (
+                file[captions_key] if captions_key != images_key and captions_key in names else None
+            )
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with numpy.savez.") from error
-    if labels_key == "arr_1" and labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+        raise DataError(
+            f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with numpy.savez."
+        ) from error
+    if (
+        labels_key == "arr_1"
+        and labels is not None
+        and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1])
+    ):
         labels = None  # the arrays have no names, and the second is something else
     if captions is not None and (captions.ndim != 1 or captions.dtype.kind != "U"):
-        raise DataError(f"{captions_key} of {path} must be text, one an image; got {captions.dtype} of shape {list(captions.shape)}.")
+        raise DataError(
+            f"{captions_key} of {path} must be text, one an image; got {captions.dtype} of shape {list(captions.shape)}."
+        )
     return images, labels, None if captions is None else captions.tolist()
 
 
@@ -558,7 +679,9 @@ def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
         raise _no_such_split(str(path), splits, split)
     keys = next((k for k in (("images", "labels"), ("arr_0", "arr_1")) if k[0] in names), None)
     if keys is None:
-        raise DataError(f"{path} holds {', '.join(names) or 'no arrays'}; its images must be called {split}_images, images or arr_0.")
+        raise DataError(
+            f"{path} holds {', '.join(names) or 'no arrays'}; its images must be called {split}_images, images or arr_0."
+        )
     if split != "train":
         raise _no_such_split(str(path), [], split)
     return keys
@@ -570,11 +693,19 @@ def _no_such_split(source: str, splits: Iterable[str], split: str) -> _NoSuchSpl
     return _NoSuchSplit(f"{source} has no split {split!r}; {has}.")
 
 
-def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
-    found = [(p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES]
+def _from_folder(
+    source: str, folder: Path, split: str, columns: _Columns, **shape: Unpack[_Shape]
+) -> _Images:
+    found = [
+        (p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES
+    ]
     ours = {parent for parent in {p.parent for p, _ in found} if _is_ours(parent)}
     found = [(p, parts) for p, parts in found if p.parent not in ours or p.stem not in _SHEETS]
-    files = sorted((p, parts) for p, parts in found if not any(part.startswith(".") for part in parts) and p.is_file())
+    files = sorted(
+        (p, parts)
+        for p, parts in found
+        if not any(part.startswith(".") for part in parts) and p.is_file()
+    )
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(_SUFFIXES))}).")
     tops = {parts[0] if len(parts) > 1 else "" for _, parts in files}
@@ -588,7 +719,11 @@ def _from_folder(source: str, folder: Path, split: str, columns: _Columns, **sha
     names = None if "" in tops else tuple(sorted(tops))
     labels = None if names is None else [names.index(parts[0]) for _, parts in files]
     items = _Files([p for p, _ in files])
-    captions = captions_of_files(source, folder, items.paths, columns.caption) if columns.captions else None
+    captions = (
+        captions_of_files(source, folder, items.paths, columns.caption)
+        if columns.captions
+        else None
+    )
     if shape["resolution"] is None:
         items.check_sizes(source, center_crop=shape["center_crop"])
     return _Images.of_items(source, items, labels, names, captions, **shape)
@@ -600,7 +735,11 @@ def _is_ours(folder: Path) -> bool:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and isinstance(record.get("protocol"), dict) and "command" in record["protocol"]
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("protocol"), dict)
+        and "command" in record["protocol"]
+    )
 
 
 def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
@@ -613,12 +752,14 @@ def _of_split(source: str, tables: list[Path], split: str) -> list[Path]:
     return chosen or tables
 
 
-def _open_dataset(kind: str, source: str, **options: Any) -> Any:  # noqa: ANN401 - datasets has no types
+def _open_dataset(kind: str, source: str, **options: Any) -> Any:
     """Calls ``datasets.load_dataset``; whatever that raises comes through."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise DataError(f"reading {source} needs datasets, which is not installed; run: pip install 'ddim[train]'.") from error
+        raise DataError(
+            f"reading {source} needs datasets, which is not installed; run: pip install 'ddim[train]'."
+        ) from error
     return datasets.load_dataset(kind, **options)
 
 
@@ -626,18 +767,24 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _from_parquet(source: str, files: list[Path], columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
+def _from_parquet(
+    source: str, files: list[Path], columns: _Columns, **shape: Unpack[_Shape]
+) -> _Images:
     try:
         table = _open_dataset("parquet", source, data_files=[str(p) for p in files], split="train")
     except DataError:
         raise
     except Exception as error:
         reason = _first_line(error.__cause__ or error)
-        raise DataError(f"{source} cannot be read as parquet ({reason}); check the file, or write it again.") from error
+        raise DataError(
+            f"{source} cannot be read as parquet ({reason}); check the file, or write it again."
+        ) from error
     return _from_columns(source, table, columns, **shape)
 
 
-def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Unpack[_Shape]) -> _Images:
+def _from_hub(
+    name: str, hub_id: str, split: str, columns: _Columns, **shape: Unpack[_Shape]
+) -> _Images:
     unreachable = None
     try:
         with _without_retries(hub_id) as unreachable:
@@ -647,7 +794,9 @@ def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Un
     except Exception as error:
         reason = _first_line(error)
         if "unknown split" in reason.lower():
-            raise _NoSuchSplit(f"the hub data set {hub_id} has no split {split!r} ({reason}).") from error
+            raise _NoSuchSplit(
+                f"the hub data set {hub_id} has no split {split!r} ({reason})."
+            ) from error
         if _is_unreachable(error):
             reason = _first_line(unreachable or error)
             if name == "fashion-mnist":
@@ -656,15 +805,23 @@ def _from_hub(name: str, hub_id: str, split: str, columns: _Columns, **shape: Un
             else:
                 missing = f"there is no folder or file {name!r} here"
                 advice = "check the path if one was meant, else the network"
-            raise DataError(f"{missing}, and the hub cannot be reached ({reason}); {advice}.") from error
+            raise DataError(
+                f"{missing}, and the hub cannot be reached ({reason}); {advice}."
+            ) from error
         if isinstance(error, FileNotFoundError):  # as datasets' DatasetNotFoundError is
-            raise DataError(f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); check the name.") from error
-        raise DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub.") from error
+            raise DataError(
+                f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); check the name."
+            ) from error
+        raise DataError(
+            f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub."
+        ) from error
     return _from_columns(name, table, columns, **shape)
 
 
 def _is_unreachable(error: Exception) -> bool:
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(("httpx", "requests"))
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
+        ("httpx", "requests")
+    )
 
 
 @contextlib.contextmanager
@@ -688,7 +845,7 @@ def _without_retries(hub_id: str) -> Iterator[Exception | None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_Shape]) -> _Images:  # noqa: ANN401
+def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_Shape]) -> _Images:
     import datasets
 
     columns, features = list(table.column_names), table.features
@@ -696,30 +853,44 @@ def _from_columns(name: str, table: Any, asked_for: _Columns, **shape: Unpack[_S
         if asked is not None and asked not in columns:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(columns)}.")
     typed = [c for c in columns if isinstance(features[c], datasets.Image)]
-    column = asked_for.image or next(iter(typed + [c for c in ("image", "img", "images") if c in columns]), None)
+    column = asked_for.image or next(
+        iter(typed + [c for c in ("image", "img", "images") if c in columns]), None
+    )
     if column is None:
-        raise DataError(f"{name} has columns {', '.join(columns)}, and none is called image or is of datasets' Image type; name it.")
+        raise DataError(
+            f"{name} has columns {', '.join(columns)}, and none is called image or is of datasets' Image type; name it."
+        )
     pictures = table.select_columns([column])
     if column not in typed:
         try:
             pictures = pictures.cast_column(column, datasets.Image())
         except Exception as error:
-            raise DataError(f"column {column!r} of {name} does not hold images ({_first_line(error)}); name another.") from error
-    label = asked_for.label or next((c for c in _LABEL_COLUMNS if c in columns and _is_scalar(features[c])), None)
+            raise DataError(
+                f"column {column!r} of {name} does not hold images ({_first_line(error)}); name another."
+            ) from error
+    label = asked_for.label or next(
+        (c for c in _LABEL_COLUMNS if c in columns and _is_scalar(features[c])), None
+    )
     feature = None if label is None else features[label]
     class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else table[label][:]
     captions = None
     caption = asked_for.caption or next((c for c in CAPTION_COLUMNS if c in columns), None)
     if asked_for.captions and caption is not None:
-        captions = [one_caption(value, f"row {number} of column {caption!r} of {name}") for number, value in enumerate(table[caption][:])]
-    return _Images.of_items(name, _Column(name, pictures, column), labels, class_names, captions, **shape)
+        captions = [
+            one_caption(value, f"row {number} of column {caption!r} of {name}")
+            for number, value in enumerate(table[caption][:])
+        ]
+    return _Images.of_items(
+        name, _Column(name, pictures, column), labels, class_names, captions, **shape
+    )
 
 
-def _is_scalar(feature: Any) -> bool:  # noqa: ANN401 - datasets has no types
+def _is_scalar(feature: Any) -> bool:
     """Whether a column that was not asked for can be labels: a class, a whole number or a word, not a list of them."""
     import datasets
 
     return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "bool", "string"))
+        isinstance(feature, datasets.Value)
+        and feature.dtype.startswith(("int", "uint", "bool", "string"))
     )

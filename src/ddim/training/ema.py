@@ -31,7 +31,10 @@ class EMA:
     def update(self, network: nn.Module, step: int) -> None:
         """Moves the average towards the network after optimiser step ``step`` (from 0)."""
         ours: list[torch.Tensor] = list(self.network.parameters())
-        theirs = [p.detach().to(a.device, a.dtype) for p, a in zip(network.parameters(), ours, strict=True)]
+        theirs = [
+            p.detach().to(a.device, a.dtype)
+            for p, a in zip(network.parameters(), ours, strict=True)
+        ]
         torch._foreach_lerp_(ours, theirs, 1 - ema_decay_at(step, self.decay))
         for mine, other in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(other)

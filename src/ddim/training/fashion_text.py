@@ -17,7 +17,18 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BACKGROUNDS", "COLOURS", "FRAME", "GARMENTS", "Combination", "FashionText", "combine", "compose", "extract_garments", "hues"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "FRAME",
+    "GARMENTS",
+    "Combination",
+    "FashionText",
+    "combine",
+    "compose",
+    "extract_garments",
+    "hues",
+]
 
 COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
@@ -31,10 +42,23 @@ COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
 )
 """Six hues, 60 degrees apart, none of them saturated: in real images only black and white backgrounds are 0 or 255."""
 
-BACKGROUNDS: Mapping[str, int] = MappingProxyType({"black": 0, "dark gray": 64, "gray": 128, "light gray": 191, "white": 255})
+BACKGROUNDS: Mapping[str, int] = MappingProxyType(
+    {"black": 0, "dark gray": 64, "gray": 128, "light gray": 191, "white": 255}
+)
 """Brightness in 256 levels."""
 
-GARMENTS = ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+GARMENTS = (
+    "t-shirt",
+    "pair of trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 """In the order of Fashion-MNIST's labels."""
 
 FRAME = 2
@@ -61,7 +85,11 @@ class Combination:
     @property
     def numbers(self) -> tuple[float, int, int]:
         """The brightness of the background in [0, 1], and the places of colour and garment in their lists."""
-        return BACKGROUNDS[self.background] / 255, list(COLOURS).index(self.colour), GARMENTS.index(self.garment)
+        return (
+            BACKGROUNDS[self.background] / 255,
+            list(COLOURS).index(self.colour),
+            GARMENTS.index(self.garment),
+        )
 
 
 def combine(garment: int, rank: int) -> Combination:
@@ -76,7 +104,9 @@ def compose(garment: NDArray[np.uint8], combination: Combination) -> NDArray[np.
     grey = np.pad(garment, FRAME)[..., None] / 255
     mask = np.minimum(grey / _SOFT, 1)
     colour = np.array(COLOURS[combination.colour]) * 255
-    pixels = (1 - mask) * BACKGROUNDS[combination.background] + mask * (_AMBIENT + (1 - _AMBIENT) * grey) * colour
+    pixels = (1 - mask) * BACKGROUNDS[combination.background] + mask * (
+        _AMBIENT + (1 - _AMBIENT) * grey
+    ) * colour
     composed: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
     return composed
 
@@ -85,7 +115,9 @@ def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
     """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4] in [0, 1]."""
     chroma = (images.max(-1) - images.min(-1))[:, FRAME:-FRAME, FRAME:-FRAME] / _CHROMA
     grey = np.linspace(0, 1, 1025)
-    read: NDArray[np.float64] = np.interp(chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey)
+    read: NDArray[np.float64] = np.interp(
+        chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey
+    )
     return read
 
 
@@ -93,7 +125,9 @@ def hues() -> dict[str, float]:
     """The hue of each colour in degrees: red 0, green 120, blue 240."""
     import colorsys
 
-    return {name: round(colorsys.rgb_to_hsv(*colour)[0] * 360, 6) for name, colour in COLOURS.items()}
+    return {
+        name: round(colorsys.rgb_to_hsv(*colour)[0] * 360, 6) for name, colour in COLOURS.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)

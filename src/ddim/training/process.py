@@ -50,13 +50,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             cpu=not torch.accelerator.is_available(),  # else processes that are launched without a GPU would not find each other
             # A plugin, since accelerate launch sets the plain argument to its own default through the environment.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation
+            ),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
         )
     except ValueError as error:
-        raise DDIMError(f"--mixed-precision {config.mixed_precision} cannot be used here ({error}); use no.") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out without a word
-        raise DDIMError("--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no.")
+        raise DDIMError(
+            f"--mixed-precision {config.mixed_precision} cannot be used here ({error}); use no."
+        ) from error
+    if (
+        config.mixed_precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate would leave it out without a word
+        raise DDIMError(
+            "--mixed-precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no."
+        )
     return accelerator
 
 
@@ -71,7 +79,12 @@ class RunLog:
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         # A run that was killed has logged steps that are taken again now, the last one perhaps in part.
-        write_atomically(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
+        write_atomically(
+            path,
+            "".join(
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start
+            ),
+        )
         self.lines = path.open("a")
 
     def add(self, step: int, **values: float | None) -> None:

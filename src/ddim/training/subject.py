@@ -22,7 +22,16 @@ from ddim.training.config import Architecture, TrainConfig
 from ddim.training.data import ImageData
 from ddim.training.draws import Draws
 
-__all__ = ["PixelSubject", "Predictor", "Subject", "check_halvings", "make_network", "mirror", "pixel_subject", "to_float"]
+__all__ = [
+    "PixelSubject",
+    "Predictor",
+    "Subject",
+    "check_halvings",
+    "make_network",
+    "mirror",
+    "pixel_subject",
+    "to_float",
+]
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """A network with its condition: (x_t, t) -> prediction, float32."""
@@ -61,19 +70,23 @@ class Subject(Protocol):
         ...
 
     @property
-    def examples(self) -> Any:  # noqa: ANN401 - a map-style data set of whatever ``clean`` takes
+    def examples(self) -> Any:
         """By the index of an image, what a batch is collated from."""
         ...
 
-    def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Any]:
+    def clean(
+        self, batch: list[Tensor], device: torch.device, draws: Draws | None
+    ) -> tuple[Tensor, Any]:
         """Clean data [B, C, H, W] and its condition; without ``draws`` nothing about it is random, as for held-out images."""
         ...
 
-    def predictor(self, network: Callable[..., Any], condition: Any) -> Predictor:  # noqa: ANN401 - what ``clean`` gave
+    def predictor(self, network: Callable[..., Any], condition: Any) -> Predictor:
         """The network under a condition."""
         ...
 
-    def preview(self, network: nn.Module, count: int, device: torch.device) -> tuple[Predictor, list[str]]:
+    def preview(
+        self, network: nn.Module, count: int, device: torch.device
+    ) -> tuple[Predictor, list[str]]:
         """The network as a preview of ``count`` images calls it, and the captions, if there are any."""
         ...
 
@@ -107,7 +120,9 @@ class PixelSubject:
         """Itself: nothing is computed once."""
         return self
 
-    def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Tensor | None]:
+    def clean(
+        self, batch: list[Tensor], device: torch.device, draws: Draws | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Images in [-1, 1] and their labels, None without classes."""
         images, labels = batch
         x0 = to_float(images.to(device, non_blocking=True))
@@ -120,10 +135,16 @@ class PixelSubject:
         options = {} if condition is None else {"class_labels": condition}
         return lambda x_t, t: network(x_t, t, **options, return_dict=False)[0].float()
 
-    def preview(self, network: nn.Module, count: int, device: torch.device) -> tuple[Predictor, list[str]]:
+    def preview(
+        self, network: nn.Module, count: int, device: torch.device
+    ) -> tuple[Predictor, list[str]]:
         """All classes in turn."""
         classes = len(self.data.class_names or ())
-        labels = torch.tensor([i % classes for i in range(count)], device=device) if self.config.class_conditional else None
+        labels = (
+            torch.tensor([i % classes for i in range(count)], device=device)
+            if self.config.class_conditional
+            else None
+        )
         return self.predictor(network, labels), []
 
     def images(self, x0: Tensor) -> Tensor:
@@ -143,7 +164,9 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
             f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, "
             "or sort images into subfolders."
         )
-    torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
+    torch.manual_seed(
+        config.seed
+    )  # the run owns its process: initial weights and dropout follow from the seed
     if base is None:
         network = make_network(config, data)
     elif config.from_scratch:
@@ -162,7 +185,7 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
     return PixelSubject(config, data, network, package, {"classes": list(data.class_names or ())})
 
 
-def make_network(config: TrainConfig, data: ImageData) -> Any:  # noqa: ANN401 - a network of diffusers
+def make_network(config: TrainConfig, data: ImageData) -> Any:
     """A diffusers UNet2DModel for this data.
 
     Raises:
@@ -197,7 +220,7 @@ def _of_shape(shape: Architecture) -> dict[str, Any]:
     }
 
 
-def _fresh(config: TrainConfig, data: ImageData, base: Base) -> Any:  # noqa: ANN401 - a network of diffusers
+def _fresh(config: TrainConfig, data: ImageData, base: Base) -> Any:
     """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give."""
     given = any(getattr(config, f.name) is not None for f in fields(Architecture))
     shape = _of_shape(config.architecture) if given else {}
@@ -221,16 +244,21 @@ def check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> None
         )
 
 
-def _check_fit(network: Any, data: ImageData, classes: int | None, base: Base) -> None:  # noqa: ANN401 - any network of diffusers
+def _check_fit(network: Any, data: ImageData, classes: int | None, base: Base) -> None:
     size = network.config.sample_size
-    wanted = (int(network.config.in_channels), *((size, size) if isinstance(size, int) else size or data.resolution))
+    wanted = (
+        int(network.config.in_channels),
+        *((size, size) if isinstance(size, int) else size or data.resolution),
+    )
     if wanted[0] not in (1, 3) or network.config.out_channels != wanted[0]:
         raise DDIMError(
             f"{base.name} takes {wanted[0]} channels and gives {network.config.out_channels}, and images have 1 or 3 each way; "
             "take another --base."
         )
     if wanted != (data.channels, *data.resolution):
-        told = f"--channels {wanted[0]}" + (f" --resolution {wanted[1]}" if wanted[1:] != data.resolution else "")
+        told = f"--channels {wanted[0]}" + (
+            f" --resolution {wanted[1]}" if wanted[1:] != data.resolution else ""
+        )
         raise DDIMError(
             f"{base.name} is of {wanted[1]}x{wanted[2]} images with {wanted[0]} channel(s), and {data.name} has "
             f"{data.resolution[0]}x{data.resolution[1]} with {data.channels}; use {told}."

@@ -42,9 +42,11 @@ class TrainedAlong(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:  # noqa: ANN401 - as the network's own
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:
         """The network's output under the captions of ``tokens``, shape [B, L]."""
-        return self.unet(x_t, t, encoder_hidden_states=self.text_encoder(tokens)[0], return_dict=False)
+        return self.unet(
+            x_t, t, encoder_hidden_states=self.text_encoder(tokens)[0], return_dict=False
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class TextSubject:
     moments: Tensor | None = None
 
     @property
-    def examples(self) -> Any:  # noqa: ANN401 - as Subject
+    def examples(self) -> Any:
         """Images, or their posteriors where those are cached, and their indices."""
         return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
 
@@ -121,18 +123,35 @@ class TextSubject:
         self.vae.to(accelerator.device)
         self.text_encoder.to(accelerator.device)
         captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
-        return replace(self, captions=captions, embeddings=self._embed_all(captions.tokens), moments=self._encode_all(accelerator, cache))
+        return replace(
+            self,
+            captions=captions,
+            embeddings=self._embed_all(captions.tokens),
+            moments=self._encode_all(accelerator, cache),
+        )
 
-    def clean(self, batch: list[Tensor], device: torch.device, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    def clean(
+        self, batch: list[Tensor], device: torch.device, draws: Draws | None
+    ) -> tuple[Tensor, Tensor]:
         """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their captions."""
         first, index = batch
-        flip = mirror(len(first), draws, device) if draws is not None and self.config.horizontal_flip else None
+        flip = (
+            mirror(len(first), draws, device)
+            if draws is not None and self.config.horizontal_flip
+            else None
+        )
         first = first.to(device, non_blocking=True)
         if self.moments is None:
             pixels = to_float(first)
-            mean, std = self._posterior(pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels))
+            mean, std = self._posterior(
+                pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels)
+            )
         else:
-            chosen = first[:, 0] if flip is None else torch.where(flip[..., None], first[:, 1], first[:, 0])
+            chosen = (
+                first[:, 0]
+                if flip is None
+                else torch.where(flip[..., None], first[:, 1], first[:, 0])
+            )
             mean, std = chosen.unbind(1)
         rows = self.captions.rows[index]
         if draws is not None:
@@ -146,24 +165,45 @@ class TextSubject:
         if self.config.train_text_encoder:
             tokens = self.captions.tokens[condition]
             return lambda x_t, t: network(x_t, t, tokens)[0].float()
-        hidden = self._embed(self.captions.tokens[condition]) if self.embeddings is None else self.embeddings[condition]
-        return lambda x_t, t: network(x_t, t, encoder_hidden_states=hidden, return_dict=False)[0].float()
+        hidden = (
+            self._embed(self.captions.tokens[condition])
+            if self.embeddings is None
+            else self.embeddings[condition]
+        )
+        return lambda x_t, t: network(x_t, t, encoder_hidden_states=hidden, return_dict=False)[
+            0
+        ].float()
 
-    def preview(self, network: nn.Module, count: int, device: torch.device) -> tuple[Predictor, list[str]]:
+    def preview(
+        self, network: nn.Module, count: int, device: torch.device
+    ) -> tuple[Predictor, list[str]]:
         """Captions spread over all that there are, under guidance."""
         different = len(self.captions.texts) - 1
-        places = [i * different // count if count <= different else i % max(1, different) for i in range(count)]
+        places = [
+            i * different // count if count <= different else i % max(1, different)
+            for i in range(count)
+        ]
         rows = torch.tensor([1 + place if different else _EMPTY for place in places])
 
         def under(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return self.predictor(network, condition)(x_t, t)
 
-        predict = guided(under, rows.to(device), torch.full_like(rows, _EMPTY, device=device), scale=self.config.preview_guidance_scale)
+        predict = guided(
+            under,
+            rows.to(device),
+            torch.full_like(rows, _EMPTY, device=device),
+            scale=self.config.preview_guidance_scale,
+        )
         return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
         """Decodes latents, one after the other: an autoencoder takes more memory than the network."""
-        return torch.cat([self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0] for x in torch.split(x0, 1)])
+        return torch.cat(
+            [
+                self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+                for x in torch.split(x0, 1)
+            ]
+        )
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -198,7 +238,9 @@ class TextSubject:
                 for _, part in self._encoded(accelerator.device):
                     file.write(part.numpy().tobytes())
         accelerator.wait_for_everyone()
-        mapped = torch.from_file(str(cache), shared=False, size=math.prod(shape), dtype=torch.float32).view(shape)
+        mapped = torch.from_file(
+            str(cache), shared=False, size=math.prod(shape), dtype=torch.float32
+        ).view(shape)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             cache.unlink()
@@ -206,11 +248,18 @@ class TextSubject:
 
     def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Posteriors batch by batch on the CPU, each with the index of its first image."""
-        loader: Any = DataLoader(_Indexed(self.data), batch_size=self.config.batch_size, num_workers=self.config.workers)  # type: ignore[arg-type]
+        loader: Any = DataLoader(
+            _Indexed(self.data), batch_size=self.config.batch_size, num_workers=self.config.workers
+        )  # type: ignore[arg-type]
         for images, indices in loader:
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
-            yield int(indices[0]), torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1).float().cpu()
+            yield (
+                int(indices[0]),
+                torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1)
+                .float()
+                .cpu(),
+            )
 
 
 def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubject:
@@ -220,35 +269,55 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
         DDIMError: If base, data and configuration do not fit together; the message says what to do.
     """
     if config.class_conditional:
-        raise DDIMError(f"{base.name} is a text model, which knows captions and no classes; leave out --class-conditional.")
-    vae, text_encoder, tokenizer = (load_part(base, part) for part in ("vae", "text_encoder", "tokenizer"))
+        raise DDIMError(
+            f"{base.name} is a text model, which knows captions and no classes; leave out --class-conditional."
+        )
+    vae, text_encoder, tokenizer = (
+        load_part(base, part) for part in ("vae", "text_encoder", "tokenizer")
+    )
     vae.requires_grad_(False).eval()
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
     shape = _latent_shape(config, data, base, vae)
-    torch.manual_seed(config.seed)  # the run owns its process: initial weights and dropout follow from the seed
+    torch.manual_seed(
+        config.seed
+    )  # the run owns its process: initial weights and dropout follow from the seed
     around = Surroundings(shape, _factor(vae), int(text_encoder.config.hidden_size))
-    unet = make_text_network(config, base, around) if config.from_scratch else load_network(base.folder)
+    unet = (
+        make_text_network(config, base, around)
+        if config.from_scratch
+        else load_network(base.folder)
+    )
     check_text_network(unet, base, around)
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if config.train_text_encoder:
-            enable = getattr(text_encoder, "activation_checkpointing_enable", None)  # its name from transformers 5 on
+            enable = getattr(
+                text_encoder, "activation_checkpointing_enable", None
+            )  # its name from transformers 5 on
             (enable or text_encoder.gradient_checkpointing_enable)()
     captions = _tokenise(list(data.captions or ()), tokenizer, text_encoder)
     package, notes = _package(config, base)
     if captions.cut:
         length = captions.tokens.shape[1]
-        notes += (f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that {base.name} reads, and are cut there.",)
+        notes += (
+            f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that {base.name} reads, and are cut there.",
+        )
     facts = {"captions": len(captions.texts) - 1, "captions_cut": captions.cut}
     network = TrainedAlong(unet, text_encoder) if config.train_text_encoder else unet
-    return TextSubject(config, data, network, package, vae, text_encoder, captions, shape, facts, notes)
+    return TextSubject(
+        config, data, network, package, vae, text_encoder, captions, shape, facts, notes
+    )
 
 
 def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]:
     """What the trained model's folder holds, and what of the base's is left out."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None], "feature_extractor": [None, None]}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
     frozen: dict[str, Path] = {}
     notes: tuple[str, ...] = ()
     for name, value in base.index.items():
@@ -257,7 +326,9 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
             continue
         if name in trained or not isinstance(value, (list, tuple)):
             index[name] = value
-        elif any(folder.glob("*.bin")) and not any("." not in p.stem for p in folder.glob("*.safetensors")):
+        elif any(folder.glob("*.bin")) and not any(
+            "." not in p.stem for p in folder.glob("*.safetensors")
+        ):
             notes += (f"the {name} of {base.name} has pickled weights alone, and is left out.",)
             index[name] = [None, None]
         else:
@@ -268,17 +339,21 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
     package = Package(
         index,
         make_scheduler(config, {**base.scheduler, "steps_offset": 1}),
-        parts=(lambda module: {"unet": module.unet, "text_encoder": module.text_encoder}) if len(trained) > 1 else lambda m: {"unet": m},
+        parts=(lambda module: {"unet": module.unet, "text_encoder": module.text_encoder})
+        if len(trained) > 1
+        else lambda m: {"unet": m},
         frozen=frozen,
     )
     return package, notes
 
 
-def _factor(vae: Any) -> int:  # noqa: ANN401 - an autoencoder of diffusers
+def _factor(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:  # noqa: ANN401 - an autoencoder
+def _latent_shape(
+    config: TrainConfig, data: ImageData, base: Base, vae: Any
+) -> tuple[int, int, int]:
     factor, (height, width) = _factor(vae), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
@@ -294,7 +369,7 @@ def _latent_shape(config: TrainConfig, data: ImageData, base: Base, vae: Any) ->
     return (int(vae.config.latent_channels), height // factor, width // factor)
 
 
-def _tokenise(captions: list[str], tokenizer: Any, text_encoder: Any) -> Captions:  # noqa: ANN401 - of transformers
+def _tokenise(captions: list[str], tokenizer: Any, text_encoder: Any) -> Captions:
     length = min(int(tokenizer.model_max_length), int(text_encoder.config.max_position_embeddings))
     numbers = {text: row for row, text in enumerate(dict.fromkeys(["", *captions]))}
     texts = list(numbers)

@@ -24,7 +24,7 @@ class Surroundings(NamedTuple):
     """Channels of a caption's tokens."""
 
 
-def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> Any:  # noqa: ANN401 - a network of diffusers
+def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> Any:
     """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give.
 
     Raises:
@@ -39,24 +39,37 @@ def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> 
         options = {
             "block_out_channels": given.block_out_channels,
             "layers_per_block": given.layers_per_block,
-            "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-            "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            "down_block_types": tuple(
+                "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention
+            ),
+            "up_block_types": tuple(
+                "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)
+            ),
             # diffusers' name for the number of heads
-            "attention_head_dim": tuple(max(1, c // given.attention_head_dim) for c in given.block_out_channels),
+            "attention_head_dim": tuple(
+                max(1, c // given.attention_head_dim) for c in given.block_out_channels
+            ),
             "norm_num_groups": given.norm_num_groups,
             "dropout": given.dropout,
         }
     square = size[0] if size[0] == size[1] else tuple(size)
-    options |= {"sample_size": square, "in_channels": channels, "out_channels": channels, "cross_attention_dim": around.width}
+    options |= {
+        "sample_size": square,
+        "in_channels": channels,
+        "out_channels": channels,
+        "cross_attention_dim": around.width,
+    }
     check_halvings((size[0], size[1]), len(options["block_out_channels"]), unit=around.factor)
     try:
         return diffusers.UNet2DConditionModel.from_config(options)
     except (ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise DDIMError(f"no network can be made of these options, or of {base.name}'s configuration ({reason}).") from error
+        raise DDIMError(
+            f"no network can be made of these options, or of {base.name}'s configuration ({reason})."
+        ) from error
 
 
-def check_text_network(unet: Any, base: Base, around: Surroundings) -> None:  # noqa: ANN401 - a network of diffusers
+def check_text_network(unet: Any, base: Base, around: Surroundings) -> None:
     """Refuses a network that does not fit what it lies between.
 
     Raises:

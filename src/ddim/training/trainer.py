@@ -91,7 +91,9 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
     is_text = base is not None and base.is_text
     if base is not None and not is_text and config.text_options:
         given = config.text_options[0]
-        raise DDIMError(f"{given} is of text models, and {config.base} has no text encoder; leave it out, or take another --base.")
+        raise DDIMError(
+            f"{given} is of text models, and {config.base} has no text encoder; leave it out, or take another --base."
+        )
     data = load_images(
         config.data,
         split=config.split,
@@ -125,13 +127,32 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 class _Batches(Sampler[list[int]]):
     """The images of every batch from step ``start`` on: epoch after epoch of permutations, each process its own share."""
 
-    def __init__(self, images: Sequence[int], config: TrainConfig, *, start: int, stop: int, rank: int, world: int) -> None:
-        self.images, self.config, self.start, self.stop, self.rank, self.world = images, config, start, stop, rank, world
+    def __init__(
+        self,
+        images: Sequence[int],
+        config: TrainConfig,
+        *,
+        start: int,
+        stop: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.images, self.config, self.start, self.stop, self.rank, self.world = (
+            images,
+            config,
+            start,
+            stop,
+            rank,
+            world,
+        )
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self.config.batch_size
-        for batch in range(self.start * self.config.gradient_accumulation, self.stop * self.config.gradient_accumulation):
+        for batch in range(
+            self.start * self.config.gradient_accumulation,
+            self.stop * self.config.gradient_accumulation,
+        ):
             first = (batch * self.world + self.rank) * size
             yield [self._index(first + i) for i in range(size)]
 
@@ -139,14 +160,17 @@ class _Batches(Sampler[list[int]]):
         epoch, offset = divmod(place, len(self.images))
         if self._epoch != epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(mix(self.config.seed, epoch, 1)))
+            self._order = torch.randperm(
+                len(self.images),
+                generator=torch.Generator().manual_seed(mix(self.config.seed, epoch, 1)),
+            )
         return self.images[int(self._order[offset])]
 
 
 class _Loadable(Dataset[tuple[Tensor, int]]):
     """Examples by lists of indices. An error comes as a value: one raised in a worker would have its traceback for its message."""
 
-    def __init__(self, examples: Any) -> None:  # noqa: ANN401 - as Subject
+    def __init__(self, examples: Any) -> None:
         self.examples = examples
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
@@ -156,7 +180,7 @@ class _Loadable(Dataset[tuple[Tensor, int]]):
             return error
 
 
-def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:  # noqa: ANN401 - a batch, or the error that came in its place
+def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
     return items if isinstance(items, DDIMError) else default_collate(items)
 
 
@@ -169,35 +193,65 @@ def _draw(x0: Tensor, draws: Draws, config: TrainConfig, levels: int) -> tuple[T
 
 @torch.no_grad()
 def validation_loss(
-    network: nn.Module, subject: Subject, indices: range, config: TrainConfig, schedule: NoiseSchedule, device: torch.device
+    network: nn.Module,
+    subject: Subject,
+    indices: range,
+    config: TrainConfig,
+    schedule: NoiseSchedule,
+    device: torch.device,
 ) -> float:
     """The unweighted loss over held-out images, with the same noise and evenly spread timesteps every time."""
     generator = torch.Generator().manual_seed(mix(config.seed, 2))
-    size = min(128, 4 * config.batch_size)  # without gradients there is room for more than is trained on
+    size = min(
+        128, 4 * config.batch_size
+    )  # without gradients there is room for more than is trained on
     total = 0.0
     for first in range(0, len(indices), size):
         part = indices[first : first + size]
-        x0, condition = subject.clean(default_collate([subject.examples[i] for i in part]), device, None)
+        x0, condition = subject.clean(
+            default_collate([subject.examples[i] for i in part]), device, None
+        )
         t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
         noise = torch.randn(x0.shape, generator=generator).to(device)
         kind = subject.package.scheduler.config.prediction_type
-        losses = training_loss(subject.predictor(network, condition), x0, schedule=schedule, t=t, noise=noise, prediction_type=kind)
+        losses = training_loss(
+            subject.predictor(network, condition),
+            x0,
+            schedule=schedule,
+            t=t,
+            noise=noise,
+            prediction_type=kind,
+        )
         total += float(losses.sum())
     return total / len(indices)
 
 
 @torch.no_grad()
-def preview(network: nn.Module, subject: Subject, config: TrainConfig, schedule: NoiseSchedule, device: torch.device, path: Path) -> None:
+def preview(
+    network: nn.Module,
+    subject: Subject,
+    config: TrainConfig,
+    schedule: NoiseSchedule,
+    device: torch.device,
+    path: Path,
+) -> None:
     """Samples a grid from fixed seeds and writes it as a PNG, with the captions of a text model as a text file beside it."""
     predict, captions = subject.preview(network, config.preview_count, device)
     denoise = ModelDenoiser(predict, schedule, subject.package.scheduler.config.prediction_type)
     x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
     steps = min(config.preview_steps, len(schedule))
-    x0 = sample(denoise, x_t, step_pairs(select_timesteps(len(schedule), steps, "trailing")), schedule=schedule)
+    x0 = sample(
+        denoise,
+        x_t,
+        step_pairs(select_timesteps(len(schedule), steps, "trailing")),
+        schedule=schedule,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(make_grid(to_uint8(subject.images(x0))), path)
     if captions:
-        write_atomically(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
+        write_atomically(
+            path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions)
+        )
 
 
 def train(
@@ -238,7 +292,9 @@ def train(
     guidance = _guidance(config, base, schedule)
     network = subject.network.to(accelerator.device)
     average = EMA(network, config.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
+    )
     per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
     steps = -(-config.images // per_step)
 
@@ -248,11 +304,19 @@ def train(
     if found is not None:
         record = resume_record(found, record, config)
         step = int(record["step"])
-        load_training_state(found, network=network, averaged=average.network, optimizer=optimizer, package=subject.package)
+        load_training_state(
+            found,
+            network=network,
+            averaged=average.network,
+            optimizer=optimizer,
+            package=subject.package,
+        )
         if accelerator.scaler is not None and record.get("scaler"):
             accelerator.scaler.load_state_dict(record["scaler"])
     if step >= steps and is_published(out, network, subject.package):
-        return TrainResult(out, step, True, record["loss"], (), accelerator.is_main_process, was_finished=True)
+        return TrainResult(
+            out, step, True, record["loss"], (), accelerator.is_main_process, was_finished=True
+        )
 
     started = time.perf_counter()
     subject = subject.prepared(accelerator, out / "latents.bin")
@@ -260,7 +324,14 @@ def train(
     compiled = torch.compile(model) if config.compile else model
     validation = range(*record["held_out"])
     training = [i for i in range(len(data)) if i not in validation]
-    batches = _Batches(training, config, start=step, stop=steps, rank=accelerator.process_index, world=accelerator.num_processes)
+    batches = _Batches(
+        training,
+        config,
+        start=step,
+        stop=steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
     loader = iter(
         DataLoader(
             _Loadable(subject.examples),
@@ -289,7 +360,11 @@ def train(
 
     with StopSignals() as stop, contextlib.ExitStack() as opened:
         logged = accelerator.is_main_process and step < steps
-        log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=step))) if logged else None
+        log = (
+            opened.enter_context(contextlib.closing(RunLog(out / "log", start=step)))
+            if logged
+            else None
+        )
         asked_to_stop = False
         while step < steps and not asked_to_stop:
             total = torch.zeros((), device=accelerator.device)
@@ -332,10 +407,15 @@ def train(
             pending.append((step, total))
 
             asked_to_stop = stop.received is not None
-            if accelerator.num_processes > 1:  # all processes must leave at one step: they agree where they meet anyway
+            if (
+                accelerator.num_processes > 1
+            ):  # all processes must leave at one step: they agree where they meet anyway
                 logging = step % config.log_every == 0 or step % config.checkpoint_every == 0
                 asked_to_stop = logging and bool(
-                    accelerator.reduce(torch.tensor(float(asked_to_stop), device=accelerator.device), "sum") > 0
+                    accelerator.reduce(
+                        torch.tensor(float(asked_to_stop), device=accelerator.device), "sum"
+                    )
+                    > 0
                 )
             at_end = step == steps or asked_to_stop
             due = at_end or step % config.checkpoint_every == 0
@@ -346,7 +426,9 @@ def train(
                 clock, clock_step = time.perf_counter(), step
                 held = None
                 if due and validation:
-                    held = validation_loss(average.network, subject, validation, config, schedule, accelerator.device)
+                    held = validation_loss(
+                        average.network, subject, validation, config, schedule, accelerator.device
+                    )
                 if log is not None:
                     log.add(
                         step,
@@ -356,17 +438,42 @@ def train(
                         validation_loss=held,
                     )
                 if on_progress is not None and accelerator.is_main_process:
-                    on_progress(Progress(step, steps, step * per_step, last_loss, rate, (steps - step) * per_step / rate, held))
+                    on_progress(
+                        Progress(
+                            step,
+                            steps,
+                            step * per_step,
+                            last_loss,
+                            rate,
+                            (steps - step) * per_step / rate,
+                            held,
+                        )
+                    )
                 if due:
-                    largest = torch.stack([p.abs().max() for p in average.network.parameters()]).max().item()
+                    largest = (
+                        torch.stack([p.abs().max() for p in average.network.parameters()])
+                        .max()
+                        .item()
+                    )
                     if not math.isfinite(largest):  # a gradient may overflow where the loss did not
                         raise _not_finite("largest weight", largest, step, root)
-                    if held is not None and not math.isfinite(held):  # huge weights overflow in the network
+                    if held is not None and not math.isfinite(
+                        held
+                    ):  # huge weights overflow in the network
                         raise _not_finite("held-out loss", held, step, root)
-                    record |= {"step": step, "images_seen": step * per_step, "loss": last_loss, "validation_loss": held}
+                    record |= {
+                        "step": step,
+                        "images_seen": step * per_step,
+                        "loss": last_loss,
+                        "validation_loss": held,
+                    }
                     record["seconds"] = round(seconds_before + time.perf_counter() - started, 1)
-                    record["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                    if held is not None and (record["best"] is None or held < record["best"]["validation_loss"]):
+                    record["scaler"] = (
+                        accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                    )
+                    if held is not None and (
+                        record["best"] is None or held < record["best"]["validation_loss"]
+                    ):
                         record["best"] = {"step": step, "validation_loss": held}
                     if accelerator.is_main_process:
                         save_checkpoint(
@@ -378,16 +485,34 @@ def train(
                             record=record,
                             package=subject.package,
                         )
-                        prune(root, keep=config.keep_checkpoints, best=record["best"]["step"] if record["best"] else None)
+                        prune(
+                            root,
+                            keep=config.keep_checkpoints,
+                            best=record["best"]["step"] if record["best"] else None,
+                        )
                     accelerator.wait_for_everyone()
                     clock = time.perf_counter()
-            if config.preview_every and step % config.preview_every == 0 and accelerator.is_main_process:
-                preview(average.network, subject, config, schedule, accelerator.device, out / "previews" / f"{step:07d}.png")
+            if (
+                config.preview_every
+                and step % config.preview_every == 0
+                and accelerator.is_main_process
+            ):
+                preview(
+                    average.network,
+                    subject,
+                    config,
+                    schedule,
+                    accelerator.device,
+                    out / "previews" / f"{step:07d}.png",
+                )
                 clock, clock_step = time.perf_counter(), step
 
     finished = step >= steps
     if finished and accelerator.is_main_process:
-        pixels = subject.shape == (data.channels, *data.resolution)  # of latents no brightness is known
+        pixels = subject.shape == (
+            data.channels,
+            *data.resolution,
+        )  # of latents no brightness is known
         prior = measure_prior(data) if pixels and len(data) > 1 else None  # one image has no spread
         publish(out, average.network, subject.package, _card(record, config) | guidance, prior)
     accelerator.wait_for_everyone()
@@ -403,7 +528,19 @@ def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLoss
 
 def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What a model's card says of its run."""
-    names = ("config", "data", "base", "step", "images_seen", "loss", "validation_loss", "seconds", "parameters", "processes", "device")
+    names = (
+        "config",
+        "data",
+        "base",
+        "step",
+        "images_seen",
+        "loss",
+        "validation_loss",
+        "seconds",
+        "parameters",
+        "processes",
+        "device",
+    )
     return {
         "command": command_line(config, processes=record["processes"]),
         **{name: record[name] for name in (*names, "revisions", "versions")},
@@ -421,16 +558,28 @@ def _guidance(config: TrainConfig, base: Base | None, schedule: NoiseSchedule) -
     inherited = {} if config.from_scratch else base.guidance
     if float(schedule.alphas_cumprod[-1]) > 0:
         return inherited
-    return {"guidance_scale": inherited.get("guidance_scale", 7.5), "guidance_rescale": inherited.get("guidance_rescale") or 0.7}
+    return {
+        "guidance_scale": inherited.get("guidance_scale", 7.5),
+        "guidance_rescale": inherited.get("guidance_rescale") or 0.7,
+    }
 
 
 def _new_record(
-    config: TrainConfig, data: ImageData, subject: Subject, base: Base | None, accelerator: Accelerator, revision: str | None
+    config: TrainConfig,
+    data: ImageData,
+    subject: Subject,
+    base: Base | None,
+    accelerator: Accelerator,
+    revision: str | None,
 ) -> dict[str, Any]:
     import accelerate
 
-    scheduler = subject.package.scheduler.config  # what an option left to its default came out as is recorded too
-    settled = {name: scheduler[name] for name in vars(config) if name in scheduler} | {"learning_rate": config.peak_learning_rate}
+    scheduler = (
+        subject.package.scheduler.config
+    )  # what an option left to its default came out as is recorded too
+    settled = {name: scheduler[name] for name in vars(config) if name in scheduler} | {
+        "learning_rate": config.peak_learning_rate
+    }
     options = asdict(config) | settled | (asdict(config.architecture) if base is None else {})
     options = json.loads(json.dumps(options))  # as a checkpoint gives it back
     del options["out"]
@@ -446,7 +595,11 @@ def _new_record(
             **subject.facts,
         },
         "base": {} if base is None else base.facts,
-        "held_out": [0, held_out * stride, stride],  # a range spread over the data, which may be sorted by class
+        "held_out": [
+            0,
+            held_out * stride,
+            stride,
+        ],  # a range spread over the data, which may be sorted by class
         "step": 0,
         "images_seen": 0,
         "seconds": 0.0,
@@ -457,5 +610,9 @@ def _new_record(
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "revisions": [{"step": 0, "revision": revision}],
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+        },
     }
