@@ -4,8 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A process a core, each of one thread; four at most, which takes some 4 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
-PUBLIC := schedule prediction timesteps noise step denoiser objective interpolation sampler inversion reversible encoding codes oracle \
-  search fitting configuration guidance scheduler pipelines text_to_image doctor checks symptoms prior conversion images checkpoints evaluation errors
+PUBLIC := core configuration inversion fitting doctor scheduler models pipelines evaluation errors
 
 .PHONY: demo test test-all lint types bench docs clean
 

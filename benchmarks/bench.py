@@ -1,8 +1,8 @@
 """Measures this package beside diffusers, in one run: ratios, since machines differ and are noisy.
 
-Run: make bench (about thirteen minutes on two cores, on a machine that does nothing else). Writes benchmarks/result.md.
-With ``--device cuda`` it measures there what depends on the device, and writes result-cuda.md.
-"""
+Run: make bench (about thirteen minutes on two cores, on a machine that does nothing else). Writes
+benchmarks/result.md. With ``--device cuda`` it measures there what depends on the device, and
+writes result-cuda.md."""
 
 import argparse
 import gc
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddim
 from ddim.cli._model import find_device
-from ddim.pipelines import UnconditionalPipeline
+from ddim.pipelines.unconditional import UnconditionalPipeline
 
 BATCH, STEPS = 16, 50
 STABLE = {
@@ -48,7 +48,8 @@ def wait(device: torch.device) -> None:
 def ratio(
     name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False
 ) -> list[str]:
-    """A row of the table: both times, and their ratio (how many times faster ours is, where that is the question)."""
+    """A row of the table: both times, and their ratio (how many times faster ours is, where that is
+    the question)."""
     scale, digits = (1e6, 1) if unit == "us" else (1.0, 2)
     told = [f"{took[who] * scale:.{digits}f} {unit}" for who in ("ours", "theirs")]
     quotient = (
@@ -62,7 +63,8 @@ def ratio(
 def medians(
     calls: dict[str, Callable[[], object]], *, repeats: int, warm_up: int = 50
 ) -> dict[str, float]:
-    """Median seconds of each call, taken in turn so that what the machine does besides falls on all alike."""
+    """Median seconds of each call, taken in turn so that what the machine does besides falls on all
+    alike."""
     for call in calls.values():
         for _ in range(warm_up):
             call()
@@ -136,7 +138,8 @@ def bench_step(rows: list[list[str]]) -> None:
 
 
 def bench_walk(rows: list[list[str]], device: torch.device) -> None:
-    """Fifty steps of a scheduler on a device, [1, 4, 64, 64], of an output that is there: what a loop pays beside its network."""
+    """Fifty steps of a scheduler on a device, [1, 4, 64, 64], of an output that is there: what a
+    loop pays beside its network."""
     schedulers = {"ours": ddim.DDIMScheduler(**STABLE), "theirs": diffusers.DDIMScheduler(**STABLE)}
     sample, output, noise = (torch.randn(1, 4, 64, 64, device=device) for _ in range(3))
     for scheduler in schedulers.values():
@@ -164,7 +167,8 @@ FOLDER = Path(ddim.__file__).parent / "zoo" / "fashion-mnist"
 
 
 def serve(who: str, device: torch.device, asked: Connection) -> None:
-    """A process that draws images with one pipeline whenever it is asked to; it first says how long compiling took."""
+    """A process that draws images with one pipeline whenever it is asked to; it first says how long
+    compiling took."""
     if who == "theirs":
         theirs = diffusers.DDIMPipeline.from_pretrained(FOLDER).to(device)
         theirs.set_progress_bar_config(disable=True)
@@ -210,10 +214,11 @@ def drawing(who: str, device: torch.device) -> Iterator[tuple[Callable[..., obje
 
 
 def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
-    """The embedded model, 16 images in 50 steps, and the share of the machine's matrix-product rate.
+    """The embedded model, 16 images in 50 steps, and the share of the machine's matrix-product
+    rate.
 
-    Each pipeline has a process of its own, as those who use it have, and they take turns: memory that one frees serves no other.
-    """
+    Each pipeline has a process of its own, as those who use it have, and they take turns: memory
+    that one frees serves no other."""
     on_cpu = device.type == "cpu"
     ours = UnconditionalPipeline.from_pretrained(FOLDER).to(device)
     x, t = (
@@ -303,7 +308,8 @@ def text_pipelines(unet: torch.nn.Module, vae: torch.nn.Module | None) -> tuple[
 
 
 def bench_text(rows: list[list[str]]) -> None:
-    """Text to image: what the loop costs beside the network, [1, 4, 64, 64]; and whole images of a small network of random weights."""
+    """Text to image: what the loop costs beside the network, [1, 4, 64, 64]; and whole images of a
+    small network of random weights."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(64, 128),
@@ -370,7 +376,8 @@ def bench_process(rows: list[list[str]]) -> None:
     # VmHWM, not getrusage: the latter remembers the process that started this one.
     code = (
         "import sys; from ddim.cli import main; assert main(sys.argv[1:]) == 0; "
-        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if "
+        "line.startswith('VmHWM')))"
     )
     peaks = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,22 +1,25 @@
-"""Writes the two tables of docs/doctor.md from the checks and from tests/data/scheduler_configs: python docs/doctor_tables.py"""
+"""Writes the two tables of docs/doctor.md from the checks and from tests/data/scheduler_configs:
+python docs/doctor_tables.py"""
 
 import json
 from pathlib import Path
 
-from ddim.checks import CHECKS
-from ddim.doctor import diagnose
+from ddim.doctor.checks import CHECKS
+from ddim.doctor.report import diagnose
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "doctor.md"
 
 
 def tables() -> str:
-    """Codes with their questions; then what is found in well-known checkpoints at 50 steps, images of 64x64 being assumed."""
+    """Codes with their questions; then what is found in well-known checkpoints at 50 steps, images
+    of 64x64 being assumed."""
     rows = {
         code: f"| {code} | {check.title} | {check.reference} |" for code, check in CHECKS.items()
     }
     rows["DDIM018"] = (
-        "| DDIM018 | The scheduler is not of DDIM's family. | Lipman et al. 2023; Karras et al. 2022 |"
+        "| DDIM018 | The scheduler is not of DDIM's family. | Lipman et al. 2023; Karras et al. "
+        "2022 |"
     )
     lines = [
         "| code | what is found | reference |",
@@ -36,7 +39,8 @@ def tables() -> str:
             for s in ("warning", "info")
         }
         figures = (
-            f"{summary['terminal_snr']:.3g} | {summary['first_level']} | {summary['brightness_bias']:+.3f} | "
+            f"{summary['terminal_snr']:.3g} | {summary['first_level']} | "
+            f"{summary['brightness_bias']:+.3f} | "
             f"{summary['brightness_spread']:.3f}"
             if summary
             else "- | - | - | -"

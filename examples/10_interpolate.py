@@ -1,4 +1,5 @@
-"""Interpolates between two real images: encode both, walk the great circle between their codes, decode.
+"""Interpolates between two real images: encode both, walk the great circle between their codes,
+decode.
 
 Run: python examples/10_interpolate.py [OUT.png]
 """
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from ddim import UnconditionalPipeline, interpolate
-from ddim.images import make_grid, save_png
+from ddim.models.images import make_grid, save_png
 
 IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
 
@@ -21,7 +22,8 @@ def main(out: str = "out/interpolation.png") -> float:
     with np.load(IMAGES) as arrays:
         first, last = arrays["test_images"][[0, 1]][..., None]
 
-    # A code of fixed-point is one state that looks like noise, which is where a great circle means something.
+    # A code of fixed-point is one state that looks like noise, which is where a great circle means
+    # something.
     code = pipe.encode([first, last], 25, method="fixed-point")
     print(
         f"codes of root mean square {code.rms().tolist()}, in {code.evaluations} evaluations each"

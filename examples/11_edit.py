@@ -1,4 +1,5 @@
-"""Edits an attribute: adds the difference between the mean codes of two groups of images to the code of a third.
+"""Edits an attribute: adds the difference between the mean codes of two groups of images to the
+code of a third.
 
 Here a T-shirt is given sleeves: the direction is mean(pullovers) - mean(T-shirts).
 Run: python examples/11_edit.py [OUT.png]
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ddim import UnconditionalPipeline
-from ddim.images import make_grid, save_png
+from ddim.models.images import make_grid, save_png
 
 IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
 SHIRT, PULLOVER = 0, 2
@@ -25,7 +26,8 @@ def main(out: str = "out/edit.png", group: int = 80, steps: int = 20) -> torch.T
     shirts, pullovers = (images[labels == label][:group] for label in (SHIRT, PULLOVER))
     edited = images[labels == SHIRT][group : group + 4]
 
-    # BDIA's authors edit with gamma 0.96; both states of a code are moved alike, and come back to the image where nothing is added.
+    # BDIA's authors edit with gamma 0.96; both states of a code are moved alike, and come back to
+    # the image where nothing is added.
     codes = [
         pipe.encode(part, steps, method="bdia", gamma=0.96) for part in (shirts, pullovers, edited)
     ]

@@ -1,4 +1,5 @@
-"""Draws prompts under rising guidance, with and without its rescale, and edits a picture: encoded under one prompt, decoded under another.
+"""Draws prompts under rising guidance, with and without its rescale, and edits a picture: encoded
+under one prompt, decoded under another.
 
 Run: python examples/20_text_to_image.py [MODEL] [OUT.png]
 MODEL is a checkpoint in Stable Diffusion's format: an embedded model, a folder, or a hub id.
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddim import DDIMScheduler, DiffusionPipeline
-from ddim.images import label_rows, save_png
+from ddim.models.images import label_rows, save_png
 
 BEFORE, AFTER = "a red sneaker on a black background", "a blue sneaker on a white background"
 
@@ -28,7 +29,8 @@ def main(
         rows.append(pipe(BEFORE, guidance_scale=scale, guidance_rescale=rescale, **options).images)
         labels.append(f"{BEFORE}: guidance {scale}, rescale {rescale}")
 
-    # A code comes back under the prompt that made it, without guidance as it was made, and follows another prompt from there.
+    # A code comes back under the prompt that made it, without guidance as it was made, and follows
+    # another prompt from there.
     code = pipe.encode(rows[0], BEFORE, steps)
     for prompt, scale in ((BEFORE, 1.0), (AFTER, 1.0), (AFTER, 3.0)):
         rows.append(pipe.decode(code, prompt, guidance_scale=scale))

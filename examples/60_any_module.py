@@ -1,4 +1,5 @@
-"""Samples a network of your own: any torch.nn.Module, whatever its arguments are called and scaled like.
+"""Samples a network of your own: any torch.nn.Module, whatever its arguments are called and scaled
+like.
 
 Run: python examples/60_any_module.py
 """
@@ -17,7 +18,8 @@ from ddim import (
 
 
 class MyNetwork(torch.nn.Module):
-    """Stands for your network: it wants channels last and the noise level as a number from 0 to 1, and returns a dict."""
+    """Stands for your network: it wants channels last and the noise level as a number from 0 to 1,
+    and returns a dict."""
 
     def __init__(self) -> None:
         super().__init__()

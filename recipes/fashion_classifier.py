@@ -2,8 +2,8 @@
 
     python recipes/fashion_classifier.py --out src/ddim/zoo/fashion-classifier
 
-The seed gives the initial weights, the order of the images and their flips, so a rerun on one thread gives the same weights.
-"""
+The seed gives the initial weights, the order of the images and their flips, so a rerun on one
+thread gives the same weights."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddim.checkpoints import file_hash
+from ddim.data.sources import FASHION_MNIST_CLASSES, load_images
 from ddim.evaluation.classifier import FashionClassifier
-from ddim.images import from_uint8, write_atomically
-from ddim.training.data import FASHION_MNIST_CLASSES, load_images
+from ddim.files import file_hash, write_text
+from ddim.models.images import from_uint8
 
 
 def read(split: str) -> tuple[NDArray[np.uint8], Tensor]:
@@ -75,7 +75,10 @@ def main() -> None:
             cycle.step()
             losses.append(loss.detach())
         print(
-            f"epoch {epoch + 1}/{options.epochs}  loss {torch.stack(losses).mean():.4f}  {time.perf_counter() - began:.0f} s",
+            (
+                f"epoch {epoch + 1}/{options.epochs}  loss {torch.stack(losses).mean():.4f}  "
+                f"{time.perf_counter() - began:.0f} s"
+            ),
             flush=True,
         )
 
@@ -99,9 +102,10 @@ def main() -> None:
     weights = options.out / "classifier.safetensors"
     safetensors.torch.save_file(network.state_dict(), weights)
     card["weight_hash"] = file_hash([weights])
-    write_atomically(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    write_text(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
     print(
-        f"{card['test_accuracy']:.2%} of the test images are told right; weights {card['weight_hash']} are in {options.out}."
+        f"{card['test_accuracy']:.2%} of the test images are told right; weights "
+        f"{card['weight_hash']} are in {options.out}."
     )
 
 

@@ -1,12 +1,15 @@
-"""Makes the folder that fashion-text models are trained from: a VAE, a text encoder, and a UNet and scheduler of the same shapes.
+"""Makes the folder that fashion-text models are trained from: a VAE, a text encoder, and a UNet and
+scheduler of the same shapes.
 
     python recipes/fashion_text.py all --out runs/fashion-text-base
 
-It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``, ``text`` and ``base`` are its three
-parts, each of which can be made by itself, in this order, into one folder. The seed gives the initial weights and the order of the
-images, so a rerun on one thread gives the same weights. ``ship`` copies a model that was trained from it to where it is embedded:
+It is a Stable Diffusion pipeline in diffusers format whose UNet has not been trained. ``vae``,
+``text`` and ``base`` are its three parts, each of which can be made by itself, in this order, into
+one folder. The seed gives the initial weights and the order of the images, so a rerun on one thread
+gives the same weights. ``ship`` copies a model that was trained from it to where it is embedded:
 
-    python recipes/fashion_text.py ship --model runs/fashion-text --base runs/fashion-text-base --out src/ddim/zoo/fashion-text
+    python recipes/fashion_text.py ship --model runs/fashion-text --base runs/fashion-text-base
+    --out src/ddim/zoo/fashion-text
 """
 
 import argparse
@@ -26,13 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddim.checkpoints import file_hash
-from ddim.images import from_uint8, to_uint8, write_atomically
-from ddim.training.data import load_images
-from ddim.training.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination
+from ddim.data.fashion_text import BACKGROUNDS, COLOURS, FRAME, GARMENTS, Combination
+from ddim.data.sources import load_images
+from ddim.files import file_hash, write_text
+from ddim.models.images import from_uint8, to_uint8
 
 LENGTH = 24
-"""Tokens of a caption, with its beginning and its end; the longest caption has 12, and unknown words take a token a byte or so."""
+"""Tokens of a caption, with its beginning and its end; the longest caption has 12, and unknown
+words take a token a byte or so."""
 WIDTH = 96
 """Channels of a token."""
 LARGEST = 16_000_000
@@ -89,7 +93,8 @@ class Log:
 
 
 def make_vae() -> AutoencoderKL:
-    """Factor 2, four channels: 3x32x32 -> 4x16x16. No attention, since nothing in these images needs a wide view to be encoded."""
+    """Factor 2, four channels: 3x32x32 -> 4x16x16. No attention, since nothing in these images
+    needs a wide view to be encoded."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -163,7 +168,8 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
 def measure_vae(
     vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]
 ) -> dict[str, Any]:
-    """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each background."""
+    """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each
+    background."""
     back = np.concatenate(
         [
             to_uint8(
@@ -193,8 +199,8 @@ def measure_vae(
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Writes and reads a tokenizer of CLIP's kind in which every word of the captions is one token.
 
-    Byte pairs are merged, the most frequent first, until no word is left in parts; what is in no caption stays in bytes.
-    """
+    Byte pairs are merged, the most frequent first, until no word is left in parts; what is in no
+    caption stays in bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -273,13 +279,15 @@ def make_image_encoder() -> nn.Module:
 
 
 def train_text(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains the text encoder by contrast: a caption's vector is to be near those of its images, and far from those of others.
+    """Trains the text encoder by contrast: a caption's vector is to be near those of its images,
+    and far from those of others.
 
-    Images of one caption in a batch are all right answers: images choose among the batch's distinct captions, and a caption's target
-    is spread evenly over its images.
+    Images of one caption in a batch are all right answers: images choose among the batch's distinct
+    captions, and a caption's target is spread evenly over its images.
 
     References:
-        Radford and others. Learning Transferable Visual Models From Natural Language Supervision. 2021. https://arxiv.org/abs/2103.00020
+        Radford and others. Learning Transferable Visual Models From Natural Language Supervision.
+        2021. https://arxiv.org/abs/2103.00020
     """
     torch.manual_seed(options.seed)
     images, captions = read("train")
@@ -346,7 +354,8 @@ def measure_text(
     images: NDArray[np.uint8],
     captions: list[str],
 ) -> dict[str, float]:
-    """How often an image finds its caption among all, and a caption one of its own images among all; and what is told right in part."""
+    """How often an image finds its caption among all, and a caption one of its own images among
+    all; and what is told right in part."""
     seen = torch.cat(
         [
             nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1)
@@ -380,7 +389,8 @@ def measure_text(
 
 
 def make_unet(seed: int) -> UNet2DConditionModel:
-    """Looks at the caption at 4x4, where the garment, its colour and the background are each a thing of the whole image."""
+    """Looks at the caption at 4x4, where the garment, its colour and the background are each a
+    thing of the whole image."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=16,
@@ -397,7 +407,8 @@ def make_unet(seed: int) -> UNet2DConditionModel:
 
 
 def write_base(options: argparse.Namespace) -> dict[str, Any]:
-    """Puts a fresh UNet and the scheduler beside the two trained parts, as a pipeline that diffusers loads."""
+    """Puts a fresh UNet and the scheduler beside the two trained parts, as a pipeline that
+    diffusers loads."""
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -430,7 +441,8 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ship(options: argparse.Namespace) -> None:
-    """Copies a trained model without its checkpoints, with what made its frozen parts, and how to guide it, in its card."""
+    """Copies a trained model without its checkpoints, with what made its frozen parts, and how to
+    guide it, in its card."""
     index = json.loads((options.model / "model_index.json").read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     for part in parts:
@@ -438,7 +450,7 @@ def ship(options: argparse.Namespace) -> None:
     card = json.loads((options.model / "card.json").read_text(encoding="utf-8"))
     card["parts"] = json.loads((options.base / "card.json").read_text(encoding="utf-8"))
     card |= {"guidance_scale": options.guidance_scale, "guidance_rescale": options.guidance_rescale}
-    write_atomically(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+    write_text(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
     shutil.copy(options.model / "model_index.json", options.out)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     if size > LARGEST:
@@ -490,7 +502,7 @@ def main() -> None:
             "versions": {"torch": torch.__version__},
         }
         card[part] = {"command": shlex.join(["python", *sys.argv]), **made}
-        write_atomically(place, json.dumps(card, indent=2, sort_keys=True) + "\n")
+        write_text(place, json.dumps(card, indent=2, sort_keys=True) + "\n")
         print(json.dumps({part: made}, indent=2), flush=True)
 
 

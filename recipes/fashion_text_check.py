@@ -1,9 +1,10 @@
-"""Measures, over all captions, whether a model of fashion-text shows what it is asked for: background, hue and garment.
+"""Measures, over all captions, whether a model of fashion-text shows what it is asked for:
+background, hue and garment.
 
     python recipes/fashion_text_check.py fashion-text --out out/fashion-text-check
 
-It writes check.json, with a line for people on standard output, and sheet.png: a row a garment, a column a pair of background and colour.
-"""
+It writes check.json, with a line for people on standard output, and sheet.png: a row a garment, a
+column a pair of background and colour."""
 
 import argparse
 import json
@@ -19,12 +20,7 @@ import torch
 from torch import Tensor
 
 from ddim import DiffusionPipeline
-from ddim.checkpoints import find_model, weight_hash
-from ddim.evaluation.classifier import load_classifier
-from ddim.evaluation.fashion_text import Asked, Judged, judge, saturated
-from ddim.images import make_grid, save_png, to_uint8, write_atomically
-from ddim.training.data import load_images
-from ddim.training.fashion_text import (
+from ddim.data.fashion_text import (
     BACKGROUNDS,
     COLOURS,
     GARMENTS,
@@ -33,6 +29,12 @@ from ddim.training.fashion_text import (
     extract_garments,
     hues,
 )
+from ddim.data.sources import load_images
+from ddim.evaluation.classifier import load_classifier
+from ddim.evaluation.fashion_text import Asked, Judged, judge, saturated
+from ddim.files import write_text
+from ddim.models.checkpoints import find_model, weight_hash
+from ddim.models.images import make_grid, save_png, to_uint8
 
 
 def judge_all(images: Tensor, combinations: list[Combination]) -> Judged:
@@ -77,7 +79,8 @@ def summary(judged: Judged, combinations: list[Combination], each: int) -> dict[
 
 @torch.no_grad()
 def judge_real(vae: torch.nn.Module) -> dict[str, dict[str, float]]:
-    """The most that can be reached: real test images as they are, and as the VAE gives them back."""
+    """The most that can be reached: real test images as they are, and as the VAE gives them
+    back."""
     data = load_images("fashion-text", split="test")
     labels = [data[i][1] for i in range(len(data))]
     images = torch.stack([data[i][0] for i in range(len(data))]).float() / 255
@@ -155,7 +158,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out / "check.json", json.dumps(found, indent=2) + "\n")
+    write_text(options.out / "check.json", json.dumps(found, indent=2) + "\n")
     shown = to_uint8(images[:: options.each] * 2 - 1)
     save_png(
         make_grid(shown, columns=len(BACKGROUNDS) * len(COLOURS), padding=0),

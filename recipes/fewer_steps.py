@@ -4,10 +4,10 @@
     python recipes/fewer_steps.py quality --out out/fewer-steps --reference fashion-mnist
     python recipes/fewer_steps.py report --out out/fewer-steps
 
-``errors`` fits steps and measures the ODE error of every method at every number of steps, on the same held-out seeds; ``quality`` draws
-images by each of them and measures the Frechet distance; ``report`` puts what is there into markdown and plots. What is measured stays
-in files of its own, and is not measured again.
-"""
+``errors`` fits steps and measures the ODE error of every method at every number of steps, on the
+same held-out seeds; ``quality`` draws images by each of them and measures the Frechet distance;
+``report`` puts what is there into markdown and plots. What is measured stays in files of its own,
+and is not measured again."""
 
 import argparse
 import json
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 import ddim
-from ddim.checkpoints import find_model, weight_hash
 from ddim.cli._model import find_device
+from ddim.core.noise import seeded_randn
+from ddim.core.sampler import sample
+from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
+from ddim.data.sources import load_images
 from ddim.evaluation.protocol import (
     Reference,
     collect,
@@ -32,12 +35,10 @@ from ddim.evaluation.protocol import (
     sample_cuts,
 )
 from ddim.evaluation.report import save_lines, text_table
-from ddim.fitting import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
-from ddim.images import from_uint8, write_atomically
-from ddim.noise import seeded_randn
-from ddim.sampler import sample
-from ddim.timesteps import SPACINGS, select_timesteps, step_pairs
-from ddim.training.data import load_images
+from ddim.files import write_text
+from ddim.fitting.timesteps import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
+from ddim.models.checkpoints import find_model, weight_hash
+from ddim.models.images import from_uint8
 
 STEPS = (5, 8, 10, 20, 50)
 FITTED = (5, 8, 10, 12, 15, 20, 50)
@@ -95,7 +96,8 @@ class Run:
         found, asked = self.images_of(kind, content)
         if found != asked:
             raise SystemExit(
-                f"{path} is of {found} images, and {asked} are asked for; use another --out, or the same number."
+                f"{path} is of {found} images, and {asked} are asked for; use another --out, or "
+                "the same number."
             )
         return content
 
@@ -110,7 +112,7 @@ class Run:
     def keep(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:
         (self.out / kind).mkdir(parents=True, exist_ok=True)
         record = {"weight_hash": self.hash, **asdict(method), **content}
-        write_atomically(self.out / kind / method.file, json.dumps(record) + "\n")
+        write_text(self.out / kind / method.file, json.dumps(record) + "\n")
         return record
 
     def levels(self, method: Method) -> list[int]:
@@ -163,7 +165,10 @@ class Run:
                 values = ode_error(self.finish(parts, levels, method.order), exact)
                 self.keep("errors", method, timesteps=levels, errors=values.tolist())
                 print(
-                    f"{method.name}, order {method.order}, {method.steps} steps: {geometric_mean(values).mean:.3e}",
+                    (
+                        f"{method.name}, order {method.order}, {method.steps} steps: "
+                        f"{geometric_mean(values).mean:.3e}"
+                    ),
                     flush=True,
                 )
 
@@ -177,7 +182,8 @@ class Run:
 
     @torch.no_grad()
     def quality(self) -> None:
-        """The first metric of the panel for every method, on the same seeds, and on the seeds that long cells of `ddim table` draw."""
+        """The first metric of the panel for every method, on the same seeds, and on the seeds that
+        long cells of `ddim table` draw."""
         self.compile()
         data = load_images(self.options.reference, channels=self.pipe.image_shape[0])
         shape = self.pipe.image_shape
@@ -194,7 +200,10 @@ class Run:
                 self.keep("quality", method, results=results)
                 told = results[-1]
                 print(
-                    f"{method.name}, order {method.order}, {method.steps} steps: {told['metric']} {told['value']:.4g}",
+                    (
+                        f"{method.name}, order {method.order}, {method.steps} steps: "
+                        f"{told['metric']} {told['value']:.4g}"
+                    ),
                     flush=True,
                 )
 
@@ -244,13 +253,15 @@ class Run:
         parts = [f"Weights {self.hash}.\n"]
         if MANY in errors:
             parts += [
-                f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 trailing steps of DDIM)\n"
+                f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 "
+                "trailing steps of DDIM)\n"
             ]
             parts += [self.table(errors.keys(), lambda m: self.told_error(errors, m))]
         if quality:
             last = next(iter(quality.values()))[-1]
             parts += [
-                f"## {last['metric']} ({last['count']} images; real against real {last['floor']:.3g})\n"
+                f"## {last['metric']} ({last['count']} images; real against real "
+                f"{last['floor']:.3g})\n"
             ]
             parts += [self.table(quality.keys(), lambda m: self.told_quality(quality[m][-1]))]
         parts += [*self.reached(errors, quality)]
@@ -268,12 +279,15 @@ class Run:
             }
             if chosen:
                 save_lines(chosen, self.out / name, across="evaluations an image", up=up)
-        write_atomically(self.out / "report.md", "\n".join(parts))
+        write_text(self.out / "report.md", "\n".join(parts))
         print("\n".join(parts))
 
     def told_error(self, errors: dict[Method, Tensor], method: Method) -> str:
         ratio = geometric_mean(errors[method] / errors[MANY])
-        return f"{geometric_mean(errors[method]).mean:.2e} ({ratio.mean:.3g}; {ratio.low:.3g} to {ratio.high:.3g})"
+        return (
+            f"{geometric_mean(errors[method]).mean:.2e} ({ratio.mean:.3g}; {ratio.low:.3g} to "
+            f"{ratio.high:.3g})"
+        )
 
     def told_quality(self, result: dict[str, Any]) -> str:
         spread = "" if result["std"] is None else f" ± {result['std']:.1g}"
@@ -314,8 +328,14 @@ class Run:
                     *(fewest(reached) for reached in (near, good[MANY], good[flow])),
                 ]
             )
-        yield "## Fewest evaluations, of those measured, that reach it (a distance is reached within one spread over seeds)\n"
-        yield f"The flow is {flow.steps} steps of order {flow.order}, which stand for DDIM at all levels.\n"
+        yield (
+            "## Fewest evaluations, of those measured, that reach it (a distance is reached within "
+            "one spread over seeds)\n"
+        )
+        yield (
+            f"The flow is {flow.steps} steps of order {flow.order}, which stand for DDIM at all "
+            "levels.\n"
+        )
         yield text_table(rows)
 
 

@@ -1,4 +1,5 @@
-"""Tiny models in diffusers format, made once: their weights are random, and nothing here judges a picture."""
+"""Tiny models in diffusers format, made once: their weights are random, and nothing here judges a
+picture."""
 
 import contextlib
 import json
@@ -33,7 +34,8 @@ def tiny_unet(**options):
 
 
 def ours(**options):
-    """A scheduler as this package's training writes it; velocities keep the images of a random network in range."""
+    """A scheduler as this package's training writes it; velocities keep the images of a random
+    network in range."""
     return diffusers.DDIMScheduler(
         clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options
     )
@@ -51,7 +53,8 @@ def pixels(path):
 
 @contextlib.contextmanager
 def on_a_terminal(monkeypatch, *, columns):
-    """Has standard error be a terminal of so many columns; what is yielded returns what it showed, afterwards."""
+    """Has standard error be a terminal of so many columns; what is yielded returns what it showed,
+    afterwards."""
     termios = pytest.importorskip("termios")
     here, there = os.openpty()
     termios.tcsetwinsize(there, (24, columns))
@@ -131,7 +134,8 @@ WORDS = ("a", "red", "green", "blue", "square", "on", "black", "white", "backgro
 
 
 def tiny_tokenizer():
-    """A CLIP tokenizer that knows :data:`WORDS` whole and all other words by their letters, of 12 tokens at most."""
+    """A CLIP tokenizer that knows :data:`WORDS` whole and all other words by their letters, of 12
+    tokens at most."""
     import transformers
 
     tokens = [
@@ -159,7 +163,8 @@ def tiny_tokenizer():
 
 
 def tiny_text_parts(**options):
-    """The parts of a Stable-Diffusion-format model for 16x16 colour images: 8x8 latents of 4 channels, 12 tokens; random weights."""
+    """The parts of a Stable-Diffusion-format model for 16x16 colour images: 8x8 latents of 4
+    channels, 12 tokens; random weights."""
     import transformers
 
     torch.manual_seed(0)
@@ -208,7 +213,8 @@ def tiny_text_parts(**options):
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory):
-    """A text-conditional model as Stable Diffusion 1.5 writes it: epsilon, scaled_linear betas, leading, no zero terminal SNR."""
+    """A text-conditional model as Stable Diffusion 1.5 writes it: epsilon, scaled_linear betas,
+    leading, no zero terminal SNR."""
     folder = tmp_path_factory.mktemp("models") / "text"
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",

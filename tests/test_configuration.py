@@ -103,7 +103,10 @@ def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
         (
             "timestep_spacing",
             ["leading"],
-            "timestep_spacing must be one of leading, linspace, trailing, quadratic; got ['leading'].",
+            (
+                "timestep_spacing must be one of leading, linspace, trailing, quadratic; got "
+                "['leading']."
+            ),
         ),
     ],
 )

@@ -1,7 +1,8 @@
-"""On a machine with a CUDA device: the same numbers as on the CPU, half precision, and no wait for the device inside a loop.
+"""On a machine with a CUDA device: the same numbers as on the CPU, half precision, and no wait for
+the device inside a loop.
 
-Skipped elsewhere; what can be known without a device is tested on the CPU and on ``meta``, beside each part.
-"""
+Skipped elsewhere; what can be known without a device is tested on the CPU and on ``meta``, beside
+each part."""
 
 import contextlib
 import json
@@ -14,18 +15,18 @@ from accelerate.state import AcceleratorState
 from tests.conftest import pixels, record
 
 from ddim.cli import main
-from ddim.denoiser import ModelDenoiser
-from ddim.guidance import guided
-from ddim.images import from_pictures
-from ddim.noise import SeededNoise, seeded_randn
-from ddim.pipelines import UnconditionalPipeline
-from ddim.reversible import reversible_trajectory
-from ddim.sampler import sample
-from ddim.schedule import NoiseSchedule
+from ddim.core.denoiser import ModelDenoiser
+from ddim.core.guidance import guided
+from ddim.core.noise import SeededNoise, seeded_randn
+from ddim.core.sampler import sample
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.inversion.reversible import reversible_trajectory
+from ddim.models.images import from_pictures
+from ddim.pipelines.text_inputs import encode_images
+from ddim.pipelines.text_to_image import TextToImagePipeline
+from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
-from ddim.text_inputs import encode_images
-from ddim.text_to_image import TextToImagePipeline
-from ddim.timesteps import select_timesteps, step_pairs
 from ddim.training.config import TrainConfig
 from ddim.training.trainer import train
 
@@ -49,7 +50,8 @@ def no_wait():
 
 @pytest.fixture(autouse=True)
 def rounding_of_float32():
-    """Convolutions of float32 numbers round as on the CPU, as a command has them once it has its device."""
+    """Convolutions of float32 numbers round as on the CPU, as a command has them once it has its
+    device."""
     kept, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = kept
@@ -199,7 +201,9 @@ def test_a_compiled_network_gives_the_images_and_states_that_stay(mode, options,
         expected, found = (
             [],
             [],
-        )  # the states are looked at when all are there: a graph of kernels writes to the same memory each time
+            # the states are looked at when all are there: a graph of kernels writes to the same memory
+            # each time
+        )
         images = []
         for pipe, states in ((there, expected), (compiled, found)):
             images.append(
@@ -459,7 +463,8 @@ def test_training_there_resumes_to_the_same_losses(precision, silent_log, tmp_pa
         shutil.rmtree(tmp_path / "checkpoints" / f"{step:07d}")
     rest = run()
     assert [step for step, _ in rest] == [step for step, _ in whole[4:]]
-    # Sums of gradients may be made in another order each time there, so equal to the last bit they are not.
+    # Sums of gradients may be made in another order each time there, so equal to the last bit they
+    # are not.
     for (_, again), (_, value) in zip(rest, whole[4:], strict=True):
         assert again == pytest.approx(value, rel=1e-3 if precision == "no" else 2e-2)
     assert json.loads((tmp_path / "card.json").read_text())["device"] == "cuda"

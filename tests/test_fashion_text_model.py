@@ -1,4 +1,5 @@
-"""The embedded text model does what it is there for: what a caption asks for is what its image shows."""
+"""The embedded text model does what it is there for: what a caption asks for is what its image
+shows."""
 
 import json
 
@@ -6,10 +7,7 @@ import pytest
 import torch
 
 from ddim import DiffusionPipeline
-from ddim.checkpoints import embedded_models, find_model
-from ddim.evaluation.classifier import load_classifier
-from ddim.evaluation.fashion_text import Asked, judge
-from ddim.training.fashion_text import (
+from ddim.data.fashion_text import (
     COLOURS,
     GARMENTS,
     Combination,
@@ -17,6 +15,9 @@ from ddim.training.fashion_text import (
     extract_garments,
     hues,
 )
+from ddim.evaluation.classifier import load_classifier
+from ddim.evaluation.fashion_text import Asked, judge
+from ddim.models.checkpoints import embedded_models, find_model
 
 pytestmark = pytest.mark.skipif(
     "fashion-text" not in embedded_models(), reason="fashion-text is not embedded yet"

@@ -1,4 +1,5 @@
-"""The recipe of the base that fashion-text models are trained from: its tokenizer, and the folder that plain diffusers loads."""
+"""The recipe of the base that fashion-text models are trained from: its tokenizer, and the folder
+that plain diffusers loads."""
 
 import argparse
 import importlib.util

@@ -1,4 +1,5 @@
-"""The recipe of docs/fewer-steps.md: what it keeps, what it measures again, and what its report says."""
+"""The recipe of docs/fewer-steps.md: what it keeps, what it measures again, and what its report
+says."""
 
 import argparse
 import importlib.util
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim.fitting import geometric_mean, ode_error
+from ddim.fitting.timesteps import geometric_mean, ode_error
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fewer_steps.py"
 

@@ -4,22 +4,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ddim
 import ddim.cli
 
+STUB = ast.parse(Path(ddim.__file__).with_suffix(".pyi").read_text())
+HOMES = {
+    alias.asname: f"ddim.{node.module}"
+    for node in STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
 
 def test_every_public_name_is_there_and_public_at_home():
-    for name, home in ddim._HOME_OF.items():
-        assert getattr(ddim, name) is getattr(importlib.import_module(f"ddim.{home}"), name)
-        assert name in importlib.import_module(f"ddim.{home}").__all__
-    assert set(ddim.__all__) <= set(dir(ddim))
+    for name, home in HOMES.items():
+        assert getattr(ddim, name) is getattr(importlib.import_module(home), name)
+        assert name in importlib.import_module(home).__all__
+    assert set(HOMES) == set(ddim.__all__) <= set(dir(ddim))
 
 
-def test_type_checkers_see_the_names_that_are_loaded_later():
-    tree = ast.parse(Path(ddim.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    seen = {a.asname: node.module for node in block.body for a in node.names}
-    assert seen == {name: f"ddim.{home}" for name, home in ddim._HOME_OF.items()}
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = ddim.nothing_of_the_kind
 
 
 def test_import_and_help_load_nothing_heavy():

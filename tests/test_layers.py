@@ -1,67 +1,50 @@
-"""Arrows point one way: a module imports strictly lower layers."""
+"""Imports point one way: between rooms, and between the files of a room."""
 
 import ast
 import pathlib
+from collections.abc import Iterator
 
 import ddim
 
-LAYERS = [
-    {"errors"},
-    {"schedule"},
-    {"prediction", "timesteps", "guidance", "noise", "prior"},
-    {"step", "denoiser", "objective", "interpolation", "configuration"},
-    {"sampler", "plan"},
-    {"inversion", "reversible", "search"},
-    {
-        "encoding",
-        "oracle",
-        "fitting",
-        "scheduler",
-        "images",
-        "checkpoints",
-        "conversion",
-        "distributed",
-        "networks",
-    },
-    {"symptoms", "sampling"},
-    {"checks", "text_inputs"},
-    {"stable_diffusion"},
-    {"text_codes"},
-    {"text_to_image"},
-    {"codes", "doctor", "pipelines"},
-    {"training", "evaluation"},
-    {"cli", "studio"},
-    {"__main__"},
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-TORCH_ONLY = {
-    "errors",
-    *(n for layer in LAYERS[1:6] for n in layer),
-    "encoding",
-    "oracle",
-    "fitting",
-    "symptoms",
-    "checks",
-    "doctor",
-}
-STANDARD = {
-    "collections",
-    "dataclasses",
-    "difflib",
-    "typing",
-    "math",
-    "json",
-    "enum",
-    "functools",
-    "itertools",
-    "pathlib",
-}
-STANDARD |= {"hashlib", "inspect", "operator", "warnings", "numpy", "torch", "ddim"}
 ROOT = pathlib.Path(ddim.__file__).parent
+
+ROOMS = [
+    {"ground"},
+    {"core"},
+    {"configuration"},
+    {"inversion", "fitting", "doctor", "scheduler"},
+    {"models"},
+    {"pipelines", "data"},
+    {"training", "evaluation"},
+    {"cli"},
+]
+"""A room, or a file beside the rooms, imports only what stands in an earlier set."""
+
+ROOM_OF = {"errors": "ground", "files": "ground", "__main__": "cli"}
+"""Files beside the rooms that count as a room's."""
+
+FILES = {
+    "ground": [{"errors"}, {"files"}],
+    "core": [
+        {"schedule"},
+        {"prediction", "timesteps", "guidance", "noise", "prior"},
+        {"step", "denoiser", "objective", "interpolation"},
+        {"sampler", "plan", "oracle"},
+    ],
+    "inversion": [{"ddim", "reversible"}, {"encoding"}, {"codes"}],
+    "fitting": [{"search"}, {"timesteps"}],
+    "doctor": [{"symptoms"}, {"checks"}, {"report"}],
+    "models": [{"images", "checkpoints", "conversion"}],
+}
+"""The same within a room: the files that stand in one set do not import one another."""
+
+TORCH_ONLY = {"ground", "core", "configuration", "inversion", "fitting", "doctor"}
+"""Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as safetensors."""
+ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock"}
 
 
 def imported(tree: ast.AST) -> list[str]:
-    """Full module names that a file imports, but for blocks under TYPE_CHECKING."""
+    """Full names of the modules that a file imports, except in blocks under TYPE_CHECKING."""
     names: list[str] = []
     skipped = {
         id(inner)
@@ -73,44 +56,90 @@ def imported(tree: ast.AST) -> list[str]:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
-            names += [a.name for a in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             names.append(node.module or "")
     return names
 
 
-def units(root: pathlib.Path):
+def sources(root: pathlib.Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Each file as (its name in parts, such as ["core", "step"]; what it imports)."""
     for path in sorted(root.rglob("*.py")):
         if path != root / "__init__.py" and "zoo" not in path.parts:
-            yield (
-                path.relative_to(root).parts[0].removesuffix(".py"),
-                imported(ast.parse(path.read_text())),
-            )
+            parts = list(path.relative_to(root).with_suffix("").parts)
+            yield parts, imported(ast.parse(path.read_text()))
 
 
-def test_modules_import_only_lower_layers():
+def rank(name: str, layers: list[set[str]]) -> int:
+    found = [number for number, layer in enumerate(layers) if name in layer]
+    assert found, f"{name} has no layer; add it to the list"
+    return found[0]
+
+
+def upward(root: pathlib.Path) -> list[str]:
+    """``a -> b`` wherever a file imports one that is not in an earlier layer."""
     bad = []
-    for unit, names in units(ROOT):
-        assert unit in RANK, f"{unit} has no layer; add it to the list"
-        for target in (f"{n}.__init__".split(".")[1] for n in names if n.split(".")[0] == "ddim"):
-            if target not in (unit, "__init__") and RANK.get(target, 99) >= RANK[unit]:
-                bad.append(f"{unit} -> {target}")
-    assert bad == []
+    for parts, names in sources(root):
+        for target in (name.split(".")[1:] for name in names if name.split(".")[0] == "ddim"):
+            if not target:  # the package itself, for its version
+                continue
+            room, other = (ROOM_OF.get(name, name) for name in (parts[0], target[0]))
+            if other != room:
+                is_bad = rank(other, ROOMS) >= rank(room, ROOMS)
+            else:
+                is_bad = room in FILES and (
+                    rank(target[-1] if room == "ground" else target[1], FILES[room])
+                    >= rank(parts[-1], FILES[room])
+                )
+            if is_bad:
+                bad.append(f"{'.'.join(parts)} -> {'.'.join(target)}")
+    return bad
 
 
-def test_the_core_needs_torch_and_numpy_only():
+def test_imports_point_one_way_between_rooms_and_inside_them():
+    assert upward(ROOT) == []
+
+
+def test_every_file_of_an_ordered_room_has_its_layer():
+    for room, layers in FILES.items():
+        files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+        files |= {name for name, home in ROOM_OF.items() if home == room}
+        assert files == set().union(*layers)
+        assert sum(map(len, layers)) == len(files)
+
+
+def test_no_layer_between_rooms_holds_a_single_file_but_the_configuration():
+    alone = [layer for layer in ROOMS[1:] if all(not (ROOT / name).is_dir() for name in layer)]
+    assert alone == [{"configuration"}]
+
+
+def test_the_rooms_of_the_mathematics_need_torch_and_numpy_only():
+    import sys
+
+    known = ALLOWED | set(sys.stdlib_module_names)
     bad = [
-        f"{unit} -> {n}"
-        for unit, names in units(ROOT)
-        if unit in TORCH_ONLY
-        for n in names
-        if n.split(".")[0] not in STANDARD
+        f"{'.'.join(parts)} -> {name}"
+        for parts, names in sources(ROOT)
+        if ROOM_OF.get(parts[0], parts[0]) in TORCH_ONLY
+        for name in names
+        if name.split(".")[0] not in known
     ]
     assert bad == []
 
 
+def test_every_room_says_in_one_sentence_what_it_is_for():
+    for room in ROOT.iterdir():
+        if (room / "__init__.py").exists():
+            text = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+            assert text, room.name
+            assert ". " not in text.split("\n\n")[0], room.name
+
+
 def test_a_planted_upward_import_is_found(tmp_path):
-    (tmp_path / "schedule.py").write_text("from ddim.sampler import sample\n")
-    ((unit, names),) = units(tmp_path)
-    assert RANK[names[0].split(".")[1]] >= RANK[unit]
+    for name in ("core/schedule", "core/sampler", "models/images"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "core/schedule.py").write_text("from ddim.core.sampler import sample\n")
+    (tmp_path / "core/sampler.py").write_text("from ddim.models.images import to_pil\n")
+    assert upward(tmp_path) == ["core.sampler -> models.images", "core.schedule -> core.sampler"]

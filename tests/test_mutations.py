@@ -1,4 +1,5 @@
-"""The tests above are worth something: a bug that is planted in a copy of the source makes them fail."""
+"""The tests above are worth something: a bug that is planted in a copy of the source makes them
+fail."""
 
 import os
 import pathlib

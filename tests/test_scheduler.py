@@ -1,4 +1,5 @@
-"""The drop-in: parity where diffusers is right, and each place where it is not, shown there and mended here."""
+"""The drop-in: parity where diffusers is right, and each place where it is not, shown there and
+mended here."""
 
 import copy
 import json
@@ -15,14 +16,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given, settings, strategies as st
 
 import ddim.scheduler
+from ddim.core.noise import make_generators
+from ddim.core.oracle import GaussianOracle
+from ddim.core.prediction import from_x0_eps, to_x0_eps
+from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.step import ddim_step
+from ddim.core.timesteps import check_timesteps, select_timesteps
 from ddim.errors import DDIMError
-from ddim.noise import make_generators
-from ddim.oracle import GaussianOracle
-from ddim.prediction import from_x0_eps, to_x0_eps
-from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler, to_diffusers
-from ddim.step import ddim_step
-from ddim.timesteps import check_timesteps, select_timesteps
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -50,7 +51,8 @@ def exact(**options):
 
 
 def stock(exactly=False, cls=diffusers.DDIMScheduler, **options):
-    """diffusers' scheduler; ``exactly`` gives it float64 levels, so that only its formulae remain."""
+    """diffusers' scheduler; ``exactly`` gives it float64 levels, so that only its formulae
+    remain."""
     scheduler = cls(**options)
     if exactly:
         scheduler.alphas_cumprod = exact(**options).alphas_cumprod
@@ -79,13 +81,15 @@ def finish(scheduler, network, x, **kwargs):
 
 
 def gaussian(count=2000, mean=0.0, std=1.0):
-    """Quantiles of a normal distribution, with exactly its mean and standard deviation; an affine sampler keeps the shape."""
+    """Quantiles of a normal distribution, with exactly its mean and standard deviation; an affine
+    sampler keeps the shape."""
     z = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     return (mean + std * z / z.std(correction=0))[:, None]
 
 
 def finished(scheduler, oracle):
-    """Mean and standard deviation of what the sampler makes of the exact marginal at its first level, with the exact model."""
+    """Mean and standard deviation of what the sampler makes of the exact marginal at its first
+    level, with the exact model."""
     t = int(scheduler.timesteps[0])
     start = gaussian(
         mean=float(oracle.schedule.alpha_bar(t).sqrt() * oracle.mean),
@@ -193,7 +197,8 @@ def test_in_float64_on_the_same_levels_a_step_is_diffusers_step(options):
                         s.step(m, t, x, eta, rederive, None, z if eta else None)
                         for s in (ours, theirs)
                     )
-                    # Either takes the root of a difference that cancels, from zero SNR to nothing: 1e-16 becomes 1e-8.
+                    # Either takes the root of a difference that cancels, from zero SNR to nothing:
+                    # 1e-16 becomes 1e-8.
                     bound = 1e-11 if eta == 0 else 1e-7
                     assert distance(a.prev_sample, b.prev_sample) < bound, (count, t, eta, rederive)
                     assert distance(a.pred_original_sample, b.pred_original_sample) < 1e-11, (
@@ -251,7 +256,8 @@ def test_in_float32_out_of_the_box_a_step_is_diffusers_step(kind, clip, beta):
 
 @pytest.mark.parametrize("beta", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=str)
 def test_float32_levels_are_what_separates_the_two_near_data(beta):
-    # diffusers multiplies 1000 factors near 1 in float32, so that 1 - alpha_bar of the lowest levels keeps three or four digits.
+    # diffusers multiplies 1000 factors near 1 in float32, so that 1 - alpha_bar of the lowest
+    # levels keeps three or four digits.
     one, t = torch.ones(1000, 1, dtype=torch.float64), torch.arange(1000)
     sigma = (1 - exact(**beta).alphas_cumprod).sqrt()[:, None]
     ours, theirs = (
@@ -349,7 +355,10 @@ def test_epsilon_at_zero_snr_is_refused_when_the_timesteps_are_set():
     ours = DDIMScheduler(**options)
     with pytest.raises(
         DDIMError,
-        match="epsilon prediction cannot be used at t=999: the SNR is 0 there.*v_prediction.*start below 999",
+        match=(
+            "epsilon prediction cannot be used at t=999: the SNR is 0 there.*v_prediction.*start "
+            "below 999"
+        ),
     ):
         ours.set_timesteps(10)
     ours.set_timesteps(timesteps=[900, 500, 100])
@@ -473,7 +482,8 @@ def test_half_precision_sampling_is_as_good_as_diffusers_and_a_float32_state_far
         ours, theirs = pair(count, clip_sample=False, prediction_type=kind, **LATENT)
         truth = finish(ours, network, start)
         error = distance(finish(ours, half, start.to(dtype)), truth)
-        # At 1000 steps of bfloat16 most updates lie below half an ulp: whatever the order of operations, the result is poor.
+        # At 1000 steps of bfloat16 most updates lie below half an ulp: whatever the order of
+        # operations, the result is poor.
         assert error < (
             0.5 if count == 1000 else 1.5 * distance(finish(theirs, half, start.to(dtype)), truth)
         )
@@ -536,7 +546,8 @@ def test_a_timestep_off_the_list_steps_by_the_stride_and_is_mentioned_once(said)
     for t in (1, 10, 49, 999):
         assert distance(ours.step(m, t, x).prev_sample, theirs.step(m, t, x).prev_sample) < 1e-12
     assert said == [
-        "A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers."
+        "A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T "
+        "// N, as in diffusers."
     ]
 
 
@@ -681,7 +692,8 @@ def test_a_learned_variance_is_dropped_and_mentioned_once(said):
             scheduler.step(m, 500, x).prev_sample, scheduler.step(m[:, :3], 500, x).prev_sample
         )
     assert said == [
-        "The model's output has twice the channels of the sample: the second half, a learned variance, is not used."
+        "The model's output has twice the channels of the sample: the second half, a learned "
+        "variance, is not used."
     ]
 
 
@@ -763,14 +775,19 @@ def test_a_step_says_what_is_wrong():
     scheduler = DDIMScheduler()
     with pytest.raises(
         ValueError,
-        match="Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler",
+        match=(
+            "Number of inference steps is 'None', you need to run 'set_timesteps' after creating "
+            "the scheduler"
+        ),
     ):
         scheduler.step(x, 5, x)
     scheduler.set_timesteps(10)
     for t in (-3, -1, 1000):
         with pytest.raises(
             DDIMError,
-            match=rf"timestep must lie in \[0, 1000\), the levels the model was trained on; got {t}",
+            match=(
+                rf"timestep must lie in \[0, 1000\), the levels the model was trained on; got {t}"
+            ),
         ):
             scheduler.step(x, t, x)
     with pytest.raises((IndexError, RuntimeError)):
@@ -832,7 +849,9 @@ def test_setting_timesteps_says_what_is_wrong(cls):
             scheduler.set_timesteps(timesteps=levels)
     with pytest.raises(
         DDIMError,
-        match="timestep_spacing must be one of leading, linspace, trailing, quadratic; got 'karras'",
+        match=(
+            "timestep_spacing must be one of leading, linspace, trailing, quadratic; got 'karras'"
+        ),
     ):
         cls(timestep_spacing="karras").set_timesteps(10)
     with pytest.raises(DDIMError, match="prediction_type must be one of .* got 'noise'"):
@@ -1346,7 +1365,10 @@ def test_a_mistyped_option_of_from_config_is_ignored_as_in_diffusers_but_with_a_
 ):
     config = cls(timestep_spacing="linspace").config
     cls(timestep_spacing="linspace").save_pretrained(tmp_path)
-    message = rf"^{cls.__name__} has no option 'timestep_spaceing' and ignores it; did you mean 'timestep_spacing'\?$"
+    message = (
+        rf"^{cls.__name__} has no option 'timestep_spaceing' and ignores it; did you mean "
+        r"'timestep_spacing'\?$"
+    )
     for load, source in ((cls.from_config, config), (cls.from_pretrained, tmp_path)):
         with pytest.warns(UserWarning, match=message):
             made = load(source, timestep_spaceing="trailing")
@@ -1380,7 +1402,10 @@ def test_a_configuration_of_another_family_is_refused(cls, tmp_path):
     for config in (flow.config, {**flow.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}):
         with pytest.raises(
             DDIMError,
-            match="DDIM cannot take over this configuration: it is a .* of a flow-matching model, which",
+            match=(
+                "DDIM cannot take over this configuration: it is a .* of a flow-matching model, "
+                "which"
+            ),
         ):
             cls.from_config(config)
     flow.save_pretrained(tmp_path)
@@ -1503,7 +1528,10 @@ def test_an_export_says_what_is_lost():
     scheduler.set_timesteps(10)
     with pytest.warns(
         UserWarning,
-        match="diffusers steps to t - 100 whatever the next timestep is, so at 10 steps with 'linspace'",
+        match=(
+            "diffusers steps to t - 100 whatever the next timestep is, so at 10 steps with "
+            "'linspace'"
+        ),
     ):
         to_diffusers(scheduler)
     scheduler = DDIMScheduler()
@@ -1537,7 +1565,10 @@ def test_an_exported_pipeline_loads_without_this_package(tmp_path):
 @pytest.mark.slow
 def test_the_files_of_an_exported_pipeline_need_diffusers_only(tmp_path):
     to_diffusers(diffusers.DDPMPipeline(tiny_unet(), DDIMScheduler())).save_pretrained(tmp_path)
-    code = f"import sys, diffusers; diffusers.DDPMPipeline.from_pretrained({str(tmp_path)!r}); assert 'ddim' not in sys.modules"
+    code = (
+        f"import sys, diffusers; diffusers.DDPMPipeline.from_pretrained({str(tmp_path)!r}); assert "
+        "'ddim' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -1,7 +1,8 @@
-"""What the tests of diffusers' own schedulers demand, demanded of ours, with the stock classes beside them as the reference.
+"""What the tests of diffusers' own schedulers demand, demanded of ours, with the stock classes
+beside them as the reference.
 
-A dummy model ``x t / (t + 1)`` on a fixed sample runs the loops; sums and means are reference numbers that diffusers keeps.
-"""
+A dummy model ``x t / (t + 1)`` on a fixed sample runs the loops; sums and means are reference
+numbers that diffusers keeps."""
 
 import inspect
 import tempfile
@@ -307,7 +308,8 @@ def test_unknown_options_of_a_file_are_named_in_the_log(monkeypatch):
     monkeypatch.setattr(logger, "warning", lines.append)
     scheduler = DDIMScheduler.from_config({**DDIMScheduler(**CONFIG).config, "made_up": 3})
     assert lines == [
-        "The config attributes {'made_up': 3} were passed to DDIMScheduler, but are not expected and will be ignored. "
+        "The config attributes {'made_up': 3} were passed to DDIMScheduler, but are not expected "
+        "and will be ignored. "
         "Please verify your scheduler_config.json configuration file."
     ]
     assert scheduler.config.made_up == 3

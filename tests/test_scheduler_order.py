@@ -1,4 +1,5 @@
-"""``solver_order=2``: the drop-in agrees with the sampler, keeps one step of state, and refuses what that state cannot serve."""
+"""``solver_order=2``: the drop-in agrees with the sampler, keeps one step of state, and refuses
+what that state cannot serve."""
 
 import copy
 import json
@@ -7,13 +8,13 @@ import diffusers
 import pytest
 import torch
 
-from ddim.denoiser import Clip, ModelDenoiser
+from ddim.core.denoiser import Clip, ModelDenoiser
+from ddim.core.oracle import GaussianOracle
+from ddim.core.sampler import sample
+from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
-from ddim.oracle import GaussianOracle
-from ddim.sampler import sample
-from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler, to_diffusers
-from ddim.timesteps import select_timesteps, step_pairs
 
 OPTIONS = {"timestep_spacing": "trailing", "clip_sample": False}
 
@@ -163,7 +164,10 @@ def test_what_the_state_cannot_serve_is_refused_in_a_sentence():
     for t in (899, 699, torch.tensor(99), torch.tensor([598])):
         with pytest.raises(
             DDIMError,
-            match=rf"t={int(t)} does not follow t=899 in the list of timesteps; call set_timesteps before each image",
+            match=(
+                rf"t={int(t)} does not follow t=899 in the list of timesteps; call set_timesteps "
+                r"before each image"
+            ),
         ):
             ours.step(x, t, x)
     ours.step(x, 799, x)  # a refusal changes nothing

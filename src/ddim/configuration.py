@@ -1,4 +1,5 @@
-"""What a scheduler's configuration says: of which family it is, whether its values can be used, and what was given in it."""
+"""What a scheduler's configuration says: of which family it is, whether its values can be used, and
+what was given in it."""
 
 import difflib
 import inspect
@@ -6,11 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ddim.errors import DDIMError
-from ddim.prediction import PREDICTION_TYPES
-from ddim.timesteps import SPACINGS
+import torch
 
-__all__ = ["check_options", "foreign_family", "given_options", "unknown_options"]
+from ddim.core.prediction import PREDICTION_TYPES
+from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.timesteps import SPACINGS
+from ddim.errors import DDIMError
+
+__all__ = ["check_options", "foreign_family", "given_options", "noise_schedule", "unknown_options"]
 
 # Schedulers that are configured by betas over discrete levels: what DDIM can walk.
 _FAMILY = frozenset(
@@ -49,7 +53,8 @@ _FAMILY = frozenset(
 
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
-    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of DDIM.
+    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of
+    DDIM.
 
     A scheduler in memory has no ``_class_name`` in its configuration: then the options tell.
     """
@@ -68,14 +73,17 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
     )
     if flow or (kind is None and "shift" in other):
         return (
-            f"a {kind or 'scheduler'} of a flow-matching model, which learns straight paths between noise and data; DDIM needs a model "
-            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use diffusers' own pipeline for this one."
+            f"a {kind or 'scheduler'} of a flow-matching model, which learns straight paths "
+            "between noise and data; DDIM needs a model "
+            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use "
+            "diffusers' own pipeline for this one."
         )
     if (kind is None and (other or "snr_shift_scale" in config)) or (
         kind is not None and kind not in _FAMILY
     ):
         return (
-            f"a {kind or 'scheduler'}, which has no noise schedule of discrete betas for DDIM to follow; "
+            f"a {kind or 'scheduler'}, which has no noise schedule of discrete betas for DDIM to "
+            "follow; "
             "use diffusers' own pipeline for it."
         )
     return None
@@ -129,7 +137,8 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses values that cannot be meant, as a file may hold them; keys that are absent, or not DDIM's, are not looked at.
+    """Refuses values that cannot be meant, as a file may hold them; keys that are absent, or not
+    DDIM's, are not looked at.
 
     Raises:
         DDIMError: Which option, what it must be, and what it is.
@@ -144,12 +153,35 @@ def _brief(value: object) -> str:
     return told if len(told) <= 80 else f"{told[:77]}..."
 
 
-def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
-    """The configuration of a scheduler of that class, in which only what is at its default counts as not given.
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The levels that a scheduler's configuration describes, float64; absent keys mean what they
+    mean in diffusers.
 
-    diffusers keeps a list of options that were not given, and leaves them out when another class takes the configuration over.
-    Options that were given by position, or changed later, are in that list too.
+    Raises:
+        DDIMError: If the beta schedule is unknown.
     """
+    trained = config.get("trained_betas")
+    betas = (
+        make_betas(
+            config.get("beta_schedule", "linear"),
+            config.get("num_train_timesteps", 1000),
+            beta_start=config.get("beta_start", 1e-4),
+            beta_end=config.get("beta_end", 0.02),
+        )
+        if trained is None
+        else torch.as_tensor(trained, dtype=torch.float64)
+    )
+    betas = rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+    return NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
+
+
+def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
+    """The configuration of a scheduler of that class, in which only what is at its default counts
+    as not given.
+
+    diffusers keeps a list of options that were not given, and leaves them out when another class
+    takes the configuration over. Options that were given by position, or changed later, are in that
+    list too."""
     if "_use_default_values" not in config:
         return dict(config)
     defaults = inspect.signature(scheduler).parameters
@@ -164,7 +196,8 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
 def unknown_options(
     names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]
 ) -> dict[str, str | None]:
-    """Names that are options neither of a scheduler nor of any in its family, each with the nearest option that it has, if one is near."""
+    """Names that are options neither of a scheduler nor of any in its family, each with the nearest
+    option that it has, if one is near."""
     own = [name for name in inspect.signature(scheduler).parameters if name != "kwargs"]
     strange = [name for name in names if name not in own]
     if not strange:

@@ -1,8 +1,7 @@
 """The errors that this library raises on purpose.
 
-Each is a ``ValueError`` whose text is one sentence or two: what was wrong, what was received, what to do. The commands
-print that text and exit with code 2.
-"""
+Each is a ``ValueError`` whose text is one sentence or two: what was wrong, what was received, what
+to do. The commands print that text and exit with code 2."""
 
 __all__ = ["CheckpointError", "DDIMError", "DataError", "DivergenceError", "OutputError"]
 

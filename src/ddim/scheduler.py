@@ -1,12 +1,13 @@
 """DDIM and its inversion as diffusers schedulers: drop-ins that stay on their own grid of levels.
 
-Both are subclasses of diffusers' classes of the same names, with the same options, methods and configuration files. What
-differs: a step goes to the neighbour in the list of timesteps, coefficients come from float64 tables, a zero terminal SNR is
-exact, lists of your own and a timestep a sample are accepted, and what cannot work is refused in words.
+Both are subclasses of diffusers' classes of the same names, with the same options, methods and
+configuration files. What differs: a step goes to the neighbour in the list of timesteps,
+coefficients come from float64 tables, a zero terminal SNR is exact, lists of your own and a
+timestep a sample are accepted, and what cannot work is refused in words.
 
-A step with a tensor timestep gathers its coefficients from a table (:mod:`ddim.plan`): no host reads a device, and
-``torch.compile`` sees one graph. Options are read from ``config`` at each step, since pipelines rewrite it; compiled code
-keeps those of the last ``set_timesteps`` or eager step.
+A step with a tensor timestep gathers its coefficients from a table (:mod:`ddim.core.plan`): no host
+reads a device, and ``torch.compile`` sees one graph. Options are read from ``config`` at each step,
+since pipelines rewrite it; compiled code keeps those of the last ``set_timesteps`` or eager step.
 """
 
 import copy
@@ -30,15 +31,22 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ddim.configuration import foreign_family, given_options, unknown_options
-from ddim.denoiser import Clip
+from ddim.core.denoiser import Clip
+from ddim.core.plan import Plan, Table, advance, gather, whole
+from ddim.core.prediction import PredictionType, clip_static, prediction_row
+from ddim.core.schedule import (
+    CLEAN,
+    BetaSchedule,
+    NoiseSchedule,
+    make_betas,
+    rescale_zero_terminal_snr,
+)
+from ddim.core.step import Eta, check_order, multistep_weight, step_coefficients
+from ddim.core.timesteps import Spacing, as_levels, check_timesteps, select_timesteps, step_pairs
 from ddim.errors import DDIMError
-from ddim.plan import Plan, Table, advance, gather, whole
-from ddim.prediction import PredictionType, clip_static, prediction_row
-from ddim.schedule import CLEAN, BetaSchedule, NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.step import Eta, check_order, multistep_weight, step_coefficients
-from ddim.timesteps import Spacing, as_levels, check_timesteps, select_timesteps, step_pairs
 
-# SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that defines a scheduler.
+# SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that
+# defines a scheduler.
 __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
@@ -49,7 +57,8 @@ __all__ = [
     "to_diffusers",
 ]
 
-# A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted there is logged, not warned
+# A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted
+# there is logged, not warned
 # about: code that turns warnings into errors keeps working.
 _logger = logging.get_logger("diffusers.ddim")
 _said: set[str] = set()
@@ -67,7 +76,8 @@ def _say_once(message: str) -> None:
 def fitted_timesteps(
     config: Mapping[str, Any], num_inference_steps: int | None
 ) -> list[int] | None:
-    """The list of that many levels among ``config["fitted_timesteps"]``; None where there is none of that length.
+    """The list of that many levels among ``config["fitted_timesteps"]``; None where there is none
+    of that length.
 
     Raises:
         DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
@@ -77,7 +87,8 @@ def fitted_timesteps(
         isinstance(levels, (list, tuple)) for levels in lists
     ):
         raise DDIMError(
-            f"fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, 300]]; got {lists!r}."
+            "fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, "
+            f"300]]; got {lists!r}."
         )
     found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
     return None if found is None else check_timesteps(found, config["num_train_timesteps"])
@@ -88,7 +99,8 @@ class _Scheduler:
 
     order = 1
     _inverse = False
-    # One call of these reads all options of its kind from a config, as attributes: that is where pipelines write them.
+    # One call of these reads all options of its kind from a config, as attributes: that is where
+    # pipelines write them.
     _recipe = operator.attrgetter(
         "num_train_timesteps",
         "beta_start",
@@ -126,7 +138,8 @@ class _Scheduler:
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """alpha_bar of all levels, [T], float32 on the CPU; a table that you assign, or edit, is the one that is used."""
+        """alpha_bar of all levels, [T], float32 on the CPU; a table that you assign, or edit, is
+        the one that is used."""
         return self._alphas_cumprod
 
     @alphas_cumprod.setter
@@ -144,7 +157,8 @@ class _Scheduler:
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        """The exact levels, float64: those of the options, unless the public tables say otherwise."""
+        """The exact levels, float64: those of the options, unless the public tables say
+        otherwise."""
         return self._levels()
 
     def _levels(self) -> NoiseSchedule:
@@ -155,7 +169,8 @@ class _Scheduler:
         if recipe != self._made_of[0] or trained is not self._made_of[1]:
             self._make_levels(recipe, trained)
         table, clean = self._alphas_cumprod, self._clean
-        # Inference tensors count no versions; there an edit in place shows when the table is next assigned.
+        # Inference tensors count no versions; there an edit in place shows when the table is next
+        # assigned.
         key = (
             -1 if table.is_inference() else table._version,
             -1 if clean.is_inference() else clean._version,
@@ -177,12 +192,14 @@ class _Scheduler:
                 betas = torch.as_tensor(np.asarray(trained), dtype=torch.float64)
                 if betas.numel() != count:
                     _say_once(
-                        f"trained_betas has {betas.numel()} levels, but num_train_timesteps is {count}; only the former can be used."
+                        f"trained_betas has {betas.numel()} levels, but num_train_timesteps is "
+                        f"{count}; only the former can be used."
                     )
             self._sound = bool(((betas >= 0) & (betas <= 1)).all())
             if not self._sound:  # accepted by diffusers; nothing more can be said about it
                 _say_once(
-                    f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to {float(betas.max()):.4g}): this is no schedule."
+                    f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to "
+                    f"{float(betas.max()):.4g}): this is no schedule."
                 )
             betas = rescale_zero_terminal_snr(betas) if rescale else betas
             levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
@@ -195,7 +212,8 @@ class _Scheduler:
         self._made_of = (recipe, trained)
 
     def _adopt(self, table: Tensor, clean: Tensor) -> NoiseSchedule:
-        """Public tables that are the exact ones, rounded, stand for them, also after a move; others replace them."""
+        """Public tables that are the exact ones, rounded, stand for them, also after a move; others
+        replace them."""
         exact = self._exact
 
         def is_rounded(given: Tensor, truth: Tensor) -> bool:
@@ -222,14 +240,16 @@ class _Scheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the ``solver_order`` of another multistep
-        scheduler is not taken over: DDIM stays DDIM unless you ask.
+        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the
+        ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless
+        you ask.
 
         Raises:
             DDIMError: If the configuration is of another family.
 
         Warns:
-            UserWarning: If an option is given by a keyword that no scheduler of the family knows, and is not returned as unused either.
+            UserWarning: If an option is given by a keyword that no scheduler of the family knows,
+                and is not returned as unused either.
         """
         if isinstance(config, Mapping):
             kind = config.get("_class_name")
@@ -252,7 +272,8 @@ class _Scheduler:
 
     @property
     def timesteps(self) -> Tensor:
-        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps; a slice keeps the old ones."""
+        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps; a
+        slice keeps the old ones."""
         return self._timesteps
 
     @timesteps.setter
@@ -271,7 +292,8 @@ class _Scheduler:
             except DDIMError as error:
                 self._grid = []
                 _say_once(
-                    f"A list of timesteps has no neighbours, so steps go to t - T // N as in diffusers: {error}"
+                    "A list of timesteps has no neighbours, so steps go to t - T // N as in "
+                    f"diffusers: {error}"
                 )
         if self.num_inference_steps is None:
             self.num_inference_steps = max(len(levels), 1)
@@ -283,20 +305,22 @@ class _Scheduler:
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Chooses the levels to visit: of ``config.fitted_timesteps`` where that has N, else by ``config.timestep_spacing``; or your own.
+        """Chooses the levels to visit: of ``config.fitted_timesteps`` where that has N, else by
+        ``config.timestep_spacing``; or your own.
 
         Args:
             num_inference_steps: N, a whole number in 1..T: exactly N distinct levels in [0, T).
             device: Where ``timesteps``, and the table of coefficients, are to lie.
-            timesteps: Your own levels (a list, array or tensor), falling from noise to data; instead of N. The inverse takes
-                the same list, and visits it from data to noise.
+            timesteps: Your own levels (a list, array or tensor), falling from noise to data;
+                instead of N. The inverse takes the same list, and visits it from data to noise.
 
         Raises:
-            DDIMError: If N or the list is invalid, the spacing or prediction type is unknown, or epsilon is predicted at a
-                level whose SNR is 0.
+            DDIMError: If N or the list is invalid, the spacing or prediction type is unknown, or
+                epsilon is predicted at a level whose SNR is 0.
 
         References:
-            Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2. https://arxiv.org/abs/2305.08891
+            Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2.
+            https://arxiv.org/abs/2305.08891
         """
         config = self.config
         total = config.num_train_timesteps
@@ -342,7 +366,8 @@ class _Scheduler:
         return plan, plan.table(eta, rederive, x.dtype, x.device) if table is None else table
 
     def _is_of_now(self, plan: Plan) -> bool:
-        """Whether nothing at all has changed since the plan was made: one comparison a step, in place of one an option."""
+        """Whether nothing at all has changed since the plan was made: one comparison a step, in
+        place of one an option."""
         table, clean = self._alphas_cumprod, self._clean
         try:
             return (
@@ -360,7 +385,8 @@ class _Scheduler:
         """The plan for the options of this moment, found by those that matter."""
         if self.num_inference_steps is None:
             raise DDIMError(
-                "Number of inference steps is 'None', you need to run 'set_timesteps' after creating the scheduler"
+                "Number of inference steps is 'None', you need to run 'set_timesteps' after "
+                "creating the scheduler"
             )
         plan, schedule = self._plan, self._levels()
         if (
@@ -377,7 +403,8 @@ class _Scheduler:
         old, self._plan, self._before = self._plan, None, None
         with torch.device("cpu"), torch.inference_mode(False):
             plan = self._plan = self._make_plan()
-        # What was in use is made at once, so that the first step of the next image does not wait, and compiled code finds it.
+        # What was in use is made at once, so that the first step of the next image does not wait,
+        # and compiled code finds it.
         usual: tuple[Eta, bool, torch.dtype, torch.device] = (
             0.0,
             False,
@@ -465,7 +492,8 @@ class _Scheduler:
         levels = len(plan.schedule)
         if not 0 <= t < levels:
             raise DDIMError(
-                f"a timestep must lie in [0, {levels}), the levels the model was trained on; got {t}."
+                f"a timestep must lie in [0, {levels}), the levels the model was trained on; got "
+                f"{t}."
             )
         if t in plan.listed:
             return
@@ -475,13 +503,15 @@ class _Scheduler:
                 f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}."
             )
         _say_once(
-            "A timestep was asked for that is not in the list of set_timesteps; its step goes to t - T // N, as in diffusers."
+            "A timestep was asked for that is not in the list of set_timesteps; its step goes to t "
+            "- T // N, as in diffusers."
         )
 
     def _check_solvable(self, plan: Plan, t: int) -> None:
         if plan.prediction_type == "epsilon" and plan.source[t] == 0 and self._sound:
             raise DDIMError(
-                f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - sigma eps) / alpha divides by 0. "
+                f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - "
+                "sigma eps) / alpha divides by 0. "
                 f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
             )
 
@@ -498,38 +528,47 @@ def _clamp_and_divide(x0: Tensor, bound: float) -> Tensor:
 
 
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
-    """The mean's channels of a network that also predicts a variance; DDIM has no use for the others."""
+    """The mean's channels of a network that also predicts a variance; DDIM has no use for the
+    others."""
     if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         _say_once(
-            "The model's output has twice the channels of the sample: the second half, a learned variance, is not used."
+            "The model's output has twice the channels of the sample: the second half, a learned "
+            "variance, is not used."
         )
         return output[:, : x.shape[1]]
     raise DDIMError(
-        f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, a mean and a learned variance); "
+        f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, "
+        "a mean and a learned variance); "
         f"got {list(output.shape)}."
     )
 
 
 class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
-    r"""Denoises from t to the next timestep of the list, as :mod:`ddim.step` does, with diffusers' protocol.
+    r"""Denoises from t to the next timestep of the list, as :mod:`ddim.core.step` does, with
+    diffusers' protocol.
 
-    Options, their names and defaults are diffusers'. Beyond them, ``beta_schedule`` knows ``sigmoid`` and ``laplace``, and
-    ``timestep_spacing`` ``quadratic``. ``clip_sample`` is True by default: right for pixels in [-1, 1], wrong for latents.
-    ``set_alpha_to_one=False`` leaves the first level's noise in the finished sample. ``thresholding`` at the default
-    ``sample_max_value`` of 1.0 is clipping.
+    Options, their names and defaults are diffusers'. Beyond them, ``beta_schedule`` knows
+    ``sigmoid`` and ``laplace``, and ``timestep_spacing`` ``quadratic``. ``clip_sample`` is True by
+    default: right for pixels in [-1, 1], wrong for latents. ``set_alpha_to_one=False`` leaves the
+    first level's noise in the finished sample. ``thresholding`` at the default ``sample_max_value``
+    of 1.0 is clipping.
 
-    ``solver_order=2`` is the second-order multistep (:func:`ddim.step.multistep_weight`): a smaller error at the same number of
-    evaluations, at eta = 0. It keeps the prediction of the step before, until the next ``set_timesteps``: one scheduler walks one
-    batch at a time through the list. The first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
+    ``solver_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`): a
+    smaller error at the same number of evaluations, at eta = 0. It keeps the prediction of the step
+    before, until the next ``set_timesteps``: one scheduler walks one batch at a time through the
+    list. The first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps
+    no state.
 
-    ``fitted_timesteps`` are lists of levels that were fitted to the model at that order (:mod:`ddim.fitting`): each is visited where
-    as many steps are asked for as it has levels. diffusers passes over both options.
+    ``fitted_timesteps`` are lists of levels that were fitted to the model at that order
+    (:mod:`ddim.fitting.timesteps`): each is visited where as many steps are asked for as it has
+    levels. diffusers passes over both options.
 
     References:
-        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
+        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16.
+        https://arxiv.org/abs/2010.02502
 
-        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models. 2022. Algorithm 2.
-        https://arxiv.org/abs/2211.01095
+        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.
+        2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
 
     _options = operator.attrgetter(
@@ -559,7 +598,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         solver_order: Literal[1, 2] = 1,
         fitted_timesteps: list[list[int]] | None = None,
     ) -> None:
-        self._begin()  # not super().__init__(): it would make float32 tables, and refuse two of the schedules
+        # not super().__init__(): it would make float32 tables, and refuse two of the schedules
+        self._begin()
 
     def _multistep(self, schedule: NoiseSchedule) -> Tensor | None:
         if check_order(self.config.solver_order) == 1:
@@ -580,7 +620,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
         if largest < 1:  # accepted by diffusers, where every threshold is then cut to it
             _say_once(
-                f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides by it at every step."
+                f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides "
+                "by it at every step."
             )
             return functools.partial(_clamp_and_divide, bound=largest)
         return Clip("dynamic", ratio=ratio, max_value=largest)
@@ -596,30 +637,37 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""Moves a sample from level t to its neighbour in the list of timesteps; at order 1 with no state: any t, in any order.
+        r"""Moves a sample from level t to its neighbour in the list of timesteps; at order 1 with
+        no state: any t, in any order.
 
         Args:
-            model_output: What the network predicted, shape [B, C, ...]; with twice the channels, the first half is used.
-            timestep: t in [0, T): an int, or a tensor of shape [], [1] or [B] (a timestep a sample); whole floats pass. One that is
-                not in the list steps to t - T // N.
+            model_output: What the network predicted, shape [B, C, ...]; with twice the channels,
+                the first half is used.
+            timestep: t in [0, T): an int, or a tensor of shape [], [1] or [B] (a timestep a
+                sample); whole floats pass. One that is not in the list steps to t - T // N.
             sample: x_t, shape [B, C, ...].
-            eta: Scales the standard deviation of the noise: 0 deterministic, 1 the DDPM posterior; or ``"sigma-hat"``.
-            use_clipped_model_output: Whether eps is derived again from the clipped x0, so that both decompose x_t.
+            eta: Scales the standard deviation of the noise: 0 deterministic, 1 the DDPM posterior;
+                or ``"sigma-hat"``.
+            use_clipped_model_output: Whether eps is derived again from the clipped x0, so that both
+                decompose x_t.
             generator: Draws the noise, one or a list with one a sample; at eta=0 nothing is drawn.
             variance_noise: The noise itself, shape [B, C, ...], instead of a generator.
             return_dict: Whether to return an object with names, or a tuple.
 
         Returns:
-            ``prev_sample`` (x_s) in the sample's dtype and ``pred_original_sample`` (x0, after clipping), shape [B, C, ...].
+            ``prev_sample`` (x_s) in the sample's dtype and ``pred_original_sample`` (x0, after
+            clipping), shape [B, C, ...].
 
         Raises:
-            DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an int t lies outside [0, T), eta is
-                negative or too large, or both noise and a generator are given; at order 2, if eta is not 0, or t does not follow the last
-                one in the list and starts no new image either. Tensors of timesteps on a device are not checked, since that would wait for
-                it: a fraction is cut off there.
+            DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an
+                int t lies outside [0, T), eta is negative or too large, or both noise and a
+                generator are given; at order 2, if eta is not 0, or t does not follow the last one
+                in the list and starts no new image either. Tensors of timesteps on a device are not
+                checked, since that would wait for it: a fraction is cut off there.
 
         References:
-            Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16. https://arxiv.org/abs/2010.02502
+            Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16.
+            https://arxiv.org/abs/2010.02502
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         plan, table = self._ready(eta, use_clipped_model_output, sample)
@@ -632,7 +680,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     def _correct(
         self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor
     ) -> None:
-        """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour above; keeps x0 for the next."""
+        """Makes DDIM's x_s second order, in place, where the step before was that of the neighbour
+        above; keeps x0 for the next."""
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
         before, self._before = self._before, (t, x0)
         if (
@@ -647,10 +696,13 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
             if now <= last != int(plan.multistep[1, now]) and len(self._grid) > 1:
                 self._before = before
                 raise DDIMError(
-                    f"solver_order=2 goes on from the step before, and t={now} does not follow t={last} in the list of timesteps; call "
-                    "set_timesteps before each image, take one scheduler for each batch, or use solver_order=1."
+                    f"solver_order=2 goes on from the step before, and t={now} does not follow "
+                    f"t={last} in the list of timesteps; call "
+                    "set_timesteps before each image, take one scheduler for each batch, or use "
+                    "solver_order=1."
                 )
-        # What is not sure to be the same image's last step counts as none: elsewhere the step stays DDIM's.
+        # What is not sure to be the same image's last step counts as none: elsewhere the step stays
+        # DDIM's.
         weight, above = gather(table.multistep, t, x0)
         last_t = before[0].to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
         x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - before[1]))
@@ -663,7 +715,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         eta: Eta = 0.0,
         use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """The step of each sample at its own timestep, without the noise (DDIMParallelScheduler's protocol).
+        """The step of each sample at its own timestep, without the noise (DDIMParallelScheduler's
+        protocol).
 
         Args:
             model_output: Shape [B, C, ...].
@@ -689,7 +742,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
-        """The posterior variance of a step between two levels at eta = 1, float32 []; a negative level is clean data."""
+        """The posterior variance of a step between two levels at eta = 1, float32 []; a negative
+        level is clean data."""
         schedule = self._levels()
         weights = step_coefficients(
             schedule.alpha_bar(int(timestep)),
@@ -706,10 +760,12 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
         Args:
             original_samples: Clean data, shape [B, ...], or [1, ...] for all.
             noise: Standard normal, shape [B, ...], or [1, ...] for all.
-            timesteps: One level, or one a sample, in [0, T). -1 is refused: diffusers would read it as T - 1.
+            timesteps: One level, or one a sample, in [0, T). -1 is refused: diffusers would read it
+                as T - 1.
 
         Returns:
-            The noisy samples, shape [B, ...], in the samples' dtype. Half precision is computed in float32 and rounded once.
+            The noisy samples, shape [B, ...], in the samples' dtype. Half precision is computed in
+            float32 and rounded once.
 
         Raises:
             DDIMError: If a level that the host can see is no whole number in [0, T).
@@ -720,14 +776,16 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
     def get_velocity(
         self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor
     ) -> Tensor:
-        r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as :meth:`add_noise`."""
+        r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as
+        :meth:`add_noise`."""
         x0, noise, alpha, sigma = self._signal_and_noise(timesteps, sample, noise)
         return (noise * alpha).addcmul_(x0, sigma, value=-1).to(sample.dtype)
 
     def _signal_and_noise(
         self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and noise in one shape, and alpha_t and sigma_t, shaped to multiply them; computed in float64, rounded once."""
+        """x and noise in one shape, and alpha_t and sigma_t, shaped to multiply them; computed in
+        float64, rounded once."""
         schedule = self._levels()
         t = (
             timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")
@@ -737,7 +795,8 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
                 raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
             if int(t.min()) < 0 or int(t.max()) >= len(schedule):
                 raise DDIMError(
-                    f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained on; got {t.tolist()}."
+                    f"timesteps must lie in [0, {len(schedule)}), the levels the model was trained "
+                    f"on; got {t.tolist()}."
                 )
         x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
         if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
@@ -754,8 +813,9 @@ class DDIMScheduler(_Scheduler, diffusers.DDIMScheduler):  # type: ignore[misc]
 
 
 def _result(x_s: Tensor, x0: Tensor) -> DDIMSchedulerOutput:
-    """``DDIMSchedulerOutput(x_s, x0)``, entry by entry and attribute by attribute, since its constructor looks over its own fields and
-    its items set both through two classes: together a fifth of a step."""
+    """``DDIMSchedulerOutput(x_s, x0)``, entry by entry and attribute by attribute, since its
+    constructor looks over its own fields and its items set both through two classes: together a
+    fifth of a step."""
     result = DDIMSchedulerOutput.__new__(DDIMSchedulerOutput)
     for name, value in (("prev_sample", x_s), ("pred_original_sample", x0)):
         OrderedDict.__setitem__(result, name, value)
@@ -768,27 +828,33 @@ def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor
     if given is not None:
         if generator is not None:
             raise DDIMError(
-                "Cannot pass both generator and variance_noise. Please make sure that either `generator` or `variance_noise` stays `None`."
+                "Cannot pass both generator and variance_noise. Please make sure that either "
+                "`generator` or `variance_noise` stays `None`."
             )
         return given
     if isinstance(generator, (list, tuple)) and len(generator) != x.shape[0]:
         raise DDIMError(
-            f"a list of generators must have one for each of the {x.shape[0]} samples; got {len(generator)}."
+            f"a list of generators must have one for each of the {x.shape[0]} samples; got "
+            f"{len(generator)}."
         )
     drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)
     return drawn
 
 
 class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
-    r"""Encodes: moves a sample up from the previous timestep of the list to t, with the model called at t on the lower sample.
+    r"""Encodes: moves a sample up from the previous timestep of the list to t, with the model
+    called at t on the lower sample.
 
-    With the prediction held fixed it is the exact inverse of :meth:`DDIMScheduler.step`. The first step starts from clean data.
+    With the prediction held fixed it is the exact inverse of :meth:`DDIMScheduler.step`. The first
+    step starts from clean data.
 
-    Options are those of :class:`DDIMScheduler` without thresholding, which is accepted and ignored, as unknown ones are, with
-    a line in the log. ``clip_sample`` is True by default, as in diffusers: turn it off to encode latents.
+    Options are those of :class:`DDIMScheduler` without thresholding, which is accepted and ignored,
+    as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
+    diffusers: turn it off to encode latents.
 
     References:
-        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Sec. 4.3. https://arxiv.org/abs/2010.02502
+        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Sec. 4.3.
+        https://arxiv.org/abs/2010.02502
     """
 
     _inverse = True
@@ -827,12 +893,13 @@ class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type:
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        r"""Moves a sample up to level t from its neighbour below in the list of timesteps. Keeps no state.
+        r"""Moves a sample up to level t from its neighbour below in the list of timesteps. Keeps no
+        state.
 
         .. math:: x_t = \sqrt{\bar\alpha_t}\,\hat x_0 + \sqrt{1 - \bar\alpha_t}\,\hat\epsilon
 
-        x0 and eps come from the sample's own level. ``sample`` prediction has no eps at clean data (diffusers divides by 0):
-        the first step reads it at t, the level that the network was told.
+        x0 and eps come from the sample's own level. ``sample`` prediction has no eps at clean data
+        (diffusers divides by 0): the first step reads it at t, the level that the network was told.
 
         Args:
             model_output: What the network predicted at t for the lower sample, shape [B, C, ...].
@@ -841,10 +908,12 @@ class DDIMInverseScheduler(_Scheduler, diffusers.DDIMInverseScheduler):  # type:
             return_dict: Whether to return an object with names, or a tuple.
 
         Returns:
-            ``prev_sample`` (x_t) and ``pred_original_sample`` (x0), shape [B, C, ...], in the sample's dtype.
+            ``prev_sample`` (x_t) and ``pred_original_sample`` (x0), shape [B, C, ...], in the
+            sample's dtype.
 
         Raises:
-            DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies outside [0, T).
+            DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies
+                outside [0, T).
         """
         x_t, x0 = self._transition(*self._ready(0.0, False, sample), model_output, timestep, sample)
         return _result(x_t, x0) if return_dict else (x_t, x0)
@@ -866,21 +935,25 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
 
 
 def to_diffusers(obj: _Converted) -> _Converted:
-    """Returns the same scheduler, or the same pipeline, with diffusers' own class: its files load without this package.
+    """Returns the same scheduler, or the same pipeline, with diffusers' own class: its files load
+    without this package.
 
-    Sigmoid and laplace betas are exported as ``trained_betas``. ``solver_order`` and ``fitted_timesteps`` stay in the configuration, and
-    diffusers, whose DDIM is of order 1, passes over them. Timesteps are not part of a configuration: set them again. Where
-    diffusers would then step to other levels (``linspace``, and ``trailing`` where N does not divide T), a warning says so.
+    Sigmoid and laplace betas are exported as ``trained_betas``. ``solver_order`` and
+    ``fitted_timesteps`` stay in the configuration, and diffusers, whose DDIM is of order 1, passes
+    over them. Timesteps are not part of a configuration: set them again. Where diffusers would then
+    step to other levels (``linspace``, and ``trailing`` where N does not divide T), a warning says
+    so.
 
     Args:
-        obj: A scheduler of this module, or a pipeline that holds one; others are returned as they are. Models are shared, and
-            the given pipeline keeps its scheduler.
+        obj: A scheduler of this module, or a pipeline that holds one; others are returned as they
+            are. Models are shared, and the given pipeline keeps its scheduler.
 
     Returns:
         A new scheduler or pipeline.
 
     Raises:
-        DDIMError: If the spacing is quadratic, which diffusers does not know, or ``obj`` is neither scheduler nor pipeline.
+        DDIMError: If the spacing is quadratic, which diffusers does not know, or ``obj`` is neither
+            scheduler nor pipeline.
     """
     if isinstance(obj, _Scheduler):
         exported_scheduler: _Converted = _export(obj)
@@ -935,12 +1008,16 @@ def _export(scheduler: _Scheduler) -> Any:
         stride = len(scheduler) // scheduler.num_inference_steps
         if stock.timesteps.tolist() != scheduler.timesteps.tolist():
             warnings.warn(
-                "The timesteps that are set are not part of the configuration, and diffusers would choose others.",
+                (
+                    "The timesteps that are set are not part of the configuration, and diffusers "
+                    "would choose others."
+                ),
                 stacklevel=3,
             )
         elif any(max(t - stride, CLEAN) != s for t, s in step_pairs(scheduler._grid)):
             warnings.warn(
-                f"diffusers steps to t - {stride} whatever the next timestep is, so at {scheduler.num_inference_steps} steps with "
+                f"diffusers steps to t - {stride} whatever the next timestep is, so at "
+                f"{scheduler.num_inference_steps} steps with "
                 f"{scheduler.config.timestep_spacing!r} spacing it gives other images.",
                 stacklevel=3,
             )

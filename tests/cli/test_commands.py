@@ -1,4 +1,5 @@
-"""The commands, end to end: train on real digits for seconds, sample what came out, and refuse what is wrong."""
+"""The commands, end to end: train on real digits for seconds, sample what came out, and refuse what
+is wrong."""
 
 import importlib
 import json
@@ -54,7 +55,8 @@ def test_training_writes_a_model_that_plain_diffusers_samples_without_ddim(model
     assert card["command"].startswith("ddim")
     code = (
         "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]);"
-        "p.set_progress_bar_config(disable=True); p(num_inference_steps=2); assert 'ddim' not in sys.modules"
+        "p.set_progress_bar_config(disable=True); p(num_inference_steps=2); assert 'ddim' not in "
+        "sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True)
 
@@ -155,7 +157,10 @@ def test_damaged_weights_are_named(model, tmp_path, capsys):
 
 
 def test_help_and_import_need_neither_torch_nor_diffusers():
-    code = "import sys, ddim, ddim.cli; ddim.cli.main(['--help']); assert not {'torch', 'diffusers', 'tyro'} & set(sys.modules)"
+    code = (
+        "import sys, ddim, ddim.cli; ddim.cli.main(['--help']); assert not {'torch', 'diffusers', "
+        "'tyro'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -169,7 +174,8 @@ def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
 
 
 def test_float32_is_float32_once_a_command_has_its_device():
-    """Torch's default lets GPUs round float32 numbers to TF32; tests/test_cuda.py shows what follows from it."""
+    """Torch's default lets GPUs round float32 numbers to TF32; tests/test_cuda.py shows what
+    follows from it."""
     import torch
 
     from ddim.cli._model import find_device

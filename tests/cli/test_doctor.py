@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim.checkpoints import noise_schedule
 from ddim.cli import main
+from ddim.configuration import noise_schedule
 from ddim.training.checkpoint import make_scheduler
 from ddim.training.config import TrainConfig
 
@@ -117,8 +117,8 @@ def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, 
     told = capsys.readouterr().out
     assert '+  "timestep_spacing": "trailing",' in told
     assert (
-        'DDIM001 needs a network that is trained anew, and is left as it is: rescale_betas_zero_snr=true, prediction_type="v_'
-        in told
+        "DDIM001 needs a network that is trained anew, and is left as it is: "
+        'rescale_betas_zero_snr=true, prediction_type="v_' in told
     )
     before, after = json.loads(SD.read_text()), json.loads(out.read_text())
     assert after == {**before, "timestep_spacing": "trailing", "set_alpha_to_one": True}
@@ -161,8 +161,8 @@ def test_models_of_text_are_not_advised_what_sample_refuses_them(tiny, tiny_text
     assert "warning DDIM001" in told
     assert "--prior" not in told
     assert (
-        "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction --rescale-betas-zero-snr"
-        in told
+        "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction "
+        "--rescale-betas-zero-snr" in told
     )
     assert main(["doctor", str(tiny), "--steps", "50", "--brightness", "-0.9,0.9"]) == 0
     assert "Without training: ddim sample --prior data" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""``ddim evaluate``: pictures, arrays and models come to the same numbers, and what cannot be compared is refused."""
+"""``ddim evaluate``: pictures, arrays and models come to the same numbers, and what cannot be
+compared is refused."""
 
 import sys
 
@@ -9,7 +10,7 @@ from PIL import Image
 from tests.conftest import record
 
 from ddim.cli import main
-from ddim.pipelines import UnconditionalPipeline
+from ddim.pipelines.unconditional import UnconditionalPipeline
 
 METRICS = ["--metrics", "kid-pixels,precision-pixels,swd-pixels"]
 
@@ -243,8 +244,8 @@ def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, caps
             == 2
         )
         assert (
-            f"draw with `ddim sample {tiny_text} --prompt TEXT`, whose folder `ddim evaluate` measures"
-            in capsys.readouterr().err
+            f"draw with `ddim sample {tiny_text} --prompt TEXT`, whose folder `ddim evaluate` "
+            "measures" in capsys.readouterr().err
         )
     drawn = [
         "--prompt",
@@ -341,7 +342,10 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference
         ),
         (
             ("--metrics", "fd-inception"),
-            "this extractor needs torch_fidelity, which is not installed; run: pip install torch-fidelity torchvision.",
+            (
+                "this extractor needs torch_fidelity, which is not installed; run: pip install "
+                "torch-fidelity torchvision."
+            ),
         ),
         (
             ("--weights", "inception"),
@@ -365,8 +369,8 @@ def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, c
     np.savez(tmp_path / "large.npz", images=np.zeros((60, 9, 9), np.uint8))
     assert evaluate(tmp_path / "large.npz", reference, tmp_path / "out") == 2
     assert (
-        f"large.npz has images of 9x9 and the reference {reference} of 8x8 (width x height), and only equal sizes compare; give --resize"
-        in capsys.readouterr().err
+        f"large.npz has images of 9x9 and the reference {reference} of 8x8 (width x height), and "
+        "only equal sizes compare; give --resize" in capsys.readouterr().err
     )
     assert evaluate(tiny, reference, tmp_path / "out") == 2
     assert (

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from tests.conftest import on_a_terminal
 
-from ddim.checkpoints import weight_hash
 from ddim.cli import main
-from ddim.text_to_image import TextToImagePipeline
-from ddim.timesteps import SPACINGS, check_timesteps
+from ddim.core.timesteps import SPACINGS, check_timesteps
+from ddim.models.checkpoints import weight_hash
+from ddim.pipelines.text_to_image import TextToImagePipeline
 
 QUICK = ("--steps", 4, "--count", 4, "--held-out", 6, "--evaluations", 20)
 

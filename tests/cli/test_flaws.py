@@ -1,4 +1,5 @@
-"""``ddim flaws``: three models measured cell by cell, gone on with, and refused where they are no twins."""
+"""``ddim flaws``: three models measured cell by cell, gone on with, and refused where they are no
+twins."""
 
 import json
 import shutil

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import ours, record, tiny_unet
 
 from ddim.cli import main
-from ddim.codes import load_code, save_code
-from ddim.pipelines import UnconditionalPipeline
+from ddim.inversion.codes import load_code, save_code
+from ddim.pipelines.unconditional import UnconditionalPipeline
 
 
 def pictures(folder, count=4, size=8, seed=0):
@@ -874,7 +874,7 @@ def test_pictures_that_an_interrupted_run_left_are_of_its_protocol(
         assert run("encode", tiny, "--images", files, "--steps", steps, "--out", code) == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ddim.images.make_grid",
+            "ddim.models.images.make_grid",
             lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         assert run("decode", tiny, "--code", codes[0], "--out", tmp_path / "out") == 130
@@ -885,7 +885,8 @@ def test_pictures_that_an_interrupted_run_left_are_of_its_protocol(
 
 
 def test_evaluations_are_those_of_the_network(tiny, tmp_path, monkeypatch):
-    """A run's record tells the network's calls an image: counted here beneath everything, warm-up and sheet apart."""
+    """A run's record tells the network's calls an image: counted here beneath everything, warm-up
+    and sheet apart."""
     _, files = pictures(tmp_path / "in", 3)
     seen = []
     forward = diffusers.UNet2DModel.forward

@@ -13,11 +13,11 @@ from PIL import Image
 from tests.conftest import on_a_terminal, pixels, record
 
 from ddim import cli
-from ddim.checkpoints import weight_hash
 from ddim.cli import main
 from ddim.cli._run import IDENTITY, read_run
 from ddim.errors import OutputError
-from ddim.pipelines import UnconditionalPipeline
+from ddim.models.checkpoints import weight_hash
+from ddim.pipelines.unconditional import UnconditionalPipeline
 
 
 def sample(model, out, *options):
@@ -146,7 +146,7 @@ def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(
 
 
 def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
-    from ddim import images
+    from ddim.models import images
 
     real, written = images.save_png, []
 
@@ -307,8 +307,8 @@ def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path
     assert sample(foreign, tmp_path / "a", "--count", 1) == 0
     told = capsys.readouterr().out
     assert (
-        "note: the model's configuration clips predicted images (static) and starts at level 750, not at 999; "
-        in told
+        "note: the model's configuration clips predicted images (static) and starts at level 750, "
+        "not at 999; " in told
     )
     assert "--clip none --spacing trailing would not." in told
     assert pixels(tmp_path / "a" / "000000.png").shape == (8, 8, 3)
@@ -319,8 +319,8 @@ def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path
     assert "note:" not in capsys.readouterr().out
     assert sample(tiny / "unet", tmp_path / "c", "--count", 1) == 0
     assert (
-        "comes without a scheduler; it is taken for a model of 1000 linear levels that predicts epsilon"
-        in capsys.readouterr().out
+        "comes without a scheduler; it is taken for a model of 1000 linear levels that predicts "
+        "epsilon" in capsys.readouterr().out
     )
 
 
@@ -426,7 +426,10 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--count", "0"), "--count must be at least 1; got 0."),
         (
             ("--count", "1000000000000"),
-            "--count must be at most 1000000 in one run; got 1000000000000, so go on from there with --seed.",
+            (
+                "--count must be at most 1000000 in one run; got 1000000000000, so go on from "
+                "there with --seed."
+            ),
         ),
         (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
         (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.conftest import pixels, record
 
 from ddim.cli import main
-from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
+from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
 
 
 def sample(model, out, *options):
@@ -258,7 +258,7 @@ def test_what_is_not_used_is_told_in_a_line(tiny_text, tmp_path, capsys):
     )
     told = capsys.readouterr().err
     assert (
-        "ddim: warning: a prompt has 11 tokens and the text encoder reads 10; this was cut off: 'background'."
-        in told
+        "ddim: warning: a prompt has 11 tokens and the text encoder reads 10; this was cut off: "
+        "'background'." in told
     )
     assert "ddim: warning: the negative prompt is ignored: guidance is off" in told

@@ -327,8 +327,8 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(
     }
     assert record(out)["protocol"]["timesteps"] == {"fitted": [[18, 9, 2]], "otherwise": "trailing"}
     assert (
-        "DDIM of order 2, trailing timesteps, at 3 steps the model's fitted timesteps, clipping none"
-        in (out / "table.md").read_text()
+        "DDIM of order 2, trailing timesteps, at 3 steps the model's fitted timesteps, clipping "
+        "none" in (out / "table.md").read_text()
     )
     path.write_text(json.dumps(config | {"fitted_timesteps": [[17, 9, 2]]}))
     assert run(folder, reference, out, "--eta", 0, "--steps", "2,3") == 2

@@ -75,8 +75,10 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     with Image.open(tmp_path / "images" / "000001.png") as picture:
         assert picture.size == (28, 28)
     code = (
-        "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]); p.set_progress_bar_config(disable=True);"
-        "assert p(num_inference_steps=2).images[0].size == (28, 28); assert 'ddim' not in sys.modules"
+        "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]); "
+        "p.set_progress_bar_config(disable=True);"
+        "assert p(num_inference_steps=2).images[0].size == (28, 28); assert 'ddim' not in "
+        "sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
 
@@ -186,7 +188,8 @@ def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_n
     (out / "000000.png").touch()
     assert main(run) == 2
     assert capsys.readouterr().err == (
-        f"ddim: {out} holds the results of another command (run.json), and no checkpoint of a run; use another --out.\n"
+        f"ddim: {out} holds the results of another command (run.json), and no checkpoint of a run; "
+        "use another --out.\n"
     )
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "run.json"]
     (out / "run.json").unlink()
@@ -199,7 +202,8 @@ def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_n
     )
     assert main(run) == 0
     assert capsys.readouterr().out == (
-        f"The run was finished already, after 2 steps, and nothing was trained.\nThe model is in {out}; sample it with: ddim sample {out}\n"
+        "The run was finished already, after 2 steps, and nothing was trained.\nThe model is in "
+        f"{out}; sample it with: ddim sample {out}\n"
     )
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
     shutil.rmtree(out / "unet")  # a model that is not whole is written anew
@@ -241,7 +245,8 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert main(["train", "--data", "owner/set", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        "ddim: there is no folder or file 'owner/set' here, and the hub cannot be reached (no route to the hub); "
+        "ddim: there is no folder or file 'owner/set' here, and the hub cannot be reached (no "
+        "route to the hub); "
         "check the path if one was meant, else the network.\n"
     )
     assert not (tmp_path / "out").exists()

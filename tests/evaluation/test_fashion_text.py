@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddim.data.fashion_text import COLOURS, GARMENTS, combine, compose, extract_garments, hues
 from ddim.evaluation.classifier import load_classifier
 from ddim.evaluation.fashion_text import (
     Asked,
@@ -18,7 +19,6 @@ from ddim.evaluation.fashion_text import (
     saturated,
     summarise,
 )
-from ddim.training.fashion_text import COLOURS, GARMENTS, combine, compose, extract_garments, hues
 
 PALETTE = list(hues().values())
 

@@ -1,8 +1,10 @@
-"""Records say what was measured; on Gaussian data the theory beside them is met by exact sampling."""
+"""Records say what was measured; on Gaussian data the theory beside them is met by exact
+sampling."""
 
 import pytest
 import torch
 
+from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.evaluation.fashion_text import Judged
 from ddim.evaluation.flaws import (
     TRAININGS,
@@ -15,7 +17,6 @@ from ddim.evaluation.flaws import (
     twins,
     unconditional_records,
 )
-from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 
 LEAKY = NoiseSchedule.from_betas(make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012))
 ZERO = NoiseSchedule.from_betas(
@@ -85,7 +86,8 @@ def test_exact_sampling_of_gaussian_brightness_meets_the_theory(schedule, first,
     mean, std, n = -0.4, 0.6, 16
     noise = torch.randn(200_000, 1, dtype=torch.float64)
     real = mean + std * torch.randn(200_000, 1, dtype=torch.float64)
-    # the exact flow from level t carries x to the data's quantile: N(a mu, a^2 s^2 + sigma^2) -> N(mu, s^2), all times n
+    # the exact flow from level t carries x to the data's quantile: N(a mu, a^2 s^2 + sigma^2) ->
+    # N(mu, s^2), all times n
     alpha_bar = schedule.alpha_bar(first)
     s, mu = n * std, n * mean
     made = (

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddim.checkpoints import embedded_models, file_hash
 from ddim.errors import CheckpointError, DataError, DDIMError
 from ddim.evaluation import metrics
 from ddim.evaluation.classifier import FOLDER, load_classifier
@@ -26,7 +25,9 @@ from ddim.evaluation.protocol import (
     sample_cuts,
 )
 from ddim.evaluation.statistics import Statistics, frechet_distance
-from ddim.images import from_uint8
+from ddim.files import file_hash
+from ddim.models.checkpoints import embedded_models
+from ddim.models.images import from_uint8
 
 SHAPE = (1, 28, 28)
 
@@ -286,7 +287,9 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
             load_panel([f"kid-{name}"], image_shape=SHAPE, weights={name: tmp_path})
     with pytest.raises(
         DDIMError,
-        match="weights are given for inception, and no metric uses them; add one such as fd-inception",
+        match=(
+            "weights are given for inception, and no metric uses them; add one such as fd-inception"
+        ),
     ):
         load_panel(["kid-pixels"], image_shape=SHAPE, weights={"inception": tmp_path})
 
@@ -321,7 +324,10 @@ def test_missing_weights_say_where_they_come_from(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
         CheckpointError,
-        match=r"download weights-inception-2015-12-05-6726825d.pth from the releases of https://github.com",
+        match=(
+            r"download weights-inception-2015-12-05-6726825d.pth from the releases of "
+            r"https://github.com"
+        ),
     ):
         load_extractor("inception", image_shape=(3, 32, 32))
     (tmp_path / "pickle.pth").write_bytes(b"no weights")

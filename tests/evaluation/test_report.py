@@ -1,4 +1,5 @@
-"""Tables: ratios compare equal numbers of images, and the paper's numbers stand beside ours as what they are."""
+"""Tables: ratios compare equal numbers of images, and the paper's numbers stand beside ours as what
+they are."""
 
 import csv
 import io

@@ -127,7 +127,10 @@ def test_a_preset_that_does_not_exist(words):
         ({"preview_steps": 0}, "preview_steps must be at least 1; got 0"),
         (
             {"attention_head_dim": 33, "attention_levels": 9},
-            "attention_head_dim must be at most 32, the fewest channels that have attention; got 33",
+            (
+                "attention_head_dim must be at most 32, the fewest channels that have attention; "
+                "got 33"
+            ),
         ),
         (
             {"attention_head_dim": 129, "attention_levels": 0},

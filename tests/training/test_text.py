@@ -13,13 +13,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddim.checkpoints import file_hash, noise_schedule, weight_hash
-from ddim.denoiser import ModelDenoiser
+from ddim.configuration import noise_schedule
+from ddim.core.denoiser import ModelDenoiser
+from ddim.core.noise import seeded_randn
+from ddim.core.sampler import sample
+from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
-from ddim.noise import seeded_randn
-from ddim.sampler import sample
-from ddim.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.timesteps import select_timesteps, step_pairs
+from ddim.files import file_hash
+from ddim.models.checkpoints import weight_hash
 from ddim.training import text, trainer
 from ddim.training.base import open_base
 from ddim.training.checkpoint import make_scheduler
@@ -33,7 +35,8 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 @pytest.fixture(autouse=True)
 def alone(silent_log):
-    """Each test may choose its precision, which accelerate otherwise fixes for the whole process."""
+    """Each test may choose its precision, which accelerate otherwise fixes for the whole
+    process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -452,7 +455,8 @@ def test_without_options_the_base_says_what_is_predicted(tmp_path, tiny_text, sq
     ],
 )
 def test_well_known_checkpoints_become_zero_snr_ones(tmp_path, name):
-    """Whatever scheduler they came with, the result walks their betas rescaled, and so without an offset."""
+    """Whatever scheduler they came with, the result walks their betas rescaled, and so without an
+    offset."""
     inherited = json.loads((DATA / "scheduler_configs" / f"{name}.json").read_text())
     options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     made = make_scheduler(config(tmp_path, "base", "data", **options), inherited).config
@@ -511,7 +515,10 @@ def test_each_switch_replaces_what_the_base_says(tmp_path, options, inherited, e
 def test_epsilon_at_zero_terminal_snr_is_refused_whoever_asks_for_it(tmp_path):
     with pytest.raises(
         DDIMError,
-        match="^epsilon prediction cannot be trained at zero terminal SNR, .*; use --prediction-type v_prediction",
+        match=(
+            "^epsilon prediction cannot be trained at zero terminal SNR, .*; use --prediction-type "
+            "v_prediction"
+        ),
     ):
         make_scheduler(
             config(tmp_path, "owner/base", "x", rescale_betas_zero_snr=True),
@@ -587,7 +594,10 @@ def broken(base, folder, **changes):
         ),
         (
             {"unet": {"sample_size": 16}},
-            "makes images of 32x32, and those of the data are 16x16 .*; use --resolution 32, or --from-scratch",
+            (
+                "makes images of 32x32, and those of the data are 16x16 .*; use --resolution 32, "
+                "or --from-scratch"
+            ),
         ),
     ],
 )
@@ -629,11 +639,17 @@ def test_damaged_weights_are_named(tmp_path, tiny_text, squares):
     [
         (
             {"resolution": 15},
-            r"images of 15x15 \(width x height\) cannot be made into latents: the autoencoder of .* divides by 2; use --resolution 16",
+            (
+                r"images of 15x15 \(width x height\) cannot be made into latents: the autoencoder "
+                r"of .* divides by 2; use --resolution 16"
+            ),
         ),
         (
             {"resolution": 32},
-            "makes images of 16x16, and those of the data are 32x32 .*; use --resolution 16, or --from-scratch",
+            (
+                "makes images of 16x16, and those of the data are 32x32 .*; use --resolution 16, "
+                "or --from-scratch"
+            ),
         ),
         (
             {"channels": 1},
@@ -668,7 +684,10 @@ def test_a_text_model_without_transformers(tmp_path, tiny_text, squares, monkeyp
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         DDIMError,
-        match=r"^text models need transformers, which is not installed; run: pip install 'ddim\[text\]'\.$",
+        match=(
+            r"^text models need transformers, which is not installed; run: pip install "
+            r"'ddim\[text\]'\.$"
+        ),
     ):
         train(config(tmp_path, tiny_text, squares))
 
@@ -746,11 +765,17 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
     [
         (
             {"resolution": 16},
-            r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use --channels 1 --resolution 8",
+            (
+                r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use "
+                r"--channels 1 --resolution 8"
+            ),
         ),
         (
             {"class_conditional": True},
-            "knows no classes, and 10 were asked for; leave out --class-conditional, or add --from-scratch",
+            (
+                "knows no classes, and 10 were asked for; leave out --class-conditional, or add "
+                "--from-scratch"
+            ),
         ),
         (
             {"train_text_encoder": True},

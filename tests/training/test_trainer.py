@@ -13,14 +13,14 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from ddim.checkpoints import weight_hash
+from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule
+from ddim.data.sources import load_images
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
-from ddim.schedule import BETA_SCHEDULES, NoiseSchedule
+from ddim.models.checkpoints import weight_hash
 from ddim.training import checkpoint, subject, trainer
 from ddim.training.base import Base
 from ddim.training.checkpoint import latest_checkpoint, prune
 from ddim.training.config import TrainConfig
-from ddim.training.data import load_images
 from ddim.training.ema import EMA, ema_decay_at
 from ddim.training.subject import make_network
 from ddim.training.trainer import NonFiniteLossError, learning_rate_at, train
@@ -40,7 +40,8 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def alone(silent_log):
-    """Each test may choose its precision, which accelerate otherwise fixes for the whole process."""
+    """Each test may choose its precision, which accelerate otherwise fixes for the whole
+    process."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -57,7 +58,8 @@ def record_of(folder):
 
 
 def only_in_training(monkeypatch, replacement):
-    """Puts a function in the place of the training loss, and leaves the one on held-out images alone."""
+    """Puts a function in the place of the training loss, and leaves the one on held-out images
+    alone."""
     usual = trainer.training_loss
 
     def loss(network, x0, **options):
@@ -88,13 +90,17 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path, 
 
 
 def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
-    """A gradient may overflow where the loss does not: the weights are broken one step before the loss tells."""
+    """A gradient may overflow where the loss does not: the weights are broken one step before the
+    loss tells."""
     monkeypatch.setattr(
         trainer, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4
     )
     with pytest.raises(
         NonFiniteLossError,
-        match=r"the largest weight became (nan|inf) at step 4; the last good checkpoint is .*/0000002\.",
+        match=(
+            r"the largest weight became (nan|inf) at step 4; the last good checkpoint is "
+            r".*/0000002\."
+        ),
     ):
         train(config(tmp_path))
     assert steps_in(tmp_path) == [2]
@@ -253,7 +259,10 @@ def test_a_model_of_someone_elses_is_not_replaced(tmp_path, found):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(
         OutputError,
-        match=rf"holds {found} and no checkpoint of a run that made them, and the trained .* use another --out",
+        match=(
+            rf"holds {found} and no checkpoint of a run that made them, and the trained .* use "
+            r"another --out"
+        ),
     ):
         train(config(tmp_path, data="a missing folder/x"))
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == sorted(
@@ -265,17 +274,25 @@ def test_other_options_than_the_folders_are_refused(tmp_path):
     train(config(tmp_path, images=8))
     with pytest.raises(
         CheckpointError,
-        match=r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use another",
+        match=(
+            r"holds a run with learning_rate=0\.0004, and learning_rate=0\.001 was asked for; use "
+            r"another"
+        ),
     ):
         train(config(tmp_path, images=8, learning_rate=1e-3))
     with pytest.raises(
         CheckpointError,
-        match=r"a run that is finished, of images=8; to go on from its model give --base .*, another --out",
+        match=(
+            r"a run that is finished, of images=8; to go on from its model give --base .*, another "
+            r"--out"
+        ),
     ):
         train(config(tmp_path, images=12))
     with pytest.raises(
         CheckpointError,
-        match=r"holds a run with images=8, and images=4 was asked for; use another --out, or the same",
+        match=(
+            r"holds a run with images=8, and images=4 was asked for; use another --out, or the same"
+        ),
     ):
         train(config(tmp_path, images=4))
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
@@ -294,7 +311,10 @@ def test_data_that_changed_are_told_from_the_option_of_the_same_name(tmp_path):
     np.savez(source, images=np.zeros((39, 8, 8), np.uint8))
     with pytest.raises(
         CheckpointError,
-        match=r"out holds a run whose data .*set\.npz had images=40, and there is images=39 now; use another --out, or the data",
+        match=(
+            r"out holds a run whose data .*set\.npz had images=40, and there is images=39 now; use "
+            r"another --out, or the data"
+        ),
     ):
         train(config(out, data=str(source), images=8))
 
@@ -349,7 +369,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name):
     (tmp_path / "checkpoints" / "0000002" / "training" / name).write_bytes(b"words")
     with pytest.raises(
         CheckpointError,
-        match=r"0000002 cannot be (read|restored) \(.*\); delete that folder to go on from an earlier one",
+        match=(
+            r"0000002 cannot be (read|restored) \(.*\); delete that folder to go on from an "
+            r"earlier one"
+        ),
     ):
         train(config(tmp_path, images=8))
 
@@ -379,7 +402,10 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(
 
     with pytest.raises(
         OutputError,
-        match=r"^the checkpoint of step 4 cannot be written to .*/checkpoints \(No space left on device\); mend",
+        match=(
+            r"^the checkpoint of step 4 cannot be written to .*/checkpoints \(No space left on "
+            r"device\); mend"
+        ),
     ):
         train(config(tmp_path), on_progress=fill)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002"]
@@ -391,7 +417,10 @@ def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkey
     monkeypatch.setattr(checkpoint, "weight_hash", full)
     with pytest.raises(
         OutputError,
-        match=r"^the model cannot be written to .* \(No space left on device\); mend that, and the same command",
+        match=(
+            r"^the model cannot be written to .* \(No space left on device\); mend that, and the "
+            r"same command"
+        ),
     ):
         train(config(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
@@ -531,7 +560,9 @@ def test_class_labels_that_are_not_there(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((9, 8, 8), np.uint8))
     with pytest.raises(
         DDIMError,
-        match="a class-conditional model needs labels, and .* has none; leave out --class-conditional",
+        match=(
+            "a class-conditional model needs labels, and .* has none; leave out --class-conditional"
+        ),
     ):
         train(config(tmp_path, data=str(tmp_path / "a.npz"), class_conditional=True))
 

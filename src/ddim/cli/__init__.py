@@ -1,9 +1,8 @@
 """The command line: one file a command; each composes and prints, and computes nothing itself.
 
-A command's module holds ``Command``, a frozen dataclass whose field docstrings are its help; ``defaults(arguments)``, which
-takes presets off the arguments; and ``run(command)``, which may return an exit code. Only the module of the command that was
-asked for is loaded.
-"""
+A command's module holds ``Command``, a frozen dataclass whose field docstrings are its help;
+``defaults(arguments)``, which takes presets off the arguments; and ``run(command)``, which may
+return an exit code. Only the module of the command that was asked for is loaded."""
 
 import difflib
 import importlib
@@ -45,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 1 where the doctor finds an error; 2 on bad input, or where a file cannot be read or written; 130 where the user
-        interrupts. One sentence on standard error says what happened. Anything else is a bug, and shows its traceback.
+        0; 1 where the doctor finds an error; 2 on bad input, or where a file cannot be read or
+        written; 130 where the user interrupts. One sentence on standard error says what happened.
+        Anything else is a bug, and shows its traceback.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -107,10 +107,11 @@ def _parse(module: Any, name: str, arguments: list[str]) -> object:
 
 
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
-    """Calls options in a message as the command line does, where the command has them and they are what is meant.
+    """Calls options in a message as the command line does, where the command has them and they are
+    what is meant.
 
-    They are where they were given, and in a message that names ``num_inference_steps``, which no file of a model holds.
-    """
+    They are where they were given, and in a message that names ``num_inference_steps``, which no
+    file of a model holds."""
     from ddim.cli._arguments import option_names
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}

@@ -1,4 +1,5 @@
-"""Arguments into a command's dataclass, through tyro: comma-separated lists, and errors of one sentence."""
+"""Arguments into a command's dataclass, through tyro: comma-separated lists, and errors of one
+sentence."""
 
 import contextlib
 import difflib
@@ -140,7 +141,8 @@ def _one_sentence(box: str, name: str) -> str:
         choices = [c for c in re.findall(r"'([^']*)'", match[3]) if c != "None"]
         return f"{match[2]} must be one of {', '.join(choices)}; got {match[1]!r}."
     if match := re.match(r"Error parsing (\S+): (.*)", words):
-        # A dataclass that refuses its own fields names them itself; tyro puts the class's name before that.
+        # A dataclass that refuses its own fields names them itself; tyro puts the class's name
+        # before that.
         return f"{match[1]}: {match[2]}" if match[1].startswith("-") else match[2]
     return words or see
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ddim.data.sources import ImageData
     from ddim.evaluation.protocol import Panel
-    from ddim.pipelines import UnconditionalPipeline
-    from ddim.training.data import ImageData
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = [
     "describe_reference",
@@ -39,9 +39,10 @@ def open_reference(
     """The real images, grey or colour as the samples are; with ``resize`` of their size, too.
 
     Raises:
-        DataError: If they are of another size than ``shape`` (C, H, W), that of the samples; ``what`` names those.
+        DataError: If they are of another size than ``shape`` (C, H, W), that of the samples;
+            ``what`` names those.
     """
-    from ddim.training.data import load_images
+    from ddim.data.sources import load_images
 
     data = load_images(
         source, split=split, channels=shape[0], resolution=shape[1:] if resize else None
@@ -49,7 +50,8 @@ def open_reference(
     if data.resolution != shape[1:]:
         told = [f"{width}x{height}" for height, width in (shape[1:], data.resolution)]
         raise DataError(
-            f"{what} has images of {told[0]} and the reference {source} of {told[1]} (width x height), and only equal sizes compare; "
+            f"{what} has images of {told[0]} and the reference {source} of {told[1]} (width x "
+            "height), and only equal sizes compare; "
             "give --resize to bring the reference to the size of the samples."
         )
     return data
@@ -64,10 +66,12 @@ def open_panel(
     counts: Sequence[int],
     available: int,
 ) -> "Panel":
-    """The metrics that were asked for, or those that fit the images and their numbers; ``weights`` are NAME=PATH.
+    """The metrics that were asked for, or those that fit the images and their numbers; ``weights``
+    are NAME=PATH.
 
     Raises:
-        DDIMError: As :func:`~ddim.evaluation.protocol.load_panel` and :meth:`~ddim.evaluation.protocol.Panel.check_counts`.
+        DDIMError: As :func:`~ddim.evaluation.protocol.load_panel` and
+            :meth:`~ddim.evaluation.protocol.Panel.check_counts`.
     """
     from ddim.evaluation.protocol import default_metrics, load_panel
 
@@ -98,18 +102,21 @@ def note_few(
     available: int,
     chosen: bool,
 ) -> None:
-    """Says in a line what few images are too few for; ``chosen``: whether the metrics were asked for, so that none was left out."""
+    """Says in a line what few images are too few for; ``chosen``: whether the metrics were asked
+    for, so that none was left out."""
     from ddim.evaluation.protocol import default_metrics
 
     if absent := [
         name for name in default_metrics(shape) if name not in panel.metrics and not chosen
     ]:
         print(
-            f"note: {min(counts)} samples against {available} real images are too few for {', '.join(absent)}."
+            f"note: {min(counts)} samples against {available} real images are too few for "
+            f"{', '.join(absent)}."
         )
     if min(counts) < FEW:
         print(
-            f"note: numbers of only {min(counts)} images say little; they differ much from seeds to seeds."
+            f"note: numbers of only {min(counts)} images say little; they differ much from seeds "
+            "to seeds."
         )
 
 
@@ -129,7 +136,7 @@ def image_batches(data: "ImageData", indices: Sequence[int]) -> "Iterator[Tensor
     """Images of a data set in [-1, 1], [B, C, H, W]."""
     import torch
 
-    from ddim.images import from_uint8
+    from ddim.models.images import from_uint8
 
     for first in range(0, len(indices), BATCH):
         images = torch.stack([data[i][0] for i in indices[first : first + BATCH]])
@@ -151,10 +158,11 @@ def draw_batches(
     seconds: list[float],
     **options: Any,
 ) -> "Iterator[Tensor]":
-    """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch are added to ``seconds``."""
+    """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch
+    are added to ``seconds``."""
     import numpy as np
 
-    from ddim.images import from_uint8
+    from ddim.models.images import from_uint8
 
     with enough_memory(pipe.device, options["batch_size"]):
         for _, pictures, took in draw(pipe, seeds, label=seed_label(pipe), **options):

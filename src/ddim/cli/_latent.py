@@ -1,4 +1,5 @@
-"""What the commands of the latent space share: images to encode, folders of results, what is told, and the network's calls."""
+"""What the commands of the latent space share: images to encode, folders of results, what is told,
+and the network's calls."""
 
 import contextlib
 import warnings
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddim.cli._run import RunRecord
-    from ddim.pipelines import UnconditionalPipeline
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = [
     "NetworkCalls",
@@ -49,8 +50,8 @@ def check_images(files: Sequence[str] | None, data: str | None) -> None:
     Raises:
         DDIMError: If neither or both are given, or there is no such file.
     """
-    from ddim.images import open_picture
-    from ddim.training.data import check_source
+    from ddim.data.sources import check_source
+    from ddim.models.images import open_picture
 
     if (files is None) == (data is None):
         raise DDIMError(
@@ -78,7 +79,8 @@ def check_first(seed: int, *, files: bool = False) -> None:
 
 
 def beyond(total: int, first: int, count: int | None) -> str | None:
-    """In words, which images --seed and --count ask for, where there are not so many; None where all are there."""
+    """In words, which images --seed and --count ask for, where there are not so many; None where
+    all are there."""
     if count is None:
         return f"image {first}" if 0 < first >= total else None
     return f"images {first} to {first + count - 1}" if first + count > total else None
@@ -95,7 +97,8 @@ def read_images(
     resize: bool = False,
     fixed: int | None = None,
 ) -> Pictures:
-    """Images of the model's size, from files or a data set; of its split ``test`` where it has one and none is named.
+    """Images of the model's size, from files or a data set; of its split ``test`` where it has one
+    and none is named.
 
     Of a data set those with the numbers from ``first`` on, ``count`` of them or all.
 
@@ -105,9 +108,9 @@ def read_images(
     import numpy as np
     import torch
 
-    from ddim.encoding import fingerprint
-    from ddim.images import from_pictures, open_picture
-    from ddim.training.data import load_test_images
+    from ddim.data.sources import load_test_images
+    from ddim.inversion.encoding import fingerprint
+    from ddim.models.images import from_pictures, open_picture
 
     shape, labels = pipe.image_shape, None
     if files is not None:
@@ -155,7 +158,8 @@ def _check_size(what: str, size: tuple[int, int], shape: tuple[int, int, int]) -
 
 
 def begin_run(out: Path, protocol: dict[str, Any], execution: dict[str, Any]) -> "RunRecord":
-    """Makes the folder of results, and says in it what it is for, so that what an interrupted run leaves is known.
+    """Makes the folder of results, and says in it what it is for, so that what an interrupted run
+    leaves is known.
 
     Returns:
         What an earlier run of the same protocol recorded there; else an empty record.
@@ -171,7 +175,8 @@ def begin_run(out: Path, protocol: dict[str, Any], execution: dict[str, Any]) ->
     )
     if there is None and results:
         raise OutputError(
-            f"{out} holds files and no run.json of this command; use another --out, or delete that folder."
+            f"{out} holds files and no run.json of this command; use another --out, or delete that "
+            "folder."
         )
     before = check_protocol(
         out, protocol, empty=there is not None and not there.results and not results
@@ -210,14 +215,16 @@ class NetworkCalls:
         self.images += len(inputs[0])
 
     def each(self, count: int) -> float:
-        """Calls for each of so many images: a whole number, but for images that were encoded in different numbers."""
+        """Calls for each of so many images: a whole number, but for images that were encoded in
+        different numbers."""
         return self.images // count if self.images % count == 0 else self.images / count
 
 
 @contextlib.contextmanager
 def unsolved_steps() -> Iterator[list[str]]:
-    """Collects what implicit encoders tell of steps that they could not solve; other warnings go on."""
-    from ddim.inversion import ConvergenceWarning
+    """Collects what implicit encoders tell of steps that they could not solve; other warnings go
+    on."""
+    from ddim.inversion.ddim import ConvergenceWarning
 
     told: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -233,7 +240,8 @@ def unsolved_steps() -> Iterator[list[str]]:
 
 
 def tell_unsolved(steps: Sequence[str]) -> str:
-    """The sentence about what :func:`unsolved_steps` collected, to be put behind others; empty for nothing."""
+    """The sentence about what :func:`unsolved_steps` collected, to be put behind others; empty for
+    nothing."""
     if not steps:
         return ""
     count = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
@@ -244,7 +252,8 @@ def note_levels(asked: Sequence[int], used: Sequence[int]) -> None:
     """Says in one line where codes lie, if that is not the first level that was asked for."""
     if used[0] != asked[0]:
         print(
-            f"note: level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at level {used[0]}."
+            f"note: level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at "
+            f"level {used[0]}."
         )
 
 

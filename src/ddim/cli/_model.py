@@ -1,4 +1,5 @@
-"""What the commands that draw from a model share: where they compute, what a protocol says of the model, and the batches."""
+"""What the commands that draw from a model share: where they compute, what a protocol says of the
+model, and the batches."""
 
 import contextlib
 import itertools
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddim.errors import CheckpointError, DDIMError
 
 if TYPE_CHECKING:
-    from ddim.denoiser import Clip
-    from ddim.pipelines import UnconditionalPipeline
+    from ddim.core.denoiser import Clip
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ def check_positive(command: object, *names: str) -> None:
 
 
 def quiet_libraries(*, text: bool = False) -> None:
-    """Leaves out the bars and remarks of the libraries that open models; ``text`` for transformers, too, where it is installed."""
+    """Leaves out the bars and remarks of the libraries that open models; ``text`` for transformers,
+    too, where it is installed."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
@@ -72,25 +74,28 @@ def open_model(
     """
     import torch
 
-    from ddim.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
-    from ddim.pipelines import UnconditionalPipeline
+    from ddim.models.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
     quiet_libraries()
     folder = find_model(name)
     if read_model_index(folder).get("_class_name") in STABLE_DIFFUSION:
         raise CheckpointError(
-            f"{name} makes images of prompts, and this command takes models without text; draw with `ddim sample {name} --prompt TEXT`, "
+            f"{name} makes images of prompts, and this command takes models without text; draw "
+            f"with `ddim sample {name} --prompt TEXT`, "
             "whose folder `ddim evaluate` measures, or encode images from Python with pipe.encode."
         )
     pipe = UnconditionalPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     if pipe.image_shape[0] not in (1, 3):
         raise DDIMError(
-            f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; sample it from Python."
+            f"{name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or 3; "
+            "sample it from Python."
         )
     kind = pipe.unet.config.get("class_embed_type")
     if kind is not None and not pipe.unet.config.get("num_class_embeds"):
         raise DDIMError(
-            f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its class_labels from Python."
+            f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its "
+            "class_labels from Python."
         )
     return pipe, folder
 
@@ -99,7 +104,8 @@ def check_class(pipe: "UnconditionalPipeline", fixed: int | None, *, required: b
     """How many classes the model knows; 0 for a model without.
 
     Raises:
-        DDIMError: If ``fixed``, the --class that was given, is none of them, or was required and not given.
+        DDIMError: If ``fixed``, the --class that was given, is none of them, or was required and
+            not given.
     """
     classes = int(pipe.unet.config.get("num_class_embeds") or 0)
     if fixed is not None and not 0 <= fixed < classes:
@@ -111,7 +117,8 @@ def check_class(pipe: "UnconditionalPipeline", fixed: int | None, *, required: b
         raise DDIMError(f"--class {told}; got {fixed}.")
     if fixed is None and required and classes:
         raise DDIMError(
-            f"the model is class-conditional: name the images' class with --class, from 0 to {classes - 1}."
+            "the model is class-conditional: name the images' class with --class, from 0 to "
+            f"{classes - 1}."
         )
     return classes
 
@@ -120,7 +127,7 @@ def sampling_evaluations(
     pipe: "UnconditionalPipeline", sampler: str, timesteps: Sequence[int]
 ) -> int:
     """Network calls an image that a sampler makes over these levels."""
-    from ddim.reversible import REVERSIBLE, ReversibleSampler
+    from ddim.inversion.reversible import REVERSIBLE, ReversibleSampler
 
     if sampler not in REVERSIBLE:
         return len(timesteps)
@@ -140,14 +147,16 @@ def enough_memory(device: Any, batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise DDIMError(
-            f"{device} has too little memory for {batch_size} images at once; give a smaller --batch-size."
+            f"{device} has too little memory for {batch_size} images at once; give a smaller "
+            "--batch-size."
         ) from None
 
 
 def seed_label(
     pipe: "UnconditionalPipeline", fixed: int | None = None
 ) -> Callable[[int], dict[str, int]]:
-    """``{"class": n}`` of a seed's image: one for all, else the seeds go round the classes; empty for a model without classes."""
+    """``{"class": n}`` of a seed's image: one for all, else the seeds go round the classes; empty
+    for a model without classes."""
     classes = pipe.unet.config.get("num_class_embeds")
     return lambda seed: {"class": seed % classes if fixed is None else fixed} if classes else {}
 
@@ -162,11 +171,12 @@ def describe_model(
     fixed: int | None = None,
     classes: str = "seed modulo the number of classes",
 ) -> dict[str, Any]:
-    """The part of a protocol that says which network is sampled, for which classes, and how its prediction is read.
+    """The part of a protocol that says which network is sampled, for which classes, and how its
+    prediction is read.
 
-    ``fixed`` is the class of all images; without it, ``classes`` says where those of a class-conditional model come from.
-    """
-    from ddim.checkpoints import weight_hash
+    ``fixed`` is the class of all images; without it, ``classes`` says where those of a
+    class-conditional model come from."""
+    from ddim.models.checkpoints import weight_hash
 
     config = pipe.scheduler.config
     names = (
@@ -205,14 +215,17 @@ def draw(
     label: Callable[[int], dict[str, int]],
     **options: Any,
 ) -> Iterator[tuple[list[int], Any, float]]:
-    """Draws batch by batch: the seeds, their images of the ``output_type`` asked for, and the seconds that took.
+    """Draws batch by batch: the seeds, their images of the ``output_type`` asked for, and the
+    seconds that took.
 
     Args:
         pipe: The model.
         seeds: One an image.
         batch_size: Images drawn together.
-        fill: Whether a short last batch is filled up, and the surplus dropped: a compiled network is compiled for one size.
-        label: ``{"class": n}`` of a seed's image, or an empty dictionary for a model without classes.
+        fill: Whether a short last batch is filled up, and the surplus dropped: a compiled network
+            is compiled for one size.
+        label: ``{"class": n}`` of a seed's image, or an empty dictionary for a model without
+            classes.
         **options: Of the pipeline's call.
     """
 
@@ -226,7 +239,8 @@ def draw(
 def in_batches(
     items: Sequence[T], make: Callable[[list[T]], Any], *, batch_size: int, fill: bool
 ) -> Iterator[tuple[list[T], Any, float]]:
-    """Makes the images of items batch by batch: the items, their images, and the seconds that took; arguments as :func:`draw`."""
+    """Makes the images of items batch by batch: the items, their images, and the seconds that took;
+    arguments as :func:`draw`."""
     size = min(batch_size, len(items))
     for first in range(0, len(items), max(1, size)):
         batch = list(items[first : first + size])
@@ -237,7 +251,8 @@ def in_batches(
 
 @contextlib.contextmanager
 def progress_bar(pipe: Any, total: int | None) -> Iterator[Any]:
-    """A bar on the terminal that standard error is, or None where it is none; ``total`` is None where nobody knows it."""
+    """A bar on the terminal that standard error is, or None where it is none; ``total`` is None
+    where nobody knows it."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -258,7 +273,8 @@ def find_device(name: str) -> Any:
     """
     import torch
 
-    # Torch lets GPUs convolve float32 numbers in TF32, of 10 bits: images of a seed would be other ones than a CPU's.
+    # Torch lets GPUs convolve float32 numbers in TF32, of 10 bits: images of a seed would be other
+    # ones than a CPU's.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if name == "auto":
@@ -279,7 +295,8 @@ def find_device(name: str) -> Any:
         ).cpu()  # a device that holds no numbers, such as meta, is of no use either
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DDIMError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try auto or cpu."
+            f"--device {name} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); try "
+            "auto or cpu."
         ) from None
     return device
 

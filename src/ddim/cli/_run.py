@@ -1,9 +1,9 @@
-"""``run.json``: what a command was asked, what it made, and how long that took; docs/run-json.md describes its keys."""
+"""``run.json``: what a command was asked, what it made, and how long that took; docs/run-json.md
+describes its keys."""
 
-import contextlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import Any
 
 from ddim import __version__
 from ddim.errors import OutputError
+from ddim.files import write_text
 
 __all__ = [
     "IDENTITY",
     "NAME",
     "RunRecord",
-    "alone",
     "check_protocol",
     "read_run",
     "versions",
@@ -56,7 +56,8 @@ IDENTITY = (
     "repeats",
     "seed",
 )
-"""The keys of a protocol in which two runs must agree to share a folder; one that is absent counts as null."""
+"""The keys of a protocol in which two runs must agree to share a folder; one that is absent counts
+as null."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class RunRecord:
     """The contents of a ``run.json``."""
 
     protocol: dict[str, Any]
-    """What was asked, resolved: the model with its weight hash, and every option that can change a result."""
+    """What was asked, resolved: the model with its weight hash, and every option that can change a
+    result."""
     results: list[dict[str, Any]]
     """One flat record a measured thing."""
     seconds: float
@@ -72,7 +74,8 @@ class RunRecord:
     seconds_total: float
     """The whole command."""
     evaluations: float
-    """Network calls an image; a whole number, but where images were encoded in different numbers of them."""
+    """Network calls an image; a whole number, but where images were encoded in different numbers of
+    them."""
     execution: dict[str, Any]
     """What may differ between runs of one protocol: count, batch size, device, compile."""
     versions: dict[str, str]
@@ -86,29 +89,6 @@ def versions() -> dict[str, str]:
         "ddim": __version__,
         **{name: version(name) for name in ("torch", "diffusers", "numpy")},
     }
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keeps a folder, which is made where there is none, to one run at a time; the system lets go of it however the run ends.
-
-    Raises:
-        OutputError: If another run has it.
-    """
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"{folder} is being written by another run; wait for it, or use another --out."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_run(folder: Path) -> RunRecord | None:
@@ -128,26 +108,27 @@ def read_run(folder: Path) -> RunRecord | None:
         return None
     except (ValueError, TypeError) as error:
         raise OutputError(
-            f"{path} is not a record of this program ({error}); use another --out, or delete that folder."
+            f"{path} is not a record of this program ({error}); use another --out, or delete that "
+            "folder."
         ) from error
 
 
 def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
     """Writes the record, whole or not at all."""
-    from ddim.images import write_atomically
-
-    write_atomically(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+    write_text(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
 
 
 def check_protocol(
     folder: Path, protocol: Mapping[str, Any], *, empty: bool = False
 ) -> RunRecord | None:
-    """The record of an earlier run of the same protocol in this folder, or None where there was none.
+    """The record of an earlier run of the same protocol in this folder, or None where there was
+    none.
 
     Args:
         folder: Where results are to be put.
         protocol: Of the new run.
-        empty: Whether the folder holds no results: then what an earlier run of the same command began is forgotten.
+        empty: Whether the folder holds no results: then what an earlier run of the same command
+            began is forgotten.
 
     Raises:
         OutputError: If the folder holds results of another protocol; the message says what differs.
@@ -165,7 +146,8 @@ def check_protocol(
             for k in changed
         )
         raise OutputError(
-            f"{folder} holds results of another protocol: {told}. Use another --out, or delete that folder."
+            f"{folder} holds results of another protocol: {told}. Use another --out, or delete "
+            "that folder."
         )
     return record
 

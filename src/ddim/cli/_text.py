@@ -1,4 +1,5 @@
-"""What commands ask of models of text: prompts from arguments and files, and guidance as the model's card has it."""
+"""What commands ask of models of text: prompts from arguments and files, and guidance as the
+model's card has it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from ddim.errors import DataError, DDIMError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ddim.pipelines import UnconditionalPipeline
-    from ddim.text_to_image import ImageToImagePipeline, TextToImagePipeline
+    from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["Item", "TextOptions", "TextRequest", "open_any", "read_prompts"]
 
@@ -51,7 +52,8 @@ class Item:
 
     @classmethod
     def of(cls, stem: str) -> "Item | None":
-        """The item whose picture has this name without its ending; None for the name of another file."""
+        """The item whose picture has this name without its ending; None for the name of another
+        file."""
         *prompt, seed = stem.split("-")
         if len(prompt) > 1 or not all(part.isdigit() for part in (*prompt, seed)) or len(seed) < 6:
             return None
@@ -85,9 +87,9 @@ class TextRequest:
         Raises:
             DDIMError: If they do not go with the model, or are out of range.
         """
-        from ddim.checkpoints import read_guidance
-        from ddim.guidance import check_rescale, check_scale
-        from ddim.pipelines import UnconditionalPipeline
+        from ddim.core.guidance import check_rescale, check_scale
+        from ddim.models.checkpoints import read_guidance
+        from ddim.pipelines.unconditional import UnconditionalPipeline
 
         names = ("negative_prompt", "guidance_scale", "guidance_rescale")
         options = {name: getattr(command, name) for name in names} | {
@@ -99,12 +101,14 @@ class TextRequest:
             if command.prompt or given:
                 option = "prompt" if command.prompt else given[0].replace("_", "-")
                 raise DDIMError(
-                    f"--{option} is for models of text, and {command.model} was trained without; leave it out."
+                    f"--{option} is for models of text, and {command.model} was trained without; "
+                    "leave it out."
                 )
             return None
         if not command.prompt:
             raise DDIMError(
-                f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line."
+                f"{command.model} makes images of prompts: give --prompt TEXT, or --prompt "
+                "FILE.txt with one in a line."
             )
         card = read_guidance(folder)
         scale = (
@@ -122,7 +126,8 @@ class TextRequest:
         prompts = tuple(read_prompts(command.prompt))
         if strength is not None and image is None:
             raise DDIMError(
-                "--strength says how much of --image is kept; give an image with it, or leave it out."
+                "--strength says how much of --image is kept; give an image with it, or leave it "
+                "out."
             )
         picture, described = _read_image(image, pipe)
         told = {
@@ -173,7 +178,8 @@ class TextRequest:
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
-    """Prompts from the command line, where ``FILE.txt`` stands for the lines of that file that are not empty.
+    """Prompts from the command line, where ``FILE.txt`` stands for the lines of that file that are
+    not empty.
 
     Raises:
         DataError: If there is no such file, or it holds none.
@@ -187,7 +193,8 @@ def read_prompts(given: Sequence[str]) -> list[str]:
             lines = [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be read ({error})."
+                f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be "
+                f"read ({error})."
             ) from error
         if not any(lines):
             raise DataError(f"--prompt {text}: the file holds no prompt; write one in a line.")
@@ -199,9 +206,9 @@ def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, s
     """The picture to begin with, and its name and hash."""
     if path is None:
         return None, None
-    from ddim.checkpoints import file_hash
-    from ddim.images import open_picture
-    from ddim.text_inputs import prepare_images
+    from ddim.files import file_hash
+    from ddim.models.images import open_picture
+    from ddim.pipelines.text_inputs import prepare_images
 
     picture = open_picture(path)
     try:
@@ -218,20 +225,21 @@ def open_any(
     dtype: str,
     image: bool,
 ) -> "tuple[UnconditionalPipeline | TextToImagePipeline | ImageToImagePipeline, Path]":
-    """The pipeline of a model with or without text, and its folder; ``image`` asks for image-to-image.
+    """The pipeline of a model with or without text, and its folder; ``image`` asks for
+    image-to-image.
 
     Raises:
         CheckpointError: If there is no such model, or it is of another kind.
         DDIMError: If its images are no pictures, or transformers is not installed.
     """
-    from ddim.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
+    from ddim.models.checkpoints import STABLE_DIFFUSION, find_model, read_model_index
 
     folder = find_model(name)
     if read_model_index(folder).get("_class_name") not in STABLE_DIFFUSION:
         return open_model(name, device=device, dtype=dtype)
     import torch
 
-    from ddim.pipelines import text_pipeline
+    from ddim.pipelines.unconditional import text_pipeline
 
     quiet_libraries(text=True)
     kind = text_pipeline("StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline")

@@ -1,4 +1,5 @@
-"""``ddim consistency``: what the same latents become under other steps and samplers: the paper's Figure 5, with numbers."""
+"""``ddim consistency``: what the same latents become under other steps and samplers: the paper's
+Figure 5, with numbers."""
 
 import time
 from dataclasses import dataclass
@@ -32,10 +33,11 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Command:
-    """Draws the same latents with other steps and samplers, and measures how far each is from the longest trajectory.
+    """Draws the same latents with other steps and samplers, and measures how far each is from the
+    longest trajectory.
 
-    With 1000 steps among them, that distance is the ODE error: mean squared error per dimension, pixels in [0, 1], no clipping.
-    """
+    With 1000 steps among them, that distance is the ODE error: mean squared error per dimension,
+    pixels in [0, 1], no clipping."""
 
     model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id; none of text."""
@@ -72,17 +74,19 @@ def run(command: Command) -> None:
     if unknown or not command.sampler or not command.steps:
         told = f"{unknown[0]!r}" if unknown else "nothing"
         raise DDIMError(
-            f"--sampler must name some of {', '.join(SAMPLERS)}, and --steps some numbers; got {told}."
+            f"--sampler must name some of {', '.join(SAMPLERS)}, and --steps some numbers; got "
+            f"{told}."
         )
 
     import numpy as np
     import torch
 
     from ddim.cli._run import RunRecord, versions, write_run
-    from ddim.encoding import reconstruction_error
+    from ddim.core.noise import check_seeds
     from ddim.evaluation.report import check_plots, save_lines, text_table
-    from ddim.images import make_grid, save_png, to_uint8, write_atomically
-    from ddim.noise import check_seeds
+    from ddim.files import write_text
+    from ddim.inversion.encoding import reconstruction_error
+    from ddim.models.images import make_grid, save_png, to_uint8
 
     check_plots()
     device = find_device(command.device)
@@ -162,10 +166,12 @@ def run(command: Command) -> None:
         rows.append([r["sampler"], str(r["steps"]), f"{r['mse']:.2e}", told, str(r["evaluations"])])
     head = (
         f"# {command.model}: one latent under other trajectories\n\n"
-        f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM from the same {command.count} latents; "
-        f"{spacing} timesteps, no clipping. In sheet.png a row is a latent, and the columns are the rows of this table, in order.\n\n"
+        f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM from "
+        f"the same {command.count} latents; "
+        f"{spacing} timesteps, no clipping. In sheet.png a row is a latent, and the columns are "
+        "the rows of this table, in order.\n\n"
     )
-    write_atomically(out / "table.md", head + text_table(rows))
+    write_text(out / "table.md", head + text_table(rows))
     lines = {
         s: [(r["evaluations"], r["mse"]) for r in results if r["sampler"] == s and r["mse"] > 0]
         for s in command.sampler
@@ -192,5 +198,6 @@ def run(command: Command) -> None:
     )
     write_run(out, record)
     print(
-        f"{len(results)} trajectories of {len(seeds)} latents; the table is {out / 'table.md'}, beside a plot and a sheet."
+        f"{len(results)} trajectories of {len(seeds)} latents; the table is {out / 'table.md'}, "
+        "beside a plot and a sheet."
     )

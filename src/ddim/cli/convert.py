@@ -11,10 +11,12 @@ __all__ = ["Command", "defaults", "run"]
 
 @dataclass(frozen=True)
 class Command:
-    """Converts a checkpoint of ermongroup/ddim or openai/improved-diffusion; no code out of the file is run."""
+    """Converts a checkpoint of ermongroup/ddim or openai/improved-diffusion; no code out of the
+    file is run."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A file of weights: safetensors, a state dict, or a training checkpoint (the averaged weights are taken)."""
+    """A file of weights: safetensors, a state dict, or a training checkpoint (the averaged weights
+    are taken)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the model; it must not exist."""
     layout: Literal["ddim", "improved-diffusion"] | None = None
@@ -44,7 +46,7 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 def run(command: Command) -> None:
     """Reads, renames, writes, and says how to sample the result."""
-    from ddim.conversion import convert, read_state_dict, write_model
+    from ddim.models.conversion import convert, read_state_dict, write_model
 
     converted = convert(
         read_state_dict(Path(command.checkpoint)),
@@ -61,7 +63,8 @@ def run(command: Command) -> None:
     count = sum(weight.numel() for weight in converted.state.values())
     unet, levels = converted.unet, converted.scheduler["num_train_timesteps"]
     print(
-        f"{len(converted.state)} tensors, {count} parameters, from the layout of {converted.layout}."
+        f"{len(converted.state)} tensors, {count} parameters, from the layout of "
+        f"{converted.layout}."
     )
     heads = (
         f", {command.num_heads or 4} heads of attention"
@@ -69,12 +72,14 @@ def run(command: Command) -> None:
         else ""
     )
     print(
-        f"Weights do not tell what follows, so it is as you said, or assumed: {command.prediction_type} prediction, "
+        "Weights do not tell what follows, so it is as you said, or assumed: "
+        f"{command.prediction_type} prediction, "
         f"{command.beta_schedule} betas, {command.num_train_timesteps} levels{heads}."
     )
     if levels != command.num_train_timesteps:
         print(
-            f"Every {command.num_train_timesteps // levels}th level is kept: those at which the network is told a whole number."
+            f"Every {command.num_train_timesteps // levels}th level is kept: those at which the "
+            "network is told a whole number."
         )
     if unet["out_channels"] == 2 * unet["in_channels"]:
         print("The network predicts a variance too; DDIM does not use it.")

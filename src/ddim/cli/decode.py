@@ -21,11 +21,13 @@ class Command:
     """Turns a code file back into pictures: one file an image, and a grid of the first 64."""
 
     model: ModelArgument = "fashion-mnist"
-    """The model that encoded: an embedded model, a folder in diffusers format, or a hub id; none of text."""
+    """The model that encoded: an embedded model, a folder in diffusers format, or a hub id; none of
+    text."""
     code: str = "code.safetensors"
     """The file that `ddim encode` wrote."""
     steps: int | None = None
-    """Other steps than the code's, which only codes of fixed-point and ddim take; they begin where the code lies."""
+    """Other steps than the code's, which only codes of fixed-point and ddim take; they begin where
+    the code lies."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Of those steps."""
     seed: int = 0
@@ -55,14 +57,15 @@ def run(command: Command) -> None:
     import numpy as np
 
     from ddim.cli._run import RunRecord, versions, write_run
-    from ddim.codes import load_code
-    from ddim.encoding import fingerprint
-    from ddim.images import make_grid, save_png
+    from ddim.inversion.codes import load_code
+    from ddim.inversion.encoding import fingerprint
+    from ddim.models.images import make_grid, save_png
 
     whole = load_code(command.code)
     if missing := beyond(len(whole), command.seed, command.count):
         raise DDIMError(
-            f"{command.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and --count ask for {missing}."
+            f"{command.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and --count "
+            f"ask for {missing}."
         )
     code = whole[command.seed : None if command.count is None else command.seed + command.count]
     device = find_device(command.device)
@@ -75,7 +78,8 @@ def run(command: Command) -> None:
     timesteps = pipe.decoding_timesteps(code, steps, timestep_spacing=command.spacing)
     if steps is not None and len(timesteps) != steps:
         print(
-            f"note: the code lies at level {timesteps[0]}; {steps - len(timesteps)} of the {steps} levels are not below it."
+            f"note: the code lies at level {timesteps[0]}; {steps - len(timesteps)} of the {steps} "
+            "levels are not below it."
         )
     protocol = {
         "command": "decode",
@@ -122,5 +126,6 @@ def run(command: Command) -> None:
     )
     write_run(out, record)
     print(
-        f"{len(pictures)} images decoded in {seconds:.1f} s; they are in {out}, together in {out / 'grid.png'}."
+        f"{len(pictures)} images decoded in {seconds:.1f} s; they are in {out}, together in "
+        f"{out / 'grid.png'}."
     )

@@ -1,4 +1,5 @@
-"""``ddim doctor``: tells what is wrong with a model's noise schedule and sampler, and what it costs."""
+"""``ddim doctor``: tells what is wrong with a model's noise schedule and sampler, and what it
+costs."""
 
 import difflib
 import importlib.util
@@ -17,10 +18,10 @@ from ddim.cli._arguments import EtaOption, TimestepsOption
 from ddim.errors import CheckpointError, DDIMError, OutputError
 
 if TYPE_CHECKING:
-    from ddim.checks import Finding, Model, Severity
-    from ddim.doctor import Diagnosis
-    from ddim.prior import DataPrior
-    from ddim.symptoms import Brightness, Probe
+    from ddim.core.prior import DataPrior
+    from ddim.doctor.checks import Finding, Model, Severity
+    from ddim.doctor.report import Diagnosis
+    from ddim.doctor.symptoms import Brightness, Probe
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -41,13 +42,15 @@ _COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 
 @dataclass(frozen=True)
 class Command:
-    """Looks a scheduler's configuration over: every finding with its numbers, what it does to images, and the keys that mend it.
+    """Looks a scheduler's configuration over: every finding with its numbers, what it does to
+    images, and the keys that mend it.
 
     Needs no weights. Exits with 1 if there is an error.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or card.json of a training run."""
+    """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or
+    card.json of a training run."""
     steps: int | None = None
     """DDIM steps that you sample with; by default 50, and a finding that says so."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
@@ -67,11 +70,14 @@ class Command:
     brightness: tuple[float, ...] | None = None
     """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
     prior: str | None = None
-    """Write what --data tells of the images' mean colours into this file, for `ddim sample --prior`."""
+    """Write what --data tells of the images' mean colours into this file, for `ddim sample
+    --prior`."""
     probe: bool = False
-    """Call the network a few times on --data: what does it predict, and was it trained at the last level?"""
+    """Call the network a few times on --data: what does it predict, and was it trained at the last
+    level?"""
     fix: str | None = None
-    """Write a corrected configuration into this new file or folder; what needs training is left as it is."""
+    """Write a corrected configuration into this new file or folder; what needs training is left as
+    it is."""
     plot: str | None = None
     """Draw log-SNR, visited levels and step sizes of each spacing into this PNG."""
     json: bool = False
@@ -116,10 +122,10 @@ def run(command: Command) -> int:
             "--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data."
         )
 
-    from ddim.checkpoints import read_guidance
-    from ddim.checks import json_numbers
-    from ddim.doctor import diagnose
-    from ddim.images import write_atomically
+    from ddim.doctor.checks import json_numbers
+    from ddim.doctor.report import diagnose
+    from ddim.files import write_text
+    from ddim.models.checkpoints import read_guidance
 
     config, model, folder = _read(command)
     brightness, prior, probe = _look_at_data(command, config, model, folder)
@@ -152,12 +158,15 @@ def run(command: Command) -> int:
         _report(command.source, diagnosis, probe)
     say = sys.stderr if command.json else sys.stdout
     if prior is not None and command.prior:
-        write_atomically(
+        write_text(
             command.prior,
             json.dumps({**asdict(prior), "data": command.data}, sort_keys=True) + "\n",
         )
         print(
-            f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior {command.prior}",
+            (
+                f"The prior is in {command.prior}; use it with: ddim sample MODEL --prior "
+                f"{command.prior}"
+            ),
             file=say,
         )
     if fixed is not None:
@@ -173,13 +182,14 @@ def run(command: Command) -> int:
 
 
 def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
-    """The scheduler's configuration, what lies beside it about the model, and the model's folder if there is one.
+    """The scheduler's configuration, what lies beside it about the model, and the model's folder if
+    there is one.
 
     Raises:
         CheckpointError: If there is no scheduler, or a file is damaged.
     """
-    from ddim.checkpoints import is_unconditional, read_json, read_model_index, resolve_model
-    from ddim.checks import Model
+    from ddim.doctor.checks import Model
+    from ddim.models.checkpoints import is_unconditional, read_json, read_model_index, resolve_model
 
     path, training = Path(command.source).expanduser(), None
     if path.is_file():
@@ -231,11 +241,13 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
 
 
 def _training(content: dict[str, Any]) -> dict[str, Any] | None:
-    """The schedule of a training run, from its card, its record, or its bare options; None if the content is something else."""
+    """The schedule of a training run, from its card, its record, or its bare options; None if the
+    content is something else."""
     options = content.get("config", content)
     if not (isinstance(options, dict) and "beta_schedule" in options and "data" in options):
         return None
-    # As `ddim train` writes its scheduler: an option that was not given is recorded with what it came out as, or is diffusers' default.
+    # As `ddim train` writes its scheduler: an option that was not given is recorded with what it
+    # came out as, or is diffusers' default.
     given = {name: options[name] for name in _TRAINED if options.get(name) is not None}
     return {"timestep_spacing": "trailing", "clip_sample": False, **given}
 
@@ -252,7 +264,8 @@ def _fetch(hub_id: str) -> Path:
         )
     except Exception as error:
         raise CheckpointError(
-            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub has nothing of that name that can be "
+            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub "
+            "has nothing of that name that can be "
             "read from here; check the name and the connection."
         ) from error
 
@@ -269,14 +282,15 @@ def _look_at_data(
         )
     import torch
 
-    from ddim.checkpoints import find_model, load_network
-    from ddim.doctor import complete, levels_of
-    from ddim.symptoms import Brightness, probe
-    from ddim.training.data import load_images, measure_prior, stack_images
+    from ddim.data.sources import load_images, measure_prior, stack_images
+    from ddim.doctor.report import complete, levels_of
+    from ddim.doctor.symptoms import Brightness, probe
+    from ddim.models.checkpoints import find_model, load_network
 
     if command.probe and (folder is None or model.guided):
         raise DDIMError(
-            "--probe calls the network of an unconditional model; give the model's folder, not a configuration alone."
+            "--probe calls the network of an unconditional model; give the model's folder, not a "
+            "configuration alone."
         )
     channels, resolution = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
     data = load_images(command.data, channels=channels, resolution=resolution)
@@ -307,9 +321,9 @@ def _spread(total: int, most: int) -> range:
 
 def _known_brightness(command: Command, model: "Model", folder: Path | None) -> "Brightness | None":
     """The brightness that was given, or that the model's prior.json tells."""
-    from ddim.checkpoints import read_json
-    from ddim.prior import DataPrior
-    from ddim.symptoms import Brightness
+    from ddim.core.prior import DataPrior
+    from ddim.doctor.symptoms import Brightness
+    from ddim.models.checkpoints import read_json
 
     channels, height, width = model.shape or (1, 64, 64)
     if command.brightness is not None:
@@ -326,12 +340,18 @@ def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if summary := diagnosis.summary:
         known = summary["brightness"]
-        images = f"images of brightness {known['mean']:.2f} +- {known['std']:.2f} ({known['dimensions']} numbers each"
+        images = (
+            f"images of brightness {known['mean']:.2f} +- {known['std']:.2f} "
+            f"({known['dimensions']} numbers each"
+        )
         print(
-            f"{source}: {summary['scheduler']}, {summary['levels']} levels ({summary['beta_schedule']}), {summary['prediction_type']}, "
+            f"{source}: {summary['scheduler']}, {summary['levels']} levels "
+            f"({summary['beta_schedule']}), {summary['prediction_type']}, "
             f"terminal SNR {summary['terminal_snr']:.4g}\n"
-            f"{summary['steps']} steps, {summary['timestep_spacing']}: levels {summary['first_level']} to {summary['last_level']}\n"
-            f"predicted for {images}{', assumed' if known['assumed'] else ''}): brightness off by {summary['brightness_bias']:+.3f}, "
+            f"{summary['steps']} steps, {summary['timestep_spacing']}: levels "
+            f"{summary['first_level']} to {summary['last_level']}\n"
+            f"predicted for {images}{', assumed' if known['assumed'] else ''}): brightness off by "
+            f"{summary['brightness_bias']:+.3f}, "
             f"spread {summary['brightness_spread']:.3f} of theirs"
             f"{'' if known['whole_images'] else ' (taken for independent of the rest of the image)'}"
         )
@@ -342,7 +362,8 @@ def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
             None: "cannot be told whether it was trained",
         }[probe.trained_at_end]
         print(
-            f"the network's answers are those of {probe.prediction_type}; at the last level it was {told}"
+            f"the network's answers are those of {probe.prediction_type}; at the last level it was "
+            f"{told}"
         )
     for finding in diagnosis.findings:
         colour, reset = (_COLOURS[finding.severity], "\x1b[0m") if coloured else ("", "")
@@ -377,7 +398,8 @@ def _told_fix(finding: "Finding") -> str:
 
 
 def _fix(diagnosis: "Diagnosis", path: Path) -> str:
-    """Writes the corrected configuration, and returns the difference, what gets worse by it, and what is left to training."""
+    """Writes the corrected configuration, and returns the difference, what gets worse by it, and
+    what is left to training."""
     left = [
         f"{f.code} needs a network that is trained anew, and is left as it is: {_keys(f)}"
         for f in (diagnosis.after or diagnosis).findings
@@ -405,20 +427,21 @@ def _fix(diagnosis: "Diagnosis", path: Path) -> str:
 
 
 def _write_json(path: Path | str, content: dict[str, Any]) -> None:
-    from ddim.images import write_atomically
+    from ddim.files import write_text
 
-    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _plot(diagnosis: "Diagnosis", path: str) -> str:
-    """Draws the schedule, and for each spacing the visited levels and the steps between them in log-SNR; says where."""
+    """Draws the schedule, and for each spacing the visited levels and the steps between them in
+    log-SNR; says where."""
     import torch
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from ddim.doctor import complete, levels_of
-    from ddim.images import save_png
-    from ddim.timesteps import Spacing, select_timesteps
+    from ddim.core.timesteps import Spacing, select_timesteps
+    from ddim.doctor.report import complete, levels_of
+    from ddim.models.images import save_png
 
     config = complete(diagnosis.config)
     schedule, steps = levels_of(config), diagnosis.summary["steps"]

@@ -25,14 +25,16 @@ __all__ = ["Command", "defaults", "run"]
 
 @dataclass(frozen=True)
 class Command:
-    """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says how it was made."""
+    """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says
+    how it was made."""
 
     model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     images: tuple[str, ...] | None = None
     """Picture files."""
     data: str | None = None
-    """Or a data set: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
+    """Or a data set: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset
+    id."""
     split: str | None = None
     """Split of the data set; by default test where there is one, else train."""
     seed: int = 0
@@ -75,7 +77,7 @@ def run(command: Command) -> None:
     check_images(command.images, command.data)
 
     from ddim.cli._run import NAME, RunRecord, versions, write_run
-    from ddim.codes import save_code
+    from ddim.inversion.codes import save_code
 
     device = find_device(command.device)
     pipe, folder = open_model(command.model, device=device, dtype=command.dtype)
@@ -149,6 +151,8 @@ def run(command: Command) -> None:
     )
     told += tell_unsolved(unsolved)
     print(
-        f"{len(code)} images encoded by {code.method} in {evaluations:.4g} evaluations each and {seconds:.1f} s; "
-        f"the root mean square of the codes is {sum(rms) / len(rms):.2f} (noise: 1).{told} The code is {out}."
+        f"{len(code)} images encoded by {code.method} in {evaluations:.4g} evaluations each and "
+        f"{seconds:.1f} s; "
+        f"the root mean square of the codes is {sum(rms) / len(rms):.2f} (noise: 1).{told} The "
+        f"code is {out}."
     )

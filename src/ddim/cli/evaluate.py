@@ -33,28 +33,35 @@ COUNT = 2048
 
 @dataclass(frozen=True)
 class Command:
-    """Measures a folder of images, an array file, or a model against real images; each number beside its floor and its spread."""
+    """Measures a folder of images, an array file, or a model against real images; each number
+    beside its floor and its spread."""
 
     samples_or_model: Annotated[
         str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")
     ]
-    """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a diffusers folder, or a hub id; none of text."""
+    """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a
+    diffusers folder, or a hub id; none of text."""
     reference: str
-    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
+    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset
+    id."""
     split: str = "train"
     """Split of the reference."""
     resize: bool = False
-    """Resize the reference (shorter side) and cut it in the centre to the samples' size, where that is another."""
+    """Resize the reference (shorter side) and cut it in the centre to the samples' size, where that
+    is another."""
     count: int | None = None
     """How many samples are measured: the first of a folder, by default all; 2048 of a model."""
     metrics: tuple[str, ...] | None = None
-    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; by default a panel that fits the images."""
+    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; by default a panel that fits the
+    images."""
     weights: tuple[str, ...] = ()
-    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0 lie."""
+    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0
+    lie."""
     steps: int | None = None
     """Of a model: DDIM steps, 50 unless given."""
     eta: EtaOption = None
-    """Of a model: 0 is deterministic and the default, 1 DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    """Of a model: 0 is deterministic and the default, 1 DDPM's posterior, sigma-hat the larger
+    noise of DDPM."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Of a model: which levels are visited; by default what its configuration says."""
     seed: int = 0
@@ -92,9 +99,10 @@ def run(command: Command) -> None:
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
 
-    from ddim.cli._run import RunRecord, alone, check_protocol, versions, write_run
+    from ddim.cli._run import RunRecord, check_protocol, versions, write_run
     from ddim.evaluation.protocol import collect, collect_reference, measure, sample_cuts
     from ddim.evaluation.report import spread_text, text_table
+    from ddim.files import locked
 
     device = find_device(command.device)
     samples = (
@@ -116,7 +124,7 @@ def run(command: Command) -> None:
     against = describe_reference(data, command.split, panel, resize=command.resize)
     protocol = {"command": "evaluate", **samples.protocol, **against, "count": samples.count}
     out = Path(command.out or f"out/evaluate-{short_name(command.samples_or_model)}")
-    with alone(out):
+    with locked(out):
         check_protocol(out, protocol)
         reference = collect_reference(
             shuffled_batches(data), panel, available=len(data), counts=[samples.count]
@@ -149,16 +157,19 @@ def run(command: Command) -> None:
     )
     if (halves := results[0].floor_count) < samples.count:
         print(
-            f"note: the reference has {halves} images a half, so its floor is of {halves} and too high for {samples.count}."
+            f"note: the reference has {halves} images a half, so its floor is of {halves} and too "
+            f"high for {samples.count}."
         )
     print(
-        f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the record is in {out / 'run.json'}."
+        f"{samples.count} images against {len(data)} of {command.reference} ({command.split}); the "
+        f"record is in {out / 'run.json'}."
     )
 
 
 def _is_model(name: str) -> bool:
-    """Whether a name means a model: embedded, a folder that is one or will be, or nothing on this machine."""
-    from ddim.checkpoints import embedded_models
+    """Whether a name means a model: embedded, a folder that is one or will be, or nothing on this
+    machine."""
+    from ddim.models.checkpoints import embedded_models
 
     path = Path(name).expanduser()
     marks = ("model_index.json", "config.json", "checkpoints")
@@ -171,8 +182,8 @@ def _is_model(name: str) -> bool:
 
 def _of_model(command: Command, device: "torch.device") -> Samples:
     """Images that are drawn from a model as they are asked for."""
-    from ddim.noise import check_seeds
-    from ddim.step import check_eta
+    from ddim.core.noise import check_seeds
+    from ddim.core.step import check_eta
 
     eta = check_eta(command.eta or 0.0)
     count = COUNT if command.count is None else command.count
@@ -210,7 +221,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
 def _of_images(command: Command) -> Samples:
     """Images that are there: a run of ``ddim sample``, or whatever training reads."""
     from ddim.cli._run import read_run
-    from ddim.training.data import load_images
+    from ddim.data.sources import load_images
 
     name = command.samples_or_model
     for option in ("steps", "eta", "spacing"):
@@ -226,7 +237,8 @@ def _of_images(command: Command) -> Samples:
         ]
     ):
         raise DataError(
-            f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as {absent[0]}; draw them again."
+            f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as "
+            f"{absent[0]}; draw them again."
         )
     data = load_images(name)
     count = command.count or len(data)

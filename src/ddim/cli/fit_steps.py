@@ -18,7 +18,8 @@ __all__ = ["Command", "defaults", "run"]
 
 @dataclass(frozen=True)
 class Command:
-    """Finds the levels at which a few steps of a model come nearest to its own images of many steps, and tells by how much.
+    """Finds the levels at which a few steps of a model come nearest to its own images of many
+    steps, and tells by how much.
 
     The result goes into a JSON file for `ddim sample --timesteps`. No data is needed.
     """
@@ -28,24 +29,28 @@ class Command:
     steps: int = 10
     """How many levels to choose: network evaluations an image."""
     order: Literal[1, 2] | None = None
-    """Of the solver that will visit them: 1 is DDIM, 2 its multistep; by default what the model's configuration says."""
+    """Of the solver that will visit them: 1 is DDIM, 2 its multistep; by default what the model's
+    configuration says."""
     out: str = "steps.json"
     """The file for the result; it must not exist."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Of a model of text: what the images show, in turn. Given again for more, or FILE.txt with one in a line."""
+    """Of a model of text: what the images show, in turn. Given again for more, or FILE.txt with one
+    in a line."""
     negative_prompt: str | None = None
     """What guidance leads away from; by default the empty text."""
     guidance_scale: float | None = None
     """How far it leads: 1 is off. By default what the model's card says, else 7.5."""
     guidance_rescale: float | None = None
-    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by default the card's, else 0."""
+    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by
+    default the card's, else 0."""
     count: int = 32
     """Images that the search looks at."""
     held_out: int = 32
     """Other images, on which the result is compared with every spacing."""
     exact: bool = False
-    """Measure the held-out errors against DDIM at all of the model's levels, which is their definition, and not against 100 steps of
-    order 2, which are nearly the same and ten times as fast."""
+    """Measure the held-out errors against DDIM at all of the model's levels, which is their
+    definition, and not against 100 steps of order 2, which are nearly the same and ten times as
+    fast."""
     evaluations: int = 300
     """About how many evaluations of the network on all COUNT images the search may take."""
     seed: int = 1_000_000
@@ -73,7 +78,8 @@ def run(command: Command) -> None:
     ):
         if getattr(command, name) < least:
             raise DDIMError(
-                f"--{name.replace('_', '-')} must be at least {least}; got {getattr(command, name)}."
+                f"--{name.replace('_', '-')} must be at least {least}; got "
+                f"{getattr(command, name)}."
             )
     out = Path(command.out)
     if out.exists():
@@ -81,16 +87,16 @@ def run(command: Command) -> None:
 
     from torch import Tensor
 
-    from ddim.checkpoints import weight_hash
     from ddim.cli._model import enough_memory, find_device, progress_bar
     from ddim.cli._run import RunRecord, versions
-    from ddim.denoiser import Denoiser
-    from ddim.fitting import Batch, fit_timesteps, geometric_mean
-    from ddim.images import write_atomically
-    from ddim.noise import check_seeds, seeded_randn
-    from ddim.prediction import Denoised
-    from ddim.sampler import sample
-    from ddim.timesteps import select_timesteps, step_pairs
+    from ddim.core.denoiser import Denoiser
+    from ddim.core.noise import check_seeds, seeded_randn
+    from ddim.core.prediction import Denoised
+    from ddim.core.sampler import sample
+    from ddim.core.timesteps import select_timesteps, step_pairs
+    from ddim.files import write_text
+    from ddim.fitting.timesteps import Batch, fit_timesteps, geometric_mean
+    from ddim.models.checkpoints import weight_hash
 
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count + command.held_out))
@@ -174,7 +180,8 @@ def run(command: Command) -> None:
             }
         )
         print(
-            f"{name:10s} {error.mean:10.2e}   {ratio.mean:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            f"{name:10s} {error.mean:10.2e}   {ratio.mean:.3f} ({ratio.low:.3f} to "
+            f"{ratio.high:.3f})"
         )
     protocol = {
         "command": "fit-steps",
@@ -202,13 +209,14 @@ def run(command: Command) -> None:
         execution={"device": str(device), "batch_size": command.batch_size},
         versions=versions(),
     )
-    write_atomically(
+    write_text(
         out,
         json.dumps({"timesteps": fit.timesteps, **asdict(record)}, indent=2, allow_nan=False)
         + "\n",
     )
     print(
-        f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found in {seconds:.0f} s."
+        f"The best of them, {fit.name}, is in {out}: {', '.join(map(str, fit.timesteps))}; found "
+        f"in {seconds:.0f} s."
     )
     more = "" if text is None else " --prompt PROMPT"
     print(f"Draw with them: ddim sample {command.model} --order {order} --timesteps {out}{more}")

@@ -1,4 +1,5 @@
-"""``ddim flaws``: measures what each fix of "Common Diffusion Noise Schedules and Sample Steps are Flawed" does."""
+"""``ddim flaws``: measures what each fix of "Common Diffusion Noise Schedules and Sample Steps are
+Flawed" does."""
 
 import json
 import time
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ddim.data.fashion_text import Combination
     from ddim.evaluation.flaws import Setting
-    from ddim.training.fashion_text import Combination
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -28,11 +29,12 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Command:
-    """Measures what each fix of "Common Diffusion Noise Schedules and Sample Steps are Flawed" does to the images of `fashion-text`.
+    """Measures what each fix of "Common Diffusion Noise Schedules and Sample Steps are Flawed" does
+    to the images of `fashion-text`.
 
-    Three models of one VAE and text encoder are compared, which differ in their training alone. One that is not named is trained first,
-    into OUT/models. What is measured is kept: the same command goes on from there.
-    """
+    Three models of one VAE and text encoder are compared, which differ in their training alone.
+    One that is not named is trained first, into OUT/models. What is measured is kept: the same
+    command goes on from there."""
 
     epsilon: str | None = None
     """The model without fixes: epsilon prediction, no zero terminal SNR."""
@@ -72,24 +74,27 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 
 def run(command: Command) -> None:
-    """Trains what is missing, measures what is missing, and writes the table, the plot and the sheet."""
+    """Trains what is missing, measures what is missing, and writes the table, the plot and the
+    sheet."""
     began = time.perf_counter()
     check_positive(command, "train_images", "steps", "count", "unconditional", "batch_size")
     if not command.guidance or min(command.guidance, default=0) < 1 or command.guidance_scale < 1:
         raise DDIMError(
-            f"--guidance and --guidance-scale must be at least 1, which is off; got {command.guidance}, {command.guidance_scale}."
+            "--guidance and --guidance-scale must be at least 1, which is off; got "
+            f"{command.guidance}, {command.guidance_scale}."
         )
     if not 0 < command.guidance_rescale <= 1:
         raise DDIMError(
-            f"--guidance-rescale must lie in (0, 1], to be compared with 0; got {command.guidance_rescale}."
+            "--guidance-rescale must lie in (0, 1], to be compared with 0; got "
+            f"{command.guidance_rescale}."
         )
 
-    from ddim.cli._run import alone
     from ddim.evaluation.report import check_plots
+    from ddim.files import locked
 
     check_plots()
     out = Path(command.out)
-    with alone(out):
+    with locked(out):
         _measure(command, out, began)
     print(f"The table is {out / 'flaws.md'}, beside flaws.png and sheet.png.")
 
@@ -98,7 +103,8 @@ def _measure(command: Command, out: Path, began: float) -> None:
     """Everything that is missing in the folder, cell by cell, and what all cells come to."""
     from ddim.cli._run import RunRecord, check_protocol, read_run, versions, write_run
     from ddim.evaluation.flaws import plot_flaws, to_markdown
-    from ddim.images import replacing, save_png, write_atomically
+    from ddim.files import replacing, write_text
+    from ddim.models.images import save_png
 
     bench = Bench(command, _folders(command, out))
     cells = out / "cells"
@@ -129,13 +135,11 @@ def _measure(command: Command, out: Path, began: float) -> None:
         records, strip = work[name]()
         if strip is not None:
             save_png(strip, cells / f"{name}.png")
-        write_atomically(
-            cells / f"{name}.json", json.dumps(records, indent=2, allow_nan=False) + "\n"
-        )
+        write_text(cells / f"{name}.json", json.dumps(records, indent=2, allow_nan=False) + "\n")
         print(f"{name}: {_brief(records)}; {done} of {len(missing)}", flush=True)
         write(_read(cells, work))
     records = _read(cells, work)
-    write_atomically(out / "flaws.md", to_markdown(records, protocol=bench.told))
+    write_text(out / "flaws.md", to_markdown(records, protocol=bench.told))
     with replacing(out / "flaws.png") as unfinished:
         plot_flaws(records).savefig(unfinished, format="png", dpi=150)
     _save_sheet(bench, cells, out / "sheet.png")
@@ -143,7 +147,7 @@ def _measure(command: Command, out: Path, began: float) -> None:
 
 def _folders(command: Command, out: Path) -> dict[str, Path]:
     """The folder of each model; those that were not named are trained here, or were before."""
-    from ddim.checkpoints import find_model
+    from ddim.models.checkpoints import find_model
 
     given = {"epsilon": command.epsilon, "v": command.v, "zero-snr": command.zero_snr}
     folders = {name: find_model(model) for name, model in given.items() if model is not None}
@@ -156,8 +160,8 @@ def _folders(command: Command, out: Path) -> dict[str, Path]:
 
 def _train(command: Command, name: str, folder: Path) -> None:
     """Trains one of the three, or goes on with it; one that is finished stays."""
-    from ddim.checkpoints import read_json
     from ddim.evaluation.flaws import TRAININGS
+    from ddim.models.checkpoints import read_json
     from ddim.training.config import PRESETS, TrainConfig
     from ddim.training.trainer import train
 
@@ -180,7 +184,8 @@ def _train(command: Command, name: str, folder: Path) -> None:
     )
     if not result.finished:
         raise DDIMError(
-            f"the training of {name} was stopped at step {result.step}; the same command goes on from there."
+            f"the training of {name} was stopped at step {result.step}; the same command goes on "
+            "from there."
         )
 
 
@@ -188,10 +193,10 @@ class Bench:
     """The three models, the prompts, and the real images that they are compared with."""
 
     def __init__(self, command: Command, folders: dict[str, Path]) -> None:
-        from ddim.checkpoints import weight_hash
+        from ddim.core.noise import check_seeds
         from ddim.evaluation.classifier import load_classifier
         from ddim.evaluation.flaws import TRAININGS
-        from ddim.noise import check_seeds
+        from ddim.models.checkpoints import weight_hash
 
         self.command = command
         self.device = find_device(command.device)
@@ -202,7 +207,8 @@ class Bench:
             found = (config.prediction_type, bool(config.rescale_betas_zero_snr))
             if found != (training.prediction_type, training.zero_snr):
                 raise DDIMError(
-                    f"{folder} is to be the model of {training.told}, and its scheduler says {found[0]}, "
+                    f"{folder} is to be the model of {training.told}, and its scheduler says "
+                    f"{found[0]}, "
                     f"{'zero SNR' if found[1] else 'leaky'}; give the folders in their places."
                 )
         first = next(iter(self.pipes.values()))
@@ -210,7 +216,8 @@ class Bench:
             for name, pipe in self.pipes.items():
                 if not _same_weights(getattr(first, part), getattr(pipe, part)):
                     raise DDIMError(
-                        f"the {part} of {folders[name]} is not that of {folders['epsilon']}; twins differ in their training alone."
+                        f"the {part} of {folders[name]} is not that of {folders['epsilon']}; twins "
+                        "differ in their training alone."
                     )
         self.classifier = load_classifier()[0]
         check_seeds([command.seed, command.seed + max(command.count, command.unconditional) - 1])
@@ -238,8 +245,10 @@ class Bench:
         command = self.command
         weights = ", ".join(f"{name} {code}" for name, code in self.hashes.items())
         return (
-            f"DDIM, eta 0, {command.steps} steps, float32, weights {weights}; {command.count} images of each background at guidance "
-            f"{command.guidance_scale:g}, and at each guidance {command.count} on grey backgrounds, {command.unconditional} without a "
+            f"DDIM, eta 0, {command.steps} steps, float32, weights {weights}; {command.count} "
+            "images of each background at guidance "
+            f"{command.guidance_scale:g}, and at each guidance {command.count} on grey "
+            f"backgrounds, {command.unconditional} without a "
             f"caption; seeds from {command.seed} on, the same in every setting."
         )
 
@@ -300,10 +309,10 @@ class Bench:
         import numpy as np
         import torch
 
+        from ddim.data.fashion_text import BACKGROUNDS, extract_garments, hues
         from ddim.evaluation.fashion_text import Asked, judge
         from ddim.evaluation.flaws import background_records
-        from ddim.images import make_grid, to_uint8
-        from ddim.training.fashion_text import BACKGROUNDS, extract_garments, hues
+        from ddim.models.images import make_grid, to_uint8
 
         judged, shown = {}, []
         for background in BACKGROUNDS:
@@ -358,7 +367,7 @@ class Bench:
         """Latents and images in [0, 1] of the data."""
         import torch
 
-        from ddim.training.data import load_images
+        from ddim.data.sources import load_images
 
         data = load_images("fashion-text", split="test")
         images = torch.stack([data[i][0] for i in range(len(data))]).float() / 255
@@ -377,13 +386,14 @@ def _open(folder: Path, device: "torch.device") -> Any:
     Raises:
         DDIMError: If it is none, or cannot be opened.
     """
-    from ddim.checkpoints import is_unconditional, read_model_index
-    from ddim.pipelines import DiffusionPipeline
+    from ddim.models.checkpoints import is_unconditional, read_model_index
+    from ddim.pipelines.unconditional import DiffusionPipeline
 
     quiet_libraries(text=True)
     if is_unconditional(read_model_index(folder)):
         raise DDIMError(
-            f"{folder} is a model without text, and the fixes are measured by prompts; name models trained on fashion-text."
+            f"{folder} is a model without text, and the fixes are measured by prompts; name models "
+            "trained on fashion-text."
         )
     return DiffusionPipeline.from_pretrained(folder).to(device)
 
@@ -400,7 +410,7 @@ def _same_weights(a: Any, b: Any) -> bool:
 
 def _prompts(count: int, backgrounds: Sequence[str]) -> "list[Combination]":
     """That many captions on these backgrounds: all colours and garments in turn."""
-    from ddim.training.fashion_text import COLOURS, GARMENTS, Combination
+    from ddim.data.fashion_text import COLOURS, GARMENTS, Combination
 
     def nth(i: int) -> Combination:
         rest, colour = divmod(i, len(COLOURS))
@@ -425,7 +435,8 @@ def _read(cells: Path, names: Iterable[str]) -> list[dict[str, Any]]:
             continue
         except (ValueError, TypeError) as error:
             raise OutputError(
-                f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+                f"{path} is not a cell of this program ({error}); delete it, and it is measured "
+                "again."
             ) from error
     return records
 
@@ -447,7 +458,8 @@ def _save_sheet(bench: Bench, cells: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     from ddim.evaluation.flaws import settings
-    from ddim.images import load_image, replacing
+    from ddim.files import replacing
+    from ddim.models.images import load_image
 
     strips = [
         (s, load_image(cells / f"backgrounds-{s.name}.png"))

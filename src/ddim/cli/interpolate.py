@@ -56,7 +56,8 @@ class Command:
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
     """Which levels are visited; by default what the model's configuration says."""
     method: Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"] = "fixed-point"
-    """How images are encoded. The codes of fixed-point look most like noise; those of o-belm and bdia give the ends back exactly."""
+    """How images are encoded. The codes of fixed-point look most like noise; those of o-belm and
+    bdia give the ends back exactly."""
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all pictures, for a class-conditional model."""
     resize: bool = False
@@ -91,7 +92,8 @@ def run(command: Command) -> None:
     if len(given) != needed:
         what = "a grid has four corners" if command.grid else "a path has two ends"
         raise DDIMError(
-            f"{what}, and {len(given)} {'was' if len(given) == 1 else 'were'} given; name {needed}, separated by commas."
+            f"{what}, and {len(given)} {'was' if len(given) == 1 else 'were'} given; name "
+            f"{needed}, separated by commas."
         )
     if command.count < 2:
         raise DDIMError(
@@ -104,11 +106,12 @@ def run(command: Command) -> None:
     import torch
 
     from ddim.cli._run import RunRecord, versions, write_run
-    from ddim.encoding import Code
-    from ddim.images import make_grid, replacing, save_png, to_pil
-    from ddim.interpolation import interpolate, interpolate_grid
-    from ddim.inversion import encodable_timesteps
-    from ddim.noise import check_seeds, seeded_randn
+    from ddim.core.interpolation import interpolate, interpolate_grid
+    from ddim.core.noise import check_seeds, seeded_randn
+    from ddim.files import replacing
+    from ddim.inversion.ddim import encodable_timesteps
+    from ddim.inversion.encoding import Code
+    from ddim.models.images import make_grid, save_png, to_pil
 
     if command.images is not None:
         check_images(command.images, None)
@@ -158,7 +161,8 @@ def run(command: Command) -> None:
                     "batch_size": command.batch_size,
                 }
                 code = pipe.encode(pictures.x0, timesteps=asked, **options)
-        # Every state of a code goes along its own path, with one weight: both states of a pair keep their distance.
+        # Every state of a code goes along its own path, with one weight: both states of a pair keep
+        # their distance.
         states = torch.stack([path(state) for state in code.states])
         along = (
             None if code.labels is None else code.labels[:1].expand(states.shape[1]).contiguous()
@@ -202,5 +206,6 @@ def run(command: Command) -> None:
     write_run(out, record)
     reach = f"the root mean square of the latents is {min(rms):.2f} to {max(rms):.2f} (noise: 1)"
     print(
-        f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; {reach}.{tell_unsolved(unsolved)}"
+        f"{len(pixels)} pictures in {seconds:.1f} s; they are in {out / name}; "
+        f"{reach}.{tell_unsolved(unsolved)}"
     )

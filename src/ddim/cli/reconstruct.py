@@ -1,4 +1,5 @@
-"""``ddim reconstruct``: encodes images, decodes them, and measures what comes back: the paper's Table 2."""
+"""``ddim reconstruct``: encodes images, decodes them, and measures what comes back: the paper's
+Table 2."""
 
 import time
 from collections.abc import Sequence
@@ -31,8 +32,8 @@ from ddim.cli._model import (
 from ddim.errors import DDIMError
 
 if TYPE_CHECKING:
-    from ddim.pipelines import UnconditionalPipeline
-    from ddim.sampler import State
+    from ddim.core.sampler import State
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -40,12 +41,14 @@ SHOWN = 8
 """Images that the sheet shows at most."""
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
-"""Table 2 of Song, Meng, Ermon (https://arxiv.org/abs/2010.02502): DDIM on CIFAR-10's test images."""
+"""Table 2 of Song, Meng, Ermon (https://arxiv.org/abs/2010.02502): DDIM on CIFAR-10's test
+images."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """Measures how images come back from their codes, for each method and number of steps: a table, a plot and a sheet.
+    """Measures how images come back from their codes, for each method and number of steps: a table,
+    a plot and a sheet.
 
     What is measured is kept. Running again into the same folder adds other methods and steps.
     """
@@ -86,22 +89,24 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 
 def run(command: Command) -> None:
-    """Measures what is missing, and writes the table, the plot and the sheet of all that is there."""
+    """Measures what is missing, and writes the table, the plot and the sheet of all that is
+    there."""
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
-    from ddim.encoding import ENCODERS
+    from ddim.inversion.encoding import ENCODERS
 
     unknown = [m for m in command.method if m not in ENCODERS]
     if unknown or not command.method or not command.steps:
         told = f"{unknown[0]!r}" if unknown else "nothing"
         raise DDIMError(
-            f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got {told}."
+            f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got "
+            f"{told}."
         )
 
     from ddim.cli._run import RunRecord, versions, write_run
     from ddim.evaluation.report import check_plots
-    from ddim.images import write_atomically
-    from ddim.inversion import encodable_timesteps
+    from ddim.files import write_text
+    from ddim.inversion.ddim import encodable_timesteps
 
     check_plots()
     check_first(command.seed)
@@ -173,7 +178,10 @@ def run(command: Command) -> None:
             )
             told = "diverged" if cell["mse"] is None else f"mse {cell['mse']:.2e}"
             print(
-                f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} evaluations a step, {took:.1f} s",
+                (
+                    f"{method}, {steps} steps: {told}, {cell['evaluations'] / steps:.1f} "
+                    f"evaluations a step, {took:.1f} s"
+                ),
                 flush=True,
             )
             save()
@@ -182,11 +190,12 @@ def run(command: Command) -> None:
         fewest = min(chosen)
         _sheet(pipe, pictures, chosen[fewest], command.method, out / "sheet.png")
     note_levels(asked[fewest], chosen[fewest])
-    write_atomically(out / "table.md", _table(results, command, pictures.data["split"]))
+    write_text(out / "table.md", _table(results, command, pictures.data["split"]))
     _plot(results, out / "reconstruction.png")
     there = len(results) - len(missing)
     print(
-        f"{len(missing)} cells measured, {there} were there; the table is {out / 'table.md'}, beside a plot and a sheet."
+        f"{len(missing)} cells measured, {there} were there; the table is {out / 'table.md'}, "
+        "beside a plot and a sheet."
     )
 
 
@@ -201,8 +210,8 @@ def _measure(
     """One cell, and the seconds it took."""
     import torch
 
-    from ddim.encoding import reconstruction_error
     from ddim.errors import DivergenceError
+    from ddim.inversion.encoding import reconstruction_error
 
     errors, rms, residuals = [], [], []
     began, unsolved, done = time.perf_counter(), 0, 0
@@ -221,10 +230,10 @@ def _measure(
                 code = pipe.encode(
                     part,
                     timesteps=timesteps,
-                    method=method,
+                    method=method,  # type: ignore[arg-type]
                     class_labels=labels,
                     batch_size=batch_size,
-                )  # type: ignore[arg-type]
+                )
             back = code.states[-1]  # where the pair of a single step holds the data already
             with decoding:
                 pipe.decode(
@@ -285,8 +294,10 @@ def _table(results: list[dict[str, Any]], command: Command, split: str) -> str:
     begun = f", from number {command.seed} on" if command.seed else ""
     return (
         f"# {command.model}: images from their codes\n\n"
-        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of {command.data} ({split}{begun}); "
-        f"{command.dtype} network, float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png are the "
+        f"Mean squared error per dimension, pixels in [0, 1], of {command.count} images of "
+        f"{command.data} ({split}{begun}); "
+        f"{command.dtype} network, float64 states, no clipping. Evaluations are those of encoding. "
+        "The rows of sheet.png are the "
         f"originals, then {', '.join(command.method)} at {min(command.steps)} steps.\n\n"
         + text_table(rows)
     )
@@ -314,7 +325,7 @@ def _sheet(
     import numpy as np
 
     from ddim.errors import DivergenceError
-    from ddim.images import make_grid, save_png, to_uint8
+    from ddim.models.images import make_grid, save_png, to_uint8
 
     x0, labels = pictures.x0[:SHOWN], None if pictures.labels is None else pictures.labels[:SHOWN]
     rows = [to_uint8(x0)]

@@ -30,11 +30,11 @@ from ddim.errors import DDIMError, OutputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ddim.denoiser import Clip, Denoiser
-    from ddim.pipelines import UnconditionalPipeline
-    from ddim.prior import DataPrior
-    from ddim.sampler import State
-    from ddim.training.data import ImageData
+    from ddim.core.denoiser import Clip, Denoiser
+    from ddim.core.prior import DataPrior
+    from ddim.core.sampler import State
+    from ddim.data.sources import ImageData
+    from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["Command", "defaults", "run"]
 
@@ -50,10 +50,11 @@ MEASURED = 256
 
 @dataclass(frozen=True)
 class Command:
-    """Draws images from a model with DDIM: one file a seed, a grid of the first 64, and a record of the run.
+    """Draws images from a model with DDIM: one file a seed, a grid of the first 64, and a record of
+    the run.
 
-    Running again into the same folder draws what is missing; the grid shows the images of the last request, and no others that are there.
-    """
+    Running again into the same folder draws what is missing; the grid shows the images of the last
+    request, and no others that are there."""
 
     model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id."""
@@ -64,40 +65,53 @@ class Command:
     seed: int = 0
     """Seed of the first image."""
     eta: EtaOption = None
-    """0 is deterministic and the default, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    """0 is deterministic and the default, 1 is DDPM's posterior, sigma-hat the larger noise of
+    DDPM."""
     order: Literal[1, 2] | None = None
-    """Of the solver: 1 is DDIM, 2 its multistep, with a smaller error at the same steps; by default what the configuration says."""
+    """Of the solver: 1 is DDIM, 2 its multistep, with a smaller error at the same steps; by default
+    what the configuration says."""
     variance: Literal["eta", "analytic"] = "eta"
-    """analytic: the noise that makes up for what the prediction leaves out, at eta 0 too; measured on data first, into gamma.json."""
+    """analytic: the noise that makes up for what the prediction leaves out, at eta 0 too; measured
+    on data first, into gamma.json."""
     data: str | None = None
-    """Of --variance analytic: images as `ddim train --data` takes them; by default those that the model was trained on."""
+    """Of --variance analytic: images as `ddim train --data` takes them; by default those that the
+    model was trained on."""
     spacing: Literal["leading", "linspace", "trailing", "quadratic"] | None = None
-    """Which levels are visited; by default what the model's configuration says, fitted ones first."""
+    """Which levels are visited; by default what the model's configuration says, fitted ones
+    first."""
     timesteps: TimestepsOption = None
-    """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the key `timesteps`."""
+    """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the
+    key `timesteps`."""
     sampler: Literal["ddim", "ddpm", "o-belm", "bdia", "edict"] = "ddim"
-    """ddpm: sigma-hat noise, and static clipping with the noise derived again; the last three can be run backwards exactly."""
+    """ddpm: sigma-hat noise, and static clipping with the noise derived again; the last three can
+    be run backwards exactly."""
     clip: Literal["none", "static", "dynamic"] | None = None
-    """How predicted images are kept in range on the way, the noise being derived again; by default what the configuration says."""
+    """How predicted images are kept in range on the way, the noise being derived again; by default
+    what the configuration says."""
     prior: str = "standard"
-    """What the first noise is drawn from: standard is N(0, I); data knows the data's mean colours, from the model's prior.json;
-    or a FILE.json that `ddim doctor --prior` wrote."""
+    """What the first noise is drawn from: standard is N(0, I); data knows the data's mean colours,
+    from the model's prior.json; or a FILE.json that `ddim doctor --prior` wrote."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Of a model of text: what the images show. Given again for more, or FILE.txt with one in a line; each has one image a seed."""
+    """Of a model of text: what the images show. Given again for more, or FILE.txt with one in a
+    line; each has one image a seed."""
     negative_prompt: str | None = None
     """What guidance leads away from; by default the empty text."""
     guidance_scale: float | None = None
     """How far it leads: 1 is off. By default what the model's card says, else 7.5."""
     guidance_rescale: float | None = None
-    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by default the card's, else 0."""
+    """How far guided predictions are brought back to the contrast of unguided ones, from 0 to 1; by
+    default the card's, else 0."""
     image: str | None = None
     """A picture to begin with, in place of noise."""
     strength: float | None = None
-    """Of --image: the share of the steps that is walked, up to 1 that keeps little or nothing of it; 0.8 by default."""
+    """Of --image: the share of the steps that is walked, up to 1 that keeps little or nothing of
+    it; 0.8 by default."""
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
-    """Class of all images, for a class-conditional model; by default the seeds go round the classes."""
+    """Class of all images, for a class-conditional model; by default the seeds go round the
+    classes."""
     batch_size: int = 16
-    """Images drawn together; it changes no image but for rounding: one grey level in float32, a few in half precision."""
+    """Images drawn together; it changes no image but for rounding: one grey level in float32, a few
+    in half precision."""
     out: str | None = None
     """Folder for the pictures; by default out/sample-MODEL."""
     device: str = "auto"
@@ -119,7 +133,8 @@ def run(command: Command) -> None:
     check_positive(command, "count", "batch_size")
     if command.count > MOST:
         raise DDIMError(
-            f"--count must be at most {MOST} in one run; got {command.count}, so go on from there with --seed."
+            f"--count must be at most {MOST} in one run; got {command.count}, so go on from there "
+            "with --seed."
         )
     if command.data is not None and command.variance != "analytic":
         raise DDIMError("--data is what --variance analytic is measured on; give both, or neither.")
@@ -128,12 +143,12 @@ def run(command: Command) -> None:
             "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
         )
 
-    from ddim.checkpoints import has_scheduler
     from ddim.cli._run import RunRecord, check_protocol, versions, write_run
-    from ddim.noise import check_seeds
-    from ddim.sampling import check_exact
-    from ddim.step import SIGMA_HAT, Eta, check_eta
-    from ddim.timesteps import truncate_timesteps
+    from ddim.core.noise import check_seeds
+    from ddim.core.step import SIGMA_HAT, Eta, check_eta
+    from ddim.core.timesteps import truncate_timesteps
+    from ddim.models.checkpoints import has_scheduler
+    from ddim.pipelines.base import check_exact
 
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
@@ -197,7 +212,8 @@ def run(command: Command) -> None:
     before = check_protocol(out, protocol, empty=not there)
     if there and before is None:
         raise OutputError(
-            f"{out} holds pictures and no run.json that says how they were made; use another --out, or delete that folder."
+            f"{out} holds pictures and no run.json that says how they were made; use another "
+            "--out, or delete that folder."
         )
     missing = [item for item in items if item not in there]
     _note(command, pipe, clip, listed, assumed=not has_scheduler(folder))
@@ -266,7 +282,8 @@ def run(command: Command) -> None:
         write_run(out, replace(before, results=now.results))
     others = len(there - set(items))
     beside = (
-        f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not in the grid."
+        f" {others} of other seeds{'' if text is None else ' or prompts'} are there too, and not "
+        "in the grid."
         if others
         else ""
     )
@@ -276,7 +293,8 @@ def run(command: Command) -> None:
         step = seconds / (batches * len(timesteps))
         total = len(pipe.noise_schedule)
         print(
-            f"{len(timesteps)} steps {'' if batches == 1 else f'in each of {batches} batches '}took {seconds:.1f} s, "
+            f"{len(timesteps)} steps "
+            f"{'' if batches == 1 else f'in each of {batches} batches '}took {seconds:.1f} s, "
             f"{1000 * step:.1f} ms a step; "
             f"all {total} steps would have taken {seconds / len(timesteps) * total:.0f} s."
         )
@@ -293,10 +311,11 @@ def _draw(
     steps: int,
     **options: Any,
 ) -> tuple[float, float, int]:
-    """Draws and writes the pictures of the items; returns the seconds of sampling, those of the warm-up, and the number of batches."""
+    """Draws and writes the pictures of the items; returns the seconds of sampling, those of the
+    warm-up, and the number of batches."""
     if not items:
         return 0.0, 0.0, 0
-    from ddim.images import save_png
+    from ddim.models.images import save_png
 
     size = min(command.batch_size, len(items))
     batches = -(-len(items) // size)
@@ -325,7 +344,7 @@ def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
     """The first images together; of several prompts, a row each under its text."""
     import numpy as np
 
-    from ddim.images import label_rows, load_image, make_grid, save_png
+    from ddim.models.images import label_rows, load_image, make_grid, save_png
 
     prompts = 1 if text is None else len(text.prompts)
     row = len(items) // prompts
@@ -336,7 +355,8 @@ def _write_grid(out: Path, items: list[Item], text: TextRequest | None) -> None:
     for item, picture in zip(shown, loaded, strict=True):
         if picture.shape != usual:
             raise OutputError(
-                f"{out / item.file} has another size than the pictures beside it; delete it, and run again."
+                f"{out / item.file} has another size than the pictures beside it; delete it, and "
+                "run again."
             )
     pictures = np.stack(loaded)
     scale = max(1, 96 // pictures.shape[2])
@@ -357,7 +377,8 @@ def _protocol(
     order: int,
     clip: "Clip",
 ) -> dict[str, Any]:
-    """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs comparable."""
+    """What was asked, resolved; the keys of ``ddim.cli._run.IDENTITY`` are what makes two runs
+    comparable."""
     config = pipe.scheduler.config
     fitted = timesteps in (config.get("fitted_timesteps") or [])
     return {
@@ -380,29 +401,32 @@ def _prior(command: Command, folder: Path) -> "DataPrior | None":
     """What the start of sampling is told of the data; None for N(0, I)."""
     if command.prior == "standard":
         return None
-    from ddim.checkpoints import read_json
-    from ddim.prior import DataPrior
+    from ddim.core.prior import DataPrior
+    from ddim.models.checkpoints import read_json
 
     path = folder / "prior.json" if command.prior == "data" else Path(command.prior)
     if not path.is_file():
         raise DDIMError(
-            f"there is no prior at {path}; measure one with `ddim doctor {command.model} --data DATA --prior FILE.json`, "
+            f"there is no prior at {path}; measure one with `ddim doctor {command.model} --data "
+            "DATA --prior FILE.json`, "
             "and give --prior FILE.json."
         )
     return DataPrior.from_dict(read_json(path))
 
 
 def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) -> "ImageData":
-    """The images of the analytic variance: those that were asked for, or those that the model's card says it was trained on."""
-    from ddim.checkpoints import read_json
-    from ddim.training.data import load_images
+    """The images of the analytic variance: those that were asked for, or those that the model's
+    card says it was trained on."""
+    from ddim.data.sources import load_images
+    from ddim.models.checkpoints import read_json
 
     card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
     trained = card.get("config") if isinstance(card, dict) else None
     source = command.data or (trained.get("data") if isinstance(trained, dict) else None)
     if source is None:
         raise DDIMError(
-            f"{command.model} does not say what it was trained on; name images for --variance analytic with --data."
+            f"{command.model} does not say what it was trained on; name images for --variance "
+            "analytic with --data."
         )
     channels, height, width = pipe.image_shape
     images = load_images(
@@ -410,7 +434,8 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
     )
     if tuple(images.resolution) != (height, width):
         raise DDIMError(
-            f"the model makes images of {width}x{height}, and those of {source} are {images.resolution[1]}x{images.resolution[0]} "
+            f"the model makes images of {width}x{height}, and those of {source} are "
+            f"{images.resolution[1]}x{images.resolution[0]} "
             "(width x height); give others as --data."
         )
     return images
@@ -424,13 +449,15 @@ def _measure_gamma(
     *,
     batch_size: int,
 ) -> dict[int, float]:
-    """What the analytic variance needs at the protocol's levels: from the file where that is of the same protocol, else measured."""
+    """What the analytic variance needs at the protocol's levels: from the file where that is of the
+    same protocol, else measured."""
     import numpy as np
 
-    from ddim.checkpoints import read_json
     from ddim.cli._run import IDENTITY
-    from ddim.fitting import estimate_gamma
-    from ddim.images import from_uint8, write_atomically
+    from ddim.files import write_text
+    from ddim.fitting.timesteps import estimate_gamma
+    from ddim.models.checkpoints import read_json
+    from ddim.models.images import from_uint8
 
     identity = json.loads(json.dumps({name: protocol.get(name) for name in IDENTITY}))
     if path.is_file() and (content := read_json(path)).get("protocol") == identity:
@@ -449,7 +476,7 @@ def _measure_gamma(
             yield pipe.denoiser(len(x0), class_labels=labels if classes else None), x0
 
     gamma = estimate_gamma(batches(), protocol["timesteps"], schedule=pipe.noise_schedule)
-    write_atomically(path, json.dumps({"gamma": gamma, "protocol": identity}, indent=2) + "\n")
+    write_text(path, json.dumps({"gamma": gamma, "protocol": identity}, indent=2) + "\n")
     return gamma
 
 
@@ -461,7 +488,8 @@ def _note(
     *,
     assumed: bool,
 ) -> None:
-    """Says in one line what a model's configuration does to its images, where that is not what ours do."""
+    """Says in one line what a model's configuration does to its images, where that is not what ours
+    do."""
     last = len(pipe.noise_schedule) - 1
     clips = command.clip is None and command.sampler == "ddim" and clip.kind != "none"
     fitted = timesteps in (pipe.scheduler.config.get("fitted_timesteps") or [])
@@ -473,7 +501,8 @@ def _note(
     )
     if assumed:
         print(
-            f"note: {command.model} comes without a scheduler; it is taken for a model of {last + 1} linear levels that predicts epsilon."
+            f"note: {command.model} comes without a scheduler; it is taken for a model of "
+            f"{last + 1} linear levels that predicts epsilon."
         )
     elif clips or short:
         does = [f"clips predicted images ({clip.kind})"] * clips + [
@@ -486,7 +515,8 @@ def _note(
 
 
 def _note_fitted(levels: tuple[int, ...] | None, protocol: dict[str, Any]) -> None:
-    """Says in one line that levels out of a file were fitted to another model, or for another order, than they are used with."""
+    """Says in one line that levels out of a file were fitted to another model, or for another
+    order, than they are used with."""
     if not isinstance(levels, FittedLevels):
         return
     told = levels.protocol
@@ -498,7 +528,10 @@ def _note_fitted(levels: tuple[int, ...] | None, protocol: dict[str, Any]) -> No
     ]
     if other:
         print(
-            f"note: these timesteps were fitted to {told.get('model')} ({'; '.join(other)}); `ddim fit-steps` fits others.",
+            (
+                f"note: these timesteps were fitted to {told.get('model')} ({'; '.join(other)}); "
+                "`ddim fit-steps` fits others."
+            ),
             file=sys.stderr,
         )
 

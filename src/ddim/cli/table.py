@@ -38,19 +38,22 @@ LONG = 100
 
 @dataclass(frozen=True)
 class Command:
-    """Measures a model at every eta and number of steps: quality, time, and the ratio of both to DDPM.
+    """Measures a model at every eta and number of steps: quality, time, and the ratio of both to
+    DDPM.
 
-    Each finished cell is kept. Running again into the same folder measures what is missing, other etas and steps too.
-    """
+    Each finished cell is kept. Running again into the same folder measures what is missing, other
+    etas and steps too."""
 
     reference: str
-    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
+    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset
+    id."""
     model: ModelArgument = "fashion-mnist"
     """An embedded model, a folder in diffusers format, or a hub id; none of text."""
     split: str = "train"
     """Split of the reference."""
     resize: bool = False
-    """Resize the reference (shorter side) and cut it in the centre to the model's size, where that is another."""
+    """Resize the reference (shorter side) and cut it in the centre to the model's size, where that
+    is another."""
     eta: EtasOption = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
     """0 is deterministic, 1 DDPM's posterior, sigma-hat the larger noise of DDPM."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
@@ -62,19 +65,24 @@ class Command:
     count: int = 2048
     """Images a cell: the seeds SEED to SEED+COUNT-1, the same in every cell."""
     long_count: int | None = None
-    """Images of the cells of more than 100 steps, by default COUNT. Every cell is measured on that many too, for the ratios."""
+    """Images of the cells of more than 100 steps, by default COUNT. Every cell is measured on that
+    many too, for the ratios."""
     repeats: int = 1
-    """Times that each cell is drawn, from other seeds each time; from 2 on, the spread is over these."""
+    """Times that each cell is drawn, from other seeds each time; from 2 on, the spread is over
+    these."""
     seed: int = 0
     """Seed of the first image."""
     metrics: tuple[str, ...] | None = None
-    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; the first is the quality of the ratios and plots."""
+    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; the first is the quality of the ratios
+    and plots."""
     weights: tuple[str, ...] = ()
-    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0 lie."""
+    """NAME=PATH each: where the weights of the extractors inception, dinov2 and efficientnet-lite0
+    lie."""
     batch_size: int = 64
     """Images drawn together; it changes no image but for rounding, one grey level in float32."""
     processes: int = 1
-    """Processes that measure cells side by side, the longest first; each gets its share of the cores."""
+    """Processes that measure cells side by side, the longest first; each gets its share of the
+    cores."""
     out: str | None = None
     """Folder for the table; by default out/table-MODEL."""
     device: str = "auto"
@@ -82,7 +90,8 @@ class Command:
     compile: bool = False
     """Compile the network first: a minute, and then faster steps."""
     timing_rounds: int = 0
-    """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be compared; 0 keeps the cells' own."""
+    """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be
+    compared; 0 keeps the cells' own."""
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -96,7 +105,8 @@ def defaults(arguments: list[str]) -> tuple[None, list[str]]:
 
 
 def run(command: Command) -> None:
-    """Measures the cells that are missing in the folder, and writes the table of all that are there."""
+    """Measures the cells that are missing in the folder, and writes the table of all that are
+    there."""
     began = time.perf_counter()
     check_positive(command, "count", "repeats", "batch_size", "processes")
     if not 1 <= command.counts[1] <= command.count:
@@ -108,8 +118,9 @@ def run(command: Command) -> None:
     if not command.eta or not command.steps:
         raise DDIMError("--eta and --steps must each name at least one value.")
 
-    from ddim.cli._run import alone, check_protocol
+    from ddim.cli._run import check_protocol
     from ddim.evaluation.report import check_plots, save_plots
+    from ddim.files import locked
 
     check_plots()
     bench = Bench(command)
@@ -119,7 +130,7 @@ def run(command: Command) -> None:
     for eta, steps in wanted:
         bench.pipe.check_path(bench.timesteps(steps), eta=eta)
     out = Path(command.out or f"out/table-{short_name(command.model)}")
-    with alone(out):
+    with locked(out):
         (out / "cells").mkdir(exist_ok=True)
         check_protocol(out, bench.protocol, empty=not any((out / "cells").iterdir()))
         missing = [
@@ -130,7 +141,8 @@ def run(command: Command) -> None:
             for done, cell in enumerate(measured, start=1):
                 quality = cell.results[0]
                 print(
-                    f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, {cell.seconds:.1f} s for {cell.count} "
+                    f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, "
+                    f"{cell.seconds:.1f} s for {cell.count} "
                     f"images; {done} of {len(missing)} cells",
                     flush=True,
                 )
@@ -147,7 +159,8 @@ def run(command: Command) -> None:
         chosen=command.metrics is not None,
     )
     print(
-        f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is {out / 'table.md'}."
+        f"{len(missing)} cells measured, {len(wanted) - len(missing)} were there; the table is "
+        f"{out / 'table.md'}."
     )
 
 
@@ -155,7 +168,7 @@ class Bench:
     """What measures cells: the model, the metrics, and, once a cell is asked for, the reference."""
 
     def __init__(self, command: Command) -> None:
-        from ddim.noise import check_seeds
+        from ddim.core.noise import check_seeds
 
         self.command = command
         self.device = find_device(command.device)
@@ -295,7 +308,8 @@ def _measured(
             yield future.result()
     except BrokenProcessPool:
         raise DDIMError(
-            "a process ended before its cell, perhaps for want of memory; finished cells are kept, so run again with fewer --processes."
+            "a process ended before its cell, perhaps for want of memory; finished cells are kept, "
+            "so run again with fewer --processes."
         ) from None
     finally:
         for process in (
@@ -308,15 +322,17 @@ def _measured(
 def _longest_first(
     cells: Sequence[tuple[float | str, int]], counts: tuple[int, int]
 ) -> list[tuple[float | str, int]]:
-    """Cells in the order in which processes take them: a long one left to the end would be drawn while the others idle."""
+    """Cells in the order in which processes take them: a long one left to the end would be drawn
+    while the others idle."""
     return sorted(cells, key=lambda cell: -cell[1] * counts[cell[1] > LONG])
 
 
 def _time_again(bench: Bench, out: Path) -> None:
-    """Replaces the seconds of all cells by those of batches that they draw in turn, so that what the machine does besides falls on all.
+    """Replaces the seconds of all cells by those of batches that they draw in turn, so that what
+    the machine does besides falls on all.
 
-    Cells are measured hours apart, perhaps on several machines: their own seconds are of what the machine was then.
-    """
+    Cells are measured hours apart, perhaps on several machines: their own seconds are of what the
+    machine was then."""
     cells, rounds = _read_cells(out), bench.command.timing_rounds
     bench.warm_up()
     took = [[bench.time_batch(cell.eta, cell.steps) for cell in cells] for _ in range(rounds)]
@@ -332,7 +348,8 @@ _bench: Bench | None = None
 
 
 def _start(command: Command, processes: int) -> None:
-    """Prepares a process: a share of the cores, and an end when the command ends in whatever way."""
+    """Prepares a process: a share of the cores, and an end when the command ends in whatever
+    way."""
     import signal
 
     import torch
@@ -365,9 +382,9 @@ def _save_cell(bench: Bench, eta: float | str, steps: int, out: Path) -> "Cell":
 
 
 def _write_cell(cell: "Cell", out: Path) -> "Cell":
-    from ddim.images import write_atomically
+    from ddim.files import write_text
 
-    write_atomically(
+    write_text(
         _cell_file(out, cell.eta, cell.steps),
         json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n",
     )
@@ -389,7 +406,8 @@ def _read_cells(out: Path) -> "list[Cell]":
             cells.append(Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content))
         except (ValueError, TypeError, KeyError) as error:
             raise OutputError(
-                f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+                f"{path} is not a cell of this program ({error}); delete it, and it is measured "
+                "again."
             ) from error
     return cells
 
@@ -398,7 +416,7 @@ def _write(out: Path, bench: Bench, began: float) -> None:
     """Writes run.json, and the table in markdown and CSV as far as there are cells."""
     from ddim.cli._run import RunRecord, versions, write_run
     from ddim.evaluation.report import flat_records, to_csv, to_markdown
-    from ddim.images import write_atomically
+    from ddim.files import write_text
 
     command, cells = bench.command, _read_cells(out)
     records = flat_records(cells, levels=bench.levels)
@@ -419,7 +437,7 @@ def _write(out: Path, bench: Bench, began: float) -> None:
     )
     write_run(out, record)
     if cells:
-        write_atomically(out / "table.csv", to_csv(records))
+        write_text(out / "table.csv", to_csv(records))
         text = to_markdown(
             cells,
             levels=bench.levels,
@@ -427,7 +445,7 @@ def _write(out: Path, bench: Bench, began: float) -> None:
             protocol=_told(bench),
             reference=command.reference,
         )
-        write_atomically(out / "table.md", text)
+        write_text(out / "table.md", text)
 
 
 def _told(bench: Bench) -> str:
@@ -438,7 +456,10 @@ def _told(bench: Bench) -> str:
     )
     spacing, numbers = told["timesteps"], sorted(len(levels) for levels in bench.fitted)
     if numbers:
-        spacing = f"{spacing['otherwise']} timesteps, at {', '.join(map(str, numbers))} steps the model's fitted"
+        spacing = (
+            f"{spacing['otherwise']} timesteps, at {', '.join(map(str, numbers))} steps the "
+            "model's fitted"
+        )
     count, long = command.counts
     fewer = f" ({long} above {LONG} steps)" if long < count else ""
     spread = (
@@ -447,9 +468,12 @@ def _told(bench: Bench) -> str:
         else "from disjoint thirds of the images"
     )
     return (
-        f"DDIM of order {told['order']}, {spacing} timesteps, clipping {told['clip']['kind']}, float32, weights {told['weight_hash']}; "
+        f"DDIM of order {told['order']}, {spacing} timesteps, clipping {told['clip']['kind']}, "
+        f"float32, weights {told['weight_hash']}; "
         f"{count} images a cell{fewer}, seeds from {command.seed} on, the same in every cell; "
-        f"reference {command.reference} ({command.split}, {len(bench.data)} images); extractors: {networks}; "
-        f"± is the spread over seeds, {spread}. Time: {bench.device}, batches of {command.batch_size}, "
+        f"reference {command.reference} ({command.split}, {len(bench.data)} images); extractors: "
+        f"{networks}; "
+        f"± is the spread over seeds, {spread}. Time: {bench.device}, batches of "
+        f"{command.batch_size}, "
         f"{command.processes} at once, {'compiled' if command.compile else 'not compiled'}."
     )

@@ -25,7 +25,8 @@ _PRESETS_HELP = "Begin with the options of a preset, which those given replace. 
 
 @dataclass(frozen=True)
 class Command(TrainConfig):
-    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder that diffusers loads too."""
+    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder
+    that diffusers loads too."""
 
     preset: Annotated[str | None, tyro.conf.arg(help=_PRESETS_HELP, metavar="|".join(PRESETS))] = (
         None
@@ -33,7 +34,8 @@ class Command(TrainConfig):
 
 
 def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
-    """What a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME, and the arguments.
+    """What a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME, and the
+    arguments.
 
     Raises:
         DDIMError: If the preset's name is missing or unknown.
@@ -63,7 +65,8 @@ def run(command: Command) -> None:
             "" if progress.validation_loss is None else f"  held out {progress.validation_loss:.4f}"
         )
         print(
-            f"step {progress.step}/{progress.steps}  {progress.images} images  loss {progress.loss:.4f}{held}  "
+            f"step {progress.step}/{progress.steps}  {progress.images} images  loss "
+            f"{progress.loss:.4f}{held}  "
             f"{progress.images_per_second:.1f} images/s  {left} left",
             flush=True,
         )
@@ -102,7 +105,8 @@ def run(command: Command) -> None:
 
 
 def _revision() -> str | None:
-    """The git revision of this code, with -dirty where it has uncommitted changes; None where git does not track it."""
+    """The git revision of this code, with -dirty where it has uncommitted changes; None where git
+    does not track it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

@@ -1,1 +1,1 @@
-"""Evaluation: features, their statistics, the numbers made of them, the protocol, and tables."""
+"""Measuring samples against real images: features, metrics, the protocol and its report."""

@@ -1,7 +1,7 @@
 """The small classifier whose features judge 28x28 grey images.
 
-It is trained on Fashion-MNIST by ``recipes/fashion_classifier.py`` and lies in the package, with its card.
-"""
+It is trained on Fashion-MNIST by ``recipes/fashion_classifier.py`` and lies in the package, with
+its card."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ FOLDER = Path(__file__).parent.parent / "zoo" / "fashion-classifier"
 class FashionClassifier(nn.Module):
     """Six small convolutions, 64 features, ten classes; 28x28 grey images in [-1, 1].
 
-    The features are taken before their activation: there, none is constant, and their distribution is close to a Gaussian.
-    """
+    The features are taken before their activation: there, none is constant, and their distribution
+    is close to a Gaussian."""
 
     dimensions = 64
 

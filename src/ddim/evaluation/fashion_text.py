@@ -1,8 +1,9 @@
-"""Whether an image of ``fashion-text`` shows what its caption says: the background's brightness, the garment's hue and class.
+"""Whether an image of ``fashion-text`` shows what its caption says: the background's brightness,
+the garment's hue and class.
 
-Images are [B, 3, H, W] in [0, 1]. Brightness is the mean over pixels and channels. What the palette is, and how a grey garment
-is read out of a coloured image, belongs to the data set and is passed in.
-"""
+Images are [B, 3, H, W] in [0, 1]. Brightness is the mean over pixels and channels. What the palette
+is, and how a grey garment is read out of a coloured image, belongs to the data set and is passed
+in."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ def _frame(images: Tensor, width: int) -> Tensor:
     height, length = images.shape[-2:]
     if not 0 < 2 * width < min(height, length):
         raise ValueError(
-            f"the frame's width must be at least 1 and leave an image within; got {width} for images of {height}x{length}."
+            f"the frame's width must be at least 1 and leave an image within; got {width} for "
+            f"images of {height}x{length}."
         )
     inside = torch.zeros(height, length, dtype=torch.bool, device=images.device)
     inside[width:-width, width:-width] = True
@@ -53,14 +55,17 @@ def frame_spread(images: Tensor, *, width: int = 2) -> Tensor:
 
 
 def garment_hue(images: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The mean hue, each pixel weighing as much as it has colour; a background of grey weighs nothing.
+    r"""The mean hue, each pixel weighing as much as it has colour; a background of grey weighs
+    nothing.
 
-    The chroma plane is spanned by the angles of red, green and blue, 120 degrees apart; hue is the angle of the summed vector,
+    The chroma plane is spanned by the angles of red, green and blue, 120 degrees apart; hue is the
+    angle of the summed vector,
 
     .. math:: \tfrac{1}{HW}\sum (r\,e^{0} + g\,e^{2\pi i/3} + b\,e^{4\pi i/3})
 
     Returns:
-        The hue in degrees in [0, 360), [B], and the length of the mean vector, [B]: 0 for an image without colour, whose hue means nothing.
+        The hue in degrees in [0, 360), [B], and the length of the mean vector, [B]: 0 for an image
+        without colour, whose hue means nothing.
     """
     angles = torch.arange(3, dtype=images.dtype, device=images.device) * (2 * math.pi / 3)
     mean = images.mean((2, 3))
@@ -88,7 +93,8 @@ def judge_classes(garments: Tensor, classifier: nn.Module) -> Tensor:
 
 
 def saturated(images: Tensor, *, tolerance: float = 0.5 / 255) -> Tensor:
-    """The share of values that are 0 or 1, which in a clamped image are those that lay there or beyond: [B]."""
+    """The share of values that are 0 or 1, which in a clamped image are those that lay there or
+    beyond: [B]."""
     return ((images <= tolerance) | (images >= 1 - tolerance)).flatten(1).float().mean(1)
 
 
@@ -155,7 +161,8 @@ def judge(
     """
     if not len(images) == len(garments) == len(asked):
         raise ValueError(
-            f"there must be one garment and one caption an image; got {len(images)}, {len(garments)} and {len(asked)}."
+            f"there must be one garment and one caption an image; got {len(images)}, "
+            f"{len(garments)} and {len(asked)}."
         )
     brightness = frame_brightness(images)
     wanted = torch.tensor([a.brightness for a in asked], dtype=brightness.dtype)

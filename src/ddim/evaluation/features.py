@@ -1,8 +1,9 @@
-"""Extractors: what turns images into the features that are compared. The name of a number carries the name of its extractor.
+"""Extractors: what turns images into the features that are compared. The name of a number carries
+the name of its extractor.
 
-``fashion`` and ``pixels`` come with the package. Other networks are opened through the library that keeps them, where its
-weights lie on this machine: nothing is downloaded here, and nothing is imported before it is asked for.
-"""
+``fashion`` and ``pixels`` come with the package. Other networks are opened through the library that
+keeps them, where its weights lie on this machine: nothing is downloaded here, and nothing is
+imported before it is asked for."""
 
 import importlib
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.checkpoints import file_hash
 from ddim.errors import CheckpointError, DataError, DDIMError
 from ddim.evaluation.classifier import FashionClassifier, load_classifier
+from ddim.files import file_hash
 
 __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
 
@@ -31,7 +32,8 @@ class Extractor:
         dimensions: D.
         embed: Images [B, C, H, W] in [-1, 1], on the CPU, to features [B, D] there, float32.
         weight_hash: Of the network's file; None without one.
-        classify: Features [B, D] to classes [B], where the network is a classifier of its own features.
+        classify: Features [B, D] to classes [B], where the network is a classifier of its own
+            features.
         classes: Names of those.
     """
 
@@ -55,13 +57,15 @@ def load_extractor(
     Args:
         name: One of :data:`EXTRACTORS`.
         image_shape: (C, H, W) of the images that it is to take.
-        weights: Where its weights lie; None: in the package that brings them, or in the cache of the library that keeps them.
+        weights: Where its weights lie; None: in the package that brings them, or in the cache of
+            the library that keeps them.
         device: Where it computes.
 
     Raises:
         DDIMError: If there is no such extractor, or it takes no other weights.
         DataError: If it does not take such images.
-        CheckpointError: If its library or weights are missing; the message says where they come from.
+        CheckpointError: If its library or weights are missing; the message says where they come
+            from.
     """
     if name not in EXTRACTORS:
         raise DDIMError(
@@ -69,7 +73,8 @@ def load_extractor(
         )
     if weights is not None and name in ("fashion", "pixels"):
         raise DDIMError(
-            f"the extractor {name} takes no weights: {'its own lie in the package' if name == 'fashion' else 'it has none'}."
+            f"the extractor {name} takes no weights: "
+            f"{'its own lie in the package' if name == 'fashion' else 'it has none'}."
         )
     if weights is not None and not weights.exists():
         raise CheckpointError(f"there are no weights of {name} at {weights}; check the path.")
@@ -85,7 +90,8 @@ def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extract
 def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     if shape != (1, 28, 28):
         raise DataError(
-            f"the extractor fashion takes grey images of 28x28; got {_told(shape)}. Name metrics of another extractor, such as kid-pixels."
+            f"the extractor fashion takes grey images of 28x28; got {_told(shape)}. Name metrics "
+            "of another extractor, such as kid-pixels."
         )
     network, card = load_classifier()
     embed = _run(network.features, network, device)
@@ -124,7 +130,8 @@ def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> E
 
 
 def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
-    """The Inception of 2015 that FID means, 2048 pooled features; resized to 299x299 as TensorFlow did it then."""
+    """The Inception of 2015 that FID means, 2048 pooled features; resized to 299x299 as TensorFlow
+    did it then."""
     kept = _library(
         "torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity torchvision"
     )
@@ -132,7 +139,8 @@ def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extr
     path = weights or Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.exists():
         raise CheckpointError(
-            f"the weights of inception are not on this machine; download {file} from the releases of "
+            f"the weights of inception are not on this machine; download {file} from the releases "
+            "of "
             "https://github.com/toshas/torch-fidelity and give --weights inception=FILE."
         )
     _read_weights(
@@ -162,12 +170,14 @@ def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extract
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                "the weights of dinov2 are not on this machine; run `hf download facebook/dinov2-large`, or give --weights dinov2=FOLDER."
+                "the weights of dinov2 are not on this machine; run `hf download "
+                "facebook/dinov2-large`, or give --weights dinov2=FOLDER."
             ) from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as facebook/dinov2-large."
+            f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as "
+            "facebook/dinov2-large."
         )
     network = kept.Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     mean, std = (

@@ -1,10 +1,13 @@
-r"""What each fix of "Common Diffusion Noise Schedules and Sample Steps are Flawed" does to a text model's images, in numbers.
+r"""What each fix of "Common Diffusion Noise Schedules and Sample Steps are Flawed" does to a text
+model's images, in numbers.
 
-Three models that differ in their training alone (what they predict, and whether the terminal SNR is zero) are sampled with and
-without the two fixes that need no training: trailing timesteps, and the rescale of guidance. A measurement is a list of flat records.
+Three models that differ in their training alone (what they predict, and whether the terminal SNR is
+zero) are sampled with and without the two fixes that need no training: trailing timesteps, and the
+rescale of guidance. A measurement is a list of flat records.
 
 References:
-    Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. https://arxiv.org/abs/2305.08891
+    Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
+    https://arxiv.org/abs/2305.08891
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.timesteps import Spacing
+from ddim.doctor.symptoms import Brightness, leaked_brightness
 from ddim.evaluation.fashion_text import Judged, saturated, summarise
 from ddim.evaluation.report import text_table
-from ddim.schedule import NoiseSchedule
-from ddim.symptoms import Brightness, leaked_brightness
-from ddim.timesteps import Spacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,13 +84,15 @@ class Setting:
 
 
 def settings(guidance_rescale: float) -> list[Setting]:
-    """All twelve: each training with each of the two fixes that need none. One fix at a time, and every other way through them."""
+    """All twelve: each training with each of the two fixes that need none. One fix at a time, and
+    every other way through them."""
     spacings: tuple[Spacing, ...] = ("leading", "trailing")
     return [Setting(m, s, r) for m in TRAININGS for s in spacings for r in (0.0, guidance_rescale)]
 
 
 def twins(guidance_rescale: float) -> list[Setting]:
-    """The model without any fix and the one with those of training and spacing, each with and without the rescale."""
+    """The model without any fix and the one with those of training and spacing, each with and
+    without the rescale."""
     return [
         s
         for s in settings(guidance_rescale)
@@ -98,7 +103,8 @@ def twins(guidance_rescale: float) -> list[Setting]:
 def background_records(
     setting: Setting, judged: Mapping[str, Judged], requested: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One record a background: the brightness asked for and made, and how often the garment is right.
+    """One record a background: the brightness asked for and made, and how often the garment is
+    right.
 
     Args:
         setting: Where the images come from.
@@ -128,7 +134,8 @@ def background_records(
 def saturation_record(
     setting: Setting, images: Tensor, *, guidance_scale: float, real: float
 ) -> dict[str, Any]:
-    """How many values of images [B, 3, H, W] in [0, 1] are 0 or 1, beside those of real images of the same captions."""
+    """How many values of images [B, 3, H, W] in [0, 1] are 0 or 1, beside those of real images of
+    the same captions."""
     made = summarise(saturated(images))
     contrast = summarise(images.flatten(1).std(1, correction=0))
     return {
@@ -153,11 +160,14 @@ def unconditional_records(
     schedule: NoiseSchedule,
     first: int,
 ) -> list[dict[str, Any]]:
-    """The brightness of samples without a caption beside the data's, and beside what leaks through the first level in theory.
+    """The brightness of samples without a caption beside the data's, and beside what leaks through
+    the first level in theory.
 
-    The theory takes the mean of a channel over its n x n values for a Gaussian of the data's mean m and spread b, the best network,
-    and steps without end: N(0, 1) noise at a level where the signal is not gone costs a bias and a part of the spread
-    (:func:`ddim.symptoms.leaked_brightness`). It is given for each channel of the latents; of decoded images there is none.
+    The theory takes the mean of a channel over its n x n values for a Gaussian of the data's mean m
+    and spread b, the best network, and steps without end: N(0, 1) noise at a level where the signal
+    is not gone costs a bias and a part of the spread
+    (:func:`ddim.doctor.symptoms.leaked_brightness`). It is given for each channel of the latents;
+    of decoded images there is none.
 
     Args:
         setting: Where the samples come from.
@@ -279,8 +289,10 @@ def to_markdown(records: Sequence[Mapping[str, Any]], *, protocol: str) -> str:
                     ]
                 )
         said = (
-            "The mean of a channel over an image, in units of the latents (of decoded images: pixels in [0, 1]). The theory holds for the "
-            "best network if that mean is Gaussian, and tells what starting from N(0, 1) costs at the first level; network and steps err "
+            "The mean of a channel over an image, in units of the latents (of decoded images: "
+            "pixels in [0, 1]). The theory holds for the "
+            "best network if that mean is Gaussian, and tells what starting from N(0, 1) costs at "
+            "the first level; network and steps err "
             "besides.\n"
         )
         parts += ["## Brightness without a caption\n", said, text_table(rows)]
@@ -288,7 +300,8 @@ def to_markdown(records: Sequence[Mapping[str, Any]], *, protocol: str) -> str:
 
 
 def plot_flaws(records: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Brightness made against asked for, saturation against guidance, and the spread of brightness without a caption."""
+    """Brightness made against asked for, saturation against guidance, and the spread of brightness
+    without a caption."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 6.2), layout="constrained")

@@ -1,4 +1,5 @@
-"""Numbers that compare two sets of features, [N, D] and [M, D]: pure functions, in float64, in bounded memory.
+"""Numbers that compare two sets of features, [N, D] and [M, D]: pure functions, in float64, in
+bounded memory.
 
 ``samples`` are what is judged, ``reference`` what they are judged by.
 """
@@ -28,7 +29,8 @@ _CHUNK = 2**22
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> float:
-    r"""KID: the unbiased estimate of the squared maximum mean discrepancy under a cubic kernel, over all pairs.
+    r"""KID: the unbiased estimate of the squared maximum mean discrepancy under a cubic kernel,
+    over all pairs.
 
     .. math:: k(x, y) = (x \cdot y / D + 1)^3
 
@@ -39,7 +41,8 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> float:
         reference: [M, D], M > 1.
 
     References:
-        Binkowski et al. Demystifying MMD GANs. 2018. Eq. 4 and Sec. 3. https://arxiv.org/abs/1801.01401
+        Binkowski et al. Demystifying MMD GANs. 2018. Eq. 4 and Sec. 3.
+        https://arxiv.org/abs/1801.01401
     """
     x, y = samples.double(), reference.double()
 
@@ -56,7 +59,8 @@ def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """The part of the samples that lie within reach of the reference: no farther from one of its images than that one's k-th neighbour.
+    """The part of the samples that lie within reach of the reference: no farther from one of its
+    images than that one's k-th neighbour.
 
     Args:
         samples: [N, D].
@@ -67,8 +71,8 @@ def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> flo
         In [0, 1]; 1 is best.
 
     References:
-        Kynkaanniemi et al. Improved Precision and Recall Metric for Assessing Generative Models. 2019. Eq. 1 and 2.
-        https://arxiv.org/abs/1904.06991
+        Kynkaanniemi et al. Improved Precision and Recall Metric for Assessing Generative Models.
+        2019. Eq. 1 and 2. https://arxiv.org/abs/1904.06991
     """
     x, y = samples.double(), reference.double()
     # The smallest of k + 1 is the distance of an image to itself.
@@ -80,7 +84,8 @@ def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> flo
 
 
 def recall(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """The part of the reference that lies within reach of the samples: :func:`precision` with the sets exchanged."""
+    """The part of the reference that lies within reach of the samples: :func:`precision` with the
+    sets exchanged."""
     return precision(reference, samples, k=k)
 
 
@@ -110,7 +115,8 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
     with sorted columns: in one dimension the best transport pairs equal ranks.
 
     References:
-        Bonneel et al. Sliced and Radon Wasserstein Barycenters of Measures. 2015. Sec. 2. https://doi.org/10.1007/s10851-014-0506-3
+        Bonneel et al. Sliced and Radon Wasserstein Barycenters of Measures. 2015. Sec. 2.
+        https://doi.org/10.1007/s10851-014-0506-3
     """
     x, y = samples.double().sort(0).values, reference.double().sort(0).values
     return float((x - y).square().mean().sqrt())
@@ -122,7 +128,8 @@ def class_histogram(classes: Tensor, *, count: int) -> list[int]:
 
 
 def total_variation(samples: list[int], reference: list[int]) -> float:
-    """Half the summed difference of two histograms' parts, in [0, 1]: the part of the images that is of the wrong class."""
+    """Half the summed difference of two histograms' parts, in [0, 1]: the part of the images that
+    is of the wrong class."""
     x, y = (torch.tensor(h, dtype=torch.float64) / sum(h) for h in (samples, reference))
     return float((x - y).abs().sum() / 2)
 

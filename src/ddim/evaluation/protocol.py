@@ -1,12 +1,14 @@
-"""How a number is measured: which metrics, on how many images, against what, beside which floor and with what spread.
+"""How a number is measured: which metrics, on how many images, against what, beside which floor and
+with what spread.
 
-A metric is named METRIC-EXTRACTOR, as ``fd-fashion``. Images pass through the extractors batch by batch, and of them stays what
-the metrics need (:class:`Sketch`): sums for a Frechet distance, features or projections for the others.
+A metric is named METRIC-EXTRACTOR, as ``fd-fashion``. Images pass through the extractors batch by
+batch, and of them stays what the metrics need (:class:`Sketch`): sums for a Frechet distance,
+features or projections for the others.
 
-The reference's M images come in an order that means nothing (shuffled). The first of them play the samples for the floor, real
-against real: as many as there are samples, or M // 2, so that both sides are disjoint. The spread is over the samples' disjoint
-thirds, each measured by itself; divided by the root of 3 it estimates the spread of the whole set's number over seeds.
-"""
+The reference's M images come in an order that means nothing (shuffled). The first of them play the
+samples for the floor, real against real: as many as there are samples, or M // 2, so that both
+sides are disjoint. The spread is over the samples' disjoint thirds, each measured by itself;
+divided by the root of 3 it estimates the spread of the whole set's number over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +46,8 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """What is kept of some images under one extractor. Sketches of two sets add up to that of their union."""
+    """What is kept of some images under one extractor. Sketches of two sets add up to that of their
+    union."""
 
     count: int = 0
     statistics: Statistics | None = None
@@ -68,7 +71,8 @@ class Metric(NamedTuple):
     compute: Callable[[Sketch, Sketch, Extractor], float]
     minimum: Callable[[Extractor], int]
     whole: bool = False
-    """Whether it compares with all of the reference, or with as many of its images as there are samples."""
+    """Whether it compares with all of the reference, or with as many of its images as there are
+    samples."""
     higher_is_better: bool = False
 
 
@@ -127,7 +131,8 @@ METRICS: dict[str, Metric] = {
         lambda e: 1,
     ),
 }
-"""Frechet distance, KID, precision and recall, mean distance to the nearest reference image, wrong classes, sliced Wasserstein."""
+"""Frechet distance, KID, precision and recall, mean distance to the nearest reference image, wrong
+classes, sliced Wasserstein."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ class Result:
     """Spread of the value over seeds; None where thirds of the samples would be too few."""
     count: int
     floor_count: int
-    """Real images that played the samples; fewer than ``count`` where the reference is small, and then the floor is too high."""
+    """Real images that played the samples; fewer than ``count`` where the reference is small, and
+    then the floor is too high."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +165,8 @@ class Panel:
         return METRICS[metric], self.extractors[extractor]
 
     def fitting(self, count: int, available: int) -> "Panel | None":
-        """The metrics that so many samples and reference images are enough for, and their extractors; None where there is none."""
+        """The metrics that so many samples and reference images are enough for, and their
+        extractors; None where there is none."""
         parts = {name: self.parts(name) for name in self.metrics}
         needed = {name: metric.minimum(extractor) for name, (metric, extractor) in parts.items()}
         kept = tuple(
@@ -185,11 +192,13 @@ class Panel:
                 raise DDIMError(f"{name} needs at least {needed} images; got {smallest}.")
             if available < 2 * needed:
                 raise DataError(
-                    f"{name} needs a reference of at least {2 * needed} images, for its floor too; got {available}."
+                    f"{name} needs a reference of at least {2 * needed} images, for its floor too; "
+                    f"got {available}."
                 )
         if available < largest:
             raise DataError(
-                f"{largest} samples need a reference of as many images, and it holds {available}; use at most {available}."
+                f"{largest} samples need a reference of as many images, and it holds {available}; "
+                f"use at most {available}."
             )
 
 
@@ -214,13 +223,15 @@ def load_panel(
     """Opens the extractors of metrics.
 
     Args:
-        names: METRIC-EXTRACTOR each, of :data:`METRICS` and :data:`~ddim.evaluation.features.EXTRACTORS`.
+        names: METRIC-EXTRACTOR each, of :data:`METRICS` and
+            :data:`~ddim.evaluation.features.EXTRACTORS`.
         image_shape: (C, H, W).
         weights: Where the weights of extractors lie.
         device: Where they compute.
 
     Raises:
-        DDIMError: If a name is unknown or names repeat; also what :func:`~ddim.evaluation.features.load_extractor` raises.
+        DDIMError: If a name is unknown or names repeat; also what
+            :func:`~ddim.evaluation.features.load_extractor` raises.
     """
     pairs = [name.partition("-") for name in names]
     if not names or len(set(names)) < len(names):
@@ -228,13 +239,15 @@ def load_panel(
     for name, (metric, _, extractor) in zip(names, pairs, strict=True):
         if metric not in METRICS or extractor not in EXTRACTORS:
             raise DDIMError(
-                f"{name!r} is no metric; a metric is one of {', '.join(METRICS)}, a hyphen, and one of {', '.join(EXTRACTORS)}, "
+                f"{name!r} is no metric; a metric is one of {', '.join(METRICS)}, a hyphen, and "
+                f"one of {', '.join(EXTRACTORS)}, "
                 "such as fd-fashion."
             )
     given = dict(weights or {})
     if unused := set(given) - {extractor for *_, extractor in pairs}:
         raise DDIMError(
-            f"weights are given for {', '.join(sorted(unused))}, and no metric uses them; add one such as fd-{min(unused)}."
+            f"weights are given for {', '.join(sorted(unused))}, and no metric uses them; add one "
+            f"such as fd-{min(unused)}."
         )
     opened = {
         e: load_extractor(e, image_shape=image_shape, weights=given.get(e), device=device)
@@ -243,7 +256,8 @@ def load_panel(
     for name, (metric, _, extractor) in zip(names, pairs, strict=True):
         if metric == "classes" and opened[extractor].classify is None:
             raise DDIMError(
-                f"{name} needs an extractor that tells classes, which {extractor} does not; use classes-fashion."
+                f"{name} needs an extractor that tells classes, which {extractor} does not; use "
+                "classes-fashion."
             )
     return Panel(tuple(names), opened)
 
@@ -270,7 +284,8 @@ class Collected:
 
 
 def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> Collected:
-    """Passes a stream of images through the extractors; the result does not depend on how it is divided into batches.
+    """Passes a stream of images through the extractors; the result does not depend on how it is
+    divided into batches.
 
     Args:
         images: Batches [B, C, H, W] in [-1, 1].
@@ -393,7 +408,8 @@ def measure(samples: Collected, reference: Reference, panel: Panel, *, count: in
 
 
 def over_repeats(repeats: Sequence[Sequence[Result]]) -> list[Result]:
-    """One list of results of several runs with other seeds: the mean value, and its spread where there are two or more."""
+    """One list of results of several runs with other seeds: the mean value, and its spread where
+    there are two or more."""
     if len(repeats) == 1:
         return list(repeats[0])
     groups = [[r.value for r in same] for same in zip(*repeats, strict=True)]

@@ -1,4 +1,5 @@
-"""A table of cells (eta, steps): flat records, CSV, markdown beside the paper's numbers, and two plots."""
+"""A table of cells (eta, steps): flat records, CSV, markdown beside the paper's numbers, and two
+plots."""
 
 import csv
 import io
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddim.errors import DDIMError
 from ddim.evaluation.protocol import METRICS, Result
-from ddim.images import replacing
+from ddim.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +53,8 @@ PAPER = {
     data: {eta: dict(zip(_STEPS, row, strict=True)) for eta, row in zip(_ETAS, rows, strict=True)}
     for data, rows in _FID.items()
 }
-"""FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Table 1. https://arxiv.org/abs/2010.02502"""
+"""FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021.
+Table 1. https://arxiv.org/abs/2010.02502"""
 
 _NAMES = {"CIFAR-10": r"cifar10(?!0)", "CelebA": r"celeba(?!hq|maskhq|spoof)"}
 """Letters and digits by which a set of the paper's is known; CIFAR-100 and CelebA-HQ are others."""
@@ -74,7 +76,8 @@ class Cell:
     compared: tuple[Result, ...]
     """On as many images as every cell has, so that ratios compare equal numbers."""
     timing_rounds: int = 0
-    """Batches whose median time is in ``seconds``, drawn in turn with those of the other cells; 0: the time of all images of the cell."""
+    """Batches whose median time is in ``seconds``, drawn in turn with those of the other cells; 0:
+    the time of all images of the cell."""
 
     @property
     def count(self) -> int:
@@ -90,9 +93,9 @@ class Cell:
 def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
     """One flat record a cell, in the order of eta and steps.
 
-    ``quality_ratio`` is the first metric over that of DDPM, which is eta = 1 at all ``levels`` steps, on equally many images;
-    ``quality_ratio_sigma_hat`` the same over sigma-hat at all steps; ``speedup`` is DDPM's seconds over the cell's. They are None
-    where the table has no such cell.
+    ``quality_ratio`` is the first metric over that of DDPM, which is eta = 1 at all ``levels``
+    steps, on equally many images; ``quality_ratio_sigma_hat`` the same over sigma-hat at all steps;
+    ``speedup`` is DDPM's seconds over the cell's. They are None where the table has no such cell.
     """
     ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
     records = []
@@ -145,14 +148,16 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def to_markdown(
     cells: Sequence[Cell], *, levels: int, title: str, protocol: str, reference: str
 ) -> str:
-    """The table as a document: each metric by eta and steps, time, ratios to DDPM, and the paper's numbers.
+    """The table as a document: each metric by eta and steps, time, ratios to DDPM, and the paper's
+    numbers.
 
     Args:
         cells: What was measured.
         levels: T, the steps of DDPM.
         title: Of the document.
         protocol: What was done, in sentences.
-        reference: The data that the samples were compared with; where it is a set of the paper's, that is said.
+        reference: The data that the samples were compared with; where it is a set of the paper's,
+            that is said.
     """
     parts = [f"# {title}\n", f"{protocol}\n"]
     for i, result in enumerate(cells[0].results):
@@ -186,9 +191,15 @@ def _told_timing(cells: Sequence[Cell]) -> str:
     """How the seconds were taken, and what they do not tell."""
     rounds = {c.timing_rounds for c in cells}
     if rounds == {0}:
-        return "Of all images of a cell, each when it was measured: on a machine that does other work, or on several, they do not compare."
+        return (
+            "Of all images of a cell, each when it was measured: on a machine that does other "
+            "work, or on several, they do not compare."
+        )
     if len(rounds) > 1:
-        return "Not all of them taken in turn: they do not compare. `--timing-rounds` takes all of them again."
+        return (
+            "Not all of them taken in turn: they do not compare. `--timing-rounds` takes all of "
+            "them again."
+        )
     return f"Batches of all cells drawn in turn, the median of {rounds.pop()} each."
 
 
@@ -271,7 +282,8 @@ def check_plots() -> None:
 
 
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
-    """Quality against network evaluations and against seconds, a line an eta, by file name; all on equally many images."""
+    """Quality against network evaluations and against seconds, a line an eta, by file name; all on
+    equally many images."""
     from matplotlib.figure import Figure
 
     metric, count, floor = (
@@ -324,7 +336,8 @@ def save_plots(cells: Sequence[Cell], folder: Path) -> None:
 def save_lines(
     lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str
 ) -> None:
-    """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at all."""
+    """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at
+    all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -343,7 +356,8 @@ def save_lines(
 
 
 def _label_plainly(axes: Any) -> None:
-    """Plain numbers along both axes, for measurements span few powers of ten; more of them where it is fewer still."""
+    """Plain numbers along both axes, for measurements span few powers of ten; more of them where it
+    is fewer still."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
@@ -355,7 +369,8 @@ def _label_plainly(axes: Any) -> None:
 
 
 def _apart(values: Sequence[float]) -> list[float]:
-    """Those of rising values that can be told apart in words along a logarithmic axis: each at least 15 % above the one before."""
+    """Those of rising values that can be told apart in words along a logarithmic axis: each at
+    least 15 % above the one before."""
     chosen: list[float] = []
     for value in values:
         if not chosen or value >= 1.15 * chosen[-1]:

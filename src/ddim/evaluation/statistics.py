@@ -1,4 +1,5 @@
-r"""Count, mean and covariance of features, from sums that add up across batches and processes, in float64.
+r"""Count, mean and covariance of features, from sums that add up across batches and processes, in
+float64.
 
 The covariance is the unbiased one, with :math:`N - 1` below the sum.
 """
@@ -13,7 +14,8 @@ __all__ = ["Statistics", "frechet_distance"]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a Frechet distance needs of a set of features. Two sets' statistics add up to those of their union.
+    """What a Frechet distance needs of a set of features. Two sets' statistics add up to those of
+    their union.
 
     Attributes:
         count: N, the number of images.
@@ -52,7 +54,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}\left(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}\right)
 
-    Both roots are of symmetric matrices, so two eigen-decompositions give them, for singular covariances too.
+    Both roots are of symmetric matrices, so two eigen-decompositions give them, for singular
+    covariances too.
 
     Args:
         a: Of one set, N > 1.
@@ -62,8 +65,9 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         The distance; for one and the same set 0, but for rounding.
 
     References:
-        Dowson, Landau. The Frechet Distance between Multivariate Normal Distributions. 1982.
-        Heusel et al. GANs Trained by a Two Time-Scale Update Rule. 2017. Eq. 6. https://arxiv.org/abs/1706.08500
+        Dowson, Landau. The Frechet Distance between Multivariate Normal Distributions. 1982. Heusel
+        et al. GANs Trained by a Two Time-Scale Update Rule. 2017. Eq. 6.
+        https://arxiv.org/abs/1706.08500
     """
     first, second = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(first)

@@ -1,1 +1,1 @@
-"""Training: configuration, data, exponential moving average, and the loop."""
+"""Training a network: its configuration, the loop, checkpoints and the finished model."""

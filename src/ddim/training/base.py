@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.checkpoints import (
+from ddim.errors import CheckpointError, DDIMError
+from ddim.models.checkpoints import (
     find_model,
     is_unconditional,
     read_guidance,
@@ -15,7 +16,6 @@ from ddim.checkpoints import (
     read_scheduler_config,
     weight_hash,
 )
-from ddim.errors import CheckpointError, DDIMError
 
 __all__ = ["Base", "load_part", "open_base"]
 
@@ -68,7 +68,8 @@ def open_base(name: str) -> Base:
         name: An embedded model's name, a folder, or a hub id.
 
     Raises:
-        CheckpointError: If there is no such model, a part of it is missing, or it is of another kind.
+        CheckpointError: If there is no such model, a part of it is missing, or it is of another
+            kind.
     """
     folder = find_model(name)
     index = read_model_index(folder)
@@ -77,7 +78,8 @@ def open_base(name: str) -> Base:
         _check_parts(name, folder, index)
     elif (index.get("unet") or [None, None])[1] != "UNet2DModel":
         raise CheckpointError(
-            f"{name} has a network of class {(index.get('unet') or [None, None])[1]}, and UNet2DModel can be trained."
+            f"{name} has a network of class {(index.get('unet') or [None, None])[1]}, and "
+            "UNet2DModel can be trained."
         )
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     return Base(
@@ -98,23 +100,27 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
     ]
     if further:
         raise CheckpointError(
-            f"{name} is a {index.get('_class_name')} with a {further[0]}, and training knows Stable Diffusion 1 and 2; "
+            f"{name} is a {index.get('_class_name')} with a {further[0]}, and training knows "
+            "Stable Diffusion 1 and 2; "
             "train it with diffusers' own scripts."
         )
     for part, (kind, what) in _PARTS.items():
         found = (index.get(part) or [None, None])[1]
         if found is None or not (folder / part).is_dir():
             raise CheckpointError(
-                f"{name} has no {part} ({what}), which a text model needs; complete the folder, or take another base."
+                f"{name} has no {part} ({what}), which a text model needs; complete the folder, or "
+                "take another base."
             )
         if kind and found.removesuffix("Fast") != kind:
             raise CheckpointError(
-                f"the {part} of {name} is a {found}, and training knows {kind}; train it with diffusers' own scripts."
+                f"the {part} of {name} is a {found}, and training knows {kind}; train it with "
+                "diffusers' own scripts."
             )
     for part in ("vae", "text_encoder"):
         if not any("." not in p.stem for p in (folder / part).glob("*.safetensors")):
             raise CheckpointError(
-                f"the {part} of {name} has no .safetensors file without a variant, and pickled or half-precision weights are not copied; "
+                f"the {part} of {name} has no .safetensors file without a variant, and pickled or "
+                "half-precision weights are not copied; "
                 "save it anew with diffusers."
             )
 

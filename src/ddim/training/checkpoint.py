@@ -1,9 +1,9 @@
 """Training checkpoints: written whole or not at all, and read back to the same bits.
 
-A checkpoint is a folder ``checkpoints/<step>`` in diffusers format (the averaged network, the scheduler and what a base gave,
-ready to be sampled) with a folder ``training`` inside: the network's own weights, the optimiser, and a JSON record. Files that
-training does not change are the same file on the disk in all checkpoints, where the file system has hard links.
-"""
+A checkpoint is a folder ``checkpoints/<step>`` in diffusers format (the averaged network, the
+scheduler and what a base gave, ready to be sampled) with a folder ``training`` inside: the
+network's own weights, the optimiser, and a JSON record. Files that training does not change are the
+same file on the disk in all checkpoints, where the file system has hard links."""
 
 import contextlib
 import json
@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ddim.checkpoints import read_json, weight_hash
+from ddim.core.prior import DataPrior
+from ddim.core.schedule import make_betas
 from ddim.errors import CheckpointError, DDIMError, OutputError
-from ddim.prior import DataPrior
-from ddim.schedule import make_betas
+from ddim.models.checkpoints import read_json, weight_hash
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
 __all__ = [
@@ -38,8 +38,10 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# What may differ between the parts of a resumed run: it changes what is written and how fast, not what is learnt. ``compile``,
-# ``cache_latents`` and ``gradient_checkpointing`` may change the rounding, so that only a run that keeps them continues to the same bits.
+# What may differ between the parts of a resumed run: it changes what is written and how fast, not
+# what is learnt. ``compile``,
+# ``cache_latents`` and ``gradient_checkpointing`` may change the rounding, so that only a run that
+# keeps them continues to the same bits.
 FREE_FIELDS = frozenset(
     {
         *(
@@ -89,7 +91,8 @@ class Package:
 def make_scheduler(
     config: TrainConfig, inherited: Mapping[str, Any] | None = None
 ) -> diffusers.DDIMScheduler:
-    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps, to clean data.
+    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps,
+    to clean data.
 
     Args:
         config: The run.
@@ -145,7 +148,8 @@ def make_scheduler(
 def save_model(
     folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None
 ) -> None:
-    """Writes a model in diffusers format into a new folder; what was written before, and does not change, is linked from there."""
+    """Writes a model in diffusers format into a new folder; what was written before, and does not
+    change, is linked from there."""
     for name, part in package.parts(network).items():
         part.save_pretrained(folder / name)
         config = read_json(folder / name / "config.json")
@@ -169,7 +173,8 @@ def save_model(
 
 
 def _copy_part(source: Path, target: Path, before: Path | None) -> None:
-    """Copies the files of a part, of weights the safetensors without a variant; from ``before`` by hard links where that can be."""
+    """Copies the files of a part, of weights the safetensors without a variant; from ``before`` by
+    hard links where that can be."""
     target.mkdir()
     for file in sorted(source.iterdir()):
         stem, _, kind = file.name.rpartition(".")
@@ -206,7 +211,8 @@ def _partial(folder: Path, what: str) -> Iterator[Path]:
             str(error).strip() or type(error).__name__
         ).splitlines()[0].rstrip(".")
         raise OutputError(
-            f"{what} cannot be written to {folder.parent} ({reason}); mend that, and the same command goes on from the last checkpoint."
+            f"{what} cannot be written to {folder.parent} ({reason}); mend that, and the same "
+            "command goes on from the last checkpoint."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -222,7 +228,8 @@ def save_checkpoint(
     record: dict[str, Any],
     package: Package,
 ) -> Path:
-    """Writes ``root/<step>`` under a temporary name and renames it: whoever sees the folder sees all of it."""
+    """Writes ``root/<step>`` under a temporary name and renames it: whoever sees the folder sees
+    all of it."""
     target, previous = root / f"{step:07d}", latest_checkpoint(root)
     with _partial(root / f".partial-{step:07d}", f"the checkpoint of step {step}") as partial:
         save_model(partial, averaged, package, previous=previous)
@@ -271,7 +278,8 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def check_out(out: Path) -> None:
-    """Refuses a folder that no run began: one whose model :func:`publish` would replace, or of another command's results.
+    """Refuses a folder that no run began: one whose model :func:`publish` would replace, or of
+    another command's results.
 
     Raises:
         OutputError: If it is such a one.
@@ -280,11 +288,13 @@ def check_out(out: Path) -> None:
         return
     if (out / "run.json").exists():
         raise OutputError(
-            f"{out} holds the results of another command (run.json), and no checkpoint of a run; use another --out."
+            f"{out} holds the results of another command (run.json), and no checkpoint of a run; "
+            "use another --out."
         )
     if found := [name for name in _PUBLISHED if (out / name).exists()]:
         raise OutputError(
-            f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the trained model would replace them; "
+            f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the "
+            "trained model would replace them; "
             "use another --out, or move them away."
         )
 
@@ -300,16 +310,19 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to go on from an earlier one."
+            f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
+            "go on from an earlier one."
         ) from error
     return record
 
 
 def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """The record of a checkpoint, if it belongs to this run: ``fresh`` is the record that the run would begin with.
+    """The record of a checkpoint, if it belongs to this run: ``fresh`` is the record that the run
+    would begin with.
 
     Raises:
-        CheckpointError: If it is damaged, or was made with other options, other data, or another number of processes.
+        CheckpointError: If it is damaged, or was made with other options, other data, or another
+            number of processes.
     """
     record = read_record(checkpoint)
     defaults = {
@@ -323,21 +336,25 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
             if group != "config":
                 what = f"data {config.data}" if group == "data" else f"base {config.base}"
                 raise CheckpointError(
-                    f"{config.out} holds a run whose {what} had {name}={before!r}, and there is {name}={value!r} now; "
+                    f"{config.out} holds a run whose {what} had {name}={before!r}, and there is "
+                    f"{name}={value!r} now; "
                     f"use another --out, or the {group} as it was."
                 )
             if name == "images" and before <= min(value, record.get("images_seen", 0)):
                 raise CheckpointError(
-                    f"{config.out} holds a run that is finished, of images={before!r}; to go on from its model give --base {config.out}, "
+                    f"{config.out} holds a run that is finished, of images={before!r}; to go on "
+                    f"from its model give --base {config.out}, "
                     "another --out, and as --images what is to be added."
                 )
             raise CheckpointError(
-                f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked for; "
+                f"{config.out} holds a run with {name}={before!r}, and {name}={value!r} was asked "
+                "for; "
                 "use another --out, or the same options."
             )
     if record.get("processes") != fresh["processes"]:
         raise CheckpointError(
-            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has {fresh['processes']}; "
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
+            f"{fresh['processes']}; "
             "use the same number."
         )
     if "held_out" not in record:  # the first version held out the end of the data
@@ -388,7 +405,8 @@ def load_training_state(
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the training checkpoint {checkpoint} cannot be restored ({first}); delete that folder to go on from an earlier one."
+            f"the training checkpoint {checkpoint} cannot be restored ({first}); delete that "
+            "folder to go on from an earlier one."
         ) from error
 
 
@@ -405,10 +423,11 @@ def publish(
     card: dict[str, Any],
     prior: DataPrior | None = None,
 ) -> None:
-    """Puts the finished model into ``out``; model_index.json is written last, so a half-written model is never loadable.
+    """Puts the finished model into ``out``; model_index.json is written last, so a half-written
+    model is never loadable.
 
-    With what is known of the data's brightness where there is a prior, for ``ddim sample --prior data`` and the doctor.
-    """
+    With what is known of the data's brightness where there is a prior, for ``ddim sample --prior
+    data`` and the doctor."""
     with _partial(out / ".partial-model", "the model") as partial:
         save_model(partial, network, package)
         facts = json.dumps(card | {"weight_hash": weight_hash(partial)}, indent=2, sort_keys=True)

@@ -55,7 +55,8 @@ _OF_TEXT = (
 )
 
 EPSILON_AT_ZERO_SNR = (
-    "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and x0 cannot be recovered; "
+    "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and "
+    "x0 cannot be recovered; "
     "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
 )
 
@@ -80,43 +81,52 @@ class Architecture:
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
             raise DDIMError(
-                f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; got {bad[0]}."
+                f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; "
+                f"got {bad[0]}."
             )
         narrowest = min(
             self.block_out_channels[-max(1, self.attention_levels) :]
         )  # the middle of the network always has attention
         if self.attention_head_dim > narrowest:
             raise DDIMError(
-                f"attention_head_dim must be at most {narrowest}, the fewest channels that have attention; got {self.attention_head_dim}."
+                f"attention_head_dim must be at most {narrowest}, the fewest channels that have "
+                f"attention; got {self.attention_head_dim}."
             )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder that diffusers loads too."""
+    """Trains an unconditional, class-conditional or text-conditional model, and writes a folder
+    that diffusers loads too."""
 
     data: str
-    """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, `fashion-text`, or a hub dataset id."""
+    """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, `fashion-text`,
+    or a hub dataset id."""
     out: str
-    """Folder for the model, its checkpoints and its log. Running again with the same options goes on from the last checkpoint."""
+    """Folder for the model, its checkpoints and its log. Running again with the same options goes
+    on from the last checkpoint."""
 
     base: str | None = None
-    """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's format is trained on the data's captions."""
+    """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's
+    format is trained on the data's captions."""
     from_scratch: bool = False
-    """Begin with a new network: of the base's configuration, or of block_out_channels to dropout where one of those is given."""
+    """Begin with a new network: of the base's configuration, or of block_out_channels to dropout
+    where one of those is given."""
     train_text_encoder: bool = False
     """Train the base's text encoder along with the network."""
     caption_dropout: float = 0.1
     """Share of the captions that are replaced by the empty one, which guidance needs."""
     cache_latents: Literal["no", "memory", "disk"] = "no"
-    """Encode every image (and its mirror image) once before the run. Disk: in OUT, while the run lasts; 8 bytes a latent element."""
+    """Encode every image (and its mirror image) once before the run. Disk: in OUT, while the run
+    lasts; 8 bytes a latent element."""
     gradient_checkpointing: bool = False
     """Compute activations twice, and hold less of them in memory."""
 
     split: str = "train"
     """Split of the data set to train on."""
     resolution: int | None = None
-    """Resize the shorter side to this and cut out the centre square (never a random one); by default all must have one size already."""
+    """Resize the shorter side to this and cut out the centre square (never a random one); by
+    default all must have one size already."""
     center_crop: bool = False
     """Cut out the centre square without resizing; with a resolution that happens anyway."""
     channels: Literal[1, 3] | None = None
@@ -128,11 +138,13 @@ class TrainConfig:
     label_column: str | None = None
     """Column of labels; by default label, labels, fine_label or class."""
     caption_column: str | None = None
-    """Column of captions, of a table or a folder's metadata file; by default text, caption, captions or prompt."""
+    """Column of captions, of a table or a folder's metadata file; by default text, caption,
+    captions or prompt."""
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
-    """Images held out, evenly spread over the data (a tenth of it at most); the loss on them chooses the best checkpoint. 0: none."""
+    """Images held out, evenly spread over the data (a tenth of it at most); the loss on them
+    chooses the best checkpoint. 0: none."""
 
     block_out_channels: tuple[int, ...] | None = None
     """Channels of a new network at each resolution, from full to lowest; by default 32,64,128."""
@@ -143,7 +155,8 @@ class TrainConfig:
     attention_head_dim: int | None = None
     """Channels of an attention head; by default 8."""
     norm_num_groups: int | None = None
-    """Groups of the group normalisation; must divide every entry of block_out_channels. By default 8."""
+    """Groups of the group normalisation; must divide every entry of block_out_channels. By default
+    8."""
     dropout: float | None = None
     """Dropout in the residual blocks; by default 0."""
 
@@ -154,21 +167,25 @@ class TrainConfig:
     beta_schedule: (
         Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None
     ) = None
-    """Noise schedule; by default the base's, or linear. One that is named here replaces the base's, rescaling included."""
+    """Noise schedule; by default the base's, or linear. One that is named here replaces the base's,
+    rescaling included."""
     beta_start: float | None = None
     """First beta of linear, scaled_linear and sigmoid; by default the base's, or 0.0001."""
     beta_end: float | None = None
     """Last beta of linear, scaled_linear and sigmoid; by default the base's, or 0.02."""
     rescale_betas_zero_snr: bool = False
-    """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or sample."""
+    """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or
+    sample."""
     offset_noise: float = 0.0
-    """Add to the noise a random number an image and channel, of this size (as 0.1). No sampler draws such noise; zero SNR needs none."""
+    """Add to the noise a random number an image and channel, of this size (as 0.1). No sampler
+    draws such noise; zero SNR needs none."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
     """Loss weight of the levels."""
     snr_gamma: float = 5.0
     """SNR at which min-snr saturates."""
     weight_floor: float = 0.01
-    """Smallest weight under min-snr, so that the terminal level of a zero-SNR schedule is still trained."""
+    """Smallest weight under min-snr, so that the terminal level of a zero-SNR schedule is still
+    trained."""
 
     images: int = 300_000
     """Length of the run, in images seen (repetitions counted)."""
@@ -177,7 +194,8 @@ class TrainConfig:
     gradient_accumulation: int = 1
     """Forward passes an optimiser step."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; by default 0.0004 for a new network, and 0.00001 where a base's goes on."""
+    """Peak learning rate of AdamW; by default 0.0004 for a new network, and 0.00001 where a base's
+    goes on."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up."""
     lr_warmup_steps: int = 500
@@ -187,11 +205,13 @@ class TrainConfig:
     gradient_clip: float = 1.0
     """Largest norm of the gradient; 0: no limit."""
     ema_decay: float = 0.9995
-    """Decay of the exponential moving average of the parameters, which is what gets sampled. 0: none."""
+    """Decay of the exponential moving average of the parameters, which is what gets sampled. 0:
+    none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network's forward pass; noise, targets and the loss stay float32."""
     compile: bool = False
-    """Compile the network with torch.compile (minutes at the start, faster steps); changed on resuming, it changes the rounding."""
+    """Compile the network with torch.compile (minutes at the start, faster steps); changed on
+    resuming, it changes the rounding."""
     seed: int = 0
     """Seed of weights, data order, timesteps and noise."""
 
@@ -288,22 +308,26 @@ class TrainConfig:
         if self.base is None:
             if self.from_scratch:
                 raise DDIMError(
-                    "from_scratch needs a model whose configuration is taken; name it by --base, or leave it out."
+                    "from_scratch needs a model whose configuration is taken; name it by --base, "
+                    "or leave it out."
                 )
             if self.text_options:
                 raise DDIMError(
-                    f"{self.text_options[0]} is of text models; name one by --base, or leave it out."
+                    f"{self.text_options[0]} is of text models; name one by --base, or leave it "
+                    "out."
                 )
         elif not self.from_scratch:
             given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
             if given:
                 raise DDIMError(
-                    f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, or leave it out."
+                    f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, "
+                    "or leave it out."
                 )
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:
-    """The command that trains this configuration: the options that differ from their defaults, as a shell reads them."""
+    """The command that trains this configuration: the options that differ from their defaults, as a
+    shell reads them."""
     words = ["ddim", "train"]
     if (
         processes > 1
@@ -365,7 +389,10 @@ PRESETS: dict[str, Preset] = {
     "fashion-text": Preset(
         _FASHION_TEXT
         | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "images": 400_000},
-        note="The embedded text model: 2.5 M parameters, 16x16 latents, v-prediction, zero terminal SNR.",
+        note=(
+            "The embedded text model: 2.5 M parameters, 16x16 latents, v-prediction, zero terminal "
+            "SNR."
+        ),
     ),
     "fashion-text-v": Preset(
         _FASHION_TEXT | {"prediction_type": "v_prediction"},

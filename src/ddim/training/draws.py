@@ -1,4 +1,5 @@
-"""The random numbers of a step: a function of the run's seed, the step, its part and the process."""
+"""The random numbers of a step: a function of the run's seed, the step, its part and the
+process."""
 
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ Place = tuple[int, int, int]
 
 
 def mix(*numbers: int) -> int:
-    """One seed out of several numbers (FNV-1a over their 64-bit values), so that neighbouring steps share no stream."""
+    """One seed out of several numbers (FNV-1a over their 64-bit values), so that neighbouring steps
+    share no stream."""
     value = 0xCBF29CE484222325
     for number in numbers:
         for shift in range(0, 64, 8):
@@ -33,5 +35,6 @@ class Draws(NamedTuple):
         return cls(seed, place, torch.Generator(device).manual_seed(mix(seed, 3, *place)))
 
     def stream(self, number: int) -> torch.Generator:
-        """A stream of its own on the CPU, which what others draw does not move: 5 timesteps, 6 latents, 7 captions, 8 offset noise."""
+        """A stream of its own on the CPU, which what others draw does not move: 5 timesteps, 6
+        latents, 7 captions, 8 offset noise."""
         return torch.Generator().manual_seed(mix(self.seed, number, *self.place))

@@ -9,14 +9,17 @@ __all__ = ["EMA", "ema_decay_at"]
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    r"""The decay after ``step`` updates: :math:`\min(\mathrm{decay}, (1 + n) / (10 + n))`, so that early averages forget the start."""
+    r"""The decay after ``step`` updates: :math:`\min(\mathrm{decay}, (1 + n) / (10 + n))`, so that
+    early averages forget the start."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class EMA:
-    """Holds a float32 copy of a network whose parameters follow: average <- decay average + (1 - decay) parameter.
+    """Holds a float32 copy of a network whose parameters follow: average <- decay average + (1 -
+    decay) parameter.
 
-    Only parameters are averaged. Buffers (tables, running statistics) are copied: the average of two of those means nothing.
+    Only parameters are averaged. Buffers (tables, running statistics) are copied: the average of
+    two of those means nothing.
 
     Args:
         network: The network to follow; it is copied.

@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
 from ddim.errors import DDIMError
-from ddim.images import write_atomically
+from ddim.files import write_text
 from ddim.training.config import TrainConfig
 
 __all__ = ["RunLog", "StopSignals", "make_accelerator"]
 
 
 class StopSignals:
-    """While held, SIGINT and SIGTERM ask the loop to end after its step, with a checkpoint, instead of ending the process."""
+    """While held, SIGINT and SIGTERM ask the loop to end after its step, with a checkpoint, instead
+    of ending the process."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,8 +49,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # else processes that are launched without a GPU would not find each other
-            # A plugin, since accelerate launch sets the plain argument to its own default through the environment.
+            # else processes that are launched without a GPU would not find each other
+            cpu=not torch.accelerator.is_available(),
+            # A plugin, since accelerate launch sets the plain argument to its own default through
+            # the environment.
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation
             ),
@@ -78,8 +81,9 @@ class RunLog:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1)
         path = folder / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # A run that was killed has logged steps that are taken again now, the last one perhaps in part.
-        write_atomically(
+        # A run that was killed has logged steps that are taken again now, the last one perhaps in
+        # part.
+        write_text(
             path,
             "".join(
                 line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start

@@ -1,8 +1,9 @@
-"""What a run trains: a batch, how the network is called on it, how a preview is drawn, what the model's folder holds.
+"""What a run trains: a batch, how the network is called on it, how a preview is drawn, what the
+model's folder holds.
 
-The loop knows nothing else of images and captions. A :class:`PixelSubject` is an unconditional or class-conditional network on
-pixels; :class:`ddim.training.text.TextSubject` is a text-conditional one on latents.
-"""
+The loop knows nothing else of images and captions. A :class:`PixelSubject` is an unconditional or
+class-conditional network on pixels; :class:`ddim.training.text.TextSubject` is a text-conditional
+one on latents."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -14,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ddim.checkpoints import load_network
+from ddim.data.sources import ImageData
 from ddim.errors import DDIMError
+from ddim.models.checkpoints import load_network
 from ddim.training.base import Base
 from ddim.training.checkpoint import Package, make_scheduler
 from ddim.training.config import Architecture, TrainConfig
-from ddim.training.data import ImageData
 from ddim.training.draws import Draws
 
 __all__ = [
@@ -66,7 +67,8 @@ class Subject(Protocol):
         ...
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "Subject":
-        """The same with all that is computed once for the run; ``cache`` is the name of a file that it may write."""
+        """The same with all that is computed once for the run; ``cache`` is the name of a file that
+        it may write."""
         ...
 
     @property
@@ -77,7 +79,8 @@ class Subject(Protocol):
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
     ) -> tuple[Tensor, Any]:
-        """Clean data [B, C, H, W] and its condition; without ``draws`` nothing about it is random, as for held-out images."""
+        """Clean data [B, C, H, W] and its condition; without ``draws`` nothing about it is random,
+        as for held-out images."""
         ...
 
     def predictor(self, network: Callable[..., Any], condition: Any) -> Predictor:
@@ -87,7 +90,8 @@ class Subject(Protocol):
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
-        """The network as a preview of ``count`` images calls it, and the captions, if there are any."""
+        """The network as a preview of ``count`` images calls it, and the captions, if there are
+        any."""
         ...
 
     def images(self, x0: Tensor) -> Tensor:
@@ -161,7 +165,8 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
     classes = len(data.class_names or ()) if config.class_conditional else None
     if config.class_conditional and not classes:
         raise DDIMError(
-            f"a class-conditional model needs labels, and {data.name} has none; leave out --class-conditional, "
+            f"a class-conditional model needs labels, and {data.name} has none; leave out "
+            "--class-conditional, "
             "or sort images into subfolders."
         )
     torch.manual_seed(
@@ -221,7 +226,8 @@ def _of_shape(shape: Architecture) -> dict[str, Any]:
 
 
 def _fresh(config: TrainConfig, data: ImageData, base: Base) -> Any:
-    """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give."""
+    """A new network of the base's configuration, or, as soon as one option gives a shape, of the
+    shape that all of them give."""
     given = any(getattr(config, f.name) is not None for f in fields(Architecture))
     shape = _of_shape(config.architecture) if given else {}
     options = dict(base.network_config) | shape | _of_data(config, data)
@@ -230,7 +236,8 @@ def _fresh(config: TrainConfig, data: ImageData, base: Base) -> Any:
 
 
 def check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> None:
-    """Refuses a size, in units of ``unit`` pixels, that cannot be halved as often as a network has resolutions.
+    """Refuses a size, in units of ``unit`` pixels, that cannot be halved as often as a network has
+    resolutions.
 
     Raises:
         DDIMError: The sizes that could be.
@@ -239,7 +246,8 @@ def check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> None
     if size[0] % factor or size[1] % factor:
         usable = max(factor, round(size[0] / factor) * factor) * unit
         raise DDIMError(
-            f"images of {size[0] * unit}x{size[1] * unit} cannot be halved {levels - 1} times, as {levels} entries of "
+            f"images of {size[0] * unit}x{size[1] * unit} cannot be halved {levels - 1} times, as "
+            f"{levels} entries of "
             f"block_out_channels ask; use --resolution {usable}, or fewer entries."
         )
 
@@ -252,7 +260,8 @@ def _check_fit(network: Any, data: ImageData, classes: int | None, base: Base) -
     )
     if wanted[0] not in (1, 3) or network.config.out_channels != wanted[0]:
         raise DDIMError(
-            f"{base.name} takes {wanted[0]} channels and gives {network.config.out_channels}, and images have 1 or 3 each way; "
+            f"{base.name} takes {wanted[0]} channels and gives {network.config.out_channels}, and "
+            "images have 1 or 3 each way; "
             "take another --base."
         )
     if wanted != (data.channels, *data.resolution):
@@ -260,14 +269,16 @@ def _check_fit(network: Any, data: ImageData, classes: int | None, base: Base) -
             f" --resolution {wanted[1]}" if wanted[1:] != data.resolution else ""
         )
         raise DDIMError(
-            f"{base.name} is of {wanted[1]}x{wanted[2]} images with {wanted[0]} channel(s), and {data.name} has "
+            f"{base.name} is of {wanted[1]}x{wanted[2]} images with {wanted[0]} channel(s), and "
+            f"{data.name} has "
             f"{data.resolution[0]}x{data.resolution[1]} with {data.channels}; use {told}."
         )
     theirs = network.config.get("num_class_embeds")
     if theirs != classes:
         raise DDIMError(
             f"{base.name} knows {theirs or 'no'} classes, and {classes or 'none'} were asked for; "
-            f"{'use --class-conditional' if theirs else 'leave out --class-conditional'}, or add --from-scratch."
+            f"{'use --class-conditional' if theirs else 'leave out --class-conditional'}, or add "
+            "--from-scratch."
         )
 
 

@@ -1,8 +1,8 @@
 """A text-conditional network on the latents of an autoencoder: what Stable Diffusion is.
 
-The autoencoder is never trained, and the text encoder only where it is asked for. A latent is drawn from the autoencoder's
-posterior anew at every step; what is drawn follows from the seed and the step, as all noise of a run.
-"""
+The autoencoder is never trained, and the text encoder only where it is asked for. A latent is drawn
+from the autoencoder's posterior anew at every step; what is drawn follows from the seed and the
+step, as all noise of a run."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ddim.checkpoints import load_network
+from ddim.core.guidance import guided
+from ddim.data.sources import ImageData
 from ddim.errors import DDIMError
-from ddim.guidance import guided
-from ddim.images import replacing
+from ddim.files import replacing
+from ddim.models.checkpoints import load_network
 from ddim.training.base import Base, load_part
 from ddim.training.checkpoint import Package, make_scheduler
 from ddim.training.config import TrainConfig
-from ddim.training.data import ImageData
 from ddim.training.draws import Draws
 from ddim.training.subject import Predictor, mirror, to_float
 from ddim.training.text_network import Surroundings, check_text_network, make_text_network
@@ -30,13 +30,15 @@ from ddim.training.text_network import Surroundings, check_text_network, make_te
 __all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
 
 _MOST_EMBEDDINGS = 2**30
-"""Bytes up to which the embeddings of all captions are held; above it they are computed batch by batch."""
+"""Bytes up to which the embeddings of all captions are held; above it they are computed batch by
+batch."""
 
 _EMPTY = 0  # the row of the empty prompt among the captions
 
 
 class TrainedAlong(nn.Module):
-    """A network and the text encoder that is trained along with it, as one module: (x_t, t, tokens) -> prediction."""
+    """A network and the text encoder that is trained along with it, as one module: (x_t, t, tokens)
+    -> prediction."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -81,7 +83,8 @@ class _Indexed:
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """Posteriors that were computed before, with the indices of their images: [mirrored or not, mean or std, C, H, W]."""
+    """Posteriors that were computed before, with the indices of their images: [mirrored or not,
+    mean or std, C, H, W]."""
 
     moments: Tensor
 
@@ -94,7 +97,8 @@ class _Encoded:
 
 @dataclass(frozen=True, eq=False)
 class TextSubject:
-    """A text-conditional network on latents; the frozen parts that its condition and its pictures need."""
+    """A text-conditional network on latents; the frozen parts that its condition and its pictures
+    need."""
 
     config: TrainConfig
     data: ImageData
@@ -115,11 +119,12 @@ class TextSubject:
         return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
-        """Moves the frozen parts to the device, embeds all captions where they fit, and encodes all images where that is asked for.
+        """Moves the frozen parts to the device, embeds all captions where they fit, and encodes all
+        images where that is asked for.
 
-        In memory each process holds all posteriors. On the disk all processes map the file that the first one writes, which loses its
-        name at once, so that the space is free again whenever and however the run ends.
-        """
+        In memory each process holds all posteriors. On the disk all processes map the file that the
+        first one writes, which loses its name at once, so that the space is free again whenever and
+        however the run ends."""
         self.vae.to(accelerator.device)
         self.text_encoder.to(accelerator.device)
         captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
@@ -133,7 +138,8 @@ class TextSubject:
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their captions."""
+        """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their
+        captions."""
         first, index = batch
         flip = (
             mirror(len(first), draws, device)
@@ -197,7 +203,8 @@ class TextSubject:
         return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
-        """Decodes latents, one after the other: an autoencoder takes more memory than the network."""
+        """Decodes latents, one after the other: an autoencoder takes more memory than the
+        network."""
         return torch.cat(
             [
                 self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
@@ -248,9 +255,10 @@ class TextSubject:
 
     def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Posteriors batch by batch on the CPU, each with the index of its first image."""
+        indexed: Any = _Indexed(self.data)
         loader: Any = DataLoader(
-            _Indexed(self.data), batch_size=self.config.batch_size, num_workers=self.config.workers
-        )  # type: ignore[arg-type]
+            indexed, batch_size=self.config.batch_size, num_workers=self.config.workers
+        )
         for images, indices in loader:
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
@@ -270,7 +278,8 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     """
     if config.class_conditional:
         raise DDIMError(
-            f"{base.name} is a text model, which knows captions and no classes; leave out --class-conditional."
+            f"{base.name} is a text model, which knows captions and no classes; leave out "
+            "--class-conditional."
         )
     vae, text_encoder, tokenizer = (
         load_part(base, part) for part in ("vae", "text_encoder", "tokenizer")
@@ -301,7 +310,10 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     if captions.cut:
         length = captions.tokens.shape[1]
         notes += (
-            f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that {base.name} reads, and are cut there.",
+            (
+                f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that "
+                f"{base.name} reads, and are cut there."
+            ),
         )
     facts = {"captions": len(captions.texts) - 1, "captions_cut": captions.cut}
     network = TrainedAlong(unet, text_encoder) if config.train_text_encoder else unet
@@ -357,13 +369,15 @@ def _latent_shape(
     factor, (height, width) = _factor(vae), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
-            f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the images have {data.channels}; "
+            f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the "
+            f"images have {data.channels}; "
             f"use --channels {vae.config.in_channels}."
         )
     if height % factor or width % factor:
         usable = max(factor, round(min(height, width) / factor) * factor)
         raise DDIMError(
-            f"images of {width}x{height} (width x height) cannot be made into latents: the autoencoder of {base.name} divides by {factor}; "
+            f"images of {width}x{height} (width x height) cannot be made into latents: the "
+            f"autoencoder of {base.name} divides by {factor}; "
             f"use --resolution {usable}."
         )
     return (int(vae.config.latent_channels), height // factor, width // factor)

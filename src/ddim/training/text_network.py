@@ -25,10 +25,12 @@ class Surroundings(NamedTuple):
 
 
 def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> Any:
-    """A new network of the base's configuration, or, as soon as one option gives a shape, of the shape that all of them give.
+    """A new network of the base's configuration, or, as soon as one option gives a shape, of the
+    shape that all of them give.
 
     Raises:
-        DDIMError: If the latents cannot be halved as often as it has resolutions, or diffusers refuses the options.
+        DDIMError: If the latents cannot be halved as often as it has resolutions, or diffusers
+            refuses the options.
     """
     channels, *size = around.latents
     options = {key: value for key, value in base.network_config.items() if not key.startswith("_")}
@@ -65,7 +67,8 @@ def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> 
     except (ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise DDIMError(
-            f"no network can be made of these options, or of {base.name}'s configuration ({reason})."
+            f"no network can be made of these options, or of {base.name}'s configuration "
+            f"({reason})."
         ) from error
 
 
@@ -78,19 +81,23 @@ def check_text_network(unet: Any, base: Base, around: Surroundings) -> None:
     config, (channels, height, width), factor = unet.config, around.latents, around.factor
     if (config.in_channels, config.out_channels) != (channels, channels):
         raise DDIMError(
-            f"the network of {base.name} takes {config.in_channels} channels and gives {config.out_channels}, and its autoencoder has "
-            f"{channels}: it is of another task (inpainting, upscaling, ...), which diffusers' own scripts train."
+            f"the network of {base.name} takes {config.in_channels} channels and gives "
+            f"{config.out_channels}, and its autoencoder has "
+            f"{channels}: it is of another task (inpainting, upscaling, ...), which diffusers' own "
+            "scripts train."
         )
     if config.cross_attention_dim != around.width:
         raise DDIMError(
-            f"the network of {base.name} reads captions of width {config.cross_attention_dim}, and its text encoder gives {around.width}; "
+            f"the network of {base.name} reads captions of width {config.cross_attention_dim}, and "
+            f"its text encoder gives {around.width}; "
             "the two do not belong together."
         )
     size = config.sample_size
     wanted = (size, size) if isinstance(size, int) else tuple(size or (height, width))
     if wanted != (height, width):
         raise DDIMError(
-            f"{base.name} makes images of {wanted[1] * factor}x{wanted[0] * factor}, and those of the data are "
+            f"{base.name} makes images of {wanted[1] * factor}x{wanted[0] * factor}, and those of "
+            "the data are "
             f"{width * factor}x{height * factor} (width x height); "
             f"use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
         )

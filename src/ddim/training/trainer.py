@@ -1,8 +1,8 @@
 r"""The training loop.
 
-A run is a function of its configuration: the order of the data, the timesteps and the noise of step n follow from (seed, n,
-process) alone, so a run that is resumed from step n continues to the same losses as one that never stopped.
-"""
+A run is a function of its configuration: the order of the data, the timesteps and the noise of step
+n follow from (seed, n, process) alone, so a run that is resumed from step n continues to the same
+losses as one that never stopped."""
 
 import contextlib
 import json
@@ -19,15 +19,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from ddim.checkpoints import noise_schedule
-from ddim.denoiser import ModelDenoiser
+from ddim.configuration import noise_schedule
+from ddim.core.denoiser import ModelDenoiser
+from ddim.core.noise import seeded_randn
+from ddim.core.objective import draw_timesteps, loss_weights, offset_noise, training_loss
+from ddim.core.sampler import sample
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.data.sources import ImageData, load_images, measure_prior
 from ddim.errors import DDIMError
-from ddim.images import make_grid, save_png, to_uint8, write_atomically
-from ddim.noise import seeded_randn
-from ddim.objective import draw_timesteps, loss_weights, offset_noise, training_loss
-from ddim.sampler import sample
-from ddim.schedule import NoiseSchedule
-from ddim.timesteps import select_timesteps, step_pairs
+from ddim.files import write_text
+from ddim.models.images import make_grid, save_png, to_uint8
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import (
     check_out,
@@ -40,7 +42,6 @@ from ddim.training.checkpoint import (
     save_checkpoint,
 )
 from ddim.training.config import TrainConfig, command_line
-from ddim.training.data import ImageData, load_images, measure_prior
 from ddim.training.draws import Draws, Place, mix
 from ddim.training.ema import EMA
 from ddim.training.process import RunLog, StopSignals, make_accelerator
@@ -92,7 +93,8 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
     if base is not None and not is_text and config.text_options:
         given = config.text_options[0]
         raise DDIMError(
-            f"{given} is of text models, and {config.base} has no text encoder; leave it out, or take another --base."
+            f"{given} is of text models, and {config.base} has no text encoder; leave it out, or "
+            "take another --base."
         )
     data = load_images(
         config.data,
@@ -113,7 +115,8 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
-    """The learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up, then the schedule to 0."""
+    """The learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up, then
+    the schedule to 0."""
     peak = config.peak_learning_rate
     if step < config.lr_warmup_steps:
         return peak * (step + 1) / config.lr_warmup_steps
@@ -125,7 +128,8 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 class _Batches(Sampler[list[int]]):
-    """The images of every batch from step ``start`` on: epoch after epoch of permutations, each process its own share."""
+    """The images of every batch from step ``start`` on: epoch after epoch of permutations, each
+    process its own share."""
 
     def __init__(
         self,
@@ -168,7 +172,8 @@ class _Batches(Sampler[list[int]]):
 
 
 class _Loadable(Dataset[tuple[Tensor, int]]):
-    """Examples by lists of indices. An error comes as a value: one raised in a worker would have its traceback for its message."""
+    """Examples by lists of indices. An error comes as a value: one raised in a worker would have
+    its traceback for its message."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
@@ -200,7 +205,8 @@ def validation_loss(
     schedule: NoiseSchedule,
     device: torch.device,
 ) -> float:
-    """The unweighted loss over held-out images, with the same noise and evenly spread timesteps every time."""
+    """The unweighted loss over held-out images, with the same noise and evenly spread timesteps
+    every time."""
     generator = torch.Generator().manual_seed(mix(config.seed, 2))
     size = min(
         128, 4 * config.batch_size
@@ -235,7 +241,8 @@ def preview(
     device: torch.device,
     path: Path,
 ) -> None:
-    """Samples a grid from fixed seeds and writes it as a PNG, with the captions of a text model as a text file beside it."""
+    """Samples a grid from fixed seeds and writes it as a PNG, with the captions of a text model as
+    a text file beside it."""
     predict, captions = subject.preview(network, config.preview_count, device)
     denoise = ModelDenoiser(predict, schedule, subject.package.scheduler.config.prediction_type)
     x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
@@ -249,9 +256,7 @@ def preview(
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(make_grid(to_uint8(subject.images(x0))), path)
     if captions:
-        write_atomically(
-            path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions)
-        )
+        write_text(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
 
 
 def train(
@@ -261,9 +266,11 @@ def train(
     on_note: Callable[[str], None] | None = None,
     revision: str | None = None,
 ) -> TrainResult:
-    r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in ``config.out`` if there is one.
+    r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in
+    ``config.out`` if there is one.
 
-    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate launch`` or ``torchrun``.
+    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate
+    launch`` or ``torchrun``.
 
     Args:
         config: The run.
@@ -272,11 +279,13 @@ def train(
         revision: Of the code, for the model's card.
 
     Returns:
-        How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a checkpoint.
+        How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a
+        checkpoint.
 
     Raises:
         DDIMError: If data, configuration or checkpoint do not fit together.
-        NonFiniteLossError: If the loss or the weights become NaN or infinite; no checkpoint is written from that step on.
+        NonFiniteLossError: If the loss or the weights become NaN or infinite; no checkpoint is
+            written from that step on.
     """
     accelerator = make_accelerator(config)
     out, root = Path(config.out), Path(config.out) / "checkpoints"
@@ -349,7 +358,8 @@ def train(
     seconds_before = float(record["seconds"])
 
     def flush() -> float:
-        """Moves the pending losses to the host, once, and refuses to go on from one that is not finite."""
+        """Moves the pending losses to the host, once, and refuses to go on from one that is not
+        finite."""
         values = accelerator.reduce(torch.stack([loss for _, loss in pending]), "mean").tolist()
         for (number, _), value in zip(pending, values, strict=True):
             if not math.isfinite(value):
@@ -521,7 +531,8 @@ def train(
 
 def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLossError:
     return NonFiniteLossError(
-        f"the {what} became {value} at step {step}; the last good checkpoint is {latest_checkpoint(root) or 'none'}. "
+        f"the {what} became {value} at step {step}; the last good checkpoint is "
+        f"{latest_checkpoint(root) or 'none'}. "
         "Lower --learning-rate, or use --mixed-precision bf16 or no."
     )
 
@@ -548,10 +559,12 @@ def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _guidance(config: TrainConfig, base: Base | None, schedule: NoiseSchedule) -> dict[str, float]:
-    """How a text model's card says that it is guided: as its base's; at zero terminal SNR with the rescale that such a model needs.
+    """How a text model's card says that it is guided: as its base's; at zero terminal SNR with the
+    rescale that such a model needs.
 
     References:
-        Lin et al. Common Diffusion Noise Schedules and Sample Steps Are Flawed. 2023. Sec. 3.4: 7.5 and 0.7. https://arxiv.org/abs/2305.08891
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps Are Flawed. 2023. Sec. 3.4: 7.5
+        and 0.7. https://arxiv.org/abs/2305.08891
     """
     if base is None or not base.is_text:
         return {}

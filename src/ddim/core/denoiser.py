@@ -1,0 +1,228 @@
+"""From a network to a denoiser: (x_t, t) -> (x0, eps).
+
+A sampler needs a :class:`Denoiser` and nothing else. :class:`ModelDenoiser` makes one of any
+callable ``(x_t, t) -> prediction``: a diffusers UNet, your own module, a guided network, a
+closed-form oracle."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ddim.core.guidance import network_output
+from ddim.core.prediction import (
+    PREDICTION_TYPES,
+    Denoised,
+    PredictionType,
+    clip_static,
+    solve,
+    threshold_dynamic,
+    to_eps,
+    to_x0_eps,
+)
+from ddim.core.schedule import CLEAN, NoiseSchedule, match
+from ddim.errors import DDIMError
+
+__all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
+
+
+class Denoiser(Protocol):
+    """Anything that tells a noisy sample's clean data and noise."""
+
+    def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
+        """Denoises x_t [B, ...] at level t (one, or one a sample)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How a predicted x0 is kept in range.
+
+    Attributes:
+        kind: ``none``, ``static`` (clamp to +-bound) or ``dynamic`` (per-sample percentile,
+            :func:`threshold_dynamic`).
+        bound: Of ``static``.
+        ratio: Percentile of ``dynamic``.
+        max_value: Largest threshold of ``dynamic``.
+        rederive_eps: Whether eps is derived again from the clipped x0, so that the pair still
+            decomposes x_t.
+    """
+
+    kind: Literal["none", "static", "dynamic"] = "none"
+    bound: float = 1.0
+    ratio: float = 0.995
+    max_value: float = 1.0
+    rederive_eps: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "static", "dynamic"):
+            raise DDIMError(f"clip must be none, static or dynamic; got {self.kind!r}.")
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        """Returns x0 in range, shape [B, ...]."""
+        if self.kind == "static":
+            return clip_static(x0, self.bound)
+        if self.kind == "dynamic":
+            return threshold_dynamic(x0, ratio=self.ratio, max_value=self.max_value)
+        return x0
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDenoiser:
+    """A network, its schedule and its parametrisation, as a :class:`Denoiser`.
+
+    Attributes:
+        network: ``(x_t, t) -> prediction`` with t an int64 tensor [B] on x_t's device. It may
+            return a tensor, a tuple whose first element is one, or an object with ``.sample``
+            (diffusers' UNets).
+        schedule: The levels the network was trained on.
+        prediction_type: What it predicts.
+        clip: What happens to x0.
+        dtype: What the network is fed; None: its parameters' dtype, or x_t's for a plain function.
+            The pair comes back in x_t's dtype, so a half-precision network keeps a float32 state.
+
+    Raises:
+        DDIMError: If the schedule, the prediction type or the clipping is none.
+    """
+
+    network: Callable[[Tensor, Tensor], Any]
+    schedule: NoiseSchedule
+    prediction_type: PredictionType = "epsilon"
+    clip: Clip = Clip()
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise DDIMError(
+                "schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a "
+                f"{_kind(self.schedule)}."
+            )
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise DDIMError(
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got "
+                f"{self.prediction_type!r}."
+            )
+        if not isinstance(self.clip, Clip):
+            raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
+
+    def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
+        """Evaluates the network once and converts its output.
+
+        Args:
+            x_t: Shape [B, ...].
+            t: One level, or one a sample, shape [B].
+
+        Returns:
+            (x0, eps) in x_t's dtype.
+
+        Raises:
+            DDIMError: If the output has another shape than x_t, or cannot be converted at this
+                level.
+        """
+        if isinstance(t, Tensor):
+            levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
+        else:
+            levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
+        dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
+        output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))
+        if output.shape != x_t.shape:
+            raise DDIMError(
+                f"the network must return a prediction of its input's shape {list(x_t.shape)}; got "
+                f"{list(output.shape)}. "
+                "If it also predicts a variance, wrap it to return the mean's channels only."
+            )
+        output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
+        known = (
+            None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
+        )
+        if known is not None and all(map(math.isfinite, known)):
+            x0_x, x0_m, eps_x, eps_m = known
+            x0 = (
+                output
+                if self.prediction_type == "sample"
+                else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
+            )
+            return Denoised(
+                x0,
+                output
+                if self.prediction_type == "epsilon"
+                else torch.mul(x_t, eps_x).add_(output, alpha=eps_m),
+            )
+        alpha_bar_t = self.schedule.alpha_bar(t)
+        denoised = to_x0_eps(
+            output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type
+        )
+        if self.clip.kind == "none":
+            return denoised
+        x0 = self.clip(denoised.x0)
+        return Denoised(
+            x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps
+        )
+
+    @cached_property
+    def _solutions(self) -> dict[int, tuple[float, ...]]:
+        """:func:`ddim.core.prediction.solve` at every level, as numbers: a step then waits for no
+        device."""
+        return dict(
+            enumerate(
+                zip(
+                    *(
+                        c.tolist()
+                        for c in solve(self.prediction_type, self.schedule.alphas_cumprod)
+                    ),
+                    strict=True,
+                )
+            )
+        )
+
+    def _dtype(self, x_t: Tensor) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        parameter = (
+            next(self.network.parameters(), None)
+            if isinstance(self.network, torch.nn.Module)
+            else None
+        )
+        return x_t.dtype if parameter is None else parameter.dtype
+
+
+def checked(denoise: Denoiser) -> Denoiser:
+    """The same denoiser, whose result is sure to be a pair: a batch of two images would pass for
+    one."""
+
+    def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
+        found: Any = denoise(x_t, t)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise DDIMError(
+                f"denoise must return (x0, eps), and returned a {_kind(found)}; a network becomes "
+                "such a function by "
+                "ModelDenoiser(network, schedule, prediction_type)."
+            )
+        return Denoised(*found)
+
+    return paired
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
+    """The same denoiser, callable at :data:`~ddim.core.schedule.CLEAN`: eps is that of level 0, and
+    x0 what it leaves of the sample."""
+    denoise = checked(denoise)
+
+    def extended(x_t: Tensor, t: int | Tensor) -> Denoised:
+        if isinstance(t, Tensor) or t != CLEAN:
+            return denoise(x_t, t)
+        eps = denoise(x_t, 0).eps
+        alpha_bar = schedule.alpha_bar(CLEAN)
+        return Denoised(
+            (x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps
+        )
+
+    return extended

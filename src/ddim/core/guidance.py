@@ -1,0 +1,219 @@
+r"""Classifier-free guidance: two predictions of one network combined into the one that a sampler is
+given.
+
+With c the prediction under a condition, u the one without (or under another, negative one), w the
+scale and :math:`\phi` the rescale,
+
+.. math::
+    g = u + w\,(c - u), \qquad m = \phi\,\frac{\mathrm{std}(c)}{\mathrm{std}(g)}\,g + (1 - \phi)\,g
+
+on the network's raw outputs, before they are converted or clipped: the rescale is not linear, so on
+x0 or eps it gives other images."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = [
+    "SMALLEST_STD",
+    "check_rescale",
+    "check_scale",
+    "guide",
+    "guided",
+    "is_guided",
+    "network_output",
+]
+
+
+SMALLEST_STD = 1e-5
+"""What is added, in squares, to a standard deviation in the rescale: that of a constant prediction
+is 0, up to rounding."""
+
+
+def guide(
+    conditional: Tensor, unconditional: Tensor, *, scale: float, rescale: float = 0.0
+) -> Tensor:
+    r"""Combines two raw predictions: the module's equation.
+
+    Args:
+        conditional: c, shape [B, ...].
+        unconditional: u, same shape.
+        scale: w; 1 is the conditional prediction itself.
+        rescale: :math:`\phi` in [0, 1]: how far the standard deviation of each sample, over all
+            other dimensions, is brought back to the conditional one's. 0 is off; 0.5 to 0.75 are of
+            use where a large scale overexposes images.
+
+    Returns:
+        m, same shape; float32 for half-precision predictions. Where both predictions are constant,
+        m = g.
+
+    Raises:
+        DDIMError: If the shapes differ, or rescale lies outside [0, 1].
+
+    References:
+        Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. Eq. 6 (its w is this scale minus 1).
+        https://arxiv.org/abs/2207.12598
+
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Algorithm 2.
+        https://arxiv.org/abs/2305.08891
+    """
+    if conditional.shape != unconditional.shape:
+        raise DDIMError(
+            f"both predictions must have one shape; got {list(conditional.shape)} and "
+            f"{list(unconditional.shape)}."
+        )
+    check_rescale(rescale)
+    if conditional.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # a large scale overflows float16, and leaves bfloat16 two digits
+        conditional, unconditional = conditional.float(), unconditional.float()
+    combined = torch.lerp(unconditional, conditional, scale)
+    if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
+        return combined
+    kept = combined.new_full((), 1 - rescale)
+    factor = torch.addcdiv(
+        kept, _inverse_std(combined), _inverse_std(conditional), value=rescale
+    ).reshape(-1, *[1] * (combined.ndim - 1))
+    return (
+        combined * factor if combined.requires_grad else combined.mul_(factor)
+    )  # memory that is not in the cache costs a fifth of a step
+
+
+def _inverse_std(x: Tensor) -> Tensor:
+    """1 over the standard deviation of each sample, of the variance with the square of
+    :data:`SMALLEST_STD` added; [B, 1].
+
+    A normalisation of one group returns it too, in a third of the time; but without a gradient.
+    """
+    if x.requires_grad:
+        centred = x.flatten(1)
+        for _ in range(
+            2
+            # the mean of equal numbers is off by rounding; what is left of it is equal numbers again
+        ):
+            centred = centred - centred.mean(1, keepdim=True)
+        return (centred.square().mean(1, keepdim=True) + SMALLEST_STD**2).rsqrt()
+    size = len(x)
+    inverse: Tensor = torch.native_group_norm(
+        x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2
+    )[2]
+    return inverse
+
+
+def guided(
+    network: Callable[[Tensor, Tensor, Tensor], Any],
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    scale: float,
+    rescale: float = 0.0,
+    batched: bool = True,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Makes a network of a conditional one: (x_t, t) -> the guided raw prediction. A guided network
+    is a network.
+
+    Args:
+        network: ``(x_t, t, condition) -> prediction``, such as diffusers' UNet2DConditionModel;
+            what it may return: :func:`network_output`.
+        cond: The condition of each sample, shape [B, ...]: embeddings of its prompt, or its class.
+        uncond: What it is guided away from, same shape. Needed if guidance is on.
+        scale: Of :func:`guide`. 1 or less is off: one evaluation a step, under ``cond``.
+        rescale: Of :func:`guide`.
+        batched: Whether both predictions are evaluated as one batch of 2B; otherwise one after the
+            other, in half of the memory.
+
+    Returns:
+        A function of x_t [B, ...] and t [B].
+
+    Raises:
+        DDIMError: If ``uncond`` is missing or of another shape, the scale is not finite, or rescale
+            lies outside [0, 1].
+    """
+    check_rescale(rescale)
+    if not is_guided(scale):
+        return lambda x_t, t: network_output(network(x_t, t, cond))
+    if uncond is None or uncond.shape != cond.shape:
+        told = "none" if uncond is None else f"{list(uncond.shape)} beside {list(cond.shape)}"
+        raise DDIMError(f"guidance needs an uncond of the shape of cond; got {told}.")
+    if not batched:
+
+        def one_by_one(x_t: Tensor, t: Tensor) -> Tensor:
+            without = network_output(network(x_t, t, uncond))
+            return guide(
+                network_output(network(x_t, t, cond)), without, scale=scale, rescale=rescale
+            )
+
+        return one_by_one
+    both = torch.cat([uncond, cond])
+
+    def as_one_batch(x_t: Tensor, t: Tensor) -> Tensor:
+        output = network_output(network(torch.cat([x_t, x_t]), torch.cat([t, t]), both))
+        return guide(output[len(x_t) :], output[: len(x_t)], scale=scale, rescale=rescale)
+
+    return as_one_batch
+
+
+def is_guided(scale: float) -> bool:
+    """Whether guidance of this scale is on: above 1.
+
+    Raises:
+        DDIMError: If it is no finite number.
+    """
+    check_scale(scale)
+    return scale > 1
+
+
+def network_output(output: Any) -> Tensor:
+    """The prediction in what a network returned: a tensor, a tuple or list that starts with one, or
+    an object with ``.sample``.
+
+    Raises:
+        DDIMError: If it is none of these.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "sample", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise DDIMError(
+        "the network must return a tensor, a tuple that starts with one, or an object with "
+        f".sample; got {type(output).__name__}."
+    )
+
+
+def check_scale(scale: float) -> None:
+    """Refuses a scale that is no finite number.
+
+    Raises:
+        DDIMError: If it is not.
+    """
+    try:
+        finite = math.isfinite(scale)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise DDIMError(
+            f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}."
+        )
+
+
+def check_rescale(rescale: float) -> None:
+    """Refuses a rescale outside [0, 1].
+
+    Raises:
+        DDIMError: If it is.
+    """
+    try:
+        fits = 0 <= rescale <= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale!r}.")

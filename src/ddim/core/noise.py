@@ -1,0 +1,105 @@
+"""Noise that belongs to an image's seed, not to its place in a batch.
+
+Each image has a generator of its own on the CPU. It gives x_T first, then one z a step, always in
+float32: the image of a seed is the same for every batch size, device and dtype, and equals what
+diffusers makes of a list of CPU generators."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = ["SeededNoise", "check_seeds", "make_generators", "randn_each", "seeded_randn"]
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Returns seeds as plain integers.
+
+    Raises:
+        DDIMError: If they are no list, or one is negative, above 2^63 - 1, or not a whole number.
+    """
+    if not hasattr(seeds, "__iter__"):
+        raise DDIMError(f"seeds must be a list of whole numbers, one an image; got {seeds!r}.")
+    return [_check_seed(seed) for seed in seeds]
+
+
+def _check_seed(seed: object) -> int:
+    try:
+        value = int(seed)  # type: ignore[call-overload]
+        fits = not isinstance(seed, bool) and value == seed and 0 <= value <= _LARGEST_SEED
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise DDIMError(f"a seed must be a whole number from 0 to 2^63 - 1; got {seed!r}.")
+    return int(value)
+
+
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator an image, seeded with its seed."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in check_seeds(seeds)]
+
+
+def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Draws standard normal noise of one image's ``shape`` from each generator: [B, *shape],
+    float32.
+
+    Generators on an accelerator draw there, and the result comes back to the CPU.
+    """
+    draws = [
+        torch.randn((1, *shape), generator=g, device=g.device, dtype=torch.float32).cpu()
+        for g in generators
+    ]
+    return torch.cat(draws) if draws else torch.empty((0, *shape))
+
+
+def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """The x_T of each seed: [B, *shape], float32 on the CPU; ``shape`` is one image's, such as (3,
+    32, 32)."""
+    return randn_each(shape, make_generators(seeds))
+
+
+class SeededNoise:
+    """A stream of noise for a batch: the first call gives x_T, each later call the z of a step.
+
+    Args:
+        seeds_or_generators: One an image.
+        shape: One image's shape, such as (3, 32, 32).
+        device: Where the noise is moved after it is drawn.
+        dtype: What it is cast to after it is drawn.
+    """
+
+    def __init__(
+        self,
+        seeds_or_generators: Sequence[int] | Sequence[torch.Generator],
+        shape: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        given: list[Any] = list(seeds_or_generators)
+        held = [g for g in given if isinstance(g, torch.Generator)]
+        if held and len(held) != len(given):
+            raise DDIMError(
+                "seeds and generators cannot be mixed; give one or the other for every image."
+            )
+        self.generators = held or make_generators(
+            [s for s in given if not isinstance(s, torch.Generator)]
+        )
+        self.shape = tuple(shape)
+        self.device, self.dtype = torch.device(device), dtype
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image, [B, *shape]."""
+        noise = randn_each(self.shape, self.generators).to(self.dtype)
+        # Pinned memory lets the copy run beside the kernels already queued, without waiting for
+        # them.
+        return (
+            noise.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else noise.to(self.device)
+        )

@@ -1,0 +1,201 @@
+r"""What a network predicts, and how that becomes the pair (x0, eps).
+
+Every parametrisation is a row :math:`m = p\,x_0 + q\,\epsilon` beside :math:`x_t = \alpha\,x_0 +
+\sigma\,\epsilon`. Both together are a 2x2 system with determinant :math:`d = \alpha q - \sigma p`:
+
+=================== ===== ===== ============ ========================================
+prediction_type     p     q     determinant  cannot be solved where
+=================== ===== ===== ============ ========================================
+``epsilon``         0     1     alpha        alpha = 0 (zero terminal SNR)
+``sample``          1     0     -sigma       sigma = 0 (clean data)
+``v_prediction``    -s    a     1            nowhere: it is a rotation
+=================== ===== ===== ============ ========================================
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ddim.core.schedule import match
+from ddim.errors import DDIMError
+
+__all__ = [
+    "PREDICTION_TYPES",
+    "Denoised",
+    "PredictionType",
+    "Solution",
+    "clip_static",
+    "from_x0_eps",
+    "prediction_row",
+    "solve",
+    "threshold_dynamic",
+    "to_eps",
+    "to_x0_eps",
+]
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+class Denoised(NamedTuple):
+    """A network's belief about a noisy sample: the clean data and the noise in it, both [B,
+    ...]."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+class Solution(NamedTuple):
+    """The inverse of the 2x2 system: x0 = x0_x x_t + x0_m m, eps = eps_x x_t + eps_m m; float64,
+    shape of alpha_bar."""
+
+    x0_x: Tensor
+    x0_m: Tensor
+    eps_x: Tensor
+    eps_m: Tensor
+
+
+def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (p, q) of m = p x0 + q eps, each of alpha_bar's shape, float64.
+
+    Raises:
+        DDIMError: If the prediction type is unknown.
+    """
+    zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
+    if prediction_type == "epsilon":
+        return zero, one
+    if prediction_type == "sample":
+        return one, zero
+    if prediction_type == "v_prediction":
+        return -(1 - alpha_bar).sqrt(), alpha_bar.sqrt()
+    raise DDIMError(
+        f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}."
+    )
+
+
+def solve(prediction_type: PredictionType, alpha_bar: Tensor) -> Solution:
+    """Solves the 2x2 system at levels alpha_bar (float64, any shape). Infinite where the
+    determinant is 0."""
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    p, q = prediction_row(prediction_type, alpha_bar)
+    # For v the determinant is alpha^2 + sigma^2: 1 in exact arithmetic, and dividing by its
+    # rounding would only add error.
+    determinant = (
+        torch.ones_like(alpha) if prediction_type == "v_prediction" else alpha * q - sigma * p
+    )
+    return Solution(q / determinant, -sigma / determinant, -p / determinant, alpha / determinant)
+
+
+def to_x0_eps(
+    output: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
+) -> Denoised:
+    r"""Converts a network's output at level t into (x0, eps).
+
+    Args:
+        output: What the network returned, shape [B, ...].
+        x_t: The sample that it saw, shape [B, ...].
+        alpha_bar_t: The level, shape [] or [B], float64, in [0, 1].
+        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
+
+    Returns:
+        The pair, which satisfies x_t = alpha x0 + sigma eps.
+
+    Raises:
+        DDIMError: If the type is unknown, or the system has no solution at that level.
+    """
+    if prediction_type == "epsilon" and bool((alpha_bar_t == 0).any()):
+        raise DDIMError(
+            "epsilon prediction cannot be used where the SNR is 0, since x0 = (x_t - sigma eps) / "
+            "alpha divides by 0; "
+            "use v_prediction or sample, or start at a lower level."
+        )
+    if prediction_type == "sample" and bool((alpha_bar_t == 1).any()):
+        raise DDIMError(
+            "sample prediction cannot be used at clean data, since eps = (x_t - alpha x0) / sigma "
+            "divides by 0; start at level 0 or above."
+        )
+    solution = solve(prediction_type, alpha_bar_t)
+    x0 = (
+        output
+        if prediction_type == "sample"
+        else match(solution.x0_x, x_t) * x_t + match(solution.x0_m, x_t) * output
+    )
+    eps = (
+        output
+        if prediction_type == "epsilon"
+        else match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * output
+    )
+    return Denoised(x0, eps)
+
+
+def from_x0_eps(
+    x0: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """What a perfect network of this type would return for (x0, eps): the training target, shape
+    [B, ...]."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return x0
+    p, q = prediction_row(prediction_type, alpha_bar_t)
+    return match(p, x0) * x0 + match(q, x0) * eps
+
+
+def to_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
+    r"""Derives the noise that belongs to a given x0: :math:`\epsilon = (x_t - \alpha_t x_0) /
+    \sigma_t`.
+
+    After clipping x0 this keeps (x0, eps) a decomposition of x_t, so the next state stays on the
+    marginal."""
+    solution = solve("sample", alpha_bar_t)
+    return match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * x0
+
+
+def clip_static(x0: Tensor, bound: float = 1.0) -> Tensor:
+    """Clamps x0 to [-bound, bound]."""
+    return x0.clamp(-bound, bound)
+
+
+def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
+    r"""Clamps each sample to a percentile s of its own magnitudes, and divides by it: x0 <-
+    clamp(x0, -s, s) / s.
+
+    s is clamped to [1, max_value]; with ``max_value=1`` this is :func:`clip_static` with bound 1.
+    The percentile interpolates linearly, as ``torch.quantile`` does, but has no limit on the number
+    of elements.
+
+    Args:
+        x0: Shape [B, ...].
+        ratio: The percentile, in [0, 1].
+        max_value: The largest s, at least 1.
+
+    Returns:
+        The thresholded sample, shape and dtype of x0, in [-1, 1].
+
+    Raises:
+        DDIMError: If ratio or max_value is out of range.
+
+    References:
+        Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language
+        Understanding. 2022. Sec. 2.3. https://arxiv.org/abs/2205.11487
+    """
+    if not 0 <= ratio <= 1:
+        raise DDIMError(f"the ratio of dynamic thresholding must lie in [0, 1]; got {ratio}.")
+    if max_value < 1:
+        raise DDIMError(f"the largest threshold must be at least 1; got {max_value}.")
+    if x0.numel() == 0:
+        return x0
+    flat = x0.reshape(x0.shape[0], -1).abs()
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    rank = ratio * (flat.shape[1] - 1)
+    below = min(int(rank), flat.shape[1] - 1)
+    above = min(below + 1, flat.shape[1] - 1)
+    low, high = (flat.kthvalue(k + 1, dim=1).values for k in (below, above))
+    threshold = (
+        torch.lerp(low, high, rank - below)
+        .clamp(1.0, max_value)
+        .reshape(-1, *[1] * (x0.ndim - 1))
+        .to(x0.dtype)
+    )
+    return x0.clamp(-threshold, threshold) / threshold

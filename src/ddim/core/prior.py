@@ -1,0 +1,183 @@
+r"""A start for sampling that knows the data's brightness: the half of the zero-SNR fix that needs
+no training.
+
+A schedule whose last level keeps signal, :math:`\bar\alpha > 0`, was trained on noise that still
+holds a trace of each image, most of all its mean colour. Sampling that starts from N(0, I) tells
+the network that all images are grey. Drawing instead
+
+.. math:: x_T \sim N(\sqrt{\bar\alpha}\,\mu,\; \bar\alpha\,\Sigma + (1 - \bar\alpha)\,I)
+
+tells it what it was trained on. Here :math:`\mu` is the mean image and :math:`\Sigma` the
+covariance of the images' mean colours; what else differs between images is left as N(0, I) has it.
+The whole mean image is needed, not its colour alone: where an image is bright says how bright it
+is, and a start that is flat there says something else."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = ["DataPrior", "fit_prior"]
+
+
+@dataclass(frozen=True)
+class DataPrior:
+    """The distribution of the images' mean colours, pixels in [-1, 1].
+
+    Attributes:
+        mean: Of each channel, C numbers.
+        covariance: Of the channels' means over an image, C rows of C numbers.
+        image: The mean image, C x H x W numbers; None where it is not known, and then flat in each
+            channel.
+    """
+
+    mean: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...]
+    image: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean)
+        if not channels or [len(row) for row in self.covariance] != [channels] * channels:
+            raise DDIMError(
+                "a prior needs the mean of each channel, and a covariance of as many rows and "
+                "columns."
+            )
+        matrix = torch.tensor(self.covariance, dtype=torch.float64)
+        sound = bool(
+            torch.isfinite(torch.tensor(self.mean)).all()
+            and torch.isfinite(matrix).all()
+            and torch.equal(matrix, matrix.T)
+        )
+        if not sound or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
+            raise DDIMError(
+                "a prior's mean must be finite and its covariance symmetric, with no negative "
+                "eigenvalue."
+            )
+        if self.image is not None:
+            widths = {len(row) for plane in self.image for row in plane}
+            if (
+                len(self.image) != channels
+                or len({len(plane) for plane in self.image}) != 1
+                or len(widths) != 1
+                or 0 in widths
+            ):
+                raise DDIMError(
+                    f"a prior's mean image must have {channels} channels of rows of one length."
+                )
+            offset = torch.tensor(self.image, dtype=torch.float64).mean((1, 2)) - torch.tensor(
+                self.mean, dtype=torch.float64
+            )
+            if not bool((offset.abs() < 1e-3).all()):
+                raise DDIMError(
+                    "a prior's mean image must be finite, and of the mean colour that the prior "
+                    "says."
+                )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
+        """Reads ``mean``, ``covariance`` and, where it is there, ``image`` from a prior.json, whose
+        other keys are for people.
+
+        Raises:
+            DDIMError: If they are missing or no covariance.
+        """
+        try:
+            image = content.get("image")
+            return cls(
+                tuple(map(float, content["mean"])),
+                tuple(tuple(map(float, row)) for row in content["covariance"]),
+                None
+                if image is None
+                else tuple(tuple(tuple(map(float, row)) for row in plane) for plane in image),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise (
+                error
+                if isinstance(error, DDIMError)
+                else DDIMError(f"a prior needs the keys mean and covariance ({error}).")
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's record says of it: the mean image, which is long, by the first 16 hex digits
+        of a SHA-256."""
+        image = (
+            None
+            if self.image is None
+            else hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
+        )
+        return {
+            "mean": list(self.mean),
+            "covariance": [list(row) for row in self.covariance],
+            "image": image,
+        }
+
+    def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
+        """Turns standard normal noise into x_T, image by image.
+
+        Args:
+            z: Shape [B, C, H, W].
+            alpha_bar: The level at which sampling starts, shape [], float64, in [0, 1).
+
+        Returns:
+            x_T, shape and dtype of z; z itself, up to rounding, where alpha_bar is 0.
+
+        Raises:
+            DDIMError: If the images have another number of channels, or another size than the mean
+                image.
+        """
+        if z.shape[1] != len(self.mean):
+            raise DDIMError(
+                f"the prior is of images with {len(self.mean)} channels; the model makes images of "
+                f"{z.shape[1]}."
+            )
+        size = z.shape[2:] if self.image is None else (len(self.image[0]), len(self.image[0][0]))
+        if tuple(z.shape[2:]) != tuple(size):
+            raise DDIMError(
+                f"the prior's mean image is {size[0]}x{size[1]}; the model makes images of "
+                f"{z.shape[2]}x{z.shape[3]}."
+            )
+        pixels = z.shape[2:].numel()
+        mean, covariance = (
+            torch.tensor(value, dtype=torch.float64) for value in (self.mean, self.covariance)
+        )
+        factor = torch.linalg.cholesky(
+            alpha_bar * covariance
+            + (1 - alpha_bar) / pixels * torch.eye(len(mean), dtype=torch.float64)
+        )
+        drawn = z.mean((2, 3))  # its covariance is I / pixels
+        wanted = (alpha_bar.sqrt() * mean).to(drawn) + drawn @ (pixels**0.5 * factor.T).to(drawn)
+        x_t: Tensor = z + (wanted - drawn)[:, :, None, None]
+        if self.image is None:
+            return x_t
+        image = torch.tensor(self.image, dtype=torch.float64)
+        return x_t + (alpha_bar.sqrt() * (image - image.mean((1, 2), keepdim=True))).to(x_t)
+
+
+def fit_prior(images: Iterable[Tensor]) -> DataPrior:
+    """Measures the prior over batches of images [B, C, H, W] in [-1, 1]; the mean image to four
+    decimals, which is all that shows.
+
+    Raises:
+        DDIMError: If there are fewer than two images.
+    """
+    colours, total = [], torch.zeros((), dtype=torch.float64)
+    for batch in images:
+        colours.append(batch.double().mean((2, 3)))
+        total = total + batch.double().sum(0)
+    count = sum(map(len, colours))
+    if count < 2:
+        raise DDIMError(f"a prior needs at least 2 images; got {count}.")
+    every = torch.cat(colours)
+    covariance = every.T.cov().reshape(every.shape[1], -1)
+    image = (total / count).round(decimals=4).tolist()
+    return DataPrior(
+        tuple(every.mean(0).tolist()),
+        tuple(tuple(row) for row in ((covariance + covariance.T) / 2).tolist()),
+        tuple(tuple(tuple(row) for row in plane) for plane in image),
+    )

@@ -1,0 +1,279 @@
+r"""Noise schedules: how much signal and how much noise each level holds.
+
+Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data. ``alpha_bar_t`` is
+:math:`\bar\alpha_t = \prod_{i \le t}(1 - \beta_i)`, ``alpha_t`` :math:`= \sqrt{\bar\alpha_t}`,
+``sigma_t`` :math:`= \sqrt{1 - \bar\alpha_t}`, so that :math:`x_t = \alpha_t x_0 + \sigma_t
+\epsilon` with :math:`\epsilon \sim N(0, I)`.
+
+Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
+sample."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ddim.errors import DDIMError
+
+__all__ = [
+    "BETA_SCHEDULES",
+    "CLEAN",
+    "BetaSchedule",
+    "NoiseSchedule",
+    "add_noise",
+    "make_betas",
+    "match",
+    "rescale_zero_terminal_snr",
+    "velocity",
+]
+
+CLEAN = -1
+"""The level of clean data: alpha_bar is 1, or the first level's where ``set_alpha_to_one`` is
+off."""
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
+BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+
+
+def make_betas(
+    kind: BetaSchedule = "linear",
+    num_train_timesteps: int = 1000,
+    *,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+) -> Tensor:
+    r"""Returns the variances :math:`\beta_t` that a named schedule adds at each level.
+
+    ============================
+    ========================================================================== ``linear``
+    evenly spaced from beta_start to beta_end ``scaled_linear``            evenly spaced in
+    :math:`\sqrt\beta`, squared (latent diffusion) ``squaredcos_cap_v2``        :math:`\bar\alpha(u)
+    = \cos^2\frac{(u + 0.008)\pi}{2 \cdot 1.008}`, beta at most 0.999 ``sigmoid``                  a
+    logistic curve over [-6, 6] between beta_start and beta_end (GeoDiff) ``laplace``
+    log-SNR of a Laplace distribution, beta at most 0.999 ============================
+    ==========================================================================
+
+    Args:
+        kind: One of :data:`BETA_SCHEDULES`.
+        num_train_timesteps: T, at least 1.
+        beta_start: First beta of linear, scaled_linear and sigmoid; ignored by the others.
+        beta_end: Last beta of the same.
+
+    Returns:
+        The betas, shape [T], float64.
+
+    Raises:
+        DDIMError: If the schedule is unknown or T is below 1.
+
+    References:
+        Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020.
+        https://arxiv.org/abs/2006.11239 (linear)
+
+        Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. Eq. 17.
+        https://arxiv.org/abs/2102.09672 (cosine)
+    """
+    if num_train_timesteps < 1:
+        raise DDIMError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
+    count = num_train_timesteps
+    if kind == "linear":
+        return torch.linspace(beta_start, beta_end, count, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        return _betas_from_alpha_bar(
+            lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count
+        )
+    if kind == "sigmoid":
+        return (
+            torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
+            * (beta_end - beta_start)
+            + beta_start
+        )
+    if kind == "laplace":
+        return _betas_from_alpha_bar(_laplace_alpha_bar, count)
+    raise DDIMError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got {kind!r}.")
+
+
+def _betas_from_alpha_bar(
+    alpha_bar: Callable[[float], float], count: int, max_beta: float = 0.999
+) -> Tensor:
+    levels = [alpha_bar(i / count) for i in range(count + 1)]
+    return torch.tensor(
+        [min(1 - levels[i + 1] / levels[i], max_beta) for i in range(count)], dtype=torch.float64
+    )
+
+
+def _laplace_alpha_bar(u: float) -> float:
+    # The square root is diffusers' reading of the schedule; checkpoints trained with it need the
+    # same.
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    r"""Shifts and scales :math:`\sqrt{\bar\alpha}` so that the last level holds no signal at all.
+
+    .. math:: \alpha_t \leftarrow (\alpha_t - \alpha_{T-1})\,\frac{\alpha_0}{\alpha_0 - \alpha_{T-1}}
+
+    The first level keeps its value; the last becomes exactly 0 (its beta exactly 1).
+
+    Args:
+        betas: Shape [T], in (0, 1), T at least 2.
+
+    Returns:
+        The rescaled betas, shape [T], float64.
+
+    Raises:
+        DDIMError: If there are fewer than two levels.
+
+    References:
+        Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
+        Algorithm 1. https://arxiv.org/abs/2305.08891
+    """
+    if betas.numel() < 2:
+        raise DDIMError(
+            f"rescaling to zero terminal SNR needs at least 2 levels; got {betas.numel()}."
+        )
+    alpha = (1 - betas.double()).cumprod(0).sqrt()
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    alpha_bar = alpha**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The table of alpha_bar over all levels, and the level of clean data below it.
+
+    Attributes:
+        alphas_cumprod: alpha_bar_t for t = 0..T-1, shape [T], float64 on the CPU, in [0, 1].
+        final_alpha_cumprod: alpha_bar at :data:`CLEAN`; 1.0 unless a checkpoint asks for its first
+            level's.
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float = 1.0
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.ndim != 1 or table.numel() == 0:
+            raise DDIMError(
+                "alphas_cumprod must be one row of levels, shape [T]; got shape "
+                f"{list(table.shape)}."
+            )
+        if not bool(torch.isfinite(table).all()):
+            raise DDIMError("alphas_cumprod must be finite; got NaN or infinity among the levels.")
+        object.__setattr__(self, "alphas_cumprod", table.detach().to("cpu", torch.float64))
+
+    @classmethod
+    def from_betas(
+        cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True
+    ) -> "NoiseSchedule":
+        """Builds the table from the betas (:func:`make_betas`, or a trained list), shape [T], in
+        [0, 1]; 1 leaves no signal.
+
+        Raises:
+            DDIMError: If a beta is no variance in [0, 1].
+        """
+        given = torch.as_tensor(betas, dtype=torch.float64)
+        outside = given[~((given >= 0) & (given <= 1))]  # or NaN
+        if outside.numel():
+            raise DDIMError(
+                f"betas are variances in [0, 1]; got {float(outside[0]):.4g}. A table of alpha_bar "
+                "goes into NoiseSchedule(...)."
+            )
+        alphas_cumprod = (1 - given).cumprod(0)
+        return cls(alphas_cumprod, 1.0 if set_alpha_to_one else float(alphas_cumprod[0]))
+
+    def __len__(self) -> int:
+        return self.alphas_cumprod.numel()
+
+    def alpha_bar(self, t: int | Tensor) -> Tensor:
+        """Looks up alpha_bar at level(s) t in [-1, T); -1 is clean data. Shape of ``t``, float64 on
+        the CPU.
+
+        Raises:
+            DDIMError: If a level lies outside [-1, T) or is not an integer.
+        """
+        if isinstance(t, Tensor) and (
+            t.is_floating_point() or t.is_complex() or t.dtype == torch.bool
+        ):
+            raise DDIMError(f"timesteps must be integers; got a tensor of {t.dtype}.")
+        levels = torch.as_tensor(t, dtype=torch.int64, device="cpu")
+        if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
+            raise DDIMError(
+                f"timesteps must lie in [-1, {len(self)}), where -1 is clean data; got "
+                f"{levels.tolist()}."
+            )
+        final = torch.tensor(self.final_alpha_cumprod, dtype=torch.float64)
+        return torch.where(levels == CLEAN, final, self.alphas_cumprod[levels])
+
+    def snr(self, t: int | Tensor) -> Tensor:
+        r"""Signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`: 0 at zero terminal SNR,
+        inf at clean data."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar / (1 - alpha_bar)
+
+    def log_snr(self, t: int | Tensor) -> Tensor:
+        r"""Natural logarithm of the signal-to-noise ratio: -inf at zero terminal SNR, +inf at clean
+        data."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+
+def match(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Rounds float64 coefficients (shape [] or [B]) to the dtype of x [B, ...], where and how they
+    can multiply it.
+
+    Raises:
+        DDIMError: If there are neither one nor B coefficients.
+    """
+    if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] != x.shape[0]):
+        raise DDIMError(
+            f"there must be one level, or one for each of the {x.shape[0]} samples; got shape "
+            f"{list(coefficient.shape)}."
+        )
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    if coefficient.ndim:
+        return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
+    # One number on the CPU multiplies tensors anywhere; to send it to a device would wait for the
+    # device.
+    return (
+        coefficient.to(dtype)
+        if coefficient.device.type == "cpu"
+        else coefficient.to(x.device, dtype)
+    )
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+    r"""Draws from the forward process: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
+
+    The coefficients are computed in float64 and rounded once: computing 1 - alpha_bar in bfloat16
+    instead would make sigma exactly 0 on the ten lowest levels of the linear schedule.
+
+    Args:
+        schedule: The levels.
+        x0: Clean data, shape [B, ...].
+        noise: Standard normal, shape [B, ...].
+        t: One level, or one a sample, shape [B]; in [-1, T).
+
+    Returns:
+        The noisy sample, shape [B, ...].
+    """
+    alpha_bar = schedule.alpha_bar(t)
+    return match(alpha_bar.sqrt(), x0) * x0 + match((1 - alpha_bar).sqrt(), x0) * noise
+
+
+def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+    r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as
+    :func:`add_noise`.
+
+    References:
+        Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. App. D.
+        https://arxiv.org/abs/2202.00512
+    """
+    alpha_bar = schedule.alpha_bar(t)
+    return match(alpha_bar.sqrt(), x0) * noise - match((1 - alpha_bar).sqrt(), x0) * x0

@@ -1,0 +1,279 @@
+r"""One transition of the DDIM family, from a level t to any other level s.
+
+.. math::
+    x_s = \sqrt{\bar\alpha_s}\,\hat x_0 + \sqrt{1 - \bar\alpha_s - \mathrm{std}^2}\;\hat\epsilon + \mathrm{noise}\,z,
+    \qquad \mathrm{std}(\eta) = \eta \sqrt{\frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}} \sqrt{1 - \frac{\bar\alpha_t}{\bar\alpha_s}}
+
+with noise = std for a number eta. The paper's ``sigma-hat`` keeps std(1) in the direction and draws
+:math:`\hat\sigma = \sqrt{1 - \bar\alpha_t / \bar\alpha_s}` instead.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddim.core.prediction import PredictionType, Solution, solve
+from ddim.core.schedule import match
+from ddim.errors import DDIMError
+
+__all__ = [
+    "ORDERS",
+    "SIGMA_HAT",
+    "Eta",
+    "LinearStep",
+    "StepCoefficients",
+    "check_eta",
+    "check_order",
+    "ddim_step",
+    "fold",
+    "linear_step",
+    "multistep_weight",
+    "step_coefficients",
+]
+
+SIGMA_HAT: Literal["sigma-hat"] = "sigma-hat"
+
+Eta = float | Literal["sigma-hat"]
+"""A number (0 deterministic, 1 the DDPM posterior) that scales the standard deviation, or
+``"sigma-hat"``."""
+
+ORDERS = (1, 2)
+"""Of the solver: 1 is DDIM, 2 its second-order multistep (:func:`multistep_weight`)."""
+
+
+class StepCoefficients(NamedTuple):
+    """x_s = x0 * x0_hat + eps * eps_hat + noise * z; float64, shape of the levels."""
+
+    x0: Tensor
+    eps: Tensor
+    noise: Tensor
+
+
+class LinearStep(NamedTuple):
+    """x_s = x * x_t + output * m + noise * z; float64, shape of the levels."""
+
+    x: Tensor
+    output: Tensor
+    noise: Tensor
+
+
+def check_eta(eta: Eta) -> Eta:
+    """Returns eta, or refuses what is negative, not finite, or an unknown word.
+
+    Raises:
+        DDIMError: With the value that was received.
+    """
+    if isinstance(eta, str):
+        if eta != SIGMA_HAT:
+            raise DDIMError(f"eta must be a number or 'sigma-hat'; got {eta!r}.")
+    elif not (math.isfinite(eta) and eta >= 0):
+        raise DDIMError(f"eta must be at least 0 and finite; got {eta}.")
+    return eta
+
+
+def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
+    """Returns the order of the solver, or refuses one that is unknown, and noise (of eta, or of the
+    analytic variance) in the second.
+
+    Raises:
+        DDIMError: With the value that was received.
+    """
+    if order not in ORDERS:
+        raise DDIMError(
+            f"the order of the solver must be 1 (DDIM) or 2 (its multistep); got {order!r}."
+        )
+    if order == 2 and eta != 0:
+        raise DDIMError(
+            f"order 2 solves the deterministic flow and draws no noise; got eta={eta}, so use "
+            "eta=0, or order 1."
+        )
+    if order == 2 and analytic:
+        raise DDIMError(
+            "order 2 solves the deterministic flow, and the analytic variance draws noise; use "
+            "order 1, or leave out gamma."
+        )
+    return order
+
+
+def step_coefficients(
+    alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0, gamma: Tensor | None = None
+) -> StepCoefficients:
+    r"""The weights of x0, eps and z in the step from t to s.
+
+    Args:
+        alpha_bar_t: Level of the prediction, any shape, float64, in [0, 1].
+        alpha_bar_s: Level to reach, same shape; above alpha_bar_t unless eta is 0.
+        eta: See :data:`Eta`.
+        gamma: For the analytic variance: the mean square of a dimension of eps at level t, same
+            shape, in [0, 1] (:func:`ddim.fitting.timesteps.estimate_gamma`). None: the variance of
+            eta alone.
+
+    Returns:
+        Three float64 tensors. The noise weight of a step to clean data (alpha_bar_s = 1) is 0 for a
+        number eta, with gamma too.
+
+    Raises:
+        DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s: the
+            direction term would be the root of a negative number; if gamma is given with sigma-hat,
+            or where alpha_bar_t is 0.
+
+    References:
+        Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16; Sec. 5
+        (sigma-hat). https://arxiv.org/abs/2010.02502
+
+        Bao, Li, Zhu, Zhang. Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in
+        Diffusion Probabilistic Models. 2022. Theorem 1. https://arxiv.org/abs/2201.06503
+    """
+    check_eta(eta)
+    if gamma is not None:
+        return _analytic(
+            step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta),
+            alpha_bar_t,
+            alpha_bar_s,
+            eta,
+            gamma,
+        )
+    if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
+        return StepCoefficients(
+            alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), torch.zeros_like(alpha_bar_s)
+        )
+    scale = 1.0 if isinstance(eta, str) else float(eta)
+    added = (1 - alpha_bar_t / alpha_bar_s).clamp(
+        min=0
+    )  # two levels that are equal round to -1 ulp
+    variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
+    remainder = 1 - alpha_bar_s - variance
+    # At eta = 1 from zero terminal SNR the remainder is 0. This order of operations keeps it so in
+    # float64 (in float32 it rounds
+    # below); an eta that is 1 but for its own rounding goes just below too, and is no error;
+    # anything larger is.
+    if scale > 1 and bool((excess := remainder < -1e-12).any()):
+        largest = ((1 - alpha_bar_t) / added)[excess].min().sqrt()
+        raise DDIMError(
+            f"eta={eta} would draw more noise than the level can hold (the direction term becomes "
+            "the root of a negative number, NaN); "
+            f"use at most {float(largest):.4g} for these timesteps."
+        )
+    noise = added.sqrt() if eta == SIGMA_HAT else variance.sqrt()
+    return StepCoefficients(alpha_bar_s.sqrt(), remainder.clamp(min=0).sqrt(), noise)
+
+
+def _analytic(
+    plain: StepCoefficients, alpha_bar_t: Tensor, alpha_bar_s: Tensor, eta: Eta, gamma: Tensor
+) -> StepCoefficients:
+    r"""Adds the noise that the prediction leaves out.
+
+    .. math:: \mathrm{noise}^2 \leftarrow \mathrm{noise}^2
+        + \left(\sqrt{(1 - \bar\alpha_t)\,\bar\alpha_s / \bar\alpha_t} - \mathrm{eps}\right)^2 (1 - \Gamma_t)
+    """
+    if eta == SIGMA_HAT:
+        raise DDIMError("the analytic variance is that of a number eta; got sigma-hat.")
+    if bool((alpha_bar_t == 0).any()):
+        raise DDIMError(
+            "the analytic variance has no value where the SNR is 0; start at a lower level, or use "
+            "the variance of eta."
+        )
+    missing = ((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t).sqrt() - plain.eps
+    added = torch.where(
+        alpha_bar_s < 1, missing**2 * (1 - gamma), 0.0
+    )  # the finished image is the mean: no noise in what is shown
+    return plain._replace(noise=(plain.noise**2 + added).sqrt())
+
+
+def ddim_step(
+    x0: Tensor,
+    eps: Tensor,
+    *,
+    alpha_bar_t: Tensor,
+    alpha_bar_s: Tensor,
+    eta: Eta = 0.0,
+    gamma: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    r"""Moves a sample from level t to level s; s below t denoises, s above t (eta = 0) inverts.
+
+    Args:
+        x0: Predicted clean sample, shape [B, ...].
+        eps: Predicted noise, shape [B, ...].
+        alpha_bar_t: Level of the prediction, shape [] or [B], float64, in [0, 1].
+        alpha_bar_s: Level to reach, shape [] or [B]; 1 is clean. Above alpha_bar_t whenever eta >
+            0.
+        eta: 0 is deterministic, 1 the DDPM posterior, ``"sigma-hat"`` the paper's larger noise.
+        gamma: Of the analytic variance at level t, as in :func:`step_coefficients`; None: the
+            variance of eta.
+        noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0, or gamma is
+            given.
+
+    Returns:
+        The sample at level s, shape [B, ...], dtype of ``x0``.
+
+    Raises:
+        DDIMError: If eta is invalid, or noise is missing.
+    """
+    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gamma)
+    x_s = match(weights.x0, x0) * x0 + match(weights.eps, x0) * eps
+    if eta == 0 and gamma is None:
+        return x_s
+    if noise is None:
+        raise DDIMError(
+            f"noise is required when eta is not 0, and for the analytic variance; got eta={eta} "
+            "and no noise."
+        )
+    return x_s + match(weights.noise, x0) * noise
+
+
+def linear_step(
+    prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0
+) -> LinearStep:
+    """Folds conversion and step into one linear map of (x_t, model output, z), valid where nothing
+    is clipped.
+
+    Shapes and errors as :func:`step_coefficients`; infinite or NaN where the parametrisation has no
+    solution."""
+    return fold(
+        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), solve(prediction_type, alpha_bar_t)
+    )
+
+
+def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
+    """Puts x0 and eps, as linear maps of (x_t, model output), into the step's weighted sum."""
+    return LinearStep(
+        weights.x0 * solution.x0_x + weights.eps * solution.eps_x,
+        weights.x0 * solution.x0_m + weights.eps * solution.eps_m,
+        weights.noise,
+    )
+
+
+def multistep_weight(
+    alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
+) -> Tensor:
+    r"""The weight w that makes DDIM's step from t to s second order, given the x0 predicted one
+    step before.
+
+    .. math::
+        x_s = x_s^{\mathrm{DDIM}} + w\,(\hat x_0 - \hat x_0^{\mathrm{previous}}), \qquad
+        w = \alpha_s (1 - e^{-h})\,\frac{h}{2\,(l_t - l_{\mathrm{previous}})}, \qquad h = l_s - l_t, \quad l = \log(\alpha / \sigma)
+
+    Args:
+        alpha_bar_previous: Level of the prediction before, any shape, float64, in [0, 1].
+        alpha_bar_t: Level of this prediction, same shape.
+        alpha_bar_s: Level to reach, same shape; on either side of t.
+
+    Returns:
+        The weight, same shape, float64; 0, which is DDIM, where a log-SNR is infinite (clean data,
+        zero terminal SNR).
+
+    References:
+        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.
+        2022. Algorithm 2. https://arxiv.org/abs/2211.01095
+    """
+    before, here, there = (
+        alpha_bar.logit() for alpha_bar in (alpha_bar_previous, alpha_bar_t, alpha_bar_s)
+    )  # 2 l
+    change = (
+        alpha_bar_s.sqrt() - (1 - alpha_bar_s).sqrt() * (alpha_bar_t / (1 - alpha_bar_t)).sqrt()
+    )
+    weight = change * (there - here) / (2 * (here - before))
+    return torch.where(weight.isfinite(), weight, 0.0)

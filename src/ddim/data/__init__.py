@@ -1,0 +1,1 @@
+"""Images, labels and captions to train on and to measure against."""

@@ -1,0 +1,93 @@
+"""Captions of image files, as Hugging Face's imagefolder and fine-tuning scripts lay them out."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ddim.errors import DataError
+
+__all__ = ["CAPTION_COLUMNS", "captions_of_files", "one_caption"]
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+"""Names that a column of captions has where none is given."""
+
+
+def captions_of_files(
+    source: str, folder: Path, paths: list[Path], column: str | None
+) -> list[str] | None:
+    """Captions from metadata files, as Hugging Face's imagefolder has them, else from ``NAME.txt``
+    beside each image."""
+    tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
+    if tables:
+        rows = {
+            name: caption
+            for table in tables
+            for name, caption in _read_metadata(table, column).items()
+        }
+        missing = [p for p in paths if os.path.normpath(p) not in rows]
+        if missing:
+            told = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
+            raise DataError(
+                f"{tables[0]} has no row for {told} of {source}, such as {missing[0]}; add it, or "
+                "move the image away."
+            )
+        return [rows[os.path.normpath(p)] for p in paths]
+    texts = [p.with_suffix(".txt") for p in paths]
+    there = [t.is_file() for t in texts]
+    if not any(there):
+        return None
+    if not all(there):
+        first = texts[there.index(False)]
+        raise DataError(
+            f"{there.count(False)} of {len(paths)} images of {source} have no caption: {first} is "
+            "missing; an empty file will do."
+        )
+    try:
+        return [text.read_text(encoding="utf-8-sig").strip() for text in texts]
+    except ValueError as error:
+        raise DataError(
+            f"a caption of {source} is no UTF-8 text ({error}); save it as UTF-8."
+        ) from error
+
+
+def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
+    """The captions of a metadata file by the paths of their images."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = (
+                list(csv.DictReader(file))
+                if path.suffix == ".csv"
+                else [json.loads(line) for line in file if line.strip()]
+            )
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); write one row an image."
+        ) from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(
+            f"{path} must hold a row an image with file_name and a caption; got "
+            f"{'nothing' if not rows else 'other values'}."
+        )
+    names = list(rows[0])
+    caption = column or next((c for c in CAPTION_COLUMNS if c in names), None)
+    if "file_name" not in names or caption not in names:
+        raise DataError(
+            f"{path} must have columns file_name and {column or 'text (or --caption-column)'}; it "
+            f"has {', '.join(map(str, names))}."
+        )
+    return {
+        os.path.normpath(path.parent / str(row.get("file_name"))): one_caption(
+            row.get(caption), f"row {number} of {path}"
+        )
+        for number, row in enumerate(rows, 1)
+    }
+
+
+def one_caption(value: Any, where: str) -> str:
+    """A caption as it was written; the first of several."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    if not isinstance(first, str):
+        raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")
+    return first

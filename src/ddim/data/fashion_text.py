@@ -1,0 +1,167 @@
+r"""``fashion-text``: garments of Fashion-MNIST in a colour over a background of some brightness,
+with captions that say so.
+
+A garment is a grey picture g in [0, 1] of 28x28 pixels, 0 around it. With the colour c and the
+background's brightness b,
+
+.. math:: x = (1 - m)\,b + m\,(a + (1 - a)\,g)\,c, \qquad m = \min(g / s, 1)
+
+so that the garment fades out over its softest pixels and is shaded by its own brightness, on every
+background alike. The frame of two pixels that makes 32x32 of it is background alone. As a
+background has no colour, the chroma of x (its largest channel less its smallest) is m (a + (1 - a)
+g) times that of c, which rises with g: the grey garment can be read back, whatever the background.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "FRAME",
+    "GARMENTS",
+    "Combination",
+    "FashionText",
+    "combine",
+    "compose",
+    "extract_garments",
+    "hues",
+]
+
+COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+    {
+        "red": (0.9, 0.1, 0.1),
+        "yellow": (0.9, 0.9, 0.1),
+        "green": (0.1, 0.9, 0.1),
+        "cyan": (0.1, 0.9, 0.9),
+        "blue": (0.1, 0.1, 0.9),
+        "magenta": (0.9, 0.1, 0.9),
+    }
+)
+"""Six hues, 60 degrees apart, none of them saturated: in real images only black and white
+backgrounds are 0 or 255."""
+
+BACKGROUNDS: Mapping[str, int] = MappingProxyType(
+    {"black": 0, "dark gray": 64, "gray": 128, "light gray": 191, "white": 255}
+)
+"""Brightness in 256 levels."""
+
+GARMENTS = (
+    "t-shirt",
+    "pair of trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+"""In the order of Fashion-MNIST's labels."""
+
+FRAME = 2
+"""Pixels of pure background on each side."""
+
+_SOFT = 0.2  # s: a garment is opaque from this brightness on
+_AMBIENT = 0.4  # a: what is left of the colour where the garment is darkest
+_CHROMA = 0.8  # of every colour above
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a caption says."""
+
+    colour: str
+    garment: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        """``a red sneaker on a black background``."""
+        return f"a {self.colour} {self.garment} on a {self.background} background"
+
+    @property
+    def numbers(self) -> tuple[float, int, int]:
+        """The brightness of the background in [0, 1], and the places of colour and garment in their
+        lists."""
+        return (
+            BACKGROUNDS[self.background] / 255,
+            list(COLOURS).index(self.colour),
+            GARMENTS.index(self.garment),
+        )
+
+
+def combine(garment: int, rank: int) -> Combination:
+    """The combination of a garment's image that is the ``rank``-th of its class: all pairs of
+    colour and background in turn."""
+    colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
+    background, colour = divmod(rank % (len(colours) * len(backgrounds)), len(colours))
+    return Combination(colours[colour], GARMENTS[garment], backgrounds[background])
+
+
+def compose(garment: NDArray[np.uint8], combination: Combination) -> NDArray[np.uint8]:
+    """Colours a grey garment [H, W] and puts it on a background: [H + 4, W + 4, 3]."""
+    grey = np.pad(garment, FRAME)[..., None] / 255
+    mask = np.minimum(grey / _SOFT, 1)
+    colour = np.array(COLOURS[combination.colour]) * 255
+    pixels = (1 - mask) * BACKGROUNDS[combination.background] + mask * (
+        _AMBIENT + (1 - _AMBIENT) * grey
+    ) * colour
+    composed: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
+    return composed
+
+
+def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4] in [0,
+    1]."""
+    chroma = (images.max(-1) - images.min(-1))[:, FRAME:-FRAME, FRAME:-FRAME] / _CHROMA
+    grey = np.linspace(0, 1, 1025)
+    read: NDArray[np.float64] = np.interp(
+        chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey
+    )
+    return read
+
+
+def hues() -> dict[str, float]:
+    """The hue of each colour in degrees: red 0, green 120, blue 240."""
+    import colorsys
+
+    return {
+        name: round(colorsys.rgb_to_hsv(*colour)[0] * 360, 6) for name, colour in COLOURS.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class FashionText:
+    """Every image of Fashion-MNIST once, composed when it is asked for: a pure function of the
+    index."""
+
+    garments: NDArray[np.uint8]
+    combinations: tuple[Combination, ...]
+
+    @classmethod
+    def of_garments(cls, garments: NDArray[np.uint8], labels: NDArray[np.integer]) -> "FashionText":
+        """Gives each class all combinations in turn, so that each is used equally often (within
+        one)."""
+        seen = [0] * len(GARMENTS)
+        combinations = []
+        for label in labels.tolist():
+            combinations.append(combine(label, seen[label]))
+            seen[label] += 1
+        return cls(garments, tuple(combinations))
+
+    def __len__(self) -> int:
+        return len(self.garments)
+
+    def __getitem__(self, index: int, /) -> NDArray[np.uint8]:
+        return compose(self.garments[index], self.combinations[index])
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """One an image."""
+        return tuple(c.caption for c in self.combinations)

@@ -1,0 +1,349 @@
+r"""What a schedule and a list of timesteps do to images, in numbers: the measurements behind the
+doctor's findings.
+
+Everything is measured on Gaussian data, for which the best network is known
+(:class:`ddim.core.oracle.GaussianOracle`). On such data a DDIM run is an affine map of the noise it
+starts from, so two runs tell the mean and the spread of all images exactly. The bias of images that
+are no Gaussian is that of their covariance; their spread shrinks less, since a network makes
+images, not averages. Notation: :mod:`ddim.core.schedule`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.core.denoiser import Denoiser
+from ddim.core.noise import seeded_randn
+from ddim.core.oracle import GaussianOracle
+from ddim.core.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0_eps
+from ddim.core.prior import DataPrior
+from ddim.core.sampler import sample
+from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, make_betas
+from ddim.core.timesteps import Pair
+from ddim.errors import DDIMError
+
+__all__ = [
+    "Brightness",
+    "Modes",
+    "Probe",
+    "finished",
+    "leaked_brightness",
+    "predict_brightness",
+    "probe",
+    "stock_flaws",
+    "stock_nan_levels",
+    "stock_pairs",
+    "stock_timesteps",
+]
+
+_COARSE = 32  # sides of the images whose covariance is taken
+
+
+class Modes(NamedTuple):
+    """Directions in which images vary independently, and what each adds to the mean grey level;
+    each [K], float64.
+
+    Noise has variance 1 along each.
+    """
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """The distribution of images' mean grey levels, pixels in [-1, 1].
+
+    Attributes:
+        mean: Over all images.
+        std: Between images.
+        dimensions: Numbers an image has, C H W: the more, the less noise hides the brightness.
+        measured: How the rest of the image goes with it, where images were at hand
+            (:meth:`of_images`); None: it is taken for independent of the rest.
+    """
+
+    mean: float
+    std: float
+    dimensions: int
+    measured: Modes | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
+        """That of images whose mean colours are known."""
+        count = len(prior.mean)
+        return cls(
+            sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions
+        )
+
+    @classmethod
+    def of_images(cls, images: Tensor) -> "Brightness":
+        """That of the images themselves, [B, C, H, W] in [-1, 1], with the covariance of all their
+        pixels.
+
+        A network tells an image's brightness from all of the noise: on Fashion-MNIST that halves
+        what the constant component alone predicts. Sides above 32 are averaged down, which changes
+        little: what tells brightness is coarse.
+
+        Raises:
+            DDIMError: If there are fewer than two images.
+        """
+        if len(images) < 2:
+            raise DDIMError(
+                f"the brightness of images needs at least 2 of them; got {len(images)}."
+            )
+        fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
+        rows = (
+            torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
+        )  # times fold: noise keeps variance 1
+        weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
+        mean = rows.mean(0)
+        # What no image deviates along is left out: there the best prediction is the mean, whatever
+        # the noise.
+        _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
+        std = singular / (len(images) - 1) ** 0.5
+        bright = rows @ weights
+        return cls(
+            float(bright.mean()),
+            float(bright.std()),
+            images[0].numel(),
+            Modes(basis @ mean, std, basis @ weights),
+        )
+
+    @property
+    def modes(self) -> Modes:
+        """The directions that brightness depends on; where no images were at hand, the constant
+        component alone."""
+        if self.measured is not None:
+            return self.measured
+        root = self.dimensions**0.5
+        return Modes(
+            *torch.tensor([[self.mean * root], [self.std * root], [1 / root]], dtype=torch.float64)
+        )
+
+    def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
+        """The exact denoiser along the modes, of samples [K, ...]."""
+        return GaussianOracle(schedule, self.modes.mean, self.modes.std)
+
+    def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
+        """The bias, and the factor on the spread, of images whose modes have these means and
+        spreads, each [K]."""
+        weight = self.modes.weight
+        made = float((weight * std).norm())
+        return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
+
+
+def finished(
+    denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and std, each [K], of the images that DDIM makes of N(mean, std^2), for a denoiser that
+    is affine in x_t [K, ...]."""
+    x = sample(denoise, torch.stack([mean, mean + std], dim=1), pairs, schedule=schedule)
+    return x[:, 0], x[:, 1] - x[:, 0]
+
+
+def predict_brightness(
+    schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness
+) -> tuple[float, float]:
+    """What sampling from N(0, I) over these pairs does to brightness.
+
+    Returns:
+        The bias of the mean grey level, and the factor by which the spread between images changes:
+        (0, 1) is right.
+    """
+    zero = torch.zeros_like(brightness.modes.mean)
+    return brightness.change(
+        *finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1)
+    )
+
+
+def leaked_brightness(
+    schedule: NoiseSchedule, t: int, brightness: Brightness
+) -> tuple[float, float]:
+    r"""The same for infinitely many steps from level t: what N(0, I) alone costs there.
+
+    Where brightness is taken for independent of the rest of the image, with :math:`s =
+    \mathrm{std}\sqrt{d}` over d dimensions the bias is
+    :math:`-\mathrm{std}\,\alpha_t\,\mathrm{mean}\sqrt{d} / \sqrt{V_t}` and the factor :math:`1 /
+    \sqrt{V_t}`, :math:`V_t = \alpha_t^2 s^2 + \sigma_t^2`; else the same along each mode, summed.
+
+    References:
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 3.1 (the
+        leak, without this formula). https://arxiv.org/abs/2305.08891
+    """
+    zero, one = (
+        brightness.oracle(schedule).flow(torch.full_like(brightness.modes.mean, start), t, CLEAN)
+        for start in (0.0, 1.0)
+    )
+    return brightness.change(zero, one - zero)
+
+
+def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
+    """The list that plain diffusers makes, with its flaws: entries of -1 or T, and N + 1 of them,
+    are possible."""
+    return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
+
+
+def _stock_levels(
+    total: int, count: int, spacing: str, steps_offset: int
+) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    if spacing == "leading":
+        levels = np.arange(count)[::-1] * float(total // count) + steps_offset
+    elif spacing == "linspace":
+        levels = np.linspace(0, total - 1, count).round()[::-1]
+    else:
+        levels = np.round(np.arange(total, 0, -total / count)) - 1
+    return levels.astype(np.int64)
+
+
+def stock_flaws(total: int, spacing: str, *, steps_offset: int = 0) -> tuple[list[int], list[int]]:
+    """The numbers of steps, of 1 to T, at which plain diffusers leaves its own list of levels, and
+    at which it visits -1."""
+    off, minus_one = [], []
+    for count in range(1, total + 1):
+        levels = _stock_levels(total, count, spacing, steps_offset)
+        if levels[-1] == CLEAN:
+            minus_one.append(count)
+        if (np.maximum(levels - total // count, CLEAN) != np.append(levels[1:], CLEAN)).any():
+            off.append(count)
+    return off, minus_one
+
+
+def stock_pairs(timesteps: Sequence[int], total: int, count: int) -> list[Pair]:
+    """The steps that plain diffusers takes from each of its timesteps: to t - T // N. Its -1 reads
+    the table's last entry."""
+    return [(min(t, total - 1) % total, max(t - total // count, CLEAN)) for t in timesteps]
+
+
+def stock_nan_levels(config: Mapping[str, Any], pairs: Sequence[Pair], eta: float) -> list[int]:
+    """The levels from which a step of plain diffusers gives NaN at this eta: its float32
+    arithmetic, operation by operation.
+
+    Args:
+        config: A complete scheduler configuration.
+        pairs: Its steps, from :func:`stock_pairs`.
+        eta: A number.
+    """
+    table = _stock_table(config)
+    final = torch.tensor(1.0) if config["set_alpha_to_one"] else table[0]
+    found = []
+    for t, s in pairs:
+        alpha_bar_t, alpha_bar_s = table[t], table[s] if s >= 0 else final
+        variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+        direction = (1 - alpha_bar_s - (eta * variance**0.5) ** 2) ** 0.5
+        if bool(direction.isnan()):
+            found.append(t)
+    return found
+
+
+def _stock_table(config: Mapping[str, Any]) -> Tensor:
+    """alpha_bar as diffusers computes it, float32: whether a radicand rounds below 0 hangs on the
+    last bit."""
+    first, last, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if config["trained_betas"] is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif config["beta_schedule"] == "linear":
+        betas = torch.linspace(first, last, count, dtype=torch.float32)
+    elif config["beta_schedule"] == "scaled_linear":
+        betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float32) ** 2
+    else:
+        betas = make_betas(config["beta_schedule"], count, beta_start=first, beta_end=last).float()
+    if config["rescale_betas_zero_snr"]:
+        alpha = (1.0 - betas).cumprod(0).sqrt()
+        alpha_0, alpha_t = alpha[0].clone(), alpha[-1].clone()
+        alpha = (alpha - alpha_t) * (alpha_0 / (alpha_0 - alpha_t))
+        alpha_bar = alpha**2
+        betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return (1.0 - betas).cumprod(0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few calls of a network tell about it.
+
+    Attributes:
+        errors: Of each prediction type, the error of reading the network so: mean square relative
+            to the target's, over levels.
+        prediction_type: The one that explains the network; None where none does.
+        trained_at_end: Whether it can have been trained at level T-1; None where that cannot be
+            told.
+        evidence: The numbers behind ``trained_at_end``.
+    """
+
+    errors: dict[PredictionType, float]
+    prediction_type: PredictionType | None
+    trained_at_end: bool | None
+    evidence: dict[str, float]
+
+
+@torch.no_grad()
+def probe(
+    network: Callable[[Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    images: Tensor,
+    *,
+    seed: int = 0,
+) -> Probe:
+    """Tells epsilon, sample and v apart, and whether level T-1 was ever trained, by nine calls on
+    noised images.
+
+    A network was trained at the end if it errs there no more than just below. At zero terminal SNR
+    there is a sharper sign: the input is noise alone, so the brightness of what it predicts must
+    not follow the noise's.
+
+    Args:
+        network: (x_t, t) -> prediction, t an int64 tensor [B].
+        schedule: The levels that its configuration describes.
+        images: Of its training data, [B, C, H, W] in [-1, 1], B at least 8; their device is where
+            the network lies.
+        seed: Of the noise of the first image.
+
+    References:
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 5.2
+        (what an ideal model says at T). https://arxiv.org/abs/2305.08891
+    """
+    total, last = len(schedule), len(schedule) - 1
+    noise = seeded_randn(images.shape[1:], range(seed, seed + len(images))).to(images)
+
+    def call(t: int) -> tuple[Tensor, Tensor]:
+        x_t = add_noise(schedule, images, noise, t)
+        return network(x_t, torch.full((len(images),), t, device=images.device)), x_t
+
+    def error(output: Tensor, t: int, kind: PredictionType) -> float:
+        target = from_x0_eps(images, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=kind)
+        return float((output - target).square().mean() / target.square().mean())
+
+    kinds: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
+    assert kinds == PREDICTION_TYPES
+    inner = [last * tenth // 10 for tenth in (1, 3, 5, 7, 9)]
+    outputs = [(call(t)[0], t) for t in inner]
+    errors = {
+        kind: sum(error(output, t, kind) for output, t in outputs) / len(inner) for kind in kinds
+    }
+    kind = min(kinds, key=errors.__getitem__)
+    if not errors[kind] < 0.7:
+        return Probe(errors, None, None, {})
+    below = max(
+        error(call(t)[0], t, kind)
+        for t in {max(last - total // share, 0) for share in (1000, 100, 50)}
+        | {max(last - 1, 0)} - {last}
+    )
+    output, x_t = call(last)
+    at_end = error(output, last, kind)
+    evidence = {"error_at_end": at_end, "error_below": below}
+    trained = at_end <= 2 * below + 0.02
+    if float(schedule.alpha_bar(last)) == 0:
+        if kind == "epsilon":
+            return Probe(
+                errors, kind, None, evidence
+            )  # x0 cannot be told from it, and eps is the input itself
+        x0 = to_x0_eps(output, x_t, alpha_bar_t=schedule.alpha_bar(last), prediction_type=kind).x0
+        evidence["brightness_following_noise"] = float(
+            x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std()
+        )
+        trained = trained and evidence["brightness_following_noise"] < 0.2
+    return Probe(errors, kind, trained, evidence)

@@ -1,0 +1,99 @@
+"""Files and folders that are written whole or not at all, kept to one writer, and known by their
+bytes."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ddim.errors import OutputError
+
+__all__ = ["file_hash", "locked", "remove_partial", "replacing", "replacing_folder", "write_text"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Gives a temporary path to write to; the file there replaces ``path`` at the end.
+
+    If the block raises, the temporary file is removed, and ``path`` stays as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty temporary folder, which takes the name ``folder`` at the end; one that is
+    there is replaced.
+
+    If the block raises, the temporary folder is removed, and ``folder`` stays as it was.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path | str, content: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in a folder.
+
+    The caller holds the folder (:func:`locked`), so nobody else is writing there.
+    """
+    for path in folder.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder to one run at a time. The folder is created if needed; the system releases the
+    lock when a process dies.
+
+    Raises:
+        OutputError: If another run holds the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{folder} is being written by another run; wait for it, or use another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """Returns the first 16 hexadecimal digits of the SHA-256 of the files' bytes, one file after
+    the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]

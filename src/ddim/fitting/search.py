@@ -1,0 +1,427 @@
+r"""The search for levels: where few evaluations of a model come nearest to the flow that many
+follow.
+
+At order 2 the difference r of finished images from the exact ones is nearly linear in the levels,
+so few walks tell where the levels should be: the derivatives of r by each level are measured, and
+damped Gauss-Newton steps move all of them at once. At order 1 the difference is large, and less of
+a line: such steps move few places first, and levels that slide along a few smooth shapes are tried
+beside them."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddim.core.denoiser import Denoiser
+from ddim.core.prediction import Denoised
+from ddim.core.sampler import State, trajectory
+from ddim.core.schedule import CLEAN, NoiseSchedule
+from ddim.core.step import check_order, ddim_step
+from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.errors import DDIMError
+
+__all__ = [
+    "Batch",
+    "best_move",
+    "power_timesteps",
+    "scaled_difference",
+    "search_timesteps",
+    "shortest_path",
+    "teach",
+]
+
+POWERS = (1.0, 1.25, 1.5, 1.75, 2.0)
+LEAST_ERROR = 1e-14
+"""Of an image: float32's rounding, so that logarithms and ratios exist."""
+
+
+class Batch(NamedTuple):
+    """Images to be: a denoiser (labels and guidance are inside it) and the x_T [B, ...] that it
+    starts from."""
+
+    denoise: Denoiser
+    x_t: Tensor
+
+
+class Walk(NamedTuple):
+    """A path that was walked: its levels, its states, and how its images differ from the exact
+    ones, [B, D]."""
+
+    levels: list[int]
+    states: list[State]
+    difference: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        """The logarithm of the mean square error of each image [B]."""
+        return self.difference.double().square().sum(1).clamp(min=LEAST_ERROR).log()
+
+    @property
+    def error(self) -> float:
+        """Their mean: the logarithm of the geometric mean."""
+        return float(self.errors.mean())
+
+
+class Walks:
+    """Walks from one noise, counted in calls of the network; what a path has in common with a known
+    one is not evaluated again."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        exact: Tensor,
+        *,
+        schedule: NoiseSchedule,
+        order: int,
+        bound: float | None,
+    ) -> None:
+        self.batch, self.exact, self.schedule, self.order, self.bound = (
+            batch,
+            exact,
+            schedule,
+            order,
+            bound,
+        )
+        self.calls = 0
+
+    def __call__(self, levels: list[int], known: Walk | None = None) -> Walk:
+        """Walks a path; ``known`` is another walk, whose beginning may be the same."""
+        states = [] if known is None else known.states
+        same = next(
+            (
+                i
+                for i, (state, level) in enumerate(zip(states, levels, strict=False))
+                if state.t != level
+            ),
+            len(states),
+        )
+        head = states[: max(same - 1, 0)]  # the last level in common is left for another one
+
+        def denoise(x_t: Tensor, t: int | Tensor) -> Denoised:
+            if same and t == levels[same - 1]:
+                return Denoised(states[same - 1].x0, states[same - 1].eps)
+            return self.batch.denoise(x_t, t)
+
+        pairs, last = step_pairs(levels)[len(head) :], head[-1] if head else None
+        x = self.batch.x_t if last is None else last.x_s
+        walked = head + list(
+            trajectory(denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last)
+        )
+        self.calls += len(levels) - same
+        return Walk(
+            levels,
+            walked,
+            scaled_difference(walked[-1].x_s, self.exact, bound=self.bound).float().cpu(),
+        )
+
+
+def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tensor:
+    """Finished samples less exact ones [B, D], float64; the sum of squares of a row is the mean
+    square of an image, in a range of 1.
+
+    Both are clamped to +-bound; with None, as latents have it, nothing is clamped or scaled.
+    """
+    difference = (
+        x - exact
+        if bound is None
+        else (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
+    )
+    flat: Tensor = difference.double().flatten(1) / difference.shape[1:].numel() ** 0.5
+    return flat
+
+
+@torch.no_grad()
+def search_timesteps(
+    batch: Batch,
+    *,
+    schedule: NoiseSchedule,
+    steps: int,
+    order: int = 1,
+    evaluations: int = 300,
+    bound: float | None = 1.0,
+) -> list[int]:
+    """Finds levels at which the geometric mean of the ODE error is small, in both halves of a
+    batch.
+
+    Begins with the best of :func:`power_timesteps` and of the :func:`shortest_path` along a
+    teacher, moves levels as long as both halves gain, and goes on with the next best while
+    evaluations are left.
+
+    Args:
+        batch: Images to be; 32 do. Few images find levels that suit them alone.
+        schedule: The levels to choose from.
+        steps: N, how many to choose.
+        order: Of the solver that will visit them.
+        evaluations: About how many calls of the network may be made after the starts are known.
+            Where they do not suffice to try the levels one by one, fewer places are moved, and the
+            levels between two of them follow.
+        bound: Of the finished images; None for latents, which have none.
+
+    Returns:
+        The levels, falling; all in [0, T).
+
+    Raises:
+        DDIMError: If N or the order is invalid.
+
+    References:
+        Levenberg. A Method for the Solution of Certain Non-Linear Problems in Least Squares. 1944.
+        https://doi.org/10.1090/qam/10666
+
+        Broyden. A Class of Methods for Solving Nonlinear Simultaneous Equations. 1965.
+        https://doi.org/10.1090/S0025-5718-1965-0198670-6
+    """
+    check_order(order)
+    total = len(schedule)
+    starts = [
+        path for power in POWERS if (path := power_timesteps(total, steps, power)) is not None
+    ]
+    teacher = teach(batch, schedule=schedule, steps=max(64, 4 * steps))
+    starts.append(shortest_path(teacher, steps, schedule=schedule))
+    walks = Walks(batch, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
+    begun = sorted((walks(path) for path in starts), key=lambda walk: walk.error)
+    walks.calls, ends = 0, begun[:1]
+    most = min(steps, max(1, evaluations // steps))
+    stages = (
+        [most] if order == 2 and steps > 1 else [min(4, most), most]
+    )  # few places first, where the difference is less of a line
+    for start in begun:
+        if len(stages) > 1:
+            ends.append(_slide(walks, start, evaluations // 2))
+        end = start
+        for places in stages:
+            if walks.calls + places * steps // 2 <= evaluations:
+                end = _descend(walks, end, _hats(steps, places), evaluations)
+        ends.append(end)
+    return min(ends, key=lambda walk: walk.error).levels
+
+
+def power_timesteps(num_train_timesteps: int, num_steps: int, power: float) -> list[int] | None:
+    r"""Levels :math:`T (1 - i/N)^p - 1`: trailing at p = 1, near the quadratic ones at p = 2; None
+    where two of them would coincide."""
+    levels = [
+        max(round(num_train_timesteps * (1 - i / num_steps) ** power) - 1, 0)
+        for i in range(num_steps)
+    ]
+    return levels if _falling(levels) else None
+
+
+def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
+    """Moves all levels along one shape after the other, each for as long as that helps; strides
+    that help neither way are halved."""
+    total, steps = len(walks.schedule), len(best.levels)
+    u, place = (
+        torch.linspace(0, 1, steps, dtype=torch.float64),
+        torch.tensor(best.levels, dtype=torch.float64),
+    )
+    shapes = [
+        1 - u,
+        u,
+        4 * u * (1 - u),
+        10 * u * (1 - u) * (1 - 2 * u),
+    ]  # the first level, the last, a bend, a bend both ways
+    longest = max(1, total // (3 * steps))  # a third of a step
+    strides, least = [longest] * min(len(shapes), max(1, steps - 1)), max(1, longest // 8)
+
+    def push(move: Tensor) -> bool:
+        """Goes on along a move; whether there was a step."""
+        nonlocal place, best
+        moved = False
+        while walks.calls < evaluations:
+            path = _moved(place.tolist(), move, total)
+            if path is None or path == best.levels:
+                break
+            there = walks(path, best)
+            if not _both_gain(best, there):
+                break
+            place, best, moved = (place + move).clamp(0, total - 1), there, True
+        return moved
+
+    while any(strides) and walks.calls < evaluations:
+        for k, stride in enumerate(strides):
+            if stride and not (push(stride * shapes[k]) or push(-stride * shapes[k])):
+                strides[k] = stride // 2 if stride >= 2 * least else 0
+    return best
+
+
+def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
+    """Moves all levels by Gauss-Newton steps; two in a row that do not help end it.
+
+    Where a step does not help the next one is shorter (Levenberg), and what came of either corrects
+    the derivatives (Broyden)."""
+    total = len(walks.schedule)
+    reach = _reach(best.levels, total if walks.order == 2 else torch.inf) @ hats.T / hats.sum(1)
+    slopes, rows = torch.zeros(len(hats), *best.difference.shape), torch.linalg.pinv(hats)
+    for k, hat in enumerate(hats):
+        stride = max(1, int(reach[k]) // 4)
+        for move in (stride * hat, -stride * hat):
+            path = _moved(best.levels, move, total)
+            made = 0.0 if path is None else float((_between(best.levels, path) @ rows)[k])
+            if (
+                path is not None and abs(made) >= stride / 2
+            ):  # not where the first or the last possible level is in the way
+                slopes[k] = (walks(path, best).difference - best.difference) / made
+                break
+    damping, refused = 0.1, 0
+    while walks.calls < evaluations and refused < 2:
+        path = _moved(
+            best.levels, best_move(best.difference, slopes, damping / reach.square()) @ hats, total
+        )
+        if path == best.levels:
+            break
+        if path is None:
+            damping *= 4
+            continue
+        there, by = walks(path, best), _between(best.levels, path) @ rows
+        missed = there.difference - best.difference - torch.einsum("k,kbd->bd", by.float(), slopes)
+        weights = by / reach.square()
+        slopes += torch.einsum(
+            "k,bd->kbd", (weights / (by @ weights).clamp(min=1e-6)).float(), missed
+        )
+        if _both_gain(best, there):
+            best, refused, damping = there, 0, damping / 4
+        else:
+            refused, damping = refused + 1, damping * 4
+    return best
+
+
+def _both_gain(before: Walk, after: Walk) -> bool:
+    """Whether the error fell in both halves of the images: few of them would otherwise find levels
+    that suit them alone."""
+    return all(float(half.mean()) < 0 for half in (after.errors - before.errors).chunk(2))
+
+
+def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
+    r"""Where the geometric mean of the errors would be smallest, were the difference linear in the
+    move.
+
+    .. math:: \min_\delta \frac{1}{B} \sum_b \log \|r_b + \textstyle\sum_k \delta_k J_{kb}\|^2 + \sum_k \lambda_k \delta_k^2
+
+    by weighted least squares: the weight of an image is the inverse of its error, and is brought up
+    to date with every solution.
+
+    Args:
+        difference: r, shape [B, D].
+        slopes: J, shape [K, B, D].
+        damping: lambda, shape [K], float64.
+
+    Returns:
+        delta, shape [K], float64.
+    """
+    r, j = difference.double(), slopes.transpose(0, 1).double()
+    squares, products, norms = j @ j.mT, (j @ r[..., None])[..., 0], r.square().sum(1)
+    move = torch.zeros_like(damping)
+    for _ in range(30):
+        errors = (norms + 2 * products @ move + (squares @ move) @ move).clamp(min=LEAST_ERROR)
+        weights = 1 / (errors * len(errors))
+        move = -torch.linalg.solve(
+            torch.einsum("b,bkl->kl", weights, squares) + damping.diag(), weights @ products
+        )
+    return move
+
+
+def _hats(steps: int, places: int) -> Tensor:
+    """How far each level [places, steps] goes along with each place that is moved: all the way
+    there, and in proportion between two."""
+    knots = torch.linspace(0, steps - 1, places, dtype=torch.float64).round()
+    if places == 1:
+        return torch.ones(1, steps, dtype=torch.float64)
+    along = torch.arange(steps, dtype=torch.float64)
+    right = torch.searchsorted(knots, along).clamp(1, places - 1)
+    share = (along - knots[right - 1]) / (knots[right] - knots[right - 1])
+    hats = torch.zeros(places, steps, dtype=torch.float64)
+    hats[right - 1, along.long()] = 1 - share
+    hats[right, along.long()] = share
+    return hats
+
+
+def _reach(levels: Sequence[int], above: float) -> Tensor:
+    """From each level to the nearer of its neighbours; clean data are below the last, and ``above``
+    is above the first.
+
+    With T there the first level hardly moves from T-1, which order 2 wants; DDIM's steps are often
+    better begun far below."""
+    edged = torch.tensor([above, *levels, CLEAN], dtype=torch.float64)
+    return torch.minimum(edged[:-2] - edged[1:-1], edged[1:-1] - edged[2:])
+
+
+def _between(levels: Sequence[int], path: Sequence[int]) -> Tensor:
+    return torch.tensor([b - a for a, b in zip(levels, path, strict=True)], dtype=torch.float64)
+
+
+def _moved(levels: Sequence[float], move: Tensor, total: int) -> list[int] | None:
+    """The levels after a move, inside [0, T); None where they would not fall any more."""
+    path = [
+        min(max(round(level + by), 0), total - 1)
+        for level, by in zip(levels, move.tolist(), strict=True)
+    ]
+    return path if _falling(path) else None
+
+
+def _falling(levels: Sequence[int]) -> bool:
+    return all(above > below for above, below in pairwise(levels))
+
+
+def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedule) -> list[int]:
+    r"""Chooses N of a teacher's levels, from its first to clean data, by dynamic programming.
+
+    The cost of an edge from t to s is the mean squared distance between one DDIM step with the
+    predictions recorded at t and the teacher's own sample at s; the path with exactly N edges and
+    the smallest sum is found.
+
+    Args:
+        teacher: The states of a trajectory of M steps.
+        steps: N, in 1..M.
+        schedule: The levels.
+
+    Returns:
+        N falling levels.
+
+    Raises:
+        DDIMError: If N exceeds M.
+
+    References:
+        Watson et al. Learning to Efficiently Sample from Diffusion Probabilistic Models. 2021.
+        https://arxiv.org/abs/2106.03802
+
+        Chen et al. On the Trajectory Regularity of ODE-based Diffusion Sampling. 2024. Sec. 4.
+        https://arxiv.org/abs/2405.11326
+    """
+    count = len(teacher)
+    if not 1 <= steps <= count:
+        raise DDIMError(
+            f"a path of {steps} steps cannot be chosen among the {count} of the teacher; record "
+            "more of them."
+        )
+    cost = torch.full(
+        (count, count + 1), torch.inf, dtype=torch.float64
+    )  # [i, j]: from the i-th level to the j-th; the last is clean
+    for i, state in enumerate(teacher):
+        for j in range(i + 1, count + 1):
+            reached = ddim_step(
+                state.x0,
+                state.eps,
+                alpha_bar_t=schedule.alpha_bar(state.t),
+                alpha_bar_s=schedule.alpha_bar(teacher[j - 1].s),
+            )
+            cost[i, j] = (reached - teacher[j - 1].x_s).square().mean()
+    total, origins = torch.full((count + 1,), torch.inf, dtype=torch.float64), []
+    total[0] = 0
+    for _ in range(steps):
+        total, origin = (total[:-1, None] + cost).min(0)
+        origins.append(origin.tolist())
+    place, levels = count, []
+    for origin in reversed(origins):
+        place = origin[place]
+        levels.append(teacher[place].t)
+    return levels[::-1]
+
+
+def teach(batch: Batch, *, schedule: NoiseSchedule, steps: int) -> list[State]:
+    """A trajectory that stands for the flow: the multistep on many quadratic levels.
+
+    Trailing levels err twice as much at order 2 on the embedded model: 50 of them by a third of
+    what 12 fitted steps err by, which levels that are fitted to them inherit."""
+    pairs = step_pairs(select_timesteps(len(schedule), min(steps, len(schedule)), "quadratic"))
+    return list(trajectory(batch.denoise, batch.x_t, pairs, schedule=schedule, order=2))

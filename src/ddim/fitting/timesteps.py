@@ -1,0 +1,233 @@
+r"""Timesteps fitted to a model: the levels at which few evaluations come nearest to the flow that
+many would follow.
+
+The **ODE error** of an image is the mean squared error per dimension, pixels in [0, 1], between the
+finished image and the one that the same x_T becomes in many steps. It is what few steps cost, and
+no metric of quality is needed to lower it:
+
+1. a teacher of many steps is recorded for a small batch;
+2. :mod:`ddim.fitting.search` begins with the best of levels between trailing and quadratic ones and
+   of the path along the teacher that a dynamic programme finds, and moves all levels as long as the
+   geometric mean of the true error at the end falls in both halves of the batch;
+3. on noise that the search has not seen, the fitted steps are compared with the spacings, and the
+   best of all is returned.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ddim.core.denoiser import Denoiser, checked
+from ddim.core.noise import seeded_randn
+from ddim.core.sampler import sample
+from ddim.core.schedule import NoiseSchedule, add_noise
+from ddim.core.timesteps import SPACINGS, Spacing, select_timesteps, step_pairs
+from ddim.errors import DDIMError
+from ddim.fitting.search import LEAST_ERROR, Batch, scaled_difference, search_timesteps, teach
+
+__all__ = [
+    "Batch",
+    "Fit",
+    "Interval",
+    "estimate_gamma",
+    "fit_timesteps",
+    "geometric_mean",
+    "ode_error",
+    "ode_errors",
+]
+
+FITTED = "fitted"
+MANY = "ddim-50"
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Fitted timesteps, and what they were compared with on held-out noise.
+
+    Attributes:
+        timesteps: The best of all: levels, falling.
+        name: ``fitted``, or the name of the spacing that nothing found was better than.
+        paths: The levels of each name.
+        errors: The held-out ODE error of each image [B], by name; and of DDIM's 50 trailing steps
+            as ``ddim-50``.
+    """
+
+    timesteps: list[int]
+    name: str
+    paths: dict[str, list[int]]
+    errors: dict[str, Tensor]
+
+    @property
+    def best_spacing(self) -> str:
+        """The spacing with the smallest error on the held-out noise."""
+        return min(SPACINGS, key=lambda name: geometric_mean(self.errors[name]).mean)
+
+    def ratio(self, name: str) -> Interval:
+        """The error of ``timesteps`` over that of another name: the geometric mean over images."""
+        return geometric_mean(self.errors[self.name] / self.errors[name])
+
+
+def ode_error(x: Tensor, exact: Tensor, *, bound: float | None = 1.0) -> Tensor:
+    """The mean squared error of each image per dimension, both clamped to +-bound and scaled to a
+    range of 1.
+
+    Args:
+        x: Finished samples, shape [B, ...].
+        exact: Those of many steps from the same x_T, same shape.
+        bound: Of the finished image; None for latents, which have none: nothing is clamped or
+            scaled then.
+
+    Returns:
+        Shape [B], float64; at least 1e-14, which is float32's rounding, so that ratios and
+        logarithms exist.
+    """
+    return scaled_difference(x, exact, bound=bound).square().sum(1).clamp(min=LEAST_ERROR)
+
+
+def geometric_mean(values: Tensor) -> Interval:
+    """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm;
+    nan bounds for a single value."""
+    logarithms = values.double().log()
+    mean, margin = (
+        logarithms.mean(),
+        1.96 * logarithms.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan,
+    )
+    return Interval(float(mean.exp()), float((mean - margin).exp()), float((mean + margin).exp()))
+
+
+@torch.no_grad()
+def fit_timesteps(
+    batch: Batch,
+    held_out: Iterable[Batch],
+    *,
+    schedule: NoiseSchedule,
+    steps: int,
+    order: int = 1,
+    evaluations: int = 300,
+    bound: float | None = 1.0,
+    finish: Callable[[Batch], Tensor] | None = None,
+) -> Fit:
+    """Fits the levels of a number of steps to a model, and compares them with every spacing on
+    held-out noise.
+
+    Args:
+        batch: What the search looks at; 32 images do.
+        held_out: What the result is judged by, batch by batch.
+        schedule: The levels.
+        steps: N, how many levels to choose.
+        order: Of the solver that will visit them.
+        evaluations: About how many calls of the network the search may make.
+        bound: As in :func:`ode_error`.
+        finish: The finished images of many steps that held-out errors are measured against; None:
+            100 quadratic steps of order 2.
+
+    Returns:
+        The result; on the held-out noise it is no worse than any spacing.
+
+    Raises:
+        DDIMError: If there is nothing held out, or N or the order is invalid.
+    """
+    names: list[Spacing] = [cast(Spacing, name) for name in SPACINGS]
+    paths = {str(name): select_timesteps(len(schedule), steps, name) for name in names}
+    found = search_timesteps(
+        batch, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound
+    )
+    paths = {FITTED: found, **paths}
+    many, parts = select_timesteps(len(schedule), min(50, len(schedule)), "trailing"), []
+    for part in held_out:
+        exact = (
+            teach(part, schedule=schedule, steps=100)[-1].x_s if finish is None else finish(part)
+        )
+        errors = ode_errors(part, exact, paths, schedule=schedule, order=order, bound=bound)
+        parts.append(errors | ode_errors(part, exact, {MANY: many}, schedule=schedule, bound=bound))
+    if not parts:
+        raise DDIMError(
+            "fitted timesteps are judged on noise that the search has not seen; give at least one "
+            "held-out batch."
+        )
+    errors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    name = min(paths, key=lambda n: geometric_mean(errors[n]).mean)
+    return Fit(paths[name], name, paths, errors)
+
+
+@torch.no_grad()
+def ode_errors(
+    batch: Batch,
+    exact: Tensor,
+    paths: Mapping[str, Sequence[int]],
+    *,
+    schedule: NoiseSchedule,
+    order: int = 1,
+    bound: float | None = 1.0,
+) -> dict[str, Tensor]:
+    """The :func:`ode_error` [B] of a batch by the name of each list of levels; ``exact`` [B, ...]
+    is where many steps end."""
+
+    def finished(levels: Sequence[int]) -> Tensor:
+        return sample(batch.denoise, batch.x_t, step_pairs(levels), schedule=schedule, order=order)
+
+    return {
+        name: ode_error(finished(levels), exact, bound=bound).cpu()
+        for name, levels in paths.items()
+    }
+
+
+@torch.no_grad()
+def estimate_gamma(
+    data: Iterable[tuple[Denoiser, Tensor]],
+    timesteps: Iterable[int],
+    *,
+    schedule: NoiseSchedule,
+    seed: int = 0,
+) -> dict[int, float]:
+    r"""Measures what the analytic variance needs, :math:`\Gamma_t = E\,\|\hat\epsilon(x_t, t)\|^2 /
+    d`, in one pass over data.
+
+    The mean square of the noise that was drawn, which is 1, is taken from the same images: it
+    varies with that of the prediction, so that the difference 1 - Gamma, which is what counts, is
+    exact where both nearly agree.
+
+    Args:
+        data: Batches of clean images [B, ...], each with the denoiser that fits it (its labels, its
+            size).
+        timesteps: The levels, in [0, T), at which the network is evaluated on every image.
+        schedule: The levels.
+        seed: Of the first image's noise; the next image has the next seed.
+
+    Returns:
+        Gamma of each level, clamped to [0, 1].
+
+    Raises:
+        DDIMError: If there are no images.
+
+    References:
+        Bao, Li, Zhu, Zhang. Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in
+        Diffusion Probabilistic Models. 2022. Eq. 8. https://arxiv.org/abs/2201.06503
+    """
+    levels, seen = list(timesteps), 0
+    explained = dict.fromkeys(
+        levels, 0.0
+    )  # the sums over images of |eps|^2 - |predicted eps|^2, a dimension
+    for given, x0 in data:
+        denoise = checked(given)
+        noise = seeded_randn(x0.shape[1:], range(seed + seen, seed + seen + len(x0))).to(x0.device)
+        seen += len(x0)
+        for t in levels:
+            eps = denoise(add_noise(schedule, x0, noise, t), t).eps
+            explained[t] += float(
+                (noise.double().square() - eps.double().square()).flatten(1).mean(1).sum()
+            )
+    if not seen:
+        raise DDIMError("gamma is measured on images; got none.")
+    return {t: min(max(1 - total / seen, 0.0), 1.0) for t, total in explained.items()}

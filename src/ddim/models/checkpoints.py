@@ -1,0 +1,433 @@
+"""Models in diffusers format: where the embedded ones lie, and how folders and hub ids are opened.
+
+Weights are read from safetensors; a ``.bin`` file only where there is nothing else, and then by
+``torch.load`` with ``weights_only=True``, which runs no code out of it."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim.configuration import check_options, foreign_family
+from ddim.errors import CheckpointError, DDIMError
+from ddim.files import file_hash
+
+__all__ = [
+    "STABLE_DIFFUSION",
+    "embedded_models",
+    "fetch_model",
+    "find_model",
+    "has_scheduler",
+    "is_unconditional",
+    "load_network",
+    "load_pipeline",
+    "read_guidance",
+    "read_json",
+    "read_model_index",
+    "read_scheduler_config",
+    "resolve_model",
+    "weight_hash",
+]
+
+_ZOO = Path(__file__).parents[1] / "zoo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+STABLE_DIFFUSION = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "TextToImagePipeline",
+    "ImageToImagePipeline",
+)
+"""Classes of checkpoints in Stable Diffusion's format."""
+
+_PARTS = (
+    "unet",
+    "scheduler",
+    "vae",
+    "vqvae",
+    "movq",
+    "text_encoder",
+    "tokenizer",
+    "transformer",
+    "safety_checker",
+)
+_UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
+
+# What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
+_DEFAULT_SCHEDULER: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "timestep_spacing": "trailing",
+}
+
+
+def embedded_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in _ZOO.glob("*/model_index.json"))
+
+
+def resolve_model(model: str | Path) -> Path | str:
+    """What a model's name stands for: an embedded model, else an existing folder, else a hub id, in
+    this order.
+
+    Args:
+        model: A name, path or hub id. ``./NAME`` is always a path.
+
+    Returns:
+        The folder, or the hub id as it was given.
+
+    Raises:
+        CheckpointError: If it is none of the three.
+    """
+    name, path = str(model), Path(model).expanduser()
+    known = embedded_models()
+    if name in known:
+        return _ZOO / name
+    if path.is_dir():
+        return path
+    ours = f"the embedded models are: {', '.join(known)}" if known else "no model is embedded"
+    if path.exists():
+        raise CheckpointError(
+            f"{name!r} is a file, and a model is a folder in diffusers format; {ours}."
+        )
+    if _HUB_ID.fullmatch(name):
+        return name
+    close = get_close_matches(name, known, n=1)
+    guess = f"did you mean {close[0]!r}? Otherwise " if close else ""
+    raise CheckpointError(
+        f"{name!r} is neither an embedded model nor an existing folder; {guess}give a diffusers "
+        f"folder or a hub id; {ours}."
+    )
+
+
+def fetch_model(hub_id: str, **options: Any) -> Path:
+    """Downloads what a pipeline of the hub needs into Hugging Face's cache, and returns the folder
+    there.
+
+    Args:
+        hub_id: OWNER/NAME.
+        **options: Of ``diffusers.DiffusionPipeline.download``: revision, token, cache_dir, variant,
+            local_files_only, ...
+
+    Raises:
+        CheckpointError: If the hub cannot be reached, or holds no such pipeline.
+    """
+    import diffusers
+
+    try:
+        return Path(diffusers.DiffusionPipeline.download(hub_id, **options))
+    except Exception as error:
+        known = ", ".join(embedded_models()) or "none"
+        reason = (
+            "the hub has no model of that name that can be read without a login"
+            if type(error).__name__
+            in (
+                "RepositoryNotFoundError",
+                "GatedRepoError",
+                "EntryNotFoundError",
+                "RevisionNotFoundError",
+            )
+            else (
+                "the hub cannot be reached, or holds no pipeline there; check the name and the "
+                "connection"
+            )
+        )
+        raise CheckpointError(
+            f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and "
+            f"{reason}."
+        ) from error
+
+
+def find_model(model: str | Path, **options: Any) -> Path:
+    """The folder of an embedded model, a path or a hub id, downloaded if need be; options as
+    :func:`fetch_model`.
+
+    Raises:
+        CheckpointError: If there is no such model.
+    """
+    found = resolve_model(model)
+    return found if isinstance(found, Path) else fetch_model(found, **options)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: If it is missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the model's folder is not complete.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}.")
+    return content
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's index: its class, and the class of each part. A folder of a network alone
+    reads as an index of that.
+
+    Raises:
+        CheckpointError: If the folder is no model.
+    """
+    path = folder / "model_index.json"
+    if path.is_file():
+        index = read_json(path)
+        for name in _PARTS:
+            if (value := index.get(name)) is not None and not (
+                isinstance(value, list) and len(value) == 2
+            ):
+                raise CheckpointError(
+                    f"{path} must say of {name} which library and class it is of, as a list of the "
+                    f"two; got {value!r}."
+                )
+        return index
+    if (folder / "config.json").is_file():
+        return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
+    unfinished = sorted(p for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    hint = (
+        f"it is a training run that has not finished: take {unfinished[-1]}"
+        if unfinished
+        else (
+            "a model in diffusers format has that file; the embedded models are: "
+            f"{', '.join(embedded_models()) or 'none'}"
+        )
+    )
+    raise CheckpointError(f"{folder} is a folder without model_index.json; {hint}.")
+
+
+def read_guidance(folder: Path) -> dict[str, float]:
+    """What a model's card says of its guidance: ``guidance_scale``, ``guidance_rescale``, both, or
+    nothing.
+
+    Raises:
+        CheckpointError: If the card is damaged, or one is no finite number.
+    """
+    card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
+    found: dict[str, float] = {
+        name: card[name] for name in ("guidance_scale", "guidance_rescale") if name in card
+    }
+    for name, value in found.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise CheckpointError(
+                f"{folder / 'card.json'} must say a finite number as {name}; got {value!r}."
+            )
+    return found
+
+
+def is_unconditional(index: Mapping[str, Any]) -> bool:
+    """Whether an index (:func:`read_model_index`) is of a network and a scheduler, and nothing
+    else."""
+    parts = {
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]
+    }
+    return index.get("_class_name") in _UNCONDITIONAL or (
+        parts <= {"unet", "scheduler"} and (index.get("unet") or [None, None])[1] == "UNet2DModel"
+    )
+
+
+def has_scheduler(folder: Path) -> bool:
+    """Whether the folder says what noise schedule its network was trained on."""
+    return (_part(folder, "scheduler") / "scheduler_config.json").is_file()
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration; that of DDPM for a folder that holds a network alone.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, holds a value that cannot be meant, or is of
+            another family than DDIM's: flow matching, EDM, ...
+    """
+    path = _part(folder, "scheduler") / "scheduler_config.json"
+    if not path.is_file() and not (folder / "model_index.json").is_file():
+        return dict(_DEFAULT_SCHEDULER)
+    config = read_json(path)
+    if reason := foreign_family(config):
+        raise CheckpointError(f"{path} is {reason}")
+    try:
+        check_options(config)
+    except DDIMError as error:
+        raise CheckpointError(f"{path} cannot be used: {error} Correct that file.") from error
+    return config
+
+
+def load_network(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> Any:
+    """The network of a model, in evaluation mode on the CPU, its convolutions laid out
+    channels-last.
+
+    Args:
+        folder: A pipeline's folder, or the network's own.
+        dtype: What to cast the weights to; None: float32, as diffusers does.
+        variant: Of the weight files, such as ``fp16``.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or weights and configuration do not fit
+            together.
+    """
+    import diffusers
+    from diffusers.utils import is_accelerate_available
+
+    index = read_model_index(folder)
+    name = (index.get("unet") or [None, None])[1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise CheckpointError(
+            f"{folder} has no network that diffusers knows: its index says unet = {name!r}, and "
+            "UNet2DModel would do."
+        )
+    place = _part(folder, "unet")
+    read_json(place / "config.json")
+    for path in _weight_files(folder, variant=variant):
+        _check_weights(path)
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # without accelerate, weights are drawn first and then overwritten
+            network, report = kind.from_pretrained(
+                place,
+                dtype=dtype,
+                variant=variant,
+                output_loading_info=True,
+                low_cpu_mem_usage=is_accelerate_available(),
+                local_files_only=True,
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"the network in {place} cannot be loaded: weights and config.json do not fit "
+            f"({_first_line(error)})."
+        ) from error
+    missing = report["missing_keys"]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"the weights in {place} are not complete: {sorted(missing)[0]}{more} missing; "
+            "config.json is of another network."
+        )
+    # The same numbers up to rounding, and faster convolutions on the CPU and on GPUs.
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
+    """A pipeline of diffusers from a folder, by ``load``: a class's ``from_pretrained``.
+
+    Raises:
+        CheckpointError: If a part is missing, the scheduler's family is not DDIM's, or diffusers
+            cannot open it.
+    """
+    index = read_model_index(folder)
+    kind = index.get("_class_name")
+    if options.get("scheduler") is None:
+        read_scheduler_config(folder)  # refuses another family before gigabytes are read
+    for name, value in index.items():
+        present = isinstance(value, list) and value[:1] != [None] and name not in options
+        if present and not name.startswith("_") and not (folder / name).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {name}, and its model_index.json lists one; copy or download the "
+                "checkpoint again."
+            )
+    if "torch_dtype" in options:  # its older name, of which diffusers warns
+        options["dtype"] = options.pop("torch_dtype")
+    try:
+        return load(folder, **options)
+    except ImportError as error:
+        raise CheckpointError(
+            f"opening a {kind} needs more than is installed; run: pip install 'ddim[text]' "
+            f"({_first_line(error)})."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be opened as a {kind} ({_first_line(error)})."
+        ) from error
+
+
+def weight_hash(folder: Path, *, variant: str | None = None) -> str:
+    """First 16 hex digits of the SHA-256 over the bytes of a model's weight files, shards in the
+    order of their names.
+
+    They are those of the network, and of a text model's text encoder and autoencoder after it: what
+    its images depend on.
+
+    Raises:
+        CheckpointError: If the network has none.
+    """
+    end = f".{variant}" if variant else ""
+    others = [
+        p
+        for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"))
+        for p in (_files_of(folder / part, f"{stem}{end}") or _files_of(folder / part, stem))
+    ]
+    return file_hash([*_weight_files(folder, variant=variant), *others])
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline lies: in its own folder, or beside the index, as in the oldest
+    checkpoints."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
+    """The files that hold the network's weights: safetensors, whole or in shards, else the pickled
+    one."""
+    place, stem = (
+        _part(folder, "unet"),
+        f"diffusion_pytorch_model{'.' + variant if variant else ''}",
+    )
+    if found := _files_of(place, stem):
+        return found
+    raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
+
+
+def _files_of(place: Path, stem: str) -> list[Path]:
+    """Weight files of that name: safetensors, whole or in shards, else pickled ones."""
+    for kind in ("safetensors", "bin"):
+        for pattern in (f"{stem}.{kind}", f"{stem}-*-of-*.{kind}"):
+            if found := sorted(place.glob(pattern)):
+                return found
+    return []
+
+
+def _check_weights(path: Path) -> None:
+    """Refuses a file that is cut off, or only stands for its contents."""
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is only a pointer of git-lfs; run `git lfs pull` where the model was cloned."
+        )
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The first sentence of an error's text; diffusers' and torch's go on with what their own
+    callers could pass."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ") if lines else type(error).__name__

@@ -1,0 +1,302 @@
+"""Between tensors in [-1, 1], bytes, and picture files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ddim.errors import DataError, DDIMError
+from ddim.files import replacing
+
+__all__ = [
+    "convert_mode",
+    "crop_square",
+    "fit_picture",
+    "from_pictures",
+    "from_uint8",
+    "label_rows",
+    "load_image",
+    "make_grid",
+    "open_picture",
+    "picture_size",
+    "save_png",
+    "to_pil",
+    "to_uint8",
+]
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """Turns images in [-1, 1], [B, C, H, W], into bytes [B, H, W, C]; values outside are clamped,
+    halves round up."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DDIMError(
+            f"images must have shape [B, C, H, W] with 1 or 3 channels; got {list(images.shape)}."
+        )
+    scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).add(0.5).floor().clamp(0, 255)
+    result: NDArray[np.uint8] = (
+        scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    )
+    return result
+
+
+def from_uint8(images: NDArray[np.uint8]) -> Tensor:
+    """Turns bytes [B, H, W, C] into images in [-1, 1], [B, C, H, W], float32."""
+    return (
+        torch.from_numpy(np.ascontiguousarray(images))
+        .permute(0, 3, 1, 2)
+        .float()
+        .div(127.5)
+        .sub(1)
+        .contiguous()
+    )
+
+
+def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
+    """Turns bytes [B, H, W, C] into Pillow images, grey where C is 1."""
+    return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:
+    """Turns what a user holds into images in [-1, 1], [B, C, H, W], float32; tensors keep their
+    dtype.
+
+    Args:
+        images: A Pillow image, bytes [H, W, C] or [H, W]; a list of those; bytes [B, H, W, C]; or a
+            tensor [B, C, H, W] in [-1, 1].
+        shape: (C, H, W) that is wanted.
+        resize: Whether pictures of another size are resized (shorter side) and cut in the centre.
+            Tensors never are.
+
+    Raises:
+        DDIMError: If the size, the channels, the type or the range is another one; the message says
+            what to do.
+    """
+    channels, height, width = shape
+    if isinstance(images, Tensor):
+        if tuple(images.shape[1:]) != shape:
+            raise DDIMError(
+                f"a tensor of images must have shape [B, {channels}, {height}, {width}]; got "
+                f"{list(images.shape)}."
+            )
+        if not images.is_floating_point() or (
+            images.numel() and not float(images.abs().max()) <= 1 + 1e-3
+        ):
+            told = f"{images.dtype} from {float(images.min()):.4g} to {float(images.max()):.4g}"
+            raise DDIMError(
+                f"a tensor of images must be floating-point in [-1, 1]; got {told}. Bytes go in as "
+                "an array."
+            )
+        return images
+    pictures = []
+    for number, image in enumerate(_listed(images)):
+        picture = convert_mode(image, channels)
+        if resize:
+            picture = fit_picture(picture, height, width)
+        if picture.size != (width, height):
+            raise DDIMError(
+                f"image {number} is {picture.width}x{picture.height} and the model's are "
+                f"{width}x{height} (width x height); "
+                "ask for resizing with resize=True, or bring it to that size."
+            )
+        pixels = np.asarray(picture, dtype=np.uint8)
+        pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)
+    return from_uint8(
+        np.stack(pictures) if pictures else np.empty((0, height, width, channels), np.uint8)
+    )
+
+
+def picture_size(images: Any) -> tuple[int, int]:
+    """(H, W) of the first of what :func:`from_pictures` takes; (0, 0) where there is none.
+
+    Raises:
+        DDIMError: If these are no images.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 4:
+            raise DDIMError(
+                f"a tensor of images must have shape [B, C, H, W]; got {list(images.shape)}."
+            )
+        return int(images.shape[2]), int(images.shape[3])
+    listed = _listed(images)
+    return (listed[0].height, listed[0].width) if listed else (0, 0)
+
+
+def _listed(images: Any) -> list[Image.Image]:
+    pictures = []
+    several = isinstance(images, (list, tuple)) or (
+        isinstance(images, np.ndarray) and images.ndim == 4
+    )
+    for number, image in enumerate(images if several else [images]):
+        if isinstance(image, np.ndarray):
+            if (
+                image.dtype != np.uint8
+                or image.ndim not in (2, 3)
+                or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
+            ):
+                raise DDIMError(
+                    f"an array of images must hold bytes, [B, H, W, C]; image {number} is "
+                    f"{image.dtype} {list(image.shape)}."
+                )
+            image = Image.fromarray(
+                image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+            )
+        if not isinstance(image, Image.Image):
+            raise DDIMError(
+                f"images must be Pillow images, arrays of bytes, or a tensor; image {number} is a "
+                f"{type(image).__name__}."
+            )
+        pictures.append(image)
+    return pictures
+
+
+def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
+    """A picture of any mode as grey (1 channel) or colour (3): alpha over white, 16 bits cut to
+    their upper 8.
+
+    Raises:
+        DataError: If its pixels are floating-point, whose range nobody knows.
+    """
+    if picture.mode == "F":
+        raise DataError(
+            "the image has floating-point pixels of unknown range; convert it to 8 bits."
+        )
+    if picture.mode == "I" or picture.mode.startswith(
+        "I;16"
+    ):  # 16 bits, which convert("L") would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def fit_picture(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes a picture so that it covers height x width, and cuts out the centre."""
+    if picture.size == (width, height):
+        return picture
+    scale = max(height / picture.height, width / picture.width)
+    grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    picture = picture.resize(grown, Image.Resampling.LANCZOS)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def crop_square(picture: Image.Image) -> Image.Image:
+    """Cuts the largest square out of a picture's centre."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def open_picture(path: Path | str) -> Image.Image:
+    """Reads a picture file whole, turned upright as viewers show it.
+
+    Raises:
+        DataError: If there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)  # a copy
+    except FileNotFoundError:
+        raise DataError(f"there is no picture at {path}.") from None
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+    ) as error:  # Pillow reports a damaged PNG as a SyntaxError
+        raise DataError(
+            f"{path} is not a picture, or is damaged ({str(error).splitlines()[0]}); give a PNG or "
+            "JPEG file."
+        ) from error
+
+
+def load_image(path: Path | str) -> NDArray[np.uint8]:
+    """Reads a picture file as bytes [H, W, C], C being 1 for grey pictures and 3 for all others;
+    errors as :func:`open_picture`."""
+    picture = open_picture(path)
+    pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def make_grid(
+    images: NDArray[np.uint8],
+    *,
+    columns: int | None = None,
+    padding: int = 2,
+    background: int = 255,
+) -> NDArray[np.uint8]:
+    """Lays images [B, H, W, C] out in rows: one picture [H', W', C].
+
+    Args:
+        images: At least one.
+        columns: Images a row; None: about as many columns as rows.
+        padding: Pixels between and around images.
+        background: Grey level of the padding and of empty places.
+    """
+    count, height, width, channels = images.shape
+    if count == 0:
+        raise DDIMError("a grid needs at least one image; got none.")
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    grid = np.full(
+        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels),
+        background,
+        np.uint8,
+    )
+    for i, image in enumerate(images):
+        top, left = (
+            padding + i // columns * (height + padding),
+            padding + i % columns * (width + padding),
+        )
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def label_rows(
+    images: NDArray[np.uint8], labels: Sequence[str], *, padding: int = 2
+) -> NDArray[np.uint8]:
+    """Lays images [B, H, W, C] out in as many rows as there are labels, each under its text, for
+    people: one picture [H', W', 3]."""
+    from PIL import ImageDraw, ImageFont
+
+    columns, font = len(images) // len(labels), ImageFont.load_default(12)
+    width = (
+        max(
+            [
+                *(int(font.getlength(label)) for label in labels),
+                columns * (images.shape[2] + padding),
+            ]
+        )
+        + 2 * padding
+    )
+    rows = []
+    for number, label in enumerate(labels):
+        strip = Image.new("RGB", (width, 18), "white")
+        ImageDraw.Draw(strip).text((padding, 2), label, fill="black", font=font)
+        row = make_grid(
+            images[number * columns : (number + 1) * columns], columns=columns, padding=padding
+        )
+        row = np.broadcast_to(row, (*row.shape[:2], 3))
+        rows += [
+            np.asarray(strip),
+            np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255),
+        ]
+    return np.concatenate(rows)
+
+
+def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1) -> None:
+    """Writes one image, bytes [H, W, C] or Pillow's, as a PNG, whole or not at all; ``scale``
+    enlarges each pixel to a square."""
+    picture = image if isinstance(image, Image.Image) else to_pil(image[None])[0]
+    if scale > 1:
+        picture = picture.resize(
+            (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
+        )
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")

@@ -1,0 +1,500 @@
+"""Text to image, and image to image: checkpoints in Stable Diffusion's format, sampled by this
+package's loop.
+
+Both are diffusers' pipelines with another call, whose arguments keep diffusers' names and places.
+An argument that this loop does not know, another scheduler than DDIM, and a network that is told
+the guidance scale go to diffusers' own call."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers.pipelines import auto_pipeline
+from diffusers.utils import is_transformers_available
+from torch import Tensor
+
+from ddim.core.noise import SeededNoise
+from ddim.core.schedule import add_noise
+from ddim.core.step import Eta
+from ddim.core.timesteps import Spacing, truncate_timesteps
+from ddim.errors import DDIMError
+from ddim.inversion.reversible import Reversible
+from ddim.pipelines.base import Generators, Place
+
+if not is_transformers_available():
+    raise ImportError(
+        "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
+    )
+
+from ddim.pipelines.latent import Callback, ClipOption, Prompt, StepEnd
+from ddim.pipelines.text_codes import TextCodes
+from ddim.pipelines.text_inputs import (
+    check_size,
+    count_images,
+    encode_images,
+    encode_prompts,
+    given_lengths,
+    number_of_prompts,
+    prepare_images,
+)
+
+__all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
+
+
+class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+    """Images of prompts, with DDIM: diffusers' ``StableDiffusionPipeline`` with this package's
+    loop.
+
+    Args:
+        vae: AutoencoderKL, or one of its kind.
+        text_encoder: CLIPTextModel.
+        tokenizer: CLIPTokenizer.
+        unet: UNet2DConditionModel.
+        scheduler: Any scheduler of the DDIM family, or its configuration; replaced by a
+            :class:`ddim.scheduler.DDIMScheduler`.
+        safety_checker: As in diffusers.
+        feature_extractor: As in diffusers.
+        image_encoder: As in diffusers.
+        requires_safety_checker: As in diffusers.
+    """
+
+    _exported = diffusers.StableDiffusionPipeline
+    _other = ("ImageToImagePipeline", frozenset({"image", "strength"}))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int | None = None,
+        eta: Eta = 0.0,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        seeds: Sequence[int] | None = None,
+        timestep_spacing: Spacing | None = None,
+        order: int | None = None,
+        clip: ClipOption = None,
+        sampler: Literal["ddim"] | Reversible = "ddim",
+        guidance_batched: bool = True,
+        callback: Callback | None = None,
+        progress: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Makes images of prompts.
+
+        Args:
+            prompt: One text, or a list.
+            height: Of the pictures, in pixels; None: what the network was trained on.
+            width: Likewise.
+            num_inference_steps: N; None: 50.
+            timesteps: The levels themselves, falling, in place of N and a spacing.
+            sigmas: Of diffusers' own call alone.
+            guidance_scale: How far the prediction is led away from the negative prompt
+                (:func:`ddim.core.guidance.guide`); 1 or less is off.
+            negative_prompt: One text for all, or one a prompt; None: the empty text.
+            num_images_per_prompt: K; None: as many as seeds, generators or latents ask for, else 1.
+                Image k of prompt p is number p K + k.
+            eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+            generator: One an image, or one for all; as in
+                :meth:`ddim.pipelines.unconditional.UnconditionalPipeline.__call__`.
+            latents: x_T, [B, C, h, w], in place of drawn noise.
+            prompt_embeds: [P, L, D], in place of prompts.
+            negative_prompt_embeds: [P, L, D], in place of negative prompts.
+            ip_adapter_image: Of diffusers' own call alone.
+            ip_adapter_image_embeds: Of diffusers' own call alone.
+            output_type: ``pil``; float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W];
+                or ``latent``, as the network knows them.
+            return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
+                or a tuple of both.
+            cross_attention_kwargs: Of the network's attention, ``scale`` of LoRA weights among
+                them.
+            guidance_rescale: How far guided predictions are brought back to the standard deviation
+                of unguided ones, in [0, 1].
+            clip_skip: Layers of the text encoder that are left out at its end.
+            callback_on_step_end: diffusers' callback ``(pipe, number, t, tensors)``, which may
+                return other tensors, change the pipe's ``_guidance_scale``, or set its
+                ``_interrupt``.
+            callback_on_step_end_tensor_inputs: Which tensors it is given.
+            seeds: One an image; the image of a seed and a prompt does not depend on the others.
+                Gives x_T and all later noise.
+            timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
+            order: 1 DDIM, 2 its multistep; None: as the scheduler's configuration says.
+            clip: What happens to the predicted latents; None: as the configuration says, which is
+                nothing as a rule.
+            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
+                no clipping).
+            guidance_batched: Whether the two predictions of guidance are one batch of the network,
+                or one after the other: slower, in half of the memory.
+            callback: Called with the state of the latents after each step; returning True stops:
+                the images are of its ``x0`` then.
+            progress: Whether to show a progress bar.
+            **others: What diffusers' call takes beyond these: the call is then diffusers' own.
+
+        Returns:
+            The images.
+
+        Raises:
+            DDIMError: If options exclude each other or do not fit the checkpoint, or a prediction
+                is not finite.
+            TypeError: If an argument is neither ours nor diffusers'.
+        """
+        theirs = {
+            "sigmas": sigmas,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }
+        others |= {name: value for name, value in theirs.items() if value is not None}
+        if reason := self._why_elsewhere(others):
+            self._refuse_elsewhere(
+                reason,
+                timestep_spacing=timestep_spacing,
+                order=order,
+                clip=clip,
+                sampler=None if sampler == "ddim" else sampler,
+                callback=None if "callback_steps" in others else callback,
+                guidance_batched=None if guidance_batched else False,
+            )
+            options = {
+                "prompt": prompt,
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt,
+                "eta": eta,
+                "generator": generator,
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "return_dict": return_dict,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "guidance_rescale": guidance_rescale,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                **others,
+            }
+            with self._elsewhere(
+                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
+            ) as arguments:
+                return super().__call__(**arguments)
+        self._check_output_type(output_type)
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        )
+        self.check_path(levels, eta=eta, order=order, sampler=sampler)
+        lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
+        groups, each = count_images(
+            number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths
+        )
+        shape = self._latent_shape(height, width, latents)
+        place = self._place()
+        x, noise = self._start(
+            groups * each, shape, place, seeds=seeds, generator=generator, latents=latents
+        )
+        self._clip_skip = clip_skip
+        conditions = encode_prompts(
+            self,
+            prompt,
+            negative_prompt,
+            place=place,
+            scale=guidance_scale,
+            groups=groups,
+            each=each,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            clip_skip=clip_skip,
+        )
+        x = self._sample(
+            x,
+            levels,
+            conditions,
+            noise,
+            place.dtype,
+            scale=guidance_scale,
+            rescale=guidance_rescale,
+            batched=guidance_batched,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback=callback,
+            on_step_end=callback_on_step_end,
+            inputs=callback_on_step_end_tensor_inputs,
+            progress=progress,
+        )
+        return self._finish(x, output_type, return_dict)
+
+    def _latent_shape(
+        self, height: int | None, width: int | None, latents: Tensor | None
+    ) -> tuple[int, ...]:
+        """(C, h, w) of the latents of a call."""
+        factor, channels = self.vae_scale_factor, int(self.unet.config.in_channels)
+        if height is None or width is None:
+            own = [
+                side * factor
+                for side in (self.latent_shape if latents is None else latents.shape)[-2:]
+            ]
+            height, width = own[0] if height is None else height, own[1] if width is None else width
+        check_size(height, width, factor)
+        shape = (channels, height // factor, width // factor)
+        if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
+            raise DDIMError(
+                f"latents must have shape [B, {', '.join(map(str, shape))}]; got "
+                f"{list(latents.shape)}."
+            )
+        return shape
+
+
+class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):  # type: ignore[misc]
+    """Images of prompts that begin at given images, with DDIM: diffusers'
+    ``StableDiffusionImg2ImgPipeline`` with this package's loop.
+
+    Its parts are those of :class:`TextToImagePipeline`: ``ImageToImagePipeline(**pipe.components)``
+    shares them."""
+
+    _exported = diffusers.StableDiffusionImg2ImgPipeline
+    _other = ("TextToImagePipeline", frozenset({"height", "width", "latents"}))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        image: Any = None,
+        strength: float = 0.8,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int | None = None,
+        eta: Eta = 0.0,
+        generator: Generators | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        guidance_rescale: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        timestep_spacing: Spacing | None = None,
+        order: int | None = None,
+        clip: ClipOption = None,
+        sampler: Literal["ddim"] | Reversible = "ddim",
+        guidance_batched: bool = True,
+        callback: Callback | None = None,
+        progress: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Makes images of prompts out of images: noised to a level, and sampled from there.
+
+        Args:
+            prompt: One text, or a list.
+            image: One, or one a prompt; or several for one prompt. Pillow images, bytes, arrays and
+                tensors in [0, 1], or latents, of any one size that the VAE takes.
+            strength: In (0, 1]: how many of the N steps are walked, int(N strength) of them, from
+                their first level. 1 keeps nothing of the image where that level has no signal.
+            num_inference_steps: N; None: 50.
+            timesteps: As in :meth:`TextToImagePipeline.__call__`, and so are all others.
+            sigmas: Of diffusers' own call alone.
+            guidance_scale: As there.
+            negative_prompt: As there.
+            num_images_per_prompt: As there, of each prompt with its image.
+            eta: As there.
+            generator: As there.
+            prompt_embeds: As there.
+            negative_prompt_embeds: As there.
+            ip_adapter_image: Of diffusers' own call alone.
+            ip_adapter_image_embeds: Of diffusers' own call alone.
+            output_type: As there.
+            return_dict: As there.
+            cross_attention_kwargs: As there.
+            clip_skip: As there.
+            callback_on_step_end: As there.
+            callback_on_step_end_tensor_inputs: As there.
+            guidance_rescale: As there.
+            seeds: One an image: gives the VAE's own noise, that of the first level, and all later
+                noise.
+            timestep_spacing: As there.
+            order: As there.
+            clip: As there.
+            sampler: As there.
+            guidance_batched: As there.
+            callback: As there.
+            progress: As there.
+            **others: As there.
+
+        Returns:
+            The images.
+
+        Raises:
+            DDIMError: If options exclude each other or do not fit the checkpoint or the images, or
+                a prediction is not finite.
+            TypeError: If an argument is neither ours nor diffusers'.
+        """
+        theirs = {
+            "sigmas": sigmas,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }
+        others |= {name: value for name, value in theirs.items() if value is not None}
+        if reason := self._why_elsewhere(others):
+            self._refuse_elsewhere(
+                reason,
+                timestep_spacing=timestep_spacing,
+                order=order,
+                clip=clip,
+                sampler=None if sampler == "ddim" else sampler,
+                callback=None if "callback_steps" in others else callback,
+                guidance_batched=None if guidance_batched else False,
+                guidance_rescale=guidance_rescale or None,
+            )
+            prepare_images(self, image)  # refuses what diffusers would cut off in silence
+            truncate_timesteps(
+                range(num_inference_steps or 50) if timesteps is None else timesteps, strength
+            )
+            options = {
+                "prompt": prompt,
+                "image": image,
+                "strength": strength,
+                "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt,
+                "eta": eta,
+                "generator": generator,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "return_dict": return_dict,
+                "cross_attention_kwargs": cross_attention_kwargs,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                **others,
+            }
+            with self._elsewhere(
+                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
+            ) as arguments:
+                return super().__call__(**arguments)
+        self._check_output_type(output_type)
+        self._require("vae")
+        levels = self.select_timesteps(
+            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        )
+        levels = truncate_timesteps(levels, strength)
+        self.check_path(levels, eta=eta, order=order, sampler=sampler)
+        given = prepare_images(self, image)
+        lengths = given_lengths(seeds=seeds, generator=generator)
+        groups, each = count_images(
+            number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths
+        )
+        place = self._place()
+        x0, noise = self._first_latents(
+            given, groups * each, place, seeds=seeds, generator=generator
+        )
+        self._clip_skip = clip_skip
+        conditions = encode_prompts(
+            self,
+            prompt,
+            negative_prompt,
+            place=place,
+            scale=guidance_scale,
+            groups=groups,
+            each=each,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            clip_skip=clip_skip,
+        )
+        x = self._sample(
+            add_noise(self.noise_schedule, x0, noise(), levels[0]),
+            levels,
+            conditions,
+            noise,
+            place.dtype,
+            scale=guidance_scale,
+            rescale=guidance_rescale,
+            batched=guidance_batched,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback=callback,
+            on_step_end=callback_on_step_end,
+            inputs=callback_on_step_end_tensor_inputs,
+            progress=progress,
+        )
+        return self._finish(x, output_type, return_dict)
+
+    def _first_latents(
+        self,
+        given: Tensor,
+        count: int,
+        place: Place,
+        *,
+        seeds: Sequence[int] | None,
+        generator: Generators | None,
+    ) -> tuple[Tensor, SeededNoise]:
+        """Clean latents [B, C, h, w] of images, drawn from the VAE's posterior, and the stream of
+        later noise."""
+        is_latent = given.shape[1] != self.vae.config.in_channels
+        mean, std = (given.float(), None) if is_latent else encode_images(self, given, place.device)
+        shape = mean.shape[1:]
+        mean, noise = (
+            mean.to(place.device),
+            self._noise(count, shape, place, seeds=seeds, generator=generator),
+        )
+
+        def for_all(values: Tensor) -> Tensor:
+            return values.repeat_interleave(count // len(given), 0).to(noise.dtype)
+
+        if std is None:
+            return for_all(mean), noise
+        if isinstance(
+            generator, torch.Generator
+        ):  # as diffusers draws from one: for each image that is given, not for each that is made
+            return for_all(
+                mean
+                + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()
+            ), noise
+        return for_all(mean) + for_all(std) * noise(), noise
+
+
+# What diffusers' AutoPipelineForText2Image and its siblings are asked for by from_pipe: the
+# pipelines under one key do one another's tasks.
+auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["ddim"] = TextToImagePipeline
+auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["ddim"] = ImageToImagePipeline
+auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["ddim"] = diffusers.StableDiffusionInpaintPipeline

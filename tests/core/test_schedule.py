@@ -1,0 +1,165 @@
+import math
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers import scheduling_ddim
+
+from ddim.core.schedule import (
+    BETA_SCHEDULES,
+    CLEAN,
+    NoiseSchedule,
+    add_noise,
+    make_betas,
+    match,
+    rescale_zero_terminal_snr,
+    velocity,
+)
+from ddim.errors import DDIMError
+
+ALL = [(kind, rescaled) for kind in BETA_SCHEDULES for rescaled in (False, True)]
+
+
+def build(kind="linear", rescaled=False, count=1000, **options):
+    betas = make_betas(kind, count, **options)
+    return NoiseSchedule.from_betas(rescale_zero_terminal_snr(betas) if rescaled else betas)
+
+
+@pytest.mark.parametrize("kind", BETA_SCHEDULES)
+def test_betas_equal_diffusers(kind):
+    reference = diffusers.DDPMScheduler(beta_schedule=kind).betas.double()
+    torch.testing.assert_close(
+        make_betas(kind), reference, rtol=2e-5, atol=1e-9
+    )  # theirs are float32
+
+
+@pytest.mark.parametrize(("kind", "rescaled"), ALL)
+def test_snr_falls_and_signal_and_noise_share_unit_variance(kind, rescaled):
+    schedule = build(kind, rescaled)
+    snr = schedule.snr(torch.arange(1000))
+    assert (snr[1:] < snr[:-1]).all()
+    assert (schedule.alphas_cumprod >= 0).all()
+    assert (schedule.alphas_cumprod < 1).all()
+    torch.testing.assert_close(
+        schedule.log_snr(torch.arange(999)), snr[:-1].log(), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", BETA_SCHEDULES)
+def test_rescaled_schedules_end_at_exactly_no_signal_and_keep_their_first_level(kind):
+    plain, zero = build(kind), build(kind, rescaled=True)
+    assert float(zero.alphas_cumprod[-1]) == 0.0
+    assert float(zero.snr(999)) == 0.0
+    assert float(zero.log_snr(999)) == -math.inf
+    assert float(zero.alphas_cumprod[0]) == pytest.approx(float(plain.alphas_cumprod[0]), rel=1e-12)
+    reference = scheduling_ddim.rescale_zero_terminal_snr(make_betas(kind).float())
+    torch.testing.assert_close(
+        rescale_zero_terminal_snr(make_betas(kind)), reference.double(), rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "snr"),
+    [
+        ("linear", {}, 4.035993e-05),
+        ("squaredcos_cap_v2", {}, 2.4287e-09),
+        ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}, 0.004682),
+    ],
+)
+def test_terminal_snr_is_the_papers(kind, options, snr):
+    assert float(build(kind, **options).snr(999)) == pytest.approx(snr, rel=1e-3)
+
+
+def test_clean_data_has_its_own_level():
+    schedule = build()
+    assert float(schedule.alpha_bar(CLEAN)) == 1.0
+    assert float(schedule.snr(CLEAN)) == math.inf
+    kept = NoiseSchedule.from_betas(make_betas(), set_alpha_to_one=False)
+    assert float(kept.alpha_bar(CLEAN)) == float(kept.alphas_cumprod[0])
+    assert schedule.alpha_bar(torch.tensor([[-1, 0], [5, 999]])).shape == (2, 2)
+
+
+def test_noising_is_linear_and_reaches_both_ends():
+    schedule = build(rescaled=True)
+    x0, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    assert torch.equal(add_noise(schedule, x0, noise, CLEAN), x0)
+    assert torch.equal(add_noise(schedule, x0, noise, 999), noise)
+    together = add_noise(schedule, x0, noise, torch.tensor([0, 500, 999]))
+    for i, t in enumerate((0, 500, 999)):
+        torch.testing.assert_close(
+            together[i], add_noise(schedule, x0[i : i + 1], noise[i : i + 1], t)[0]
+        )
+
+
+def test_velocity_rotates_the_pair():
+    schedule, t = build(), torch.tensor([3, 600])
+    x0, noise = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    x_t, v = add_noise(schedule, x0, noise, t), velocity(schedule, x0, noise, t)
+    torch.testing.assert_close(x_t**2 + v**2, x0**2 + noise**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_low_noise_levels(dtype):
+    schedule = build()
+    zeros, ones = torch.zeros(1000, 1, dtype=dtype), torch.ones(1000, 1, dtype=dtype)
+    sigma = add_noise(schedule, zeros, ones, torch.arange(1000))[:, 0].double()
+    exact = (1 - schedule.alphas_cumprod).sqrt()
+    assert ((sigma - exact).abs() / exact).max() < torch.finfo(dtype).eps
+    theirs = diffusers.DDIMScheduler().add_noise(zeros, ones, torch.arange(1000))[:, 0].double()
+    assert (theirs == 0).sum() >= 2  # what casting alpha_bar first does
+
+
+def test_betas_are_fractions_and_one_ends_in_noise_alone():
+    assert NoiseSchedule.from_betas([0.0, 0.5, 1.0]).alphas_cumprod.tolist() == [1.0, 0.5, 0.0]
+    for wrong, told in (
+        ([0.1, 2.0], "2"),
+        ([-0.1, 0.2], "-0.1"),
+        ([0.1, math.nan], "nan"),
+        ([1.0, math.inf], "inf"),
+    ):
+        with pytest.raises(
+            DDIMError,
+            match=rf"betas are variances in \[0, 1\]; got {told}\. A table of alpha_bar goes into",
+        ):
+            NoiseSchedule.from_betas(torch.tensor(wrong))
+
+
+def test_errors_say_what_was_received():
+    schedule = build()
+    with pytest.raises(DDIMError, match=r"beta_schedule must be one of linear, .*; got 'cubic'"):
+        make_betas("cubic")
+    with pytest.raises(DDIMError, match="num_train_timesteps must be at least 1; got 0"):
+        make_betas("linear", 0)
+    with pytest.raises(
+        DDIMError, match=r"timesteps must lie in \[-1, 1000\), where -1 is clean data; got 1000"
+    ):
+        schedule.alpha_bar(1000)
+    with pytest.raises(DDIMError, match=r"timesteps must lie in \[-1, 1000\).* got -2"):
+        schedule.alpha_bar(-2)
+    with pytest.raises(
+        DDIMError, match="timesteps must be integers; got a tensor of torch.float32"
+    ):
+        schedule.alpha_bar(torch.tensor(3.0))
+    with pytest.raises(DDIMError, match="at least 2 levels; got 1"):
+        rescale_zero_terminal_snr(torch.tensor([0.1]))
+    with pytest.raises(DDIMError, match="must be finite"):
+        NoiseSchedule(torch.tensor([0.5, float("nan")]))
+    with pytest.raises(DDIMError, match=r"one row of levels, shape \[T\]; got shape \[2, 2\]"):
+        NoiseSchedule(torch.ones(2, 2))
+    with pytest.raises(
+        DDIMError, match=r"one level, or one for each of the 3 samples; got shape \[2\]"
+    ):
+        match(torch.ones(2), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_coefficient_stays_on_the_cpu_since_sending_it_would_wait_for_the_device(dtype):
+    x, levels = (
+        torch.empty(3, 2, device="meta", dtype=dtype),
+        torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+    )
+    one, many = match(levels[0], x), match(levels, x)
+    assert (one.device.type, one.dtype, one.shape) == ("cpu", dtype, ())
+    assert (many.device.type, many.dtype, many.shape) == ("meta", dtype, (3, 1))
+    assert (one * x).device.type == (many * x).device.type == "meta"
+    assert (one * x).dtype == dtype

@@ -1,0 +1,100 @@
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim.errors import DataError, DDIMError
+from ddim.files import write_text
+from ddim.models.images import from_uint8, load_image, make_grid, save_png, to_pil, to_uint8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_bytes_survive_the_round_trip(channels):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(channels, axis=3)
+    images = from_uint8(pixels)
+    assert images.shape == (1, channels, 16, 16)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert np.array_equal(to_uint8(images), pixels)
+
+
+def test_halves_round_up_and_what_is_outside_is_clamped():
+    x = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, torch.inf]).reshape(1, 1, 1, 6)
+    assert to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_floating_dtype_becomes_bytes(dtype):
+    assert (
+        to_uint8(torch.full((2, 3, 4, 4), 0.5, dtype=dtype)).tolist()
+        == np.full((2, 4, 4, 3), 191).tolist()
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (3, 4, 4)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(DDIMError, match=r"\[B, C, H, W\] with 1 or 3 channels; got"):
+        to_uint8(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_files_hold_the_bytes(channels, mode, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, channels), dtype=np.uint8)
+    assert [p.mode for p in to_pil(pixels)] == [mode] * 2
+    save_png(pixels[0], tmp_path / "a.png")
+    save_png(to_pil(pixels)[1], tmp_path / "b.png", scale=3)
+    assert np.array_equal(load_image(tmp_path / "a.png"), pixels[0])
+    assert np.array_equal(load_image(tmp_path / "b.png")[::3, ::3], pixels[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_grid_shows_each_image_in_its_place():
+    grid = make_grid(
+        np.stack([np.full((4, 6, 1), 10 * i, np.uint8) for i in range(5)]),
+        columns=3,
+        padding=1,
+        background=7,
+    )
+    assert grid.shape == (2 * 5 + 1, 3 * 7 + 1, 1)
+    assert [int(grid[1 + i // 3 * 5, 1 + i % 3 * 7, 0]) for i in range(5)] == [0, 10, 20, 30, 40]
+    assert grid[0, 0, 0] == grid[6, 15, 0] == 7
+    assert make_grid(np.zeros((5, 4, 4, 3), np.uint8)).shape == (2 * 6 + 2, 3 * 6 + 2, 3)
+    with pytest.raises(DDIMError, match="at least one image"):
+        make_grid(np.zeros((0, 4, 4, 1), np.uint8))
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"there is no picture at .*none\.png"):
+        load_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"text\.png is not a picture, or is damaged"):
+        load_image(tmp_path / "text.png")
+    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cut\.png is not a picture, or is damaged"):
+        load_image(tmp_path / "cut.png")
+
+
+def test_transparent_and_palette_pictures_become_colour(tmp_path):
+    Image.new("RGBA", (3, 2), (10, 20, 30, 255)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").tolist() == [[[10, 20, 30]] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_text(p, "{}")],
+)
+def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
+    path = tmp_path / "result"
+    path.write_text("before")
+
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert path.read_text() == "before"
