@@ -36,7 +36,13 @@ from ddim.evaluation.protocol import (
 )
 from ddim.evaluation.report import save_lines, text_table
 from ddim.files import write_text
-from ddim.fitting.timesteps import Batch, estimate_gamma, fit_timesteps, geometric_mean, ode_error
+from ddim.fitting.timesteps import (
+    SamplingProblem,
+    estimate_eps_mean_square,
+    fit_timesteps,
+    geometric_mean,
+    ode_error,
+)
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.models.images import from_uint8
 
@@ -131,8 +137,8 @@ class Run:
             found = self.keep("fits", method, timesteps=fit.timesteps, found=fit.name)
         return list(found["timesteps"])
 
-    def batch(self, seeds: range) -> Batch:
-        return Batch(
+    def batch(self, seeds: range) -> SamplingProblem:
+        return SamplingProblem(
             self.pipe.denoiser(len(seeds), clip="none"),
             seeded_randn(self.pipe.image_shape, seeds).to(self.device),
         )
@@ -172,7 +178,7 @@ class Run:
                     flush=True,
                 )
 
-    def finish(self, parts: list[Batch], levels: list[int], order: int) -> Tensor:
+    def finish(self, parts: list[SamplingProblem], levels: list[int], order: int) -> Tensor:
         return torch.cat(
             [
                 sample(b.denoise, b.x_t, step_pairs(levels), schedule=self.schedule, order=order)
@@ -217,14 +223,14 @@ class Run:
 
     def images(self, method: Method, data: Any) -> Iterator[Tensor]:
         """Pictures of 256 grey levels in [-1, 1], batch by batch."""
-        size, levels, gamma = self.options.batch_size, self.levels(method), None
+        size, levels, eps_mean_square = self.options.batch_size, self.levels(method), None
         if method.name == "analytic":
             chosen = list(range(0, len(data), len(data) // 256))[:256]
             parts = [
                 self.pixels(data, chosen[i : i + size]).to(self.device)
                 for i in range(0, len(chosen), size)
             ]
-            gamma = estimate_gamma(
+            eps_mean_square = estimate_eps_mean_square(
                 [(self.pipe.denoiser(len(x0), clip="none"), x0) for x0 in parts],
                 levels,
                 schedule=self.schedule,
@@ -235,7 +241,7 @@ class Run:
                 seeds=seeds,
                 timesteps=levels,
                 order=method.order,
-                gamma=gamma,
+                eps_mean_square=eps_mean_square,
                 clip="none",
                 progress=False,
                 output_type="pt",

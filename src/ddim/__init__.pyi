@@ -90,9 +90,9 @@ from .errors import (
     OutputError as OutputError,
 )
 from .fitting.timesteps import (
-    Batch as Batch,
     Fit as Fit,
-    estimate_gamma as estimate_gamma,
+    SamplingProblem as SamplingProblem,
+    estimate_eps_mean_square as estimate_eps_mean_square,
     fit_timesteps as fit_timesteps,
     geometric_mean as geometric_mean,
     ode_error as ode_error,

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from tests.test_fitting import SCHEDULE, mixture, noise
+from tests.fitting.test_timesteps import SCHEDULE, mixture, noise
 
 from ddim.core.prediction import Denoised
 from ddim.core.sampler import trajectory
@@ -16,7 +16,7 @@ from ddim.core.timesteps import check_timesteps, select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.fitting import search
 from ddim.fitting.search import (
-    Batch,
+    SamplingProblem,
     Walks,
     best_move,
     power_timesteps,
@@ -56,7 +56,7 @@ def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginn
     def calls(evaluations):
         counted.levels.clear()
         search_timesteps(
-            Batch(counted, noise(4, 0)),
+            SamplingProblem(counted, noise(4, 0)),
             schedule=SCHEDULE,
             steps=8,
             order=order,
@@ -77,7 +77,7 @@ def test_the_search_counts_its_evaluations_and_does_not_repeat_the_common_beginn
 def test_a_common_beginning_gives_the_difference_of_the_whole_walk(order, path):
     counted, x = Counted(mixture), noise(4, 0)
     walks = Walks(
-        Batch(counted, x), torch.zeros_like(x), schedule=SCHEDULE, order=order, bound=None
+        SamplingProblem(counted, x), torch.zeros_like(x), schedule=SCHEDULE, order=order, bound=None
     )
     known = walks([999, 800, 600, 400, 200, 50])
     same = next(i for i, level in enumerate(path) if level != known.levels[i])
@@ -91,9 +91,9 @@ def test_a_common_beginning_gives_the_difference_of_the_whole_walk(order, path):
 
 def test_an_error_is_the_mean_square_in_a_range_of_one():
     x = noise(3, 0)
-    walk = Walks(Batch(mixture, x), torch.zeros_like(x), schedule=SCHEDULE, order=1, bound=1.0)(
-        [999, 500]
-    )
+    walk = Walks(
+        SamplingProblem(mixture, x), torch.zeros_like(x), schedule=SCHEDULE, order=1, bound=1.0
+    )([999, 500])
     end = walk.states[-1].x_s.clamp(-1, 1) / 2
     torch.testing.assert_close(
         walk.errors, end.double().square().mean(1).log(), rtol=1e-5, atol=1e-5
@@ -159,7 +159,7 @@ def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made(order):
 
     def found(denoise, evaluations):
         return search_timesteps(
-            Batch(denoise, noise(4, 0)),
+            SamplingProblem(denoise, noise(4, 0)),
             schedule=SCHEDULE,
             steps=6,
             order=order,
@@ -178,14 +178,14 @@ def test_the_search_lowers_the_error_of_its_best_start(order, steps, gain):
     x = noise(32, 0)
 
     def error(levels):
-        exact = teach(Batch(mixture, x), schedule=SCHEDULE, steps=200)[-1].x_s
-        return Walks(Batch(mixture, x), exact, schedule=SCHEDULE, order=order, bound=1.0)(
+        exact = teach(SamplingProblem(mixture, x), schedule=SCHEDULE, steps=200)[-1].x_s
+        return Walks(SamplingProblem(mixture, x), exact, schedule=SCHEDULE, order=order, bound=1.0)(
             levels
         ).error
 
     start, end = (
         search_timesteps(
-            Batch(mixture, x), schedule=SCHEDULE, steps=steps, order=order, evaluations=n
+            SamplingProblem(mixture, x), schedule=SCHEDULE, steps=steps, order=order, evaluations=n
         )
         for n in (0, 200)
     )
@@ -195,7 +195,7 @@ def test_the_search_lowers_the_error_of_its_best_start(order, steps, gain):
 
 def test_a_search_that_cannot_be_has_a_sentence():
     schedule = NoiseSchedule.from_betas(make_betas(num_train_timesteps=9, beta_end=0.5))
-    batch = Batch(lambda x, t: mixture(x, t, schedule), noise(4, 0))
+    batch = SamplingProblem(lambda x, t: mixture(x, t, schedule), noise(4, 0))
     for steps in range(1, 10):
         assert (
             len(

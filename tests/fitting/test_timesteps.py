@@ -16,8 +16,8 @@ from ddim.core.step import SIGMA_HAT, ddim_step, step_coefficients
 from ddim.core.timesteps import SPACINGS, check_timesteps, select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.fitting.timesteps import (
-    Batch,
-    estimate_gamma,
+    SamplingProblem,
+    estimate_eps_mean_square,
     fit_timesteps,
     geometric_mean,
     ode_error,
@@ -68,8 +68,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 @pytest.mark.parametrize("steps", [1, 5, 10])
 def test_fitted_steps_beat_every_spacing_on_noise_they_have_not_seen(order, steps):
     fit = fit_timesteps(
-        Batch(mixture, noise(16, 0)),
-        [Batch(mixture, noise(64, s)) for s in (1, 2)],
+        SamplingProblem(mixture, noise(16, 0)),
+        [SamplingProblem(mixture, noise(64, s)) for s in (1, 2)],
         schedule=SCHEDULE,
         steps=steps,
         order=order,
@@ -85,18 +85,21 @@ def test_fitted_steps_beat_every_spacing_on_noise_they_have_not_seen(order, step
         mixture, noise(64, 3), step_pairs(select_timesteps(1000, 1000)), schedule=SCHEDULE
     )  # the definition of the error
     errors = ode_errors(
-        Batch(mixture, noise(64, 3)), exact, fit.paths, schedule=SCHEDULE, order=order
+        SamplingProblem(mixture, noise(64, 3)), exact, fit.paths, schedule=SCHEDULE, order=order
     )
     assert geometric_mean(errors["fitted"] / errors[fit.best_spacing]).high < 1
 
 
 def test_a_spacing_is_returned_where_the_search_found_nothing_better():
-    held_out, expected = Batch(mixture, noise(32, 1)), select_timesteps(1000, 10, "quadratic")
+    held_out, expected = (
+        SamplingProblem(mixture, noise(32, 1)),
+        select_timesteps(1000, 10, "quadratic"),
+    )
     exact = sample(
         mixture, held_out.x_t, step_pairs(expected), schedule=SCHEDULE
     )  # as if that spacing were the truth
     fit = fit_timesteps(
-        Batch(mixture, noise(4, 0)),
+        SamplingProblem(mixture, noise(4, 0)),
         [held_out],
         schedule=SCHEDULE,
         steps=10,
@@ -120,8 +123,8 @@ def test_zero_snr_and_guided_networks_are_fitted_too(kind):
 
     denoise = ModelDenoiser(guided, schedule, kind)
     fit = fit_timesteps(
-        Batch(denoise, noise(8, 0)),
-        [Batch(denoise, noise(32, 1))],
+        SamplingProblem(denoise, noise(8, 0)),
+        [SamplingProblem(denoise, noise(32, 1))],
         schedule=schedule,
         steps=4,
         order=2,
@@ -131,7 +134,7 @@ def test_zero_snr_and_guided_networks_are_fitted_too(kind):
 
 def test_every_step_count_has_a_fit_and_bad_ones_a_sentence():
     schedule = NoiseSchedule.from_betas(make_betas(num_train_timesteps=12, beta_end=0.4))
-    batch = Batch(lambda x, t: mixture(x, t, schedule), noise(4, 0))
+    batch = SamplingProblem(lambda x, t: mixture(x, t, schedule), noise(4, 0))
     for steps in range(1, 13):
         assert (
             len(
@@ -163,17 +166,17 @@ def test_the_analytic_variance_restores_the_exact_marginal(eta):
         oracle.variance(t),
         oracle.variance(s),
     )
-    gamma = (1 - a_t) / v_t  # E eps^2, as eps = sigma x_t / V_t
-    weights = step_coefficients(a_t, a_s, eta=eta, gamma=gamma)
+    eps_mean_square = (1 - a_t) / v_t  # E eps^2, as eps = sigma x_t / V_t
+    weights = step_coefficients(a_t, a_s, eta=eta, eps_mean_square=eps_mean_square)
     mean = weights.x0 * a_t.sqrt() * oracle.std**2 / v_t + weights.eps * (1 - a_t).sqrt() / v_t
     torch.testing.assert_close(mean**2 * v_t + weights.noise**2, v_s, rtol=1e-9, atol=0)
     plain = step_coefficients(a_t, a_s, eta=eta)
     assert bool((mean**2 * v_t + plain.noise**2 < v_s).all())
     assert torch.equal(weights.eps, plain.eps)
-    # And by drawing, with gamma measured rather than known.
+    # And by drawing, with eps_mean_square measured rather than known.
     data = oracle.std * torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
-    measured = estimate_gamma([(oracle.denoise, data)], t.tolist(), schedule=SCHEDULE)
-    for level, exact in zip(t.tolist(), gamma.tolist(), strict=True):
+    measured = estimate_eps_mean_square([(oracle.denoise, data)], t.tolist(), schedule=SCHEDULE)
+    for level, exact in zip(t.tolist(), eps_mean_square.tolist(), strict=True):
         assert 1 - measured[level] == pytest.approx(1 - exact, rel=0.1, abs=5e-4)
     stream = SeededNoise(range(64), (256,))
     end = sample(
@@ -182,7 +185,7 @@ def test_the_analytic_variance_restores_the_exact_marginal(eta):
         pairs,
         schedule=SCHEDULE,
         eta=eta,
-        gamma=measured,
+        eps_mean_square=measured,
         noise=stream,
     )
     assert float(end.var() / v_s[-1]) == pytest.approx(1, abs=0.06)
@@ -191,28 +194,32 @@ def test_the_analytic_variance_restores_the_exact_marginal(eta):
 def test_gamma_is_clamped_and_the_same_for_every_batch_size():
     data = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 0.3
     network = GaussianOracle(SCHEDULE, std=0.3).denoise
-    whole = estimate_gamma([(network, data)], [999, 500, 0], schedule=SCHEDULE)
-    parts = estimate_gamma(
+    whole = estimate_eps_mean_square([(network, data)], [999, 500, 0], schedule=SCHEDULE)
+    parts = estimate_eps_mean_square(
         [(network, data[:4]), (network, data[4:])], [999, 500, 0], schedule=SCHEDULE
     )
     assert whole == pytest.approx(parts, rel=1e-6)
     assert all(0 <= value <= 1 for value in whole.values())
-    assert estimate_gamma([(lambda x, t: Denoised(x, 9 * x), data)], [500], schedule=SCHEDULE) == {
-        500: 1.0
-    }
-    with pytest.raises(DDIMError, match="gamma is measured on images; got none"):
-        estimate_gamma([], [5], schedule=SCHEDULE)
+    assert estimate_eps_mean_square(
+        [(lambda x, t: Denoised(x, 9 * x), data)], [500], schedule=SCHEDULE
+    ) == {500: 1.0}
+    with pytest.raises(DDIMError, match="eps_mean_square is measured on images; got none"):
+        estimate_eps_mean_square([], [5], schedule=SCHEDULE)
 
 
 def test_the_analytic_variance_draws_noise_at_eta_zero_and_refuses_what_it_cannot_do():
     oracle, x, pairs = GaussianOracle(SCHEDULE, std=0.4), noise(2, 0), step_pairs([900, 500, 100])
-    gamma, drawn = {900: 0.9, 500: 0.8, 100: 0.5}, []
+    eps_mean_square, drawn = {900: 0.9, 500: 0.8, 100: 0.5}, []
 
     def draw():
         drawn.append(noise(2, len(drawn)))
         return drawn[-1]
 
-    states = list(trajectory(oracle.denoise, x, pairs, schedule=SCHEDULE, gamma=gamma, noise=draw))
+    states = list(
+        trajectory(
+            oracle.denoise, x, pairs, schedule=SCHEDULE, eps_mean_square=eps_mean_square, noise=draw
+        )
+    )
     assert len(drawn) == 3
     plain = sample(oracle.denoise, states[1].x_s, pairs[2:], schedule=SCHEDULE)
     assert torch.equal(states[2].x_s, plain)  # the step to clean data is the mean
@@ -221,23 +228,26 @@ def test_the_analytic_variance_draws_noise_at_eta_zero_and_refuses_what_it_canno
     )
     one = torch.tensor(0.5, dtype=torch.float64)
     for options, message in (
-        ({"gamma": gamma}, "the analytic variance draws noise at every step; give noise"),
         (
-            {"gamma": {900: 0.9}, "noise": draw},
-            "gamma has no value for level 500; estimate it for all levels",
+            {"eps_mean_square": eps_mean_square},
+            "the analytic variance draws noise at every step; give noise",
         ),
         (
-            {"gamma": gamma, "noise": draw, "order": 2},
+            {"eps_mean_square": {900: 0.9}, "noise": draw},
+            "eps_mean_square has no value for level 500; estimate it for all levels",
+        ),
+        (
+            {"eps_mean_square": eps_mean_square, "noise": draw, "order": 2},
             "order 2 solves the deterministic flow, and the analytic variance draws noise",
         ),
         (
-            {"gamma": gamma, "noise": draw, "eta": SIGMA_HAT},
+            {"eps_mean_square": eps_mean_square, "noise": draw, "eta": SIGMA_HAT},
             "the analytic variance is that of a number eta; got sigma-hat",
         ),
     ):
         with pytest.raises(DDIMError, match=message):
             sample(oracle.denoise, x, pairs, schedule=SCHEDULE, **options)
     with pytest.raises(DDIMError, match="no value where the SNR is 0; start at a lower level"):
-        step_coefficients(0 * one, one, gamma=one)
+        step_coefficients(0 * one, one, eps_mean_square=one)
     with pytest.raises(DDIMError, match="and for the analytic variance; got eta=0"):
-        ddim_step(x, x, alpha_bar_t=one / 2, alpha_bar_s=one, gamma=one)
+        ddim_step(x, x, alpha_bar_t=one / 2, alpha_bar_s=one, eps_mean_square=one)

@@ -18,7 +18,7 @@ from ddim.core.sampler import sample
 from ddim.core.schedule import CLEAN, NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
 from ddim.errors import DataError, DDIMError, DivergenceError
-from ddim.fitting.timesteps import estimate_gamma
+from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.inversion.codes import load_code, save_code
 from ddim.inversion.ddim import (
     ConvergenceWarning,
@@ -932,7 +932,9 @@ WALKS = {
         s.x_s
         for s in decode_pair(denoise, StatePair(x, x), [60, 30], schedule=LINEAR, sampler=sampler)
     ][-1],
-    "gamma": lambda denoise, x, sampler: estimate_gamma([(denoise, x)], [500], schedule=LINEAR),
+    "eps_mean_square": lambda denoise, x, sampler: estimate_eps_mean_square(
+        [(denoise, x)], [500], schedule=LINEAR
+    ),
 }
 
 
@@ -955,7 +957,7 @@ def test_a_network_is_no_denoiser_and_a_batch_of_two_no_pair(walk, method):
 
 
 @pytest.mark.parametrize("method", REVERSIBLE)
-@pytest.mark.parametrize("walk", [walk for walk in WALKS if walk != "gamma"])
+@pytest.mark.parametrize("walk", [walk for walk in WALKS if walk != "eps_mean_square"])
 def test_it_can_be_differentiated_through_and_leaves_no_graph_without_gradients(walk, method):
     sampler, scale = (
         ReversibleSampler(method),

@@ -95,7 +95,7 @@ def run(command: Command) -> None:
     from ddim.core.sampler import sample
     from ddim.core.timesteps import select_timesteps, step_pairs
     from ddim.files import write_text
-    from ddim.fitting.timesteps import Batch, fit_timesteps, geometric_mean
+    from ddim.fitting.timesteps import SamplingProblem, fit_timesteps, geometric_mean
     from ddim.models.checkpoints import weight_hash
 
     device = find_device(command.device)
@@ -120,7 +120,7 @@ def run(command: Command) -> None:
     ):
         bar = stack.enter_context(progress_bar(pipe, None))
 
-        def batch(drawn: list[int]) -> Batch:
+        def batch(drawn: list[int]) -> SamplingProblem:
             if text is None:
                 labels = [seed % classes for seed in drawn] if classes else None
                 denoise: Denoiser = pipe.denoiser(len(drawn), class_labels=labels, clip=clip)
@@ -141,9 +141,9 @@ def run(command: Command) -> None:
                     bar.update()
                 return denoise(x_t, t)
 
-            return Batch(told, seeded_randn(shape, drawn).to(device))
+            return SamplingProblem(told, seeded_randn(shape, drawn).to(device))
 
-        def finish(part: Batch) -> Tensor:
+        def finish(part: SamplingProblem) -> Tensor:
             return sample(
                 part.denoise,
                 part.x_t,

@@ -262,12 +262,12 @@ def run(command: Command) -> None:
             "sampler": sampler,
         }
         if text is None:
-            gamma = None
+            eps_mean_square = None
             if images is not None and missing:
-                gamma = _measure_gamma(
+                eps_mean_square = _measure_eps_mean_square(
                     protocol, pipe, images, out / "gamma.json", batch_size=command.batch_size
                 )
-            options |= {"gamma": gamma, "prior": prior}
+            options |= {"eps_mean_square": eps_mean_square, "prior": prior}
         seconds, warm_up, batches = _draw(
             command, pipe, missing, out, text=text, label=label, steps=len(timesteps), **options
         )
@@ -441,7 +441,7 @@ def _open_data(command: Command, pipe: "UnconditionalPipeline", folder: Path) ->
     return images
 
 
-def _measure_gamma(
+def _measure_eps_mean_square(
     protocol: dict[str, Any],
     pipe: "UnconditionalPipeline",
     images: "ImageData",
@@ -455,7 +455,7 @@ def _measure_gamma(
 
     from ddim.cli._run import IDENTITY
     from ddim.files import write_text
-    from ddim.fitting.timesteps import estimate_gamma
+    from ddim.fitting.timesteps import estimate_eps_mean_square
     from ddim.models.checkpoints import read_json
     from ddim.models.images import from_uint8
 
@@ -475,9 +475,11 @@ def _measure_gamma(
             )
             yield pipe.denoiser(len(x0), class_labels=labels if classes else None), x0
 
-    gamma = estimate_gamma(batches(), protocol["timesteps"], schedule=pipe.noise_schedule)
-    write_text(path, json.dumps({"gamma": gamma, "protocol": identity}, indent=2) + "\n")
-    return gamma
+    measured = estimate_eps_mean_square(
+        batches(), protocol["timesteps"], schedule=pipe.noise_schedule
+    )
+    write_text(path, json.dumps({"gamma": measured, "protocol": identity}, indent=2) + "\n")
+    return measured
 
 
 def _note(

@@ -41,7 +41,7 @@ def trajectory(
     eta: Eta = 0.0,
     noise: Callable[[], Tensor] | None = None,
     order: int = 1,
-    gamma: Mapping[int, float] | None = None,
+    eps_mean_square: Mapping[int, float] | None = None,
     previous: State | None = None,
 ) -> Iterator[State]:
     """Yields the state after every step; the caller owns progress bars, previews and early
@@ -58,22 +58,22 @@ def trajectory(
             way (eta = 0).
         schedule: The levels.
         eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
-        noise: Called once a step for z [B, ...] where eta is not 0, or gamma is given; never called
-            otherwise.
+        noise: Called once a step for z [B, ...] if eta is not 0 or the variance is analytic; never
+            called otherwise.
         order: 1 is DDIM. 2 is its multistep, which also looks at the prediction of the step before:
             as many evaluations, a smaller error; eta = 0 only. Its first step, and the step to
             clean data, are DDIM's.
-        gamma: For the analytic variance, from :func:`ddim.fitting.timesteps.estimate_gamma`: the
-            value of each level that a step leaves. It adds the noise that the prediction leaves
-            out, at eta = 0 too.
+        eps_mean_square: For the analytic variance: the value of each level that a step leaves, from
+            :func:`ddim.fitting.timesteps.estimate_eps_mean_square`. It adds the noise that the
+            prediction leaves out, at eta = 0 too.
         previous: The last state of a trajectory that these pairs go on with, whose ``x_s`` is x_t.
 
     Yields:
         One :class:`State` a pair.
 
     Raises:
-        DDIMError: If noise is needed and there is none, eta or the order is invalid, they ask for
-            what cannot be, gamma lacks a level, the pairs are none, or ``denoise`` returns no pair.
+        DDIMError: If ``noise`` is missing, if eta or order is invalid, if ``eps_mean_square`` lacks
+            a level, if ``pairs`` is not a list of (t, s), or if ``denoise`` does not return a pair.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
@@ -84,19 +84,19 @@ def trajectory(
     """
     denoise, pairs = checked(denoise), as_pairs(pairs)
     check_eta(eta)
-    check_order(order, eta=eta, analytic=gamma is not None)
-    random = eta != 0 or gamma is not None
+    check_order(order, eta=eta, analytic=eps_mean_square is not None)
+    random = eta != 0 or eps_mean_square is not None
     if random and noise is None:
-        what = f"eta={eta}" if gamma is None else "the analytic variance"
+        what = f"eta={eta}" if eps_mean_square is None else "the analytic variance"
         raise DDIMError(
             f"{what} draws noise at every step; give noise=..., for example a SeededNoise."
         )
     first = 0 if previous is None else previous.number + 1
-    missing = [t for t, _ in pairs if gamma is not None and t not in gamma]
+    missing = [t for t, _ in pairs if eps_mean_square is not None and t not in eps_mean_square]
     if missing:
         raise DDIMError(
-            f"gamma has no value for level {missing[0]}; estimate it for all levels that are "
-            "visited."
+            f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels that "
+            "are visited."
         )
     # All coefficients at once, as numbers: looked up step by step they would cost more than the
     # rest of the loop.
@@ -104,11 +104,14 @@ def trajectory(
         schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))
         for i in (0, 1)
     )
-    gammas = (
-        None if gamma is None else torch.tensor([gamma[t] for t, _ in pairs], dtype=torch.float64)
+    mean_squares = (
+        None
+        if eps_mean_square is None
+        else torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
     )
     weights = [
-        w.tolist() for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gammas)
+        w.tolist()
+        for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=mean_squares)
     ]
     before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
     multistep = multistep_weight(
@@ -136,7 +139,7 @@ def sample(
     eta: Eta = 0.0,
     noise: Callable[[], Tensor] | None = None,
     order: int = 1,
-    gamma: Mapping[int, float] | None = None,
+    eps_mean_square: Mapping[int, float] | None = None,
 ) -> Tensor:
     """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there
     are no pairs.
@@ -144,7 +147,14 @@ def sample(
     Autograd records it all, unless it is called under ``torch.no_grad()``.
     """
     for state in trajectory(
-        denoise, x_t, pairs, schedule=schedule, eta=eta, noise=noise, order=order, gamma=gamma
+        denoise,
+        x_t,
+        pairs,
+        schedule=schedule,
+        eta=eta,
+        noise=noise,
+        order=order,
+        eps_mean_square=eps_mean_square,
     ):
         x_t = state.x_s
     return x_t

@@ -92,13 +92,17 @@ def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
     if order == 2 and analytic:
         raise DDIMError(
             "order 2 solves the deterministic flow, and the analytic variance draws noise; use "
-            "order 1, or leave out gamma."
+            "order 1, or leave out eps_mean_square."
         )
     return order
 
 
 def step_coefficients(
-    alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0, gamma: Tensor | None = None
+    alpha_bar_t: Tensor,
+    alpha_bar_s: Tensor,
+    *,
+    eta: Eta = 0.0,
+    eps_mean_square: Tensor | None = None,
 ) -> StepCoefficients:
     r"""The weights of x0, eps and z in the step from t to s.
 
@@ -106,18 +110,18 @@ def step_coefficients(
         alpha_bar_t: Level of the prediction, any shape, float64, in [0, 1].
         alpha_bar_s: Level to reach, same shape; above alpha_bar_t unless eta is 0.
         eta: See :data:`Eta`.
-        gamma: For the analytic variance: the mean square of a dimension of eps at level t, same
-            shape, in [0, 1] (:func:`ddim.fitting.timesteps.estimate_gamma`). None: the variance of
-            eta alone.
+        eps_mean_square: For the analytic variance: the mean square of the predicted eps at level t,
+            same shape, in [0, 1] (:func:`ddim.fitting.timesteps.estimate_eps_mean_square`).
+            Default: the variance of eta alone.
 
     Returns:
         Three float64 tensors. The noise weight of a step to clean data (alpha_bar_s = 1) is 0 for a
-        number eta, with gamma too.
+        number eta, with eps_mean_square too.
 
     Raises:
         DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s: the
-            direction term would be the root of a negative number; if gamma is given with sigma-hat,
-            or where alpha_bar_t is 0.
+            direction term would be the root of a negative number; if eps_mean_square is given with
+            sigma-hat, or where alpha_bar_t is 0.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16; Sec. 5
@@ -127,13 +131,13 @@ def step_coefficients(
         Diffusion Probabilistic Models. 2022. Theorem 1. https://arxiv.org/abs/2201.06503
     """
     check_eta(eta)
-    if gamma is not None:
+    if eps_mean_square is not None:
         return _analytic(
             step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta),
             alpha_bar_t,
             alpha_bar_s,
             eta,
-            gamma,
+            eps_mean_square,
         )
     if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
         return StepCoefficients(
@@ -161,7 +165,11 @@ def step_coefficients(
 
 
 def _analytic(
-    plain: StepCoefficients, alpha_bar_t: Tensor, alpha_bar_s: Tensor, eta: Eta, gamma: Tensor
+    plain: StepCoefficients,
+    alpha_bar_t: Tensor,
+    alpha_bar_s: Tensor,
+    eta: Eta,
+    eps_mean_square: Tensor,
 ) -> StepCoefficients:
     r"""Adds the noise that the prediction leaves out.
 
@@ -177,7 +185,7 @@ def _analytic(
         )
     missing = ((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t).sqrt() - plain.eps
     added = torch.where(
-        alpha_bar_s < 1, missing**2 * (1 - gamma), 0.0
+        alpha_bar_s < 1, missing**2 * (1 - eps_mean_square), 0.0
     )  # the finished image is the mean: no noise in what is shown
     return plain._replace(noise=(plain.noise**2 + added).sqrt())
 
@@ -189,7 +197,7 @@ def ddim_step(
     alpha_bar_t: Tensor,
     alpha_bar_s: Tensor,
     eta: Eta = 0.0,
-    gamma: Tensor | None = None,
+    eps_mean_square: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
     r"""Moves a sample from level t to level s; s below t denoises, s above t (eta = 0) inverts.
@@ -201,10 +209,9 @@ def ddim_step(
         alpha_bar_s: Level to reach, shape [] or [B]; 1 is clean. Above alpha_bar_t whenever eta >
             0.
         eta: 0 is deterministic, 1 the DDPM posterior, ``"sigma-hat"`` the paper's larger noise.
-        gamma: Of the analytic variance at level t, as in :func:`step_coefficients`; None: the
-            variance of eta.
-        noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0, or gamma is
-            given.
+        eps_mean_square: For the analytic variance, as in :func:`step_coefficients`.
+        noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0 or the variance
+            is analytic.
 
     Returns:
         The sample at level s, shape [B, ...], dtype of ``x0``.
@@ -212,9 +219,9 @@ def ddim_step(
     Raises:
         DDIMError: If eta is invalid, or noise is missing.
     """
-    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, gamma=gamma)
+    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
     x_s = match(weights.x0, x0) * x0 + match(weights.eps, x0) * eps
-    if eta == 0 and gamma is None:
+    if eta == 0 and eps_mean_square is None:
         return x_s
     if noise is None:
         raise DDIMError(

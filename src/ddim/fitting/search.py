@@ -23,7 +23,7 @@ from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 
 __all__ = [
-    "Batch",
+    "SamplingProblem",
     "best_move",
     "power_timesteps",
     "scaled_difference",
@@ -37,9 +37,8 @@ LEAST_ERROR = 1e-14
 """Of an image: float32's rounding, so that logarithms and ratios exist."""
 
 
-class Batch(NamedTuple):
-    """Images to be: a denoiser (labels and guidance are inside it) and the x_T [B, ...] that it
-    starts from."""
+class SamplingProblem(NamedTuple):
+    """A denoiser (labels and guidance are inside it), and the x_T [B, ...] that it is to finish."""
 
     denoise: Denoiser
     x_t: Tensor
@@ -70,15 +69,15 @@ class Walks:
 
     def __init__(
         self,
-        batch: Batch,
+        problem: SamplingProblem,
         exact: Tensor,
         *,
         schedule: NoiseSchedule,
         order: int,
         bound: float | None,
     ) -> None:
-        self.batch, self.exact, self.schedule, self.order, self.bound = (
-            batch,
+        self.problem, self.exact, self.schedule, self.order, self.bound = (
+            problem,
             exact,
             schedule,
             order,
@@ -102,10 +101,10 @@ class Walks:
         def denoise(x_t: Tensor, t: int | Tensor) -> Denoised:
             if same and t == levels[same - 1]:
                 return Denoised(states[same - 1].x0, states[same - 1].eps)
-            return self.batch.denoise(x_t, t)
+            return self.problem.denoise(x_t, t)
 
         pairs, last = step_pairs(levels)[len(head) :], head[-1] if head else None
-        x = self.batch.x_t if last is None else last.x_s
+        x = self.problem.x_t if last is None else last.x_s
         walked = head + list(
             trajectory(denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last)
         )
@@ -134,7 +133,7 @@ def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tenso
 
 @torch.no_grad()
 def search_timesteps(
-    batch: Batch,
+    problem: SamplingProblem,
     *,
     schedule: NoiseSchedule,
     steps: int,
@@ -150,7 +149,7 @@ def search_timesteps(
     evaluations are left.
 
     Args:
-        batch: Images to be; 32 do. Few images find levels that suit them alone.
+        problem: Images to be; 32 do. Few images find levels that suit them alone.
         schedule: The levels to choose from.
         steps: N, how many to choose.
         order: Of the solver that will visit them.
@@ -177,9 +176,9 @@ def search_timesteps(
     starts = [
         path for power in POWERS if (path := power_timesteps(total, steps, power)) is not None
     ]
-    teacher = teach(batch, schedule=schedule, steps=max(64, 4 * steps))
+    teacher = teach(problem, schedule=schedule, steps=max(64, 4 * steps))
     starts.append(shortest_path(teacher, steps, schedule=schedule))
-    walks = Walks(batch, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
+    walks = Walks(problem, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
     begun = sorted((walks(path) for path in starts), key=lambda walk: walk.error)
     walks.calls, ends = 0, begun[:1]
     most = min(steps, max(1, evaluations // steps))
@@ -418,10 +417,10 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
     return levels[::-1]
 
 
-def teach(batch: Batch, *, schedule: NoiseSchedule, steps: int) -> list[State]:
+def teach(problem: SamplingProblem, *, schedule: NoiseSchedule, steps: int) -> list[State]:
     """A trajectory that stands for the flow: the multistep on many quadratic levels.
 
     Trailing levels err twice as much at order 2 on the embedded model: 50 of them by a third of
     what 12 fitted steps err by, which levels that are fitted to them inherit."""
     pairs = step_pairs(select_timesteps(len(schedule), min(steps, len(schedule)), "quadratic"))
-    return list(trajectory(batch.denoise, batch.x_t, pairs, schedule=schedule, order=2))
+    return list(trajectory(problem.denoise, problem.x_t, pairs, schedule=schedule, order=2))

@@ -26,13 +26,19 @@ from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule, add_noise
 from ddim.core.timesteps import SPACINGS, Spacing, select_timesteps, step_pairs
 from ddim.errors import DDIMError
-from ddim.fitting.search import LEAST_ERROR, Batch, scaled_difference, search_timesteps, teach
+from ddim.fitting.search import (
+    LEAST_ERROR,
+    SamplingProblem,
+    scaled_difference,
+    search_timesteps,
+    teach,
+)
 
 __all__ = [
-    "Batch",
+    "SamplingProblem",
     "Fit",
     "Interval",
-    "estimate_gamma",
+    "estimate_eps_mean_square",
     "fit_timesteps",
     "geometric_mean",
     "ode_error",
@@ -108,21 +114,21 @@ def geometric_mean(values: Tensor) -> Interval:
 
 @torch.no_grad()
 def fit_timesteps(
-    batch: Batch,
-    held_out: Iterable[Batch],
+    problem: SamplingProblem,
+    held_out: Iterable[SamplingProblem],
     *,
     schedule: NoiseSchedule,
     steps: int,
     order: int = 1,
     evaluations: int = 300,
     bound: float | None = 1.0,
-    finish: Callable[[Batch], Tensor] | None = None,
+    finish: Callable[[SamplingProblem], Tensor] | None = None,
 ) -> Fit:
     """Fits the levels of a number of steps to a model, and compares them with every spacing on
     held-out noise.
 
     Args:
-        batch: What the search looks at; 32 images do.
+        problem: What the search looks at; 32 images do.
         held_out: What the result is judged by, batch by batch.
         schedule: The levels.
         steps: N, how many levels to choose.
@@ -141,7 +147,7 @@ def fit_timesteps(
     names: list[Spacing] = [cast(Spacing, name) for name in SPACINGS]
     paths = {str(name): select_timesteps(len(schedule), steps, name) for name in names}
     found = search_timesteps(
-        batch, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound
+        problem, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound
     )
     paths = {FITTED: found, **paths}
     many, parts = select_timesteps(len(schedule), min(50, len(schedule)), "trailing"), []
@@ -163,7 +169,7 @@ def fit_timesteps(
 
 @torch.no_grad()
 def ode_errors(
-    batch: Batch,
+    problem: SamplingProblem,
     exact: Tensor,
     paths: Mapping[str, Sequence[int]],
     *,
@@ -175,7 +181,9 @@ def ode_errors(
     is where many steps end."""
 
     def finished(levels: Sequence[int]) -> Tensor:
-        return sample(batch.denoise, batch.x_t, step_pairs(levels), schedule=schedule, order=order)
+        return sample(
+            problem.denoise, problem.x_t, step_pairs(levels), schedule=schedule, order=order
+        )
 
     return {
         name: ode_error(finished(levels), exact, bound=bound).cpu()
@@ -184,7 +192,7 @@ def ode_errors(
 
 
 @torch.no_grad()
-def estimate_gamma(
+def estimate_eps_mean_square(
     data: Iterable[tuple[Denoiser, Tensor]],
     timesteps: Iterable[int],
     *,
@@ -229,5 +237,5 @@ def estimate_gamma(
                 (noise.double().square() - eps.double().square()).flatten(1).mean(1).sum()
             )
     if not seen:
-        raise DDIMError("gamma is measured on images; got none.")
+        raise DDIMError("eps_mean_square is measured on images; got none.")
     return {t: min(max(1 - total / seen, 0.0), 1.0) for t, total in explained.items()}

@@ -208,7 +208,7 @@ class Sampling:
             alpha_bar_t,
             alpha_bar_s,
             eta=eta,
-            gamma=torch.ones_like(alpha_bar_t) if analytic else None,
+            eps_mean_square=torch.ones_like(alpha_bar_t) if analytic else None,
         )
         nothing = torch.zeros_like(alpha_bar_t)
         to_x0_eps(
@@ -240,7 +240,7 @@ class Sampling:
         eta: Eta = 0.0,
         noise: Callable[[], Tensor] | None = None,
         order: int = 1,
-        gamma: Mapping[int, float] | None = None,
+        eps_mean_square: Mapping[int, float] | None = None,
     ) -> Iterable[State]:
         """The trajectory of DDIM, or of a sampler that can be run backwards
         (:func:`check_exact`)."""
@@ -253,7 +253,7 @@ class Sampling:
                 eta=eta,
                 noise=noise,
                 order=order,
-                gamma=gamma,
+                eps_mean_square=eps_mean_square,
             )
         return reversible_trajectory(
             denoise,

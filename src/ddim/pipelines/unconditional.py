@@ -199,7 +199,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         *,
         eta: Eta = 0.0,
         order: int | None = None,
-        gamma: Mapping[int, float] | None = None,
+        eps_mean_square: Mapping[int, float] | None = None,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
@@ -223,8 +223,8 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
             order: 1 DDIM, 2 its multistep: as many evaluations, a smaller error, at eta = 0. None:
                 as the scheduler's configuration says.
-            gamma: For the analytic variance (:func:`ddim.fitting.timesteps.estimate_gamma`), which
-                draws noise at eta = 0 too; None: eta's variance.
+            eps_mean_square: For the analytic variance, which draws noise at eta = 0 too
+                (:func:`ddim.fitting.timesteps.estimate_eps_mean_square`). Default: eta's variance.
             timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
             timesteps: The levels themselves, falling, in place of N and a spacing.
             seeds: One an image; the image of a seed does not depend on the others. Gives x_T and
@@ -262,7 +262,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         levels = self.select_timesteps(
             num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
         )
-        self.check_path(levels, eta=eta, order=order, analytic=gamma is not None)
+        self.check_path(levels, eta=eta, order=order, analytic=eps_mean_square is not None)
         count = self._count(
             batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
         )
@@ -287,10 +287,21 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             x = prior.start(x, schedule.alpha_bar(levels[0]))
         if sampler != "ddim":
             check_exact(
-                sampler, eta=eta, clip=denoise.clip, order=given_order, analytic=gamma is not None
+                sampler,
+                eta=eta,
+                clip=denoise.clip,
+                order=given_order,
+                analytic=eps_mean_square is not None,
             )
         states = self._states(
-            denoise, x, levels, sampler=sampler, eta=eta, noise=noise, order=order, gamma=gamma
+            denoise,
+            x,
+            levels,
+            sampler=sampler,
+            eta=eta,
+            noise=noise,
+            order=order,
+            eps_mean_square=eps_mean_square,
         )
         x = self._walk(states, x, len(levels), callback=callback, progress=progress)
         self.maybe_free_model_hooks()
