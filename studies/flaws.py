@@ -222,7 +222,7 @@ def train_model(options: Options, name: str, folder: Path) -> None:
     )
     if not result.finished:
         raise DDIMError(
-            f"the training of {name} was stopped at step {result.step}; the same command resumes it."
+            f"the training of {name} stopped at step {result.step}; the same command resumes it."
         )
 
 
@@ -391,7 +391,7 @@ def check_models(pipes: dict[str, Any], folders: dict[str, Path]) -> None:
         if found != (training.prediction_type, training.zero_snr):
             raise DDIMError(
                 f"{folders[name]} should be the model of {training.label}, but its scheduler says "
-                f"{found[0]}, {'zero SNR' if found[1] else 'leaky'}; give each folder to its option."
+                f"{found[0]}, {'zero SNR' if found[1] else 'leaky'}; give each folder in its place."
             )
     for part in ("vae", "text_encoder"):
         expected = getattr(pipes["epsilon"], part).state_dict()
@@ -428,7 +428,7 @@ def read_cells(cells: Path, names: Iterable[str]) -> Records:
             continue
         except (ValueError, TypeError) as error:
             raise OutputError(
-                f"{path} is not a cell of this study ({error}); delete it, and it is measured again."
+                f"{path} is not a cell of this study ({error}); delete it to measure it again."
             ) from error
     return records
 
