@@ -16,8 +16,8 @@ from ddim.data.fashion_text import (
     hues,
 )
 from ddim.evaluation.classifier import load_classifier
-from ddim.evaluation.fashion_text import Asked, judge
 from ddim.models.checkpoints import embedded_models, find_model
+from fashion_judge import Asked, judge
 
 pytestmark = pytest.mark.skipif(
     "fashion-text" not in embedded_models(), reason="fashion-text is not embedded yet"

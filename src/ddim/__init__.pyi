@@ -71,7 +71,7 @@ from .core.timesteps import (
 )
 from .doctor.checks import (
     Finding as Finding,
-    Model as Model,
+    ModelFacts as ModelFacts,
 )
 from .doctor.report import (
     Diagnosis as Diagnosis,

@@ -21,7 +21,7 @@ from ddim.core.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.core.prior import DataPrior, fit_prior
 from ddim.core.schedule import NoiseSchedule, make_betas
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.doctor.checks import CHECKS, FAINT, OTHER_KEYS, Model
+from ddim.doctor.checks import CHECKS, FAINT, OTHER_KEYS, ModelFacts
 from ddim.doctor.report import complete, diagnose, levels_of
 from ddim.doctor.symptoms import (
     Brightness,
@@ -78,14 +78,14 @@ PLANTED = [
     ("DDIM006", "error", {**SOUND, "prediction_type": "epsilon"}, {"steps": 50}),
     ("DDIM007", "warning", {**SOUND, "timestep_spacing": "leading"}, {"steps": 50}),
     ("DDIM008", "error", SOUND, {"steps": 50, "eta": 1.5}),
-    ("DDIM009", "warning", {**SOUND, "clip_sample": True}, {"model": Model(latent=True)}),
+    ("DDIM009", "warning", {**SOUND, "clip_sample": True}, {"model": ModelFacts(latent=True)}),
     (
         "DDIM009",
         "warning",
         {**SOUND, "clip_sample": True, "_class_name": "DDIMInverseScheduler"},
         {},
     ),
-    ("DDIM009", "info", {**SOUND, "clip_sample": True}, {"model": Model(latent=False)}),
+    ("DDIM009", "info", {**SOUND, "clip_sample": True}, {"model": ModelFacts(latent=False)}),
     ("DDIM010", "info", {**SOUND, "set_alpha_to_one": False}, {}),
     (
         "DDIM010",
@@ -105,24 +105,29 @@ PLANTED = [
     ("DDIM012", "warning", {**SOUND, "thresholding": True, "sample_max_value": 0.5}, {}),
     ("DDIM013", "info", SOUND, {"guidance_scale": 7.5}),
     ("DDIM014", "info", {**SOUND, "steps_offset": 2}, {}),
-    ("DDIM014", "info", {**SOUND, "steps_offset": 1}, {"model": Model(guided=False)}),
-    ("DDIM014", "info", {**SOUND, "steps_offset": 5}, {"model": Model(guided=True)}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 1}, {"model": ModelFacts(guided=False)}),
+    ("DDIM014", "info", {**SOUND, "steps_offset": 5}, {"model": ModelFacts(guided=True)}),
     ("DDIM015", "error", {**LEAKY, "trained_betas": [0.1, 0.2]}, {}),
     ("DDIM015", "warning", {**LEAKY, "trained_betas": [0.01] * 1001}, {}),
     ("DDIM016", "error", SOUND, {"steps": 1001}),
-    ("DDIM017", "error", SOUND, {"model": Model(num_train_timesteps=4000)}),
+    ("DDIM017", "error", SOUND, {"model": ModelFacts(num_train_timesteps=4000)}),
     ("DDIM018", "warning", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {}),
     (
         "DDIM019",
         "warning",
         LEAKY,
         {
-            "model": Model(
+            "model": ModelFacts(
                 training={**LEAKY, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
             )
         },
     ),
-    ("DDIM019", "error", SOUND, {"model": Model(training={**SOUND, "prediction_type": "sample"})}),
+    (
+        "DDIM019",
+        "error",
+        SOUND,
+        {"model": ModelFacts(training={**SOUND, "prediction_type": "sample"})},
+    ),
     ("DDIM020", "info", SOUND, {}),
     ("DDIM021", "error", SOUND, {"probe": Probe(ERRORS, "epsilon", True, {})}),
     ("DDIM021", "warning", SOUND, {"probe": Probe(ERRORS, None, None, {})}),
@@ -172,7 +177,7 @@ BAD = {
 def test_a_fix_that_worsens_a_predicted_figure_says_so_and_why_and_plants_no_note(guided):
     """Several flaws at once, of which zero terminal SNR with epsilon is mended at the cost of
     brightness."""
-    before = diagnose(BAD, steps=30, model=Model(guided=guided))
+    before = diagnose(BAD, steps=30, model=ModelFacts(guided=guided))
     assert before.worse == (
         "The fix makes what is predicted worse (brightness bias from +0.160 to +0.355, brightness "
         "spread from 0.834 to 0.541): zero "
@@ -188,30 +193,30 @@ def test_a_fix_that_worsens_a_predicted_figure_says_so_and_why_and_plants_no_not
         "timestep_spacing": "trailing",
         **offset,
     }
-    after = diagnose(before.fixed(), steps=30, model=Model(guided=guided))
+    after = diagnose(before.fixed(), steps=30, model=ModelFacts(guided=guided))
     assert (after.after, after.worse) == (None, "")
     assert "DDIM014" not in [f.code for f in after.findings]
-    wrong = {"model": Model(training={**LEAKY, "beta_end": 0.002})}
+    wrong = {"model": ModelFacts(training={**LEAKY, "beta_end": 0.002})}
     assert "what is mended is graver (DDIM019)." in diagnose(LEAKY, steps=50, **wrong).worse
 
 
 def test_a_prior_is_advised_only_where_it_can_be_used():
     """`ddim sample --prior` refuses models of text, and knows the colours of pixels."""
     for model, told in [
-        (Model(guided=False, latent=False), "Without training: ddim sample --prior data"),
+        (ModelFacts(guided=False, latent=False), "Without training: ddim sample --prior data"),
         (
-            Model(),
+            ModelFacts(),
             "Without training, for a model of pixels and without text: ddim sample --prior data",
         ),
         (
-            Model(guided=True),
+            ModelFacts(guided=True),
             (
                 "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction "
                 "--rescale-betas-zero-snr."
             ),
         ),
         (
-            Model(latent=True),
+            ModelFacts(latent=True),
             (
                 "ddim train --base MODEL --data CAPTIONED --prediction-type v_prediction "
                 "--rescale-betas-zero-snr."
@@ -228,7 +233,7 @@ def test_a_prior_is_advised_only_where_it_can_be_used():
     (found,) = (
         f
         for f in diagnose(
-            {**LEAKY, "prediction_type": "v_prediction"}, model=Model(guided=True)
+            {**LEAKY, "prediction_type": "v_prediction"}, model=ModelFacts(guided=True)
         ).findings
         if f.code == "DDIM001"
     )
@@ -238,7 +243,7 @@ def test_a_prior_is_advised_only_where_it_can_be_used():
 def test_the_fixes_of_a_configuration_that_belongs_to_another_run_are_those_of_that_run():
     training = {**SOUND, "prediction_type": "v_prediction"}
     fixed = diagnose(
-        {**SOUND, "prediction_type": "epsilon"}, steps=50, model=Model(training=training)
+        {**SOUND, "prediction_type": "epsilon"}, steps=50, model=ModelFacts(training=training)
     ).fixed()
     assert (fixed["prediction_type"], fixed["rescale_betas_zero_snr"]) == ("v_prediction", True)
     fixed = diagnose(
@@ -263,7 +268,7 @@ def test_a_sound_configuration_has_no_warning_and_with_all_told_no_finding(steps
     config = {**SOUND, "beta_schedule": schedule}
     assert {f.severity for f in diagnose(config, steps=steps).findings} <= {"info"}
     told = {"steps": steps, "eta": 0.0, "guidance_scale": 7.5, "guidance_rescale": 0.7}
-    model = Model(latent=True, num_train_timesteps=1000, training=config)
+    model = ModelFacts(latent=True, num_train_timesteps=1000, training=config)
     assert (
         diagnose(
             config, **told, model=model, probe=Probe(ERRORS, "v_prediction", True, {})
@@ -806,11 +811,11 @@ OPTIONS = {
     "timesteps": [None, [2, 1], [], [9, -1], [5.5], [1, 2], [math.inf]],
     "eta": [None, 0.0, 1.0, 1.5, -1, "sigma-hat", math.nan],
     "model": [
-        Model(),
-        Model(latent=True, num_train_timesteps=10),
-        Model(training={"prediction_type": "sample"}),
-        Model(training=TRAINED),
-        Model(shape=(1, 1, 1)),
+        ModelFacts(),
+        ModelFacts(latent=True, num_train_timesteps=10),
+        ModelFacts(training={"prediction_type": "sample"}),
+        ModelFacts(training=TRAINED),
+        ModelFacts(shape=(1, 1, 1)),
     ],
     "brightness": [None, Brightness(0.0, 0.1, 1)],
     "probe": [

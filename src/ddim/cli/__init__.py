@@ -27,7 +27,6 @@ COMMANDS = {
     "table": "measure a model at every eta and number of steps, as the paper's Table 1",
     "fit-steps": "fit the timesteps of a few steps to a model",
     "doctor": "tell what is wrong with a model's noise schedule and sampler",
-    "flaws": "measure what each fix of the flawed noise schedules does",
     "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 

@@ -19,7 +19,7 @@ from ddim.errors import CheckpointError, DDIMError, OutputError
 
 if TYPE_CHECKING:
     from ddim.core.prior import DataPrior
-    from ddim.doctor.checks import Finding, Model, Severity
+    from ddim.doctor.checks import Finding, ModelFacts, Severity
     from ddim.doctor.report import Diagnosis
     from ddim.doctor.symptoms import Brightness, Probe
 
@@ -181,14 +181,14 @@ def run(command: Command) -> int:
     return int(diagnosis.has("error") or (command.strict and diagnosis.has("warning")))
 
 
-def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
+def _read(command: Command) -> "tuple[dict[str, Any], ModelFacts, Path | None]":
     """The scheduler's configuration, what lies beside it about the model, and the model's folder if
     there is one.
 
     Raises:
         CheckpointError: If there is no scheduler, or a file is damaged.
     """
-    from ddim.doctor.checks import Model
+    from ddim.doctor.checks import ModelFacts
     from ddim.models.checkpoints import is_unconditional, read_json, read_model_index, resolve_model
 
     path, training = Path(command.source).expanduser(), None
@@ -218,7 +218,7 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
         ]
         training = _training(read_json(records[0])) if records else None
     if not (folder / "model_index.json").is_file():
-        return config, Model(latent=command.latent or None, training=training), None
+        return config, ModelFacts(latent=command.latent or None, training=training), None
     index = read_model_index(folder)
     latent = command.latent or any(
         index.get(name, [None])[0] is not None for name in ("vae", "vqvae", "movq")
@@ -230,7 +230,7 @@ def _read(command: Command) -> "tuple[dict[str, Any], Model, Path | None]":
     )
     size, channels = unet.get("sample_size"), unet.get("in_channels")
     height, width = size if isinstance(size, list) else (size, size)
-    model = Model(
+    model = ModelFacts(
         latent=latent,
         guided=not is_unconditional(index),
         shape=(channels, height, width) if channels and height and width and not latent else None,
@@ -271,7 +271,7 @@ def _fetch(hub_id: str) -> Path:
 
 
 def _look_at_data(
-    command: Command, config: dict[str, Any], model: "Model", folder: Path | None
+    command: Command, config: dict[str, Any], model: "ModelFacts", folder: Path | None
 ) -> "tuple[Brightness | None, DataPrior | None, Probe | None]":
     """What the images tell: their brightness, the prior, and the network's answers."""
     if command.data is None:
@@ -319,7 +319,9 @@ def _spread(total: int, most: int) -> range:
     return range(0, total, max(1, total // most))[:most]
 
 
-def _known_brightness(command: Command, model: "Model", folder: Path | None) -> "Brightness | None":
+def _known_brightness(
+    command: Command, model: "ModelFacts", folder: Path | None
+) -> "Brightness | None":
     """The brightness that was given, or that the model's prior.json tells."""
     from ddim.core.prior import DataPrior
     from ddim.doctor.symptoms import Brightness

@@ -37,7 +37,7 @@ __all__ = [
     "Case",
     "Check",
     "Finding",
-    "Model",
+    "ModelFacts",
     "Severity",
     "foreign_finding",
     "json_numbers",
@@ -145,7 +145,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What is known of the network beside its scheduler's configuration; None is unknown.
 
     Attributes:
@@ -170,7 +170,7 @@ class Case:
     Attributes:
         config: With diffusers' values for absent keys, and the spacing that was asked for.
         schedule: Its levels.
-        model: See :class:`Model`.
+        model: See :class:`ModelFacts`.
         brightness: Of the images.
         asked: The number of steps that was asked for; None where none was.
         custom: The list of timesteps that was asked for, or that the configuration was fitted with.
@@ -188,7 +188,7 @@ class Case:
 
     config: dict[str, Any]
     schedule: NoiseSchedule
-    model: Model
+    model: ModelFacts
     brightness: Brightness
     asked: int | None
     custom: Sequence[int] | None
@@ -311,7 +311,7 @@ def _terminal_snr(case: Case) -> Finding | None:
     )
 
 
-def _against_a_leak(model: Model, fix: Mapping[str, Any]) -> str:
+def _against_a_leak(model: ModelFacts, fix: Mapping[str, Any]) -> str:
     """What this package can do about it: start from a prior of pixels, where the model is not known
     to have text or latents, or train."""
     if model.latent or model.guided:

@@ -21,7 +21,7 @@ from ddim.doctor.checks import (
     OTHER_KEYS,
     Case,
     Finding,
-    Model,
+    ModelFacts,
     Severity,
     foreign_finding,
 )
@@ -145,7 +145,7 @@ def diagnose(
     eta: Eta | None = None,
     guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
-    model: Model = Model(),  # noqa: B008 - frozen
+    model: ModelFacts = ModelFacts(),  # noqa: B008 - frozen
     brightness: Brightness | None = None,
     probe: Probe | None = None,
 ) -> Diagnosis:
@@ -194,7 +194,7 @@ def _look(
     eta: Eta | None,
     guidance_scale: float | None,
     guidance_rescale: float,
-    model: Model,
+    model: ModelFacts,
     brightness: Brightness | None,
     probe: Probe | None,
 ) -> Diagnosis:

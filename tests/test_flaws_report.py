@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.evaluation.fashion_text import Judged
-from ddim.evaluation.flaws import (
+from fashion_judge import Judged
+from flaws_report import (
     TRAININGS,
     Setting,
     background_records,
@@ -33,7 +33,7 @@ def judged(brightness):
 def test_every_fix_is_taken_alone_and_with_every_other():
     found = settings(0.7)
     assert len({s.name for s in found}) == len(TRAININGS) * 2 * 2
-    assert [s.told for s in twins(0.7)] == [
+    assert [s.label for s in twins(0.7)] == [
         "epsilon, leaky, leading, no rescale",
         "epsilon, leaky, leading, rescale 0.7",
         "v, zero SNR, trailing, no rescale",
@@ -120,7 +120,7 @@ def records():
 
 def test_the_document_has_every_setting_and_every_table(records):
     text = to_markdown(records, protocol="As it was done.")
-    assert all(f"| {s.told} " in text for s in settings(0.7))
+    assert all(f"| {s.label} " in text for s in settings(0.7))
     assert "0.200 ± 0.100" in text
     assert "black (0.000)" in text
     assert "w = 7.5" in text

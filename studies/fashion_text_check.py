@@ -1,7 +1,7 @@
 """Measures, over all captions, whether a model of fashion-text shows what it is asked for:
 background, hue and garment.
 
-    python recipes/fashion_text_check.py fashion-text --out out/fashion-text-check
+    python studies/fashion_text_check.py fashion-text --out out/fashion-text-check
 
 It writes check.json, with a line for people on standard output, and sheet.png: a row a garment, a
 column a pair of background and colour."""
@@ -31,10 +31,10 @@ from ddim.data.fashion_text import (
 )
 from ddim.data.sources import load_images
 from ddim.evaluation.classifier import load_classifier
-from ddim.evaluation.fashion_text import Asked, Judged, judge, saturated
 from ddim.files import write_text
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.models.images import make_grid, save_png, to_uint8
+from fashion_judge import Asked, Judged, judge, saturated
 
 
 def judge_all(images: Tensor, combinations: list[Combination]) -> Judged:

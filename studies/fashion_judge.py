@@ -1,8 +1,8 @@
 """Whether an image of ``fashion-text`` shows what its caption says: the background's brightness,
 the garment's hue and class.
 
-Images are [B, 3, H, W] in [0, 1]. Brightness is the mean over pixels and channels. What the palette
-is, and how a grey garment is read out of a coloured image, belongs to the data set and is passed
+Images are [B, 3, H, W] in [0, 1]. Brightness is the mean over pixels and channels. The palette and
+the grey garments, which :mod:`ddim.data.fashion_text` reads out of coloured images, are passed
 in."""
 
 import math
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _COLOURLESS = 0.005
-"""Mean chroma below which an image has no hue to speak of; the palest real one has 0.036."""
+"""An image whose mean chroma is below this has no hue; the palest real image has 0.036."""
 
 
 def _frame(images: Tensor, width: int) -> Tensor:
@@ -74,15 +74,14 @@ def garment_hue(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hue_distance(a: Tensor, b: Tensor | float) -> Tensor:
-    """The way between two hues round the circle, in degrees, at most 180."""
+    """The distance of two hues on the circle, in degrees, at most 180."""
     return ((a - b + 180).remainder(360) - 180).abs()
 
 
 def nearest_hue(hue: Tensor, palette: Sequence[float]) -> Tensor:
     """Which entry of the palette each hue is nearest to: [B]."""
-    return hue_distance(
-        hue[:, None], torch.as_tensor(palette, dtype=hue.dtype, device=hue.device)
-    ).argmin(1)
+    hues = torch.as_tensor(palette, dtype=hue.dtype, device=hue.device)
+    return hue_distance(hue[:, None], hues).argmin(1)
 
 
 @torch.no_grad()
@@ -93,13 +92,13 @@ def judge_classes(garments: Tensor, classifier: nn.Module) -> Tensor:
 
 
 def saturated(images: Tensor, *, tolerance: float = 0.5 / 255) -> Tensor:
-    """The share of values that are 0 or 1, which in a clamped image are those that lay there or
-    beyond: [B]."""
+    """The share of values that are 0 or 1: [B]. In a clamped image these were at the limit or
+    beyond."""
     return ((images <= tolerance) | (images >= 1 - tolerance)).flatten(1).float().mean(1)
 
 
 class Summary(NamedTuple):
-    """Numbers of a set of values."""
+    """Mean, spread and number of a set of values."""
 
     mean: float
     spread: float
@@ -119,24 +118,24 @@ class Asked(NamedTuple):
     """What a caption asks for."""
 
     brightness: float
-    """Of the background, in [0, 1]."""
+    """The background's brightness, in [0, 1]."""
     hue: int
-    """Its number in the palette."""
+    """The place of the garment's hue in the palette."""
     garment: int
-    """Its class."""
+    """The garment's class."""
 
 
 class Judged(NamedTuple):
-    """What images show, one value an image."""
+    """What images show; each field has one value an image, shape [B]."""
 
     brightness: Tensor
-    """Of the frame, shape [B]."""
+    """Brightness of the frame."""
     error: Tensor
-    """Brightness less the one asked for, shape [B]."""
+    """Brightness less the one asked for."""
     hue_right: Tensor
-    """Whether no hue of the palette is nearer than the one asked for, shape [B]."""
+    """Whether no hue of the palette is nearer than the one asked for."""
     class_right: Tensor
-    """Whether the classifier sees the garment asked for, shape [B]."""
+    """Whether the classifier sees the garment asked for."""
 
 
 def judge(
@@ -152,7 +151,7 @@ def judge(
     Args:
         images: Shape [B, 3, H, W], in [0, 1].
         garments: The grey garments that were read out of them, shape [B, 28, 28], in [0, 1].
-        asked: What each is to show.
+        asked: What each image should show.
         palette: The hues, in degrees.
         classifier: [B, 1, 28, 28] in [-1, 1] -> logits.
 

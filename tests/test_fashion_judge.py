@@ -8,7 +8,7 @@ import torch
 
 from ddim.data.fashion_text import COLOURS, GARMENTS, combine, compose, extract_garments, hues
 from ddim.evaluation.classifier import load_classifier
-from ddim.evaluation.fashion_text import (
+from fashion_judge import (
     Asked,
     frame_brightness,
     frame_spread,
@@ -26,7 +26,7 @@ PALETTE = list(hues().values())
 @pytest.fixture(scope="module")
 def real():
     """Real garments of every combination, and what was asked for."""
-    with np.load(Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz") as file:
+    with np.load(Path(__file__).parent / "data" / "fashion_mnist_2048.npz") as file:
         images, labels = file["test_images"], file["test_labels"]
     seen, composed, asked = [0] * 10, [], []
     for image, label in zip(images[:600], labels[:600], strict=True):

@@ -1,4 +1,4 @@
-"""``ddim flaws``: three models measured cell by cell, gone on with, and refused where they are no
+"""The study of docs/flaws.md: three models measured cell by cell, gone on with, and refused where they are no
 twins."""
 
 import json
@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from tests.conftest import record, tiny_text_parts
 
-from ddim.cli import flaws, main
-from ddim.cli.flaws import _folders, _prompts
-from ddim.evaluation.flaws import settings
+import flaws
 from ddim.training.config import TrainConfig
+from flaws import find_models, make_prompts
+from flaws_report import settings
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a prompt has"
@@ -74,8 +74,8 @@ def data(garments, monkeypatch):
 
 def run(models, out, *options):
     given = [word for name in SCHEDULES for word in (f"--{name}", str(models / name))]
-    small = ["--steps", "2", "--count", "4", "--unconditional", "3", "--guidance", "1,7.5"]
-    return main(["flaws", *given, *small, "--out", str(out), "--device", "cpu", *map(str, options)])
+    small = ["--steps", "2", "--count", "4", "--unconditional", "3", "--guidance", "1", "7.5"]
+    return flaws.main([*given, *small, "--out", str(out), "--device", "cpu", *map(str, options)])
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(
 
         patch.setattr(flaws.Bench, "saturation", stop)
         assert run(models, out) == 130
-    assert "goes on from what is there" in capsys.readouterr().err
+    assert "resumes from what is there" in capsys.readouterr().err
     assert len(list((out / "cells").glob("*.json"))) == len(settings(0.7))
     assert {r["measured"] for r in record(out)["results"]} == {"background"}
     assert not list(out.rglob("*.partial"))
@@ -194,7 +194,7 @@ def test_a_folder_of_another_protocol_is_refused(whole, models, capsys):
 def test_models_in_wrong_places_and_strangers_are_refused(models, tiny, tmp_path, capsys):
     assert run(models, tmp_path / "a", "--v", models / "zero-snr") == 2
     assert (
-        "is to be the model of v, leaky, and its scheduler says v_prediction, zero SNR"
+        "should be the model of v, leaky, but its scheduler says v_prediction, zero SNR"
         in capsys.readouterr().err
     )
     assert run(models, tmp_path / "b", "--v", tiny) == 2
@@ -214,8 +214,8 @@ def test_models_in_wrong_places_and_strangers_are_refused(models, tiny, tmp_path
     [
         (("--count", "0"), "--count must be at least 1; got 0"),
         (
-            ("--guidance", "0.5,2"),
-            "--guidance and --guidance-scale must be at least 1, which is off",
+            ("--guidance", "0.5", "2"),
+            "--guidance and --guidance-scale must be at least 1, which means no guidance",
         ),
         (("--guidance-rescale", "0"), "--guidance-rescale must lie in"),
         (("--epsilon", "nowhere"), "neither an embedded model nor an existing folder"),
@@ -241,10 +241,10 @@ def test_models_that_are_not_named_are_trained_from_one_base(models, tmp_path, m
 
     monkeypatch.setattr("ddim.training.trainer.train", train)
     command, out = (
-        flaws.Command(base=str(models / "zero-snr"), train_images=640, v=str(models / "v")),
+        flaws.Options(base=str(models / "zero-snr"), train_images=640, v=str(models / "v")),
         tmp_path / "out",
     )
-    assert _folders(command, out) == {
+    assert find_models(command, out) == {
         "epsilon": out / "models" / "epsilon",
         "v": models / "v",
         "zero-snr": out / "models" / "zero-snr",
@@ -266,12 +266,12 @@ def test_models_that_are_not_named_are_trained_from_one_base(models, tmp_path, m
     ]
     assert options[0] == options[1]
     asked.clear()
-    _folders(command, out)
+    find_models(command, out)
     assert asked == {}
 
 
 def test_colours_and_garments_do_not_go_in_step():
-    found = _prompts(60, ("black",))
+    found = make_prompts(60, ("black",))
     assert len({(c.colour, c.garment) for c in found}) == 60
-    three = _prompts(64, ("dark gray", "gray", "light gray"))
+    three = make_prompts(64, ("dark gray", "gray", "light gray"))
     assert {c.background for c in three} == {"dark gray", "gray", "light gray"}
