@@ -10,8 +10,8 @@ from ddim.core.schedule import (
     CLEAN,
     NoiseSchedule,
     add_noise,
+    as_factor,
     make_betas,
-    match,
     rescale_zero_terminal_snr,
     velocity,
 )
@@ -149,7 +149,7 @@ def test_errors_say_what_was_received():
     with pytest.raises(
         DDIMError, match=r"one level, or one for each of the 3 samples; got shape \[2\]"
     ):
-        match(torch.ones(2), torch.ones(3, 1))
+        as_factor(torch.ones(2), torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -158,7 +158,7 @@ def test_one_coefficient_stays_on_the_cpu_since_sending_it_would_wait_for_the_de
         torch.empty(3, 2, device="meta", dtype=dtype),
         torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
     )
-    one, many = match(levels[0], x), match(levels, x)
+    one, many = as_factor(levels[0], x), as_factor(levels, x)
     assert (one.device.type, one.dtype, one.shape) == ("cpu", dtype, ())
     assert (many.device.type, many.dtype, many.shape) == ("meta", dtype, (3, 1))
     assert (one * x).device.type == (many * x).device.type == "meta"

@@ -7,6 +7,7 @@ from ddim.core.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.core.step import (
     SIGMA_HAT,
+    StepCoefficients,
     check_eta,
     check_order,
     ddim_step,
@@ -201,3 +202,13 @@ def test_orders_that_cannot_be_are_refused():
             match=f"order 2 solves the deterministic flow and draws no noise; got eta={eta}",
         ):
             check_order(2, eta=eta)
+
+
+def test_the_step_of_numbers_is_the_step_of_tensors():
+    alpha_bar = LINEAR.alpha_bar(torch.tensor([900, 500, 100]))
+    weights = step_coefficients(alpha_bar[:-1], alpha_bar[1:], eta=0.7)
+    x0, eps, z = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    for i, row in enumerate(weights.rows()):
+        same = StepCoefficients(*(column[i] for column in weights))
+        for noise in (None, z):
+            torch.testing.assert_close(row.apply(x0, eps, noise), same.apply(x0, eps, noise))

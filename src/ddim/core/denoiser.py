@@ -24,7 +24,7 @@ from ddim.core.prediction import (
     to_eps,
     to_x0_eps,
 )
-from ddim.core.schedule import CLEAN, NoiseSchedule, match
+from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor
 from ddim.errors import DDIMError
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
@@ -222,7 +222,8 @@ def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
         eps = denoise(x_t, 0).eps
         alpha_bar = schedule.alpha_bar(CLEAN)
         return Denoised(
-            (x_t - match((1 - alpha_bar).sqrt(), x_t) * eps) / match(alpha_bar.sqrt(), x_t), eps
+            (x_t - as_factor((1 - alpha_bar).sqrt(), x_t) * eps) / as_factor(alpha_bar.sqrt(), x_t),
+            eps,
         )
 
     return extended

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddim.core.prediction import Denoised, PredictionType, from_x0_eps
-from ddim.core.schedule import NoiseSchedule, match
+from ddim.core.schedule import NoiseSchedule, as_factor
 
 __all__ = ["GaussianOracle"]
 
@@ -44,11 +44,11 @@ class GaussianOracle:
         """
         alpha_bar = self.schedule.alpha_bar(t)
         alpha, sigma, variance = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), self.variance(t)
-        centred = x_t - match(alpha * self.mean, x_t)
-        mean = match(torch.as_tensor(self.mean, dtype=torch.float64), x_t)
+        centred = x_t - as_factor(alpha * self.mean, x_t)
+        mean = as_factor(torch.as_tensor(self.mean, dtype=torch.float64), x_t)
         return Denoised(
-            mean + match(alpha * self.std**2 / variance, x_t) * centred,
-            match(sigma / variance, x_t) * centred,
+            mean + as_factor(alpha * self.std**2 / variance, x_t) * centred,
+            as_factor(sigma / variance, x_t) * centred,
         )
 
     def network(
@@ -69,8 +69,8 @@ class GaussianOracle:
         / V_t}\,(x_t - \alpha_t \mu)`."""
         alpha_t, alpha_s = self.schedule.alpha_bar(t).sqrt(), self.schedule.alpha_bar(s).sqrt()
         ratio = (self.variance(s) / self.variance(t)).sqrt()
-        return match(alpha_s * self.mean, x_t) + match(ratio, x_t) * (
-            x_t - match(alpha_t * self.mean, x_t)
+        return as_factor(alpha_s * self.mean, x_t) + as_factor(ratio, x_t) * (
+            x_t - as_factor(alpha_t * self.mean, x_t)
         )
 
     def draw(
@@ -79,4 +79,4 @@ class GaussianOracle:
         """Draws from the exact marginal at level t, float64."""
         z = torch.randn(shape, generator=generator, dtype=torch.float64)
         alpha = self.schedule.alpha_bar(t).sqrt()
-        return match(alpha * self.mean, z) + match(self.variance(t).sqrt(), z) * z
+        return as_factor(alpha * self.mean, z) + as_factor(self.variance(t).sqrt(), z) * z

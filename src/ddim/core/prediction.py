@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ddim.core.schedule import match
+from ddim.core.schedule import as_factor
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -119,12 +119,12 @@ def to_x0_eps(
     x0 = (
         output
         if prediction_type == "sample"
-        else match(solution.x0_x, x_t) * x_t + match(solution.x0_m, x_t) * output
+        else as_factor(solution.x0_x, x_t) * x_t + as_factor(solution.x0_m, x_t) * output
     )
     eps = (
         output
         if prediction_type == "epsilon"
-        else match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * output
+        else as_factor(solution.eps_x, x_t) * x_t + as_factor(solution.eps_m, x_t) * output
     )
     return Denoised(x0, eps)
 
@@ -139,7 +139,7 @@ def from_x0_eps(
     if prediction_type == "sample":
         return x0
     p, q = prediction_row(prediction_type, alpha_bar_t)
-    return match(p, x0) * x0 + match(q, x0) * eps
+    return as_factor(p, x0) * x0 + as_factor(q, x0) * eps
 
 
 def to_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def to_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
     After clipping x0 this keeps (x0, eps) a decomposition of x_t, so the next state stays on the
     marginal."""
     solution = solve("sample", alpha_bar_t)
-    return match(solution.eps_x, x_t) * x_t + match(solution.eps_m, x_t) * x0
+    return as_factor(solution.eps_x, x_t) * x_t + as_factor(solution.eps_m, x_t) * x0
 
 
 def clip_static(x0: Tensor, bound: float = 1.0) -> Tensor:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ddim.core.denoiser import Denoiser, checked
 from ddim.core.schedule import CLEAN, NoiseSchedule
-from ddim.core.step import Eta, check_eta, check_order, multistep_weight, step_coefficients
+from ddim.core.step import (
+    Eta,
+    StepNumbers,
+    check_eta,
+    check_order,
+    multistep_weight,
+    step_coefficients,
+)
 from ddim.core.timesteps import Pair, as_pairs
 from ddim.errors import DDIMError
 
@@ -47,26 +54,24 @@ def trajectory(
     """Yields the state after every step; the caller owns progress bars, previews and early
     stopping.
 
-    Autograd records every evaluation, so that sampling can be differentiated through. Where it is
-    not, loop under ``torch.no_grad()``: the graph keeps all steps in memory.
+    Autograd records every evaluation. Unless you differentiate through sampling, loop under
+    ``torch.no_grad()``: the graph keeps all steps in memory.
 
     Args:
         denoise: (x_t, t) -> (x0, eps).
-        x_t: Where to begin, at the level ``pairs[0][0]``, shape [B, ...]; its dtype is the state's.
-            Keep it float32.
-        pairs: From :func:`ddim.core.timesteps.step_pairs`; reversed pairs walk the flow the other
-            way (eta = 0).
+        x_t: Where to begin, at the level ``pairs[0][0]``, shape [B, ...]; its dtype, which is
+            the state's, should be float32.
+        pairs: From :func:`ddim.core.timesteps.step_pairs`; reversed ones invert (eta = 0).
         schedule: The levels.
-        eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+        eta: See :data:`ddim.core.step.Eta`.
         noise: Called once a step for z [B, ...] if eta is not 0 or the variance is analytic; never
             called otherwise.
-        order: 1 is DDIM. 2 is its multistep, which also looks at the prediction of the step before:
-            as many evaluations, a smaller error; eta = 0 only. Its first step, and the step to
-            clean data, are DDIM's.
+        order: 1 is DDIM. 2 is its multistep (:func:`ddim.core.step.multistep_weight`), for eta = 0:
+            a smaller error at the same cost. Its first and its last step are DDIM's.
         eps_mean_square: For the analytic variance: the value of each level that a step leaves, from
             :func:`ddim.fitting.timesteps.estimate_eps_mean_square`. It adds the noise that the
             prediction leaves out, at eta = 0 too.
-        previous: The last state of a trajectory that these pairs go on with, whose ``x_s`` is x_t.
+        previous: The last state of a trajectory that these pairs continue; its ``x_s`` is x_t.
 
     Yields:
         One :class:`State` a pair.
@@ -78,56 +83,52 @@ def trajectory(
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
         https://arxiv.org/abs/2010.02502
-
-        Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.
-        2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
     denoise, pairs = checked(denoise), as_pairs(pairs)
     check_eta(eta)
     check_order(order, eta=eta, analytic=eps_mean_square is not None)
-    random = eta != 0 or eps_mean_square is not None
-    if random and noise is None:
+    is_random = eta != 0 or eps_mean_square is not None
+    if is_random and noise is None:
         what = f"eta={eta}" if eps_mean_square is None else "the analytic variance"
         raise DDIMError(
             f"{what} draws noise at every step; give noise=..., for example a SeededNoise."
         )
+    steps, multistep = _coefficients(pairs, schedule, eta, eps_mean_square, previous)
     first = 0 if previous is None else previous.number + 1
-    missing = [t for t, _ in pairs if eps_mean_square is not None and t not in eps_mean_square]
-    if missing:
-        raise DDIMError(
-            f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels that "
-            "are visited."
-        )
-    # All coefficients at once, as numbers: looked up step by step they would cost more than the
-    # rest of the loop.
-    alpha_bar_t, alpha_bar_s = (
-        schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))
-        for i in (0, 1)
-    )
-    mean_squares = (
-        None
-        if eps_mean_square is None
-        else torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
-    )
-    weights = [
-        w.tolist()
-        for w in step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=mean_squares)
-    ]
-    before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
-    multistep = multistep_weight(
-        torch.cat([before, alpha_bar_t])[: len(pairs)], alpha_bar_t, alpha_bar_s
-    ).tolist()
-    for number, ((t, s), of_x0, of_eps, of_noise, of_change) in enumerate(
-        zip(pairs, *weights, multistep, strict=True)
-    ):
+    for number, ((t, s), step, weight) in enumerate(zip(pairs, steps, multistep, strict=True)):
         x0, eps = denoise(x_t, t)
-        x_t = torch.mul(x0, of_x0).add_(eps, alpha=of_eps)
-        if random and noise is not None:
-            x_t.add_(noise(), alpha=of_noise)
+        x_t = step.apply(x0, eps, noise() if noise is not None and is_random else None)
         if order == 2 and previous is not None and s != CLEAN:
-            x_t.add_(x0 - previous.x0, alpha=of_change)
-        previous = State(x_t, x0, eps, t, s, number + first)
+            x_t.add_(x0 - previous.x0, alpha=weight)
+        previous = State(x_t, x0, eps, t, s, first + number)
         yield previous
+
+
+def _coefficients(
+    pairs: Sequence[Pair],
+    schedule: NoiseSchedule,
+    eta: Eta,
+    eps_mean_square: Mapping[int, float] | None,
+    previous: State | None,
+) -> tuple[list[StepNumbers], list[float]]:
+    """The weights of all steps, and those of their multistep, as numbers: looked up step by step
+    they would cost more than the rest of the loop."""
+    mean_square = None
+    if eps_mean_square is not None:
+        if missing := [t for t, _ in pairs if t not in eps_mean_square]:
+            raise DDIMError(
+                f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels "
+                "that are visited."
+            )
+        mean_square = torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
+    alpha_bar_t, alpha_bar_s = (
+        schedule.alpha_bar(torch.tensor(levels, dtype=torch.int64))
+        for levels in ([t for t, _ in pairs], [s for _, s in pairs])
+    )
+    steps = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=mean_square)
+    before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
+    alpha_bar_before = torch.cat([before, alpha_bar_t])[: len(pairs)]
+    return steps.rows(), multistep_weight(alpha_bar_before, alpha_bar_t, alpha_bar_s).tolist()
 
 
 def sample(

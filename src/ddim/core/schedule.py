@@ -25,7 +25,7 @@ __all__ = [
     "NoiseSchedule",
     "add_noise",
     "make_betas",
-    "match",
+    "as_factor",
     "rescale_zero_terminal_snr",
     "velocity",
 ]
@@ -224,7 +224,7 @@ class NoiseSchedule:
         return alpha_bar.log() - torch.log1p(-alpha_bar)
 
 
-def match(coefficient: Tensor, x: Tensor) -> Tensor:
+def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
     """Rounds float64 coefficients (shape [] or [B]) to the dtype of x [B, ...], where and how they
     can multiply it.
 
@@ -264,7 +264,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tenso
         The noisy sample, shape [B, ...].
     """
     alpha_bar = schedule.alpha_bar(t)
-    return match(alpha_bar.sqrt(), x0) * x0 + match((1 - alpha_bar).sqrt(), x0) * noise
+    return as_factor(alpha_bar.sqrt(), x0) * x0 + as_factor((1 - alpha_bar).sqrt(), x0) * noise
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
@@ -276,4 +276,4 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor
         https://arxiv.org/abs/2202.00512
     """
     alpha_bar = schedule.alpha_bar(t)
-    return match(alpha_bar.sqrt(), x0) * noise - match((1 - alpha_bar).sqrt(), x0) * x0
+    return as_factor(alpha_bar.sqrt(), x0) * noise - as_factor((1 - alpha_bar).sqrt(), x0) * x0

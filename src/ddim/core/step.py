@@ -1,11 +1,17 @@
 r"""One transition of the DDIM family, from a level t to any other level s.
 
 .. math::
-    x_s = \sqrt{\bar\alpha_s}\,\hat x_0 + \sqrt{1 - \bar\alpha_s - \mathrm{std}^2}\;\hat\epsilon + \mathrm{noise}\,z,
-    \qquad \mathrm{std}(\eta) = \eta \sqrt{\frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}} \sqrt{1 - \frac{\bar\alpha_t}{\bar\alpha_s}}
+    x_s = \sqrt{\bar\alpha_s}\,\hat x_0
+        + \sqrt{1 - \bar\alpha_s - \mathrm{std}^2}\;\hat\epsilon + \mathrm{noise}\,z,
+    \qquad \mathrm{std}(\eta) = \eta \sqrt{\frac{1 - \bar\alpha_s}{1 - \bar\alpha_t}}
+        \sqrt{1 - \frac{\bar\alpha_t}{\bar\alpha_s}}
 
 with noise = std for a number eta. The paper's ``sigma-hat`` keeps std(1) in the direction and draws
 :math:`\hat\sigma = \sqrt{1 - \bar\alpha_t / \bar\alpha_s}` instead.
+
+The weights are computed once, in float64, by :func:`step_coefficients`, and
+:meth:`StepCoefficients.apply` takes the step. Everything that steps uses both, but the scheduler,
+which gathers the same weights from a table (:mod:`ddim.core.plan`).
 """
 
 import math
@@ -15,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddim.core.prediction import PredictionType, Solution, solve
-from ddim.core.schedule import match
+from ddim.core.schedule import as_factor
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "Eta",
     "LinearStep",
     "StepCoefficients",
+    "StepNumbers",
     "check_eta",
     "check_order",
     "ddim_step",
@@ -50,6 +57,31 @@ class StepCoefficients(NamedTuple):
     eps: Tensor
     noise: Tensor
 
+    def apply(self, x0: Tensor, eps: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Takes the step: x_s [B, ...] in the dtype of x0 [B, ...]; no noise counts as 0."""
+        x_s = as_factor(self.x0, x0) * x0 + as_factor(self.eps, x0) * eps
+        return x_s if noise is None else x_s + as_factor(self.noise, x0) * noise
+
+    def rows(self) -> "list[StepNumbers]":
+        """The steps of a whole walk, coefficients of shape [N], as N steps of plain numbers."""
+        columns = (column.tolist() for column in self)
+        return [StepNumbers(*row) for row in zip(*columns, strict=True)]
+
+
+class StepNumbers(NamedTuple):
+    """One row of :class:`StepCoefficients` as numbers, so that a loop looks nothing up and waits
+    for no device."""
+
+    x0: float
+    eps: float
+    noise: float
+
+    def apply(self, x0: Tensor, eps: Tensor, noise: Tensor | None = None) -> Tensor:
+        """:meth:`StepCoefficients.apply`, to rounding, without memory for its products
+        (``test_the_step_of_numbers_is_the_step_of_tensors``)."""
+        x_s = torch.mul(x0, self.x0).add_(eps, alpha=self.eps)
+        return x_s if noise is None else x_s.add_(noise, alpha=self.noise)
+
 
 class LinearStep(NamedTuple):
     """x_s = x * x_t + output * m + noise * z; float64, shape of the levels."""
@@ -74,8 +106,7 @@ def check_eta(eta: Eta) -> Eta:
 
 
 def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
-    """Returns the order of the solver, or refuses one that is unknown, and noise (of eta, or of the
-    analytic variance) in the second.
+    """Returns the order of the solver, or refuses an unknown one, and noise at order 2.
 
     Raises:
         DDIMError: With the value that was received.
@@ -115,44 +146,32 @@ def step_coefficients(
             Default: the variance of eta alone.
 
     Returns:
-        Three float64 tensors. The noise weight of a step to clean data (alpha_bar_s = 1) is 0 for a
-        number eta, with eps_mean_square too.
+        Three float64 tensors. A step to clean data (alpha_bar_s = 1) draws no noise, unless eta is
+        ``"sigma-hat"``.
 
     Raises:
-        DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s: the
-            direction term would be the root of a negative number; if eps_mean_square is given with
-            sigma-hat, or where alpha_bar_t is 0.
+        DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s; if
+            eps_mean_square is given with sigma-hat, or where alpha_bar_t is 0.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16; Sec. 5
         (sigma-hat). https://arxiv.org/abs/2010.02502
-
-        Bao, Li, Zhu, Zhang. Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in
-        Diffusion Probabilistic Models. 2022. Theorem 1. https://arxiv.org/abs/2201.06503
     """
     check_eta(eta)
     if eps_mean_square is not None:
-        return _analytic(
-            step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta),
-            alpha_bar_t,
-            alpha_bar_s,
-            eta,
-            eps_mean_square,
-        )
+        plain = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+        return _analytic(plain, alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
     if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
         return StepCoefficients(
             alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), torch.zeros_like(alpha_bar_s)
         )
     scale = 1.0 if isinstance(eta, str) else float(eta)
-    added = (1 - alpha_bar_t / alpha_bar_s).clamp(
-        min=0
-    )  # two levels that are equal round to -1 ulp
+    added = (1 - alpha_bar_t / alpha_bar_s).clamp(min=0)  # of equal levels it rounds to -1 ulp
     variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
     remainder = 1 - alpha_bar_s - variance
-    # At eta = 1 from zero terminal SNR the remainder is 0. This order of operations keeps it so in
-    # float64 (in float32 it rounds
-    # below); an eta that is 1 but for its own rounding goes just below too, and is no error;
-    # anything larger is.
+    # The remainder is 0 at eta = 1 from zero terminal SNR, and this order of operations keeps it so
+    # in float64. An eta that is 1 but for its own rounding goes just below; anything larger is an
+    # error.
     if scale > 1 and bool((excess := remainder < -1e-12).any()):
         largest = ((1 - alpha_bar_t) / added)[excess].min().sqrt()
         raise DDIMError(
@@ -171,10 +190,15 @@ def _analytic(
     eta: Eta,
     eps_mean_square: Tensor,
 ) -> StepCoefficients:
-    r"""Adds the noise that the prediction leaves out.
+    r"""Adds the noise that the prediction leaves out; :math:`\Gamma_t` is ``eps_mean_square``.
 
     .. math:: \mathrm{noise}^2 \leftarrow \mathrm{noise}^2
-        + \left(\sqrt{(1 - \bar\alpha_t)\,\bar\alpha_s / \bar\alpha_t} - \mathrm{eps}\right)^2 (1 - \Gamma_t)
+        + \left(\sqrt{(1 - \bar\alpha_t)\,\bar\alpha_s / \bar\alpha_t} - \mathrm{eps}\right)^2
+        (1 - \Gamma_t)
+
+    References:
+        Bao, Li, Zhu, Zhang. Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in
+        Diffusion Probabilistic Models. 2022. Theorem 1. https://arxiv.org/abs/2201.06503
     """
     if eta == SIGMA_HAT:
         raise DDIMError("the analytic variance is that of a number eta; got sigma-hat.")
@@ -184,9 +208,8 @@ def _analytic(
             "the variance of eta."
         )
     missing = ((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t).sqrt() - plain.eps
-    added = torch.where(
-        alpha_bar_s < 1, missing**2 * (1 - eps_mean_square), 0.0
-    )  # the finished image is the mean: no noise in what is shown
+    # The finished image is the mean: no noise in what is shown.
+    added = torch.where(alpha_bar_s < 1, missing**2 * (1 - eps_mean_square), 0.0)
     return plain._replace(noise=(plain.noise**2 + added).sqrt())
 
 
@@ -206,8 +229,7 @@ def ddim_step(
         x0: Predicted clean sample, shape [B, ...].
         eps: Predicted noise, shape [B, ...].
         alpha_bar_t: Level of the prediction, shape [] or [B], float64, in [0, 1].
-        alpha_bar_s: Level to reach, shape [] or [B]; 1 is clean. Above alpha_bar_t whenever eta >
-            0.
+        alpha_bar_s: Level to reach, same shape; 1 is clean. Above alpha_bar_t unless eta is 0.
         eta: 0 is deterministic, 1 the DDPM posterior, ``"sigma-hat"`` the paper's larger noise.
         eps_mean_square: For the analytic variance, as in :func:`step_coefficients`.
         noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0 or the variance
@@ -220,15 +242,14 @@ def ddim_step(
         DDIMError: If eta is invalid, or noise is missing.
     """
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
-    x_s = match(weights.x0, x0) * x0 + match(weights.eps, x0) * eps
     if eta == 0 and eps_mean_square is None:
-        return x_s
+        return weights.apply(x0, eps)
     if noise is None:
         raise DDIMError(
             f"noise is required when eta is not 0, and for the analytic variance; got eta={eta} "
             "and no noise."
         )
-    return x_s + match(weights.noise, x0) * noise
+    return weights.apply(x0, eps, noise)
 
 
 def linear_step(
@@ -239,9 +260,8 @@ def linear_step(
 
     Shapes and errors as :func:`step_coefficients`; infinite or NaN where the parametrisation has no
     solution."""
-    return fold(
-        step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta), solve(prediction_type, alpha_bar_t)
-    )
+    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+    return fold(weights, solve(prediction_type, alpha_bar_t))
 
 
 def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
@@ -261,7 +281,8 @@ def multistep_weight(
 
     .. math::
         x_s = x_s^{\mathrm{DDIM}} + w\,(\hat x_0 - \hat x_0^{\mathrm{previous}}), \qquad
-        w = \alpha_s (1 - e^{-h})\,\frac{h}{2\,(l_t - l_{\mathrm{previous}})}, \qquad h = l_s - l_t, \quad l = \log(\alpha / \sigma)
+        w = \alpha_s (1 - e^{-h})\,\frac{h}{2\,(l_t - l_{\mathrm{previous}})},
+        \qquad h = l_s - l_t, \quad l = \log(\alpha / \sigma)
 
     Args:
         alpha_bar_previous: Level of the prediction before, any shape, float64, in [0, 1].
@@ -276,11 +297,9 @@ def multistep_weight(
         Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.
         2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
-    before, here, there = (
-        alpha_bar.logit() for alpha_bar in (alpha_bar_previous, alpha_bar_t, alpha_bar_s)
-    )  # 2 l
-    change = (
-        alpha_bar_s.sqrt() - (1 - alpha_bar_s).sqrt() * (alpha_bar_t / (1 - alpha_bar_t)).sqrt()
-    )
+    levels = (alpha_bar_previous, alpha_bar_t, alpha_bar_s)
+    before, here, there = (alpha_bar.logit() for alpha_bar in levels)  # 2 l
+    ratio = (alpha_bar_t / (1 - alpha_bar_t)).sqrt()
+    change = alpha_bar_s.sqrt() - (1 - alpha_bar_s).sqrt() * ratio
     weight = change * (there - here) / (2 * (here - before))
     return torch.where(weight.isfinite(), weight, 0.0)
