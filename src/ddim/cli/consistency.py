@@ -98,7 +98,7 @@ def run(command: Command) -> None:
     }
     for timesteps in chosen.values():
         for sampler in ("ddim", *command.sampler):
-            pipe.check_path(timesteps, order=1, sampler=sampler)
+            pipe.route(timesteps=timesteps, order=1, clip="none", sampler=sampler)  # type: ignore[arg-type] # one of the three
     spacing = command.spacing or pipe.scheduler.config.timestep_spacing
     protocol = {
         "command": "consistency",

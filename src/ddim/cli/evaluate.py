@@ -190,7 +190,7 @@ def _of_model(command: Command, device: "torch.device") -> Samples:
     seeds = check_seeds(range(command.seed, command.seed + count))
     pipe, folder = open_model(command.samples_or_model, device=device)
     timesteps = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing)
-    pipe.check_path(timesteps, eta=eta)
+    pipe.route(timesteps=timesteps, eta=eta)
     fitted = pipe.scheduler.config.get("fitted_timesteps") or []
     seconds: list[float] = []
 

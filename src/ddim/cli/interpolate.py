@@ -119,7 +119,7 @@ def run(command: Command) -> None:
     pipe, folder = open_model(command.model, device=device)
     asked = pipe.select_timesteps(command.steps, timestep_spacing=command.spacing, order=1)
     timesteps = asked if command.images is None else encodable_timesteps(pipe.noise_schedule, asked)
-    pipe.check_path(timesteps, order=1)
+    pipe.route(timesteps=timesteps, order=1)
     check_class(pipe, command.class_, required=True)
     protocol = {
         "command": "interpolate",

@@ -121,7 +121,7 @@ def run(command: Command) -> None:
         steps: encodable_timesteps(pipe.noise_schedule, levels) for steps, levels in asked.items()
     }
     for levels in chosen.values():
-        pipe.check_path(levels, order=1)
+        pipe.route(timesteps=levels, order=1)
     which: dict[str, Any] = {
         "split": command.split,
         "first": command.seed,

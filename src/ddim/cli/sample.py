@@ -148,7 +148,6 @@ def run(command: Command) -> None:
     from ddim.core.step import SIGMA_HAT, Eta, check_eta
     from ddim.core.timesteps import truncate_timesteps
     from ddim.models.checkpoints import has_scheduler
-    from ddim.pipelines.base import check_exact
 
     device = find_device(command.device)
     seeds = check_seeds(range(command.seed, command.seed + command.count))
@@ -178,12 +177,17 @@ def run(command: Command) -> None:
     )
     analytic = command.variance == "analytic"
     sampler = "ddim" if command.sampler == "ddpm" else command.sampler
-    pipe.check_path(timesteps, eta=eta, order=order, analytic=analytic, sampler=sampler)
     clip = pipe.select_clip(
         command.clip or ("static" if command.sampler == "ddpm" and text is None else None)
     )  # latents have no range
-    if sampler != "ddim":
-        check_exact(sampler, eta=eta, clip=clip, order=command.order, analytic=analytic)
+    pipe.route(
+        timesteps=timesteps,
+        eta=eta,
+        order=command.order,
+        clip=clip,
+        sampler=sampler,
+        analytic=analytic,
+    )
     prior = _prior(command, folder)
     check_class(pipe, command.class_)
     images = _open_data(command, pipe, folder) if analytic else None

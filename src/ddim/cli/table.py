@@ -128,7 +128,7 @@ def run(command: Command) -> None:
         (eta, steps) for steps in sorted(set(command.steps)) for eta in dict.fromkeys(command.eta)
     ]
     for eta, steps in wanted:
-        bench.pipe.check_path(bench.timesteps(steps), eta=eta)
+        bench.pipe.route(timesteps=bench.timesteps(steps), eta=eta)
     out = Path(command.out or f"out/table-{short_name(command.model)}")
     with locked(out):
         (out / "cells").mkdir(exist_ok=True)

@@ -3,23 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ddim.core.denoiser import Denoiser, checked
-from ddim.core.schedule import CLEAN, NoiseSchedule
-from ddim.core.step import (
-    Eta,
-    StepNumbers,
-    check_eta,
-    check_order,
-    multistep_weight,
-    step_coefficients,
-)
-from ddim.core.timesteps import Pair, as_pairs
+from ddim.core.route import Route, make_route
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.step import Eta
+from ddim.core.timesteps import Pair
 from ddim.errors import DDIMError
 
-__all__ = ["State", "sample", "trajectory"]
+__all__ = ["State", "sample", "trajectory", "walk"]
 
 
 class State(NamedTuple):
@@ -84,51 +77,49 @@ def trajectory(
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
         https://arxiv.org/abs/2010.02502
     """
-    denoise, pairs = checked(denoise), as_pairs(pairs)
-    check_eta(eta)
-    check_order(order, eta=eta, analytic=eps_mean_square is not None)
-    is_random = eta != 0 or eps_mean_square is not None
-    if is_random and noise is None:
-        what = f"eta={eta}" if eps_mean_square is None else "the analytic variance"
+    route = make_route(
+        schedule,
+        pairs,
+        eta=eta,
+        order=order,
+        eps_mean_square=eps_mean_square,
+        before=None if previous is None else previous.t,
+    )
+    yield from walk(denoise, x_t, route, noise=noise, previous=previous)
+
+
+def walk(
+    denoise: Denoiser,
+    x_t: Tensor,
+    route: Route,
+    *,
+    noise: Callable[[], Tensor] | None = None,
+    previous: State | None = None,
+) -> Iterator[State]:
+    """Walks a route: :func:`trajectory`, whose options have been resolved.
+
+    Raises:
+        DDIMError: If ``noise`` is missing, if the analytic variance was not measured, or if
+            ``denoise`` does not return a pair.
+    """
+    denoise = checked(denoise)
+    if route.analytic and route.eps_mean_square is None:
+        raise DDIMError("the analytic variance of this route was not measured; see Route.measured.")
+    if route.is_random and noise is None:
+        what = "the analytic variance" if route.analytic else f"eta={route.eta}"
         raise DDIMError(
             f"{what} draws noise at every step; give noise=..., for example a SeededNoise."
         )
-    steps, multistep = _coefficients(pairs, schedule, eta, eps_mean_square, previous)
     first = 0 if previous is None else previous.number + 1
-    for number, ((t, s), step, weight) in enumerate(zip(pairs, steps, multistep, strict=True)):
+    # As numbers: looked up step by step they would cost more than the rest of the loop.
+    steps = zip(route.pairs, route.weights.rows(), route.multistep.tolist(), strict=True)
+    for number, ((t, s), step, weight) in enumerate(steps):
         x0, eps = denoise(x_t, t)
-        x_t = step.apply(x0, eps, noise() if noise is not None and is_random else None)
-        if order == 2 and previous is not None and s != CLEAN:
+        x_t = step.apply(x0, eps, noise() if noise is not None and route.is_random else None)
+        if weight != 0 and previous is not None:
             x_t.add_(x0 - previous.x0, alpha=weight)
         previous = State(x_t, x0, eps, t, s, first + number)
         yield previous
-
-
-def _coefficients(
-    pairs: Sequence[Pair],
-    schedule: NoiseSchedule,
-    eta: Eta,
-    eps_mean_square: Mapping[int, float] | None,
-    previous: State | None,
-) -> tuple[list[StepNumbers], list[float]]:
-    """The weights of all steps, and those of their multistep, as numbers: looked up step by step
-    they would cost more than the rest of the loop."""
-    mean_square = None
-    if eps_mean_square is not None:
-        if missing := [t for t, _ in pairs if t not in eps_mean_square]:
-            raise DDIMError(
-                f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels "
-                "that are visited."
-            )
-        mean_square = torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
-    alpha_bar_t, alpha_bar_s = (
-        schedule.alpha_bar(torch.tensor(levels, dtype=torch.int64))
-        for levels in ([t for t, _ in pairs], [s for _, s in pairs])
-    )
-    steps = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=mean_square)
-    before = alpha_bar_t[:1] if previous is None else schedule.alpha_bar(torch.tensor([previous.t]))
-    alpha_bar_before = torch.cat([before, alpha_bar_t])[: len(pairs)]
-    return steps.rows(), multistep_weight(alpha_bar_before, alpha_bar_t, alpha_bar_s).tolist()
 
 
 def sample(

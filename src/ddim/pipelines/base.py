@@ -3,7 +3,7 @@ trajectory, and codes of images."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from ddim.configuration import noise_schedule
 from ddim.core.denoiser import Clip, Denoiser
 from ddim.core.noise import SeededNoise, check_seeds
-from ddim.core.prediction import to_x0_eps
-from ddim.core.sampler import State, trajectory
+from ddim.core.route import Route
+from ddim.core.sampler import State, walk
 from ddim.core.schedule import NoiseSchedule
-from ddim.core.step import Eta, check_order, step_coefficients
-from ddim.core.timesteps import Spacing, check_timesteps, select_timesteps, step_pairs
+from ddim.core.step import Eta, check_order
+from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError, DivergenceError
 from ddim.inversion.ddim import encodable_timesteps
 from ddim.inversion.encoding import (
@@ -28,17 +28,18 @@ from ddim.inversion.encoding import (
     encode,
     fingerprint,
 )
-from ddim.inversion.reversible import (
-    REVERSIBLE,
-    Reversible,
-    ReversibleSampler,
-    check_start,
-    reversible_trajectory,
-)
+from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.pipelines.networks import is_compiled, specialize, weights_of
-from ddim.scheduler import DDIMScheduler, fitted_timesteps
+from ddim.pipelines.routing import (
+    ClipOption,
+    Sampler,
+    resolve_clip,
+    resolve_route,
+    resolve_timesteps,
+)
+from ddim.scheduler import DDIMScheduler
 
-__all__ = ["HUB_OPTIONS", "Generators", "Place", "Sampling", "check_exact"]
+__all__ = ["HUB_OPTIONS", "Generators", "Place", "Sampling"]
 
 HUB_OPTIONS = (
     "cache_dir",
@@ -132,6 +133,43 @@ class Sampling:
         ours = isinstance(self.scheduler, DDIMScheduler)
         return self.scheduler.noise_schedule if ours else noise_schedule(vars(self._options))
 
+    def route(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timestep_spacing: Spacing | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float | None = None,
+        encodable: bool = False,
+        eta: Eta = 0.0,
+        order: int | None = None,
+        clip: ClipOption = None,
+        sampler: Sampler = "ddim",
+        analytic: bool = False,
+        eps_mean_square: Mapping[int, float] | None = None,
+    ) -> Route:
+        """Resolves and checks the options of a call, before noise is drawn or the network called;
+        :meth:`draw` walks the result.
+
+        Arguments and errors are those of :func:`ddim.pipelines.routing.resolve_route`, by this
+        pipeline's configuration."""
+        return resolve_route(
+            self.noise_schedule,
+            self._options,
+            num_inference_steps,
+            own_order=self.select_order(),
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            strength=strength,
+            encodable=encodable,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
+            analytic=analytic,
+            eps_mean_square=eps_mean_square,
+        )
+
     def select_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -140,127 +178,46 @@ class Sampling:
         timesteps: Sequence[int] | None = None,
         order: int | None = None,
     ) -> list[int]:
-        """The levels that a call with these options visits.
-
-        Args:
-            num_inference_steps: N; None: 50.
-            timestep_spacing: How they are spaced; None: as the scheduler's configuration says,
-                where fitted timesteps go first.
-            timesteps: The levels themselves, in place of both.
-            order: Of the solver; fitted timesteps are for the configuration's own.
+        """The levels that a call with these options visits, unchecked against the others of
+        :meth:`route`.
 
         Raises:
             DDIMError: If the options exclude each other, or are invalid.
         """
-        config = self._options
-        total = len(self.noise_schedule)
-        if timesteps is None:
-            steps = 50 if num_inference_steps is None else num_inference_steps
-            fitted = None
-            if timestep_spacing is None and self.select_order(order) == self.select_order():
-                fitted = fitted_timesteps(vars(config), steps)
-            return fitted or select_timesteps(
-                total,
-                steps,
-                timestep_spacing or config.timestep_spacing,
-                steps_offset=config.steps_offset,
-            )
-        if num_inference_steps is not None or timestep_spacing is not None:
-            raise DDIMError(
-                "timesteps say which levels are visited; leave out num_inference_steps and "
-                "timestep_spacing, or timesteps."
-            )
-        return check_timesteps(timesteps, total)
+        return resolve_timesteps(
+            self.noise_schedule,
+            self._options,
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            is_fitted=self.select_order(order) == self.select_order(),
+        )
 
     def select_order(self, order: int | None = None) -> int:
-        """The order of the solver that a call with this option uses; None: as the scheduler's
+        """The order of the solver that a call with this option uses. Default: as the scheduler's
         configuration says."""
         if order is None:  # another class's solver_order is not DDIM's
             order = self._options.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
         return check_order(order)
 
-    def check_path(
-        self,
-        timesteps: Sequence[int],
-        *,
-        eta: Eta = 0.0,
-        order: int | None = None,
-        analytic: bool = False,
-        sampler: str = "ddim",
-    ) -> None:
-        """Refuses levels, an eta, an order, an analytic variance and a sampler that would come to
-        no finite image, unevaluated.
-
-        Raises:
-            DDIMError: If eta is invalid or too large for these levels, order 2 is to draw noise,
-                the prediction has no solution, or the analytic variance no value, at a level, or
-                the sampler cannot start at the first.
-        """
-        if sampler in REVERSIBLE:
-            check_start(self.noise_schedule, timesteps, ReversibleSampler(sampler))  # type: ignore[arg-type] # one of the three
-        check_order(self.select_order(order), eta=eta, analytic=analytic)
-        schedule = self.noise_schedule
-        alpha_bar_t, alpha_bar_s = (
-            schedule.alpha_bar(torch.tensor(levels))
-            for levels in zip(*step_pairs(timesteps), strict=True)
-        )
-        step_coefficients(
-            alpha_bar_t,
-            alpha_bar_s,
-            eta=eta,
-            eps_mean_square=torch.ones_like(alpha_bar_t) if analytic else None,
-        )
-        nothing = torch.zeros_like(alpha_bar_t)
-        to_x0_eps(
-            nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=self._options.prediction_type
-        )
-
-    def select_clip(self, clip: Clip | Literal["none", "static", "dynamic"] | None = None) -> Clip:
-        """How a call with this option keeps the predicted x0 in range; None: as the scheduler's
+    def select_clip(self, clip: ClipOption = None) -> Clip:
+        """How a call with this option keeps the predicted x0 in range. Default: as the scheduler's
         configuration says."""
-        config = self._options
-        if isinstance(clip, Clip):
-            return clip
-        if clip is None:
-            clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
-        return Clip(
-            clip,
-            config.clip_sample_range,
-            config.dynamic_thresholding_ratio,
-            max(1.0, config.sample_max_value),
-        )
+        return resolve_clip(self._options, clip)
 
+    @staticmethod
     def _states(
-        self,
-        denoise: Denoiser,
-        x_T: Tensor,
-        timesteps: Sequence[int],
-        *,
-        sampler: Literal["ddim"] | Reversible = "ddim",
-        eta: Eta = 0.0,
-        noise: Callable[[], Tensor] | None = None,
-        order: int = 1,
-        eps_mean_square: Mapping[int, float] | None = None,
+        denoise: Denoiser, x_T: Tensor, route: Route, noise: Callable[[], Tensor]
     ) -> Iterable[State]:
-        """The trajectory of DDIM, or of a sampler that can be run backwards
-        (:func:`check_exact`)."""
-        if sampler == "ddim":
-            return trajectory(
-                denoise,
-                x_T,
-                step_pairs(timesteps),
-                schedule=self.noise_schedule,
-                eta=eta,
-                noise=noise,
-                order=order,
-                eps_mean_square=eps_mean_square,
-            )
+        """The trajectory of a route's sampler."""
+        if route.sampler == "ddim":
+            return walk(denoise, x_T, route, noise=noise)
         return reversible_trajectory(
             denoise,
             x_T.double(),
-            timesteps,
-            schedule=self.noise_schedule,
-            sampler=ReversibleSampler(sampler),
+            route.timesteps,
+            schedule=route.schedule,
+            sampler=ReversibleSampler(cast(Reversible, route.sampler)),
         )
 
     def _walk(
@@ -383,7 +340,7 @@ class Sampling:
                 num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
             )
         levels = list(decoding_timesteps(code, asked, schedule=self.noise_schedule))
-        self.check_path(levels, order=1)
+        self.route(timesteps=levels, order=1, clip="none")
         return levels
 
     def _origin(self) -> dict[str, str]:
@@ -448,27 +405,3 @@ class Sampling:
         if seeds is not None:  # the x_T of a seed, with that seed, gives its image
             noise()
         return latents.to(noise.device, noise.dtype), noise
-
-
-def check_exact(
-    sampler: str, *, eta: Eta, clip: Clip, order: int | None = None, analytic: bool = False
-) -> None:
-    """Refuses what a sampler that can be run backwards cannot have.
-
-    Raises:
-        DDIMError: If noise is drawn, clipping is on, or the order of another solver is asked for.
-    """
-    if eta != 0:
-        raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={eta}.")
-    if analytic:
-        raise DDIMError(
-            f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of "
-            "them."
-        )
-    if order == 2:
-        raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
-    if clip.kind != "none":
-        raise DDIMError(
-            f"{sampler} cannot be run backwards through clipping; use clip none with it (got "
-            f"{clip.kind})."
-        )

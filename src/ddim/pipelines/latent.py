@@ -10,24 +10,23 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
-from ddim.core.denoiser import Clip, ModelDenoiser
+from ddim.core.denoiser import ModelDenoiser
 from ddim.core.guidance import check_rescale, guided, is_guided
 from ddim.core.noise import make_generators
-from ddim.core.sampler import State, trajectory
-from ddim.core.step import Eta
-from ddim.core.timesteps import step_pairs
+from ddim.core.route import Route
+from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
-from ddim.inversion.reversible import Reversible
 from ddim.models.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_model_index
-from ddim.pipelines.base import HUB_OPTIONS, Sampling, check_exact
+from ddim.pipelines.base import HUB_OPTIONS, Sampling
 from ddim.pipelines.networks import kept, lay_out
+from ddim.pipelines.routing import ClipOption
 from ddim.pipelines.text_inputs import (
     Conditions,
     count_images,
@@ -38,10 +37,9 @@ from ddim.pipelines.text_inputs import (
 )
 from ddim.scheduler import as_ddim, to_diffusers
 
-__all__ = ["Callback", "ClipOption", "Prompt", "StableDiffusion", "StepEnd"]
+__all__ = ["Callback", "Prompt", "StableDiffusion", "StepEnd"]
 
 Prompt = str | Sequence[str]
-ClipOption = Clip | Literal["none", "static", "dynamic"] | None
 Callback = Callable[[State], bool | None]
 StepEnd = Callable[..., dict[str, Any]]
 
@@ -364,8 +362,8 @@ class StableDiffusion(Sampling):
 
     def _sample(
         self,
+        route: Route,
         x: Tensor,
-        timesteps: Sequence[int],
         conditions: Conditions,
         noise: Callable[[], Tensor],
         dtype: torch.dtype,
@@ -373,38 +371,23 @@ class StableDiffusion(Sampling):
         scale: float,
         rescale: float,
         batched: bool,
-        eta: Eta,
-        order: int | None,
-        clip: ClipOption,
-        sampler: Literal["ddim"] | Reversible,
         cross_attention_kwargs: Mapping[str, Any] | None,
         callback: Callback | None,
         on_step_end: StepEnd | None,
         inputs: Sequence[str],
         progress: bool,
     ) -> Tensor:
-        """Walks latents from the first of the levels to clean data."""
+        """Walks latents along a route to clean data."""
         self._guidance_scale, self._guidance_rescale, self._interrupt = scale, rescale, False
-        self._cross_attention_kwargs, self._num_timesteps = cross_attention_kwargs, len(timesteps)
-        solver = self.select_order(order)
-        if sampler != "ddim":
-            check_exact(sampler, eta=eta, clip=self.select_clip(clip), order=order)
+        self._cross_attention_kwargs, self._num_timesteps = cross_attention_kwargs, len(route)
         if on_step_end is None:
             network = self._guided(conditions, scale, rescale, batched, cross_attention_kwargs)
-            states = self._states(
-                self._model(network, clip, dtype),
-                x,
-                timesteps,
-                sampler=sampler,
-                eta=eta,
-                noise=noise,
-                order=solver,
-            )
+            states = self._states(self._model(network, route.clip, dtype), x, route, noise)
         else:
-            if sampler != "ddim":
+            if route.sampler != "ddim":
                 raise DDIMError(
-                    f"callback_on_step_end may change latents, and {sampler} looks two steps back; "
-                    "use callback with it."
+                    f"callback_on_step_end may change latents, and {route.sampler} looks two steps "
+                    "back; use callback with it."
                 )
             inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
             unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
@@ -414,39 +397,26 @@ class StableDiffusion(Sampling):
                     f"{self._callback_tensor_inputs}; got {unknown}."
                 )
             states = self._steered(
-                x,
-                timesteps,
-                conditions,
-                noise,
-                dtype,
-                batched=batched,
-                eta=eta,
-                order=solver,
-                clip=clip,
-                on_step_end=on_step_end,
-                inputs=inputs,
+                route, x, conditions, noise, dtype, batched, on_step_end=on_step_end, inputs=inputs
             )
-        return self._walk(states, x, len(timesteps), callback=callback, progress=progress)
+        return self._walk(states, x, len(route), callback=callback, progress=progress)
 
     def _steered(
         self,
+        route: Route,
         x: Tensor,
-        timesteps: Sequence[int],
         conditions: Conditions,
         noise: Callable[[], Tensor],
         dtype: torch.dtype,
-        *,
         batched: bool,
-        eta: Eta,
-        order: int,
-        clip: ClipOption,
+        *,
         on_step_end: StepEnd,
         inputs: Sequence[str],
     ) -> Iterator[State]:
         """The trajectory with diffusers' callback, which may replace latents and embeddings, change
         the guidance, or interrupt."""
 
-        def renew() -> Callable[[Tensor, Tensor], Tensor]:
+        def guide() -> Callable[[Tensor, Tensor], Tensor]:
             return self._guided(
                 conditions,
                 self._guidance_scale,
@@ -455,43 +425,28 @@ class StableDiffusion(Sampling):
                 self._cross_attention_kwargs,
             )
 
-        network, state, schedule = renew(), None, self.noise_schedule
-        denoise = self._model(lambda x_t, t: network(x_t, t), clip, dtype)
-        for number, pair in enumerate(step_pairs(timesteps)):
-            (state,) = trajectory(
-                denoise,
-                x,
-                [pair],
-                schedule=schedule,
-                eta=eta,
-                noise=noise,
-                order=order,
-                previous=state,
-            )
-            both = (
-                conditions.cond
-                if conditions.uncond is None
-                else torch.cat([conditions.uncond, conditions.cond])
-            )
+        network, state = guide(), None
+        denoise = self._model(lambda x_t, t: network(x_t, t), route.clip, dtype)
+        for number, t in enumerate(route.timesteps):
+            step = route[number : number + 1]
+            (state,) = walk(denoise, x, step, noise=noise, previous=state)
+            cond, uncond = conditions
+            both = cond if uncond is None else torch.cat([uncond, cond])
             held = {
                 "latents": state.x_s,
                 "prompt_embeds": both,
-                "negative_prompt_embeds": conditions.uncond,
+                "negative_prompt_embeds": uncond,
             }
             before = self._guidance_scale, self._guidance_rescale
-            changed = (
-                on_step_end(
-                    self, number, torch.tensor(pair[0]), {name: held[name] for name in inputs}
-                )
-                or {}
-            )
+            given = {name: held[name] for name in inputs}
+            changed = on_step_end(self, number, torch.tensor(t), given) or {}
             x = changed.get("latents", state.x_s).to(state.x_s.dtype)
             state = state._replace(x_s=x)
             embeds = changed.get("prompt_embeds", both)
             if embeds is not both or before != (self._guidance_scale, self._guidance_rescale):
                 halves = embeds.chunk(2) if len(embeds) == 2 * len(x) else (None, embeds)
                 conditions = Conditions(halves[1], halves[0])
-                network = renew()
+                network = guide()
             yield state
             if self._interrupt:
                 return

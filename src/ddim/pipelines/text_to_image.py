@@ -19,15 +19,15 @@ from ddim.core.schedule import add_noise
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing, truncate_timesteps
 from ddim.errors import DDIMError
-from ddim.inversion.reversible import Reversible
 from ddim.pipelines.base import Generators, Place
+from ddim.pipelines.routing import ClipOption, Sampler
 
 if not is_transformers_available():
     raise ImportError(
         "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
     )
 
-from ddim.pipelines.latent import Callback, ClipOption, Prompt, StepEnd
+from ddim.pipelines.latent import Callback, Prompt, StepEnd
 from ddim.pipelines.text_codes import TextCodes
 from ddim.pipelines.text_inputs import (
     check_size,
@@ -93,7 +93,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         timestep_spacing: Spacing | None = None,
         order: int | None = None,
         clip: ClipOption = None,
-        sampler: Literal["ddim"] | Reversible = "ddim",
+        sampler: Sampler = "ddim",
         guidance_batched: bool = True,
         callback: Callback | None = None,
         progress: bool = True,
@@ -201,10 +201,15 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             ) as arguments:
                 return super().__call__(**arguments)
         self._check_output_type(output_type)
-        levels = self.select_timesteps(
-            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        route = self.route(
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
         )
-        self.check_path(levels, eta=eta, order=order, sampler=sampler)
         lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
         groups, each = count_images(
             number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths
@@ -229,18 +234,14 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             clip_skip=clip_skip,
         )
         x = self._sample(
+            route,
             x,
-            levels,
             conditions,
             noise,
             place.dtype,
             scale=guidance_scale,
             rescale=guidance_rescale,
             batched=guidance_batched,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
             cross_attention_kwargs=cross_attention_kwargs,
             callback=callback,
             on_step_end=callback_on_step_end,
@@ -310,7 +311,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         timestep_spacing: Spacing | None = None,
         order: int | None = None,
         clip: ClipOption = None,
-        sampler: Literal["ddim"] | Reversible = "ddim",
+        sampler: Sampler = "ddim",
         guidance_batched: bool = True,
         callback: Callback | None = None,
         progress: bool = True,
@@ -410,11 +411,16 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 return super().__call__(**arguments)
         self._check_output_type(output_type)
         self._require("vae")
-        levels = self.select_timesteps(
-            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        route = self.route(
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            strength=strength,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
         )
-        levels = truncate_timesteps(levels, strength)
-        self.check_path(levels, eta=eta, order=order, sampler=sampler)
         given = prepare_images(self, image)
         lengths = given_lengths(seeds=seeds, generator=generator)
         groups, each = count_images(
@@ -439,18 +445,14 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
             clip_skip=clip_skip,
         )
         x = self._sample(
-            add_noise(self.noise_schedule, x0, noise(), levels[0]),
-            levels,
+            route,
+            add_noise(route.schedule, x0, noise(), route.timesteps[0]),
             conditions,
             noise,
             place.dtype,
             scale=guidance_scale,
             rescale=guidance_rescale,
             batched=guidance_batched,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
             cross_attention_kwargs=cross_attention_kwargs,
             callback=callback,
             on_step_end=callback_on_step_end,

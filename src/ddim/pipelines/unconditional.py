@@ -15,14 +15,14 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ddim.core.denoiser import Clip, ModelDenoiser
+from ddim.core.denoiser import ModelDenoiser
 from ddim.core.prior import DataPrior
+from ddim.core.route import Route
 from ddim.core.sampler import State
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing
 from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.encoding import Code, EncodingMethod, check_code
-from ddim.inversion.reversible import Reversible
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
     find_model,
@@ -33,8 +33,9 @@ from ddim.models.checkpoints import (
     read_scheduler_config,
 )
 from ddim.models.images import from_pictures, to_pil, to_uint8
-from ddim.pipelines.base import HUB_OPTIONS, Sampling, check_exact
+from ddim.pipelines.base import HUB_OPTIONS, Generators, Sampling
 from ddim.pipelines.networks import kept, lay_out
+from ddim.pipelines.routing import ClipOption, Sampler
 from ddim.scheduler import as_ddim, to_diffusers
 
 __all__ = ["DiffusionPipeline", "UnconditionalPipeline", "text_pipeline"]
@@ -164,7 +165,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         batch_size: int,
         *,
         class_labels: int | Sequence[int] | Tensor | None = None,
-        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
+        clip: ClipOption = None,
     ) -> ModelDenoiser:
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
         size.
@@ -203,12 +204,12 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         prior: DataPrior | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
-        clip: Clip | Literal["none", "static", "dynamic"] | None = None,
-        sampler: Literal["ddim"] | Reversible = "ddim",
+        clip: ClipOption = None,
+        sampler: Sampler = "ddim",
         callback: Callable[[State], bool | None] | None = None,
         progress: bool = True,
         output_type: Literal["pil", "np", "pt"] = "pil",
@@ -256,17 +257,53 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If options exclude each other or do not fit the network, or the network's
                 output is not finite.
         """
-        self._check_output_type(output_type)
-        schedule = self.noise_schedule
-        given_order, order = order, self.select_order(order)
-        levels = self.select_timesteps(
-            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=order
+        route = self.route(
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            eta=eta,
+            order=order,
+            clip=clip,
+            sampler=sampler,
+            eps_mean_square=eps_mean_square,
         )
-        self.check_path(levels, eta=eta, order=order, analytic=eps_mean_square is not None)
+        return self.draw(
+            route,
+            batch_size=batch_size,
+            seeds=seeds,
+            generator=generator,
+            latents=latents,
+            prior=prior,
+            class_labels=class_labels,
+            callback=callback,
+            progress=progress,
+            output_type=output_type,
+            return_dict=return_dict,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        route: Route,
+        *,
+        batch_size: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prior: DataPrior | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        callback: Callable[[State], bool | None] | None = None,
+        progress: bool = True,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Makes images along a route of :meth:`route`; the arguments mean what they mean in a
+        call."""
+        self._check_output_type(output_type)
         count = self._count(
             batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
         )
-        denoise = self.denoiser(count, class_labels=class_labels, clip=clip)
+        denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
         channels = int(self.unet.config.in_channels)
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise DDIMError(
@@ -284,26 +321,9 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
                     "latents are x_T itself, and a prior changes what x_T is drawn from; leave out "
                     "one of them."
                 )
-            x = prior.start(x, schedule.alpha_bar(levels[0]))
-        if sampler != "ddim":
-            check_exact(
-                sampler,
-                eta=eta,
-                clip=denoise.clip,
-                order=given_order,
-                analytic=eps_mean_square is not None,
-            )
-        states = self._states(
-            denoise,
-            x,
-            levels,
-            sampler=sampler,
-            eta=eta,
-            noise=noise,
-            order=order,
-            eps_mean_square=eps_mean_square,
-        )
-        x = self._walk(states, x, len(levels), callback=callback, progress=progress)
+            x = prior.start(x, route.schedule.alpha_bar(route.timesteps[0]))
+        states = self._states(denoise, x, route, noise)
+        x = self._walk(states, x, len(route), callback=callback, progress=progress)
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,167 @@
+r"""A route: everything that a walk from noise to data needs, resolved once.
+
+A step of a route is one row of coefficients,
+
+.. math:: x_s = a\,\hat x_0 + b\,\hat\epsilon + c\,z + d\,(\hat x_0 - \hat x_0^{\mathrm{previous}}),
+
+so that another solver is other rows, and is walked by the same loop
+(:func:`ddim.core.sampler.walk`)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ddim.core.denoiser import Clip
+from ddim.core.schedule import CLEAN, NoiseSchedule
+from ddim.core.step import (
+    Eta,
+    StepCoefficients,
+    check_eta,
+    check_order,
+    multistep_weight,
+    step_coefficients,
+)
+from ddim.core.timesteps import Pair, as_pairs
+from ddim.errors import DDIMError
+
+__all__ = ["Route", "make_route"]
+
+_UNCLIPPED = Clip()
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The steps of one walk, and how it treats each prediction.
+
+    Attributes:
+        schedule: The levels.
+        pairs: The level that each step leaves, and the one that it reaches.
+        weights: The coefficients (a, b, c) of each step, float64 [N] each.
+        multistep: The coefficient d of each step, float64 [N]; 0 where a step looks at its own
+            prediction alone.
+        eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+        order: 1 DDIM, 2 its multistep.
+        clip: How the predicted x0 is kept in range.
+        sampler: ``ddim``, which walks the rows; or an exactly invertible sampler, which makes its
+            own coefficients of the levels (:mod:`ddim.inversion.reversible`).
+        analytic: Whether the variance is the analytic one.
+        eps_mean_square: For the analytic variance: the value of each level that a step leaves.
+            None where it is yet to be measured (:meth:`measured`).
+    """
+
+    schedule: NoiseSchedule
+    pairs: tuple[Pair, ...]
+    weights: StepCoefficients
+    multistep: Tensor
+    eta: Eta = 0.0
+    order: int = 1
+    clip: Clip = _UNCLIPPED
+    sampler: str = "ddim"
+    analytic: bool = False
+    eps_mean_square: Mapping[int, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, chosen: slice) -> "Route":
+        """The route of some of the steps."""
+        weights = StepCoefficients(*(column[chosen] for column in self.weights))
+        multistep = self.multistep[chosen]
+        return replace(self, pairs=self.pairs[chosen], weights=weights, multistep=multistep)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The levels that the steps leave, in the order of the walk."""
+        return [t for t, _ in self.pairs]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether every step draws noise."""
+        return self.eta != 0 or self.analytic
+
+    def measured(self, eps_mean_square: Mapping[int, float]) -> "Route":
+        """The same route with the analytic variance of measured values.
+
+        Raises:
+            DDIMError: As :func:`make_route`.
+        """
+        return make_route(
+            self.schedule,
+            self.pairs,
+            eta=self.eta,
+            order=self.order,
+            clip=self.clip,
+            sampler=self.sampler,
+            eps_mean_square=eps_mean_square,
+        )
+
+
+def make_route(
+    schedule: NoiseSchedule,
+    pairs: Sequence[Pair],
+    *,
+    eta: Eta = 0.0,
+    order: int = 1,
+    clip: Clip = _UNCLIPPED,
+    sampler: str = "ddim",
+    analytic: bool = False,
+    eps_mean_square: Mapping[int, float] | None = None,
+    before: int | None = None,
+) -> Route:
+    """Computes the coefficients of DDIM's steps.
+
+    Args:
+        schedule: The levels.
+        pairs: From :func:`ddim.core.timesteps.step_pairs`, or reversed (eta = 0).
+        eta: See :data:`ddim.core.step.Eta`.
+        order: 1 is DDIM, 2 its multistep, whose first step and step to clean data are DDIM's.
+        clip: How the predicted x0 is kept in range.
+        sampler: ``ddim``, or the name of a sampler that makes its own coefficients.
+        analytic: Whether the variance is the analytic one, whose values may be yet to be measured.
+        eps_mean_square: The values of the analytic variance by level; implies ``analytic``.
+        before: The level of the step before the first, which order 2 looks back to. Default: none.
+
+    Raises:
+        DDIMError: If eta or order is invalid or does not fit these levels, if ``eps_mean_square``
+            lacks a level, or if ``pairs`` is not a list of (t, s).
+    """
+    pairs = as_pairs(pairs)
+    analytic = analytic or eps_mean_square is not None
+    check_eta(eta)
+    check_order(order, eta=eta, analytic=analytic)
+    alpha_bar_t, alpha_bar_s = (
+        schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))
+        for i in (0, 1)
+    )
+    values = None
+    if eps_mean_square is not None:
+        missing = [t for t, _ in pairs if t not in eps_mean_square]
+        if missing:
+            raise DDIMError(
+                f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels "
+                "that are visited."
+            )
+        values = torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
+    elif analytic:  # 1 adds nothing, and the levels are checked all the same
+        values = torch.ones_like(alpha_bar_t)
+    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=values)
+    multistep = torch.zeros_like(alpha_bar_t)
+    if order == 2:
+        first = alpha_bar_t[:1] if before is None else schedule.alpha_bar(torch.tensor([before]))
+        previous = torch.cat([first, alpha_bar_t])[: len(pairs)]
+        is_last = torch.tensor([s == CLEAN for _, s in pairs], dtype=torch.bool)
+        multistep = multistep_weight(previous, alpha_bar_t, alpha_bar_s).masked_fill(is_last, 0.0)
+    return Route(
+        schedule,
+        tuple(pairs),
+        weights,
+        multistep,
+        eta,
+        order,
+        clip,
+        sampler,
+        analytic,
+        eps_mean_square,
+    )

@@ -1,0 +1,166 @@
+"""Options of a call and the configuration of a scheduler, resolved to a route."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ddim.core.denoiser import Clip
+from ddim.core.prediction import to_x0_eps
+from ddim.core.route import Route, make_route
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.step import Eta, check_order
+from ddim.core.timesteps import (
+    Spacing,
+    check_timesteps,
+    select_timesteps,
+    step_pairs,
+    truncate_timesteps,
+)
+from ddim.errors import DDIMError
+from ddim.inversion.ddim import encodable_timesteps
+from ddim.inversion.reversible import Reversible, ReversibleSampler, check_start
+from ddim.scheduler import fitted_timesteps
+
+__all__ = ["ClipOption", "Sampler", "resolve_clip", "resolve_route", "resolve_timesteps"]
+
+ClipOption = Clip | Literal["none", "static", "dynamic"] | None
+Sampler = Literal["ddim"] | Reversible
+
+
+def resolve_route(
+    schedule: NoiseSchedule,
+    config: Any,
+    num_inference_steps: int | None = None,
+    *,
+    own_order: int = 1,
+    timestep_spacing: Spacing | None = None,
+    timesteps: Sequence[int] | None = None,
+    strength: float | None = None,
+    encodable: bool = False,
+    eta: Eta = 0.0,
+    order: int | None = None,
+    clip: ClipOption = None,
+    sampler: Sampler = "ddim",
+    analytic: bool = False,
+    eps_mean_square: Mapping[int, float] | None = None,
+) -> Route:
+    """Checks, without calling the network, that these options can give a finite image, and makes
+    the route of them.
+
+    Args:
+        schedule: The levels that the configuration describes.
+        config: A scheduler's configuration, with DDIM's options as attributes.
+        num_inference_steps: N. Default: 50.
+        own_order: The solver's order that the configuration says, for which its fitted timesteps
+            are.
+        timestep_spacing: Default: the fitted timesteps of the configuration if it has N of them,
+            otherwise its spacing.
+        timesteps: The levels themselves, in place of N and a spacing.
+        strength: For image to image: the share of the steps that are walked, the last ones.
+        encodable: Whether levels without signal are moved to the level below, as encoders need.
+        eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+        order: Of the solver. Default: ``own_order``.
+        clip: How the predicted x0 is kept in range. Default: as the configuration says.
+        sampler: ``ddim``, or an exactly invertible one.
+        analytic: Whether the variance is the analytic one, to be measured later.
+        eps_mean_square: The measured values of the analytic variance.
+
+    Raises:
+        DDIMError: If options exclude each other or are invalid, eta is too large for these levels,
+            or the prediction has no solution at a level.
+    """
+    given_order, order = order, check_order(own_order if order is None else order)
+    levels = resolve_timesteps(
+        schedule,
+        config,
+        num_inference_steps,
+        timestep_spacing=timestep_spacing,
+        timesteps=timesteps,
+        is_fitted=order == own_order,
+    )
+    if strength is not None:
+        levels = truncate_timesteps(levels, strength)
+    if encodable:
+        levels = encodable_timesteps(schedule, levels)
+    if sampler != "ddim":
+        check_start(schedule, levels, ReversibleSampler(sampler))
+    route = make_route(
+        schedule,
+        step_pairs(levels),
+        eta=eta,
+        order=order,
+        clip=resolve_clip(config, clip),
+        sampler=sampler,
+        analytic=analytic,
+        eps_mean_square=eps_mean_square,
+    )
+    alpha_bar_t = schedule.alpha_bar(torch.tensor(levels))
+    nothing = torch.zeros_like(alpha_bar_t)
+    to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=config.prediction_type)
+    if sampler != "ddim":
+        _check_exact(route, given_order)
+    return route
+
+
+def resolve_timesteps(
+    schedule: NoiseSchedule,
+    config: Any,
+    num_inference_steps: int | None = None,
+    *,
+    timestep_spacing: Spacing | None = None,
+    timesteps: Sequence[int] | None = None,
+    is_fitted: bool = False,
+) -> list[int]:
+    """The levels that a call with these options visits; ``is_fitted`` lets the fitted timesteps of
+    the configuration take part."""
+    if timesteps is None:
+        steps = 50 if num_inference_steps is None else num_inference_steps
+        fitted = None
+        if timestep_spacing is None and is_fitted:
+            fitted = fitted_timesteps(vars(config), steps)
+        return fitted or select_timesteps(
+            len(schedule),
+            steps,
+            timestep_spacing or config.timestep_spacing,
+            steps_offset=config.steps_offset,
+        )
+    if num_inference_steps is not None or timestep_spacing is not None:
+        raise DDIMError(
+            "timesteps say which levels are visited; leave out num_inference_steps and "
+            "timestep_spacing, or timesteps."
+        )
+    return check_timesteps(timesteps, len(schedule))
+
+
+def resolve_clip(config: Any, clip: ClipOption = None) -> Clip:
+    """How the predicted x0 is kept in range, by a call's option or else by the configuration."""
+    if isinstance(clip, Clip):
+        return clip
+    if clip is None:
+        clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
+    return Clip(
+        clip,
+        config.clip_sample_range,
+        config.dynamic_thresholding_ratio,
+        max(1.0, config.sample_max_value),
+    )
+
+
+def _check_exact(route: Route, order: int | None) -> None:
+    """Refuses what a sampler that can be run backwards cannot have."""
+    sampler = route.sampler
+    if route.eta != 0:
+        raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={route.eta}.")
+    if route.analytic:
+        raise DDIMError(
+            f"{sampler} is deterministic, and the analytic variance draws noise; leave out one of "
+            "them."
+        )
+    if order == 2:
+        raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
+    if route.clip.kind != "none":
+        raise DDIMError(
+            f"{sampler} cannot be run backwards through clipping; use clip none with it (got "
+            f"{route.clip.kind})."
+        )
