@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddim.data.sources import FASHION_MNIST_CLASSES, load_images
+from ddim.data.named import FASHION_MNIST_CLASSES
+from ddim.data.sources import load_images
 from ddim.evaluation.classifier import FashionClassifier
 from ddim.files import file_hash, write_text
 from ddim.models.images import from_uint8

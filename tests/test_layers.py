@@ -36,6 +36,13 @@ FILES = {
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
     "models": [{"images", "checkpoints", "conversion"}],
+    "data": [
+        {"captions", "dataset", "fashion_text"},
+        {"folders", "arrays", "batches"},
+        {"tables"},
+        {"named"},
+        {"sources"},
+    ],
 }
 """The same within a room: the files that stand in one set do not import one another."""
 

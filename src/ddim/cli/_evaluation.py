@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ddim.data.sources import ImageData
+    from ddim.data.dataset import ImageData
     from ddim.evaluation.protocol import Panel
     from ddim.pipelines.unconditional import UnconditionalPipeline
 

@@ -282,7 +282,8 @@ def _look_at_data(
         )
     import torch
 
-    from ddim.data.sources import load_images, measure_prior, stack_images
+    from ddim.data.batches import measure_prior, stack_images
+    from ddim.data.sources import load_images
     from ddim.doctor.report import complete, levels_of
     from ddim.doctor.symptoms import Brightness, probe
     from ddim.models.checkpoints import find_model, load_network

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ddim.core.denoiser import Clip, Denoiser
     from ddim.core.prior import DataPrior
     from ddim.core.sampler import State
-    from ddim.data.sources import ImageData
+    from ddim.data.dataset import ImageData
     from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["Command", "defaults", "run"]

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ddim.data.sources import ImageData
+from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.models.checkpoints import load_network
 from ddim.training.base import Base

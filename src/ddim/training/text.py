@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ddim.core.guidance import guided
-from ddim.data.sources import ImageData
+from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
 from ddim.models.checkpoints import load_network

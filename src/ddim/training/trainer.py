@@ -26,7 +26,9 @@ from ddim.core.objective import draw_timesteps, loss_weights, offset_noise, trai
 from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.data.sources import ImageData, load_images, measure_prior
+from ddim.data.batches import measure_prior
+from ddim.data.dataset import ImageData
+from ddim.data.sources import load_images
 from ddim.errors import DDIMError
 from ddim.files import write_text
 from ddim.models.images import make_grid, save_png, to_uint8
