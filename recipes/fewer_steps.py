@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import ddim
-from ddim.cli._model import find_device
 from ddim.core.noise import seeded_randn
 from ddim.core.sampler import sample
 from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
@@ -45,6 +44,7 @@ from ddim.fitting.timesteps import (
 )
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.models.images import from_uint8
+from ddim.runs.model import find_device
 
 STEPS = (5, 8, 10, 20, 50)
 FITTED = (5, 8, 10, 12, 15, 20, 50)

@@ -14,10 +14,10 @@ from tests.conftest import on_a_terminal, pixels, record
 
 from ddim import cli
 from ddim.cli import main
-from ddim.cli._run import IDENTITY, read_run
 from ddim.errors import OutputError
 from ddim.models.checkpoints import weight_hash
 from ddim.pipelines.unconditional import UnconditionalPipeline
+from ddim.runs.record import IDENTITY, read_run
 
 
 def sample(model, out, *options):

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from ddim.cli._arguments import parse
-from ddim.cli.train import Command, defaults
+from ddim.cli.arguments import parse
+from ddim.cli.train import Request, defaults
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig, command_line
 
@@ -71,7 +71,7 @@ OTHER = {
 
 def parsed(words):
     default, rest = defaults(words)
-    command = parse(Command, name="train", arguments=rest, default=default)
+    command = parse(Request, name="train", arguments=rest, default=default)
     return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
 
 

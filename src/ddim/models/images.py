@@ -25,6 +25,7 @@ __all__ = [
     "make_grid",
     "open_picture",
     "picture_size",
+    "save_gif",
     "save_png",
     "to_pil",
     "to_uint8",
@@ -300,3 +301,13 @@ def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale:
         )
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def save_gif(images: NDArray[np.uint8], path: Path, *, scale: int = 1) -> None:
+    """Writes bytes [B, H, W, C] as an animation, there and back, whole or not at all."""
+    frames = [p.resize((p.width * scale, p.height * scale), 0) for p in to_pil(images)]
+    frames += frames[-2:0:-1]
+    with replacing(path) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
+        )
