@@ -7,7 +7,6 @@ A configuration is a mapping, as ``scheduler_config.json`` holds it and as ``var
 import difflib
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -72,12 +71,13 @@ without a scheduler, and what training and conversion begin with."""
 _NATIVE = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules that diffusers' DDIM knows
 
 # Schedulers that are configured by betas over discrete levels: what DDIM can walk.
-_FAMILY = re.compile(
-    "(DDIM|DDIMInverse|DDIMParallel|DDPM|DDPMParallel|PNDM|LMSDiscrete|EulerDiscrete|"
-    "EulerAncestralDiscrete|HeunDiscrete|KDPM2Discrete|KDPM2AncestralDiscrete|DPMSolverMultistep|"
-    "DPMSolverMultistepInverse|DPMSolverSinglestep|DPMSolverSDE|DEISMultistep|UniPCMultistep|"
-    "SASolver|LCM|TCD|RePaint)Scheduler"
+_FAMILY_NAMES = (
+    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete "
+    "EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep "
+    "DPMSolverMultistepInverse DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep "
+    "SASolver LCM TCD RePaint"
 )
+_FAMILY = frozenset(f"{name}Scheduler" for name in _FAMILY_NAMES.split())
 
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
@@ -101,9 +101,7 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
             "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
             "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    is_other = (
-        others or "snr_shift_scale" in config if kind is None else not _FAMILY.fullmatch(kind)
-    )
+    is_other = others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY
     if is_other:
         return (
             f"a {name}, which has no noise schedule of discrete betas for DDIM to follow; use "
@@ -206,10 +204,14 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
     """``trained_betas`` for diffusers' DDIM: the given ones, or those of a schedule that it does
-    not know by name; None for one that it knows."""
-    if config.get("trained_betas") is None and config.get("beta_schedule", "linear") in _NATIVE:
-        return None
-    return configured_betas(config).tolist()
+    not know by name; None for one that it knows.
+
+    Raises:
+        DDIMError: If the beta schedule is unknown.
+    """
+    betas: list[float] = configured_betas(config).tolist()
+    is_given = config.get("trained_betas") is not None
+    return betas if is_given or config.get("beta_schedule", "linear") not in _NATIVE else None
 
 
 def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
