@@ -13,7 +13,7 @@ so a step with a tensor timestep gathers a row and combines it: no host reads a 
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -286,10 +286,10 @@ def correct(
     x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - last_x0))
 
 
-def whole(t: object) -> int:
+def whole(t: Any) -> int:
     """A timestep that is no tensor, as an int."""
     try:
-        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)  # type: ignore[arg-type]
+        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
     except TypeError:
         raise DDIMError(
             f"a timestep must be a whole number, or a tensor of them; got {t!r}."

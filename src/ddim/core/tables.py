@@ -64,8 +64,7 @@ class Tables:
         own_clean = torch.tensor(clean, dtype=torch.float64, device="cpu")
         is_own_clean = _is_rounded(self.clean.detach().cpu(), own_clean)
         schedule = NoiseSchedule(
-            own if _is_rounded(table, own) else table,
-            clean if is_own_clean else float(self.clean),
+            own if _is_rounded(table, own) else table, clean if is_own_clean else float(self.clean)
         )
         return replace(self, schedule=schedule, versions=versions, signals={})
 
