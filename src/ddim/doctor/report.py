@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import check_options, foreign_family, noise_schedule
+from ddim.configuration import DEFAULTS, check_options, fitted_lists, foreign_family, noise_schedule
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_eta
 from ddim.core.timesteps import select_timesteps, step_pairs
@@ -37,25 +37,6 @@ _ASSUMED = (
     64 * 64,
 )  # the brightness of unknown images: dark and uneven as Fashion-MNIST, so that a leak shows
 
-# Absent keys mean what they mean in diffusers' DDIM, which is what a DDIM pipeline makes of any
-# configuration.
-_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "clip_sample": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "clip_sample_range": 1.0,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "rescale_betas_zero_snr": False,
-}
 # Of the one sampler of the family whose schedule is its own.
 _COGVIDEO: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -223,9 +204,7 @@ def _look(
     )
     custom = timesteps
     if timesteps is None and spacing is None:
-        custom = next(
-            (fitted for fitted in full.get("fitted_timesteps") or [] if len(fitted) == count), None
-        )
+        custom = next((fitted for fitted in fitted_lists(full) if len(fitted) == count), None)
     if custom is not None:
         if not all(isinstance(t, int) for t in custom):
             raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
@@ -293,23 +272,23 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         DDIMError: If a key is unknown, or a value of the wrong kind or not finite.
     """
     for key in config:
-        if key not in _DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
-            close = get_close_matches(key, [*_DEFAULTS, *sorted(OTHER_KEYS)], n=1)
+        if key not in DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
+            close = get_close_matches(key, [*DEFAULTS, *sorted(OTHER_KEYS)], n=1)
             hint = (
                 f"did you mean {close[0]!r}?"
                 if close
                 else "no scheduler of this family has it; remove it."
             )
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
-    full = {**_DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
+    full = {**DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
     shift = full.get("snr_shift_scale")
     if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
         raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
-    fitted = full.get("fitted_timesteps") or []
-    if not isinstance(fitted, list) or not all(
-        isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted
-    ):
-        raise DDIMError(f"fitted_timesteps must be a list of lists of levels; got {fitted!r}.")
+    if not all(isinstance(t, int) for levels in fitted_lists(full) for t in levels):
+        raise DDIMError(
+            "fitted_timesteps must be a list of lists of levels, which are whole numbers; got "
+            f"{full['fitted_timesteps']!r}."
+        )
     betas = full["trained_betas"]
     named = (
         {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)}

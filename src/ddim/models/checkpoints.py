@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import check_options, foreign_family
+from ddim.configuration import PIXEL_MODEL, check_options, foreign_family
 from ddim.errors import CheckpointError, DDIMError
 from ddim.files import file_hash
 
@@ -56,18 +56,6 @@ _PARTS = (
     "safety_checker",
 )
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
-
-# What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
-_DEFAULT_SCHEDULER: dict[str, Any] = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "timestep_spacing": "trailing",
-}
 
 
 def embedded_models() -> list[str]:
@@ -258,7 +246,7 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     """
     path = _part(folder, "scheduler") / "scheduler_config.json"
     if not path.is_file() and not (folder / "model_index.json").is_file():
-        return dict(_DEFAULT_SCHEDULER)
+        return {"_class_name": "DDIMScheduler", **PIXEL_MODEL}
     config = read_json(path)
     if reason := foreign_family(config):
         raise CheckpointError(f"{path} is {reason}")

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ddim.core.schedule import BetaSchedule, NoiseSchedule, make_betas
+from ddim.configuration import PIXEL_MODEL, configured_betas, spelled_betas
+from ddim.core.schedule import BetaSchedule, NoiseSchedule
 from ddim.errors import CheckpointError
 
 __all__ = ["LAYOUTS", "Converted", "Layout", "convert", "read_state_dict", "write_model"]
@@ -141,21 +142,18 @@ def convert(
     for key, weight in state.items():
         for target, tensor in _rename(key, weight, rules).items():
             renamed[target], names[target] = tensor, key
-    betas = make_betas(beta_schedule, num_train_timesteps, beta_start=beta_start, beta_end=beta_end)
-    scheduler: dict[str, Any] = {
-        "prediction_type": prediction_type,
-        "clip_sample": False,
-        "timestep_spacing": "trailing",
+    named: dict[str, Any] = {
+        **{"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end},
+        "num_train_timesteps": num_train_timesteps,
     }
-    native = beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+    betas = spelled_betas(named)
     if layout == "improved-diffusion" and num_train_timesteps != _MOST_LEVELS:
-        betas, native = _thin(betas), False
-    scheduler |= (
-        {"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end}
-        if native
-        else {"trained_betas": betas.tolist()}
-    )
-    return Converted(layout, unet, {**scheduler, "num_train_timesteps": len(betas)}, renamed, names)
+        betas = _thin(configured_betas(named)).tolist()
+    if betas is not None:
+        named = {"trained_betas": betas, "num_train_timesteps": len(betas)}
+    others = {name: PIXEL_MODEL[name] for name in ("clip_sample", "timestep_spacing")}
+    scheduler = {"prediction_type": prediction_type, **others, **named}
+    return Converted(layout, unet, scheduler, renamed, names)
 
 
 def write_model(converted: Converted, out: Path) -> None:

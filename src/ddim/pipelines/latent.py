@@ -24,6 +24,7 @@ from ddim.core.route import Route
 from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.models.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_model_index
+from ddim.models.export import to_diffusers
 from ddim.pipelines.base import HUB_OPTIONS, Sampling
 from ddim.pipelines.networks import kept, lay_out
 from ddim.pipelines.routing import ClipOption
@@ -35,7 +36,7 @@ from ddim.pipelines.text_inputs import (
     number_of_prompts,
     warn_of_no_guidance,
 )
-from ddim.scheduler import as_ddim, to_diffusers
+from ddim.scheduler import as_ddim
 
 __all__ = ["Callback", "Prompt", "StableDiffusion", "StepEnd"]
 

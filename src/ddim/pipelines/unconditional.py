@@ -32,11 +32,12 @@ from ddim.models.checkpoints import (
     read_model_index,
     read_scheduler_config,
 )
+from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
 from ddim.pipelines.base import HUB_OPTIONS, Generators, Sampling
 from ddim.pipelines.networks import kept, lay_out
 from ddim.pipelines.routing import ClipOption, Sampler
-from ddim.scheduler import as_ddim, to_diffusers
+from ddim.scheduler import as_ddim
 
 __all__ = ["DiffusionPipeline", "UnconditionalPipeline", "text_pipeline"]
 

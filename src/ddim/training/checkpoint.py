@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
 from ddim.core.prior import DataPrior
-from ddim.core.schedule import make_betas
 from ddim.errors import CheckpointError, DDIMError, OutputError
 from ddim.models.checkpoints import read_json, weight_hash
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
@@ -61,15 +61,6 @@ FREE_FIELDS = frozenset(
 _FILES = ("prior.json", "card.json", "model_index.json")
 _PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", *_FILES)
 
-_BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-_DDPM: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-}
-
 
 @dataclass(frozen=True, eq=False)
 class Package:
@@ -102,16 +93,14 @@ def make_scheduler(
         DDIMError: If it is epsilon prediction at zero terminal SNR.
     """
     base = dict(inherited or {})
-    given = {
-        name: value
-        for name in (*_BETAS, "prediction_type")
-        if (value := getattr(config, name)) is not None
-    }
-    options = _DDPM | {name: base[name] for name in _DDPM if name in base} | given
-    kept = not given.keys() & set(
-        _BETAS
-    )  # another schedule is another table, not the base's rescaled one
-    rescale = config.rescale_betas_zero_snr or (kept and bool(base.get("rescale_betas_zero_snr")))
+    names = (*LEVEL_OPTIONS, "prediction_type")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
+    # Another schedule is another table, not the base's rescaled one.
+    is_inherited = not given.keys() & set(LEVEL_OPTIONS)
+    rescale = config.rescale_betas_zero_snr or (
+        is_inherited and bool(base.get("rescale_betas_zero_snr"))
+    )
     if rescale and options["prediction_type"] == "epsilon":
         if config.rescale_betas_zero_snr:
             raise DDIMError(EPSILON_AT_ZERO_SNR)
@@ -119,29 +108,14 @@ def make_scheduler(
             f"{config.base} has zero terminal SNR, and epsilon prediction cannot be trained there; "
             "leave out --prediction-type, or name a --beta-schedule, which is then not rescaled."
         )
-    trained = base.get("trained_betas") if kept else None
-    if trained is None and options["beta_schedule"] not in (
-        "linear",
-        "scaled_linear",
-        "squaredcos_cap_v2",
-    ):
-        betas = make_betas(
-            options["beta_schedule"],
-            options["num_train_timesteps"],
-            beta_start=options["beta_start"],
-            beta_end=options["beta_end"],
-        )
-        trained = betas.tolist()
+    trained = base.get("trained_betas") if is_inherited else None
     return diffusers.DDIMScheduler(
         **options,
-        trained_betas=trained,
+        trained_betas=spelled_betas({**options, "trained_betas": trained}),
         rescale_betas_zero_snr=rescale,
-        clip_sample=False,
-        timestep_spacing="trailing",
         set_alpha_to_one=True,
-        steps_offset=base.get(
-            "steps_offset", 0
-        ),  # unused by trailing; pipelines of diffusers want 1 of a text model
+        # Unused by trailing; pipelines of diffusers want 1 of a text model.
+        steps_offset=base.get("steps_offset", 0),
     )
 
 
