@@ -109,7 +109,7 @@ def read_images(
     import torch
 
     from ddim.data.sources import load_test_images
-    from ddim.inversion.encoding import fingerprint
+    from ddim.inversion.codes import fingerprint
     from ddim.models.images import from_pictures, open_picture
 
     shape, labels = pipe.image_shape, None

@@ -57,8 +57,7 @@ def run(command: Command) -> None:
     import numpy as np
 
     from ddim.cli._run import RunRecord, versions, write_run
-    from ddim.inversion.codes import load_code
-    from ddim.inversion.encoding import fingerprint
+    from ddim.inversion.codes import fingerprint, load_code
     from ddim.models.images import make_grid, save_png
 
     whole = load_code(command.code)

@@ -109,8 +109,8 @@ def run(command: Command) -> None:
     from ddim.core.interpolation import interpolate, interpolate_grid
     from ddim.core.noise import check_seeds, seeded_randn
     from ddim.files import replacing
+    from ddim.inversion.codes import Code
     from ddim.inversion.ddim import encodable_timesteps
-    from ddim.inversion.encoding import Code
     from ddim.models.images import make_grid, save_png, to_pil
 
     if command.images is not None:

@@ -93,7 +93,7 @@ def run(command: Command) -> None:
     there."""
     began = time.perf_counter()
     check_positive(command, "count", "batch_size")
-    from ddim.inversion.encoding import ENCODERS
+    from ddim.inversion.codes import ENCODERS
 
     unknown = [m for m in command.method if m not in ENCODERS]
     if unknown or not command.method or not command.steps:
