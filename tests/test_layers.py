@@ -35,7 +35,7 @@ FILES = {
         {"plan", "oracle", "route"},
         {"sampler"},
     ],
-    "inversion": [{"ddim", "reversible"}, {"encoding"}, {"codes"}],
+    "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
     "scheduler": [{"scheduling"}, {"scheduler"}],

@@ -68,7 +68,7 @@ MUTATIONS = {
         "inversion/test_encoding.py",
     ),
     "a decoder that starts elsewhere": (
-        "inversion/encoding.py",
+        "inversion/codes.py",
         "return (first, *(t for t in asked[1:] if t < first))",
         "return tuple(asked)",
         "inversion/test_encoding.py",

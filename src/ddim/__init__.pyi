@@ -98,6 +98,7 @@ from .fitting.timesteps import (
     ode_error as ode_error,
 )
 from .inversion.codes import (
+    Code as Code,
     load_code as load_code,
     save_code as save_code,
 )
@@ -108,7 +109,6 @@ from .inversion.ddim import (
     encode_implicit as encode_implicit,
 )
 from .inversion.encoding import (
-    Code as Code,
     decode as decode,
     decode_trajectory as decode_trajectory,
     encode as encode,

@@ -19,22 +19,21 @@ from ddim.core.schedule import CLEAN, NoiseSchedule, make_betas, rescale_zero_te
 from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
 from ddim.errors import DataError, DDIMError, DivergenceError
 from ddim.fitting.timesteps import estimate_eps_mean_square
-from ddim.inversion.codes import load_code, save_code
+from ddim.inversion.codes import (
+    ENCODERS,
+    Code,
+    decoding_timesteps,
+    fingerprint,
+    load_code,
+    save_code,
+)
 from ddim.inversion.ddim import (
     ConvergenceWarning,
     encodable_timesteps,
     encode_explicit,
     encode_implicit,
 )
-from ddim.inversion.encoding import (
-    ENCODERS,
-    Code,
-    decode,
-    decoding_timesteps,
-    encode,
-    fingerprint,
-    reconstruction_error,
-)
+from ddim.inversion.encoding import decode, encode, reconstruction_error
 from ddim.inversion.reversible import (
     REVERSIBLE,
     DriftWarning,

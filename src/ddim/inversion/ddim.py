@@ -9,7 +9,25 @@ s)`, while sampling will take it at the state it reaches, and so comes back to s
 distance of first order in 1/N. The implicit encoder solves for the :math:`x_t` from which sampling
 does step back to :math:`x_s`.
 
+Its iteration is accelerated by Anderson's method, each sample by itself, and a sample stops when its
+own residual is below the tolerance, so that samples do not influence each other. It starts from eps
+of the step before, which costs nothing. Evaluations go where they are needed. Next to the data a
+denoiser's x0 hardly depends on what lies across the data, so that the step out of the clean level is
+close to singular: it takes dozens of evaluations, for a tolerance fifty times as large, since no
+later step enlarges its error. An error next to the noise may be enlarged a thousandfold on the way
+back; those steps are smooth, and take three to five.
+
 Clean data is no level that a network knows: there it is called at level 0.
+
+References:
+    Pan et al. Effective Real Image Editing with Accelerated Iterative Diffusion Inversion. 2023.
+    https://arxiv.org/abs/2309.04907
+
+    Garibi et al. ReNoise: Real Image Inversion Through Iterative Noising. 2024.
+    https://arxiv.org/abs/2403.14602
+
+    Walker, Ni. Anderson Acceleration for Fixed-Point Iterations. 2011.
+    https://doi.org/10.1137/10078356X
 """
 
 import math
@@ -37,8 +55,7 @@ __all__ = [
 
 
 _FIRST = 50.0  # times the tolerance, for the step out of the clean level
-# how much worse than the best an iterate may be before its sample starts again from the best
-_PATIENCE = 4.0
+_PATIENCE = 4.0  # an iterate that many times as bad as the best is given up
 
 
 class ConvergenceWarning(UserWarning):
@@ -129,24 +146,16 @@ def encode_implicit(
     r"""Solves each step for the state from which sampling comes back: :math:`x_t = F(x_t)` with eps
     at :math:`(x_t, t)`.
 
-    The iteration is accelerated by Anderson's method, each sample by itself, and a sample stops
-    when its own residual is below the tolerance, so that samples do not influence each other. It
-    starts from eps of the step before, which costs nothing.
-
-    Evaluations go where they are needed. Next to the data a denoiser's x0 hardly depends on what
-    lies across the data, so that the step out of the clean level is close to singular: dozens of
-    evaluations, for a tolerance fifty times as large, since no later step enlarges its error. An
-    error next to the noise may be enlarged a thousandfold on the way back; those steps are smooth,
-    and take three to five. Autograd records it all, unless it is called under ``torch.no_grad()``.
+    Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
         x0: Data, shape [B, ...].
-        timesteps: As in :func:`encode_explicit`.
+        timesteps: Falling; alpha_bar above 0 (:func:`encodable_timesteps`).
         schedule: The levels.
         tolerance: Largest residual (root mean square over elements) of a step, above 0; fifty times
             that for the first.
-        max_evaluations: Of one step, at least 1.
+        max_evaluations: For one step, at least 1.
         depth: How many earlier iterates the acceleration combines; 0 is the plain fixed-point
             iteration.
 
@@ -161,16 +170,6 @@ def encode_implicit(
     Warns:
         ConvergenceWarning: If a step was not solved; the best iterate was taken, and ``residual``
             tells how good it is.
-
-    References:
-        Pan et al. Effective Real Image Editing with Accelerated Iterative Diffusion Inversion.
-        2023. https://arxiv.org/abs/2309.04907
-
-        Garibi et al. ReNoise: Real Image Inversion Through Iterative Noising. 2024.
-        https://arxiv.org/abs/2403.14602
-
-        Walker, Ni. Anderson Acceleration for Fixed-Point Iterations. 2011.
-        https://doi.org/10.1137/10078356X
     """
     if not tolerance > 0 or max_evaluations < 1 or depth < 0:
         raise DDIMError(
@@ -201,21 +200,25 @@ def encode_implicit(
         )
         total += used
         worst = torch.maximum(worst, residual)
-        largest = float(residual.detach().max()) if len(residual) else 0.0
-        if not math.isfinite(largest):
-            raise DivergenceError(
-                f"the implicit encoder diverged at t={t}: the network's prediction became NaN or "
-                "infinite; use float32, or method o-belm."
-            )
-        if largest > wanted:
-            warnings.warn(
-                f"The implicit step to t={t} was solved to {largest:.1e}, not to {wanted:.1e}, in "
-                f"{used} evaluations; "
-                "use more steps or evaluations, or method o-belm.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        _check_solved(residual, wanted, t, used)
     return Encoding(x, total, worst)
+
+
+def _check_solved(residual: Tensor, wanted: float, t: int, used: int) -> None:
+    """Refuses a step whose residuals [B] are not finite, and warns of one that was not solved."""
+    largest = float(residual.detach().max()) if len(residual) else 0.0
+    if not math.isfinite(largest):
+        raise DivergenceError(
+            f"the implicit encoder diverged at t={t}: the network's prediction became NaN or "
+            "infinite; use float32, or method o-belm."
+        )
+    if largest > wanted:
+        warnings.warn(
+            f"The implicit step to t={t} was solved to {largest:.1e}, not to {wanted:.1e}, in "
+            f"{used} evaluations; use more steps or evaluations, or method o-belm.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
 
 
 def _solve_step(
@@ -238,16 +241,13 @@ def _solve_step(
     y = base + add * eps
     best, best_eps, best_image = y, eps, y
     lowest = torch.full((len(y),), float("inf"), dtype=torch.float64, device=y.device)
-    history: list[
-        tuple[Tensor, Tensor, Tensor]
-    ] = []  # iterate, its image, and in which samples they still count
+    # Of each iterate: itself, its image, and in which samples they still count.
+    history: list[tuple[Tensor, Tensor, Tensor]] = []
     for used in range(1, max_evaluations + 1):
         eps = denoise(y, t).eps
         image = base + add * eps
         residual = scale * (image - y).flatten(1).double().square().mean(1).sqrt()
-        take = (residual < lowest) & (
-            lowest > tolerance
-        )  # a sample that is solved keeps what it has
+        take = (residual < lowest) & (lowest > tolerance)  # a solved sample keeps what it has
         best, best_eps, best_image = (
             torch.where(shaped(take), new, old)
             for new, old in ((y, best), (eps, best_eps), (image, best_image))
@@ -255,9 +255,8 @@ def _solve_step(
         lowest = torch.where(take, residual, lowest)
         if bool((lowest <= tolerance).all()) or not bool(torch.isfinite(lowest).all()):
             return best, best_eps, lowest, used
-        # An accelerated residual need not fall at each step. Where it has left the best far behind
-        # (or is NaN), the sample forgets
-        # its history and takes a plain step from the best.
+        # An accelerated residual need not fall at each step. Where it is far above the lowest (or
+        # NaN), the sample forgets its history and takes a plain step from the best.
         sound = residual <= _PATIENCE * lowest
         history = [(a, b, valid & sound) for a, b, valid in history[-depth:]] if depth else []
         proposal = _anderson(history, y, image) if history else image

@@ -18,16 +18,9 @@ from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_order
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError, DivergenceError
+from ddim.inversion.codes import Code, EncodingMethod, check_origin, decoding_timesteps, fingerprint
 from ddim.inversion.ddim import encodable_timesteps
-from ddim.inversion.encoding import (
-    Code,
-    EncodingMethod,
-    check_origin,
-    decode_trajectory,
-    decoding_timesteps,
-    encode,
-    fingerprint,
-)
+from ddim.inversion.encoding import decode_trajectory, encode
 from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.pipelines.networks import is_compiled, specialize, weights_of
 from ddim.pipelines.routing import (

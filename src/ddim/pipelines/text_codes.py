@@ -11,7 +11,7 @@ from torch import Tensor
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.inversion.encoding import Code, EncodingMethod, check_code
+from ddim.inversion.codes import Code, EncodingMethod, check_code
 from ddim.models.images import from_pictures, picture_size
 from ddim.pipelines.latent import Callback, Prompt, StableDiffusion
 from ddim.pipelines.text_inputs import (

@@ -22,7 +22,7 @@ from ddim.core.sampler import State
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing
 from ddim.errors import CheckpointError, DDIMError
-from ddim.inversion.encoding import Code, EncodingMethod, check_code
+from ddim.inversion.codes import Code, EncodingMethod, check_code
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
     find_model,

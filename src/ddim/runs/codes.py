@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ddim.errors import DDIMError
-from ddim.inversion.codes import load_code, save_code
-from ddim.inversion.encoding import Code, fingerprint
+from ddim.inversion.codes import Code, fingerprint, load_code, save_code
 from ddim.models.images import make_grid, save_png
 from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import PixelJob, enough_memory

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim.core.interpolation import interpolate, interpolate_grid
 from ddim.core.noise import check_seeds, seeded_randn
 from ddim.errors import DDIMError
-from ddim.inversion.encoding import Code
+from ddim.inversion.codes import Code
 from ddim.models.images import make_grid, save_gif, save_png
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ddim.data.sources import check_source, load_test_images
 from ddim.errors import DataError, DDIMError
+from ddim.inversion.codes import fingerprint
 from ddim.inversion.ddim import ConvergenceWarning
-from ddim.inversion.encoding import fingerprint
 from ddim.models.facts import FoundModel
 from ddim.models.images import from_pictures, open_picture
 from ddim.pipelines.unconditional import UnconditionalPipeline

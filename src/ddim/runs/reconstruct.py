@@ -12,7 +12,8 @@ from ddim.core.sampler import State
 from ddim.errors import DDIMError, DivergenceError
 from ddim.evaluation.report import check_plots, save_lines, text_table
 from ddim.files import write_text
-from ddim.inversion.encoding import ENCODERS, reconstruction_error
+from ddim.inversion.codes import ENCODERS
+from ddim.inversion.encoding import reconstruction_error
 from ddim.models.images import make_grid, save_png, to_uint8
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
