@@ -42,6 +42,14 @@ FILES = {
         {"named"},
         {"sources"},
     ],
+    "training": [
+        {"config", "draws", "ema", "base"},
+        {"package", "process", "loading"},
+        {"checkpoint", "subject"},
+        {"record", "loop", "text_network"},
+        {"monitoring", "text"},
+        {"trainer"},
+    ],
 }
 """The same within a room: the files that stand in one set do not import one another."""
 

@@ -19,9 +19,9 @@ from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.models.checkpoints import load_network
 from ddim.training.base import Base
-from ddim.training.checkpoint import Package, make_scheduler
 from ddim.training.config import Architecture, TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.package import Package, make_scheduler
 
 __all__ = [
     "PixelSubject",

@@ -21,9 +21,9 @@ from ddim.errors import DDIMError
 from ddim.files import replacing
 from ddim.models.checkpoints import load_network
 from ddim.training.base import Base, load_part
-from ddim.training.checkpoint import Package, make_scheduler
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.package import Package, make_scheduler
 from ddim.training.subject import Predictor, mirror, to_float
 from ddim.training.text_network import Surroundings, check_text_network, make_text_network
 
