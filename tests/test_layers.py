@@ -44,10 +44,10 @@ FILES = {
     ],
     "training": [
         {"config", "draws", "ema", "base"},
-        {"package", "process", "loading"},
+        {"package", "process"},
         {"checkpoint", "subject"},
         {"record", "loop", "text_network"},
-        {"monitoring", "text"},
+        {"monitoring", "loading", "text"},
         {"trainer"},
     ],
 }

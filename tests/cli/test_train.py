@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddim.cli import main
+from ddim.files import locked
 from ddim.training.config import PRESETS
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
@@ -482,3 +483,15 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     alone = ddim(*options)
     assert alone.returncode == 2
     assert "holds a run on 2 process(es), and this one has 1; use the same number." in alone.stderr
+
+    with locked(out):  # the second process learns of the refusal instead of waiting for ever
+        done = subprocess.run(
+            list(map(str, [*torchrun, script, tmp_path, *options])),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+    assert done.returncode != 0
+    assert f"ddim: {out} is being written by another run; wait for it, or" in done.stderr

@@ -582,11 +582,11 @@ def broken(base, folder, **changes):
         ),
         (
             {"index": {"text_encoder_2": ["transformers", "CLIPTextModel"]}},
-            "with a text_encoder_2, and training knows Stable Diffusion 1 and 2",
+            "with a text_encoder_2, and only Stable Diffusion 1 and 2 can be trained",
         ),
         (
             {"index": {"unet": ["diffusers", "UNet2DModel"]}},
-            "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel",
+            "the unet of .* is a UNet2DModel, and only UNet2DConditionModel can be trained",
         ),
         (
             {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
@@ -766,7 +766,7 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
         (
             {"resolution": 16},
             (
-                r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use "
+                r"is for 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use "
                 r"--channels 1 --resolution 8"
             ),
         ),

@@ -33,7 +33,8 @@ _TEXT_OPTIONS = (
 
 EPSILON_AT_ZERO_SNR = (
     "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and "
-    "x0 cannot be recovered; use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
+    "x0 cannot be recovered; use --prediction-type v_prediction, or leave out "
+    "--rescale-betas-zero-snr."
 )
 
 
@@ -113,8 +114,8 @@ class TrainConfig:
     label_column: str | None = None
     """Column of labels. Default: label, labels, fine_label or class."""
     caption_column: str | None = None
-    """Column of captions in a table or in a folder's metadata file. Default: text, caption, captions
-    or prompt."""
+    """Column of captions in a table or in a folder's metadata file. Default: text, caption,
+    captions or prompt."""
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
@@ -149,8 +150,8 @@ class TrainConfig:
     beta_end: float | None = None
     """Last beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.02."""
     rescale_betas_zero_snr: bool = False
-    """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction or
-    sample."""
+    """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction
+    or sample."""
     offset_noise: float = 0.0
     """Standard deviation of a random constant that is added to the noise of each image and channel,
     such as 0.1. No sampler draws such noise, and zero terminal SNR makes it unnecessary."""
@@ -180,8 +181,8 @@ class TrainConfig:
     gradient_clip: float = 1.0
     """Largest norm of the gradient. 0: no limit."""
     ema_decay: float = 0.9995
-    """Decay of the exponential moving average of the parameters, which is the model that is sampled.
-    0: no averaging."""
+    """Decay of the exponential moving average of the parameters, which is the model that is
+    sampled. 0: no averaging."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network's forward pass. Noise, targets and the loss stay float32."""
     compile: bool = False
@@ -208,10 +209,14 @@ class TrainConfig:
     """Processes that load images. 0: the training process itself."""
 
     @property
+    def shape_options(self) -> list[str]:
+        """The options that were given for the shape of a new network."""
+        return [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
+
+    @property
     def architecture(self) -> Architecture:
         """The shape of a network that is made without a base."""
-        asked = {field.name: getattr(self, field.name) for field in fields(Architecture)}
-        return Architecture(**{k: v for k, v in asked.items() if v is not None})
+        return Architecture(**{name: getattr(self, name) for name in self.shape_options})
 
     @property
     def peak_learning_rate(self) -> float:
@@ -223,12 +228,8 @@ class TrainConfig:
     @property
     def text_options(self) -> list[str]:
         """The options for text models that are not at their defaults."""
-        defaults = {field.name: field.default for field in fields(TrainConfig)}
-        return [
-            name
-            for name in defaults
-            if name in _TEXT_OPTIONS and getattr(self, name) != defaults[name]
-        ]
+        changed = (f.name for f in fields(TrainConfig) if getattr(self, f.name) != f.default)
+        return [name for name in changed if name in _TEXT_OPTIONS]
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -274,24 +275,20 @@ class TrainConfig:
             self.architecture.check()
 
     def _check_base(self) -> None:
-        if self.base is None:
-            if self.from_scratch:
-                raise DDIMError(
-                    "from_scratch needs a model whose configuration is taken; name it by --base, "
-                    "or leave it out."
-                )
-            if self.text_options:
-                raise DDIMError(
-                    f"{self.text_options[0]} is for text models; name one by --base, or leave it "
-                    "out."
-                )
-        elif not self.from_scratch:
-            given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
-            if given:
-                raise DDIMError(
-                    f"{given[0]} is for a new network, and the base has one; add --from-scratch, "
-                    "or leave it out."
-                )
+        if self.base is None and self.from_scratch:
+            raise DDIMError(
+                "from_scratch needs a model whose configuration is taken; name it by --base, or "
+                "leave it out."
+            )
+        if self.base is None and self.text_options:
+            raise DDIMError(
+                f"{self.text_options[0]} is for text models; name one by --base, or leave it out."
+            )
+        if self.base is not None and not self.from_scratch and self.shape_options:
+            raise DDIMError(
+                f"{self.shape_options[0]} is for a new network, and the base has one; add "
+                "--from-scratch, or leave it out."
+            )
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:

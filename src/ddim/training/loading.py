@@ -1,52 +1,47 @@
 """The batches of a run: which images each step takes, and how worker processes load them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
 from ddim.training.draws import mix
+from ddim.training.loop import Run
 
 __all__ = ["BatchOrder", "load_batches"]
 
 
+@dataclass(frozen=True, eq=False)
 class BatchOrder(Sampler[list[int]]):
-    """The images of every batch from step ``start`` on: one permutation per epoch, of which each
-    process takes its share."""
+    """The images of every batch from step ``start`` to before ``stop``: one permutation per epoch,
+    of which each process takes its share."""
 
-    def __init__(
-        self,
-        images: Sequence[int],
-        config: TrainConfig,
-        *,
-        start: int,
-        stop: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.images, self.config = images, config
-        self.start, self.stop = start, stop
-        self.rank, self.world = rank, world
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+    images: Sequence[int]
+    config: TrainConfig
+    start: int
+    stop: int
+    rank: int
+    world: int
 
     def __iter__(self) -> Iterator[list[int]]:
         size, parts = self.config.batch_size, self.config.gradient_accumulation
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for batch in range(self.start * parts, self.stop * parts):
-            first = (batch * self.world + self.rank) * size
-            yield [self._index(first + i) for i in range(size)]
-
-    def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.images))
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(mix(self.config.seed, epoch, 1))
-            self._epoch = epoch
-            self._order = torch.randperm(len(self.images), generator=generator)
-        return self.images[int(self._order[offset])]
+            chosen = []
+            for place in range(size):
+                now, offset = divmod(
+                    (batch * self.world + self.rank) * size + place, len(self.images)
+                )
+                if now != epoch:
+                    generator = torch.Generator().manual_seed(mix(self.config.seed, now, 1))
+                    epoch, order = now, torch.randperm(len(self.images), generator=generator)
+                chosen.append(self.images[int(order[offset])])
+            yield chosen
 
 
 class _Loadable(Dataset[tuple[Tensor, int]]):
@@ -67,42 +62,15 @@ def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
     return items if isinstance(items, DDIMError) else default_collate(items)
 
 
-def load_batches(
-    examples: Any,
-    images: Sequence[int],
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    start: int,
-    stop: int,
-) -> Iterator[Any]:
-    """Loads the batches of this process from step ``start`` to step ``stop``.
-
-    Args:
-        examples: The examples by index.
-        images: The indices to train on.
-        config: The run.
-        accelerator: The processes that share the images.
-        start: The first step, from 0.
-        stop: The step after the last.
-
-    Returns:
-        An iterator over collated batches; a batch that cannot be read is a :class:`DDIMError`.
-    """
-    order = BatchOrder(
-        images,
-        config,
-        start=start,
-        stop=stop,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+def load_batches(run: Run, images: Sequence[int], start: int) -> Iterator[Any]:
+    """Loads the batches of this process from step ``start`` on, out of the images with these
+    indices. A batch that cannot be read is a :class:`DDIMError`."""
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    loader: DataLoader[Any] = DataLoader(
+        _Loadable(run.subject.examples),
+        batch_sampler=BatchOrder(images, run.config, start, run.steps, rank, world),
+        num_workers=run.config.workers,
+        collate_fn=_collate,
+        pin_memory=run.accelerator.device.type == "cuda",
     )
-    return iter(
-        DataLoader(
-            _Loadable(examples),
-            batch_sampler=order,
-            num_workers=config.workers,
-            collate_fn=_collate,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
+    return iter(loader)

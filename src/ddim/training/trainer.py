@@ -204,9 +204,7 @@ def _take_and_follow(
     model, optimizer = accelerator.prepare(run.model, run.optimizer)
     run = replace(run, subject=subject, model=model, optimizer=optimizer)
     images = [i for i in range(record["data"]["images"]) if i not in held_out]
-    batches = load_batches(
-        subject.examples, images, config, accelerator, start=start, stop=run.steps
-    )
+    batches = load_batches(run, images, start)
     with StopSignals() as signals, contextlib.ExitStack() as opened:
         log = None
         if accelerator.is_main_process and start < run.steps:
