@@ -47,6 +47,14 @@ FILES = {
         {"named"},
         {"sources"},
     ],
+    "training": [
+        {"config", "draws", "ema", "base"},
+        {"package", "process"},
+        {"checkpoint", "subject"},
+        {"record", "loop", "text_network"},
+        {"monitoring", "loading", "text"},
+        {"trainer"},
+    ],
 }
 """The same within a room: the files that stand in one set do not import one another."""
 

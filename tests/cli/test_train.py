@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddim.cli import main
+from ddim.files import locked
 from ddim.training.config import PRESETS
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
@@ -253,18 +254,18 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
 
 
 def test_a_loss_that_is_not_a_number_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
-    from ddim.training import trainer
+    from ddim.training import loop
 
-    usual = trainer.training_loss
+    usual = loop.training_loss
     monkeypatch.setattr(
-        trainer, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan")
+        loop, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan")
     )
     assert main(["train", "--data", "digits", "--out", str(tmp_path), *TINY, "--images", "32"]) == 2
     assert capsys.readouterr().err == (
         "ddim: the loss became nan at step 1; the last good checkpoint is none. "
         "Lower --learning-rate, or use --mixed-precision bf16 or no.\n"
     )
-    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "log"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, alone, capsys):
@@ -393,16 +394,16 @@ LAUNCHED = """
 import os, sys
 import numpy as np
 from ddim.cli import main
-from ddim.training import trainer
+from ddim.training import loop
 
-usual, drawn = trainer.training_loss, []
+usual, drawn = loop.training_loss, []
 
 def recorded(network, x0, **options):
     if "weights" in options:
         drawn.append((x0.numpy().copy(), options["noise"].numpy().copy()))
     return usual(network, x0, **options)
 
-trainer.training_loss = recorded
+loop.training_loss = recorded
 code = main(sys.argv[2:])
 np.savez(f"{sys.argv[1]}/rank-{os.environ['RANK']}.npz", x0=[x for x, _ in drawn], noise=[n for _, n in drawn])
 sys.exit(code)
@@ -482,3 +483,15 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     alone = ddim(*options)
     assert alone.returncode == 2
     assert "holds a run on 2 process(es), and this one has 1; use the same number." in alone.stderr
+
+    with locked(out):  # the second process learns of the refusal instead of waiting for ever
+        done = subprocess.run(
+            list(map(str, [*torchrun, script, tmp_path, *options])),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+    assert done.returncode != 0
+    assert f"ddim: {out} is being written by another run; wait for it, or" in done.stderr

@@ -55,11 +55,7 @@ def read_idx(path: Path | str) -> NDArray[np.uint8]:
 
 def open_idx(source: str, path: Path, class_names: tuple[str, ...] | None = None) -> Source:
     """Opens an IDX file of images, with the labels that MNIST's naming puts beside it, whichever of
-    the two is gzipped.
-
-    Raises:
-        DataError: If a file is damaged or of an unusable shape.
-    """
+    the two is gzipped."""
     plain = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     images = _checked(source, read_idx(path))
     beside = (path.with_name(plain), path.with_name(f"{plain}.gz"))
@@ -70,11 +66,7 @@ def open_idx(source: str, path: Path, class_names: tuple[str, ...] | None = None
 def open_idx_folder(
     source: str, folder: Path, split: str, class_names: tuple[str, ...] | None = None
 ) -> Source:
-    """Opens the IDX files of a split, by MNIST's names.
-
-    Raises:
-        DataError: As :func:`open_idx`, or if there is no such split.
-    """
+    """Opens the IDX files of a split, by MNIST's names."""
     prefix = _IDX_PREFIX.get(split, split)
     path = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
     if path is None:
@@ -87,11 +79,7 @@ def open_idx_folder(
 
 
 def open_npz(source: str, path: Path, split: str) -> Source:
-    """Opens the arrays of a split, with labels and captions if it has them.
-
-    Raises:
-        DataError: If the file is damaged, or an array is missing or of an unusable shape.
-    """
+    """Opens the arrays of a split, with labels and captions if it has them."""
     labels = captions = None
     try:
         # Opened here, since numpy leaves a damaged file open.

@@ -18,14 +18,8 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 def captions_of_files(
     source: str, folder: Path, paths: list[Path], column: str | None
 ) -> list[str] | None:
-    """Reads captions from metadata files or, without any, from ``NAME.txt`` beside each image.
-
-    Returns:
-        One caption per path; None if the folder has no captions.
-
-    Raises:
-        DataError: If an image has no caption, or a file cannot be read.
-    """
+    """Reads captions from metadata files or, without any, from ``NAME.txt`` beside each image;
+    returns None if there are no captions."""
     tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
     if tables:
         rows = {
@@ -93,11 +87,7 @@ def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
 
 
 def one_caption(value: Any, where: str) -> str:
-    """Returns a caption as it was written, or the first of several.
-
-    Raises:
-        DataError: If there is none; ``where`` says where.
-    """
+    """Returns a caption as it was written, or the first of several."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     if not isinstance(first, str):
         raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")

@@ -17,7 +17,6 @@ __all__ = [
     "Columns",
     "ImageData",
     "ImageItems",
-    "Images",
     "NoSuchSplit",
     "Source",
     "no_such_split",
@@ -26,41 +25,6 @@ __all__ = [
 
 _MOST_CLASSES = 100_000
 """A larger label is an identity or damage, and would make as many class names."""
-
-
-class ImageData(Protocol):
-    """Images, labels and captions by index."""
-
-    @property
-    def name(self) -> str:
-        """The source, as the user named it."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """1 for grey, 3 for colour."""
-        ...
-
-    @property
-    def resolution(self) -> tuple[int, int]:
-        """Height and width."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """None if there are no labels."""
-        ...
-
-    @property
-    def captions(self) -> Sequence[str] | None:
-        """One caption per image, in the order of the images; None if none were asked for."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """A uint8 image [C, H, W] and its label, which is -1 if there are no labels."""
-        ...
 
 
 class ImageItems(Protocol):
@@ -73,7 +37,8 @@ class ImageItems(Protocol):
 
 
 class Source(NamedTuple):
-    """The content of one split of a source, before it is brought to one size."""
+    """The content of one split of a source, before it is brought to one size. Every function that
+    opens a kind of source returns one, or raises :class:`~ddim.errors.DataError`."""
 
     images: ImageItems
     """Images by index; they may be read or drawn on access, but must be the same each time."""
@@ -117,17 +82,23 @@ def one_size_advice(side: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """A data set over a list of images, which are brought to one size and number of channels."""
+class ImageData:
+    """A map-style data set of (uint8 image [C, H, W], label), all of one size and mode. The label
+    is -1 if there are no labels."""
 
     name: str
+    """The source, as the user named it."""
     items: ImageItems
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
+    """None if there are no labels."""
     captions: Sequence[str] | None
+    """One caption per image, in the order of the images; None if none were asked for."""
     paths: Sequence[Path] | None
     channels: int
+    """1 for grey, 3 for colour."""
     resolution: tuple[int, int]
+    """Height and width."""
     resize: bool
     center_crop: bool
 
@@ -140,12 +111,8 @@ class Images:
         resolution: int | tuple[int, int] | None = None,
         channels: int | None = None,
         center_crop: bool = False,
-    ) -> "Images":
-        """Checks a source; its first image decides what the options leave open.
-
-        Raises:
-            DataError: If there are no images, or if labels or captions do not match them.
-        """
+    ) -> "ImageData":
+        """Checks a source; its first image decides what the options leave open."""
         items, captions = source.images, source.captions
         if len(items) == 0:
             raise DataError(f"{name} holds no images.")

@@ -82,11 +82,7 @@ def _not_an_image(path: Path, error: Exception) -> DataError:
 
 
 def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Source:
-    """Finds the images of a folder, sorted by path.
-
-    Raises:
-        DataError: If there are no images, no such split, or captions are incomplete.
-    """
+    """Finds the images of a folder, sorted by path."""
     found = [
         (p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES
     ]

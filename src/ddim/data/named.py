@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ddim.data.arrays import open_idx_folder
-from ddim.data.dataset import Columns, Images, NoSuchSplit, Source
+from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
 from ddim.data.fashion_text import FashionText
 from ddim.data.tables import open_hub
 from ddim.errors import DataError
@@ -35,11 +35,7 @@ FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 
 def open_fashion_mnist(split: str, columns: Columns) -> Source:
     """Opens Fashion-MNIST: the folder that ``DDIM_FASHION_MNIST`` names, Debian's package, or the
-    hub.
-
-    Raises:
-        DataError: If it is nowhere, damaged, or has no such split.
-    """
+    hub."""
     chosen = os.environ.get("DDIM_FASHION_MNIST")
     folder = Path(chosen or FASHION_MNIST_FOLDER)
     if folder.is_dir():
@@ -68,7 +64,7 @@ def _digits(split: str) -> Source:
 
 
 def _fashion_text(split: str) -> Source:
-    data = Images.of_source("fashion-mnist", open_fashion_mnist(split, Columns()))
+    data = ImageData.of_source("fashion-mnist", open_fashion_mnist(split, Columns()))
     pairs = [data[i] for i in range(len(data))]
     labels = np.array([label for _, label in pairs])
     images = FashionText.of_garments(np.stack([image[0].numpy() for image, _ in pairs]), labels)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
-from ddim.data.dataset import Columns, ImageData, Images, NoSuchSplit, Source
+from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
 from ddim.data.folders import SUFFIXES, ImageFiles, open_folder
 from ddim.data.named import NAMED, open_fashion_mnist
 from ddim.data.tables import files_of_split, open_hub, open_parquet
@@ -75,7 +75,7 @@ def load_images(
         opened.images.check_sizes(source, center_crop=center_crop)
     if not captions:
         opened = opened._replace(captions=None)
-    data = Images.of_source(
+    data = ImageData.of_source(
         source, opened, resolution=resolution, channels=channels, center_crop=center_crop
     )
     if captions and data.captions is None:

@@ -43,11 +43,7 @@ class _Column:
 
 def files_of_split(source: str, tables: list[Path], split: str) -> list[Path]:
     """Picks the parquet files of a split by the start of their names, as the hub writes them
-    (``test-00000-of-00001.parquet``).
-
-    Raises:
-        DataError: If there are other splits only.
-    """
+    (``test-00000-of-00001.parquet``)."""
     starts = {p: p.stem.split("-")[0] for p in tables}
     chosen = [p for p in tables if starts[p] == split]
     splits = set(starts.values()) & set(SPLITS)
@@ -57,11 +53,7 @@ def files_of_split(source: str, tables: list[Path], split: str) -> list[Path]:
 
 
 def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
-    """Opens parquet files as one table.
-
-    Raises:
-        DataError: If they cannot be read, or have no column of images.
-    """
+    """Opens parquet files as one table."""
     try:
         table = _load_dataset("parquet", source, data_files=[str(p) for p in files], split="train")
     except DataError:
@@ -75,11 +67,7 @@ def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
 
 
 def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:
-    """Opens a data set of the hub, which the user called ``name``.
-
-    Raises:
-        DataError: If there is none, it cannot be reached, or it has no such split or column.
-    """
+    """Opens a data set of the hub, which the user called ``name``."""
     unreachable = None
     try:
         with _without_retries(hub_id) as unreachable:
