@@ -35,7 +35,8 @@ FILES = {
     "inversion": [{"ddim", "reversible"}, {"encoding"}, {"codes"}],
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
-    "models": [{"images", "checkpoints", "conversion"}],
+    "models": [{"images", "checkpoints", "layouts"}, {"conversion"}],
+    "evaluation": [{"classifier", "metrics", "statistics"}, {"features"}, {"protocol"}, {"report"}],
     "data": [
         {"captions", "dataset", "fashion_text"},
         {"folders", "arrays", "batches"},
