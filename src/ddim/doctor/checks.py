@@ -71,8 +71,8 @@ predict_epsilon tensor_format timestep_values
 fitted_timesteps
 """
 OTHER_KEYS = frozenset(_OTHER_KEYS.split())
-"""Keys that are known, beside those that every scheduler of the family has: keys of diffusers' other
-schedulers, keys of diffusers before 0.12, and our own."""
+"""Keys that are known, beside those that every scheduler of the family has: those of diffusers'
+other schedulers, those of diffusers before 0.12, and our own."""
 
 _SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 _LIN = "Lin et al. 2023, arXiv 2305.08891"

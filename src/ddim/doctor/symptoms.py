@@ -10,7 +10,7 @@ images, not averages. Notation: :mod:`ddim.core.schedule`."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ddim.core.denoiser import Denoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.oracle import GaussianOracle
-from ddim.core.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0_eps
+from ddim.core.prediction import PredictionType, from_x0_eps, to_x0_eps
 from ddim.core.prior import DataPrior
 from ddim.core.sampler import sample
 from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, make_betas
@@ -62,7 +62,8 @@ class Brightness:
     Attributes:
         mean: Mean over all images.
         std: Standard deviation between images.
-        dimensions: The number of values in an image, C H W: the more, the less noise hides the brightness.
+        dimensions: The number of values in an image, C H W: the more, the less noise hides
+            brightness.
         measured: How the rest of the image varies with it, if images were at hand
             (:meth:`of_images`); None: brightness is taken to be independent of the rest.
     """
@@ -184,7 +185,7 @@ def leaked_brightness(
 
 
 def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
-    """The list that plain diffusers makes, with its flaws: it can hold -1 or T, or N + 1 entries."""
+    """The list that plain diffusers makes, which can hold -1 or T, or N + 1 entries."""
     return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
 
 
@@ -316,32 +317,25 @@ def probe(
         target = from_x0_eps(images, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=kind)
         return float((output - target).square().mean() / target.square().mean())
 
-    kinds: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
-    assert kinds == PREDICTION_TYPES
-    inner = [last * tenth // 10 for tenth in (1, 3, 5, 7, 9)]
-    outputs = [(call(t)[0], t) for t in inner]
-    errors = {
-        kind: sum(error(output, t, kind) for output, t in outputs) / len(inner) for kind in kinds
+    outputs = [(call(t)[0], t) for t in (last * tenth // 10 for tenth in (1, 3, 5, 7, 9))]
+    errors: dict[PredictionType, float] = {
+        kind: sum(error(output, t, kind) for output, t in outputs) / len(outputs)
+        for kind in get_args(PredictionType)
     }
-    kind = min(kinds, key=errors.__getitem__)
+    kind = min(errors, key=errors.__getitem__)
     if not errors[kind] < 0.7:
         return Probe(errors, None, None, {})
-    below = max(
-        error(call(t)[0], t, kind)
-        for t in {max(last - total // share, 0) for share in (1000, 100, 50)}
-        | {max(last - 1, 0)} - {last}
-    )
+    near = {max(last - total // share, 0) for share in (1000, 100, 50)}
+    below = max(error(call(t)[0], t, kind) for t in near | {max(last - 1, 0)} - {last})
     output, x_t = call(last)
-    at_end = error(output, last, kind)
-    evidence = {"error_at_end": at_end, "error_below": below}
-    trained = at_end <= 2 * below + 0.02
+    evidence = {"error_at_end": error(output, last, kind), "error_below": below}
+    trained = evidence["error_at_end"] <= 2 * below + 0.02
     if float(schedule.alpha_bar(last)) == 0:
         if kind == "epsilon":
             # x0 cannot be told from the output, and eps is the input itself.
             return Probe(errors, kind, None, evidence)
         x0 = to_x0_eps(output, x_t, alpha_bar_t=schedule.alpha_bar(last), prediction_type=kind).x0
-        evidence["brightness_following_noise"] = float(
-            x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std()
-        )
-        trained = trained and evidence["brightness_following_noise"] < 0.2
+        following = float(x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std())
+        evidence["brightness_following_noise"] = following
+        trained = trained and following < 0.2
     return Probe(errors, kind, trained, evidence)

@@ -1,14 +1,14 @@
 """How a number is measured: which metrics, on how many images, against what, beside which floor and
 with what spread.
 
-A metric is named METRIC-EXTRACTOR, as ``fd-fashion``. Images pass through the extractors batch by
-batch, and of them stays what the metrics need (:class:`Sketch`): sums for a Frechet distance,
+A metric is named METRIC-EXTRACTOR, such as ``fd-fashion``. Images pass through the extractors batch
+by batch, and only what the metrics need is kept (:class:`Sketch`): sums for a Frechet distance,
 features or projections for the others.
 
-The reference's M images come in an order that means nothing (shuffled). The first of them play the
-samples for the floor, real against real: as many as there are samples, or M // 2, so that both
-sides are disjoint. The spread is over the samples' disjoint thirds, each measured by itself;
-divided by the root of 3 it estimates the spread of the whole set's number over seeds."""
+The reference's M images are shuffled. For the floor, real against real, the first of them stand in
+for the samples: as many as there are samples, but at most M // 2, so that both sides are disjoint.
+The spread is that of the samples' disjoint thirds, each measured by itself; divided by the root of
+3, it estimates the spread of the metric of all samples over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -283,8 +283,8 @@ class Collected:
 
 
 def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> Collected:
-    """Passes a stream of images through the extractors. The result does not depend on how the stream
-    is divided into batches.
+    """Passes a stream of images through the extractors. The result does not depend on how the
+    stream is divided into batches.
 
     Args:
         images: Batches [B, C, H, W] in [-1, 1].

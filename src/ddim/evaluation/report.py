@@ -1,4 +1,4 @@
-"""A table of cells (eta, steps): flat records, CSV, markdown beside the paper's numbers, and plots."""
+"""A table of cells (eta, steps): flat records, CSV, plots, and markdown beside the paper's."""
 
 import csv
 import io

@@ -173,7 +173,7 @@ def write_model(converted: Converted, out: Path) -> None:
 
 
 def _check(converted: Converted, expected: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError if a weight is left over, missing, or of another shape than expected."""
+    """Raises CheckpointError if a weight is left over, missing, or of another shape."""
     for name, weight in converted.state.items():
         key = converted.names[name]
         if name not in expected:
