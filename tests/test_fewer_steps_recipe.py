@@ -1,4 +1,4 @@
-"""The recipe of docs/fewer-steps.md: what it keeps, what it measures again, and what its report
+"""The study of docs/fewer-steps.md: what it keeps, what it measures again, and what its report
 says."""
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 
 from ddim.fitting.timesteps import geometric_mean, ode_error
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "fewer_steps.py"
+RECIPE = Path(__file__).parents[1] / "studies" / "fewer_steps.py"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def run(recipe, tiny, tmp_path_factory):
 
     # What `ddim fit-steps` would find, for a search of a tiny model takes longer than the rest.
     made = make()
-    made.keep("fits", recipe.Method("fitted", 2, 3), timesteps=[990, 500, 100], found="fitted")
+    made.store("fits", recipe.Method("fitted", 2, 3), timesteps=[990, 500, 100], found="fitted")
     made.errors()
     made.quality()
     made.report()
@@ -68,7 +68,7 @@ def run(recipe, tiny, tmp_path_factory):
 
 def test_errors_are_their_definition(run, recipe):
     made = run()
-    record = made.kept("errors", recipe.Method("fitted", 2, 3))
+    record = made.stored("errors", recipe.Method("fitted", 2, 3))
     assert record["timesteps"] == [990, 500, 100]
     x, exact = (
         made.pipe(seeds=range(3), clip="none", progress=False, output_type="pt", **o).images
@@ -100,7 +100,7 @@ def test_the_report_says_who_needs_how_many_evaluations(run, recipe):
         "analytic, order 1",
     }
     many, three = (
-        torch.tensor(run().kept("errors", m)["errors"])
+        torch.tensor(run().stored("errors", m)["errors"])
         for m in (recipe.MANY, recipe.Method("trailing", 1, 3))
     )
     assert geometric_mean(three / many).mean > 1  # so that it takes more than three of DDIM's

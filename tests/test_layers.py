@@ -16,6 +16,7 @@ ROOMS = [
     {"models"},
     {"pipelines", "data"},
     {"training", "evaluation"},
+    {"runs"},
     {"cli"},
 ]
 """A room, or a file beside the rooms, imports only what stands in an earlier set."""
@@ -39,7 +40,8 @@ FILES = {
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
     "scheduler": [{"scheduling"}, {"scheduler"}],
-    "models": [{"images", "checkpoints", "conversion", "export"}],
+    "models": [{"images", "checkpoints", "layouts"}, {"conversion", "export", "facts"}],
+    "evaluation": [{"classifier", "metrics", "statistics"}, {"features"}, {"protocol"}, {"report"}],
     "data": [
         {"captions", "dataset", "fashion_text"},
         {"folders", "arrays", "batches"},
