@@ -597,7 +597,8 @@ def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
     )
     assert result.stderr == ""
     assert pixels(tmp_path / "000000.png").shape == (28, 28)
-    bad = subprocess.run([*run, "--steps", "0"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "ddim", "fly"]
+    bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
 
