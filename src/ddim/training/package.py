@@ -95,6 +95,7 @@ def make_scheduler(
     )
 
 
+@contextlib.contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
     """Turns errors of the disk into one sentence.
 
