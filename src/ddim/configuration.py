@@ -122,35 +122,35 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and 1 <= value <= 1_000_000
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_betas(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return value is None or (is_list and all(map(_is_fraction, value)))
+
+
 _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": (
-        "a whole number from 1 to 1000000",
-        lambda value: _is_whole(value) and 1 <= value <= 1_000_000,
-    ),
+    "num_train_timesteps": ("a whole number from 1 to 1000000", _is_count),
     "beta_start": ("a number from 0 to 1", _is_fraction),
     "beta_end": ("a number from 0 to 1", _is_fraction),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
-    "trained_betas": (
-        "null or a list of numbers from 0 to 1",
-        lambda value: (
-            value is None
-            or (
-                isinstance(value, (list, tuple))
-                and len(value) > 0
-                and all(map(_is_fraction, value))
-            )
-        ),
-    ),
+    "trained_betas": ("null or a list of numbers from 0 to 1", _is_betas),
     "clip_sample": _SWITCH,
     "thresholding": _SWITCH,
     "set_alpha_to_one": _SWITCH,
     "rescale_betas_zero_snr": _SWITCH,
     "steps_offset": ("a whole number", _is_whole),
-    "clip_sample_range": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "sample_max_value": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "clip_sample_range": ("a number above 0", _is_positive),
+    "sample_max_value": ("a number above 0", _is_positive),
     "dynamic_thresholding_ratio": ("a number from 0 to 1", _is_fraction),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
@@ -253,14 +253,10 @@ def configured_timesteps(
     spacing: Spacing | None = None,
     use_fitted: bool = True,
 ) -> list[int]:
-    """The levels that so many steps visit: fitted ones, else those of the spacing.
+    """The levels that N steps visit: fitted ones if ``use_fitted``, else those of the spacing.
 
-    Args:
-        config: The configuration.
-        num_inference_steps: N.
-        total: T. Default: ``num_train_timesteps``.
-        spacing: In place of the configuration's, and of its fitted lists.
-        use_fitted: Whether fitted lists count.
+    A ``spacing`` takes the place of the configuration's, and of its fitted lists; ``total`` that of
+    ``num_train_timesteps``.
 
     Raises:
         DDIMError: If N is not a whole number in 1..T, the spacing is unknown, or the fitted lists
@@ -293,9 +289,8 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     """The configuration of a scheduler of that class, in which only what is at its default counts
     as not given.
 
-    diffusers keeps a list of options that were not given, and leaves them out when another class
-    takes the configuration over. Options that were given by position, or changed later, are in that
-    list too."""
+    diffusers' list of options that were not given, which another class does not take over, also
+    holds those that were given by position or changed later."""
     if "_use_default_values" not in config:
         return dict(config)
     defaults = inspect.signature(scheduler).parameters

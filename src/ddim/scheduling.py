@@ -149,12 +149,11 @@ class GridScheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the
-        ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless
-        you ask.
+        """As diffusers', without the ``solver_order`` of another multistep scheduler: DDIM stays
+        DDIM unless you ask.
 
         Raises:
-            DDIMError: If the configuration is of another family.
+            DDIMError: If the configuration is of another family (flow matching, EDM).
 
         Warns:
             UserWarning: If an option is given by a keyword that no scheduler of the family knows,
@@ -353,7 +352,7 @@ class GridScheduler:
             at = found
         return advance(plan, table.mode, at, output, x, noise)
 
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Returns the sample: a network of this family takes it as it is."""
         return sample
 
