@@ -158,12 +158,8 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses values that cannot be meant, as a file may hold them; keys that are absent, or not
-    DDIM's, are not looked at.
-
-    Raises:
-        DDIMError: Which option, what it must be, and what it is.
-    """
+    """Refuses values that cannot be meant, as a file may hold them, with a DDIMError; keys that are
+    absent, or not DDIM's, are not looked at."""
     for name, (what, fits) in _RULES.items():
         if name in config and not fits(config[name]):
             raise DDIMError(f"{name} must be {what}; got {_brief(config[name])}.")
@@ -175,11 +171,7 @@ def _brief(value: object) -> str:
 
 
 def configured_betas(config: Mapping[str, Any]) -> Tensor:
-    """The betas that a configuration gives or names, before any rescale; shape [T], float64.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown.
-    """
+    """The betas that a configuration gives or names, before any rescale; shape [T], float64."""
     config = {**DEFAULTS, **config}
     if config["trained_betas"] is not None:
         return torch.as_tensor(np.asarray(config["trained_betas"]), dtype=torch.float64)
@@ -204,23 +196,15 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
     """``trained_betas`` for diffusers' DDIM: the given ones, or those of a schedule that it does
-    not know by name; None for one that it knows.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown.
-    """
+    not know by name; None for one that it knows."""
     betas: list[float] = configured_betas(config).tolist()
     is_given = config.get("trained_betas") is not None
     return betas if is_given or config.get("beta_schedule", "linear") not in _NATIVE else None
 
 
 def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
-    """The lists in ``config["fitted_timesteps"]``, of which each is visited where as many steps are
-    asked for as it has levels.
-
-    Raises:
-        DDIMError: If the entry is no list of lists.
-    """
+    """The lists in ``config["fitted_timesteps"]``, which must be a list of lists: one of N levels is
+    visited when N steps are asked for."""
     lists = config.get("fitted_timesteps") or []
     if not isinstance(lists, (list, tuple)) or not all(
         isinstance(levels, (list, tuple)) for levels in lists
@@ -235,14 +219,11 @@ def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
 def fitted_timesteps(
     config: Mapping[str, Any], num_inference_steps: int | None
 ) -> list[int] | None:
-    """The fitted list of that many levels; None if there is none of that length.
-
-    Raises:
-        DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
-    """
+    """The fitted list of that many levels, which must fall; None if there is none."""
     lists = fitted_lists(config)
     found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
-    return None if found is None else check_timesteps(found, config["num_train_timesteps"])
+    total = config.get("num_train_timesteps", DEFAULTS["num_train_timesteps"])
+    return None if found is None else check_timesteps(found, total)
 
 
 def configured_timesteps(

@@ -1,4 +1,4 @@
-"""What the tests of the schedulers share: options, exact levels, diffusers' scheduler beside ours."""
+"""What the tests share: options, exact levels, and diffusers' scheduler beside ours."""
 
 import diffusers
 import torch
