@@ -359,7 +359,7 @@ def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_sn
     if not from_scratch:
         with pytest.raises(
             CheckpointError,
-            match=r"card\.json must say a finite number as guidance_scale; got 'much'\.",
+            match=r"card\.json must hold a finite number as guidance_scale; got 'much'\.",
         ):
             card_guidance(
                 options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule
