@@ -36,6 +36,15 @@ FILES = {
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
     "models": [{"images", "checkpoints", "conversion"}],
+    "pipelines": [
+        {"networks", "routing", "pictures"},
+        {"base", "inputs"},
+        {"coding", "prompts"},
+        {"unconditional", "latent", "elsewhere"},
+        {"text_codes"},
+        {"text_to_image"},
+        {"opening"},
+    ],
 }
 """The same within a room: the files that stand in one set do not import one another."""
 

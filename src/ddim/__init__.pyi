@@ -127,12 +127,14 @@ from .models.conversion import (
     read_state_dict as read_state_dict,
     write_model as write_model,
 )
+from .pipelines.opening import (
+    DiffusionPipeline as DiffusionPipeline,
+)
 from .pipelines.text_to_image import (
     ImageToImagePipeline as ImageToImagePipeline,
     TextToImagePipeline as TextToImagePipeline,
 )
 from .pipelines.unconditional import (
-    DiffusionPipeline as DiffusionPipeline,
     UnconditionalPipeline as UnconditionalPipeline,
 )
 from .scheduler import (

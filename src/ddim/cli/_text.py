@@ -208,7 +208,7 @@ def _read_image(path: str | None, pipe: Any) -> "tuple[Image | None, dict[str, s
         return None, None
     from ddim.files import file_hash
     from ddim.models.images import open_picture
-    from ddim.pipelines.text_inputs import prepare_images
+    from ddim.pipelines.pictures import prepare_images
 
     picture = open_picture(path)
     try:
@@ -239,7 +239,7 @@ def open_any(
         return open_model(name, device=device, dtype=dtype)
     import torch
 
-    from ddim.pipelines.unconditional import text_pipeline
+    from ddim.pipelines.opening import text_pipeline
 
     quiet_libraries(text=True)
     kind = text_pipeline("StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline")
