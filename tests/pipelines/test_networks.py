@@ -419,12 +419,12 @@ def test_outputs_of_compiled_networks_on_a_gpu_are_copied():
     around = torch.compile(around, backend="eager")
     inside.forward = torch.compile(inside.forward, backend="eager")
     output = OnAGPU()
-    assert networks.kept(output, plain) is output
-    assert [networks.kept(output, network) for network in (in_place, around, inside)] == [
+    assert networks.copy_if_replayed(output, plain) is output
+    assert [networks.copy_if_replayed(output, network) for network in (in_place, around, inside)] == [
         "a copy"
     ] * 3
     here = torch.ones(1)
-    assert networks.kept(here, in_place) is here
+    assert networks.copy_if_replayed(here, in_place) is here
 
 
 @pytest.mark.parametrize(
