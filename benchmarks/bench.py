@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddim
-from ddim.cli._model import find_device
 from ddim.pipelines.unconditional import UnconditionalPipeline
+from ddim.runs.model import find_device
 
 BATCH, STEPS = 16, 50
 STABLE = {

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddim.data.sources import FASHION_MNIST_CLASSES, load_images
+from ddim.data.named import FASHION_MNIST_CLASSES
+from ddim.data.sources import load_images
 from ddim.evaluation.classifier import FashionClassifier
 from ddim.files import file_hash, write_text
 from ddim.models.images import from_uint8
@@ -28,14 +29,13 @@ def read(split: str) -> tuple[NDArray[np.uint8], Tensor]:
     """Images [N, H, W, 1] and labels [N] of Fashion-MNIST."""
     data = load_images("fashion-mnist", split=split)
     pairs = [data[i] for i in range(len(data))]
-    return torch.stack([image for image, _ in pairs]).permute(0, 2, 3, 1).numpy(), torch.tensor(
-        [label for _, label in pairs]
-    )
+    images = torch.stack([image for image, _ in pairs]).permute(0, 2, 3, 1)
+    return images.numpy(), torch.tensor([label for _, label in pairs])
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: NDArray[np.uint8], labels: Tensor) -> float:
-    """The part of the images whose class is told right."""
+    """The fraction of the images whose class is recognised."""
     right = sum(
         int((network(from_uint8(images[i : i + 500])).argmax(1) == labels[i : i + 500]).sum())
         for i in range(0, len(labels), 500)
@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--learning-rate", type=float, default=4e-3, help="the highest of the one cycle"
-    )
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="the cycle's highest")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
@@ -74,14 +72,8 @@ def main() -> None:
             optimizer.step()
             cycle.step()
             losses.append(loss.detach())
-        print(
-            (
-                f"epoch {epoch + 1}/{options.epochs}  loss {torch.stack(losses).mean():.4f}  "
-                f"{time.perf_counter() - began:.0f} s"
-            ),
-            flush=True,
-        )
-
+        loss, seconds = torch.stack(losses).mean(), time.perf_counter() - began
+        print(f"epoch {epoch + 1}/{options.epochs}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
     network.eval()
     card = {
         "command": shlex.join(["python", *sys.argv]),
@@ -104,7 +96,7 @@ def main() -> None:
     card["weight_hash"] = file_hash([weights])
     write_text(options.out / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
     print(
-        f"{card['test_accuracy']:.2%} of the test images are told right; weights "
+        f"{card['test_accuracy']:.2%} of the test images are recognised; weights "
         f"{card['weight_hash']} are in {options.out}."
     )
 

@@ -47,9 +47,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def read(split: str) -> tuple[NDArray[np.uint8], list[str]]:
     """Images [N, 32, 32, 3] and captions."""
     data = load_images("fashion-text", split=split, captions=True)
-    return torch.stack([data[i][0] for i in range(len(data))]).permute(0, 2, 3, 1).numpy(), list(
-        data.captions or ()
-    )
+    images = torch.stack([data[i][0] for i in range(len(data))]).permute(0, 2, 3, 1)
+    return images.numpy(), list(data.captions or ())
 
 
 def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torch.Generator) -> Any:
@@ -63,11 +62,10 @@ def batches(images: NDArray[np.uint8], *, count: int, size: int, generator: torc
 
 
 def one_cycle(parameters: Any, *, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW whose learning rate rises over a tenth of the steps and falls to nothing."""
+    """AdamW whose learning rate rises over a tenth of the steps and then falls to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, betas=(0.9, 0.99))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR
+    return optimizer, schedule(optimizer, rate, total_steps=steps, pct_start=0.1)
 
 
 class Log:
@@ -77,24 +75,21 @@ class Log:
         self.every, self.losses, self.began = every, [], time.perf_counter()
 
     def add(self, step: int, loss: Tensor, seen: int) -> None:
-        """Takes the loss of a step; stops the run where it is no number."""
+        """Takes the loss of a step; stops the run if it is NaN."""
         self.losses.append(loss.detach())
-        if step % self.every == 0:
-            mean, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - self.began
-            if mean != mean:
-                raise SystemExit(
-                    f"the loss is not a number at step {step}; use a smaller --learning-rate."
-                )
-            print(
-                f"step {step}  {seen} images  loss {mean:.5f}  {seen / seconds:.0f} images/s",
-                flush=True,
-            )
-            self.losses = []
+        if step % self.every:
+            return
+        mean = torch.stack(self.losses).mean().item()
+        if mean != mean:
+            raise SystemExit(f"the loss is NaN at step {step}; use a smaller learning rate.")
+        speed = seen / (time.perf_counter() - self.began)
+        print(f"step {step}  {seen} images  loss {mean:.5f}  {speed:.0f} images/s", flush=True)
+        self.losses = []
 
 
 def make_vae() -> AutoencoderKL:
-    """Factor 2, four channels: 3x32x32 -> 4x16x16. No attention, since nothing in these images
-    needs a wide view to be encoded."""
+    """Factor 2, four channels: 3x32x32 -> 4x16x16. It has no attention, since nothing in these
+    images needs a wide view to be encoded."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -112,19 +107,16 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
 
     .. math:: KL = \\tfrac12(\\mu^2 + \\sigma^2 - 1 - \\log\\sigma^2)
 
-    which is small: it keeps codes near each other smooth, and is not to make them a Gaussian.
+    with a small weight: it keeps neighbouring codes smooth, but does not make them Gaussian.
     """
     torch.manual_seed(options.seed)
     images, _ = read("train")
     vae = make_vae().to(memory_format=torch.channels_last).train()
     generator = torch.Generator().manual_seed(options.seed)
-    optimizer, cycle = one_cycle(
-        vae.parameters(), rate=options.vae_learning_rate, steps=options.vae_images // 32
-    )
-    log = Log(100)
-    for step, chosen in enumerate(
-        batches(images, count=options.vae_images, size=32, generator=generator), 1
-    ):
+    count, rate, log = options.vae_images, options.vae_learning_rate, Log(100)
+    optimizer, cycle = one_cycle(vae.parameters(), rate=rate, steps=count // 32)
+    stream = batches(images, count=count, size=32, generator=generator)
+    for step, chosen in enumerate(stream, 1):
         x = from_uint8(images[chosen]).contiguous(memory_format=torch.channels_last)
         code = vae.encode(x).latent_dist
         error = vae.decode(code.sample()).sample - x
@@ -137,12 +129,8 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
         cycle.step()
         log.add(step, loss, step * 32)
     vae.eval().requires_grad_(False)
-    codes = torch.cat(
-        [
-            vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean
-            for i in range(0, 10_000, 500)
-        ]
-    )
+    parts = (from_uint8(images[i : i + 500]) for i in range(0, 10_000, 500))
+    codes = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     vae.register_to_config(scaling_factor=round(1 / codes.std().item(), 4))
     seconds = time.perf_counter() - log.began
     vae.save_pretrained(options.out / "vae")
@@ -152,8 +140,8 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
         "latent_std": codes.std((0, 2, 3)) * vae.config.scaling_factor,
     }
     return {
-        "images_seen": options.vae_images,
-        "learning_rate": options.vae_learning_rate,
+        "images_seen": count,
+        "learning_rate": rate,
         "kl_weight": options.kl_weight,
         "parameters": sum(p.numel() for p in vae.parameters()),
         "seconds": round(seconds, 1),
@@ -168,39 +156,31 @@ def train_vae(options: argparse.Namespace) -> dict[str, Any]:
 def measure_vae(
     vae: AutoencoderKL, images: NDArray[np.uint8], captions: list[str]
 ) -> dict[str, Any]:
-    """How images come back, pixels in [0, 1]: the error of all, and the frame's error for each
+    """The reconstruction error, pixels in [0, 1]: that of all images, and the frame's for each
     background."""
-    back = np.concatenate(
-        [
-            to_uint8(
-                vae.decode(vae.encode(from_uint8(images[i : i + 500])).latent_dist.mean).sample
-            )
-            for i in range(0, len(images), 500)
-        ]
-    )
+    parts = (from_uint8(images[i : i + 500]) for i in range(0, len(images), 500))
+    codes = (vae.encode(part).latent_dist.mean for part in parts)
+    back = np.concatenate([to_uint8(vae.decode(code).sample) for code in codes])
     error = (back.astype(np.float64) - images) / 255
     frame = np.ones(images.shape[1:3], dtype=bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
     names = np.array(
         [next(n for n in BACKGROUNDS if c.endswith(f"on a {n} background")) for c in captions]
     )
+    frames = {name: error[names == name][:, frame] for name in BACKGROUNDS}
+    largest = {name: np.abs(e.mean((1, 2))).max() for name, e in frames.items()}
     return {
         "rmse": round(float(np.sqrt((error**2).mean())), 5),
-        "frame_mean_error": {
-            n: round(float(error[names == n][:, frame].mean()), 5) for n in BACKGROUNDS
-        },
-        "frame_largest_mean_error": {
-            n: round(float(np.abs(error[names == n][:, frame].mean((1, 2))).max()), 5)
-            for n in BACKGROUNDS
-        },
+        "frame_mean_error": {name: round(float(e.mean()), 5) for name, e in frames.items()},
+        "frame_largest_mean_error": {name: round(float(e), 5) for name, e in largest.items()},
     }
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """Writes and reads a tokenizer of CLIP's kind in which every word of the captions is one token.
 
-    Byte pairs are merged, the most frequent first, until no word is left in parts; what is in no
-    caption stays in bytes."""
+    Byte pairs are merged, the most frequent first, until every word is one token; other text stays
+    in bytes."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -221,57 +201,48 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
             for i in range(len(parts) - 2, -1, -1):
                 if (parts[i], *parts[i + 1 : i + 2]) == best:
                     parts[i : i + 2] = ["".join(best)]
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        *("".join(pair) for pair in merges),
-        START,
-        END,
-    ]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += [*("".join(pair) for pair in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-    )
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps(special, indent=2) + "\n", encoding="utf-8"
-    )
+    files = {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(lines) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    """CLIP's text encoder with two layers."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return CLIPTextModel(config)
 
 
 def make_image_encoder() -> nn.Module:
-    """What the text encoder is trained against, and then thrown away: 3x32x32 -> a vector."""
+    """The network that the text encoder is trained against, and that is then thrown away: 3x32x32
+    -> a vector."""
 
     def block(before: int, after: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(after),
-            nn.ReLU(),
-        ]
+        convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
 
     return nn.Sequential(
         *block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Linear(128 * 4 * 4, WIDTH)
@@ -279,10 +250,10 @@ def make_image_encoder() -> nn.Module:
 
 
 def train_text(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains the text encoder by contrast: a caption's vector is to be near those of its images,
+    """Trains the text encoder by contrast: a caption's vector should be near those of its images,
     and far from those of others.
 
-    Images of one caption in a batch are all right answers: images choose among the batch's distinct
+    All images of a caption in a batch are right answers: images choose among the batch's distinct
     captions, and a caption's target is spread evenly over its images.
 
     References:
@@ -292,31 +263,25 @@ def train_text(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     images, captions = read("train")
     tokenizer = make_tokenizer(options.out / "tokenizer")
-    text, vision, head = (
-        make_text_encoder(tokenizer).train(),
-        make_image_encoder().train(),
-        nn.Linear(WIDTH, WIDTH, bias=False),
-    )
+    text, vision = make_text_encoder(tokenizer).train(), make_image_encoder().train()
+    head = nn.Linear(WIDTH, WIDTH, bias=False)
     scale = nn.Parameter(torch.tensor(2.3))
     distinct = sorted(set(captions))
     tokens = tokenize(tokenizer, distinct)
     numbers = torch.tensor([distinct.index(c) for c in captions])
     parameters = [*text.parameters(), *vision.parameters(), *head.parameters(), scale]
-    optimizer, cycle = one_cycle(
-        parameters, rate=options.text_learning_rate, steps=options.text_images // 128
-    )
-    generator, log = torch.Generator().manual_seed(options.seed), Log(100)
-    for step, chosen in enumerate(
-        batches(images, count=options.text_images, size=128, generator=generator), 1
-    ):
+    count, rate, log = options.text_images, options.text_learning_rate, Log(100)
+    optimizer, cycle = one_cycle(parameters, rate=rate, steps=count // 128)
+    generator = torch.Generator().manual_seed(options.seed)
+    stream = batches(images, count=count, size=128, generator=generator)
+    for step, chosen in enumerate(stream, 1):
         present, answers = numbers[chosen].unique(return_inverse=True)
         seen = nn.functional.normalize(vision(from_uint8(images[chosen])), dim=1)
         said = nn.functional.normalize(head(text(tokens[present]).pooler_output), dim=1)
         logits = scale.exp().clamp(max=100) * seen @ said.T
         shares = nn.functional.one_hot(answers, len(present)).float()
-        loss = nn.functional.cross_entropy(logits, answers) + nn.functional.cross_entropy(
-            logits.T, (shares / shares.sum(0)).T
-        )
+        loss = nn.functional.cross_entropy(logits, answers)
+        loss = loss + nn.functional.cross_entropy(logits.T, (shares / shares.sum(0)).T)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -325,8 +290,8 @@ def train_text(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - log.began
     text.eval().requires_grad_(False).save_pretrained(options.out / "text_encoder")
     return {
-        "images_seen": options.text_images,
-        "learning_rate": options.text_learning_rate,
+        "images_seen": count,
+        "learning_rate": rate,
         "parameters": sum(p.numel() for p in text.parameters()),
         "tokens": len(tokenizer),
         "captions": len(distinct),
@@ -337,7 +302,7 @@ def train_text(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """[B, LENGTH] as a pipeline does it."""
+    """Tokens [B, LENGTH], as a pipeline makes them."""
     tokens: Tensor = tokenizer(
         captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
@@ -354,43 +319,26 @@ def measure_text(
     images: NDArray[np.uint8],
     captions: list[str],
 ) -> dict[str, float]:
-    """How often an image finds its caption among all, and a caption one of its own images among
-    all; and what is told right in part."""
-    seen = torch.cat(
-        [
-            nn.functional.normalize(vision(from_uint8(images[i : i + 500])), dim=1)
-            for i in range(0, len(images), 500)
-        ]
-    )
+    """How often an image finds its caption among all captions, a caption finds one of its own
+    images, and a part of the caption is right."""
+    parts = (from_uint8(images[i : i + 500]) for i in range(0, len(images), 500))
+    seen = torch.cat([nn.functional.normalize(vision(part), dim=1) for part in parts])
     likeness = seen @ nn.functional.normalize(head(text(tokens).pooler_output), dim=1).T
     found = [distinct[i] for i in likeness.argmax(1).tolist()]
+    back = [captions[i] for i in likeness.argmax(0).tolist()]
     split = [(a.split(" on a "), b.split(" on a ")) for a, b in zip(found, captions, strict=True)]
-    return {
-        "image_to_caption": round(
-            float(np.mean([a == b for a, b in zip(found, captions, strict=True)])), 4
-        ),
-        "caption_to_image": round(
-            float(
-                np.mean(
-                    [
-                        captions[i] == c
-                        for i, c in zip(likeness.argmax(0).tolist(), distinct, strict=True)
-                    ]
-                )
-            ),
-            4,
-        ),
-        "background": round(float(np.mean([a[1] == b[1] for a, b in split])), 4),
-        "colour": round(float(np.mean([a[0].split()[1] == b[0].split()[1] for a, b in split])), 4),
-        "garment": round(
-            float(np.mean([a[0].split()[2:] == b[0].split()[2:] for a, b in split])), 4
-        ),
+    right = {
+        "image_to_caption": [a == b for a, b in zip(found, captions, strict=True)],
+        "caption_to_image": [a == b for a, b in zip(back, distinct, strict=True)],
+        "background": [a[1] == b[1] for a, b in split],
+        "colour": [a[0].split()[1] == b[0].split()[1] for a, b in split],
+        "garment": [a[0].split()[2:] == b[0].split()[2:] for a, b in split],
     }
+    return {name: round(float(np.mean(values)), 4) for name, values in right.items()}
 
 
 def make_unet(seed: int) -> UNet2DConditionModel:
-    """Looks at the caption at 4x4, where the garment, its colour and the background are each a
-    thing of the whole image."""
+    """A UNet that attends to the caption at 4x4, since what it names concerns the whole image."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=16,
@@ -418,7 +366,7 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # of leading timesteps, as Stable Diffusion has it
+        steps_offset=1,  # for leading timesteps, as in Stable Diffusion
     )
     unet = make_unet(options.seed)
     pipe = StableDiffusionPipeline(
@@ -441,8 +389,8 @@ def write_base(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ship(options: argparse.Namespace) -> None:
-    """Copies a trained model without its checkpoints, with what made its frozen parts, and how to
-    guide it, in its card."""
+    """Copies a trained model without its checkpoints; its card then says how its frozen parts were
+    made, and how to guide it."""
     index = json.loads((options.model / "model_index.json").read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     for part in parts:
@@ -454,7 +402,7 @@ def ship(options: argparse.Namespace) -> None:
     shutil.copy(options.model / "model_index.json", options.out)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     if size > LARGEST:
-        raise SystemExit(f"the model has {size} bytes, and what is embedded has at most {LARGEST}.")
+        raise SystemExit(f"the model has {size} bytes; an embedded model has at most {LARGEST}.")
     print(f"{options.out} holds {', '.join(parts)}: {size} bytes.")
 
 
@@ -464,27 +412,20 @@ PARTS = {"vae": train_vae, "text": train_text, "base": write_base}
 def main() -> None:
     """Makes the parts that are asked for, and enters each in the folder's card."""
     parser = argparse.ArgumentParser(description=__doc__)
+    peak = "the highest rate of the cycle"
     parser.add_argument("part", choices=[*PARTS, "all", "ship"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vae-images", type=int, default=70_000)
-    parser.add_argument(
-        "--vae-learning-rate", type=float, default=2e-3, help="the highest of the one cycle"
-    )
+    parser.add_argument("--vae-learning-rate", type=float, default=2e-3, help=peak)
     parser.add_argument("--kl-weight", type=float, default=1e-3)
     parser.add_argument("--text-images", type=int, default=180_000)
-    parser.add_argument(
-        "--text-learning-rate", type=float, default=2e-3, help="the highest of the one cycle"
-    )
+    parser.add_argument("--text-learning-rate", type=float, default=2e-3, help=peak)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="for ship: the folder of a finished training")
     parser.add_argument("--base", type=Path, help="for ship: the folder that it was trained from")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=3.0,
-        help="for ship: what is used where none is given",
-    )
-    parser.add_argument("--guidance-rescale", type=float, default=0.7, help="for ship: likewise")
+    card_help = "for ship: the card's default"
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help=card_help)
+    parser.add_argument("--guidance-rescale", type=float, default=0.7, help=card_help)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part == "ship":
@@ -496,11 +437,8 @@ def main() -> None:
     for part in PARTS if options.part == "all" else [options.part]:
         made = PARTS[part](options)
         card = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
-        card |= {
-            "data": "fashion-text: 60,000 training images",
-            "seed": options.seed,
-            "versions": {"torch": torch.__version__},
-        }
+        card |= {"data": "fashion-text: 60,000 training images", "seed": options.seed}
+        card["versions"] = {"torch": torch.__version__}
         card[part] = {"command": shlex.join(["python", *sys.argv]), **made}
         write_text(place, json.dumps(card, indent=2, sort_keys=True) + "\n")
         print(json.dumps({part: made}, indent=2), flush=True)

@@ -122,13 +122,8 @@ def main() -> None:
     diffusers.utils.logging.disable_progress_bar()
     folder = find_model(options.model)
     pipe = DiffusionPipeline.from_pretrained(folder)
-    every = [
-        Combination(c, g, b)
-        for g in GARMENTS
-        for b in BACKGROUNDS
-        for c in COLOURS
-        for _ in range(options.each)
-    ]
+    captions = [Combination(c, g, b) for g in GARMENTS for b in BACKGROUNDS for c in COLOURS]
+    every = [caption for caption in captions for _ in range(options.each)]
     parts = []
     for first in range(0, len(every), options.batch_size):
         part = every[first : first + options.batch_size]
@@ -150,7 +145,7 @@ def main() -> None:
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "guidance_rescale": options.guidance_rescale,
-        "captions": len(every) // options.each,
+        "captions": len(captions),
         "images": len(every),
         **summary(judge_all(images, every), every, options.each),
         "saturated": round(saturated(images).mean().item(), 4),

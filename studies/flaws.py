@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim import DiffusionPipeline
-from ddim.cli._model import find_device
-from ddim.cli._run import RunRecord, check_protocol, read_run, versions, write_run
 from ddim.core.noise import check_seeds
 from ddim.data.fashion_text import (
     BACKGROUNDS,
@@ -46,6 +44,8 @@ from ddim.models.checkpoints import (
     weight_hash,
 )
 from ddim.models.images import load_image, make_grid, save_png, to_uint8
+from ddim.runs.model import find_device
+from ddim.runs.record import RunRecord, check_protocol, read_run, versions, write_run
 from fashion_judge import Asked, judge
 from flaws_report import (
     TRAININGS,
@@ -151,7 +151,7 @@ def measure(options: Options, out: Path, began: float) -> None:
     """Measures the cells that the folder lacks, and writes what all cells amount to."""
     bench = Bench(options, find_models(options, out))
     cells = out / "cells"
-    check_protocol(out, bench.protocol, empty=not any(cells.glob("*")))
+    check_protocol(out, bench.protocol, is_empty=not any(cells.glob("*")))
     cells.mkdir(exist_ok=True)
     work = bench.work()
 

@@ -4,6 +4,7 @@ picture."""
 import contextlib
 import json
 import os
+import shutil
 import sys
 import threading
 
@@ -39,6 +40,18 @@ def ours(**options):
     return diffusers.DDIMScheduler(
         clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", **options
     )
+
+
+def with_fewer_levels(model, folder, *, count=250):
+    """A copy of a model with fewer levels of noise, so that a walk over all of them is short."""
+    shutil.copytree(model, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    scale = config["num_train_timesteps"] / count  # keeps the noise of the last level
+    config |= {"num_train_timesteps": count}
+    config |= {name: scale * config[name] for name in ("beta_start", "beta_end")}
+    path.write_text(json.dumps(config))
+    return folder
 
 
 def record(folder):

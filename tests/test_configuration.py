@@ -1,13 +1,24 @@
 """A configuration says what it is of, what cannot be meant in it, and what was given."""
 
+import inspect
 import json
 from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 
-from ddim.configuration import check_options, foreign_family, given_options
+from ddim.configuration import (
+    DEFAULTS,
+    check_options,
+    foreign_family,
+    given_options,
+    noise_schedule,
+    spelled_betas,
+)
+from ddim.core.schedule import make_betas
 from ddim.errors import DDIMError
+from ddim.scheduler import DDIMScheduler
 
 FILES = sorted((Path(__file__).parent / "data" / "scheduler_configs").glob("*.json"))
 FOREIGN = ("FlowMatch", "EDM", "Wuerstchen", "CogVideoX")
@@ -123,3 +134,26 @@ def test_an_option_that_is_not_at_its_default_was_given():
     unset = given_options(by_position.config, diffusers.DDPMScheduler)["_use_default_values"]
     assert set(by_position.config["_use_default_values"]) - set(unset) == {"num_train_timesteps"}
     assert given_options({"beta_end": 0.5}, diffusers.DDPMScheduler) == {"beta_end": 0.5}
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler, DDIMScheduler])
+def test_the_defaults_are_those_of_the_schedulers(scheduler):
+    parameters = inspect.signature(scheduler).parameters
+    assert {name: parameters[name].default for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"rescale_betas_zero_snr": True}, {"beta_schedule": "laplace", "set_alpha_to_one": False}],
+)
+def test_the_levels_of_a_configuration_are_those_of_its_scheduler(config):
+    described, used = noise_schedule(config), DDIMScheduler(**config).noise_schedule
+    assert torch.equal(described.alphas_cumprod, used.alphas_cumprod)
+    assert described.final_alpha_cumprod == used.final_alpha_cumprod
+
+
+def test_betas_are_spelled_where_diffusers_does_not_know_their_schedule():
+    assert spelled_betas({}) is None
+    assert spelled_betas({"trained_betas": (0.1, 0.2)}) == [0.1, 0.2]
+    spelled = spelled_betas({"beta_schedule": "sigmoid", "num_train_timesteps": 5})
+    assert spelled == make_betas("sigmoid", 5).tolist()

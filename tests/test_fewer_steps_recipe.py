@@ -1,4 +1,4 @@
-"""The recipe of docs/fewer-steps.md: what it keeps, what it measures again, and what its report
+"""The study of docs/fewer-steps.md: what it keeps, what it measures again, and what its report
 says."""
 
 import argparse
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.conftest import with_fewer_levels
 
 from ddim.fitting.timesteps import geometric_mean, ode_error
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "fewer_steps.py"
+RECIPE = Path(__file__).parents[1] / "studies" / "fewer_steps.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def recipe():
 def run(recipe, tiny, tmp_path_factory):
     """A run of the tiny model over few methods; further options by name."""
     folder = tmp_path_factory.mktemp("fewer")
+    model = with_fewer_levels(tiny, folder / "model")
     np.savez(
         folder / "real.npz",
         images=np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8),
@@ -44,7 +46,7 @@ def run(recipe, tiny, tmp_path_factory):
 
     def make(**options):
         given = {
-            "model": str(tiny),
+            "model": str(model),
             "reference": str(folder / "real.npz"),
             "held_out": 3,
             "count": 12,
@@ -59,7 +61,7 @@ def run(recipe, tiny, tmp_path_factory):
 
     # What `ddim fit-steps` would find, for a search of a tiny model takes longer than the rest.
     made = make()
-    made.keep("fits", recipe.Method("fitted", 2, 3), timesteps=[990, 500, 100], found="fitted")
+    made.store("fits", recipe.Method("fitted", 2, 3), timesteps=[247, 125, 25], found="fitted")
     made.errors()
     made.quality()
     made.report()
@@ -68,11 +70,11 @@ def run(recipe, tiny, tmp_path_factory):
 
 def test_errors_are_their_definition(run, recipe):
     made = run()
-    record = made.kept("errors", recipe.Method("fitted", 2, 3))
-    assert record["timesteps"] == [990, 500, 100]
+    record = made.stored("errors", recipe.Method("fitted", 2, 3))
+    assert record["timesteps"] == [247, 125, 25]
     x, exact = (
         made.pipe(seeds=range(3), clip="none", progress=False, output_type="pt", **o).images
-        for o in ({"timesteps": [990, 500, 100], "order": 2}, {"num_inference_steps": 1000})
+        for o in ({"timesteps": [247, 125, 25], "order": 2}, {"num_inference_steps": 250})
     )
     torch.testing.assert_close(
         torch.tensor(record["errors"]).double(),
@@ -100,7 +102,7 @@ def test_the_report_says_who_needs_how_many_evaluations(run, recipe):
         "analytic, order 1",
     }
     many, three = (
-        torch.tensor(run().kept("errors", m)["errors"])
+        torch.tensor(run().stored("errors", m)["errors"])
         for m in (recipe.MANY, recipe.Method("trailing", 1, 3))
     )
     assert geometric_mean(three / many).mean > 1  # so that it takes more than three of DDIM's

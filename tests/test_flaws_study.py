@@ -1,5 +1,5 @@
-"""The study of docs/flaws.md: three models measured cell by cell, gone on with, and refused where they are no
-twins."""
+"""The study of docs/flaws.md: three models are measured cell by cell, a run is resumed, and models
+that differ in more than their training are refused."""
 
 import json
 import shutil

@@ -16,11 +16,15 @@ ROOMS = [
     {"models"},
     {"pipelines", "data"},
     {"training", "evaluation"},
+    {"runs"},
     {"cli"},
 ]
 """A room, or a file beside the rooms, imports only what stands in an earlier set."""
 
-ROOM_OF = {"errors": "ground", "files": "ground", "__main__": "cli"}
+ROOM_OF = {
+    **{"errors": "ground", "files": "ground", "scheduling": "scheduler", "scheduler": "scheduler"},
+    "__main__": "cli",
+}
 """Files beside the rooms that count as a room's."""
 
 FILES = {
@@ -28,14 +32,31 @@ FILES = {
     "core": [
         {"schedule"},
         {"prediction", "timesteps", "guidance", "noise", "prior"},
-        {"step", "denoiser", "objective", "interpolation"},
+        {"step", "denoiser", "objective", "interpolation", "tables"},
         {"plan", "oracle", "route"},
         {"sampler"},
     ],
     "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}],
-    "models": [{"images", "checkpoints", "conversion"}],
+    "scheduler": [{"scheduling"}, {"scheduler"}],
+    "models": [{"images", "checkpoints", "layouts"}, {"conversion", "export", "facts"}],
+    "evaluation": [{"classifier", "metrics", "statistics"}, {"features"}, {"protocol"}, {"report"}],
+    "data": [
+        {"captions", "dataset", "fashion_text"},
+        {"folders", "arrays", "batches"},
+        {"tables"},
+        {"named"},
+        {"sources"},
+    ],
+    "training": [
+        {"config", "draws", "ema", "base"},
+        {"package", "process"},
+        {"checkpoint", "subject"},
+        {"record", "loop", "text_network"},
+        {"monitoring", "loading", "text"},
+        {"trainer"},
+    ],
     "pipelines": [
         {"networks", "routing", "pictures"},
         {"base", "inputs"},
@@ -99,7 +120,7 @@ def upward(root: pathlib.Path) -> list[str]:
                 is_bad = rank(other, ROOMS) >= rank(room, ROOMS)
             else:
                 is_bad = room in FILES and (
-                    rank(target[-1] if room == "ground" else target[1], FILES[room])
+                    rank(target[1] if len(target) > 1 else target[0], FILES[room])
                     >= rank(parts[-1], FILES[room])
                 )
             if is_bad:

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given, settings, strategies as st
 
 import ddim.scheduler
+import ddim.scheduling
 from ddim.core.noise import make_generators
 from ddim.core.oracle import GaussianOracle
 from ddim.core.prediction import from_x0_eps, to_x0_eps
@@ -23,7 +24,8 @@ from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_
 from ddim.core.step import ddim_step
 from ddim.core.timesteps import check_timesteps, select_timesteps
 from ddim.errors import DDIMError
-from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler, to_diffusers
+from ddim.models.export import to_diffusers
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -106,8 +108,8 @@ def finished(scheduler, oracle):
 def said(monkeypatch):
     """The lines that the module logs, each at its first occurrence."""
     lines = []
-    monkeypatch.setattr(ddim.scheduler, "_said", set())
-    monkeypatch.setattr(ddim.scheduler._logger, "warning", lines.append)
+    monkeypatch.setattr(ddim.scheduling, "_logged", set())
+    monkeypatch.setattr(ddim.scheduling._logger, "warning", lines.append)
     return lines
 
 

@@ -14,7 +14,8 @@ from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
-from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler, to_diffusers
+from ddim.models.export import to_diffusers
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 
 OPTIONS = {"timestep_spacing": "trailing", "clip_sample": False}
 

@@ -127,6 +127,9 @@ from .models.conversion import (
     read_state_dict as read_state_dict,
     write_model as write_model,
 )
+from .models.export import (
+    to_diffusers as to_diffusers,
+)
 from .pipelines.opening import (
     DiffusionPipeline as DiffusionPipeline,
 )
@@ -140,7 +143,6 @@ from .pipelines.unconditional import (
 from .scheduler import (
     DDIMInverseScheduler as DDIMInverseScheduler,
     DDIMScheduler as DDIMScheduler,
-    to_diffusers as to_diffusers,
 )
 
 __version__: str

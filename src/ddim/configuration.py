@@ -1,90 +1,111 @@
-"""What a scheduler's configuration says: of which family it is, whether its values can be used, and
-what was given in it."""
+"""What a scheduler's configuration says: its defaults, levels, timesteps and clipping, of which
+family it is, whether its values can be used, and what was given in it.
+
+A configuration is a mapping, as ``scheduler_config.json`` holds it and as ``vars`` of a scheduler's
+``config`` is. Absent keys mean what they mean in diffusers."""
 
 import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ddim.core.denoiser import Clip
 from ddim.core.prediction import PREDICTION_TYPES
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
-from ddim.core.timesteps import SPACINGS
+from ddim.core.timesteps import SPACINGS, Spacing, check_timesteps, select_timesteps
 from ddim.errors import DDIMError
 
-__all__ = ["check_options", "foreign_family", "given_options", "noise_schedule", "unknown_options"]
+__all__ = [
+    "DEFAULTS",
+    "LEVEL_OPTIONS",
+    "PIXEL_MODEL",
+    "check_options",
+    "configured_betas",
+    "configured_timesteps",
+    "fitted_lists",
+    "fitted_timesteps",
+    "foreign_family",
+    "given_options",
+    "noise_schedule",
+    "select_clip",
+    "spelled_betas",
+    "unknown_options",
+]
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "clip_sample": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "clip_sample_range": 1.0,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+}
+"""What absent keys mean in diffusers' DDIM, which is what a DDIM pipeline makes of any
+configuration."""
+
+LEVEL_OPTIONS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+"""The options that name a schedule of betas."""
+
+PIXEL_MODEL: dict[str, Any] = {
+    **{name: DEFAULTS[name] for name in (*LEVEL_OPTIONS, "prediction_type")},
+    "clip_sample": False,
+    "timestep_spacing": "trailing",
+}
+"""DDPM's levels with this project's way of sampling them: what is assumed of a network that comes
+without a scheduler, and what training and conversion begin with."""
+
+_NATIVE = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules that diffusers' DDIM knows
 
 # Schedulers that are configured by betas over discrete levels: what DDIM can walk.
-_FAMILY = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *(
-            "DDIM",
-            "DDIMInverse",
-            "DDIMParallel",
-            "DDPM",
-            "DDPMParallel",
-            "PNDM",
-            "LMSDiscrete",
-            "EulerDiscrete",
-            "EulerAncestralDiscrete",
-        ),
-        *(
-            "HeunDiscrete",
-            "KDPM2Discrete",
-            "KDPM2AncestralDiscrete",
-            "DPMSolverMultistep",
-            "DPMSolverMultistepInverse",
-        ),
-        *(
-            "DPMSolverSinglestep",
-            "DPMSolverSDE",
-            "DEISMultistep",
-            "UniPCMultistep",
-            "SASolver",
-            "LCM",
-            "TCD",
-            "RePaint",
-        ),
-    )
+_FAMILY_NAMES = (
+    "DDIM DDIMInverse DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete "
+    "EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep "
+    "DPMSolverMultistepInverse DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep "
+    "SASolver LCM TCD RePaint"
 )
+_FAMILY = frozenset(f"{name}Scheduler" for name in _FAMILY_NAMES.split())
 
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
-    """What a scheduler is that DDIM cannot follow, as the end of a sentence; None for the family of
-    DDIM.
+    """Says, as the end of a sentence, what a scheduler is that DDIM cannot follow; None for DDIM's
+    own family.
 
     A scheduler in memory has no ``_class_name`` in its configuration: then the options tell.
     """
     kind = None if config.get("_class_name") is None else str(config["_class_name"])
-    other = (
-        ()
-        if "beta_schedule" in config
-        else tuple(
-            name for name in ("shift", "sigma_data", "sigma_min", "beta_max") if name in config
-        )
-    )
-    flow = (
+    name = kind or "scheduler"
+    marks = ("shift", "sigma_data", "sigma_min", "beta_max")
+    others = [] if "beta_schedule" in config else [mark for mark in marks if mark in config]
+    is_flow = (
         "Flow" in (kind or "")
         or config.get("prediction_type") == "flow_prediction"
         or config.get("use_flow_sigmas")
     )
-    if flow or (kind is None and "shift" in other):
+    if is_flow or (kind is None and "shift" in others):
         return (
-            f"a {kind or 'scheduler'} of a flow-matching model, which learns straight paths "
-            "between noise and data; DDIM needs a model "
-            "trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 and 2, ...), so use "
-            "diffusers' own pipeline for this one."
+            f"a {name} of a flow-matching model, which learns straight paths between noise and "
+            "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
+            "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    if (kind is None and (other or "snr_shift_scale" in config)) or (
-        kind is not None and kind not in _FAMILY
-    ):
+    is_other = others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY
+    if is_other:
         return (
-            f"a {kind or 'scheduler'}, which has no noise schedule of discrete betas for DDIM to "
-            "follow; "
-            "use diffusers' own pipeline for it."
+            f"a {name}, which has no noise schedule of discrete betas for DDIM to follow; use "
+            "diffusers' own pipeline for it."
         )
     return None
 
@@ -149,30 +170,123 @@ def check_options(config: Mapping[str, Any]) -> None:
 
 
 def _brief(value: object) -> str:
-    told = "null" if value is None else repr(value)
-    return told if len(told) <= 80 else f"{told[:77]}..."
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The levels that a scheduler's configuration describes, float64; absent keys mean what they
-    mean in diffusers.
+def configured_betas(config: Mapping[str, Any]) -> Tensor:
+    """The betas that a configuration gives or names, before any rescale; shape [T], float64.
 
     Raises:
         DDIMError: If the beta schedule is unknown.
     """
-    trained = config.get("trained_betas")
-    betas = (
-        make_betas(
-            config.get("beta_schedule", "linear"),
-            config.get("num_train_timesteps", 1000),
-            beta_start=config.get("beta_start", 1e-4),
-            beta_end=config.get("beta_end", 0.02),
-        )
-        if trained is None
-        else torch.as_tensor(trained, dtype=torch.float64)
+    config = {**DEFAULTS, **config}
+    if config["trained_betas"] is not None:
+        return torch.as_tensor(np.asarray(config["trained_betas"]), dtype=torch.float64)
+    return make_betas(
+        config["beta_schedule"],
+        config["num_train_timesteps"],
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
     )
+
+
+def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The levels that a configuration describes, float64.
+
+    Raises:
+        DDIMError: If the beta schedule is unknown, or a beta lies outside [0, 1].
+    """
+    betas = configured_betas(config)
     betas = rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
     return NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
+
+
+def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
+    """``trained_betas`` for diffusers' DDIM: the given ones, or those of a schedule that it does
+    not know by name; None for one that it knows.
+
+    Raises:
+        DDIMError: If the beta schedule is unknown.
+    """
+    betas: list[float] = configured_betas(config).tolist()
+    is_given = config.get("trained_betas") is not None
+    return betas if is_given or config.get("beta_schedule", "linear") not in _NATIVE else None
+
+
+def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
+    """The lists in ``config["fitted_timesteps"]``, of which each is visited where as many steps are
+    asked for as it has levels.
+
+    Raises:
+        DDIMError: If the entry is no list of lists.
+    """
+    lists = config.get("fitted_timesteps") or []
+    if not isinstance(lists, (list, tuple)) or not all(
+        isinstance(levels, (list, tuple)) for levels in lists
+    ):
+        raise DDIMError(
+            "fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, "
+            f"300]]; got {lists!r}."
+        )
+    return [list(levels) for levels in lists]
+
+
+def fitted_timesteps(
+    config: Mapping[str, Any], num_inference_steps: int | None
+) -> list[int] | None:
+    """The fitted list of that many levels; None if there is none of that length.
+
+    Raises:
+        DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
+    """
+    lists = fitted_lists(config)
+    found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
+    return None if found is None else check_timesteps(found, config["num_train_timesteps"])
+
+
+def configured_timesteps(
+    config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    total: int | None = None,
+    spacing: Spacing | None = None,
+    use_fitted: bool = True,
+) -> list[int]:
+    """The levels that so many steps visit: fitted ones, else those of the spacing.
+
+    Args:
+        config: The configuration.
+        num_inference_steps: N.
+        total: T. Default: ``num_train_timesteps``.
+        spacing: In place of the configuration's, and of its fitted lists.
+        use_fitted: Whether fitted lists count.
+
+    Raises:
+        DDIMError: If N is not a whole number in 1..T, the spacing is unknown, or the fitted lists
+            cannot be used.
+    """
+    config = {**DEFAULTS, **config}
+    if use_fitted and spacing is None and (fitted := fitted_timesteps(config, num_inference_steps)):
+        return fitted
+    return select_timesteps(
+        config["num_train_timesteps"] if total is None else total,
+        num_inference_steps,
+        spacing or config["timestep_spacing"],
+        steps_offset=config["steps_offset"],
+    )
+
+
+def select_clip(
+    config: Mapping[str, Any], kind: Literal["none", "static", "dynamic"] | None = None
+) -> Clip:
+    """How the predicted x0 is kept in range. Default kind: the one that the configuration says."""
+    config = {**DEFAULTS, **config}
+    if kind is None:
+        is_static = config["clip_sample"]
+        kind = "dynamic" if config["thresholding"] else "static" if is_static else "none"
+    ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+    return Clip(kind, config["clip_sample_range"], ratio, max(1.0, largest))
 
 
 def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
@@ -195,19 +309,21 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
 
 def unknown_options(
     names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]
-) -> dict[str, str | None]:
-    """Names that are options neither of a scheduler nor of any in its family, each with the nearest
-    option that it has, if one is near."""
+) -> list[str]:
+    """A sentence for each name that is an option neither of a scheduler nor of any in its
+    family."""
     own = [name for name in inspect.signature(scheduler).parameters if name != "kwargs"]
     strange = [name for name in names if name not in own]
     if not strange:
-        return {}
+        return []
     others = {name for kind in family() for name in inspect.signature(kind).parameters}
-    return {
-        name: next(iter(difflib.get_close_matches(name, own, 1)), None)
-        for name in strange
-        if name not in others
-    }
+    sentences = []
+    for name in strange:
+        if name not in others:
+            near = difflib.get_close_matches(name, own, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            sentences.append(f"{scheduler.__name__} has no option {name!r} and ignores it{hint}")
+    return sentences
 
 
 def _is(value: object, default: object) -> bool:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from ddim.errors import OutputError
 
-__all__ = ["file_hash", "locked", "remove_partial", "replacing", "replacing_folder", "write_text"]
+__all__ = [
+    "file_hash",
+    "locked",
+    "locked_file",
+    "remove_partial",
+    "replacing",
+    "replacing_folder",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -66,25 +74,45 @@ def remove_partial(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a folder to one run at a time. The folder is created if needed; the system releases the
-    lock when a process dies.
+    """Keeps a folder to one run at a time; it is created if needed.
+
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
         OutputError: If another run holds the folder.
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    with _lock(folder / ".lock", folder):
+        yield
+
+
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Keeps the name of a file that is to be written to one run at a time.
+
+    Raises:
+        OutputError: If another run is about to write it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(lock_file: Path, what: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # it loads asyncio, a tenth of a second
+
+    lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise OutputError(
-            f"{folder} is being written by another run; wait for it, or use another --out."
+            f"{what} is being written by another run; wait for it, or use another --out."
         ) from None
     try:
         yield
     finally:
+        lock_file.unlink(missing_ok=True)  # while it is held; filelock refuses an unlinked file
         lock.release()
 
 

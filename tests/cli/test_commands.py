@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ddim.cli import COMMANDS, main
-from ddim.cli._arguments import option_names
+from ddim.cli.arguments import option_names
 
 TRAIN = [
     "train",
@@ -169,7 +169,7 @@ def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
     told = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
-    command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Command
+    command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Request
     assert set(option_names(command)) == set(told)
 
 
@@ -178,7 +178,7 @@ def test_float32_is_float32_once_a_command_has_its_device():
     follows from it."""
     import torch
 
-    from ddim.cli._model import find_device
+    from ddim.runs.model import find_device
 
     kept = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:

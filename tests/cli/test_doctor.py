@@ -9,8 +9,8 @@ from PIL import Image
 
 from ddim.cli import main
 from ddim.configuration import noise_schedule
-from ddim.training.checkpoint import make_scheduler
 from ddim.training.config import TrainConfig
+from ddim.training.package import make_scheduler
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = DATA / "scheduler_configs"

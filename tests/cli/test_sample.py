@@ -14,10 +14,10 @@ from tests.conftest import on_a_terminal, pixels, record
 
 from ddim import cli
 from ddim.cli import main
-from ddim.cli._run import IDENTITY, read_run
 from ddim.errors import OutputError
 from ddim.models.checkpoints import weight_hash
 from ddim.pipelines.unconditional import UnconditionalPipeline
+from ddim.runs.record import IDENTITY, read_run
 
 
 def sample(model, out, *options):
@@ -597,7 +597,8 @@ def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
     )
     assert result.stderr == ""
     assert pixels(tmp_path / "000000.png").shape == (28, 28)
-    bad = subprocess.run([*run, "--steps", "0"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "ddim", "fly"]
+    bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "Traceback" not in bad.stderr
 

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddim.cli import main
+from ddim.files import locked
 from ddim.training.config import PRESETS
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
@@ -58,14 +61,11 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
         f"ddim train --data {NPZ} --out {out} --validation-images 16 --block-out-channels 8,16 "
         "--images 32 --batch-size 8 --lr-warmup-steps 2 --log-every 2"
     )
-    sampled = ddim("sample", out, "--steps", 2, "--count", 2, "--out", tmp_path / "images")
-    assert sampled.returncode == 0, sampled.stderr
+    drawn = ["sample", str(out), "--steps", "2", "--out"]
+    assert main([*drawn, str(tmp_path / "images"), "--count", "2"]) == 0
     prior = json.loads((out / "prior.json").read_text())
     assert np.shape(prior["image"]) == (1, 28, 28)
-    informed = ddim(
-        "sample", out, "--steps", 2, "--count", 1, "--prior", "data", "--out", tmp_path / "informed"
-    )
-    assert informed.returncode == 0, informed.stderr
+    assert main([*drawn, str(tmp_path / "informed"), "--count", "1", "--prior", "data"]) == 0
     assert {p.name for p in (tmp_path / "images").iterdir()} == {
         "000000.png",
         "000001.png",
@@ -74,13 +74,10 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     }
     with Image.open(tmp_path / "images" / "000001.png") as picture:
         assert picture.size == (28, 28)
-    code = (
-        "import sys, diffusers; p = diffusers.DDIMPipeline.from_pretrained(sys.argv[1]); "
-        "p.set_progress_bar_config(disable=True);"
-        "assert p(num_inference_steps=2).images[0].size == (28, 28); assert 'ddim' not in "
-        "sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+    plain = diffusers.DDIMPipeline.from_pretrained(out)
+    assert type(plain.scheduler) is diffusers.DDIMScheduler
+    plain.set_progress_bar_config(disable=True)
+    assert plain(num_inference_steps=2).images[0].size == (28, 28)
 
 
 @pytest.fixture
@@ -137,17 +134,17 @@ def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_sampl
     )
     assert trained.stdout.startswith("step 2/4  8 images  loss ")
     assert trained.stdout.endswith(f"sample it with: ddim sample {out} --prompt '...'\n")
-    code = """
-import sys, diffusers, torch
-pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
-assert type(pipe) is diffusers.StableDiffusionPipeline and type(pipe.scheduler) is diffusers.DDIMScheduler
-assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.config.prediction_type == "v_prediction"
-picture = pipe("a red square", num_inference_steps=5, guidance_scale=3.0, guidance_rescale=0.7, output_type="pt").images
-assert picture.shape == (1, 3, 16, 16) and torch.isfinite(picture).all()
-assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
-assert "ddim" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    assert pipe.scheduler.config.rescale_betas_zero_snr
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe.set_progress_bar_config(disable=True)
+    guidance = {"guidance_scale": 3.0, "guidance_rescale": 0.7}
+    picture = pipe("a red square", num_inference_steps=5, output_type="pt", **guidance).images
+    assert picture.shape == (1, 3, 16, 16)
+    assert torch.isfinite(picture).all()
+    assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
     # The card says how to guide it: `ddim sample` does so, and the doctor misses nothing.
     card = json.loads((out / "card.json").read_text())
     assert (card["guidance_scale"], card["guidance_rescale"]) == (7.5, 0.7)
@@ -253,18 +250,18 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
 
 
 def test_a_loss_that_is_not_a_number_is_one_sentence(tmp_path, monkeypatch, alone, capsys):
-    from ddim.training import trainer
+    from ddim.training import loop
 
-    usual = trainer.training_loss
+    usual = loop.training_loss
     monkeypatch.setattr(
-        trainer, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan")
+        loop, "training_loss", lambda *args, **options: usual(*args, **options) * float("nan")
     )
     assert main(["train", "--data", "digits", "--out", str(tmp_path), *TINY, "--images", "32"]) == 2
     assert capsys.readouterr().err == (
         "ddim: the loss became nan at step 1; the last good checkpoint is none. "
         "Lower --learning-rate, or use --mixed-precision bf16 or no.\n"
     )
-    assert [p.name for p in tmp_path.iterdir()] == ["log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "log"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, alone, capsys):
@@ -393,16 +390,16 @@ LAUNCHED = """
 import os, sys
 import numpy as np
 from ddim.cli import main
-from ddim.training import trainer
+from ddim.training import loop
 
-usual, drawn = trainer.training_loss, []
+usual, drawn = loop.training_loss, []
 
 def recorded(network, x0, **options):
     if "weights" in options:
         drawn.append((x0.numpy().copy(), options["noise"].numpy().copy()))
     return usual(network, x0, **options)
 
-trainer.training_loss = recorded
+loop.training_loss = recorded
 code = main(sys.argv[2:])
 np.savez(f"{sys.argv[1]}/rank-{os.environ['RANK']}.npz", x0=[x for x, _ in drawn], noise=[n for _, n in drawn])
 sys.exit(code)
@@ -482,3 +479,15 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     alone = ddim(*options)
     assert alone.returncode == 2
     assert "holds a run on 2 process(es), and this one has 1; use the same number." in alone.stderr
+
+    with locked(out):  # the second process learns of the refusal instead of waiting for ever
+        done = subprocess.run(
+            list(map(str, [*torchrun, script, tmp_path, *options])),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
+    assert done.returncode != 0
+    assert f"ddim: {out} is being written by another run; wait for it, or" in done.stderr

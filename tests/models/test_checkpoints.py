@@ -218,11 +218,11 @@ def damage_part(folder):
         (lambda f: (f / "model_index.json").write_text("[]"), "must hold a JSON object; got list"),
         (
             lambda f: (f / "model_index.json").write_text('{"unet": 3}'),
-            "must say of unet which library and class it is of",
+            "must name the library and the class of unet",
         ),
         (
             lambda f: (f / "model_index.json").write_text('{"scheduler": ["diffusers"]}'),
-            "as a list of the two; got ['diffusers'].",
+            "in a list of two; got ['diffusers'].",
         ),
         (damage_keys, "weights and config.json do not fit (Cannot load"),
         (damage_shapes, "weights and config.json do not fit"),

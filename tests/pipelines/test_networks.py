@@ -420,9 +420,9 @@ def test_outputs_of_compiled_networks_on_a_gpu_are_copied():
     inside.forward = torch.compile(inside.forward, backend="eager")
     output = OnAGPU()
     assert networks.copy_if_replayed(output, plain) is output
-    assert [networks.copy_if_replayed(output, network) for network in (in_place, around, inside)] == [
-        "a copy"
-    ] * 3
+    assert [
+        networks.copy_if_replayed(output, network) for network in (in_place, around, inside)
+    ] == ["a copy"] * 3
     here = torch.ones(1)
     assert networks.copy_if_replayed(here, in_place) is here
 

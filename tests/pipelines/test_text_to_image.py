@@ -19,13 +19,14 @@ from ddim.core.noise import SeededNoise, make_generators, seeded_randn
 from ddim.core.schedule import add_noise
 from ddim.core.timesteps import SPACINGS
 from ddim.errors import CheckpointError, DDIMError
+from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures
 from ddim.pipelines.networks import weights_of
 from ddim.pipelines.opening import DiffusionPipeline
 from ddim.pipelines.pictures import encode_images
 from ddim.pipelines.prompts import PromptWarning
 from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
-from ddim.scheduler import DDIMScheduler, to_diffusers
+from ddim.scheduler import DDIMScheduler
 
 PROMPT = "a red square on a black background"
 VELOCITY = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}

@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from ddim.cli._arguments import parse
-from ddim.cli.train import Command, defaults
+from ddim.cli.arguments import parse
+from ddim.cli.train import Request, defaults
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig, command_line
 
@@ -71,7 +71,7 @@ OTHER = {
 
 def parsed(words):
     default, rest = defaults(words)
-    command = parse(Command, name="train", arguments=rest, default=default)
+    command = parse(Request, name="train", arguments=rest, default=default)
     return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
 
 
@@ -168,13 +168,13 @@ def test_a_preset_that_does_not_exist(words):
         ),
         (
             {"train_text_encoder": True},
-            "train_text_encoder is of text models; name one by --base, or leave it out",
+            "train_text_encoder is for text models; name one by --base, or leave it out",
         ),
-        ({"cache_latents": "disk"}, "cache_latents is of text models; name one by --base"),
-        ({"caption_dropout": 0.2}, "caption_dropout is of text models; name one by --base"),
+        ({"cache_latents": "disk"}, "cache_latents is for text models; name one by --base"),
+        ({"caption_dropout": 0.2}, "caption_dropout is for text models; name one by --base"),
         (
             {"base": "x", "layers_per_block": 2},
-            "layers_per_block is of a new network, and the base's goes on; add --from-scratch",
+            "layers_per_block is for a new network, and the base has one; add --from-scratch",
         ),
         (
             {"base": "x", "from_scratch": True, "block_out_channels": (8, 12)},

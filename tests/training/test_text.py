@@ -22,11 +22,11 @@ from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.files import file_hash
 from ddim.models.checkpoints import weight_hash
-from ddim.training import text, trainer
+from ddim.training import loop, text, trainer
 from ddim.training.base import open_base
-from ddim.training.checkpoint import make_scheduler
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.package import make_scheduler
 from ddim.training.trainer import train
 
 DATA = Path(__file__).parents[1] / "data"
@@ -70,16 +70,16 @@ def config(out, base, data, **options):
 
 def first_batches(run, monkeypatch):
     """What the loop gives the loss at every step: clean data and noise."""
-    seen, usual = [], trainer.training_loss
+    seen, usual = [], loop.training_loss
 
     def spied(network, x0, **options):
         if "weights" in options:
             seen.append((x0, options["noise"]))
         return usual(network, x0, **options)
 
-    monkeypatch.setattr(trainer, "training_loss", spied)
+    monkeypatch.setattr(loop, "training_loss", spied)
     train(run)
-    monkeypatch.setattr(trainer, "training_loss", usual)
+    monkeypatch.setattr(loop, "training_loss", usual)
     return seen
 
 
@@ -541,11 +541,11 @@ def test_the_terminal_step_is_trained_under_min_snr(tmp_path, tiny_text, squares
     }
     smallest = []
     monkeypatch.setattr(
-        trainer, "draw_timesteps", lambda count, levels, **_: torch.full((count,), levels - 1)
+        loop, "draw_timesteps", lambda count, levels, **_: torch.full((count,), levels - 1)
     )
-    usual = trainer.loss_weights
+    usual = loop.loss_weights
     monkeypatch.setattr(
-        trainer,
+        loop,
         "loss_weights",
         lambda *a, **o: smallest.append(float(usual(*a, **o).min())) or usual(*a, **o),
     )
@@ -582,11 +582,11 @@ def broken(base, folder, **changes):
         ),
         (
             {"index": {"text_encoder_2": ["transformers", "CLIPTextModel"]}},
-            "with a text_encoder_2, and training knows Stable Diffusion 1 and 2",
+            "with a text_encoder_2, and only Stable Diffusion 1 and 2 can be trained",
         ),
         (
             {"index": {"unet": ["diffusers", "UNet2DModel"]}},
-            "the unet of .* is a UNet2DModel, and training knows UNet2DConditionModel",
+            "the unet of .* is a UNet2DModel, and only UNet2DConditionModel can be trained",
         ),
         (
             {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}},
@@ -766,7 +766,7 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
         (
             {"resolution": 16},
             (
-                r"is of 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use "
+                r"is for 8x8 images with 1 channel\(s\), and digits has 16x16 with 1; use "
                 r"--channels 1 --resolution 8"
             ),
         ),
@@ -779,7 +779,7 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
         ),
         (
             {"train_text_encoder": True},
-            "train_text_encoder is of text models, and .* has no text encoder",
+            "train_text_encoder is for text models, and .* has no text encoder",
         ),
     ],
 )

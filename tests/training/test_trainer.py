@@ -16,14 +16,17 @@ from PIL import Image
 from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule
 from ddim.data.sources import load_images
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
+from ddim.files import locked
 from ddim.models.checkpoints import weight_hash
-from ddim.training import checkpoint, subject, trainer
+from ddim.training import loading, loop, package, subject, trainer
 from ddim.training.base import Base
 from ddim.training.checkpoint import latest_checkpoint, prune
 from ddim.training.config import TrainConfig
 from ddim.training.ema import EMA, ema_decay_at
+from ddim.training.loop import learning_rate_at
+from ddim.training.record import card_guidance
 from ddim.training.subject import make_network
-from ddim.training.trainer import NonFiniteLossError, learning_rate_at, train
+from ddim.training.trainer import NonFiniteLossError, train
 
 TINY = {
     "data": "digits",
@@ -60,12 +63,12 @@ def record_of(folder):
 def only_in_training(monkeypatch, replacement):
     """Puts a function in the place of the training loss, and leaves the one on held-out images
     alone."""
-    usual = trainer.training_loss
+    usual = loop.training_loss
 
     def loss(network, x0, **options):
         return (replacement if "weights" in options else usual)(network, x0, **options)
 
-    monkeypatch.setattr(trainer, "training_loss", loss)
+    monkeypatch.setattr(loop, "training_loss", loss)
     return usual
 
 
@@ -93,7 +96,7 @@ def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
     """A gradient may overflow where the loss does not: the weights are broken one step before the
     loss tells."""
     monkeypatch.setattr(
-        trainer, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4
+        loop, "learning_rate_at", lambda step, *_: float("inf") if step == 3 else 1e-4
     )
     with pytest.raises(
         NonFiniteLossError,
@@ -350,15 +353,15 @@ def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_sn
     )
     for is_text in (True, False):
         base = Base(str(tmp_path), tmp_path, {}, {}, {}, is_text)
-        assert trainer._guidance(options, base, schedule) == (expected if is_text else {})
-    assert trainer._guidance(options, None, schedule) == {}
+        assert card_guidance(options, base, schedule) == (expected if is_text else {})
+    assert card_guidance(options, None, schedule) == {}
     (tmp_path / "card.json").write_text('{"guidance_scale": "much"}')
     if not from_scratch:
         with pytest.raises(
             CheckpointError,
             match=r"card\.json must say a finite number as guidance_scale; got 'much'\.",
         ):
-            trainer._guidance(
+            card_guidance(
                 options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule
             )
 
@@ -414,7 +417,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_and_nothing_in_part(
 
 
 def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "weight_hash", full)
+    monkeypatch.setattr(package, "weight_hash", full)
     with pytest.raises(
         OutputError,
         match=(
@@ -423,7 +426,7 @@ def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkey
         ),
     ):
         train(config(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoints", "log"]
     monkeypatch.undo()
     result = train(config(tmp_path))
     assert (result.finished, result.losses) == (True, ())
@@ -443,15 +446,53 @@ def test_weights_may_be_read_by_whoever_may_read_the_folder(tmp_path):
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 10, 11):
         (tmp_path / f"{step:07d}").mkdir()
-    (tmp_path / ".partial-0000012").mkdir()
-    (tmp_path / ".0000001.old" / "unet").mkdir(
-        parents=True
-    )  # of a run that was killed while it removed one
+    (tmp_path / ".0000012.partial").mkdir()
     prune(tmp_path, keep=2, best=2)
-    assert not list(tmp_path.glob(".*.old"))
     assert sorted(int(p.name) for p in tmp_path.glob("[0-9]*")) == [2, 10, 11]
     assert latest_checkpoint(tmp_path) == tmp_path / "0000011"
     assert latest_checkpoint(tmp_path / "none") is None
+
+
+# The folder
+
+
+def test_a_folder_is_held_from_the_first_look_to_the_last_write(tmp_path, monkeypatch):
+    def second(*args):
+        with pytest.raises(
+            OutputError,
+            match=r"is being written by another run; wait for it, or use another --out\.$",
+        ):
+            train(config(tmp_path))
+        seen.append(args[0])
+
+    seen = []
+    with locked(tmp_path):
+        second("before the run")
+    for place in ("make_subject", "publish"):
+        usual = getattr(trainer, place)
+        monkeypatch.setattr(trainer, place, lambda *args, f=usual, p=place: second(p) or f(*args))
+    train(config(tmp_path, images=8))
+    assert seen == ["before the run", "make_subject", "publish"]
+
+
+def test_what_killed_runs_left_is_gone_after_a_run_and_nothing_else(tmp_path):
+    debris = (
+        *(".partial-model/unet", ".model.ab.partial/unet", "checkpoints/.partial-0000002/unet"),
+        *("checkpoints/.0000002.partial/unet", "checkpoints/.0000001.old/unet"),
+        *("previews/.0000003.png.9.partial", "log/.log.jsonl.9.partial", ".latents.bin.9.partial"),
+    )
+    for name in debris:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".mine").touch()
+    train(config(tmp_path, images=8))
+    assert [p for p in tmp_path.rglob(".*")] == [tmp_path / ".mine", tmp_path / ".lock"]
+    train(config(tmp_path, images=8))
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(DataError):
+        train(config(tmp_path / "runs" / "out", data="./none"))
+    assert not (tmp_path / "runs" / "out").exists()
 
 
 def test_the_best_is_the_one_of_least_loss_on_held_out_images(tmp_path, monkeypatch):
@@ -491,7 +532,7 @@ def test_the_images_held_out_are_as_many_as_asked_and_never_trained(
         raise Stop
 
     seen = []
-    monkeypatch.setattr(trainer, "_Batches", batches)
+    monkeypatch.setattr(loading, "BatchOrder", batches)
     np.savez(tmp_path / "a.npz", images=np.zeros((count, 8, 8), np.uint8))
     with pytest.raises(Stop):
         train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), validation_images=asked))
@@ -504,7 +545,7 @@ def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path
     shares = [
         [
             i
-            for batch in trainer._Batches(
+            for batch in loading.BatchOrder(
                 images, config(tmp_path), start=0, stop=6, rank=rank, world=2
             )
             for i in batch
@@ -514,7 +555,7 @@ def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path
     first = [i for share in shares for i in share[:12]]
     assert sorted(first) == images
     assert first != images
-    later = list(trainer._Batches(images, config(tmp_path), start=4, stop=6, rank=1, world=2))
+    later = list(loading.BatchOrder(images, config(tmp_path), start=4, stop=6, rank=1, world=2))
     assert [i for batch in later for i in batch] == shares[1][16:]
 
 

@@ -1,8 +1,9 @@
 """The command line: one file a command; each composes and prints, and computes nothing itself.
 
-A command's module holds ``Command``, a frozen dataclass whose field docstrings are its help;
-``defaults(arguments)``, which takes presets off the arguments; and ``run(command)``, which may
-return an exit code. Only the module of the command that was asked for is loaded."""
+A command's module holds ``Request``, the dataclass whose field docstrings are its help;
+``run(request)``, which may return an exit code; and, where there are presets,
+``defaults(arguments)``, which takes them off the arguments. Only the module of the command that was
+asked for is loaded."""
 
 import difflib
 import importlib
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise DDIMError(f"there is no command {given[0]!r}; {told}")
         module = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         with warnings.catch_warnings():
-            _tell_warnings()
+            _print_warnings()
             code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
         return _fail(
@@ -85,38 +86,39 @@ def main(arguments: list[str] | None = None) -> int:
     return code or 0
 
 
-def _tell_warnings() -> None:
-    """Has what this package warns of told in one line, without the place in its code."""
+def _print_warnings() -> None:
+    """Prints this package's warnings in one line, without their place in the code."""
     otherwise = warnings.showwarning
 
-    def tell(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
         if category.__module__.split(".")[0] == "ddim":
             print(f"ddim: warning: {message}", file=sys.stderr)
         else:
             otherwise(message, category, *place, **rest)
 
-    warnings.showwarning = tell
+    warnings.showwarning = show
 
 
 def _parse(module: Any, name: str, arguments: list[str]) -> object:
-    from ddim.cli._arguments import parse
+    from ddim.cli.arguments import parse
 
-    default, rest = module.defaults(arguments)
-    return parse(module.Command, name=name, arguments=rest, default=default)
+    default = None
+    if hasattr(module, "defaults"):
+        default, arguments = module.defaults(arguments)
+    return parse(module.Request, name=name, arguments=arguments, default=default)
 
 
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
-    """Calls options in a message as the command line does, where the command has them and they are
-    what is meant.
+    """Names options in a message as the command line does, if they are what the message is about.
 
-    They are where they were given, and in a message that names ``num_inference_steps``, which no
-    file of a model holds."""
-    from ddim.cli._arguments import option_names
+    They are if they were given, or if the message names ``num_inference_steps``, which no file of a
+    model holds.
+    """
+    from ddim.cli.arguments import option_names
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    meant = set(option_names(module.Command)) & (
-        set(_OPTIONS.values()) if "num_inference_steps" in message else given
-    )
+    named = set(_OPTIONS.values()) if "num_inference_steps" in message else given
+    meant = named & set(option_names(module.Request))
     for name, option in _OPTIONS.items():
         if option in meant:
             message = re.sub(rf"(?<![\w-]){name}(?![\w=])", option, message)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ddim.cli._model import quiet_libraries
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
     from ddim.training.trainer import Progress
 
-__all__ = ["Command", "defaults", "run"]
+__all__ = ["Request", "defaults", "run"]
 
 _PRESETS_HELP = "Begin with the options of a preset, which those given replace. " + " ".join(
     f"{k}: {v.note}" for k, v in PRESETS.items()
@@ -24,7 +23,7 @@ _PRESETS_HELP = "Begin with the options of a preset, which those given replace. 
 
 
 @dataclass(frozen=True)
-class Command(TrainConfig):
+class Request(TrainConfig):
     """Trains an unconditional, class-conditional or text-conditional model, and writes a folder
     that diffusers loads too."""
 
@@ -33,7 +32,7 @@ class Command(TrainConfig):
     )
 
 
-def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
+def defaults(arguments: list[str]) -> tuple[Request | None, list[str]]:
     """What a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME, and the
     arguments.
 
@@ -49,10 +48,10 @@ def defaults(arguments: list[str]) -> tuple[Command | None, list[str]]:
     if name is None:
         return None, arguments
     options: dict[str, Any] = {"out": f"runs/{name}", **PRESETS[name].options}
-    return Command(**options), arguments
+    return Request(**options), arguments
 
 
-def run(command: Command) -> None:
+def run(request: Request) -> None:
     """Trains, reports progress on standard output, and says how to sample the result."""
 
     def show(progress: "Progress") -> None:
@@ -72,12 +71,13 @@ def run(command: Command) -> None:
         )
 
     config = TrainConfig(
-        **{field.name: getattr(command, field.name) for field in fields(TrainConfig)}
+        **{field.name: getattr(request, field.name) for field in fields(TrainConfig)}
     )
     try:
+        from ddim.runs.model import quiet_libraries
         from ddim.training.trainer import train
 
-        if command.base is not None:
+        if request.base is not None:
             quiet_libraries(text=True)
         result = train(
             config,

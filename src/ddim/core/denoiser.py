@@ -31,7 +31,7 @@ __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
 
 
 class Denoiser(Protocol):
-    """Anything that tells a noisy sample's clean data and noise."""
+    """Anything that predicts the clean data and the noise in a noisy sample."""
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
         """Denoises x_t [B, ...] at level t (one, or one a sample)."""
@@ -43,11 +43,11 @@ class Clip:
     """How a predicted x0 is kept in range.
 
     Attributes:
-        kind: ``none``, ``static`` (clamp to +-bound) or ``dynamic`` (per-sample percentile,
-            :func:`threshold_dynamic`).
-        bound: Of ``static``.
-        ratio: Percentile of ``dynamic``.
-        max_value: Largest threshold of ``dynamic``.
+        kind: ``none``, ``static`` (clamp to +-bound) or ``dynamic``
+            (:func:`~ddim.core.prediction.threshold_dynamic` with ratio and max_value).
+        bound: The largest magnitude, for ``static``.
+        ratio: The percentile, for ``dynamic``.
+        max_value: The largest threshold, for ``dynamic``.
         rederive_eps: Whether eps is derived again from the clipped x0, so that the pair still
             decomposes x_t.
     """
@@ -82,11 +82,11 @@ class ModelDenoiser:
         schedule: The levels the network was trained on.
         prediction_type: What it predicts.
         clip: What happens to x0.
-        dtype: What the network is fed; None: its parameters' dtype, or x_t's for a plain function.
-            The pair comes back in x_t's dtype, so a half-precision network keeps a float32 state.
+        dtype: What the network is fed. Default: its parameters' dtype, or x_t's for a function. The
+            pair comes back in x_t's dtype, so a half-precision network keeps a float32 state.
 
     Raises:
-        DDIMError: If the schedule, the prediction type or the clipping is none.
+        DDIMError: If the schedule, the prediction type or the clipping is invalid.
     """
 
     network: Callable[[Tensor, Tensor], Any]
@@ -110,14 +110,7 @@ class ModelDenoiser:
             raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
-        """Evaluates the network once and converts its output.
-
-        Args:
-            x_t: Shape [B, ...].
-            t: One level, or one a sample, shape [B].
-
-        Returns:
-            (x0, eps) in x_t's dtype.
+        """Evaluates the network once, at one level t or one a sample [B], and converts its output.
 
         Raises:
             DDIMError: If the output has another shape than x_t, or cannot be converted at this
@@ -136,71 +129,48 @@ class ModelDenoiser:
                 "If it also predicts a variance, wrap it to return the mean's channels only."
             )
         output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
-        known = (
-            None if isinstance(t, Tensor) or self.clip.kind != "none" else self._solutions.get(t)
-        )
+        kind, is_clipped = self.prediction_type, self.clip.kind != "none"
+        known = None if isinstance(t, Tensor) or is_clipped else self._solutions.get(t)
         if known is not None and all(map(math.isfinite, known)):
             x0_x, x0_m, eps_x, eps_m = known
-            x0 = (
-                output
-                if self.prediction_type == "sample"
-                else torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
-            )
-            return Denoised(
-                x0,
-                output
-                if self.prediction_type == "epsilon"
-                else torch.mul(x_t, eps_x).add_(output, alpha=eps_m),
-            )
+            x0 = eps = output
+            if kind != "sample":
+                x0 = torch.mul(x_t, x0_x).add_(output, alpha=x0_m)
+            if kind != "epsilon":
+                eps = torch.mul(x_t, eps_x).add_(output, alpha=eps_m)
+            return Denoised(x0, eps)
         alpha_bar_t = self.schedule.alpha_bar(t)
-        denoised = to_x0_eps(
-            output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=self.prediction_type
-        )
-        if self.clip.kind == "none":
-            return denoised
-        x0 = self.clip(denoised.x0)
-        return Denoised(
-            x0, to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else denoised.eps
-        )
+        x0, eps = to_x0_eps(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=kind)
+        if not is_clipped:
+            return Denoised(x0, eps)
+        x0 = self.clip(x0)
+        eps = to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else eps
+        return Denoised(x0, eps)
 
     @cached_property
     def _solutions(self) -> dict[int, tuple[float, ...]]:
         """:func:`ddim.core.prediction.solve` at every level, as numbers: a step then waits for no
         device."""
-        return dict(
-            enumerate(
-                zip(
-                    *(
-                        c.tolist()
-                        for c in solve(self.prediction_type, self.schedule.alphas_cumprod)
-                    ),
-                    strict=True,
-                )
-            )
-        )
+        solution = solve(self.prediction_type, self.schedule.alphas_cumprod)
+        return dict(enumerate(zip(*(column.tolist() for column in solution), strict=True)))
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        parameter = (
-            next(self.network.parameters(), None)
-            if isinstance(self.network, torch.nn.Module)
-            else None
-        )
-        return x_t.dtype if parameter is None else parameter.dtype
+        if not isinstance(self.network, torch.nn.Module):
+            return x_t.dtype
+        return next((parameter.dtype for parameter in self.network.parameters()), x_t.dtype)
 
 
 def checked(denoise: Denoiser) -> Denoiser:
-    """The same denoiser, whose result is sure to be a pair: a batch of two images would pass for
-    one."""
+    """The same denoiser, which must return a pair: a batch of two images would pass for one."""
 
     def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
         found: Any = denoise(x_t, t)
         if not isinstance(found, tuple) or len(found) != 2:
             raise DDIMError(
                 f"denoise must return (x0, eps), and returned a {_kind(found)}; a network becomes "
-                "such a function by "
-                "ModelDenoiser(network, schedule, prediction_type)."
+                "such a function by ModelDenoiser(network, schedule, prediction_type)."
             )
         return Denoised(*found)
 
@@ -221,9 +191,7 @@ def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
             return denoise(x_t, t)
         eps = denoise(x_t, 0).eps
         alpha_bar = schedule.alpha_bar(CLEAN)
-        return Denoised(
-            (x_t - as_factor((1 - alpha_bar).sqrt(), x_t) * eps) / as_factor(alpha_bar.sqrt(), x_t),
-            eps,
-        )
+        alpha, sigma = (as_factor(a.sqrt(), x_t) for a in (alpha_bar, 1 - alpha_bar))
+        return Denoised((x_t - sigma * eps) / alpha, eps)
 
     return extended

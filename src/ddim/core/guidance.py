@@ -29,10 +29,8 @@ __all__ = [
     "network_output",
 ]
 
-
 SMALLEST_STD = 1e-5
-"""What is added, in squares, to a standard deviation in the rescale: that of a constant prediction
-is 0, up to rounding."""
+"""Its square is added to a variance in the rescale, since that of a constant prediction is 0."""
 
 
 def guide(
@@ -44,9 +42,9 @@ def guide(
         conditional: c, shape [B, ...].
         unconditional: u, same shape.
         scale: w; 1 is the conditional prediction itself.
-        rescale: :math:`\phi` in [0, 1]: how far the standard deviation of each sample, over all
-            other dimensions, is brought back to the conditional one's. 0 is off; 0.5 to 0.75 are of
-            use where a large scale overexposes images.
+        rescale: :math:`\phi` in [0, 1]: how far the standard deviation of each sample is brought
+            back to the conditional one's. 0 is off; 0.5 to 0.75 help where a large scale
+            overexposes images.
 
     Returns:
         m, same shape; float32 for half-precision predictions. Where both predictions are constant,
@@ -68,35 +66,28 @@ def guide(
             f"{list(unconditional.shape)}."
         )
     check_rescale(rescale)
-    if conditional.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # a large scale overflows float16, and leaves bfloat16 two digits
+    if conditional.dtype in (torch.float16, torch.bfloat16):
+        # A large scale overflows float16, and leaves bfloat16 two digits.
         conditional, unconditional = conditional.float(), unconditional.float()
     combined = torch.lerp(unconditional, conditional, scale)
     if rescale == 0 or combined.ndim == 1 or combined.numel() == 0:
         return combined
-    kept = combined.new_full((), 1 - rescale)
+    unscaled = combined.new_full((), 1 - rescale)
     factor = torch.addcdiv(
-        kept, _inverse_std(combined), _inverse_std(conditional), value=rescale
+        unscaled, _inverse_std(combined), _inverse_std(conditional), value=rescale
     ).reshape(-1, *[1] * (combined.ndim - 1))
-    return (
-        combined * factor if combined.requires_grad else combined.mul_(factor)
-    )  # memory that is not in the cache costs a fifth of a step
+    # In place, since memory that is not in the cache costs a fifth of a step.
+    return combined * factor if combined.requires_grad else combined.mul_(factor)
 
 
 def _inverse_std(x: Tensor) -> Tensor:
-    """1 over the standard deviation of each sample, of the variance with the square of
-    :data:`SMALLEST_STD` added; [B, 1].
+    """1 over the standard deviation of each sample, [B, 1]; see :data:`SMALLEST_STD`.
 
     A normalisation of one group returns it too, in a third of the time; but without a gradient.
     """
     if x.requires_grad:
         centred = x.flatten(1)
-        for _ in range(
-            2
-            # the mean of equal numbers is off by rounding; what is left of it is equal numbers again
-        ):
+        for _ in range(2):  # the mean of equal numbers is off by rounding, and equal again
             centred = centred - centred.mean(1, keepdim=True)
         return (centred.square().mean(1, keepdim=True) + SMALLEST_STD**2).rsqrt()
     size = len(x)
@@ -120,11 +111,11 @@ def guided(
 
     Args:
         network: ``(x_t, t, condition) -> prediction``, such as diffusers' UNet2DConditionModel;
-            what it may return: :func:`network_output`.
+            :func:`network_output` says what it may return.
         cond: The condition of each sample, shape [B, ...]: embeddings of its prompt, or its class.
         uncond: What it is guided away from, same shape. Needed if guidance is on.
-        scale: Of :func:`guide`. 1 or less is off: one evaluation a step, under ``cond``.
-        rescale: Of :func:`guide`.
+        scale: As in :func:`guide`. 1 or less is off: one evaluation a step, under ``cond``.
+        rescale: As in :func:`guide`.
         batched: Whether both predictions are evaluated as one batch of 2B; otherwise one after the
             other, in half of the memory.
 
@@ -139,15 +130,14 @@ def guided(
     if not is_guided(scale):
         return lambda x_t, t: network_output(network(x_t, t, cond))
     if uncond is None or uncond.shape != cond.shape:
-        told = "none" if uncond is None else f"{list(uncond.shape)} beside {list(cond.shape)}"
-        raise DDIMError(f"guidance needs an uncond of the shape of cond; got {told}.")
+        shapes = "none" if uncond is None else f"{list(uncond.shape)} beside {list(cond.shape)}"
+        raise DDIMError(f"guidance needs an uncond of the shape of cond; got {shapes}.")
     if not batched:
 
         def one_by_one(x_t: Tensor, t: Tensor) -> Tensor:
             without = network_output(network(x_t, t, uncond))
-            return guide(
-                network_output(network(x_t, t, cond)), without, scale=scale, rescale=rescale
-            )
+            under = network_output(network(x_t, t, cond))
+            return guide(under, without, scale=scale, rescale=rescale)
 
         return one_by_one
     both = torch.cat([uncond, cond])
@@ -190,30 +180,22 @@ def network_output(output: Any) -> Tensor:
 
 
 def check_scale(scale: float) -> None:
-    """Refuses a scale that is no finite number.
-
-    Raises:
-        DDIMError: If it is not.
-    """
+    """Refuses a scale that is no finite number, with a :class:`~ddim.errors.DDIMError`."""
     try:
-        finite = math.isfinite(scale)
+        is_finite = math.isfinite(scale)
     except TypeError:
-        finite = False
-    if not finite:
+        is_finite = False
+    if not is_finite:
         raise DDIMError(
             f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}."
         )
 
 
 def check_rescale(rescale: float) -> None:
-    """Refuses a rescale outside [0, 1].
-
-    Raises:
-        DDIMError: If it is.
-    """
+    """Refuses a rescale outside [0, 1], with a :class:`~ddim.errors.DDIMError`."""
     try:
-        fits = 0 <= rescale <= 1
+        is_fraction = 0 <= rescale <= 1
     except TypeError:
-        fits = False
-    if not fits:
+        is_fraction = False
+    if not is_fraction:
         raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale!r}.")

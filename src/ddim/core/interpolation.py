@@ -29,23 +29,20 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     r"""The great circle from a to b, each sample by itself.
 
     .. math::
-        \frac{\sin((1 - \lambda)\theta)}{\sin\theta}\,\hat a + \frac{\sin(\lambda\theta)}{\sin\theta}\,\hat b,
+        \frac{\sin((1 - \lambda)\theta)}{\sin\theta}\,\hat a
+            + \frac{\sin(\lambda\theta)}{\sin\theta}\,\hat b,
         \qquad \cos\theta = \langle \hat a, \hat b \rangle
 
     with the directions :math:`\hat a = a / |a|` of the flattened samples, times the length
-    :math:`(1 - \lambda)|a| + \lambda|b|`. Where both have one length this is the paper's formula.
-    Codes of images differ in length, and so the length of the path runs evenly from the one to the
-    other, also where the paper's formula would divide by a vanishing sine. Directions that coincide
-    leave a straight line; opposite ones have no shortest arc, and go by way of a fixed direction
-    across.
+    :math:`(1 - \lambda)|a| + \lambda|b|`. This is the paper's formula where both have one length;
+    codes of images differ in length, and so it runs evenly from the one to the other. Directions
+    that coincide leave a straight line; opposite ones have no shortest arc, and go by way of a
+    fixed direction across.
 
     Args:
-        a: Where the path begins, shape [B, ...].
+        a: Where the path begins, shape [B, ...]; its dtype is the result's.
         b: Where it ends, shape [B, ...].
         weight: lambda; 0 gives a, 1 gives b, to rounding. Outside [0, 1] the circle goes on.
-
-    Returns:
-        Shape [B, ...], dtype of ``a``.
 
     Raises:
         DDIMError: If the shapes differ.
@@ -82,16 +79,8 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def interpolate(a: Tensor, b: Tensor, count: int, *, kind: Interpolation = "spherical") -> Tensor:
-    """``count`` evenly spaced points of the path from a to b, both ends among them.
-
-    Args:
-        a: Shape [...], one sample.
-        b: Shape [...].
-        count: At least 2.
-        kind: ``spherical`` (:func:`slerp`) or ``linear`` (:func:`lerp`).
-
-    Returns:
-        Shape [count, ...].
+    """``count`` evenly spaced points [count, ...] of the path from a [...] to b [...], both ends
+    among them; ``spherical`` by :func:`slerp`, ``linear`` by :func:`lerp`.
 
     Raises:
         DDIMError: If count is below 2, the kind is unknown, or the shapes differ.
@@ -102,25 +91,20 @@ def interpolate(a: Tensor, b: Tensor, count: int, *, kind: Interpolation = "sphe
         raise DDIMError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {kind!r}.")
     between = slerp if kind == "spherical" else lerp
     middle = [between(a[None], b[None], i / (count - 1)) for i in range(1, count - 1)]
-    return torch.cat(
-        [a[None], *middle, b[None]]
-    )  # the ends themselves, not what rounding makes of them
+    return torch.cat([a[None], *middle, b[None]])  # the ends themselves, without rounding
 
 
 def interpolate_grid(
     corners: Tensor, rows: int, columns: int, *, kind: Interpolation = "spherical"
 ) -> Tensor:
     """A grid between four latents: paths down its left and right edges, and across from the one to
-    the other.
+    the other; [rows * columns, ...], row by row.
 
     Args:
         corners: Top left, top right, bottom left, bottom right: shape [4, ...].
         rows: At least 2.
         columns: At least 2.
         kind: As in :func:`interpolate`.
-
-    Returns:
-        Shape [rows * columns, ...], row by row.
 
     Raises:
         DDIMError: If there are not four corners, or a side is below 2.
@@ -129,12 +113,8 @@ def interpolate_grid(
         raise DDIMError(f"a grid has four corners; got {corners.shape[0]}.")
     left = interpolate(corners[0], corners[2], rows, kind=kind)
     right = interpolate(corners[1], corners[3], rows, kind=kind)
-    return torch.cat(
-        [
-            interpolate(start, end, columns, kind=kind)
-            for start, end in zip(left, right, strict=True)
-        ]
-    )
+    ends = zip(left, right, strict=True)
+    return torch.cat([interpolate(start, end, columns, kind=kind) for start, end in ends])
 
 
 def _check(a: Tensor, b: Tensor) -> None:

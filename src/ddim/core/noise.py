@@ -96,10 +96,7 @@ class SeededNoise:
     def __call__(self) -> Tensor:
         """The next noise of every image, [B, *shape]."""
         noise = randn_each(self.shape, self.generators).to(self.dtype)
-        # Pinned memory lets the copy run beside the kernels already queued, without waiting for
-        # them.
-        return (
-            noise.pin_memory().to(self.device, non_blocking=True)
-            if self.device.type == "cuda"
-            else noise.to(self.device)
-        )
+        if self.device.type != "cuda":
+            return noise.to(self.device)
+        # Pinned memory lets the copy run beside the kernels already queued, without a wait.
+        return noise.pin_memory().to(self.device, non_blocking=True)

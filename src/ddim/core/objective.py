@@ -1,6 +1,8 @@
 r"""The training loss as a pure function, its weights, and how timesteps are drawn.
 
-.. math:: L = \mathrm{mean}\; w_t \, \| m_\theta(\alpha_t x_0 + \sigma_t \epsilon,\; t) - (p\,x_0 + q\,\epsilon) \|^2
+.. math::
+    L = \mathrm{mean}\; w_t \,
+        \| m_\theta(\alpha_t x_0 + \sigma_t \epsilon,\; t) - (p\,x_0 + q\,\epsilon) \|^2
 """
 
 from collections.abc import Callable
@@ -43,7 +45,7 @@ def loss_weights(
         floor: The smallest weight, at least 0.
 
     Returns:
-        Shape [B], float64, finite and at least ``floor``.
+        Shape [B], float64, finite.
 
     Raises:
         DDIMError: If weighting or prediction type is unknown, or gamma is not positive.
@@ -65,10 +67,8 @@ def loss_weights(
         raise DDIMError(f"gamma of min-snr must be above 0; got {gamma}.")
     snr = schedule.snr(t)
     saturated = snr.clamp(max=gamma)
-    if prediction_type == "epsilon":
-        weights = torch.where(
-            snr > gamma, gamma / snr, torch.ones_like(snr)
-        )  # min(SNR, gamma) / SNR is 0/0 at SNR 0
+    if prediction_type == "epsilon":  # min(SNR, gamma) / SNR is 0/0 at SNR 0
+        weights = torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
     else:
         weights = saturated if prediction_type == "sample" else saturated / (snr + 1)
     return weights.clamp(min=floor)
@@ -94,19 +94,17 @@ def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) 
         strength: s, at least 0; 0 draws nothing.
         generator: On the CPU.
 
-    Returns:
-        Shape [B, C, ...].
-
     References:
         Guttenberg. Diffusion with Offset Noise. 2023.
-        https://www.crosslabs.org/blog/diffusion-with-offset-noise Lin et al. Common Diffusion Noise
-        Schedules and Sample Steps are Flawed. 2023. https://arxiv.org/abs/2305.08891
+        https://www.crosslabs.org/blog/diffusion-with-offset-noise
+
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
+        https://arxiv.org/abs/2305.08891
     """
     if strength == 0:
         return noise
-    shift = torch.randn(noise.shape[:2], generator=generator).reshape(
-        *noise.shape[:2], *[1] * (noise.ndim - 2)
-    )
+    shift = torch.randn(noise.shape[:2], generator=generator)
+    shift = shift.reshape(*noise.shape[:2], *[1] * (noise.ndim - 2))
     return noise + strength * shift.to(noise.device, noise.dtype)
 
 
@@ -120,7 +118,7 @@ def training_loss(
     prediction_type: PredictionType = "epsilon",
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each sample: weighted squared error, averaged over its elements.
+    """The loss of each sample [B]: weighted squared error, averaged over its elements.
 
     Noising and the error are computed in x0's dtype, which should be float32 even when the network
     runs in half precision (under autocast, or by casting inside ``network``).
@@ -132,19 +130,15 @@ def training_loss(
         t: Shape [B], int64 on the CPU.
         noise: Standard normal, shape [B, ...].
         prediction_type: What the network predicts.
-        weights: Shape [B], from :func:`loss_weights`; None: all 1.
-
-    Returns:
-        Shape [B]; take its mean.
+        weights: Shape [B], from :func:`loss_weights`. Default: all 1.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Theorem 1: the objective of
         DDPM trains DDIM as well. https://arxiv.org/abs/2010.02502
     """
     x_t = add_noise(schedule, x0, noise, t)
-    target = from_x0_eps(
-        x0, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=prediction_type
-    )
+    alpha_bar_t = schedule.alpha_bar(t)
+    target = from_x0_eps(x0, noise, alpha_bar_t=alpha_bar_t, prediction_type=prediction_type)
     error: Tensor = network(x_t, t.to(x_t.device)) - target
     losses = error.to(x0.dtype).square().flatten(1).mean(1)
     return losses if weights is None else losses * weights.to(losses.device, losses.dtype)

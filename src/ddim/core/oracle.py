@@ -40,16 +40,15 @@ class GaussianOracle:
         r"""The posterior means E[x0 | x_t] and E[eps | x_t], a
         :class:`~ddim.core.denoiser.Denoiser`.
 
-        .. math:: \epsilon = \sigma_t (x_t - \alpha_t \mu) / V_t, \qquad x_0 = \mu + \alpha_t s^2 (x_t - \alpha_t \mu) / V_t
+        .. math:: \epsilon = \sigma_t (x_t - \alpha_t \mu) / V_t,
+            \qquad x_0 = \mu + \alpha_t s^2 (x_t - \alpha_t \mu) / V_t
         """
         alpha_bar = self.schedule.alpha_bar(t)
         alpha, sigma, variance = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), self.variance(t)
         centred = x_t - as_factor(alpha * self.mean, x_t)
         mean = as_factor(torch.as_tensor(self.mean, dtype=torch.float64), x_t)
-        return Denoised(
-            mean + as_factor(alpha * self.std**2 / variance, x_t) * centred,
-            as_factor(sigma / variance, x_t) * centred,
-        )
+        x0 = mean + as_factor(alpha * self.std**2 / variance, x_t) * centred
+        return Denoised(x0, as_factor(sigma / variance, x_t) * centred)
 
     def network(
         self, prediction_type: PredictionType = "epsilon"
@@ -57,9 +56,9 @@ class GaussianOracle:
         """A perfect network of the given parametrisation: (x_t, t) -> prediction."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            x0, eps = self.denoise(x_t, t)
+            alpha_bar_t = self.schedule.alpha_bar(t)
             return from_x0_eps(
-                x0, eps, alpha_bar_t=self.schedule.alpha_bar(t), prediction_type=prediction_type
+                *self.denoise(x_t, t), alpha_bar_t=alpha_bar_t, prediction_type=prediction_type
             )
 
         return predict
@@ -69,9 +68,8 @@ class GaussianOracle:
         / V_t}\,(x_t - \alpha_t \mu)`."""
         alpha_t, alpha_s = self.schedule.alpha_bar(t).sqrt(), self.schedule.alpha_bar(s).sqrt()
         ratio = (self.variance(s) / self.variance(t)).sqrt()
-        return as_factor(alpha_s * self.mean, x_t) + as_factor(ratio, x_t) * (
-            x_t - as_factor(alpha_t * self.mean, x_t)
-        )
+        centred = x_t - as_factor(alpha_t * self.mean, x_t)
+        return as_factor(alpha_s * self.mean, x_t) + as_factor(ratio, x_t) * centred
 
     def draw(
         self, shape: tuple[int, ...], *, t: int, generator: torch.Generator | None = None

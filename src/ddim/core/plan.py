@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.core.prediction import PredictionType, Solution, solve
-from ddim.core.schedule import NoiseSchedule
-from ddim.core.step import Eta, check_order, fold, step_coefficients
+from ddim.core.prediction import PredictionType, Solution, prediction_row, solve
+from ddim.core.schedule import CLEAN, NoiseSchedule
+from ddim.core.step import Eta, check_order, fold, multistep_weight, step_coefficients
+from ddim.core.tables import gather
+from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
 
-__all__ = ["Plan", "Table", "advance", "gather", "whole"]
+__all__ = ["Plan", "Table", "advance", "correct", "make_plan", "whole"]
 
 _Mode = Literal["folded", "split", "rederived"]
 """How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped
@@ -45,38 +47,43 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the steps over one list of timesteps need; a new one is made when the list, the levels
-    or an option changes."""
+    """What the steps over one list of timesteps need (:func:`make_plan`).
+
+    Attributes:
+        schedule: The levels.
+        prediction_type: What the model predicts.
+        inverse: Whether steps go up to t, from the level below it in the list.
+        clip: What happens to x0.
+        listed: The list.
+        source: alpha_bar of the level that each t steps from, shape [T], float64.
+        target: alpha_bar of the level that it steps to, same shape.
+        multistep: For order 2, the weight of x0 - x0_previous at each t, and the level before t;
+            shape [2, T], float64.
+        refuses_zero_snr: Whether epsilon prediction is refused where the SNR is 0.
+        tables: The coefficients by eta, rederive, dtype and device.
+    """
 
     schedule: NoiseSchedule
-    options: tuple[Any, ...]
-    config: dict[str, Any]  # all that the configuration said
-    num_inference_steps: int
     prediction_type: PredictionType
     inverse: bool
     clip: Callable[[Tensor], Tensor] | None
     listed: frozenset[int]
-    source: Tensor  # alpha_bar of the level that each t steps from, [T] float64
-    target: Tensor  # alpha_bar of the level that it steps to, [T] float64
-    multistep: Tensor | None = (
-        # order 2: the weight of x0 - x0_previous at each t, and the level before t; [2, T] float64
-        None
-    )
+    source: Tensor
+    target: Tensor
+    multistep: Tensor | None = None
+    refuses_zero_snr: bool = True
     tables: dict[tuple[Eta, bool, torch.dtype, torch.device], Table] = field(default_factory=dict)
 
     def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> Table:
-        table = self.tables.get((eta, rederive, dtype, device))
+        """The coefficients of such steps, made when they are first asked for."""
+        key = (eta, rederive, dtype, device)
+        table = self.tables.get(key)
         if table is None and is_compiling():
-            return self._make_table(
-                eta, rederive, dtype, device
-            )  # not kept: a traced step must not change its own guards
+            # Not kept: a traced step must not change its own guards.
+            return self._make_table(*key)
         if table is None:
-            with torch.inference_mode(
-                False
-            ):  # else it could not take part in a backward pass later
-                table = self.tables[(eta, rederive, dtype, device)] = self._make_table(
-                    eta, rederive, dtype, device
-                )
+            with torch.inference_mode(False):  # else it could take no part in a backward pass later
+                table = self.tables[key] = self._make_table(*key)
         return table
 
     def _make_table(
@@ -93,10 +100,96 @@ class Plan:
             mode = "folded" if is_folded else "split"
         held = torch.float64 if dtype == torch.float64 else torch.float32
         multistep = None if self.multistep is None else self.multistep.to(device, held)
-        rows = (
-            6 if mode != "folded" else 4 if eta == 0 else 5
-        )  # a row that is not gathered is time saved at each step
+        # A row that is not gathered is time saved at each step.
+        rows = 6 if mode != "folded" else 4 if eta == 0 else 5
         return Table(mode, _coefficients(self, eta, mode)[:rows].to(device, held), multistep)
+
+    def check_level(self, t: int, eta: Eta = 0.0) -> bool:
+        """Whether t is in the list.
+
+        Raises:
+            DDIMError: If t lies outside [0, T), has no solution, or is not in the list and eta is
+                above 1.
+        """
+        if not 0 <= t < len(self.schedule):
+            raise DDIMError(
+                f"a timestep must lie in [0, {len(self.schedule)}), the levels the model was "
+                f"trained on; got {t}."
+            )
+        if t in self.listed:
+            return True
+        self._check_solvable(t)
+        if isinstance(eta, float) and eta > 1:
+            raise DDIMError(
+                f"eta above 1 is for the listed timesteps only; got eta={eta} at t={t}."
+            )
+        return False
+
+    def _check_solvable(self, t: int) -> None:
+        if self.prediction_type == "epsilon" and self.source[t] == 0 and self.refuses_zero_snr:
+            raise DDIMError(
+                f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - "
+                "sigma eps) / alpha divides by 0. "
+                f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
+            )
+
+
+def make_plan(
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    *,
+    stride: int,
+    prediction_type: PredictionType = "epsilon",
+    inverse: bool = False,
+    clip: Callable[[Tensor], Tensor] | None = None,
+    order: int = 1,
+    refuses_zero_snr: bool = True,
+) -> Plan:
+    """Plans the steps over a list of timesteps.
+
+    Args:
+        schedule: The levels.
+        timesteps: Falling, in both directions; those that the schedule does not have are left out.
+        stride: How far a step from a level goes that is not in the list.
+        prediction_type: What the model predicts.
+        inverse: Whether steps go up the list.
+        clip: What happens to x0.
+        order: 1, or 2 for the multistep.
+        refuses_zero_snr: Whether epsilon prediction is refused where the SNR is 0.
+
+    Raises:
+        DDIMError: If the prediction type or the order is unknown, or epsilon is predicted at a
+            listed level whose SNR is 0.
+    """
+    prediction_row(prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
+    total = len(schedule)
+    below = (torch.arange(total) - stride).clamp(min=CLEAN)
+    pairs = [(t, s) for t, s in (step_pairs(timesteps) if timesteps else ()) if t < total]
+    grid, following = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    below[grid] = following
+    lower, upper = schedule.alpha_bar(below), schedule.alphas_cumprod
+    multistep = None
+    if check_order(order) == 2:
+        multistep = torch.stack([torch.zeros(total), torch.full((total,), CLEAN)]).double()
+        multistep[1, grid[1:]] = grid[:-1].double()
+        multistep[0, grid[1:-1]] = multistep_weight(
+            *(schedule.alpha_bar(levels) for levels in (grid[:-2], grid[1:-1], grid[2:]))
+        )
+    plan = Plan(
+        schedule,
+        prediction_type,
+        inverse,
+        clip,
+        frozenset(t for t, _ in pairs),
+        source=lower if inverse else upper,
+        target=upper if inverse else lower,
+        multistep=multistep,
+        refuses_zero_snr=refuses_zero_snr,
+    )
+    for t in (plan.source == 0).nonzero().flatten().tolist():
+        if t in plan.listed:
+            plan._check_solvable(t)
+    return plan
 
 
 def _solution(plan: Plan) -> Solution:
@@ -105,12 +198,10 @@ def _solution(plan: Plan) -> Solution:
     if not (plan.inverse and plan.prediction_type == "sample"):
         return found
     # Clean data determines x0 (itself) but no eps. The network was called at t, so its x0 is read
-    # as eps there: the inversion
-    # is then that of the same network expressed as an epsilon prediction.
+    # as eps there: this inverts the same network expressed as an epsilon prediction.
     clean, at_t = plan.source == 1, solve("sample", plan.target)
-    instead = Solution(
-        torch.ones_like(plan.source), torch.zeros_like(plan.source), at_t.eps_x, at_t.eps_m
-    )
+    one = torch.ones_like(plan.source)
+    instead = Solution(one, torch.zeros_like(one), at_t.eps_x, at_t.eps_m)
     return Solution(
         *(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True))
     )
@@ -119,18 +210,12 @@ def _solution(plan: Plan) -> Solution:
 def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
     """All columns (a, b, c, d, e, f) of the module's equation, [6, T], float64 on the CPU."""
     source, target = plan.source, plan.target
-    if (
-        isinstance(eta, float) and eta > 1
-    ):  # a level that no step leaves may not admit it, and must not refuse it
-        listed = torch.zeros(len(source), dtype=torch.bool).index_fill(
-            0, torch.tensor(sorted(plan.listed)), True
-        )
+    if isinstance(eta, float) and eta > 1:
+        # A level that no step leaves may not admit this eta, and must not refuse it.
+        listed = torch.tensor([t in plan.listed for t in range(len(source))])
         target = torch.where(listed, target, source)
-    weights, found, none = (
-        step_coefficients(source, target, eta=eta),
-        _solution(plan),
-        torch.zeros_like(source),
-    )
+    weights, found = step_coefficients(source, target, eta=eta), _solution(plan)
+    none = torch.zeros_like(source)
     if mode == "folded":
         (x, output, _), x0 = fold(weights, found), none
     elif mode == "split":
@@ -141,36 +226,6 @@ def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
     return torch.stack([found.x0_x, found.x0_m, x, output, weights.noise, x0])
 
 
-def _as_levels(t: Tensor) -> Tensor:
-    """Whole numbers of any type as int64. A fraction is refused on the CPU; on a device that would
-    wait for it, and it is cut off."""
-    if (
-        t.is_floating_point()
-        and t.device.type == "cpu"
-        and not is_compiling()
-        and bool((t != t.round()).any())
-    ):
-        raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
-    return t.long()
-
-
-def gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The entries at t of each row of [k, T], shaped to multiply x [B, ...]; reads nothing back to
-    the host."""
-    if t.dtype != torch.int64:
-        t = _as_levels(t)
-    if t.device != x.device:
-        t = t.to(x.device, non_blocking=True)
-    if t.ndim == 0 or t.shape == (1,):
-        return columns.index_select(1, t).unbind(0)
-    if t.shape != x.shape[:1]:
-        raise DDIMError(
-            f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape "
-            f"{list(t.shape)}."
-        )
-    return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
-
-
 def _times(coefficient: Tensor, x: Tensor) -> Tensor:
     product = x.mul(coefficient)
     return product if product.dtype == x.dtype else product.to(x.dtype)
@@ -179,7 +234,10 @@ def _times(coefficient: Tensor, x: Tensor) -> Tensor:
 def advance(
     plan: Plan, mode: _Mode, at: Sequence[Tensor], output: Tensor, x: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level."""
+    """Returns (x_s, x0): the module's equation, without the terms that are 0 at every level.
+
+    It is :meth:`ddim.core.step.StepCoefficients.apply` on gathered weights, without its casts
+    (``test_a_step_is_the_cores_step_to_the_next_timestep``)."""
     a, b, c, d, *more = at
     is_x0 = plan.prediction_type == "sample" and not plan.inverse
     # In place, but only on products made here: an allocation costs a fifth of a step.
@@ -202,10 +260,36 @@ def advance(
     return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
 
 
-def whole(t: object) -> int:
+def correct(
+    plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: tuple[Tensor, Tensor]
+) -> None:
+    """Makes DDIM's x_s second order, in place, where ``before``, the (t, x0) of the step before,
+    was that of the neighbour above; elsewhere the step stays DDIM's.
+
+    Raises:
+        DDIMError: If the host sees that t neither follows that step nor starts a new image.
+    """
+    last_t, last_x0 = before
+    if last_x0.shape != x0.shape or plan.multistep is None or table.multistep is None:
+        return
+    if t.numel() == last_t.numel() == 1 and t.device.type == "cpu" and not is_compiling():
+        now, last = int(t), int(last_t)
+        if now <= last != int(plan.multistep[1, now]) and len(plan.listed) > 1:
+            raise DDIMError(
+                f"solver_order=2 goes on from the step before, and t={now} does not follow "
+                f"t={last} in the list of timesteps; call "
+                "set_timesteps before each image, take one scheduler for each batch, or use "
+                "solver_order=1."
+            )
+    weight, above = gather(table.multistep, t, x0)
+    last_t = last_t.to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
+    x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - last_x0))
+
+
+def whole(t: Any) -> int:
     """A timestep that is no tensor, as an int."""
     try:
-        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)  # type: ignore[arg-type]
+        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
     except TypeError:
         raise DDIMError(
             f"a timestep must be a whole number, or a tensor of them; got {t!r}."

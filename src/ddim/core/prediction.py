@@ -47,8 +47,7 @@ class Denoised(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The inverse of the 2x2 system: x0 = x0_x x_t + x0_m m, eps = eps_x x_t + eps_m m; float64,
-    shape of alpha_bar."""
+    """The inverse of the 2x2 system: x0 = x0_x x_t + x0_m m, eps = eps_x x_t + eps_m m; float64."""
 
     x0_x: Tensor
     x0_m: Tensor
@@ -79,11 +78,9 @@ def solve(prediction_type: PredictionType, alpha_bar: Tensor) -> Solution:
     determinant is 0."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     p, q = prediction_row(prediction_type, alpha_bar)
-    # For v the determinant is alpha^2 + sigma^2: 1 in exact arithmetic, and dividing by its
-    # rounding would only add error.
-    determinant = (
-        torch.ones_like(alpha) if prediction_type == "v_prediction" else alpha * q - sigma * p
-    )
+    # For v it is alpha^2 + sigma^2, which is 1; dividing by its rounding would only add error.
+    is_rotation = prediction_type == "v_prediction"
+    determinant = torch.ones_like(alpha) if is_rotation else alpha * q - sigma * p
     return Solution(q / determinant, -sigma / determinant, -p / determinant, alpha / determinant)
 
 
@@ -115,25 +112,19 @@ def to_x0_eps(
             "sample prediction cannot be used at clean data, since eps = (x_t - alpha x0) / sigma "
             "divides by 0; start at level 0 or above."
         )
-    solution = solve(prediction_type, alpha_bar_t)
-    x0 = (
-        output
-        if prediction_type == "sample"
-        else as_factor(solution.x0_x, x_t) * x_t + as_factor(solution.x0_m, x_t) * output
-    )
-    eps = (
-        output
-        if prediction_type == "epsilon"
-        else as_factor(solution.eps_x, x_t) * x_t + as_factor(solution.eps_m, x_t) * output
-    )
+    x0_x, x0_m, eps_x, eps_m = solve(prediction_type, alpha_bar_t)
+    x0 = eps = output
+    if prediction_type != "sample":
+        x0 = as_factor(x0_x, x_t) * x_t + as_factor(x0_m, x_t) * output
+    if prediction_type != "epsilon":
+        eps = as_factor(eps_x, x_t) * x_t + as_factor(eps_m, x_t) * output
     return Denoised(x0, eps)
 
 
 def from_x0_eps(
     x0: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """What a perfect network of this type would return for (x0, eps): the training target, shape
-    [B, ...]."""
+    """The training target: what a perfect network of this type returns for (x0, eps), [B, ...]."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
@@ -162,16 +153,8 @@ def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.
     clamp(x0, -s, s) / s.
 
     s is clamped to [1, max_value]; with ``max_value=1`` this is :func:`clip_static` with bound 1.
-    The percentile interpolates linearly, as ``torch.quantile`` does, but has no limit on the number
-    of elements.
-
-    Args:
-        x0: Shape [B, ...].
-        ratio: The percentile, in [0, 1].
-        max_value: The largest s, at least 1.
-
-    Returns:
-        The thresholded sample, shape and dtype of x0, in [-1, 1].
+    The percentile, ``ratio`` in [0, 1], interpolates linearly as ``torch.quantile`` does, without
+    its limit on the number of elements.
 
     Raises:
         DDIMError: If ratio or max_value is out of range.
@@ -192,10 +175,6 @@ def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.
     below = min(int(rank), flat.shape[1] - 1)
     above = min(below + 1, flat.shape[1] - 1)
     low, high = (flat.kthvalue(k + 1, dim=1).values for k in (below, above))
-    threshold = (
-        torch.lerp(low, high, rank - below)
-        .clamp(1.0, max_value)
-        .reshape(-1, *[1] * (x0.ndim - 1))
-        .to(x0.dtype)
-    )
+    threshold = torch.lerp(low, high, rank - below).clamp(1.0, max_value)
+    threshold = threshold.reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
     return x0.clamp(-threshold, threshold) / threshold

@@ -48,36 +48,27 @@ class DataPrior:
                 "a prior needs the mean of each channel, and a covariance of as many rows and "
                 "columns."
             )
-        matrix = torch.tensor(self.covariance, dtype=torch.float64)
-        sound = bool(
-            torch.isfinite(torch.tensor(self.mean)).all()
-            and torch.isfinite(matrix).all()
-            and torch.equal(matrix, matrix.T)
-        )
-        if not sound or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
+        mean, matrix = _tensor(self.mean), _tensor(self.covariance)
+        is_finite = bool(torch.isfinite(mean).all() and torch.isfinite(matrix).all())
+        is_symmetric = torch.equal(matrix, matrix.T)
+        if not (is_finite and is_symmetric) or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
             raise DDIMError(
                 "a prior's mean must be finite and its covariance symmetric, with no negative "
                 "eigenvalue."
             )
-        if self.image is not None:
-            widths = {len(row) for plane in self.image for row in plane}
-            if (
-                len(self.image) != channels
-                or len({len(plane) for plane in self.image}) != 1
-                or len(widths) != 1
-                or 0 in widths
-            ):
-                raise DDIMError(
-                    f"a prior's mean image must have {channels} channels of rows of one length."
-                )
-            offset = torch.tensor(self.image, dtype=torch.float64).mean((1, 2)) - torch.tensor(
-                self.mean, dtype=torch.float64
+        if self.image is None:
+            return
+        heights = {len(plane) for plane in self.image}
+        widths = {len(row) for plane in self.image for row in plane}
+        if len(self.image) != channels or len(heights) != 1 or len(widths) != 1 or 0 in widths:
+            raise DDIMError(
+                f"a prior's mean image must have {channels} channels of rows of one length."
             )
-            if not bool((offset.abs() < 1e-3).all()):
-                raise DDIMError(
-                    "a prior's mean image must be finite, and of the mean colour that the prior "
-                    "says."
-                )
+        offset = _tensor(self.image).mean((1, 2)) - mean
+        if not bool((offset.abs() < 1e-3).all()):
+            raise DDIMError(
+                "a prior's mean image must be finite, and of the mean colour that the prior says."
+            )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
@@ -91,30 +82,22 @@ class DataPrior:
             image = content.get("image")
             return cls(
                 tuple(map(float, content["mean"])),
-                tuple(tuple(map(float, row)) for row in content["covariance"]),
-                None
-                if image is None
-                else tuple(tuple(tuple(map(float, row)) for row in plane) for plane in image),
+                _rows(content["covariance"]),
+                None if image is None else tuple(_rows(plane) for plane in image),
             )
+        except DDIMError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
-            raise (
-                error
-                if isinstance(error, DDIMError)
-                else DDIMError(f"a prior needs the keys mean and covariance ({error}).")
-            ) from None
+            raise DDIMError(f"a prior needs the keys mean and covariance ({error}).") from None
 
     def describe(self) -> dict[str, Any]:
         """What a run's record says of it: the mean image, which is long, by the first 16 hex digits
         of a SHA-256."""
-        image = (
-            None
-            if self.image is None
-            else hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
-        )
+        digest = hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
         return {
             "mean": list(self.mean),
             "covariance": [list(row) for row in self.covariance],
-            "image": image,
+            "image": None if self.image is None else digest,
         }
 
     def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -143,20 +126,24 @@ class DataPrior:
                 f"{z.shape[2]}x{z.shape[3]}."
             )
         pixels = z.shape[2:].numel()
-        mean, covariance = (
-            torch.tensor(value, dtype=torch.float64) for value in (self.mean, self.covariance)
-        )
-        factor = torch.linalg.cholesky(
-            alpha_bar * covariance
-            + (1 - alpha_bar) / pixels * torch.eye(len(mean), dtype=torch.float64)
-        )
+        mean, covariance = _tensor(self.mean), _tensor(self.covariance)
+        identity = torch.eye(len(mean), dtype=torch.float64)
+        factor = torch.linalg.cholesky(alpha_bar * covariance + (1 - alpha_bar) / pixels * identity)
         drawn = z.mean((2, 3))  # its covariance is I / pixels
         wanted = (alpha_bar.sqrt() * mean).to(drawn) + drawn @ (pixels**0.5 * factor.T).to(drawn)
         x_t: Tensor = z + (wanted - drawn)[:, :, None, None]
         if self.image is None:
             return x_t
-        image = torch.tensor(self.image, dtype=torch.float64)
+        image = _tensor(self.image)
         return x_t + (alpha_bar.sqrt() * (image - image.mean((1, 2), keepdim=True))).to(x_t)
+
+
+def _tensor(rows: Any) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _rows(rows: Iterable[Iterable[Any]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def fit_prior(images: Iterable[Tensor]) -> DataPrior:
@@ -178,6 +165,6 @@ def fit_prior(images: Iterable[Tensor]) -> DataPrior:
     image = (total / count).round(decimals=4).tolist()
     return DataPrior(
         tuple(every.mean(0).tolist()),
-        tuple(tuple(row) for row in ((covariance + covariance.T) / 2).tolist()),
-        tuple(tuple(tuple(row) for row in plane) for plane in image),
+        _rows(((covariance + covariance.T) / 2).tolist()),
+        tuple(_rows(plane) for plane in image),
     )

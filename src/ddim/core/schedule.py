@@ -8,6 +8,7 @@ Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data
 Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
 sample."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,25 +46,17 @@ def make_betas(
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
 ) -> Tensor:
-    r"""Returns the variances :math:`\beta_t` that a named schedule adds at each level.
+    r"""Returns the variances :math:`\beta_t` that a named schedule adds, shape [T], float64.
 
-    ============================
-    ========================================================================== ``linear``
-    evenly spaced from beta_start to beta_end ``scaled_linear``            evenly spaced in
-    :math:`\sqrt\beta`, squared (latent diffusion) ``squaredcos_cap_v2``        :math:`\bar\alpha(u)
-    = \cos^2\frac{(u + 0.008)\pi}{2 \cdot 1.008}`, beta at most 0.999 ``sigmoid``                  a
-    logistic curve over [-6, 6] between beta_start and beta_end (GeoDiff) ``laplace``
-    log-SNR of a Laplace distribution, beta at most 0.999 ============================
-    ==========================================================================
+    ===================== =====================================================================
+    ``linear``            evenly spaced from beta_start to beta_end
+    ``scaled_linear``     evenly spaced in :math:`\sqrt\beta`, squared (latent diffusion)
+    ``squaredcos_cap_v2`` :math:`\bar\alpha(u) = \cos^2\frac{(u + 0.008)\pi}{2 \cdot 1.008}`
+    ``sigmoid``           a logistic curve over [-6, 6] from beta_start to beta_end (GeoDiff)
+    ``laplace``           the log-SNR of a Laplace distribution
+    ===================== =====================================================================
 
-    Args:
-        kind: One of :data:`BETA_SCHEDULES`.
-        num_train_timesteps: T, at least 1.
-        beta_start: First beta of linear, scaled_linear and sigmoid; ignored by the others.
-        beta_end: Last beta of the same.
-
-    Returns:
-        The betas, shape [T], float64.
+    The cosine and laplace schedules ignore beta_start and beta_end; their betas are at most 0.999.
 
     Raises:
         DDIMError: If the schedule is unknown or T is below 1.
@@ -75,9 +68,9 @@ def make_betas(
         Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. Eq. 17.
         https://arxiv.org/abs/2102.09672 (cosine)
     """
-    if num_train_timesteps < 1:
-        raise DDIMError(f"num_train_timesteps must be at least 1; got {num_train_timesteps}.")
     count = num_train_timesteps
+    if count < 1:
+        raise DDIMError(f"num_train_timesteps must be at least 1; got {count}.")
     if kind == "linear":
         return torch.linspace(beta_start, beta_end, count, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -87,11 +80,8 @@ def make_betas(
             lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count
         )
     if kind == "sigmoid":
-        return (
-            torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
-            * (beta_end - beta_start)
-            + beta_start
-        )
+        curve = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
+        return curve * (beta_end - beta_start) + beta_start
     if kind == "laplace":
         return _betas_from_alpha_bar(_laplace_alpha_bar, count)
     raise DDIMError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got {kind!r}.")
@@ -101,14 +91,12 @@ def _betas_from_alpha_bar(
     alpha_bar: Callable[[float], float], count: int, max_beta: float = 0.999
 ) -> Tensor:
     levels = [alpha_bar(i / count) for i in range(count + 1)]
-    return torch.tensor(
-        [min(1 - levels[i + 1] / levels[i], max_beta) for i in range(count)], dtype=torch.float64
-    )
+    betas = [min(1 - below / above, max_beta) for above, below in itertools.pairwise(levels)]
+    return torch.tensor(betas, dtype=torch.float64)
 
 
 def _laplace_alpha_bar(u: float) -> float:
-    # The square root is diffusers' reading of the schedule; checkpoints trained with it need the
-    # same.
+    # The square root is diffusers' reading of the schedule, which its checkpoints need.
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     snr = math.exp(log_snr)
     return math.sqrt(snr / (1 + snr))
@@ -117,15 +105,11 @@ def _laplace_alpha_bar(u: float) -> float:
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     r"""Shifts and scales :math:`\sqrt{\bar\alpha}` so that the last level holds no signal at all.
 
-    .. math:: \alpha_t \leftarrow (\alpha_t - \alpha_{T-1})\,\frac{\alpha_0}{\alpha_0 - \alpha_{T-1}}
+    .. math::
+        \alpha_t \leftarrow (\alpha_t - \alpha_{T-1})\,\frac{\alpha_0}{\alpha_0 - \alpha_{T-1}}
 
-    The first level keeps its value; the last becomes exactly 0 (its beta exactly 1).
-
-    Args:
-        betas: Shape [T], in (0, 1), T at least 2.
-
-    Returns:
-        The rescaled betas, shape [T], float64.
+    The first level keeps its value; the last becomes exactly 0 (its beta exactly 1). Betas are [T]
+    in (0, 1), and returned in float64.
 
     Raises:
         DDIMError: If there are fewer than two levels.
@@ -225,8 +209,8 @@ class NoiseSchedule:
 
 
 def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Rounds float64 coefficients (shape [] or [B]) to the dtype of x [B, ...], where and how they
-    can multiply it.
+    """Rounds float64 coefficients, shape [] or [B], to the dtype of x [B, ...], in a shape and on a
+    device where they can multiply it.
 
     Raises:
         DDIMError: If there are neither one nor B coefficients.
@@ -239,29 +223,22 @@ def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     if coefficient.ndim:
         return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
-    # One number on the CPU multiplies tensors anywhere; to send it to a device would wait for the
-    # device.
-    return (
-        coefficient.to(dtype)
-        if coefficient.device.type == "cpu"
-        else coefficient.to(x.device, dtype)
-    )
+    # One number on the CPU multiplies tensors anywhere; to send it to a device would wait for it.
+    is_on_cpu = coefficient.device.type == "cpu"
+    return coefficient.to(dtype) if is_on_cpu else coefficient.to(x.device, dtype)
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
     r"""Draws from the forward process: :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`.
 
     The coefficients are computed in float64 and rounded once: computing 1 - alpha_bar in bfloat16
-    instead would make sigma exactly 0 on the ten lowest levels of the linear schedule.
+    would make sigma exactly 0 on the ten lowest levels of the linear schedule.
 
     Args:
         schedule: The levels.
         x0: Clean data, shape [B, ...].
         noise: Standard normal, shape [B, ...].
         t: One level, or one a sample, shape [B]; in [-1, T).
-
-    Returns:
-        The noisy sample, shape [B, ...].
     """
     alpha_bar = schedule.alpha_bar(t)
     return as_factor(alpha_bar.sqrt(), x0) * x0 + as_factor((1 - alpha_bar).sqrt(), x0) * noise

@@ -42,31 +42,20 @@ def select_timesteps(
     *,
     steps_offset: int = 0,
 ) -> list[int]:
-    r"""Chooses N of T levels, falling. Exactly N distinct levels in [0, T), for every N in 1..T and
-    every spacing.
+    r"""Chooses N of T levels, falling: exactly N distinct levels in [0, T), for every N in 1..T.
 
     With i = 0..N-1:
 
-    ============== =======================================================
-    ============================== ``leading``    :math:`i \lfloor T/N \rfloor` + steps_offset
-    starts below T-1 unless N = T ``linspace``   round(i (T-1)/(N-1))
-    starts at T-1 (N = 1: at 0) ``trailing``   round(T - i T/N) - 1
-    starts at T-1 ``quadratic``  :math:`\lfloor c\,i^2 \rfloor`, the last being T-1      starts at
-    T-1, dense near data ============== =======================================================
-    ==============================
+    ============= ============================================ =================================
+    ``leading``   :math:`i \lfloor T/N \rfloor` + steps_offset starts below T-1 unless N = T
+    ``linspace``  round(i (T-1)/(N-1))                         starts at T-1 (N = 1: at 0)
+    ``trailing``  round(T - i T/N) - 1                         starts at T-1
+    ``quadratic`` :math:`\lfloor c\,i^2 \rfloor`, up to T-1     starts at T-1, dense near data
+    ============= ============================================ =================================
 
     Linspace and trailing round in float64 as NumPy does, because diffusers does and ties depend on
-    it. Quadratic moves a level up by one where two would coincide. An offset that would leave [0,
-    T) is dropped.
-
-    Args:
-        num_train_timesteps: T, the number of levels of the schedule.
-        num_inference_steps: N, in 1..T.
-        spacing: One of :data:`SPACINGS`.
-        steps_offset: Added to every level of ``leading``; the others ignore it.
-
-    Returns:
-        N falling levels.
+    it. Quadratic moves a level up by one where two would coincide. ``steps_offset`` is for leading
+    alone, and is dropped where it would leave [0, T).
 
     Raises:
         DDIMError: If N is not an integer in 1..T, or the spacing is unknown.
@@ -79,11 +68,8 @@ def select_timesteps(
         https://arxiv.org/abs/2305.08891
     """
     total, count = num_train_timesteps, num_inference_steps
-    if (
-        not isinstance(count, (int, np.integer))
-        or isinstance(count, bool)
-        or not 1 <= count <= total
-    ):
+    is_whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
+    if not is_whole or not 1 <= count <= total:
         raise DDIMError(
             f"num_inference_steps must be a whole number from 1 to {total}, the number of levels "
             f"the model was trained on; got {count!r}."
@@ -116,26 +102,25 @@ def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
         DDIMError: If it is something else.
     """
     try:
-        rows = getattr(timesteps, "ndim", 1) != 1
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
     except TypeError:
-        rows = True
-    if rows:
+        values = None
+    if values is None or getattr(timesteps, "ndim", 1) != 1:
         raise DDIMError(
             f"timesteps must be one list of levels, such as [999, 500, 3]; got {timesteps!r}."
         )
-    values = [
-        value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
-        for value in values
-    ]
+    levels = []
     for value in values:
+        if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
             raise DDIMError(f"timesteps must be whole numbers; got {value!r}.")
-    return [int(value) for value in values]
+        levels.append(int(value))
+    return levels
 
 
 def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> list[int]:
-    """Returns a custom list of levels as plain integers, or says what is wrong with it.
+    """Returns a custom list of levels as plain integers.
 
     Raises:
         DDIMError: If the list is empty, not of whole numbers, leaves [0, T), repeats a level, or
@@ -166,13 +151,11 @@ def _check_falling(levels: Sequence[int]) -> None:
 
 
 def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[Pair]:
-    """Pairs each level with its neighbour in the list, the last with ``end`` (clean data): [(t, s),
-    ...].
+    """Pairs each level with its neighbour in the list, the last with ``end``: [(t, s), ...].
 
     Args:
-        timesteps: Falling from noise to data; for the way from data to noise, :func:`reverse_pairs`
-            of these pairs.
-        end: Below the last of them.
+        timesteps: Falling from noise to data; :func:`reverse_pairs` turns their pairs around.
+        end: The level below the last. Default: clean data.
 
     Raises:
         DDIMError: If the list is empty, not of whole numbers, repeats a level, or does not fall
@@ -193,11 +176,11 @@ def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     try:
         return [(t, s) for t, s in pairs]
     except (TypeError, ValueError):
-        told = repr(pairs)
+        text = repr(pairs)
         raise DDIMError(
             "pairs must be steps (t, s) from a level to the next, which step_pairs makes of a list "
-            "of timesteps "
-            f"(step_pairs([999, 500, 0])); got {told if len(told) <= 60 else told[:57] + '...'}."
+            "of timesteps (step_pairs([999, 500, 0])); got "
+            f"{text if len(text) <= 60 else text[:57] + '...'}."
         ) from None
 
 

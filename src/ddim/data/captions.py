@@ -1,4 +1,5 @@
-"""Captions of image files, as Hugging Face's imagefolder and fine-tuning scripts lay them out."""
+"""Reads captions of image files, in the layouts of Hugging Face's imagefolder and of fine-tuning
+scripts."""
 
 import csv
 import json
@@ -11,14 +12,14 @@ from ddim.errors import DataError
 __all__ = ["CAPTION_COLUMNS", "captions_of_files", "one_caption"]
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-"""Names that a column of captions has where none is given."""
+"""Usual names of a column of captions, tried in this order."""
 
 
 def captions_of_files(
     source: str, folder: Path, paths: list[Path], column: str | None
 ) -> list[str] | None:
-    """Captions from metadata files, as Hugging Face's imagefolder has them, else from ``NAME.txt``
-    beside each image."""
+    """Reads captions from metadata files or, without any, from ``NAME.txt`` beside each image;
+    returns None if there are no captions."""
     tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
     if tables:
         rows = {
@@ -28,9 +29,9 @@ def captions_of_files(
         }
         missing = [p for p in paths if os.path.normpath(p) not in rows]
         if missing:
-            told = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
+            which = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
             raise DataError(
-                f"{tables[0]} has no row for {told} of {source}, such as {missing[0]}; add it, or "
+                f"{tables[0]} has no row for {which} of {source}, such as {missing[0]}; add it, or "
                 "move the image away."
             )
         return [rows[os.path.normpath(p)] for p in paths]
@@ -48,12 +49,12 @@ def captions_of_files(
         return [text.read_text(encoding="utf-8-sig").strip() for text in texts]
     except ValueError as error:
         raise DataError(
-            f"a caption of {source} is no UTF-8 text ({error}); save it as UTF-8."
+            f"a caption of {source} is not UTF-8 text ({error}); save it as UTF-8."
         ) from error
 
 
 def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
-    """The captions of a metadata file by the paths of their images."""
+    """Reads a metadata file: image path -> caption."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = (
@@ -63,11 +64,11 @@ def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
             )
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); write one row an image."
+            f"{path} cannot be read ({str(error).splitlines()[0]}); write one row per image."
         ) from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(
-            f"{path} must hold a row an image with file_name and a caption; got "
+            f"{path} must hold one row per image with file_name and a caption; got "
             f"{'nothing' if not rows else 'other values'}."
         )
     names = list(rows[0])
@@ -86,7 +87,7 @@ def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
 
 
 def one_caption(value: Any, where: str) -> str:
-    """A caption as it was written; the first of several."""
+    """Returns a caption as it was written, or the first of several."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
     if not isinstance(first, str):
         raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")

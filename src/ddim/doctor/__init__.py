@@ -1,1 +1,1 @@
-"""A scheduler configuration in, findings out: the checks, the figures behind them, and the report."""
+"""Diagnoses a scheduler configuration: the checks, the figures behind them, and the report."""

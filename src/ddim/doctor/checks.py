@@ -3,8 +3,8 @@
 
 A check looks at a :class:`Case` and returns a :class:`Finding` or None; its figures come from
 :mod:`ddim.doctor.symptoms`. An ``error`` is a NaN, a step that cannot be taken, or images of
-nothing. A ``warning`` is a loss that can be seen. ``info`` is what loses less than :data:`FAINT`,
-or hangs on how the sampler is called."""
+nothing. A ``warning`` is a loss that can be seen. ``info`` is a loss smaller than :data:`FAINT`, or
+one that depends on how the sampler is called."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ from ddim.core.timesteps import Pair, check_timesteps, step_pairs
 from ddim.doctor.symptoms import (
     Brightness,
     Probe,
-    finished,
     leaked_brightness,
+    made_of_noise,
     stock_flaws,
     stock_nan_levels,
     stock_pairs,
@@ -57,58 +57,22 @@ _SCHEDULE_KEYS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
-_DATA = (0.5, 0.25)  # the Gaussian data on which steps are judged
+_DATA = (0.5, 0.25)  # mean and std of the Gaussian data on which steps are judged
 _DATA_NAME = "N({}, {}^2)".format(*_DATA)
 
-OTHER_KEYS = frozenset(
-    (
-        *(
-            "algorithm_type",
-            "corrector_order",
-            "disable_corrector",
-            "eta",
-            "euler_at_final",
-            "final_sigmas_type",
-            "flow_shift",
-        ),
-        *(
-            "interpolation_type",
-            "lambda_min_clipped",
-            "lower_order_final",
-            "original_inference_steps",
-            "predict_x0",
-        ),
-        *(
-            "predictor_order",
-            "shift_terminal",
-            "sigma_max",
-            "sigma_min",
-            "skip_prk_steps",
-            "snr_shift_scale",
-            "solver_order",
-        ),
-        *(
-            "solver_p",
-            "solver_type",
-            "tau_func",
-            "time_shift_type",
-            "timestep_scaling",
-            "timestep_type",
-        ),
-        *(
-            "use_beta_sigmas",
-            "use_dynamic_shifting",
-            "use_exponential_sigmas",
-            "use_flow_sigmas",
-            "use_karras_sigmas",
-        ),
-        *("use_lu_lambdas", "variance_type"),
-        *("predict_epsilon", "tensor_format", "timestep_values"),  # of diffusers before 0.12
-        "fitted_timesteps",  # ours
-    )
-)
-"""Keys that are known, beside those that every scheduler of the family has: of diffusers' other
-schedulers, of its past, and ours."""
+_OTHER_KEYS = """
+algorithm_type corrector_order disable_corrector eta euler_at_final final_sigmas_type flow_shift
+interpolation_type lambda_min_clipped lower_order_final original_inference_steps predict_x0
+predictor_order shift_terminal sigma_max sigma_min skip_prk_steps snr_shift_scale solver_order
+solver_p solver_type tau_func time_shift_type timestep_scaling timestep_type use_beta_sigmas
+use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas
+variance_type
+predict_epsilon tensor_format timestep_values
+fitted_timesteps
+"""
+OTHER_KEYS = frozenset(_OTHER_KEYS.split())
+"""Keys that are known, beside those that every scheduler of the family has: those of diffusers'
+other schedulers, those of diffusers before 0.12, and our own."""
 
 _SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 _LIN = "Lin et al. 2023, arXiv 2305.08891"
@@ -122,14 +86,14 @@ class Finding:
     """Something that is wrong, or worth knowing.
 
     Attributes:
-        severity: See the module.
+        severity: How grave it is; the module says what each means.
         message: What was found, with its numbers.
         consequence: What it does to images.
         evidence: The numbers, by name.
         fix: Configuration keys to change, with their new values.
         retrain: Whether the fix is right only for a network that is trained anew.
         advice: What helps beside the configuration.
-        code: Of the check, ``DDIM001``.
+        code: The check's code, such as ``DDIM001``.
         reference: Where to read about it.
     """
 
@@ -152,7 +116,7 @@ class ModelFacts:
         latent: Whether it works on the latents of an autoencoder.
         guided: Whether it is sampled with classifier-free guidance.
         shape: (C, H, W) of its images or latents.
-        num_train_timesteps: Levels that it was built for.
+        num_train_timesteps: Number of levels that it was built for.
         training: Configuration of the schedule that noise was added with in training.
     """
 
@@ -170,19 +134,18 @@ class Case:
     Attributes:
         config: With diffusers' values for absent keys, and the spacing that was asked for.
         schedule: Its levels.
-        model: See :class:`ModelFacts`.
-        brightness: Of the images.
-        asked: The number of steps that was asked for; None where none was.
+        model: What is known of the network.
+        brightness: The brightness of the images.
+        asked: The number of steps that was asked for; None if none was.
         custom: The list of timesteps that was asked for, or that the configuration was fitted with.
-        read: Which of :data:`OTHER_KEYS` the sampler does read.
+        read: Those of :data:`OTHER_KEYS` that the sampler reads.
         levels: The levels that this package visits.
-        stock: Those that plain diffusers visits; None where it cannot.
-        eta: What was asked for.
-        guidance_scale: What was asked for.
-        guidance_rescale: What was asked for.
+        stock: The levels that plain diffusers visits; None if it cannot visit such levels.
+        eta: The eta that was asked for.
+        guidance_scale: The guidance that was asked for.
+        guidance_rescale: The rescale of guidance that was asked for.
         probe: What the network's own answers tell.
-        training: The complete configuration that noise was added with in training, where it is
-            known.
+        training: The complete configuration that noise was added with in training, if it is known.
         training_schedule: Its levels.
     """
 
@@ -210,12 +173,12 @@ class Case:
     @property
     def probed(self) -> str | None:
         """The prediction type of the network's own answers, which outweighs what files say of it;
-        None where they do not tell."""
+        None if they do not tell."""
         return None if self.probe is None else self.probe.prediction_type
 
     @property
     def steps(self) -> int:
-        """N, as far as there are levels for it."""
+        """N, but at most the number of levels."""
         return len(self.levels)
 
     @property
@@ -225,18 +188,20 @@ class Case:
 
     @property
     def stock_pairs(self) -> list[Pair]:
-        """The steps of plain diffusers; none where it cannot visit these levels."""
+        """The steps of plain diffusers; none if it cannot visit such levels."""
         return stock_pairs(self.stock or [], len(self.schedule), self.steps)
 
     def leak(self, t: int) -> tuple[Severity, dict[str, float]]:
-        """How much N(0, I) errs on level t, and how that is to be judged."""
+        """The error of starting from N(0, I) on level t: its severity, and its numbers."""
         bias, factor = leaked_brightness(self.schedule, t, self.brightness)
         numbers = {
             "level": t,
             "snr": float(self.schedule.snr(t)),
             "sqrt_alpha_bar": float(self.schedule.alpha_bar(t).sqrt()),
+            "brightness_bias": bias,
+            "brightness_spread": factor,
         }
-        return _grade(bias), {**numbers, "brightness_bias": bias, "brightness_spread": factor}
+        return _grade(bias), numbers
 
 
 @dataclass(frozen=True)
@@ -248,27 +213,26 @@ class Check:
     find: Callable[[Case], Finding | None]
 
     def __call__(self, case: Case) -> Finding | None:
-        """The finding, with the check's code and reference; None where all is well."""
+        """The finding, with the check's code and reference; None if all is well."""
         found = self.find(case)
-        return found and replace(
-            found, code=self.code, reference=self.reference, evidence=json_numbers(found.evidence)
-        )
+        evidence = json_numbers(found.evidence) if found else {}
+        return found and replace(found, code=self.code, reference=self.reference, evidence=evidence)
 
     @property
     def title(self) -> str:
-        """What is asked, in a sentence."""
-        return str(self.find.__doc__).splitlines()[0]
+        """What is looked for, in a sentence."""
+        return " ".join(str(self.find.__doc__).split())
 
 
 CHECKS: dict[str, Check] = {}
 """All checks by code. A new one is a function under :func:`_check`, and a test that plants what it
 looks for."""
 
+_Find = Callable[[Case], Finding | None]
 
-def _check(
-    code: str, reference: str
-) -> Callable[[Callable[[Case], Finding | None]], Callable[[Case], Finding | None]]:
-    def register(find: Callable[[Case], Finding | None]) -> Callable[[Case], Finding | None]:
+
+def _check(code: str, reference: str) -> Callable[[_Find], _Find]:
+    def register(find: _Find) -> _Find:
         CHECKS[code] = Check(code, reference, find)
         return find
 
@@ -285,23 +249,16 @@ def _terminal_snr(case: Case) -> Finding | None:
     if case.terminal == 0:
         return None
     severity, numbers = case.leak(case.last)
-    fix = {
-        "rescale_betas_zero_snr": True,
-        **(
-            {"prediction_type": "v_prediction"}
-            if case.config["prediction_type"] == "epsilon"
-            else {}
-        ),
-    }
+    fix: dict[str, Any] = {"rescale_betas_zero_snr": True}
+    if case.config["prediction_type"] == "epsilon":
+        fix["prediction_type"] = "v_prediction"
     return Finding(
         severity,
         f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps "
-        f"{numbers['sqrt_alpha_bar']:.4g} of the image "
-        "(sqrt of alpha-bar).",
+        f"{numbers['sqrt_alpha_bar']:.4g} of the image (sqrt of alpha-bar).",
         "The network reads the noise's mean colour as the image's: brightness is off by "
-        f"{numbers['brightness_bias']:+.3f}, "
-        f"and its spread between images is {numbers['brightness_spread']:.3f} of what it "
-        "should be.",
+        f"{numbers['brightness_bias']:+.3f}, and its spread between images is "
+        f"{numbers['brightness_spread']:.3f} of what it should be.",
         numbers,
         fix,
         retrain=True,
@@ -312,13 +269,19 @@ def _terminal_snr(case: Case) -> Finding | None:
 
 
 def _against_a_leak(model: ModelFacts, fix: Mapping[str, Any]) -> str:
-    """What this package can do about it: start from a prior of pixels, where the model is not known
-    to have text or latents, or train."""
+    """What this package can do about it: train a model of text or latents, and start any other from
+    a prior of pixels."""
     if model.latent or model.guided:
-        kind = " --prediction-type v_prediction" * ("prediction_type" in fix)
-        return f"In Stable Diffusion's format: ddim train --base MODEL --data CAPTIONED{kind} --rescale-betas-zero-snr."
+        kind = " --prediction-type v_prediction" if "prediction_type" in fix else ""
+        return (
+            "In Stable Diffusion's format: ddim train --base MODEL --data CAPTIONED"
+            f"{kind} --rescale-betas-zero-snr."
+        )
     where = "" if model.guided is False else ", for a model of pixels and without text"
-    return f"Without training{where}: ddim sample --prior data, which starts from noise that holds the data's mean colour."
+    return (
+        f"Without training{where}: ddim sample --prior data, which starts from noise that holds "
+        "the data's mean colour."
+    )
 
 
 @_check("DDIM002", f"{_LIN}, Sec. 3.3")
@@ -331,11 +294,10 @@ def _first_level(case: Case) -> Finding | None:
     return Finding(
         severity,
         f"{case.steps} steps start at level {first}, not at {case.last}: SNR {numbers['snr']:.4g} "
-        "instead of "
-        f"{float(case.schedule.snr(case.last)):.4g}.",
-        f"Pure noise is told to be level {first}: brightness is off by "
-        f"{numbers['brightness_bias']:+.3f}, "
-        f"its spread {numbers['brightness_spread']:.3f} of what it should be.",
+        f"instead of {float(case.schedule.snr(case.last)):.4g}.",
+        f"The network takes pure noise for level {first}: brightness is off by "
+        f"{numbers['brightness_bias']:+.3f}, and its spread is "
+        f"{numbers['brightness_spread']:.3f} of what it should be.",
         {"steps": case.steps, **numbers},
         {} if case.custom else {"timestep_spacing": "trailing"},
         advice=f"Begin the list with {case.last}." if case.custom else "",
@@ -346,40 +308,35 @@ def _first_level(case: Case) -> Finding | None:
 def _bad_list(case: Case) -> Finding | None:
     """Levels are repeated, missing, out of order or outside [0, T)."""
     if case.custom is not None:
-        try:
-            check_timesteps(case.custom, len(case.schedule))
-        except DDIMError as error:
-            return Finding(
-                "error",
-                f"The list of timesteps cannot be walked: {error}",
-                "Sampling is refused.",
-                {"timesteps": list(case.custom)},
-            )
-        if case.asked in (None, len(case.custom)):
-            return None
-        return Finding(
-            "error",
-            (
-                f"{case.asked} steps were asked for, and the list of timesteps names "
-                f"{len(case.custom)}."
-            ),
-            "Levels are missing, or there are more than are paid for.",
-            {"steps": case.asked, "timesteps": len(case.custom)},
-            advice="Give the list alone.",
-        )
+        return _bad_custom_list(case, case.custom)
     outside = [t for t in case.stock or [] if t > case.last]
     if not outside:
         return None
     return Finding(
         "error",
-        (
-            f"Level {outside[0]} does not exist: for {case.steps} steps plain diffusers adds "
-            f"steps_offset to the last level, {case.last}."
-        ),
+        f"Level {outside[0]} does not exist: for {case.steps} steps plain diffusers adds "
+        f"steps_offset to the last level, {case.last}.",
         "It stops with an IndexError there.",
         {"steps": case.steps, "outside": outside},
         {"timestep_spacing": "trailing"},
         advice="ddim.DDIMScheduler leaves the offset out there.",
+    )
+
+
+def _bad_custom_list(case: Case, custom: Sequence[int]) -> Finding | None:
+    try:
+        check_timesteps(custom, len(case.schedule))
+    except DDIMError as error:
+        message = f"The list of timesteps cannot be sampled: {error}"
+        return Finding("error", message, "Sampling is refused.", {"timesteps": list(custom)})
+    if case.asked in (None, len(custom)):
+        return None
+    return Finding(
+        "error",
+        f"{case.asked} steps were asked for, but the list of timesteps has {len(custom)}.",
+        "Sampling visits fewer or more levels than were asked for.",
+        {"steps": case.asked, "timesteps": len(custom)},
+        advice="Give the list alone.",
     )
 
 
@@ -390,26 +347,22 @@ def _off_the_grid(case: Case) -> Finding | None:
     off = len(set(theirs) - set(ours))
     if case.custom is not None or case.stock is None or not off:
         return None
-    oracle = GaussianOracle(case.schedule, *_DATA)
+    oracle, total = GaussianOracle(case.schedule, *_DATA), len(case.schedule)
     (their_mean, their_std), (mean, std) = (
-        _made(oracle.denoise, case.schedule, p, oracle, case.levels[0]) for p in (theirs, ours)
+        _mean_std(oracle.denoise, case.schedule, pairs, oracle, case.levels[0])
+        for pairs in (theirs, ours)
     )
     error = math.hypot(their_mean - mean, their_std - std)
-    total = len(case.schedule)
     divisors = [n for n in range(1, total + 1) if total % n == 0]
-    near = (
-        max((n for n in divisors if n <= case.steps), default=1),
-        min((n for n in divisors if n >= case.steps), default=total),
-    )
+    below = max((n for n in divisors if n <= case.steps), default=1)
+    above = min((n for n in divisors if n >= case.steps), default=total)
     return Finding(
         _grade(error),
-        (
-            f"Plain diffusers leaves the grid at {off} of {len(theirs)} steps: it goes to t - "
-            f"{total // case.steps}, not to the next level."
-        ),
+        f"Plain diffusers leaves the grid at {off} of {len(theirs)} steps: it goes to t - "
+        f"{total // case.steps}, not to the next level.",
         f"On data {_DATA_NAME} with a perfect network it makes N({their_mean:.3f}, "
-        f"{their_std:.3f}^2), the next level "
-        f"N({mean:.3f}, {std:.3f}^2): off by {error:.3f}.",
+        f"{their_std:.3f}^2); steps to the next level make N({mean:.3f}, {std:.3f}^2): off by "
+        f"{error:.3f}.",
         {
             "steps": case.steps,
             "off": off,
@@ -419,8 +372,8 @@ def _off_the_grid(case: Case) -> Finding | None:
             "error": error,
         },
         {} if case.config["timestep_spacing"] == "trailing" else {"timestep_spacing": "trailing"},
-        advice=f"ddim.DDIMScheduler goes to the next level for every number of steps; in plain diffusers take trailing with {near[0]} or "
-        f"{near[1]} steps.",
+        advice="ddim.DDIMScheduler goes to the next level for every number of steps; in plain "
+        f"diffusers take trailing with {below} or {above} steps.",
     )
 
 
@@ -431,16 +384,13 @@ def _minus_one(case: Case) -> Finding | None:
         return None
     return Finding(
         "error",
-        (
-            f"For {case.steps} steps plain diffusers makes {len(case.stock)} timesteps, the last "
-            "being -1, which reads the noisiest level."
-        ),
-        (
-            "The finished image is taken for pure noise and predicted once more: the images "
-            "collapse to their mean."
-        ),
+        f"For {case.steps} steps plain diffusers makes {len(case.stock)} timesteps, the last "
+        "being -1, which reads the noisiest level.",
+        "The finished image is taken for pure noise and predicted once more: the images collapse "
+        "to their mean.",
         {"steps": case.steps, "timesteps": len(case.stock), "last": CLEAN},
-        advice=f"Use ddim.DDIMScheduler, which keeps the first {case.steps}, or another number of steps.",
+        advice=f"Use ddim.DDIMScheduler, which keeps the first {case.steps}, or another number of "
+        "steps.",
     )
 
 
@@ -449,52 +399,40 @@ def _epsilon_at_zero_snr(case: Case) -> Finding | None:
     """Epsilon prediction at zero terminal SNR."""
     if case.terminal > 0 or case.config["prediction_type"] != "epsilon":
         return None
-    rescaled = case.config["rescale_betas_zero_snr"]
-    # Where the network is known to be another, or was trained on these betas, its schedule is not
-    # what is wrong.
-    otherwise = (
+    # If the network is known to predict something else, or was trained on these betas, then the
+    # schedule is right.
+    trained = case.training_schedule
+    is_right = (
         case.probed != "epsilon"
         if case.probed
-        else case.training_schedule is not None
-        and float(case.training_schedule.alpha_bar(len(case.training_schedule) - 1)) == 0
+        else trained is not None and float(trained.alpha_bar(len(trained) - 1)) == 0
     )
+    can_undo = case.config["rescale_betas_zero_snr"] and not is_right
     return Finding(
         "error",
-        (
-            "The terminal SNR is 0 and the network predicts epsilon: x0 = (x_t - sigma eps) / "
-            f"alpha divides by 0 at level {case.last}."
-        ),
-        (
-            "Plain diffusers makes NaN, or with clipping images that start from signs; at that "
-            "level the training loss teaches nothing."
-        ),
+        "The terminal SNR is 0 and the network predicts epsilon: x0 = (x_t - sigma eps) / alpha "
+        f"divides by 0 at level {case.last}.",
+        "Plain diffusers makes NaN, or with clipping images that start from signs; at that level "
+        "the training loss teaches nothing.",
         {"level": case.last, "alpha_bar": 0.0},
-        {"rescale_betas_zero_snr": False} if rescaled and not otherwise else {},
-        advice=f"If it was trained on these betas, keep them and start below {case.last} (timesteps of your own), or train with "
-        "v_prediction.",
+        {"rescale_betas_zero_snr": False} if can_undo else {},
+        advice=f"If it was trained on these betas, keep them and start below {case.last} "
+        "(timesteps of your own), or train with v_prediction.",
     )
 
 
 @_check("DDIM007", f"{_LIN}, Sec. 3.3")
 def _leading_at_zero_snr(case: Case) -> Finding | None:
     """A zero-SNR schedule whose last level is never visited (leading)."""
-    if (
-        case.terminal > 0
-        or case.config["timestep_spacing"] != "leading"
-        or case.custom is not None
-        or case.levels[0] == case.last
-    ):
+    is_leading = case.custom is None and case.config["timestep_spacing"] == "leading"
+    if case.terminal > 0 or not is_leading or case.levels[0] == case.last:
         return None
     severity, numbers = case.leak(case.levels[0])
     return Finding(
         severity,
         f"The schedule ends at SNR 0, but leading never visits level {case.last}: sampling starts "
-        f"at {case.levels[0]}, "
-        f"SNR {numbers['snr']:.4g}.",
-        (
-            "What the rescaled schedule was made for is lost: the one level whose input is pure "
-            "noise is skipped."
-        ),
+        f"at {case.levels[0]}, SNR {numbers['snr']:.4g}.",
+        "The rescaled schedule has no effect: the one level whose input is pure noise is skipped.",
         numbers,
         {"timestep_spacing": "trailing"},
     )
@@ -511,13 +449,11 @@ def _eta_nan(case: Case) -> Finding | None:
         return None
     return Finding(
         "info" if case.eta is None else "error",
-        (
-            f"With eta={eta:g} and {case.steps} steps, plain diffusers makes NaN from level "
-            f"{levels[0]} on."
-        ),
-        "1 - alpha_bar - std^2 "
-        + ("is below 0 there" if eta > 1 else "is 0 there, and in float32 rounds below it")
-        + ", and its root is NaN.",
+        f"With eta={eta:g} and {case.steps} steps, plain diffusers makes NaN from level "
+        f"{levels[0]} on.",
+        "1 - alpha_bar - std^2 is "
+        f"{'below 0 there' if eta > 1 else '0 there, and in float32 rounds below it'}, and its "
+        "root is NaN.",
         {"eta": eta, "levels": levels},
         advice="Use an eta of at most 1."
         if eta > 1
@@ -530,24 +466,22 @@ def _clipping(case: Case) -> Finding | None:
     """clip_sample on latents, or where images are encoded."""
     if not case.config["clip_sample"]:
         return None
-    grave = bool(case.model.latent) or "Inverse" in case.config["_class_name"]
-    bound = case.config["clip_sample_range"]
-    what = (
-        "latents reach far beyond it"
-        if case.model.latent
-        else "an encoding of images is not undone by decoding"
-    )
+    latent, bound = case.model.latent, case.config["clip_sample_range"]
+    message = f"clip_sample is on: the predicted image is clamped to +-{bound:g}"
+    evidence = {"clip_sample_range": bound, "latent": latent}
+    off = {"clip_sample": False}
+    if latent:
+        message += ", and the model works on latents."
+        return Finding("warning", message, "Latents reach far beyond it.", evidence, off)
+    lost = "Where it clamps, an encoding of images is not undone by decoding"
+    if "Inverse" in case.config["_class_name"]:
+        return Finding("warning", f"{message}.", f"{lost}.", evidence, off)
     return Finding(
-        "warning" if grave else "info",
-        f"clip_sample is on: the predicted image is clamped to +-{bound:g}"
-        + (", and the model works on latents." if case.model.latent else "."),
-        f"Where it clamps, {what}"
-        + ("." if grave else "; images drawn from noise keep their range by it."),
-        {"clip_sample_range": bound, "latent": case.model.latent},
-        {"clip_sample": False} if grave else {},
-        advice=""
-        if grave
-        else "Turn it off where images are encoded, or where they come out in range without it.",
+        "info",
+        f"{message}.",
+        f"{lost}; images drawn from noise keep their range by it.",
+        evidence,
+        advice="Turn it off to encode images, or if they come out in range without it.",
     )
 
 
@@ -559,10 +493,8 @@ def _residual_noise(case: Case) -> Finding | None:
         return None
     return Finding(
         _grade(left),
-        (
-            "set_alpha_to_one is off: the last step ends at level 0, where noise of std "
-            f"{left:.4g} is left."
-        ),
+        "set_alpha_to_one is off: the last step ends at level 0, where noise of std "
+        f"{left:.4g} is left.",
         "The finished image keeps that noise.",
         {"residual_std": left},
         {"set_alpha_to_one": True},
@@ -581,22 +513,17 @@ def _ill_posed(case: Case) -> Finding | None:
     level = levels[int(place)]
     if smallest > 1e-3 or (smallest == 0 and kind == "epsilon"):
         return None
-    clipped = case.config["clip_sample"] or case.config["thresholding"]
+    clipped = smallest > 0 and (case.config["clip_sample"] or case.config["thresholding"])
     factor = "infinitely" if smallest == 0 else f"{1 / smallest:.4g} times"
     return Finding(
         "error" if smallest == 0 else "info" if clipped else "warning",
-        (
-            f"{kind} prediction has determinant {smallest:.4g} at level "
-            f"{level}{' (clean data)' if level == CLEAN else ''}."
-        ),
+        f"{kind} prediction has determinant {smallest:.4g} at level "
+        f"{level}{' (clean data)' if level == CLEAN else ''}.",
         f"The network's error is multiplied {factor} there"
-        + (
-            "."
-            if not clipped or smallest == 0
-            else "; clipping, which is on, holds the image in range."
-        ),
+        f"{'; clipping, which is on, holds the image in range' if clipped else ''}.",
         {"level": level, "determinant": smallest},
-        advice="Clip the predicted image, if it is one of pixels (clip_sample); v_prediction, with determinant 1, needs training.",
+        advice="Clip the predicted image, if it is one of pixels (clip_sample); v_prediction, with "
+        "determinant 1, needs training.",
     )
 
 
@@ -606,21 +533,24 @@ def _idle_thresholding(case: Case) -> Finding | None:
     limit = case.config["sample_max_value"]
     if not case.config["thresholding"] or limit > 1:
         return None
-    plain = limit == 1
+    message = f"thresholding is on with sample_max_value {limit:g}: "
+    if limit == 1:
+        message += "the threshold lies between 1 and that, so it is always 1."
+        consequence = "It is plain clipping to +-1, at the cost of a sort."
+    else:
+        message += "a threshold of at least 1 is cut to that."
+        consequence = (
+            "Each predicted image is clamped to that and divided by it: contrast grows at every "
+            "step."
+        )
     return Finding(
         "warning",
-        f"thresholding is on with sample_max_value {limit:g}: "
-        + (
-            "the threshold lies between 1 and that, so it is always 1."
-            if plain
-            else "a threshold of at least 1 is cut to that."
-        ),
-        "It is plain clipping to +-1, at the cost of a sort."
-        if plain
-        else "Each predicted image is clamped to that and divided by it: contrast grows at every step.",
+        message,
+        consequence,
         {"sample_max_value": limit},
         {"thresholding": False, "clip_sample": not case.model.latent},
-        advice="For dynamic thresholding of pixels raise sample_max_value, for example to 1.5 or more.",
+        advice="For dynamic thresholding of pixels raise sample_max_value, for example to 1.5 or "
+        "more.",
     )
 
 
@@ -629,19 +559,12 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
     """Guidance without rescale on a zero-SNR model."""
     scale = case.guidance_scale
     guided = case.model.guided is not False if scale is None else scale > 1
-    if (
-        case.terminal > 0
-        or case.config["prediction_type"] == "epsilon"
-        or not guided
-        or case.guidance_rescale > 0
-    ):
+    unusable = case.terminal > 0 or case.config["prediction_type"] == "epsilon"
+    if unusable or not guided or case.guidance_rescale > 0:
         return None
     return Finding(
         "info",
-        (
-            "The model is of zero terminal SNR: classifier-free guidance needs guidance_rescale "
-            "with it."
-        ),
+        "The model has zero terminal SNR: classifier-free guidance needs guidance_rescale with it.",
         "Without it guided images are over-exposed.",
         {"guidance_scale": scale, "guidance_rescale": case.guidance_rescale},
         advice="Sample with guidance_rescale=0.7 (ddim sample --guidance-rescale 0.7).",
@@ -652,15 +575,14 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
 def _idle_offset(case: Case) -> Finding | None:
     """steps_offset is ignored by the spacing."""
     offset, spacing = case.config["steps_offset"], case.config["timestep_spacing"]
-    # Pipelines of diffusers with text want 1 whatever the spacing, and put it there with a warning
-    # where it is another.
+    # diffusers' pipelines with text want 1 for every spacing, and replace any other value by it.
     wanted = (0, 1) if case.model.guided is not False else (0,)
     if offset in wanted or spacing == "leading":
         return None
     return Finding(
         "info",
         f"steps_offset is {offset}, which {spacing} ignores.",
-        "Nothing; whoever reads the configuration expects a shift that is not there.",
+        "Images do not change; readers of the configuration expect a shift that is not there.",
         {"steps_offset": offset},
         {"steps_offset": int(bool(case.model.guided))},
     )
@@ -669,16 +591,16 @@ def _idle_offset(case: Case) -> Finding | None:
 @_check("DDIM015", f"{_SONG}, Sec. 2")
 def _betas_length(case: Case) -> Finding | None:
     """trained_betas are of another length than num_train_timesteps."""
-    told, given = case.config["num_train_timesteps"], len(case.schedule)
-    if told == given:
+    stated, given = case.config["num_train_timesteps"], len(case.schedule)
+    if stated == given:
         return None
     return Finding(
-        "error" if given < told else "warning",
-        f"trained_betas has {given} levels, and num_train_timesteps says {told}.",
+        "error" if given < stated else "warning",
+        f"trained_betas has {given} levels, and num_train_timesteps says {stated}.",
         "Plain diffusers asks for levels that do not exist."
-        if given < told
+        if given < stated
         else "Plain diffusers never visits the noisiest levels.",
-        {"trained_betas": given, "num_train_timesteps": told},
+        {"trained_betas": given, "num_train_timesteps": stated},
         {"num_train_timesteps": given},
     )
 
@@ -686,28 +608,30 @@ def _betas_length(case: Case) -> Finding | None:
 @_check("DDIM016", f"{_SONG}, Sec. 4.2")
 def _too_many_steps(case: Case) -> Finding | None:
     """More steps than levels."""
-    if case.asked is None or case.asked <= len(case.schedule):
+    total = len(case.schedule)
+    if case.asked is None or case.asked <= total:
         return None
     return Finding(
         "error",
-        f"{case.asked} steps were asked for, and there are {len(case.schedule)} levels.",
+        f"{case.asked} steps were asked for, and there are {total} levels.",
         "Sampling is refused; the other findings are for all levels.",
-        {"steps": case.asked, "levels": len(case.schedule)},
-        advice=f"Use at most {len(case.schedule)} steps.",
+        {"steps": case.asked, "levels": total},
+        advice=f"Use at most {total} steps.",
     )
 
 
 @_check("DDIM017", f"{_SONG}, Sec. 2")
 def _other_total(case: Case) -> Finding | None:
     """The schedule has another number of levels than the model."""
+    total = len(case.schedule)
     known = case.model.num_train_timesteps or (case.training or {}).get("num_train_timesteps")
-    if known is None or known == len(case.schedule):
+    if known is None or known == total:
         return None
     return Finding(
         "error",
-        f"The schedule has {len(case.schedule)} levels, and the model was trained on {known}.",
-        "The network is told levels that mean other amounts of noise to it, or that it never saw.",
-        {"schedule": len(case.schedule), "model": known},
+        f"The schedule has {total} levels, and the model was trained on {known}.",
+        "The network is given levels that mean other amounts of noise to it, or that it never saw.",
+        {"schedule": total, "model": known},
         {"num_train_timesteps": known} if case.config["trained_betas"] is None else {},
     )
 
@@ -716,41 +640,35 @@ def _other_total(case: Case) -> Finding | None:
 def _other_training(case: Case) -> Finding | None:
     """The model was trained with another noise schedule or prediction type than it is sampled
     with."""
-    if case.training is None or case.training_schedule is None:
-        return None
     training, there, here = case.training, case.training_schedule, case.schedule
+    if training is None or there is None or len(there) != len(here):
+        return None
     kind, trained_kind = case.config["prediction_type"], training["prediction_type"]
-    if len(there) != len(here) or (
-        kind == trained_kind
-        and torch.allclose(there.alphas_cumprod, here.alphas_cumprod, atol=1e-6)
+    if kind == trained_kind and torch.allclose(
+        there.alphas_cumprod, here.alphas_cumprod, atol=1e-6
     ):
         return None
-    oracle = GaussianOracle(there, *_DATA)
-    mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
-    solvable = not (
-        kind == "epsilon" and bool((here.alpha_bar(torch.tensor(case.levels)) == 0).any())
-    )
-    pairs, first = step_pairs(case.levels), case.levels[0]
-    mean, std = _made(mixed, here, pairs, oracle, first) if solvable else (math.inf, math.inf)
-    right_mean, right_std = _made(oracle.denoise, there, pairs, oracle, first)
-    error = math.hypot(mean - right_mean, std - right_std)
-    keys = {
-        k: training[k]
-        for k in (*_SCHEDULE_KEYS, "prediction_type")
-        if training[k] != case.config[k]
-    }
-    denied = {"prediction_type"} if case.probed not in (None, trained_kind) else set()
-    denied |= {"rescale_betas_zero_snr"} if denied and case.probed == "epsilon" else set()
+    oracle, pairs, first = GaussianOracle(there, *_DATA), step_pairs(case.levels), case.levels[0]
+    right_mean, right_std = _mean_std(oracle.denoise, there, pairs, oracle, first)
+    mean = std = math.inf  # if epsilon prediction divides by zero
+    if kind != "epsilon" or bool((here.alpha_bar(torch.tensor(case.levels)) > 0).all()):
+        mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
+        mean, std = _mean_std(mixed, here, pairs, oracle, first)
+    keys = [*_SCHEDULE_KEYS, "prediction_type"]
+    keys = [key for key in keys if training[key] != case.config[key]]
+    denied = set()  # keys of which the network's own answers say otherwise
+    if case.probed not in (None, trained_kind):
+        denied = {"prediction_type"} | (
+            {"rescale_betas_zero_snr"} if case.probed == "epsilon" else set()
+        )
     return Finding(
-        "error" if kind != trained_kind else _grade(error),
-        f"The model was trained with {', '.join(f'{k}={_short(v)}' for k, v in keys.items())}, and "
-        "is sampled with "
-        f"{', '.join(f'{k}={_short(case.config[k])}' for k in keys)}.",
-        f"On data {_DATA_NAME} a perfect network so used makes N({mean:.3f}, {std:.3f}^2) instead "
-        "of "
-        f"N({right_mean:.3f}, {right_std:.3f}^2).",
+        "error" if kind != trained_kind else _grade(math.hypot(mean - right_mean, std - right_std)),
+        f"The model was trained with {', '.join(f'{k}={_short(training[k])}' for k in keys)}, and "
+        f"is sampled with {', '.join(f'{k}={_short(case.config[k])}' for k in keys)}.",
+        f"On data {_DATA_NAME} a perfect network that is sampled so makes N({mean:.3f}, "
+        f"{std:.3f}^2) instead of N({right_mean:.3f}, {right_std:.3f}^2).",
         {"mixed": [mean, std], "right": [right_mean, right_std]},
-        {k: v for k, v in keys.items() if k not in denied},
+        {key: training[key] for key in keys if key not in denied},
     )
 
 
@@ -760,18 +678,13 @@ def _steps_not_given(case: Case) -> Finding | None:
     if case.asked is not None or case.custom is not None:
         return None
     total, spacing = len(case.schedule), case.config["timestep_spacing"]
-    off, minus_one = (
-        ([], [])
-        if case.stock is None
-        else stock_flaws(total, spacing, steps_offset=case.config["steps_offset"])
-    )
+    offset = case.config["steps_offset"]
+    off, minus_one = stock_flaws(total, spacing, steps_offset=offset) if case.stock else ([], [])
     return Finding(
         "info",
         f"The number of steps is not given; {case.steps} are assumed.",
-        (
-            f"With {spacing}, plain diffusers leaves its grid for {len(off)} of {total} possible "
-            f"numbers, and visits -1 for {len(minus_one)}."
-        ),
+        f"With {spacing}, plain diffusers leaves its grid for {len(off)} of {total} possible "
+        f"numbers, and visits -1 for {len(minus_one)}.",
         {"assumed": case.steps, "off_the_grid": len(off), "minus_one": minus_one[:10]},
         advice="Give the number that you sample with.",
     )
@@ -780,24 +693,23 @@ def _steps_not_given(case: Case) -> Finding | None:
 @_check("DDIM021", f"{_SALIMANS}, Sec. 4")
 def _probed_type(case: Case) -> Finding | None:
     """The network's answers are of another prediction type than the configuration says."""
-    if case.probe is None or case.probe.prediction_type == case.config["prediction_type"]:
+    stated = case.config["prediction_type"]
+    if case.probe is None or case.probe.prediction_type == stated:
         return None
-    found = case.probe.prediction_type
-    unusable = found == "epsilon" and case.terminal == 0 and case.config["rescale_betas_zero_snr"]
-    told = ", ".join(f"{kind} {error:.3f}" for kind, error in case.probe.errors.items())
-    return Finding(
-        "error" if found else "warning",
-        f"The configuration says {case.config['prediction_type']}, and the network's answers are "
-        + (f"those of {found}" if found else "of no known type")
-        + f" (relative errors: {told}).",
-        "Its output is read as what it is not: the images are noise."
-        if found
-        else "The network is not trained, or not on these images.",
-        {"errors": case.probe.errors, "probed": found},
-        {"prediction_type": found, **({"rescale_betas_zero_snr": False} if unusable else {})}
-        if found
-        else {},
-    )
+    found, errors = case.probe.prediction_type, case.probe.errors
+    listed = ", ".join(f"{kind} {error:.3f}" for kind, error in errors.items())
+    evidence = {"errors": errors, "probed": found}
+    message = f"The configuration says {stated}, and the network's answers are "
+    if found is None:
+        message += f"of no known type (relative errors: {listed})."
+        consequence = "The network is not trained, or not on these images."
+        return Finding("warning", message, consequence, evidence)
+    fix: dict[str, Any] = {"prediction_type": found}
+    if found == "epsilon" and case.terminal == 0 and case.config["rescale_betas_zero_snr"]:
+        fix["rescale_betas_zero_snr"] = False
+    message += f"those of {found} (relative errors: {listed})."
+    consequence = "Its output is taken for another quantity: the images are noise."
+    return Finding("error", message, consequence, evidence, fix)
 
 
 @_check("DDIM022", f"{_LIN}, Sec. 5.2")
@@ -805,19 +717,21 @@ def _probed_end(case: Case) -> Finding | None:
     """The network was never trained at level T-1."""
     if case.probe is None or case.probe.trained_at_end is not False:
         return None
-    following = case.probe.evidence.get("brightness_following_noise")
+    evidence = case.probe.evidence
+    message = (
+        f"The network was not trained at level {case.last} of this schedule: its relative error is "
+        f"{evidence['error_at_end']:.3f} there and {evidence['error_below']:.3f} just below"
+    )
+    following = evidence.get("brightness_following_noise")
+    if following is not None:
+        message += (
+            f", and its brightness follows the noise's ({following:.2f} of the images' spread)"
+        )
     return Finding(
         "warning",
-        f"The network was not trained at level {case.last} of this schedule: "
-        f"its relative error is {case.probe.evidence['error_at_end']:.3f} there and "
-        f"{case.probe.evidence['error_below']:.3f} just below"
-        + (
-            "."
-            if following is None
-            else f", and its brightness follows the noise's ({following:.2f} of the images' spread)."
-        ),
+        f"{message}.",
         "The first step, which sets an image's brightness, is guesswork.",
-        dict(case.probe.evidence),
+        dict(evidence),
         {"rescale_betas_zero_snr": True} if case.terminal == 0 else {},
         retrain=True,
         advice="Sample with the schedule that it was trained with.",
@@ -827,30 +741,24 @@ def _probed_end(case: Case) -> Finding | None:
 @_check("DDIM023", "docs/decisions/0024-keys-that-the-doctor-knows.md")
 def _idle_keys(case: Case) -> Finding | None:
     """Keys that DDIM does not read."""
-    idle = {
-        key: case.config[key]
-        for key in sorted(OTHER_KEYS & set(case.config))
-        if key not in case.read
-    }
-    if not idle:
+    known = sorted(OTHER_KEYS & set(case.config) - case.read)
+    if not known:
         return None
-    inverted = idle.get("predict_epsilon") is False and case.config["prediction_type"] == "epsilon"
-    return Finding(
-        "error" if inverted else "info",
-        f"DDIM does not read {', '.join(f'{key}={_short(value)}' for key, value in idle.items())}: other schedulers or versions do.",
-        "The network predicts the image, and its answer is read as noise."
-        if inverted
-        else "Nothing, unless the images are expected to be that scheduler's.",
-        idle,
-        {"prediction_type": "sample"} if inverted else {},
-    )
+    idle = {key: case.config[key] for key in known}
+    listed = ", ".join(f"{key}={_short(value)}" for key, value in idle.items())
+    message = f"DDIM does not read {listed}: other schedulers or versions do."
+    if idle.get("predict_epsilon") is False and case.config["prediction_type"] == "epsilon":
+        consequence = "The network predicts the image, and its answer is read as noise."
+        return Finding("error", message, consequence, idle, {"prediction_type": "sample"})
+    consequence = "Images do not change, unless they are expected to be that scheduler's."
+    return Finding("info", message, consequence, idle)
 
 
-def foreign_finding(kind: str, told: str) -> Finding:
-    """What is said of a scheduler that no check applies to."""
+def foreign_finding(kind: str, reason: str) -> Finding:
+    """The finding about a scheduler that no check applies to; ``reason`` ends a sentence."""
     return Finding(
         "warning",
-        f"This is {told}",
+        f"This is {reason}",
         "No other check applies to it.",
         {"scheduler": kind},
         code="DDIM018",
@@ -859,7 +767,7 @@ def foreign_finding(kind: str, told: str) -> Finding:
 
 
 def json_numbers(value: Any) -> Any:
-    """The same with null for NaN and infinities, which JSON has not."""
+    """The same value with null for NaN and infinities, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: json_numbers(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -867,20 +775,22 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _made(
+def _mean_std(
     denoise: Denoiser,
     schedule: NoiseSchedule,
     pairs: Sequence[Pair],
     oracle: GaussianOracle,
     first: int,
 ) -> tuple[float, float]:
-    """Mean and std of the images that these steps make of noise as the oracle's data has it at the
-    first level."""
-    start = torch.tensor(
-        [oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())], dtype=torch.float64
-    )
-    mean, std = finished(
-        denoise, schedule, pairs, mean=start, std=oracle.variance(first).sqrt().reshape(1)
+    """Mean and std of the images that these steps make, starting from the distribution that the
+    oracle's data has at the first level."""
+    start = oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())
+    mean, std = made_of_noise(
+        denoise,
+        schedule,
+        pairs,
+        mean=torch.tensor([start], dtype=torch.float64),
+        std=oracle.variance(first).sqrt().reshape(1),
     )
     return float(mean), float(std)
 

@@ -1,4 +1,4 @@
-"""The doctor: is a sampler set up right, and what is lost if not?
+"""The doctor: is a sampler set up right, and what is lost if it is not?
 
 :func:`diagnose` reads a scheduler's configuration as a dict and asks it every question of
 :mod:`ddim.doctor.checks`; no network is needed."""
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import check_options, foreign_family, noise_schedule
+from ddim.configuration import DEFAULTS, check_options, fitted_lists, foreign_family, noise_schedule
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_eta
 from ddim.core.timesteps import select_timesteps, step_pairs
@@ -30,32 +30,10 @@ from ddim.errors import DDIMError
 
 __all__ = ["Diagnosis", "complete", "diagnose", "levels_of"]
 
-_STEPS = 50  # what the pipelines take where no number is given
-_ASSUMED = (
-    -0.43,
-    0.35,
-    64 * 64,
-)  # the brightness of unknown images: dark and uneven as Fashion-MNIST, so that a leak shows
+_STEPS = 50  # the pipelines' default
+# The brightness of unknown images: dark and uneven as Fashion-MNIST's, so that a leak shows.
+_ASSUMED = Brightness(-0.43, 0.35, 64 * 64)
 
-# Absent keys mean what they mean in diffusers' DDIM, which is what a DDIM pipeline makes of any
-# configuration.
-_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "clip_sample": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "clip_sample_range": 1.0,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "rescale_betas_zero_snr": False,
-}
 # Of the one sampler of the family whose schedule is its own.
 _COGVIDEO: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -74,7 +52,7 @@ class Diagnosis:
         findings: In the order of their codes.
         summary: What was looked at, in numbers; empty for a scheduler that is not of DDIM's family.
         asked: Keys whose values were asked for in place of the configuration's.
-        after: The diagnosis of the corrected configuration; None where nothing is corrected.
+        after: The diagnosis of the corrected configuration; None if nothing is corrected.
     """
 
     config: dict[str, Any]
@@ -84,51 +62,47 @@ class Diagnosis:
     after: "Diagnosis | None" = None
 
     def has(self, severity: Severity) -> bool:
-        """Whether a finding is of that severity."""
+        """Whether a finding has that severity."""
         return any(f.severity == severity for f in self.findings)
 
     def fixed(self) -> dict[str, Any]:
-        """The configuration as it was asked for, with all fixes but those that need training, and
-        the fixes of what these bring about."""
+        """The configuration as it was asked for, with all fixes that need no training, and with the
+        fixes of what these fixes bring about."""
         return self.after.config if self.after else self.config
 
     @property
     def worse(self) -> str:
-        """One sentence where the fix worsens a predicted figure: by how much, and why; else
-        empty."""
+        """One sentence if the fix worsens a predicted figure: by how much, and why; else empty."""
         if self.after is None or not self.summary:
             return ""
-        told = []
-        for key, name, right in (
-            ("brightness_bias", "brightness bias", 0.0),
-            ("brightness_spread", "brightness spread", 1.0),
-        ):
-            before, after = self.summary[key], self.after.summary[key]
-            if (
-                abs(after - right) > abs(before - right) + FAINT
-            ):  # less is what fewer or other steps make of it
-                told.append(
-                    f"{name} from {before:+.3f} to {after:+.3f}"
-                    if right == 0
-                    else f"{name} from {before:.3f} to {after:.3f}"
-                )
+        here, after = self.summary, self.after.summary
+        figures = []
+        # Changes below FAINT come from fewer or other steps.
+        if abs(after["brightness_bias"]) > abs(here["brightness_bias"]) + FAINT:
+            figures.append(
+                f"brightness bias from {here['brightness_bias']:+.3f} to "
+                f"{after['brightness_bias']:+.3f}"
+            )
+        if abs(after["brightness_spread"] - 1) > abs(here["brightness_spread"] - 1) + FAINT:
+            figures.append(
+                f"brightness spread from {here['brightness_spread']:.3f} to "
+                f"{after['brightness_spread']:.3f}"
+            )
         changed = {key for key, value in self.after.config.items() if self.config.get(key) != value}
         codes = [f.code for f in self.findings if f.fix.keys() & changed and not f.retrain]
-        if not told or not codes:
+        if not figures or not codes:
             return ""
         reason = f"what is mended is graver ({', '.join(codes)})"
-        if (
-            self.summary["terminal_snr"] == 0 < self.after.summary["terminal_snr"]
-            and "rescale_betas_zero_snr" in changed
-        ):
+        has_lost_zero_snr = here["terminal_snr"] == 0 < after["terminal_snr"]
+        if has_lost_zero_snr and "rescale_betas_zero_snr" in changed:
             reason = (
                 "zero terminal SNR is given up, because the weights predict epsilon, from which no "
                 "image can be told there"
             )
-        return f"The fix makes what is predicted worse ({', '.join(told)}): {reason}."
+        return f"The fix makes what is predicted worse ({', '.join(figures)}): {reason}."
 
     def _corrected(self) -> dict[str, Any]:
-        """One round of fixes."""
+        """The configuration after one round of fixes."""
         result = self.config | self.asked
         for finding in self.findings:
             if not finding.retrain:
@@ -149,26 +123,26 @@ def diagnose(
     brightness: Brightness | None = None,
     probe: Probe | None = None,
 ) -> Diagnosis:
-    """Looks a scheduler's configuration over, and what its fixes make of it, until there is nothing
-    more to fix.
+    """Diagnoses a scheduler's configuration, and then the configuration with all fixes, until there
+    is nothing more to fix.
 
     Args:
-        config: As in ``scheduler_config.json``; absent keys mean what they mean in diffusers' DDIM.
-        steps: N; None: 50, with a finding that says so.
-        spacing: In place of the configuration's.
-        timesteps: Levels of your own, in place of both.
-        eta: What is to be sampled with; None: findings about eta are information.
-        guidance_scale: Of classifier-free guidance; None: unknown.
-        guidance_rescale: Its rescale.
+        config: As in ``scheduler_config.json``; absent keys have the values of diffusers' DDIM.
+        steps: N. Default: 50, with a finding that says so.
+        spacing: Spacing to use in place of the configuration's.
+        timesteps: Levels to use in place of steps and spacing.
+        eta: The eta of sampling. If None, findings about eta are information.
+        guidance_scale: The scale of classifier-free guidance; None if it is unknown.
+        guidance_rescale: The rescale of guidance.
         model: What is known of the network.
-        brightness: Of the data; None: dark and uneven images are assumed.
-        probe: From :func:`ddim.doctor.symptoms.probe`.
+        brightness: Brightness of the data. Default: that of dark and uneven images.
+        probe: Result of :func:`ddim.doctor.symptoms.probe`.
 
     Raises:
         DDIMError: If the configuration has an unknown key or value, or an option is out of range.
     """
     options: dict[str, Any] = {
-        "steps": steps,
+        "asked": steps,
         "timesteps": timesteps,
         "eta": eta,
         "guidance_scale": guidance_scale,
@@ -177,28 +151,27 @@ def diagnose(
         "brightness": brightness,
         "probe": probe,
     }
-    first = last = _look(config, spacing=spacing, **options)
+    first = last = _diagnose_once(config, spacing=spacing, **options)
     rounds = [first.config]
     while (corrected := last._corrected()) not in rounds:
-        last = _look(corrected, spacing=None, **options)  # the spacing that was asked for is in it
+        # The configuration holds the spacing that was asked for by now.
+        last = _diagnose_once(corrected, spacing=None, **options)
         rounds.append(corrected)
     return first if last is first else replace(first, after=last)
 
 
-def _look(
+def _diagnose_once(
     config: Mapping[str, Any],
     *,
-    steps: int | None,
+    asked: int | None,
     spacing: str | None,
     timesteps: Sequence[int] | None,
     eta: Eta | None,
-    guidance_scale: float | None,
-    guidance_rescale: float,
     model: ModelFacts,
     brightness: Brightness | None,
-    probe: Probe | None,
+    **used: Any,
 ) -> Diagnosis:
-    """One diagnosis; arguments as :func:`diagnose`."""
+    """One diagnosis without a correction; ``used`` holds further fields of :class:`Case`."""
     given = dict(config)
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:
@@ -206,72 +179,76 @@ def _look(
             f"this is the configuration of a {kind}, and not of a scheduler; give a "
             "scheduler_config.json."
         )
-    told = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
-    if told is not None:
-        return Diagnosis(given, (foreign_finding(kind, told),), {})
-    asked = {} if spacing is None else {"timestep_spacing": spacing}
-    full = complete({**given, "_class_name": kind, **asked})
+    reason = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
+    if reason is not None:
+        return Diagnosis(given, (foreign_finding(kind, reason),), {})
+    replaced = {} if spacing is None else {"timestep_spacing": spacing}
+    full = complete({**given, "_class_name": kind, **replaced})
     schedule = levels_of(full)
     if eta is not None:
         check_eta(eta)
-    total, count = len(schedule), _STEPS if steps is None else steps
-    count = (
-        min(count, total) if steps is None or isinstance(count, int) and count > total else count
+    custom, levels, stock = _visited(
+        full, len(schedule), asked=asked, timesteps=timesteps, use_fitted=spacing is None
     )
-    levels = select_timesteps(
-        total, count, full["timestep_spacing"], steps_offset=full["steps_offset"]
-    )
-    custom = timesteps
-    if timesteps is None and spacing is None:
-        custom = next(
-            (fitted for fitted in full.get("fitted_timesteps") or [] if len(fitted) == count), None
-        )
-    if custom is not None:
-        if not all(isinstance(t, int) for t in custom):
-            raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
-        levels = sorted({t for t in custom if 0 <= t < total}, reverse=True) or [total - 1]
-    listed = custom is None and full["timestep_spacing"] in ("leading", "linspace", "trailing")
     training = None if model.training is None else complete(model.training)
-    dimensions = math.prod(model.shape) if model.shape else _ASSUMED[2]
+    assumed = replace(_ASSUMED, dimensions=math.prod(model.shape or (_ASSUMED.dimensions,)))
     case = Case(
         config=full,
         schedule=schedule,
         model=model,
-        brightness=brightness or Brightness(*_ASSUMED[:2], dimensions),
-        asked=steps,
+        brightness=brightness or assumed,
+        asked=asked,
         custom=custom,
         read=_read_keys(full),
         levels=levels,
-        stock=stock_timesteps(
-            total, len(levels), full["timestep_spacing"], steps_offset=full["steps_offset"]
-        )
-        if listed
-        else None,
+        stock=stock,
         eta=eta,
-        guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
-        probe=probe,
         training=training,
         training_schedule=None if training is None else levels_of(training),
+        **used,
     )
     findings = tuple(found for check in CHECKS.values() if (found := check(case)))
-    return Diagnosis(given, findings, _summary(case, assumed=brightness is None), asked)
+    return Diagnosis(given, findings, _summary(case, assumed=brightness is None), replaced)
+
+
+def _visited(
+    config: Mapping[str, Any],
+    total: int,
+    *,
+    asked: int | None,
+    timesteps: Sequence[int] | None,
+    use_fitted: bool,
+) -> tuple[Sequence[int] | None, list[int], list[int] | None]:
+    """The list of timesteps that is used in place of a spacing, if there is one; the levels that
+    this package visits; and those that plain diffusers visits, if it can."""
+    count = min(_STEPS, total) if asked is None else asked
+    if isinstance(count, int):
+        count = min(count, total)
+    spacing, offset = config["timestep_spacing"], config["steps_offset"]
+    levels = select_timesteps(total, count, spacing, steps_offset=offset)
+    custom = timesteps
+    if timesteps is None and use_fitted:
+        custom = next((fitted for fitted in fitted_lists(config) if len(fitted) == count), None)
+    if custom is not None:
+        if not all(isinstance(t, int) for t in custom):
+            raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
+        levels = sorted({t for t in custom if 0 <= t < total}, reverse=True) or [total - 1]
+    elif spacing != "quadratic":
+        return None, levels, stock_timesteps(total, len(levels), spacing, steps_offset=offset)
+    return custom, levels, None
 
 
 def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
     bias, factor = predict_brightness(case.schedule, step_pairs(case.levels), case.brightness)
+    config, has_betas = case.config, case.config["trained_betas"] is not None
     return {
-        "scheduler": case.config["_class_name"],
+        "scheduler": config["_class_name"],
         "levels": len(case.schedule),
-        "beta_schedule": "trained_betas"
-        if case.config["trained_betas"] is not None
-        else case.config["beta_schedule"],
-        "prediction_type": case.config["prediction_type"],
+        "beta_schedule": "trained_betas" if has_betas else config["beta_schedule"],
+        "prediction_type": config["prediction_type"],
         "terminal_snr": float(case.schedule.snr(case.last)),
         "steps": case.steps,
-        "timestep_spacing": "custom"
-        if case.custom is not None
-        else case.config["timestep_spacing"],
+        "timestep_spacing": config["timestep_spacing"] if case.custom is None else "custom",
         "first_level": case.levels[0],
         "last_level": case.levels[-1],
         "brightness": {
@@ -293,23 +270,23 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
         DDIMError: If a key is unknown, or a value of the wrong kind or not finite.
     """
     for key in config:
-        if key not in _DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
-            close = get_close_matches(key, [*_DEFAULTS, *sorted(OTHER_KEYS)], n=1)
+        if key not in DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
+            close = get_close_matches(key, [*DEFAULTS, *sorted(OTHER_KEYS)], n=1)
             hint = (
                 f"did you mean {close[0]!r}?"
                 if close
                 else "no scheduler of this family has it; remove it."
             )
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
-    full = {**_DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
+    full = {**DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
     shift = full.get("snr_shift_scale")
     if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
         raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
-    fitted = full.get("fitted_timesteps") or []
-    if not isinstance(fitted, list) or not all(
-        isinstance(levels, list) and all(isinstance(t, int) for t in levels) for levels in fitted
-    ):
-        raise DDIMError(f"fitted_timesteps must be a list of lists of levels; got {fitted!r}.")
+    if not all(isinstance(t, int) for levels in fitted_lists(full) for t in levels):
+        raise DDIMError(
+            "fitted_timesteps must be a list of lists of levels, which are whole numbers; got "
+            f"{full['fitted_timesteps']!r}."
+        )
     betas = full["trained_betas"]
     named = (
         {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)}
@@ -350,8 +327,8 @@ def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _read_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """Which keys of other schedulers are read: by CogVideoX its shift, else by ours the order,
-    unless it is another solver's, and fits."""
+    """The keys of other schedulers that are read: CogVideoX reads its shift, our scheduler fitted
+    lists and the order, unless that is another solver's."""
     if _is_cogvideo(config["_class_name"]):
         return frozenset({"snr_shift_scale"})
     another = "solver_type" in config and config["_class_name"] != "DDIMScheduler"

@@ -10,7 +10,7 @@ images, not averages. Notation: :mod:`ddim.core.schedule`."""
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ddim.core.denoiser import Denoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.oracle import GaussianOracle
-from ddim.core.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps, to_x0_eps
+from ddim.core.prediction import PredictionType, from_x0_eps, to_x0_eps
 from ddim.core.prior import DataPrior
 from ddim.core.sampler import sample
 from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, make_betas
@@ -30,7 +30,7 @@ __all__ = [
     "Brightness",
     "Modes",
     "Probe",
-    "finished",
+    "made_of_noise",
     "leaked_brightness",
     "predict_brightness",
     "probe",
@@ -40,7 +40,7 @@ __all__ = [
     "stock_timesteps",
 ]
 
-_COARSE = 32  # sides of the images whose covariance is taken
+_COARSE = 32  # the covariance is taken of images of at most this side
 
 
 class Modes(NamedTuple):
@@ -60,11 +60,12 @@ class Brightness:
     """The distribution of images' mean grey levels, pixels in [-1, 1].
 
     Attributes:
-        mean: Over all images.
-        std: Between images.
-        dimensions: Numbers an image has, C H W: the more, the less noise hides the brightness.
-        measured: How the rest of the image goes with it, where images were at hand
-            (:meth:`of_images`); None: it is taken for independent of the rest.
+        mean: Mean over all images.
+        std: Standard deviation between images.
+        dimensions: The number of values in an image, C H W: the more, the less noise hides
+            brightness.
+        measured: How the rest of the image varies with it, if images were at hand
+            (:meth:`of_images`); None: brightness is taken to be independent of the rest.
     """
 
     mean: float
@@ -74,7 +75,7 @@ class Brightness:
 
     @classmethod
     def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
-        """That of images whose mean colours are known."""
+        """The brightness of images whose mean colours are known."""
         count = len(prior.mean)
         return cls(
             sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions
@@ -82,12 +83,12 @@ class Brightness:
 
     @classmethod
     def of_images(cls, images: Tensor) -> "Brightness":
-        """That of the images themselves, [B, C, H, W] in [-1, 1], with the covariance of all their
+        """The brightness of these images, [B, C, H, W] in [-1, 1], with the covariance of all their
         pixels.
 
         A network tells an image's brightness from all of the noise: on Fashion-MNIST that halves
-        what the constant component alone predicts. Sides above 32 are averaged down, which changes
-        little: what tells brightness is coarse.
+        what the constant component alone predicts. Images with sides above 32 are averaged down,
+        which changes little: brightness is told by coarse structure.
 
         Raises:
             DDIMError: If there are fewer than two images.
@@ -97,9 +98,8 @@ class Brightness:
                 f"the brightness of images needs at least 2 of them; got {len(images)}."
             )
         fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
-        rows = (
-            torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
-        )  # times fold: noise keeps variance 1
+        # Times fold, so that noise keeps variance 1.
+        rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
         weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
         mean = rows.mean(0)
         # What no image deviates along is left out: there the best prediction is the mean, whatever
@@ -116,8 +116,8 @@ class Brightness:
 
     @property
     def modes(self) -> Modes:
-        """The directions that brightness depends on; where no images were at hand, the constant
-        component alone."""
+        """The directions that brightness depends on; without images, the constant component
+        alone."""
         if self.measured is not None:
             return self.measured
         root = self.dimensions**0.5
@@ -137,11 +137,11 @@ class Brightness:
         return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
 
 
-def finished(
+def made_of_noise(
     denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and std, each [K], of the images that DDIM makes of N(mean, std^2), for a denoiser that
-    is affine in x_t [K, ...]."""
+    """Mean and std, each [K], of the images that DDIM makes of noise N(mean, std^2), for a denoiser
+    that is affine in x_t [K, ...]."""
     x = sample(denoise, torch.stack([mean, mean + std], dim=1), pairs, schedule=schedule)
     return x[:, 0], x[:, 1] - x[:, 0]
 
@@ -149,24 +149,26 @@ def finished(
 def predict_brightness(
     schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness
 ) -> tuple[float, float]:
-    """What sampling from N(0, I) over these pairs does to brightness.
+    """How sampling from N(0, I) over these pairs changes brightness.
 
     Returns:
         The bias of the mean grey level, and the factor by which the spread between images changes:
-        (0, 1) is right.
+        (0, 1) is correct.
     """
     zero = torch.zeros_like(brightness.modes.mean)
     return brightness.change(
-        *finished(brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1)
+        *made_of_noise(
+            brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1
+        )
     )
 
 
 def leaked_brightness(
     schedule: NoiseSchedule, t: int, brightness: Brightness
 ) -> tuple[float, float]:
-    r"""The same for infinitely many steps from level t: what N(0, I) alone costs there.
+    r"""The same for infinitely many steps from level t: the cost of starting from N(0, I) there.
 
-    Where brightness is taken for independent of the rest of the image, with :math:`s =
+    If brightness is taken to be independent of the rest of the image, then with :math:`s =
     \mathrm{std}\sqrt{d}` over d dimensions the bias is
     :math:`-\mathrm{std}\,\alpha_t\,\mathrm{mean}\sqrt{d} / \sqrt{V_t}` and the factor :math:`1 /
     \sqrt{V_t}`, :math:`V_t = \alpha_t^2 s^2 + \sigma_t^2`; else the same along each mode, summed.
@@ -183,8 +185,7 @@ def leaked_brightness(
 
 
 def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
-    """The list that plain diffusers makes, with its flaws: entries of -1 or T, and N + 1 of them,
-    are possible."""
+    """The list that plain diffusers makes, which can hold -1 or T, or N + 1 entries."""
     return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
 
 
@@ -201,8 +202,8 @@ def _stock_levels(
 
 
 def stock_flaws(total: int, spacing: str, *, steps_offset: int = 0) -> tuple[list[int], list[int]]:
-    """The numbers of steps, of 1 to T, at which plain diffusers leaves its own list of levels, and
-    at which it visits -1."""
+    """The numbers of steps, from 1 to T, at which plain diffusers leaves its own list of levels,
+    and at which it visits -1."""
     off, minus_one = [], []
     for count in range(1, total + 1):
         levels = _stock_levels(total, count, spacing, steps_offset)
@@ -241,8 +242,8 @@ def stock_nan_levels(config: Mapping[str, Any], pairs: Sequence[Pair], eta: floa
 
 
 def _stock_table(config: Mapping[str, Any]) -> Tensor:
-    """alpha_bar as diffusers computes it, float32: whether a radicand rounds below 0 hangs on the
-    last bit."""
+    """alpha_bar as diffusers computes it, float32: the last bit decides whether a radicand rounds
+    below 0."""
     first, last, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
@@ -266,11 +267,10 @@ class Probe:
     """What a few calls of a network tell about it.
 
     Attributes:
-        errors: Of each prediction type, the error of reading the network so: mean square relative
-            to the target's, over levels.
-        prediction_type: The one that explains the network; None where none does.
-        trained_at_end: Whether it can have been trained at level T-1; None where that cannot be
-            told.
+        errors: By prediction type, the error if the network's output is read as that type: mean
+            square relative to the target's, over levels.
+        prediction_type: The type that explains the network; None if none does.
+        trained_at_end: Whether it can have been trained at level T-1; None if that cannot be told.
         evidence: The numbers behind ``trained_at_end``.
     """
 
@@ -288,8 +288,8 @@ def probe(
     *,
     seed: int = 0,
 ) -> Probe:
-    """Tells epsilon, sample and v apart, and whether level T-1 was ever trained, by nine calls on
-    noised images.
+    """Tells whether a network predicts epsilon, sample or v, and whether it was trained at level
+    T-1, from nine calls on noised images.
 
     A network was trained at the end if it errs there no more than just below. At zero terminal SNR
     there is a sharper sign: the input is noise alone, so the brightness of what it predicts must
@@ -298,9 +298,9 @@ def probe(
     Args:
         network: (x_t, t) -> prediction, t an int64 tensor [B].
         schedule: The levels that its configuration describes.
-        images: Of its training data, [B, C, H, W] in [-1, 1], B at least 8; their device is where
-            the network lies.
-        seed: Of the noise of the first image.
+        images: Images of its training data, [B, C, H, W] in [-1, 1], B at least 8, on the network's
+            device.
+        seed: Seed of the first image's noise.
 
     References:
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 5.2
@@ -317,33 +317,25 @@ def probe(
         target = from_x0_eps(images, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=kind)
         return float((output - target).square().mean() / target.square().mean())
 
-    kinds: tuple[PredictionType, ...] = ("epsilon", "sample", "v_prediction")
-    assert kinds == PREDICTION_TYPES
-    inner = [last * tenth // 10 for tenth in (1, 3, 5, 7, 9)]
-    outputs = [(call(t)[0], t) for t in inner]
-    errors = {
-        kind: sum(error(output, t, kind) for output, t in outputs) / len(inner) for kind in kinds
+    outputs = [(call(t)[0], t) for t in (last * tenth // 10 for tenth in (1, 3, 5, 7, 9))]
+    errors: dict[PredictionType, float] = {
+        kind: sum(error(output, t, kind) for output, t in outputs) / len(outputs)
+        for kind in get_args(PredictionType)
     }
-    kind = min(kinds, key=errors.__getitem__)
+    kind = min(errors, key=errors.__getitem__)
     if not errors[kind] < 0.7:
         return Probe(errors, None, None, {})
-    below = max(
-        error(call(t)[0], t, kind)
-        for t in {max(last - total // share, 0) for share in (1000, 100, 50)}
-        | {max(last - 1, 0)} - {last}
-    )
+    near = {max(last - total // share, 0) for share in (1000, 100, 50)}
+    below = max(error(call(t)[0], t, kind) for t in near | {max(last - 1, 0)} - {last})
     output, x_t = call(last)
-    at_end = error(output, last, kind)
-    evidence = {"error_at_end": at_end, "error_below": below}
-    trained = at_end <= 2 * below + 0.02
+    evidence = {"error_at_end": error(output, last, kind), "error_below": below}
+    trained = evidence["error_at_end"] <= 2 * below + 0.02
     if float(schedule.alpha_bar(last)) == 0:
         if kind == "epsilon":
-            return Probe(
-                errors, kind, None, evidence
-            )  # x0 cannot be told from it, and eps is the input itself
+            # x0 cannot be told from the output, and eps is the input itself.
+            return Probe(errors, kind, None, evidence)
         x0 = to_x0_eps(output, x_t, alpha_bar_t=schedule.alpha_bar(last), prediction_type=kind).x0
-        evidence["brightness_following_noise"] = float(
-            x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std()
-        )
-        trained = trained and evidence["brightness_following_noise"] < 0.2
+        following = float(x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std())
+        evidence["brightness_following_noise"] = following
+        trained = trained and following < 0.2
     return Probe(errors, kind, trained, evidence)

@@ -1,1 +1,1 @@
-"""Measuring samples against real images: features, metrics, the protocol and its report."""
+"""Measures samples against real images: features, metrics, the protocol and its report."""

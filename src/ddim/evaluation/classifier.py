@@ -1,7 +1,7 @@
 """The small classifier whose features judge 28x28 grey images.
 
-It is trained on Fashion-MNIST by ``recipes/fashion_classifier.py`` and lies in the package, with
-its card."""
+``recipes/fashion_classifier.py`` trained it on Fashion-MNIST; its weights and card are in the
+package."""
 
 import json
 from pathlib import Path
@@ -27,23 +27,12 @@ class FashionClassifier(nn.Module):
         super().__init__()
 
         def block(before: int, after: int, stride: int = 1) -> list[nn.Module]:
-            return [
-                nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
+            convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
 
-        self.body = nn.Sequential(
-            *(
-                *block(1, 16),
-                *block(16, 32, 2),
-                *block(32, 32),
-                *block(32, 64, 2),
-                *block(64, 64),
-                *block(64, 64, 2),
-            ),
-            *(nn.Flatten(), nn.Linear(64 * 4 * 4, self.dimensions)),
-        )
+        widths = ((1, 16), (16, 32, 2), (32, 32), (32, 64, 2), (64, 64), (64, 64, 2))
+        blocks = [part for arguments in widths for part in block(*arguments)]
+        self.body = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * 4 * 4, self.dimensions))
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.dimensions, 10))
 
     def features(self, images: Tensor) -> Tensor:

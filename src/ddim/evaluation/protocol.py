@@ -1,18 +1,19 @@
 """How a number is measured: which metrics, on how many images, against what, beside which floor and
 with what spread.
 
-A metric is named METRIC-EXTRACTOR, as ``fd-fashion``. Images pass through the extractors batch by
-batch, and of them stays what the metrics need (:class:`Sketch`): sums for a Frechet distance,
+A metric is named METRIC-EXTRACTOR, such as ``fd-fashion``. Images pass through the extractors batch
+by batch, and only what the metrics need is kept (:class:`Sketch`): sums for a Frechet distance,
 features or projections for the others.
 
-The reference's M images come in an order that means nothing (shuffled). The first of them play the
-samples for the floor, real against real: as many as there are samples, or M // 2, so that both
-sides are disjoint. The spread is over the samples' disjoint thirds, each measured by itself;
-divided by the root of 3 it estimates the spread of the whole set's number over seeds."""
+The reference's M images are shuffled. For the floor, real against real, the first of them stand in
+for the samples: as many as there are samples, but at most M // 2, so that both sides are disjoint.
+The spread is that of the samples' disjoint thirds, each measured by itself; divided by the root of
+3, it estimates the spread of the metric of all samples over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,8 +23,18 @@ import torch
 from torch import Tensor
 
 from ddim.errors import DataError, DDIMError
-from ddim.evaluation import metrics
 from ddim.evaluation.features import EXTRACTORS, Extractor, load_extractor
+from ddim.evaluation.metrics import (
+    NEIGHBOURS,
+    class_histogram,
+    kernel_distance,
+    nearest_distances,
+    precision,
+    project,
+    recall,
+    sliced_wasserstein,
+    total_variation,
+)
 from ddim.evaluation.statistics import Statistics, frechet_distance
 
 __all__ = [
@@ -46,7 +57,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """What is kept of some images under one extractor. Sketches of two sets add up to that of their
+    """What an extractor leaves of some images. The sketches of two sets add up to that of their
     union."""
 
     count: int = 0
@@ -65,13 +76,13 @@ class Sketch:
 
 
 class Metric(NamedTuple):
-    """A number: what it needs of the images, and how it is made of two sketches."""
+    """A number that compares two sets of images: what it needs of them, and how it is computed."""
 
     needs: str
     compute: Callable[[Sketch, Sketch, Extractor], float]
     minimum: Callable[[Extractor], int]
     whole: bool = False
-    """Whether it compares with all of the reference, or with as many of its images as there are
+    """Whether it compares with the whole reference; else with as many of its images as there are
     samples."""
     higher_is_better: bool = False
 
@@ -89,47 +100,41 @@ def _of_features(
 
 
 def _classes(a: Sketch, b: Sketch, extractor: Extractor) -> float:
-    return metrics.total_variation(histogram(a, extractor), histogram(b, extractor))
+    return total_variation(histogram(a, extractor), histogram(b, extractor))
 
 
 def histogram(sketch: Sketch, extractor: Extractor) -> list[int]:
-    """How many of the images the extractor tells to be of each of its classes."""
+    """How many of the images the extractor assigns to each of its classes."""
     assert extractor.classify is not None
-    return metrics.class_histogram(
-        extractor.classify(torch.cat(sketch.features)), count=len(extractor.classes)
-    )
+    classes = extractor.classify(torch.cat(sketch.features))
+    return class_histogram(classes, count=len(extractor.classes))
+
+
+def _projected(a: Sketch, b: Sketch, extractor: Extractor) -> float:
+    return sliced_wasserstein(torch.cat(a.projections), torch.cat(b.projections))
+
+
+def _mean_nearest(samples: Tensor, reference: Tensor) -> float:
+    return float(nearest_distances(samples, reference).mean())
+
+
+def _more_than_neighbours(extractor: Extractor) -> int:
+    return NEIGHBOURS + 1
 
 
 METRICS: dict[str, Metric] = {
-    # Below D images the covariance has no full rank.
+    # With fewer images than D the covariance has no full rank.
     "fd": Metric("statistics", _frechet, lambda e: max(2, e.dimensions), whole=True),
-    "kid": Metric("features", _of_features(metrics.kernel_distance), lambda e: 2),
+    "kid": Metric("features", _of_features(kernel_distance), lambda e: 2),
     "precision": Metric(
-        "features",
-        _of_features(metrics.precision),
-        lambda e: metrics.NEIGHBOURS + 1,
-        higher_is_better=True,
+        "features", _of_features(precision), _more_than_neighbours, higher_is_better=True
     ),
     "recall": Metric(
-        "features",
-        _of_features(metrics.recall),
-        lambda e: metrics.NEIGHBOURS + 1,
-        higher_is_better=True,
+        "features", _of_features(recall), _more_than_neighbours, higher_is_better=True
     ),
-    "nearest": Metric(
-        "features",
-        _of_features(lambda x, y: float(metrics.nearest_distances(x, y).mean())),
-        lambda e: 1,
-        whole=True,
-    ),
+    "nearest": Metric("features", _of_features(_mean_nearest), lambda e: 1, whole=True),
     "classes": Metric("features", _classes, lambda e: 1, whole=True),
-    "swd": Metric(
-        "projections",
-        lambda a, b, e: metrics.sliced_wasserstein(
-            torch.cat(a.projections), torch.cat(b.projections)
-        ),
-        lambda e: 1,
-    ),
+    "swd": Metric("projections", _projected, lambda e: 1),
 }
 """Frechet distance, KID, precision and recall, mean distance to the nearest reference image, wrong
 classes, sliced Wasserstein."""
@@ -145,11 +150,11 @@ class Result:
     floor: float
     """The same number of real images against real ones."""
     std: float | None
-    """Spread of the value over seeds; None where thirds of the samples would be too few."""
+    """Spread of the value over seeds; None if a third of the samples would be too few."""
     count: int
     floor_count: int
-    """Real images that played the samples; fewer than ``count`` where the reference is small, and
-    then the floor is too high."""
+    """Real images that stood in for the samples; fewer than ``count`` if the reference is small,
+    and then the floor is too high."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,24 +170,21 @@ class Panel:
         return METRICS[metric], self.extractors[extractor]
 
     def fitting(self, count: int, available: int) -> "Panel | None":
-        """The metrics that so many samples and reference images are enough for, and their
-        extractors; None where there is none."""
-        parts = {name: self.parts(name) for name in self.metrics}
-        needed = {name: metric.minimum(extractor) for name, (metric, extractor) in parts.items()}
-        kept = tuple(
-            name for name, least in needed.items() if least <= count and 2 * least <= available
-        )
-        return (
-            None
-            if not kept
-            else Panel(kept, {parts[name][1].name: parts[name][1] for name in kept})
-        )
+        """The metrics that this many samples and reference images are enough for, and their
+        extractors; None if there is none."""
+        possible, extractors = [], {}
+        for name in self.metrics:
+            metric, extractor = self.parts(name)
+            if metric.minimum(extractor) <= min(count, available // 2):
+                possible.append(name)
+                extractors[extractor.name] = extractor
+        return Panel(tuple(possible), extractors) if possible else None
 
     def check_counts(self, counts: Iterable[int], available: int) -> None:
-        """Refuses counts that are too small for a metric, or larger than the reference.
+        """Checks that counts are large enough for each metric, and no larger than the reference.
 
         Raises:
-            DDIMError: With the number that would do.
+            DDIMError: If one is not; the message says which number is enough.
         """
         smallest, largest = min(counts := list(counts)), max(counts)
         for name in self.metrics:
@@ -203,14 +205,12 @@ class Panel:
 
 
 def default_metrics(image_shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """What is measured unless something else is asked for, by the shape (C, H, W) of the images."""
-    if image_shape == (1, 28, 28):
-        return (
-            *(f"{m}-fashion" for m in ("fd", "kid", "precision", "recall", "nearest", "classes")),
-            "swd-pixels",
-        )
+    """The metrics that are measured by default for images of shape (C, H, W)."""
+    names: tuple[str, ...] = ("kid", "precision", "recall", "nearest")
     extractor = "pixels" if image_shape[0] == 1 else "efficientnet-lite0"
-    return (*(f"{m}-{extractor}" for m in ("kid", "precision", "recall", "nearest")), "swd-pixels")
+    if image_shape == (1, 28, 28):
+        names, extractor = ("fd", *names, "classes"), "fashion"
+    return (*(f"{name}-{extractor}" for name in names), "swd-pixels")
 
 
 def load_panel(
@@ -223,11 +223,11 @@ def load_panel(
     """Opens the extractors of metrics.
 
     Args:
-        names: METRIC-EXTRACTOR each, of :data:`METRICS` and
+        names: METRIC-EXTRACTOR each, from :data:`METRICS` and
             :data:`~ddim.evaluation.features.EXTRACTORS`.
         image_shape: (C, H, W).
-        weights: Where the weights of extractors lie.
-        device: Where they compute.
+        weights: Paths of the weights, by extractor.
+        device: Where the extractors compute.
 
     Raises:
         DDIMError: If a name is unknown or names repeat; also what
@@ -240,8 +240,7 @@ def load_panel(
         if metric not in METRICS or extractor not in EXTRACTORS:
             raise DDIMError(
                 f"{name!r} is no metric; a metric is one of {', '.join(METRICS)}, a hyphen, and "
-                f"one of {', '.join(EXTRACTORS)}, "
-                "such as fd-fashion."
+                f"one of {', '.join(EXTRACTORS)}, such as fd-fashion."
             )
     given = dict(weights or {})
     if unused := set(given) - {extractor for *_, extractor in pairs}:
@@ -284,8 +283,8 @@ class Collected:
 
 
 def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> Collected:
-    """Passes a stream of images through the extractors; the result does not depend on how it is
-    divided into batches.
+    """Passes a stream of images through the extractors. The result does not depend on how the
+    stream is divided into batches.
 
     Args:
         images: Batches [B, C, H, W] in [-1, 1].
@@ -313,7 +312,7 @@ def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> C
                     len(part),
                     Statistics.of(part) if "statistics" in needs[name] else None,
                     (part,) if "features" in needs[name] else (),
-                    (metrics.project(part),) if "projections" in needs[name] else (),
+                    (project(part),) if "projections" in needs[name] else (),
                 )
                 result.add(name, start if a == first else a, sketch)
         result.count = last
@@ -321,7 +320,7 @@ def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> C
 
 
 def sample_cuts(counts: Iterable[int]) -> set[int]:
-    """Where a stream of samples is cut that is to be measured on its first ``counts`` images."""
+    """The cuts of a stream of samples that is measured on its first ``counts`` images."""
     return {i * (count // 3) for count in counts for i in (1, 2, 3)} | set(counts)
 
 
@@ -333,16 +332,15 @@ class Reference:
     floors: Mapping[tuple[str, int], tuple[float, int]]
 
     def against(self, metric: Metric, extractor: str, count: int) -> Sketch:
-        """What ``count`` samples are compared with: all, or the last as many."""
+        """The images that ``count`` samples are compared with: all, or the last ``count``."""
         return _last(self.collected, metric, extractor, count, before=0)
 
 
 def _last(
     collected: Collected, metric: Metric, extractor: str, count: int, *, before: int
 ) -> Sketch:
-    return collected.between(
-        extractor, before if metric.whole else collected.count - count, collected.count
-    )
+    first = before if metric.whole else collected.count - count
+    return collected.between(extractor, first, collected.count)
 
 
 def collect_reference(
@@ -351,10 +349,10 @@ def collect_reference(
     """Passes the reference through the extractors, and measures real against real.
 
     Args:
-        images: Batches [B, C, H, W] in [-1, 1], in an order that means nothing.
+        images: Batches [B, C, H, W] in [-1, 1], in random order.
         panel: What is to be measured.
         available: M, the number of images.
-        counts: Numbers of samples that are to be measured.
+        counts: The numbers of samples that are to be measured.
 
     Raises:
         DDIMError: As :meth:`Panel.check_counts`.
@@ -384,19 +382,10 @@ def measure(samples: Collected, reference: Reference, panel: Panel, *, count: in
         panel: What is measured.
         count: N.
     """
-    results = []
+    results, third = [], count // 3
     for name in panel.metrics:
         metric, extractor = panel.parts(name)
-
-        def value(
-            first: int, last: int, metric: Metric = metric, extractor: Extractor = extractor
-        ) -> float:
-            part = samples.between(extractor.name, first, last)
-            return metric.compute(
-                part, reference.against(metric, extractor.name, last - first), extractor
-            )
-
-        third = count // 3
+        value = partial(_value, samples, reference, metric, extractor)
         spread = None
         if third >= metric.minimum(extractor):
             spread = stdev(value(i * third, (i + 1) * third) for i in range(3)) / math.sqrt(3)
@@ -405,6 +394,20 @@ def measure(samples: Collected, reference: Reference, panel: Panel, *, count: in
             Result(name, extractor.name, value(0, count), floor, spread, count, floor_count)
         )
     return results
+
+
+def _value(
+    samples: Collected,
+    reference: Reference,
+    metric: Metric,
+    extractor: Extractor,
+    first: int,
+    last: int,
+) -> float:
+    """The metric of samples ``first`` to ``last`` - 1."""
+    part = samples.between(extractor.name, first, last)
+    others = reference.against(metric, extractor.name, last - first)
+    return metric.compute(part, others, extractor)
 
 
 def over_repeats(repeats: Sequence[Sequence[Result]]) -> list[Result]:

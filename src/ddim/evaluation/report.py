@@ -1,16 +1,15 @@
-"""A table of cells (eta, steps): flat records, CSV, markdown beside the paper's numbers, and two
-plots."""
+"""A table of cells (eta, steps): flat records, CSV, plots, and markdown beside the paper's."""
 
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddim.errors import DDIMError
-from ddim.evaluation.protocol import METRICS, Result
+from ddim.evaluation.protocol import METRICS, Metric, Result
 from ddim.files import replacing
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ PAPER = {
 Table 1. https://arxiv.org/abs/2010.02502"""
 
 _NAMES = {"CIFAR-10": r"cifar10(?!0)", "CelebA": r"celeba(?!hq|maskhq|spoof)"}
-"""Letters and digits by which a set of the paper's is known; CIFAR-100 and CelebA-HQ are others."""
+"""Patterns of the names of the paper's data sets; CIFAR-100 and CelebA-HQ are other data sets."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +69,23 @@ class Cell:
     evaluations: int
     """Network calls an image."""
     seconds: float
-    """Of sampling all images of the cell; the mean over repeats."""
+    """Time to sample all images of the cell; the mean over repeats."""
     results: tuple[Result, ...]
-    """On all its images."""
+    """Results on all images of the cell."""
     compared: tuple[Result, ...]
-    """On as many images as every cell has, so that ratios compare equal numbers."""
+    """Results on as many images as every cell has, so that ratios compare equal numbers."""
     timing_rounds: int = 0
-    """Batches whose median time is in ``seconds``, drawn in turn with those of the other cells; 0:
-    the time of all images of the cell."""
+    """Number of batches whose median time gives ``seconds``, drawn in turn with those of the other
+    cells; 0 if ``seconds`` is the time of all images of the cell."""
 
     @property
     def count(self) -> int:
-        """Images of the cell, in each repeat."""
+        """Number of images of the cell, in each repeat."""
         return self.results[0].count
 
     @property
     def seconds_per_image(self) -> float:
-        """Of sampling."""
+        """Time to sample an image."""
         return self.seconds / self.count
 
 
@@ -94,8 +93,9 @@ def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
     """One flat record a cell, in the order of eta and steps.
 
     ``quality_ratio`` is the first metric over that of DDPM, which is eta = 1 at all ``levels``
-    steps, on equally many images; ``quality_ratio_sigma_hat`` the same over sigma-hat at all steps;
-    ``speedup`` is DDPM's seconds over the cell's. They are None where the table has no such cell.
+    steps, on equally many images; ``quality_ratio_sigma_hat`` is the same over sigma-hat at all
+    steps; ``speedup`` is DDPM's seconds over the cell's. They are None if the table has no such
+    cell.
     """
     ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
     records = []
@@ -105,17 +105,13 @@ def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
             "steps": cell.steps,
             "evaluations": cell.evaluations,
             "count": cell.count,
+            "seconds": cell.seconds,
         }
-        record["seconds"] = cell.seconds
         for result in cell.results:
-            record |= {
-                result.metric: result.value,
-                f"{result.metric}_floor": result.floor,
-                f"{result.metric}_std": result.std,
-            }
-        record["quality_ratio"], record["quality_ratio_sigma_hat"] = (
-            _ratio(cell, other) for other in (ddpm, larger)
-        )
+            name = result.metric
+            record |= {name: result.value, f"{name}_floor": result.floor, f"{name}_std": result.std}
+        record["quality_ratio"] = _ratio(cell, ddpm)
+        record["quality_ratio_sigma_hat"] = _ratio(cell, larger)
         record["speedup"] = ddpm and ddpm.seconds_per_image / cell.seconds_per_image
         records.append(record)
     return records
@@ -131,18 +127,14 @@ def to_csv(records: Sequence[dict[str, Any]]) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them the head, as a markdown table that is straight in plain text too."""
+    """A markdown table of rows, the first of them the head, whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    head, *lines = (
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
         for row in rows
-    ]
-    return (
-        "\n".join(
-            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-        )
-        + "\n"
     )
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([head, rule, *lines]) + "\n"
 
 
 def to_markdown(
@@ -154,41 +146,37 @@ def to_markdown(
     Args:
         cells: What was measured.
         levels: T, the steps of DDPM.
-        title: Of the document.
+        title: Title of the document.
         protocol: What was done, in sentences.
-        reference: The data that the samples were compared with; where it is a set of the paper's,
-            that is said.
+        reference: The data that the samples were compared with. The document says if it is a data
+            set of the paper's.
     """
     parts = [f"# {title}\n", f"{protocol}\n"]
+    most = max(cell.count for cell in cells)
     for i, result in enumerate(cells[0].results):
-        better = "higher" if METRICS[result.metric.partition("-")[0]].higher_is_better else "lower"
-        floors = {
-            (c.results[i].floor_count, _number(c.results[i].floor)) for c in cells
-        }  # machines differ in the last digits
-        told = " and ".join(
+        better = "Higher" if _metric(result.metric).higher_is_better else "Lower"
+        # Rounded, since machines differ in the last digits.
+        floors = {(c.results[i].floor_count, _number(c.results[i].floor)) for c in cells}
+        listed = " and ".join(
             f"{floor} on {count} images" for count, floor in sorted(floors, reverse=True)
         )
         parts += [
             f"## {result.metric}\n",
-            f"{better.capitalize()} is better; real images against real ones: {told}.\n",
+            f"{better} is better; real images against real ones: {listed}.\n",
+            _by_steps(cells, lambda cell, i=i: _result_text(cell, cell.results[i], most=most)),
         ]
-        parts.append(
-            _by_steps(
-                cells,
-                lambda cell, i=i: _told(cell, cell.results[i], most=max(c.count for c in cells)),
-            )
-        )
     parts += [
         "## Seconds an image\n",
-        f"{_told_timing(cells)}\n",
+        f"{_timing_text(cells)}\n",
         _by_steps(cells, lambda cell: _number(cell.seconds_per_image)),
+        *_against_ddpm(cells, levels),
+        *_beside_paper(cells, reference),
     ]
-    parts += _against_ddpm(cells, levels)
-    return "\n".join([*parts, *_beside_paper(cells, reference)])
+    return "\n".join(parts)
 
 
-def _told_timing(cells: Sequence[Cell]) -> str:
-    """How the seconds were taken, and what they do not tell."""
+def _timing_text(cells: Sequence[Cell]) -> str:
+    """How the seconds were measured, and whether they can be compared."""
     rounds = {c.timing_rounds for c in cells}
     if rounds == {0}:
         return (
@@ -204,71 +192,71 @@ def _told_timing(cells: Sequence[Cell]) -> str:
 
 
 def _against_ddpm(cells: Sequence[Cell], levels: int) -> list[str]:
+    """The section of ratios to DDPM; nothing if the table has no cell of DDPM."""
     if _find(cells, 1.0, levels) is None and _find(cells, "sigma-hat", levels) is None:
         return []
     quality = cells[0].compared[0]
-    rows = [
-        [
-            "eta",
-            "steps",
-            f"{quality.metric} / eta 1",
-            f"{quality.metric} / sigma-hat",
-            "times faster than eta 1",
-        ]
-    ]
+    ratios = (f"{quality.metric} / eta 1", f"{quality.metric} / sigma-hat")
+    rows = [["eta", "steps", *ratios, "times faster than eta 1"]]
     for r in flat_records(cells, levels=levels):
-        ratios = [
-            _number(r[key]) for key in ("quality_ratio", "quality_ratio_sigma_hat", "speedup")
-        ]
-        rows.append([_eta(r["eta"]), str(r["steps"]), *ratios])
-    head = (
+        keys = ("quality_ratio", "quality_ratio_sigma_hat", "speedup")
+        rows.append([_eta(r["eta"]), str(r["steps"]), *(_number(r[key]) for key in keys)])
+    return [
         f"## Against DDPM of {levels} steps\n",
         f"All on {quality.count} images of the same seeds; eta 1 and sigma-hat are DDPM.\n",
-    )
-    return [*head, text_table(rows)]
+        text_table(rows),
+    ]
 
 
 def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
-    """The paper's table, and where its order of etas is met."""
+    """The paper's table, and at which steps its order of etas is reproduced."""
     name = "".join(c for c in reference.lower() if c.isalnum())
     own = next((data for data, pattern in _NAMES.items() if re.search(pattern, name)), None)
     data = own or "CIFAR-10"
-    said = (
-        f"FID of {data} in the paper (Table 1; Inception features, 50,000 images, its own network)"
-    )
-    said += (
-        ", the data of this table."
+    relation = (
+        "the data of this table."
         if own
-        else ", for orientation: other data, so compare orders, not values."
+        else "for orientation: other data, so compare orders, not values."
     )
     rows = [["eta", *(f"S={s}" for s in PAPER[data][0.0])]]
     rows += [[_eta(eta), *(f"{v:.2f}" for v in row.values())] for eta, row in PAPER[data].items()]
-    orders = []
-    metric = cells[0].compared[0].metric
-    sign = -1 if METRICS[metric.partition("-")[0]].higher_is_better else 1
-    for steps in sorted({c.steps for c in cells}):
-        column = [c for c in cells if c.steps == steps and c.eta in PAPER[data]]
-        equal = (
-            len({c.count for c in column}) == 1
-        )  # then all images count, which tell more than the first of them
-        here = {c.eta: sign * (c.results if equal else c.compared)[0].value for c in column}
-        there = {eta: PAPER[data][eta][steps] for eta in here if steps in PAPER[data][eta]}
-        if len(there) > 1:
-            ours, theirs = (
-                " < ".join(_eta(e) for e in sorted(values, key=values.__getitem__))
-                for values in (here, there)
-            )
-            orders.append(
-                f"- S={steps}: {'as the paper' if ours == theirs else f'here {ours}; in the paper {theirs}'}."
-            )
-    compared = (
-        [f"The order of eta by {metric}, best first:\n", "\n".join(orders) + "\n"] if orders else []
+    parts = [
+        "## The paper's numbers\n",
+        f"FID of {data} in the paper (Table 1; Inception features, 50,000 images, its own "
+        f"network), {relation}\n",
+        text_table(rows),
+    ]
+    orders = [_order_text(cells, s, PAPER[data]) for s in sorted({c.steps for c in cells})]
+    if any(orders):
+        metric = cells[0].compared[0].metric
+        parts += [f"The order of eta by {metric}, best first:\n", "".join(orders)]
+    return parts
+
+
+def _order_text(
+    cells: Sequence[Cell], steps: int, paper: Mapping[float | str, Mapping[int, float]]
+) -> str:
+    """A line that compares the order of the etas at these steps with the paper's; empty if there
+    are fewer than two."""
+    column = [c for c in cells if c.steps == steps and c.eta in paper]
+    there = {c.eta: paper[c.eta][steps] for c in column if steps in paper[c.eta]}
+    if len(there) < 2:
+        return ""
+    # If all cells have equally many images, all count, since they tell more than the first of them.
+    is_equal = len({c.count for c in column}) == 1
+    results = {c.eta: (c.results if is_equal else c.compared)[0] for c in column}
+    sign = -1 if _metric(cells[0].compared[0].metric).higher_is_better else 1
+    here = {eta: sign * result.value for eta, result in results.items()}
+    ours, theirs = (
+        " < ".join(_eta(e) for e in sorted(values, key=values.__getitem__))
+        for values in (here, there)
     )
-    return ["## The paper's numbers\n", f"{said}\n", text_table(rows), *compared]
+    verdict = "as the paper" if ours == theirs else f"here {ours}; in the paper {theirs}"
+    return f"- S={steps}: {verdict}.\n"
 
 
 def check_plots() -> None:
-    """Refuses where plots cannot be drawn, before hours are spent on what they would show.
+    """Checks that plots can be drawn, before hours are spent on what they would show.
 
     Raises:
         DDIMError: If matplotlib is missing.
@@ -284,53 +272,53 @@ def check_plots() -> None:
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by file name; all on
     equally many images."""
+    return {
+        "quality-evaluations.png": _plot_quality(
+            cells, lambda cell: cell.evaluations, "network evaluations an image"
+        ),
+        "quality-seconds.png": _plot_quality(
+            cells, lambda cell: cell.seconds_per_image, "seconds an image"
+        ),
+    }
+
+
+def _plot_quality(cells: Sequence[Cell], x: Callable[[Cell], float], label: str) -> "Figure":
     from matplotlib.figure import Figure
 
-    metric, count, floor = (
-        cells[0].compared[0].metric,
-        cells[0].compared[0].count,
-        cells[0].compared[0].floor,
-    )
-    axes: dict[str, tuple[str, Any]] = {
-        "quality-evaluations.png": ("network evaluations an image", lambda cell: cell.evaluations),
-        "quality-seconds.png": ("seconds an image", lambda cell: cell.seconds_per_image),
-    }
-    figures = {}
-    for file, (label, x) in axes.items():
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        plot = figure.add_subplot()
-        for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
-            line = sorted((c for c in cells if c.eta == eta), key=x)
-            values = [c.compared[0] for c in line]
-            name = r"$\hat\sigma$" if eta == "sigma-hat" else rf"$\eta$ = {_eta(eta)}"
-            bars = [v.std or 0.0 for v in values]
-            plot.errorbar(
-                [x(c) for c in line],
-                [v.value for v in values],
-                yerr=bars,
-                marker="o",
-                markersize=4,
-                capsize=2,
-                label=name,
-            )
-        plot.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real images")
-        plot.set_xscale("log")
-        if all(c.compared[0].value > 0 for c in cells) and floor > 0:
-            plot.set_yscale("log")
-        _label_plainly(plot)
-        plot.set_xlabel(label)
-        plot.set_ylabel(f"{metric}, {count} images")
-        plot.grid(alpha=0.3, which="both")
-        plot.legend()
-        figures[file] = figure
-    return figures
+    first = cells[0].compared[0]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    plot = figure.add_subplot()
+    for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
+        line = sorted((c for c in cells if c.eta == eta), key=x)
+        plot.errorbar(
+            [x(c) for c in line],
+            [c.compared[0].value for c in line],
+            yerr=[c.compared[0].std or 0.0 for c in line],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=r"$\hat\sigma$" if eta == "sigma-hat" else rf"$\eta$ = {_eta(eta)}",
+        )
+    plot.axhline(first.floor, color="grey", linestyle="--", linewidth=1, label="real images")
+    plot.set_xscale("log")
+    if first.floor > 0 and all(c.compared[0].value > 0 for c in cells):
+        plot.set_yscale("log")
+    _label_plainly(plot)
+    plot.set(xlabel=label, ylabel=f"{first.metric}, {first.count} images")
+    plot.grid(alpha=0.3, which="both")
+    plot.legend()
+    return figure
 
 
 def save_plots(cells: Sequence[Cell], folder: Path) -> None:
     """Writes the plots as PNG files, each whole or not at all."""
     for name, figure in make_plots(cells).items():
-        with replacing(folder / name) as partial:
-            figure.savefig(partial, format="png", dpi=150)
+        _save(figure, folder / name)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def save_lines(
@@ -351,13 +339,12 @@ def save_lines(
     axes.grid(alpha=0.3)
     if any(lines.values()):
         axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    _save(figure, path)
 
 
 def _label_plainly(axes: Any) -> None:
-    """Plain numbers along both axes, for measurements span few powers of ten; more of them where it
-    is fewer still."""
+    """Writes plain numbers along both axes, since measurements span few powers of ten, and more of
+    them if the span is small."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
@@ -369,7 +356,7 @@ def _label_plainly(axes: Any) -> None:
 
 
 def _apart(values: Sequence[float]) -> list[float]:
-    """Those of rising values that can be told apart in words along a logarithmic axis: each at
+    """The values, in rising order, whose labels do not overlap on a logarithmic axis: each is at
     least 15 % above the one before."""
     chosen: list[float] = []
     for value in values:
@@ -382,12 +369,15 @@ def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:
     return next((c for c in cells if c.eta == eta and c.steps == steps), None)
 
 
+def _metric(name: str) -> Metric:
+    return METRICS[name.partition("-")[0]]
+
+
 def _ratio(cell: Cell, other: Cell | None) -> float | None:
-    return (
-        cell.compared[0].value / other.compared[0].value
-        if other is not None and other.compared[0].value
-        else None
-    )
+    """The first metric of a cell over that of another; None if there is none, or it is 0."""
+    if other is None or not other.compared[0].value:
+        return None
+    return cell.compared[0].value / other.compared[0].value
 
 
 def _sorted(cells: Sequence[Cell]) -> list[Cell]:
@@ -395,30 +385,27 @@ def _sorted(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda c: (isinstance(c.eta, str), c.eta, c.steps))
 
 
-def _by_steps(cells: Sequence[Cell], told: Any) -> str:
+def _by_steps(cells: Sequence[Cell], text: Any) -> str:
+    """A table of the cells' texts, a row an eta and a column a number of steps."""
     steps = sorted({c.steps for c in cells})
     rows = [["eta", *(f"S={s}" for s in steps)]]
     for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
         found = [_find(cells, eta, s) for s in steps]
-        rows.append([_eta(eta), *("" if c is None else told(c) for c in found)])
+        rows.append([_eta(eta), *("" if c is None else text(c) for c in found)])
     return text_table(rows)
 
 
-def _told(cell: Cell, result: Result, *, most: int) -> str:
+def _result_text(cell: Cell, result: Result, *, most: int) -> str:
     spread = f" ± {spread_text(result)}" if result.std is not None else ""
     fewer = f" ({result.count} images)" if cell.count < most else ""
     return f"{_number(result.value)}{spread}{fewer}"
 
 
 def spread_text(result: Result) -> str:
-    """Two digits of a result's spread; nothing where there is none."""
-    return (
-        ""
-        if result.std is None
-        else f"{result.std:.2g}"
-        if result.std < 99.5
-        else f"{result.std:.0f}"
-    )
+    """Two digits of a result's spread; empty if it has none."""
+    if result.std is None:
+        return ""
+    return f"{result.std:.2g}" if result.std < 99.5 else f"{result.std:.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,7 @@
 r"""Count, mean and covariance of features, from sums that add up across batches and processes, in
 float64.
 
-The covariance is the unbiased one, with :math:`N - 1` below the sum.
+The covariance is the unbiased one, divided by :math:`N - 1`.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ __all__ = ["Statistics", "frechet_distance"]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a Frechet distance needs of a set of features. Two sets' statistics add up to those of
-    their union.
+    """The statistics of a set of features that a Frechet distance needs. The statistics of two sets
+    add up to those of their union.
 
     Attributes:
         count: N, the number of images.
@@ -29,7 +29,7 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "Statistics":
-        """Of features [N, D]; N may be 0."""
+        """The statistics of features [N, D]; N may be 0."""
         exact = features.double()
         return cls(len(features), exact.sum(0), exact.T @ exact)
 
@@ -58,21 +58,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     covariances too.
 
     Args:
-        a: Of one set, N > 1.
-        b: Of the other, N > 1.
+        a: Statistics of one set, N > 1.
+        b: Statistics of the other, N > 1.
 
     Returns:
-        The distance; for one and the same set 0, but for rounding.
+        The distance; 0 up to rounding if the sets are equal.
 
     References:
-        Dowson, Landau. The Frechet Distance between Multivariate Normal Distributions. 1982. Heusel
-        et al. GANs Trained by a Two Time-Scale Update Rule. 2017. Eq. 6.
+        Dowson, Landau. The Frechet Distance between Multivariate Normal Distributions. 1982.
+        Heusel et al. GANs Trained by a Two Time-Scale Update Rule. 2017. Eq. 6.
         https://arxiv.org/abs/1706.08500
     """
     first, second = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(first)
-    root = (
-        vectors * values.clamp(min=0).sqrt() @ vectors.T
-    )  # a covariance's eigenvalues go below 0 by rounding only
+    # The eigenvalues of a covariance are below 0 by rounding only.
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
     return float((a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross)

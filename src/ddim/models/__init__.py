@@ -1,1 +1,1 @@
-"""Models on a disk or a hub: finding, reading, converting and writing them, and their pictures as tensors."""
+"""Finds, reads, converts and writes models on a disk or a hub, and turns pictures into tensors."""

@@ -1,7 +1,7 @@
-"""Models in diffusers format: where the embedded ones lie, and how folders and hub ids are opened.
+"""Models in diffusers format: where the embedded ones are, and how folders and hub ids are opened.
 
-Weights are read from safetensors; a ``.bin`` file only where there is nothing else, and then by
-``torch.load`` with ``weights_only=True``, which runs no code out of it."""
+Weights are read from safetensors; if there are none, from a ``.bin`` file by ``torch.load`` with
+``weights_only=True``, which runs no code out of it."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import check_options, foreign_family
+from ddim.configuration import PIXEL_MODEL, check_options, foreign_family
 from ddim.errors import CheckpointError, DDIMError
 from ddim.files import file_hash
 
@@ -55,19 +55,13 @@ _PARTS = (
     "transformer",
     "safety_checker",
 )
+_NOT_FOUND = (
+    "RepositoryNotFoundError",
+    "GatedRepoError",
+    "EntryNotFoundError",
+    "RevisionNotFoundError",
+)
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
-
-# What is assumed of a network that comes without a scheduler: DDPM's levels, and no clipping.
-_DEFAULT_SCHEDULER: dict[str, Any] = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "timestep_spacing": "trailing",
-}
 
 
 def embedded_models() -> list[str]:
@@ -76,8 +70,7 @@ def embedded_models() -> list[str]:
 
 
 def resolve_model(model: str | Path) -> Path | str:
-    """What a model's name stands for: an embedded model, else an existing folder, else a hub id, in
-    this order.
+    """Looks a model's name up: among the embedded models, then among folders, else it is a hub id.
 
     Args:
         model: A name, path or hub id. ``./NAME`` is always a path.
@@ -110,13 +103,12 @@ def resolve_model(model: str | Path) -> Path | str:
 
 
 def fetch_model(hub_id: str, **options: Any) -> Path:
-    """Downloads what a pipeline of the hub needs into Hugging Face's cache, and returns the folder
-    there.
+    """Downloads a pipeline from the hub into Hugging Face's cache, and returns the folder there.
 
     Args:
         hub_id: OWNER/NAME.
-        **options: Of ``diffusers.DiffusionPipeline.download``: revision, token, cache_dir, variant,
-            local_files_only, ...
+        **options: Options of ``diffusers.DiffusionPipeline.download``: revision, token, cache_dir,
+            variant, local_files_only, ...
 
     Raises:
         CheckpointError: If the hub cannot be reached, or holds no such pipeline.
@@ -129,17 +121,9 @@ def fetch_model(hub_id: str, **options: Any) -> Path:
         known = ", ".join(embedded_models()) or "none"
         reason = (
             "the hub has no model of that name that can be read without a login"
-            if type(error).__name__
-            in (
-                "RepositoryNotFoundError",
-                "GatedRepoError",
-                "EntryNotFoundError",
-                "RevisionNotFoundError",
-            )
-            else (
-                "the hub cannot be reached, or holds no pipeline there; check the name and the "
-                "connection"
-            )
+            if type(error).__name__ in _NOT_FOUND
+            else "the hub cannot be reached, or holds no pipeline there; check the name and the "
+            "connection"
         )
         raise CheckpointError(
             f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and "
@@ -148,8 +132,8 @@ def fetch_model(hub_id: str, **options: Any) -> Path:
 
 
 def find_model(model: str | Path, **options: Any) -> Path:
-    """The folder of an embedded model, a path or a hub id, downloaded if need be; options as
-    :func:`fetch_model`.
+    """The folder of an embedded model, a path or a hub id, which is downloaded if needed with the
+    options of :func:`fetch_model`.
 
     Raises:
         CheckpointError: If there is no such model.
@@ -186,12 +170,11 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     if path.is_file():
         index = read_json(path)
         for name in _PARTS:
-            if (value := index.get(name)) is not None and not (
-                isinstance(value, list) and len(value) == 2
-            ):
+            value = index.get(name)
+            if value is not None and not (isinstance(value, list) and len(value) == 2):
                 raise CheckpointError(
-                    f"{path} must say of {name} which library and class it is of, as a list of the "
-                    f"two; got {value!r}."
+                    f"{path} must name the library and the class of {name} in a list of two; got "
+                    f"{value!r}."
                 )
         return index
     if (folder / "config.json").is_file():
@@ -200,40 +183,31 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     hint = (
         f"it is a training run that has not finished: take {unfinished[-1]}"
         if unfinished
-        else (
-            "a model in diffusers format has that file; the embedded models are: "
-            f"{', '.join(embedded_models()) or 'none'}"
-        )
+        else "a model in diffusers format has that file; the embedded models are: "
+        f"{', '.join(embedded_models()) or 'none'}"
     )
     raise CheckpointError(f"{folder} is a folder without model_index.json; {hint}.")
 
 
 def read_guidance(folder: Path) -> dict[str, float]:
-    """What a model's card says of its guidance: ``guidance_scale``, ``guidance_rescale``, both, or
-    nothing.
+    """The values of ``guidance_scale`` and ``guidance_rescale`` in a model's card, if it has them.
 
     Raises:
-        CheckpointError: If the card is damaged, or one is no finite number.
+        CheckpointError: If the card is damaged, or a value is not a finite number.
     """
-    card = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
-    found: dict[str, float] = {
-        name: card[name] for name in ("guidance_scale", "guidance_rescale") if name in card
-    }
+    path = folder / "card.json"
+    card = read_json(path) if path.is_file() else {}
+    names = ("guidance_scale", "guidance_rescale")
+    found: dict[str, float] = {name: card[name] for name in names if name in card}
     for name, value in found.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
-            raise CheckpointError(
-                f"{folder / 'card.json'} must say a finite number as {name}; got {value!r}."
-            )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise CheckpointError(f"{path} must hold a finite number as {name}; got {value!r}.")
     return found
 
 
 def is_unconditional(index: Mapping[str, Any]) -> bool:
-    """Whether an index (:func:`read_model_index`) is of a network and a scheduler, and nothing
-    else."""
+    """Whether an index (:func:`read_model_index`) lists a network and a scheduler only."""
     parts = {
         name
         for name, value in index.items()
@@ -245,20 +219,20 @@ def is_unconditional(index: Mapping[str, Any]) -> bool:
 
 
 def has_scheduler(folder: Path) -> bool:
-    """Whether the folder says what noise schedule its network was trained on."""
+    """Whether the folder says which noise schedule its network was trained with."""
     return (_part(folder, "scheduler") / "scheduler_config.json").is_file()
 
 
 def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's configuration; that of DDPM for a folder that holds a network alone.
+    """The scheduler's configuration; DDPM's for a folder that holds a network alone.
 
     Raises:
-        CheckpointError: If it is missing or damaged, holds a value that cannot be meant, or is of
-            another family than DDIM's: flow matching, EDM, ...
+        CheckpointError: If it is missing or damaged, holds an invalid value, or belongs to another
+            family than DDIM's: flow matching, EDM, ...
     """
     path = _part(folder, "scheduler") / "scheduler_config.json"
     if not path.is_file() and not (folder / "model_index.json").is_file():
-        return dict(_DEFAULT_SCHEDULER)
+        return {"_class_name": "DDIMScheduler", **PIXEL_MODEL}
     config = read_json(path)
     if reason := foreign_family(config):
         raise CheckpointError(f"{path} is {reason}")
@@ -272,13 +246,12 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
 def load_network(
     folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> Any:
-    """The network of a model, in evaluation mode on the CPU, its convolutions laid out
-    channels-last.
+    """The network of a model, in evaluation mode on the CPU, with channels-last convolutions.
 
     Args:
         folder: A pipeline's folder, or the network's own.
-        dtype: What to cast the weights to; None: float32, as diffusers does.
-        variant: Of the weight files, such as ``fp16``.
+        dtype: Type of the weights. Default: float32.
+        variant: Variant of the weight files, such as ``fp16``.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or weights and configuration do not fit
@@ -300,9 +273,8 @@ def load_network(
     for path in _weight_files(folder, variant=variant):
         _check_weights(path)
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # without accelerate, weights are drawn first and then overwritten
+        # Without accelerate, weights are drawn before they are read.
+        with torch.random.fork_rng(devices=[]):
             network, report = kind.from_pretrained(
                 place,
                 dtype=dtype,
@@ -316,8 +288,7 @@ def load_network(
             f"the network in {place} cannot be loaded: weights and config.json do not fit "
             f"({_first_line(error)})."
         ) from error
-    missing = report["missing_keys"]
-    if missing:
+    if missing := report["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"the weights in {place} are not complete: {sorted(missing)[0]}{more} missing; "
@@ -328,7 +299,7 @@ def load_network(
 
 
 def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """A pipeline of diffusers from a folder, by ``load``: a class's ``from_pretrained``.
+    """Opens a pipeline of diffusers by ``load``, the ``from_pretrained`` of its class.
 
     Raises:
         CheckpointError: If a part is missing, the scheduler's family is not DDIM's, or diffusers
@@ -345,7 +316,7 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
                 f"{folder} has no {name}, and its model_index.json lists one; copy or download the "
                 "checkpoint again."
             )
-    if "torch_dtype" in options:  # its older name, of which diffusers warns
+    if "torch_dtype" in options:  # the older name, which makes diffusers warn
         options["dtype"] = options.pop("torch_dtype")
     try:
         return load(folder, **options)
@@ -361,44 +332,35 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:
-    """First 16 hex digits of the SHA-256 over the bytes of a model's weight files, shards in the
-    order of their names.
-
-    They are those of the network, and of a text model's text encoder and autoencoder after it: what
-    its images depend on.
+    """First 16 hex digits of the SHA-256 of a model's weight files, shards in the order of their
+    names: those of the network, then of a text model's text encoder and autoencoder.
 
     Raises:
-        CheckpointError: If the network has none.
+        CheckpointError: If the network has no weights.
     """
     end = f".{variant}" if variant else ""
-    others = [
-        p
-        for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model"))
-        for p in (_files_of(folder / part, f"{stem}{end}") or _files_of(folder / part, stem))
-    ]
-    return file_hash([*_weight_files(folder, variant=variant), *others])
+    files = _weight_files(folder, variant=variant)
+    for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
+        files += _files_of(folder / part, f"{stem}{end}") or _files_of(folder / part, stem)
+    return file_hash(files)
 
 
 def _part(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies: in its own folder, or beside the index, as in the oldest
-    checkpoints."""
+    """The folder of a pipeline's part: its own, or the pipeline's in the oldest checkpoints."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
-    """The files that hold the network's weights: safetensors, whole or in shards, else the pickled
-    one."""
-    place, stem = (
-        _part(folder, "unet"),
-        f"diffusion_pytorch_model{'.' + variant if variant else ''}",
-    )
+    """The files of the network's weights."""
+    place = _part(folder, "unet")
+    stem = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     if found := _files_of(place, stem):
         return found
     raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
 
 
 def _files_of(place: Path, stem: str) -> list[Path]:
-    """Weight files of that name: safetensors, whole or in shards, else pickled ones."""
+    """The weight files of that name: safetensors, whole or in shards, else pickled ones."""
     for kind in ("safetensors", "bin"):
         for pattern in (f"{stem}.{kind}", f"{stem}-*-of-*.{kind}"):
             if found := sorted(place.glob(pattern)):
@@ -407,7 +369,7 @@ def _files_of(place: Path, stem: str) -> list[Path]:
 
 
 def _check_weights(path: Path) -> None:
-    """Refuses a file that is cut off, or only stands for its contents."""
+    """Raises CheckpointError if a file is cut off, or is a pointer to its contents."""
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb") as file:
@@ -427,7 +389,7 @@ def _check_weights(path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first sentence of an error's text; diffusers' and torch's go on with what their own
-    callers could pass."""
+    """The first sentence of an error's text; the rest is about arguments that our users do not
+    pass."""
     lines = str(error).strip().splitlines()
     return re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Between tensors in [-1, 1], bytes, and picture files."""
+"""Converts images between tensors in [-1, 1], bytes, Pillow images and picture files."""
 
 import math
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ __all__ = [
     "make_grid",
     "open_picture",
     "picture_size",
+    "save_gif",
     "save_png",
     "to_pil",
     "to_uint8",
@@ -39,22 +40,15 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
             f"images must have shape [B, C, H, W] with 1 or 3 channels; got {list(images.shape)}."
         )
     scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).add(0.5).floor().clamp(0, 255)
-    result: NDArray[np.uint8] = (
-        scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    )
+    pixels = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    result: NDArray[np.uint8] = pixels.cpu().numpy()
     return result
 
 
 def from_uint8(images: NDArray[np.uint8]) -> Tensor:
     """Turns bytes [B, H, W, C] into images in [-1, 1], [B, C, H, W], float32."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(images))
-        .permute(0, 3, 1, 2)
-        .float()
-        .div(127.5)
-        .sub(1)
-        .contiguous()
-    )
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return pixels.float().div(127.5).sub(1).contiguous()
 
 
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
@@ -63,18 +57,17 @@ def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
 
 
 def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:
-    """Turns what a user holds into images in [-1, 1], [B, C, H, W], float32; tensors keep their
-    dtype.
+    """Turns pictures into images in [-1, 1], [B, C, H, W], float32; tensors keep their dtype.
 
     Args:
         images: A Pillow image, bytes [H, W, C] or [H, W]; a list of those; bytes [B, H, W, C]; or a
             tensor [B, C, H, W] in [-1, 1].
-        shape: (C, H, W) that is wanted.
-        resize: Whether pictures of another size are resized (shorter side) and cut in the centre.
-            Tensors never are.
+        shape: (C, H, W) of the result.
+        resize: Whether pictures of another size are resized (shorter side) and cut to their centre.
+            Tensors are never resized.
 
     Raises:
-        DDIMError: If the size, the channels, the type or the range is another one; the message says
+        DDIMError: If the size, the channels, the type or the range does not fit; the message says
             what to do.
     """
     channels, height, width = shape
@@ -84,13 +77,11 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
                 f"a tensor of images must have shape [B, {channels}, {height}, {width}]; got "
                 f"{list(images.shape)}."
             )
-        if not images.is_floating_point() or (
-            images.numel() and not float(images.abs().max()) <= 1 + 1e-3
-        ):
-            told = f"{images.dtype} from {float(images.min()):.4g} to {float(images.max()):.4g}"
+        in_range = images.numel() == 0 or float(images.abs().max()) <= 1 + 1e-3
+        if not images.is_floating_point() or not in_range:
             raise DDIMError(
-                f"a tensor of images must be floating-point in [-1, 1]; got {told}. Bytes go in as "
-                "an array."
+                f"a tensor of images must be floating-point in [-1, 1]; got {images.dtype} from "
+                f"{float(images.min()):.4g} to {float(images.max()):.4g}. Give bytes as an array."
             )
         return images
     pictures = []
@@ -101,18 +92,17 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
         if picture.size != (width, height):
             raise DDIMError(
                 f"image {number} is {picture.width}x{picture.height} and the model's are "
-                f"{width}x{height} (width x height); "
-                "ask for resizing with resize=True, or bring it to that size."
+                f"{width}x{height} (width x height); ask for resizing with resize=True, or bring "
+                "it to that size."
             )
         pixels = np.asarray(picture, dtype=np.uint8)
         pictures.append(pixels[..., None] if pixels.ndim == 2 else pixels)
-    return from_uint8(
-        np.stack(pictures) if pictures else np.empty((0, height, width, channels), np.uint8)
-    )
+    none = np.empty((0, height, width, channels), np.uint8)
+    return from_uint8(np.stack(pictures) if pictures else none)
 
 
 def picture_size(images: Any) -> tuple[int, int]:
-    """(H, W) of the first of what :func:`from_pictures` takes; (0, 0) where there is none.
+    """(H, W) of the first of the images that :func:`from_pictures` takes; (0, 0) if there is none.
 
     Raises:
         DDIMError: If these are no images.
@@ -128,24 +118,20 @@ def picture_size(images: Any) -> tuple[int, int]:
 
 
 def _listed(images: Any) -> list[Image.Image]:
+    """One picture, a list of them, or an array of them, as a list of Pillow images."""
     pictures = []
-    several = isinstance(images, (list, tuple)) or (
-        isinstance(images, np.ndarray) and images.ndim == 4
-    )
-    for number, image in enumerate(images if several else [images]):
+    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
+    for number, image in enumerate(
+        images if is_batch or isinstance(images, (list, tuple)) else [images]
+    ):
         if isinstance(image, np.ndarray):
-            if (
-                image.dtype != np.uint8
-                or image.ndim not in (2, 3)
-                or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
-            ):
+            channels = image.shape[2:]  # none in a grey image [H, W]
+            if image.dtype != np.uint8 or image.ndim < 2 or channels not in ((), (1,), (3,), (4,)):
                 raise DDIMError(
                     f"an array of images must hold bytes, [B, H, W, C]; image {number} is "
                     f"{image.dtype} {list(image.shape)}."
                 )
-            image = Image.fromarray(
-                image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-            )
+            image = Image.fromarray(image[..., 0] if channels == (1,) else image)
         if not isinstance(image, Image.Image):
             raise DDIMError(
                 f"images must be Pillow images, arrays of bytes, or a tensor; image {number} is a "
@@ -156,19 +142,18 @@ def _listed(images: Any) -> list[Image.Image]:
 
 
 def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
-    """A picture of any mode as grey (1 channel) or colour (3): alpha over white, 16 bits cut to
-    their upper 8.
+    """Converts a picture of any mode to grey (1 channel) or colour (3): it is laid over white if it
+    has an alpha channel, and 16 bits are cut to their upper 8.
 
     Raises:
-        DataError: If its pixels are floating-point, whose range nobody knows.
+        DataError: If its pixels are floating-point, whose range is unknown.
     """
     if picture.mode == "F":
         raise DataError(
             "the image has floating-point pixels of unknown range; convert it to 8 bits."
         )
-    if picture.mode == "I" or picture.mode.startswith(
-        "I;16"
-    ):  # 16 bits, which convert("L") would cut off at 255
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        # convert("L") would cut 16 bits off at 255.
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -205,11 +190,8 @@ def open_picture(path: Path | str) -> Image.Image:
             return ImageOps.exif_transpose(picture)  # a copy
     except FileNotFoundError:
         raise DataError(f"there is no picture at {path}.") from None
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-    ) as error:  # Pillow reports a damaged PNG as a SyntaxError
+    # Pillow reports a damaged PNG as a SyntaxError.
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise DataError(
             f"{path} is not a picture, or is damaged ({str(error).splitlines()[0]}); give a PNG or "
             "JPEG file."
@@ -217,8 +199,8 @@ def open_picture(path: Path | str) -> Image.Image:
 
 
 def load_image(path: Path | str) -> NDArray[np.uint8]:
-    """Reads a picture file as bytes [H, W, C], C being 1 for grey pictures and 3 for all others;
-    errors as :func:`open_picture`."""
+    """Reads a picture file as bytes [H, W, C], where C is 1 for grey pictures and 3 for all others;
+    raises as :func:`open_picture`."""
     picture = open_picture(path)
     pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -235,7 +217,7 @@ def make_grid(
 
     Args:
         images: At least one.
-        columns: Images a row; None: about as many columns as rows.
+        columns: Images a row. Default: about as many as there are rows.
         padding: Pixels between and around images.
         background: Grey level of the padding and of empty places.
     """
@@ -244,16 +226,11 @@ def make_grid(
         raise DDIMError("a grid needs at least one image; got none.")
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = -(-count // columns)
-    grid = np.full(
-        (rows * (height + padding) + padding, columns * (width + padding) + padding, channels),
-        background,
-        np.uint8,
-    )
+    down, across = height + padding, width + padding  # from one image to the next
+    size = (rows * down + padding, columns * across + padding, channels)
+    grid = np.full(size, background, np.uint8)
     for i, image in enumerate(images):
-        top, left = (
-            padding + i // columns * (height + padding),
-            padding + i % columns * (width + padding),
-        )
+        top, left = padding + i // columns * down, padding + i % columns * across
         grid[top : top + height, left : left + width] = image
     return grid
 
@@ -261,32 +238,22 @@ def make_grid(
 def label_rows(
     images: NDArray[np.uint8], labels: Sequence[str], *, padding: int = 2
 ) -> NDArray[np.uint8]:
-    """Lays images [B, H, W, C] out in as many rows as there are labels, each under its text, for
-    people: one picture [H', W', 3]."""
+    """Lays images [B, H, W, C] out in as many rows as there are labels, each row under its label:
+    one picture [H', W', 3]."""
     from PIL import ImageDraw, ImageFont
 
     columns, font = len(images) // len(labels), ImageFont.load_default(12)
-    width = (
-        max(
-            [
-                *(int(font.getlength(label)) for label in labels),
-                columns * (images.shape[2] + padding),
-            ]
-        )
-        + 2 * padding
-    )
+    longest = max(int(font.getlength(label)) for label in labels)
+    width = max(longest, columns * (images.shape[2] + padding)) + 2 * padding
     rows = []
     for number, label in enumerate(labels):
         strip = Image.new("RGB", (width, 18), "white")
         ImageDraw.Draw(strip).text((padding, 2), label, fill="black", font=font)
-        row = make_grid(
-            images[number * columns : (number + 1) * columns], columns=columns, padding=padding
-        )
+        part = images[number * columns : (number + 1) * columns]
+        row = make_grid(part, columns=columns, padding=padding)
         row = np.broadcast_to(row, (*row.shape[:2], 3))
-        rows += [
-            np.asarray(strip),
-            np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255),
-        ]
+        margin = ((0, 0), (0, width - row.shape[1]), (0, 0))
+        rows += [np.asarray(strip), np.pad(row, margin, constant_values=255)]
     return np.concatenate(rows)
 
 
@@ -300,3 +267,13 @@ def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale:
         )
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def save_gif(images: NDArray[np.uint8], path: Path, *, scale: int = 1) -> None:
+    """Writes bytes [B, H, W, C] as an animation, there and back, whole or not at all."""
+    frames = [p.resize((p.width * scale, p.height * scale), 0) for p in to_pil(images)]
+    frames += frames[-2:0:-1]
+    with replacing(path) as partial:
+        frames[0].save(
+            partial, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
+        )

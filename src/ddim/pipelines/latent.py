@@ -21,12 +21,13 @@ from ddim.core.route import Route
 from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_index
+from ddim.models.export import to_diffusers
 from ddim.pipelines.base import Callback, Place, find_pretrained
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.networks import copy_if_replayed, prepare_layers
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
 from ddim.pipelines.routing import ClipOption
-from ddim.scheduler import as_ddim, to_diffusers
+from ddim.scheduler import as_ddim
 
 __all__ = ["Given", "StableDiffusion", "StepEnd", "WalkOptions"]
 

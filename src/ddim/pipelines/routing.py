@@ -5,22 +5,16 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from ddim.configuration import configured_timesteps, select_clip
 from ddim.core.denoiser import Clip
 from ddim.core.prediction import to_x0_eps
 from ddim.core.route import Route, make_route
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_order
-from ddim.core.timesteps import (
-    Spacing,
-    check_timesteps,
-    select_timesteps,
-    step_pairs,
-    truncate_timesteps,
-)
+from ddim.core.timesteps import Spacing, check_timesteps, step_pairs, truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.inversion.ddim import encodable_timesteps
 from ddim.inversion.reversible import Reversible, ReversibleSampler, check_start
-from ddim.scheduler import fitted_timesteps
 
 __all__ = [
     "ClipOption",
@@ -137,15 +131,12 @@ def resolve_timesteps(
     """The levels that a call with these options visits; ``is_fitted`` lets the fitted timesteps of
     the configuration take part."""
     if timesteps is None:
-        steps = 50 if num_inference_steps is None else num_inference_steps
-        fitted = None
-        if timestep_spacing is None and is_fitted:
-            fitted = fitted_timesteps(vars(config), steps)
-        return fitted or select_timesteps(
-            len(schedule),
-            steps,
-            timestep_spacing or config.timestep_spacing,
-            steps_offset=config.steps_offset,
+        return configured_timesteps(
+            vars(config),
+            50 if num_inference_steps is None else num_inference_steps,
+            total=len(schedule),
+            spacing=timestep_spacing,
+            use_fitted=is_fitted,
         )
     if num_inference_steps is not None or timestep_spacing is not None:
         raise DDIMError(
@@ -157,16 +148,7 @@ def resolve_timesteps(
 
 def resolve_clip(config: Any, clip: ClipOption = None) -> Clip:
     """How the predicted x0 is kept in range, by a call's option or else by the configuration."""
-    if isinstance(clip, Clip):
-        return clip
-    if clip is None:
-        clip = "dynamic" if config.thresholding else "static" if config.clip_sample else "none"
-    return Clip(
-        clip,
-        config.clip_sample_range,
-        config.dynamic_thresholding_ratio,
-        max(1.0, config.sample_max_value),
-    )
+    return clip if isinstance(clip, Clip) else select_clip(vars(config), clip)
 
 
 def _check_exact(route: Route, order: int | None) -> None:

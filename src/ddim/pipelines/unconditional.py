@@ -25,6 +25,7 @@ from ddim.models.checkpoints import (
     read_model_index,
     read_scheduler_config,
 )
+from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
 from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators
 from ddim.pipelines.coding import Coding
@@ -39,7 +40,7 @@ from ddim.pipelines.inputs import (
 )
 from ddim.pipelines.networks import prepare_layers
 from ddim.pipelines.routing import ClipOption, Sampler
-from ddim.scheduler import as_ddim, to_diffusers
+from ddim.scheduler import as_ddim
 
 __all__ = ["UnconditionalPipeline"]
 

@@ -1,4 +1,4 @@
-"""The model that a run begins with: an unconditional one, or one in Stable Diffusion's format."""
+"""The model that a run starts from: an unconditional one, or one in Stable Diffusion's format."""
 
 import importlib
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ from ddim.models.checkpoints import (
 
 __all__ = ["Base", "load_part", "open_base"]
 
-_PARTS = {  # of Stable Diffusion 1 and 2, with what they do
+# The parts of Stable Diffusion 1 and 2: the class, and what the part is.
+_PARTS = {
     "unet": ("UNet2DConditionModel", "the network"),
     "vae": ("AutoencoderKL", "the autoencoder"),
     "text_encoder": ("CLIPTextModel", "the text encoder"),
@@ -30,7 +31,7 @@ _PARTS = {  # of Stable Diffusion 1 and 2, with what they do
 
 @dataclass(frozen=True)
 class Base:
-    """A model's folder and what its files say."""
+    """A model's folder and the content of its files."""
 
     name: str
     folder: Path
@@ -41,20 +42,18 @@ class Base:
 
     @property
     def channels(self) -> int:
-        """Channels of its images."""
-        config = (
-            read_json(self.folder / "vae" / "config.json") if self.is_text else self.network_config
-        )
-        return int(config.get("in_channels", 3))
+        """Channels of the images that the model makes."""
+        path = self.folder / "vae" / "config.json"
+        return int((read_json(path) if self.is_text else self.network_config).get("in_channels", 3))
 
     @property
     def guidance(self) -> dict[str, float]:
-        """How its card says that it is guided."""
+        """The guidance that the model's card recommends."""
         return read_guidance(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the record says of it."""
+        """What the record of a run says about its base."""
         return {
             "base_class": self.index.get("_class_name"),
             "base_weights": weight_hash(self.folder),
@@ -68,44 +67,35 @@ def open_base(name: str) -> Base:
         name: An embedded model's name, a folder, or a hub id.
 
     Raises:
-        CheckpointError: If there is no such model, a part of it is missing, or it is of another
-            kind.
+        CheckpointError: If there is no such model, a part is missing, or it is of another kind.
     """
     folder = find_model(name)
     index = read_model_index(folder)
     is_text = not is_unconditional(index)
     if is_text:
         _check_parts(name, folder, index)
-    elif (index.get("unet") or [None, None])[1] != "UNet2DModel":
+    elif (kind := _class_of(index, "unet")) != "UNet2DModel":
         raise CheckpointError(
-            f"{name} has a network of class {(index.get('unet') or [None, None])[1]}, and "
-            "UNet2DModel can be trained."
+            f"{name} has a network of class {kind}, and only UNet2DModel can be trained."
         )
     place = folder / "unet" if (folder / "unet").is_dir() else folder
-    return Base(
-        name,
-        folder,
-        index,
-        read_scheduler_config(folder),
-        read_json(place / "config.json"),
-        is_text,
-    )
+    network_config = read_json(place / "config.json")
+    return Base(name, folder, index, read_scheduler_config(folder), network_config, is_text)
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> Any:
+    return (index.get(part) or [None, None])[1]
 
 
 def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
-    further = [
-        p
-        for p in ("text_encoder_2", "transformer", "prior_prior", "controlnet")
-        if (index.get(p) or [None])[0] is not None
-    ]
-    if further:
-        raise CheckpointError(
-            f"{name} is a {index.get('_class_name')} with a {further[0]}, and training knows "
-            "Stable Diffusion 1 and 2; "
-            "train it with diffusers' own scripts."
-        )
+    for part in ("text_encoder_2", "transformer", "prior_prior", "controlnet"):
+        if (index.get(part) or [None])[0] is not None:
+            raise CheckpointError(
+                f"{name} is a {index.get('_class_name')} with a {part}, and only Stable Diffusion "
+                "1 and 2 can be trained; train it with diffusers' own scripts."
+            )
     for part, (kind, what) in _PARTS.items():
-        found = (index.get(part) or [None, None])[1]
+        found = _class_of(index, part)
         if found is None or not (folder / part).is_dir():
             raise CheckpointError(
                 f"{name} has no {part} ({what}), which a text model needs; complete the folder, or "
@@ -113,20 +103,19 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
             )
         if kind and found.removesuffix("Fast") != kind:
             raise CheckpointError(
-                f"the {part} of {name} is a {found}, and training knows {kind}; train it with "
+                f"the {part} of {name} is a {found}, and only {kind} can be trained; train it with "
                 "diffusers' own scripts."
             )
     for part in ("vae", "text_encoder"):
         if not any("." not in p.stem for p in (folder / part).glob("*.safetensors")):
             raise CheckpointError(
                 f"the {part} of {name} has no .safetensors file without a variant, and pickled or "
-                "half-precision weights are not copied; "
-                "save it anew with diffusers."
+                "half-precision weights are not copied; save it anew with diffusers."
             )
 
 
 def load_part(base: Base, part: str) -> Any:
-    """The autoencoder, text encoder or tokenizer of a text model, from its folder.
+    """Loads the autoencoder, text encoder or tokenizer of a text model.
 
     Raises:
         CheckpointError: If its files are damaged.

@@ -1,7 +1,6 @@
-"""What a training run is: one frozen record, and named presets of it.
+"""The options of a training run as one frozen value, and named presets of it.
 
-This module imports nothing heavy, since the command line reads its fields to print its help.
-"""
+This module imports nothing heavy, since the command line reads its fields to print its help."""
 
 import math
 import shlex
@@ -15,49 +14,27 @@ __all__ = ["PRESETS", "Preset", "TrainConfig", "command_line"]
 # The least value of each number; what is not listed has a rule of its own below.
 _AT_LEAST = {
     1: (
-        "block_out_channels",
-        "layers_per_block",
-        "attention_head_dim",
-        "norm_num_groups",
-        "num_train_timesteps",
-        "images",
-        "batch_size",
-        "gradient_accumulation",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "preview_count",
-        "preview_steps",
-        "log_every",
+        *("block_out_channels", "layers_per_block", "attention_head_dim", "norm_num_groups"),
+        *("num_train_timesteps", "images", "batch_size", "gradient_accumulation"),
+        *("checkpoint_every", "keep_checkpoints", "preview_count", "preview_steps", "log_every"),
     ),
     0: (
-        "validation_images",
-        "attention_levels",
-        "weight_floor",
-        "offset_noise",
-        "preview_guidance_scale",
-        "lr_warmup_steps",
-        "weight_decay",
-        "gradient_clip",
-        "seed",
-        "preview_every",
-        "workers",
+        *("validation_images", "attention_levels", "weight_floor", "offset_noise"),
+        *("preview_guidance_scale", "lr_warmup_steps", "weight_decay", "gradient_clip", "seed"),
+        *("preview_every", "workers"),
     ),
 }
 
-
-# What nothing but a text model has.
-_OF_TEXT = (
-    "train_text_encoder",
-    "caption_column",
-    "caption_dropout",
-    "cache_latents",
+# Options that act on text models only.
+_TEXT_OPTIONS = (
+    *("train_text_encoder", "caption_column", "caption_dropout", "cache_latents"),
     "preview_guidance_scale",
 )
 
 EPSILON_AT_ZERO_SNR = (
     "epsilon prediction cannot be trained at zero terminal SNR, where the input is the answer and "
-    "x0 cannot be recovered; "
-    "use --prediction-type v_prediction, or leave out --rescale-betas-zero-snr."
+    "x0 cannot be recovered; use --prediction-type v_prediction, or leave out "
+    "--rescale-betas-zero-snr."
 )
 
 
@@ -73,10 +50,10 @@ class Architecture:
     dropout: float = 0.0
 
     def check(self) -> None:
-        """Refuses what does not fit together.
+        """Checks that the values fit together.
 
         Raises:
-            DDIMError: What that is.
+            DDIMError: If they do not.
         """
         bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
         if bad:
@@ -84,9 +61,8 @@ class Architecture:
                 f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; "
                 f"got {bad[0]}."
             )
-        narrowest = min(
-            self.block_out_channels[-max(1, self.attention_levels) :]
-        )  # the middle of the network always has attention
+        # The middle of the network always has attention.
+        narrowest = min(self.block_out_channels[-max(1, self.attention_levels) :])
         if self.attention_head_dim > narrowest:
             raise DDIMError(
                 f"attention_head_dim must be at most {narrowest}, the fewest channels that have "
@@ -103,84 +79,84 @@ class TrainConfig:
     """A folder of images, a .npz, IDX files, a .parquet, `digits`, `fashion-mnist`, `fashion-text`,
     or a hub dataset id."""
     out: str
-    """Folder for the model, its checkpoints and its log. Running again with the same options goes
-    on from the last checkpoint."""
+    """Folder for the model, its checkpoints and its log. The same command resumes from the last
+    checkpoint there."""
 
     base: str | None = None
-    """A model to begin with: an embedded one, a folder or a hub id. One in Stable Diffusion's
-    format is trained on the data's captions."""
+    """Model to start from: an embedded one, a folder or a hub id. One in Stable Diffusion's format
+    is trained on the captions of the data."""
     from_scratch: bool = False
-    """Begin with a new network: of the base's configuration, or of block_out_channels to dropout
-    where one of those is given."""
+    """Start with new weights. The network has the base's shape, or the one that block_out_channels
+    to dropout describe if any of them is given."""
     train_text_encoder: bool = False
-    """Train the base's text encoder along with the network."""
+    """Train the base's text encoder together with the network."""
     caption_dropout: float = 0.1
-    """Share of the captions that are replaced by the empty one, which guidance needs."""
+    """Fraction of captions that are replaced by the empty one. Guidance needs it."""
     cache_latents: Literal["no", "memory", "disk"] = "no"
-    """Encode every image (and its mirror image) once before the run. Disk: in OUT, while the run
-    lasts; 8 bytes a latent element."""
+    """Encode every image (and its mirror image) once, before the run. `disk` keeps the latents in
+    OUT while the run lasts; they take 8 bytes per latent element."""
     gradient_checkpointing: bool = False
-    """Compute activations twice, and hold less of them in memory."""
+    """Save memory by computing activations twice."""
 
     split: str = "train"
     """Split of the data set to train on."""
     resolution: int | None = None
-    """Resize the shorter side to this and cut out the centre square (never a random one); by
-    default all must have one size already."""
+    """Resize the shorter side to this and cut out the centre square (never a random one). Default:
+    all images must have one size already."""
     center_crop: bool = False
-    """Cut out the centre square without resizing; with a resolution that happens anyway."""
+    """Cut out the centre square without resizing. With a resolution this happens anyway."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour; by default what the base or the first image has."""
+    """1 for grey, 3 for colour. Default: as the base or, without one, the first image."""
     horizontal_flip: bool = False
-    """Mirror half of the images at random."""
+    """Mirror a random half of the images."""
     image_column: str | None = None
-    """Column of parquet or hub data that holds the images; by default the first one that does."""
+    """Column of parquet or hub data that holds the images. Default: the first one that does."""
     label_column: str | None = None
-    """Column of labels; by default label, labels, fine_label or class."""
+    """Column of labels. Default: label, labels, fine_label or class."""
     caption_column: str | None = None
-    """Column of captions, of a table or a folder's metadata file; by default text, caption,
+    """Column of captions in a table or in a folder's metadata file. Default: text, caption,
     captions or prompt."""
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
-    """Images held out, evenly spread over the data (a tenth of it at most); the loss on them
-    chooses the best checkpoint. 0: none."""
+    """Number of images that are held out, spread over the data; at most a tenth of it. The loss on
+    them chooses the best checkpoint. 0: none."""
 
     block_out_channels: tuple[int, ...] | None = None
-    """Channels of a new network at each resolution, from full to lowest; by default 32,64,128."""
+    """Channels of a new network at each resolution, from full to lowest. Default: 32,64,128."""
     layers_per_block: int | None = None
-    """Residual blocks at each resolution; by default 1."""
+    """Residual blocks at each resolution. Default: 1."""
     attention_levels: int | None = None
-    """How many of the lowest resolutions have attention; by default 1."""
+    """Number of resolutions with attention, counted from the lowest. Default: 1."""
     attention_head_dim: int | None = None
-    """Channels of an attention head; by default 8."""
+    """Channels of an attention head. Default: 8."""
     norm_num_groups: int | None = None
-    """Groups of the group normalisation; must divide every entry of block_out_channels. By default
+    """Groups of the group normalisation; must divide every entry of block_out_channels. Default:
     8."""
     dropout: float | None = None
-    """Dropout in the residual blocks; by default 0."""
+    """Dropout in the residual blocks. Default: 0."""
 
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the network predicts; by default what the base's does, or epsilon."""
+    """What the network predicts. Default: as the base, or epsilon."""
     num_train_timesteps: int | None = None
-    """Levels T of the noise schedule; by default the base's, or 1000."""
+    """Number T of levels of the noise schedule. Default: as the base, or 1000."""
     beta_schedule: (
         Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None
     ) = None
-    """Noise schedule; by default the base's, or linear. One that is named here replaces the base's,
-    rescaling included."""
+    """Noise schedule. It replaces the base's, rescaling included. Default: as the base, or
+    linear."""
     beta_start: float | None = None
-    """First beta of linear, scaled_linear and sigmoid; by default the base's, or 0.0001."""
+    """First beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.0001."""
     beta_end: float | None = None
-    """Last beta of linear, scaled_linear and sigmoid; by default the base's, or 0.02."""
+    """Last beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.02."""
     rescale_betas_zero_snr: bool = False
-    """Rescale the schedule to zero terminal SNR, as a base may say already; needs v_prediction or
-    sample."""
+    """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction
+    or sample."""
     offset_noise: float = 0.0
-    """Add to the noise a random number an image and channel, of this size (as 0.1). No sampler
-    draws such noise; zero SNR needs none."""
+    """Standard deviation of a random constant that is added to the noise of each image and channel,
+    such as 0.1. No sampler draws such noise, and zero terminal SNR makes it unnecessary."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
-    """Loss weight of the levels."""
+    """Weights of the levels in the loss."""
     snr_gamma: float = 5.0
     """SNR at which min-snr saturates."""
     weight_floor: float = 0.01
@@ -188,14 +164,14 @@ class TrainConfig:
     trained."""
 
     images: int = 300_000
-    """Length of the run, in images seen (repetitions counted)."""
+    """Length of the run, as the number of images seen, repetitions included."""
     batch_size: int = 64
-    """Images of one forward pass on one process."""
+    """Images per forward pass and process."""
     gradient_accumulation: int = 1
-    """Forward passes an optimiser step."""
+    """Forward passes per optimiser step."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; by default 0.0004 for a new network, and 0.00001 where a base's
-    goes on."""
+    """Peak learning rate of AdamW. Default: 0.0004 for a new network, 0.00001 for a base's
+    weights."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up."""
     lr_warmup_steps: int = 500
@@ -203,44 +179,44 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     gradient_clip: float = 1.0
-    """Largest norm of the gradient; 0: no limit."""
+    """Largest norm of the gradient. 0: no limit."""
     ema_decay: float = 0.9995
-    """Decay of the exponential moving average of the parameters, which is what gets sampled. 0:
-    none."""
+    """Decay of the exponential moving average of the parameters, which is the model that is
+    sampled. 0: no averaging."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the network's forward pass; noise, targets and the loss stay float32."""
+    """Precision of the network's forward pass. Noise, targets and the loss stay float32."""
     compile: bool = False
-    """Compile the network with torch.compile (minutes at the start, faster steps); changed on
-    resuming, it changes the rounding."""
+    """Compile the network with torch.compile: minutes at the start, then faster steps. Changing it
+    on resuming changes the rounding."""
     seed: int = 0
-    """Seed of weights, data order, timesteps and noise."""
+    """Seed of the weights, the order of the data, the timesteps and the noise."""
 
     checkpoint_every: int = 1000
     """Optimiser steps between checkpoints."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; the best is kept besides."""
+    """Number of newest checkpoints to keep, besides the best one."""
     preview_every: int = 0
-    """Optimiser steps between preview grids (OUT/previews); 0: none."""
+    """Optimiser steps between preview grids (OUT/previews). 0: none."""
     preview_count: int = 16
-    """Images of a preview."""
+    """Images in a preview."""
     preview_steps: int = 25
     """DDIM steps of a preview."""
     preview_guidance_scale: float = 7.5
-    """Guidance of the previews of a text model; 1: none."""
+    """Guidance scale of the previews of a text model. 1: off."""
     log_every: int = 50
     """Optimiser steps between log entries (OUT/log, for tensorboard)."""
     workers: int = 0
-    """Processes that load images; 0: the training process itself."""
+    """Processes that load images. 0: the training process itself."""
+
+    @property
+    def shape_options(self) -> list[str]:
+        """The options that were given for the shape of a new network."""
+        return [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
 
     @property
     def architecture(self) -> Architecture:
         """The shape of a network that is made without a base."""
-        given = {
-            f.name: value
-            for f in fields(Architecture)
-            if (value := getattr(self, f.name)) is not None
-        }
-        return Architecture(**given)
+        return Architecture(**{name: getattr(self, name) for name in self.shape_options})
 
     @property
     def peak_learning_rate(self) -> float:
@@ -251,12 +227,9 @@ class TrainConfig:
 
     @property
     def text_options(self) -> list[str]:
-        """The options that are not at their defaults and mean nothing without a text model."""
-        return [
-            f.name
-            for f in fields(TrainConfig)
-            if f.name in _OF_TEXT and getattr(self, f.name) != f.default
-        ]
+        """The options for text models that are not at their defaults."""
+        changed = (f.name for f in fields(TrainConfig) if getattr(self, f.name) != f.default)
+        return [name for name in changed if name in _TEXT_OPTIONS]
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -264,9 +237,8 @@ class TrainConfig:
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
-                if value is not None and (
-                    value == () or not min(value if isinstance(value, tuple) else (value,)) >= least
-                ):  # not: NaN
+                values = value if isinstance(value, tuple) else (value,)
+                if value is not None and not (values and min(values) >= least):  # also NaN
                     raise DDIMError(f"{name} must be at least {least}; got {value}.")
         for name in ("peak_learning_rate", "snr_gamma"):
             if not getattr(self, name) > 0:
@@ -282,10 +254,8 @@ class TrainConfig:
             )
         if self.seed >= 2**63:
             raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
-        start, end = (
-            1e-4 if self.beta_start is None else self.beta_start,
-            0.02 if self.beta_end is None else self.beta_end,
-        )
+        start = 1e-4 if self.beta_start is None else self.beta_start
+        end = 0.02 if self.beta_end is None else self.beta_end
         if not 0 < start <= end < 1:
             raise DDIMError(
                 f"betas must rise within (0, 1); got beta_start={start}, beta_end={end}."
@@ -305,33 +275,28 @@ class TrainConfig:
             self.architecture.check()
 
     def _check_base(self) -> None:
-        if self.base is None:
-            if self.from_scratch:
-                raise DDIMError(
-                    "from_scratch needs a model whose configuration is taken; name it by --base, "
-                    "or leave it out."
-                )
-            if self.text_options:
-                raise DDIMError(
-                    f"{self.text_options[0]} is of text models; name one by --base, or leave it "
-                    "out."
-                )
-        elif not self.from_scratch:
-            given = [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
-            if given:
-                raise DDIMError(
-                    f"{given[0]} is of a new network, and the base's goes on; add --from-scratch, "
-                    "or leave it out."
-                )
+        if self.base is None and self.from_scratch:
+            raise DDIMError(
+                "from_scratch needs a model whose configuration is taken; name it by --base, or "
+                "leave it out."
+            )
+        if self.base is None and self.text_options:
+            raise DDIMError(
+                f"{self.text_options[0]} is for text models; name one by --base, or leave it out."
+            )
+        if self.base is not None and not self.from_scratch and self.shape_options:
+            raise DDIMError(
+                f"{self.shape_options[0]} is for a new network, and the base has one; add "
+                "--from-scratch, or leave it out."
+            )
 
 
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:
-    """The command that trains this configuration: the options that differ from their defaults, as a
-    shell reads them."""
+    """Returns the shell command that trains this configuration, with the options that differ from
+    their defaults."""
     words = ["ddim", "train"]
-    if (
-        processes > 1
-    ):  # torchrun, since accelerate launch starts a single process where there are no GPUs
+    # torchrun, since accelerate launch starts a single process if there are no GPUs.
+    if processes > 1:
         words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words]
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
@@ -344,13 +309,13 @@ def command_line(config: TrainConfig, *, processes: int = 1) -> str:
 
 @dataclass(frozen=True)
 class Preset:
-    """Options that made a model of ours, with what they cost and what to expect."""
+    """The options of an embedded model or an example, and a note on what they give."""
 
     options: dict[str, object]
     note: str
 
 
-# Of the three text models that show what the fixes do: all but the prediction and the terminal SNR.
+# Common to the three text models that differ in prediction type and terminal SNR.
 _FASHION_TEXT: dict[str, object] = {
     "data": "fashion-text",
     "base": "fashion-text",

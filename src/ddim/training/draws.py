@@ -1,4 +1,4 @@
-"""The random numbers of a step: a function of the run's seed, the step, its part and the
+"""The random numbers of a step, as a function of the run's seed, the step, the forward pass and the
 process."""
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ Place = tuple[int, int, int]
 
 
 def mix(*numbers: int) -> int:
-    """One seed out of several numbers (FNV-1a over their 64-bit values), so that neighbouring steps
-    share no stream."""
+    """Hashes several numbers to one seed (FNV-1a over their 64-bit values), so that neighbouring
+    steps share no stream."""
     value = 0xCBF29CE484222325
     for number in numbers:
         for shift in range(0, 64, 8):
@@ -22,12 +22,12 @@ def mix(*numbers: int) -> int:
 
 
 class Draws(NamedTuple):
-    """The streams of one forward pass."""
+    """The random streams of one forward pass."""
 
     seed: int
     place: Place
     generator: torch.Generator
-    """On the device of the images: which are mirrored, then the noise."""
+    """On the device of the images; it draws which are mirrored, then the noise."""
 
     @classmethod
     def at(cls, seed: int, place: Place, device: torch.device) -> "Draws":
@@ -35,6 +35,6 @@ class Draws(NamedTuple):
         return cls(seed, place, torch.Generator(device).manual_seed(mix(seed, 3, *place)))
 
     def stream(self, number: int) -> torch.Generator:
-        """A stream of its own on the CPU, which what others draw does not move: 5 timesteps, 6
-        latents, 7 captions, 8 offset noise."""
+        """A separate stream on the CPU, which the draws of the others do not move. 5: timesteps, 6:
+        latents, 7: captions, 8: offset noise."""
         return torch.Generator().manual_seed(mix(self.seed, number, *self.place))

@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's parameters, which is what gets sampled."""
+"""The exponential moving average of a network's parameters, which is the model that is sampled."""
 
 import copy
 
@@ -18,8 +18,8 @@ class EMA:
     """Holds a float32 copy of a network whose parameters follow: average <- decay average + (1 -
     decay) parameter.
 
-    Only parameters are averaged. Buffers (tables, running statistics) are copied: the average of
-    two of those means nothing.
+    Only parameters are averaged. Buffers (tables, running statistics) are copied, since the average
+    of two tables means nothing.
 
     Args:
         network: The network to follow; it is copied.

@@ -1,8 +1,8 @@
-"""A text-conditional network on the latents of an autoencoder: what Stable Diffusion is.
+"""A text-conditional network on the latents of an autoencoder, as in Stable Diffusion.
 
-The autoencoder is never trained, and the text encoder only where it is asked for. A latent is drawn
-from the autoencoder's posterior anew at every step; what is drawn follows from the seed and the
-step, as all noise of a run."""
+The autoencoder is never trained, and the text encoder only if that is asked for. A latent is drawn
+from the autoencoder's posterior anew at every step; the draw follows from the seed and the step, as
+all noise of a run."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,36 +16,36 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ddim.core.guidance import guided
-from ddim.data.sources import ImageData
+from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
 from ddim.models.checkpoints import load_network
 from ddim.training.base import Base, load_part
-from ddim.training.checkpoint import Package, make_scheduler
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.package import Package, make_scheduler
 from ddim.training.subject import Predictor, mirror, to_float
-from ddim.training.text_network import Surroundings, check_text_network, make_text_network
+from ddim.training.text_network import Ends, check_text_network, make_text_network
 
 __all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
 
 _MOST_EMBEDDINGS = 2**30
-"""Bytes up to which the embeddings of all captions are held; above it they are computed batch by
-batch."""
+"""Bytes up to which the embeddings of all captions are held; above it, each batch computes its
+own."""
 
-_EMPTY = 0  # the row of the empty prompt among the captions
+_EMPTY = 0
+"""The row of the empty prompt among the captions."""
 
 
 class TrainedAlong(nn.Module):
-    """A network and the text encoder that is trained along with it, as one module: (x_t, t, tokens)
-    -> prediction."""
+    """A network and the text encoder that is trained with it, as one module: (x_t, t, tokens) ->
+    prediction."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:
-        """The network's output under the captions of ``tokens``, shape [B, L]."""
         return self.unet(
             x_t, t, encoder_hidden_states=self.text_encoder(tokens)[0], return_dict=False
         )
@@ -53,19 +53,16 @@ class TrainedAlong(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Captions:
-    """All different captions of a data set, tokenised once.
-
-    Attributes:
-        texts: The empty prompt, then each caption once.
-        rows: The caption of each image, shape [N].
-        tokens: Shape [len(texts), L].
-        cut: How many images have a caption longer than L tokens.
-    """
+    """The distinct captions of a data set, tokenised once."""
 
     texts: list[str]
+    """The empty prompt, then each caption once."""
     rows: Tensor
+    """The caption of each image, shape [N]."""
     tokens: Tensor
+    """Shape [len(texts), L]."""
     cut: int
+    """Number of images whose caption is longer than L tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +80,8 @@ class _Indexed:
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """Posteriors that were computed before, with the indices of their images: [mirrored or not,
-    mean or std, C, H, W]."""
+    """Cached posteriors, [mirrored or not, mean or std, C, H, W], with the indices of their
+    images."""
 
     moments: Tensor
 
@@ -97,8 +94,8 @@ class _Encoded:
 
 @dataclass(frozen=True, eq=False)
 class TextSubject:
-    """A text-conditional network on latents; the frozen parts that its condition and its pictures
-    need."""
+    """A text-conditional network on latents, with the frozen parts that its condition and its
+    pictures need."""
 
     config: TrainConfig
     data: ImageData
@@ -115,16 +112,15 @@ class TextSubject:
 
     @property
     def examples(self) -> Any:
-        """Images, or their posteriors where those are cached, and their indices."""
         return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
-        """Moves the frozen parts to the device, embeds all captions where they fit, and encodes all
-        images where that is asked for.
+        """Moves the frozen parts to the device, embeds all captions if they fit, and encodes all
+        images if their latents are to be cached.
 
-        In memory each process holds all posteriors. On the disk all processes map the file that the
-        first one writes, which loses its name at once, so that the space is free again whenever and
-        however the run ends."""
+        In memory, each process holds all posteriors. On the disk, all processes map the file that
+        the first one writes. Its name is removed at once, so that the space is freed however the
+        run ends."""
         self.vae.to(accelerator.device)
         self.text_encoder.to(accelerator.device)
         captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
@@ -138,27 +134,21 @@ class TextSubject:
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
-        """Latents drawn from their posteriors (its mean without ``draws``), and the rows of their
-        captions."""
+        """Returns latents drawn from their posteriors (or their means, without ``draws``), and the
+        rows of their captions."""
         first, index = batch
-        flip = (
-            mirror(len(first), draws, device)
-            if draws is not None and self.config.horizontal_flip
-            else None
-        )
+        flip = None
+        if draws is not None and self.config.horizontal_flip:
+            flip = mirror(len(first), draws, device)
         first = first.to(device, non_blocking=True)
         if self.moments is None:
             pixels = to_float(first)
-            mean, std = self._posterior(
-                pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels)
-            )
+            pixels = pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels)
+            mean, std = self._posterior(pixels)
         else:
-            chosen = (
-                first[:, 0]
-                if flip is None
-                else torch.where(flip[..., None], first[:, 1], first[:, 0])
-            )
-            mean, std = chosen.unbind(1)
+            plain = first[:, 0]
+            both = plain if flip is None else torch.where(flip[..., None], first[:, 1], plain)
+            mean, std = both.unbind(1)
         rows = self.captions.rows[index]
         if draws is not None:
             mean = mean + std * torch.randn(mean.shape, generator=draws.stream(6)).to(device)
@@ -167,35 +157,28 @@ class TextSubject:
         return mean * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
 
     def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:
-        """The network under the captions of these rows."""
         if self.config.train_text_encoder:
             tokens = self.captions.tokens[condition]
             return lambda x_t, t: network(x_t, t, tokens)[0].float()
-        hidden = (
-            self._embed(self.captions.tokens[condition])
-            if self.embeddings is None
-            else self.embeddings[condition]
-        )
-        return lambda x_t, t: network(x_t, t, encoder_hidden_states=hidden, return_dict=False)[
-            0
-        ].float()
+        if self.embeddings is None:
+            options = {"encoder_hidden_states": self._embed(self.captions.tokens[condition])}
+        else:
+            options = {"encoder_hidden_states": self.embeddings[condition]}
+        return lambda x_t, t: network(x_t, t, **options, return_dict=False)[0].float()
 
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
-        """Captions spread over all that there are, under guidance."""
-        different = len(self.captions.texts) - 1
-        places = [
-            i * different // count if count <= different else i % max(1, different)
-            for i in range(count)
-        ]
-        rows = torch.tensor([1 + place if different else _EMPTY for place in places])
+        """Takes captions that are spread over all there are, and guides."""
+        total = len(self.captions.texts) - 1
+        spread = (i * total // count if count <= total else i % max(1, total) for i in range(count))
+        rows = torch.tensor([1 + place if total else _EMPTY for place in spread])
 
-        def under(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        def conditioned(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return self.predictor(network, condition)(x_t, t)
 
         predict = guided(
-            under,
+            conditioned,
             rows.to(device),
             torch.full_like(rows, _EMPTY, device=device),
             scale=self.config.preview_guidance_scale,
@@ -203,14 +186,9 @@ class TextSubject:
         return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
-        """Decodes latents, one after the other: an autoencoder takes more memory than the
-        network."""
-        return torch.cat(
-            [
-                self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
-                for x in torch.split(x0, 1)
-            ]
-        )
+        """Decodes latents one by one, since an autoencoder takes more memory than the network."""
+        latents = torch.split(x0 / self.vae.config.scaling_factor, 1)
+        return torch.cat([self.vae.decode(x, return_dict=False)[0] for x in latents])
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -230,7 +208,8 @@ class TextSubject:
         return torch.cat([self._embed(part) for part in torch.split(tokens, 256)])
 
     def _encode_all(self, accelerator: Accelerator, cache: Path) -> Tensor | None:
-        """The posteriors of all images: [N, mirrored or not, mean or std, C, H, W], float32."""
+        """Computes the posteriors of all images: [N, mirrored or not, mean or std, C, H, W],
+        float32."""
         shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
         if self.config.cache_latents == "no":
             return None
@@ -254,7 +233,7 @@ class TextSubject:
         return mapped
 
     def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Posteriors batch by batch on the CPU, each with the index of its first image."""
+        """Yields posteriors batch by batch on the CPU, each with the index of its first image."""
         indexed: Any = _Indexed(self.data)
         loader: Any = DataLoader(
             indexed, batch_size=self.config.batch_size, num_workers=self.config.workers
@@ -262,16 +241,12 @@ class TextSubject:
         for images, indices in loader:
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
-            yield (
-                int(indices[0]),
-                torch.stack([torch.stack(self._posterior(view), 1) for view in views], 1)
-                .float()
-                .cpu(),
-            )
+            moments = [torch.stack(self._posterior(view), 1) for view in views]
+            yield int(indices[0]), torch.stack(moments, 1).float().cpu()
 
 
 def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubject:
-    """A Stable-Diffusion-format base to be trained on captioned images.
+    """Makes a base in Stable Diffusion's format ready to be trained on captioned images.
 
     Raises:
         DDIMError: If base, data and configuration do not fit together; the message says what to do.
@@ -287,33 +262,24 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     vae.requires_grad_(False).eval()
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
     shape = _latent_shape(config, data, base, vae)
-    torch.manual_seed(
-        config.seed
-    )  # the run owns its process: initial weights and dropout follow from the seed
-    around = Surroundings(shape, _factor(vae), int(text_encoder.config.hidden_size))
+    torch.manual_seed(config.seed)  # for initial weights and dropout; the run owns its process
+    ends = Ends(shape, _factor(vae), int(text_encoder.config.hidden_size))
     unet = (
-        make_text_network(config, base, around)
-        if config.from_scratch
-        else load_network(base.folder)
+        make_text_network(config, base, ends) if config.from_scratch else load_network(base.folder)
     )
-    check_text_network(unet, base, around)
+    check_text_network(unet, base, ends)
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        if config.train_text_encoder:
-            enable = getattr(
-                text_encoder, "activation_checkpointing_enable", None
-            )  # its name from transformers 5 on
+        if config.train_text_encoder:  # transformers 5 has renamed the method
+            enable = getattr(text_encoder, "activation_checkpointing_enable", None)
             (enable or text_encoder.gradient_checkpointing_enable)()
     captions = _tokenise(list(data.captions or ()), tokenizer, text_encoder)
     package, notes = _package(config, base)
     if captions.cut:
-        length = captions.tokens.shape[1]
         notes += (
-            (
-                f"{captions.cut} of {len(data)} captions are longer than the {length} tokens that "
-                f"{base.name} reads, and are cut there."
-            ),
+            f"{captions.cut} of {len(data)} captions are longer than the "
+            f"{captions.tokens.shape[1]} tokens that {base.name} reads, and are cut there.",
         )
     facts = {"captions": len(captions.texts) - 1, "captions_cut": captions.cut}
     network = TrainedAlong(unet, text_encoder) if config.train_text_encoder else unet
@@ -323,7 +289,8 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
 
 
 def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]:
-    """What the trained model's folder holds, and what of the base's is left out."""
+    """Returns the content of the trained model's folder, and notes on the parts of the base that
+    are left out."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
@@ -336,27 +303,26 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
         folder = base.folder / name
         if name.startswith("_") or name == "scheduler":
             continue
-        if name in trained or not isinstance(value, (list, tuple)):
-            index[name] = value
-        elif any(folder.glob("*.bin")) and not any(
-            "." not in p.stem for p in folder.glob("*.safetensors")
-        ):
+        is_part = isinstance(value, (list, tuple)) and name not in trained
+        plain = any("." not in p.stem for p in folder.glob("*.safetensors"))
+        if is_part and any(folder.glob("*.bin")) and not plain:
             notes += (f"the {name} of {base.name} has pickled weights alone, and is left out.",)
             index[name] = [None, None]
+        elif is_part and not folder.is_dir():
+            index[name] = [None, None]
         else:
-            index[name] = value if folder.is_dir() else [None, None]
-            frozen |= {name: folder} if folder.is_dir() else {}
+            index[name] = value
+            frozen |= {name: folder} if is_part else {}
     if index["safety_checker"][0] is None:
         index["requires_safety_checker"] = False
-    package = Package(
-        index,
-        make_scheduler(config, {**base.scheduler, "steps_offset": 1}),
-        parts=(lambda module: {"unet": module.unet, "text_encoder": module.text_encoder})
-        if len(trained) > 1
-        else lambda m: {"unet": m},
-        frozen=frozen,
-    )
-    return package, notes
+
+    def parts(module: Any) -> dict[str, Any]:
+        if config.train_text_encoder:
+            return {"unet": module.unet, "text_encoder": module.text_encoder}
+        return {"unet": module}
+
+    scheduler = make_scheduler(config, {**base.scheduler, "steps_offset": 1})
+    return Package(index, scheduler, parts, frozen), notes
 
 
 def _factor(vae: Any) -> int:
@@ -370,15 +336,13 @@ def _latent_shape(
     if data.channels != vae.config.in_channels:
         raise DDIMError(
             f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the "
-            f"images have {data.channels}; "
-            f"use --channels {vae.config.in_channels}."
+            f"images have {data.channels}; use --channels {vae.config.in_channels}."
         )
     if height % factor or width % factor:
         usable = max(factor, round(min(height, width) / factor) * factor)
         raise DDIMError(
             f"images of {width}x{height} (width x height) cannot be made into latents: the "
-            f"autoencoder of {base.name} divides by {factor}; "
-            f"use --resolution {usable}."
+            f"autoencoder of {base.name} divides by {factor}; use --resolution {usable}."
         )
     return (int(vae.config.latent_channels), height // factor, width // factor)
 

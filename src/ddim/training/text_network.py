@@ -1,67 +1,53 @@
-"""The network of a text model: a new one, or whether a base's fits its other parts and the data."""
+"""The network of a text model: makes a new one, or checks that a base's fits the rest and the
+data."""
 
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import diffusers
 
 from ddim.errors import DDIMError
 from ddim.training.base import Base
-from ddim.training.config import Architecture, TrainConfig
-from ddim.training.subject import check_halvings
+from ddim.training.config import TrainConfig
+from ddim.training.subject import check_halvings, shape_options
 
-__all__ = ["Surroundings", "check_text_network", "make_text_network"]
+__all__ = ["Ends", "check_text_network", "make_text_network"]
 
 
-class Surroundings(NamedTuple):
-    """What a network lies between."""
+class Ends(NamedTuple):
+    """What a network has to fit: latents on one side, captions on the other."""
 
     latents: tuple[int, int, int]
-    """(C, H, W) of what it denoises."""
+    """(C, H, W) of the latents that it denoises."""
     factor: int
     """Pixels of an image along a side of one latent."""
     width: int
     """Channels of a caption's tokens."""
 
 
-def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> Any:
-    """A new network of the base's configuration, or, as soon as one option gives a shape, of the
-    shape that all of them give.
+def make_text_network(config: TrainConfig, base: Base, ends: Ends) -> Any:
+    """Makes a new network. As soon as one option gives a shape, the options give all of it;
+    otherwise it has the base's shape.
 
     Raises:
         DDIMError: If the latents cannot be halved as often as it has resolutions, or diffusers
             refuses the options.
     """
-    channels, *size = around.latents
+    channels, height, width = ends.latents
     options = {key: value for key, value in base.network_config.items() if not key.startswith("_")}
-    if any(getattr(config, f.name) is not None for f in fields(Architecture)):
-        given = config.architecture
-        levels = len(given.block_out_channels)
-        attention = [level >= levels - given.attention_levels for level in range(levels)]
-        options = {
-            "block_out_channels": given.block_out_channels,
-            "layers_per_block": given.layers_per_block,
-            "down_block_types": tuple(
-                "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention
-            ),
-            "up_block_types": tuple(
-                "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)
-            ),
-            # diffusers' name for the number of heads
-            "attention_head_dim": tuple(
-                max(1, c // given.attention_head_dim) for c in given.block_out_channels
-            ),
-            "norm_num_groups": given.norm_num_groups,
-            "dropout": given.dropout,
-        }
-    square = size[0] if size[0] == size[1] else tuple(size)
+    if config.shape_options:
+        options = shape_options(config, down="CrossAttnDownBlock2D", up="CrossAttnUpBlock2D")
+        size = config.architecture.attention_head_dim
+        # By this name, diffusers means the number of heads here.
+        options["attention_head_dim"] = tuple(
+            max(1, c // size) for c in options["block_out_channels"]
+        )
     options |= {
-        "sample_size": square,
+        "sample_size": height if height == width else (height, width),
         "in_channels": channels,
         "out_channels": channels,
-        "cross_attention_dim": around.width,
+        "cross_attention_dim": ends.width,
     }
-    check_halvings((size[0], size[1]), len(options["block_out_channels"]), unit=around.factor)
+    check_halvings((height, width), len(options["block_out_channels"]), unit=ends.factor)
     try:
         return diffusers.UNet2DConditionModel.from_config(options)
     except (ValueError, TypeError) as error:
@@ -72,32 +58,29 @@ def make_text_network(config: TrainConfig, base: Base, around: Surroundings) -> 
         ) from error
 
 
-def check_text_network(unet: Any, base: Base, around: Surroundings) -> None:
-    """Refuses a network that does not fit what it lies between.
+def check_text_network(unet: Any, base: Base, ends: Ends) -> None:
+    """Checks that a network fits the latents and the captions.
 
     Raises:
-        DDIMError: What does not fit, and what to do.
+        DDIMError: If it does not; the message says what to do.
     """
-    config, (channels, height, width), factor = unet.config, around.latents, around.factor
+    config, (channels, height, width), factor = unet.config, ends.latents, ends.factor
     if (config.in_channels, config.out_channels) != (channels, channels):
         raise DDIMError(
             f"the network of {base.name} takes {config.in_channels} channels and gives "
-            f"{config.out_channels}, and its autoencoder has "
-            f"{channels}: it is of another task (inpainting, upscaling, ...), which diffusers' own "
-            "scripts train."
+            f"{config.out_channels}, and its autoencoder has {channels}: it is for another task "
+            "(inpainting, upscaling, ...), which diffusers' own scripts train."
         )
-    if config.cross_attention_dim != around.width:
+    if config.cross_attention_dim != ends.width:
         raise DDIMError(
             f"the network of {base.name} reads captions of width {config.cross_attention_dim}, and "
-            f"its text encoder gives {around.width}; "
-            "the two do not belong together."
+            f"its text encoder gives {ends.width}; the two do not belong together."
         )
     size = config.sample_size
     wanted = (size, size) if isinstance(size, int) else tuple(size or (height, width))
     if wanted != (height, width):
         raise DDIMError(
             f"{base.name} makes images of {wanted[1] * factor}x{wanted[0] * factor}, and those of "
-            "the data are "
-            f"{width * factor}x{height * factor} (width x height); "
-            f"use --resolution {wanted[0] * factor}, or --from-scratch for a network of that size."
+            f"the data are {width * factor}x{height * factor} (width x height); use --resolution "
+            f"{wanted[0] * factor}, or --from-scratch for a network of that size."
         )

@@ -1,53 +1,44 @@
-r"""The training loop.
+"""A training run, from its configuration to the finished model.
 
-A run is a function of its configuration: the order of the data, the timesteps and the noise of step
-n follow from (seed, n, process) alone, so a run that is resumed from step n continues to the same
-losses as one that never stopped."""
+A run is a function of its configuration: the order of the data and all random numbers follow from
+the seed. :mod:`ddim.training.loop` takes the steps; here they are logged, validated and saved."""
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ddim.configuration import noise_schedule
-from ddim.core.denoiser import ModelDenoiser
-from ddim.core.noise import seeded_randn
-from ddim.core.objective import draw_timesteps, loss_weights, offset_noise, training_loss
-from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule
-from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.data.sources import ImageData, load_images, measure_prior
+from ddim.data.batches import measure_prior
+from ddim.data.dataset import ImageData
+from ddim.data.sources import load_images
 from ddim.errors import DDIMError
-from ddim.files import write_text
-from ddim.models.images import make_grid, save_png, to_uint8
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import (
-    check_out,
-    is_published,
+    hold,
     latest_checkpoint,
     load_training_state,
     prune,
-    publish,
-    resume_record,
     save_checkpoint,
 )
-from ddim.training.config import TrainConfig, command_line
-from ddim.training.draws import Draws, Place, mix
+from ddim.training.config import TrainConfig
 from ddim.training.ema import EMA
-from ddim.training.process import RunLog, StopSignals, make_accelerator
+from ddim.training.loading import load_batches
+from ddim.training.loop import Run, StepResult, take_steps
+from ddim.training.monitoring import RunLog, preview, validation_loss
+from ddim.training.package import is_published, publish
+from ddim.training.process import StopSignals, make_accelerator
+from ddim.training.record import card_guidance, make_card, new_record, resume_record
 from ddim.training.subject import Subject, pixel_subject
 
-__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "learning_rate_at", "train"]
+__all__ = ["NonFiniteLossError", "Progress", "TrainResult", "train"]
 
 
 class NonFiniteLossError(DDIMError):
@@ -56,7 +47,7 @@ class NonFiniteLossError(DDIMError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the caller is told after each logged interval."""
+    """How far a run is, after each logged interval."""
 
     step: int
     steps: int
@@ -78,23 +69,22 @@ class TrainResult:
     losses: tuple[tuple[int, float], ...]
     """(step, loss) of every step that this call took on this process."""
     is_main_process: bool
-    """Whether this is the process that speaks, of those that ran together."""
+    """Whether this is the one process of the run that prints."""
     was_finished: bool = False
-    """Whether there was nothing left to do: the model had been written before."""
+    """Whether the model had been written before, so that nothing was left to do."""
 
 
 def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Subject]:
-    """The data of a run, and what is trained on them.
+    """Opens the data of a run and makes what is trained on them.
 
     Raises:
         DDIMError: If base, data and configuration do not fit together.
     """
     is_text = base is not None and base.is_text
     if base is not None and not is_text and config.text_options:
-        given = config.text_options[0]
         raise DDIMError(
-            f"{given} is of text models, and {config.base} has no text encoder; leave it out, or "
-            "take another --base."
+            f"{config.text_options[0]} is for text models, and {config.base} has no text encoder; "
+            "leave it out, or take another --base."
         )
     data = load_images(
         config.data,
@@ -114,151 +104,6 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
     return data, text_subject(config, data, base)
 
 
-def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
-    """The learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up, then
-    the schedule to 0."""
-    peak = config.peak_learning_rate
-    if step < config.lr_warmup_steps:
-        return peak * (step + 1) / config.lr_warmup_steps
-    if config.lr_schedule == "constant":
-        return peak
-    part = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
-    fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * part))
-    return peak * fall
-
-
-class _Batches(Sampler[list[int]]):
-    """The images of every batch from step ``start`` on: epoch after epoch of permutations, each
-    process its own share."""
-
-    def __init__(
-        self,
-        images: Sequence[int],
-        config: TrainConfig,
-        *,
-        start: int,
-        stop: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.images, self.config, self.start, self.stop, self.rank, self.world = (
-            images,
-            config,
-            start,
-            stop,
-            rank,
-            world,
-        )
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.config.batch_size
-        for batch in range(
-            self.start * self.config.gradient_accumulation,
-            self.stop * self.config.gradient_accumulation,
-        ):
-            first = (batch * self.world + self.rank) * size
-            yield [self._index(first + i) for i in range(size)]
-
-    def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.images))
-        if self._epoch != epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(
-                len(self.images),
-                generator=torch.Generator().manual_seed(mix(self.config.seed, epoch, 1)),
-            )
-        return self.images[int(self._order[offset])]
-
-
-class _Loadable(Dataset[tuple[Tensor, int]]):
-    """Examples by lists of indices. An error comes as a value: one raised in a worker would have
-    its traceback for its message."""
-
-    def __init__(self, examples: Any) -> None:
-        self.examples = examples
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
-        try:
-            return [self.examples[i] for i in indices]
-        except DDIMError as error:
-            return error
-
-
-def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
-    return items if isinstance(items, DDIMError) else default_collate(items)
-
-
-def _draw(x0: Tensor, draws: Draws, config: TrainConfig, levels: int) -> tuple[Tensor, Tensor]:
-    """The timesteps of clean data and their noise."""
-    t = draw_timesteps(len(x0), levels, generator=draws.stream(5))
-    noise = torch.randn(x0.shape, generator=draws.generator, device=x0.device)
-    return t, offset_noise(noise, config.offset_noise, generator=draws.stream(8))
-
-
-@torch.no_grad()
-def validation_loss(
-    network: nn.Module,
-    subject: Subject,
-    indices: range,
-    config: TrainConfig,
-    schedule: NoiseSchedule,
-    device: torch.device,
-) -> float:
-    """The unweighted loss over held-out images, with the same noise and evenly spread timesteps
-    every time."""
-    generator = torch.Generator().manual_seed(mix(config.seed, 2))
-    size = min(
-        128, 4 * config.batch_size
-    )  # without gradients there is room for more than is trained on
-    total = 0.0
-    for first in range(0, len(indices), size):
-        part = indices[first : first + size]
-        x0, condition = subject.clean(
-            default_collate([subject.examples[i] for i in part]), device, None
-        )
-        t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        kind = subject.package.scheduler.config.prediction_type
-        losses = training_loss(
-            subject.predictor(network, condition),
-            x0,
-            schedule=schedule,
-            t=t,
-            noise=noise,
-            prediction_type=kind,
-        )
-        total += float(losses.sum())
-    return total / len(indices)
-
-
-@torch.no_grad()
-def preview(
-    network: nn.Module,
-    subject: Subject,
-    config: TrainConfig,
-    schedule: NoiseSchedule,
-    device: torch.device,
-    path: Path,
-) -> None:
-    """Samples a grid from fixed seeds and writes it as a PNG, with the captions of a text model as
-    a text file beside it."""
-    predict, captions = subject.preview(network, config.preview_count, device)
-    denoise = ModelDenoiser(predict, schedule, subject.package.scheduler.config.prediction_type)
-    x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
-    steps = min(config.preview_steps, len(schedule))
-    x0 = sample(
-        denoise,
-        x_t,
-        step_pairs(select_timesteps(len(schedule), steps, "trailing")),
-        schedule=schedule,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(to_uint8(subject.images(x0))), path)
-    if captions:
-        write_text(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
-
-
 def train(
     config: TrainConfig,
     *,
@@ -267,52 +112,71 @@ def train(
     revision: str | None = None,
 ) -> TrainResult:
     r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in
-    ``config.out`` if there is one.
+    ``config.out`` if there is one. The folder is held until the run ends.
 
-    Runs on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of ``accelerate
-    launch`` or ``torchrun``.
+    The run computes on whatever ``accelerate`` finds: the CPU, one GPU, or the processes of
+    ``accelerate launch`` or ``torchrun``.
 
     Args:
         config: The run.
         on_progress: Called on the main process after each logged interval.
         on_note: Called there with each sentence that the user should read before the run begins.
-        revision: Of the code, for the model's card.
+        revision: The revision of the code, for the model's card.
 
     Returns:
         How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a
         checkpoint.
 
     Raises:
-        DDIMError: If data, configuration or checkpoint do not fit together.
+        DDIMError: If data, configuration or checkpoint do not fit together, or another run holds
+            the folder.
         NonFiniteLossError: If the loss or the weights become NaN or infinite; no checkpoint is
             written from that step on.
     """
     accelerator = make_accelerator(config)
-    out, root = Path(config.out), Path(config.out) / "checkpoints"
-    check_out(out)
-    base = None if config.base is None else open_base(config.base)
-    data, subject = make_subject(config, base)
-    if on_note is not None and accelerator.is_main_process:
-        for note in subject.notes:
-            on_note(note)
+    main, out = accelerator.is_main_process, Path(config.out)
+    with hold(out, accelerator):
+        base = None if config.base is None else open_base(config.base)
+        data, subject = make_subject(config, base)
+        if on_note is not None and main:
+            for note in subject.notes:
+                on_note(note)
+        schedule = noise_schedule(subject.package.scheduler.config)  # the levels it samples with
+        guidance = card_guidance(config, base, schedule)
+        record = new_record(config, data, subject, base, accelerator, revision)
+        run, record = _begin(config, accelerator, subject, schedule, record)
+        step = int(record["step"])
+        if step >= run.steps and is_published(out, run.model, subject.package):
+            return TrainResult(out, step, True, record["loss"], (), main, was_finished=True)
+        losses = _take_and_follow(run, record, on_progress)
+        step = int(record["step"])
+        finished = step >= run.steps
+        if finished and main:
+            # The brightness of latents is unknown, and that of one image has no spread.
+            is_pixels = subject.shape == (data.channels, *data.resolution)
+            prior = measure_prior(data) if is_pixels and len(data) > 1 else None
+            card = make_card(record, config) | guidance
+            publish(out, run.average.network, subject.package, card, prior)
+        accelerator.wait_for_everyone()
+        return TrainResult(out, step, finished, record["loss"], tuple(losses), main)
 
-    scheduler = subject.package.scheduler.config
-    schedule = noise_schedule(scheduler)  # the same levels that the written scheduler samples with
-    guidance = _guidance(config, base, schedule)
+
+def _begin(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    subject: Subject,
+    schedule: NoiseSchedule,
+    record: dict[str, Any],
+) -> tuple[Run, dict[str, Any]]:
+    """Makes optimiser and average, and restores the newest checkpoint if there is one."""
     network = subject.network.to(accelerator.device)
     average = EMA(network, config.ema_decay)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
     )
-    per_step = config.batch_size * config.gradient_accumulation * accelerator.num_processes
-    steps = -(-config.images // per_step)
-
-    step, record = 0, _new_record(config, data, subject, base, accelerator, revision)
-    record["parameters"] = sum(p.numel() for p in network.parameters())
-    found = latest_checkpoint(root)
+    found = latest_checkpoint(Path(config.out) / "checkpoints")
     if found is not None:
         record = resume_record(found, record, config)
-        step = int(record["step"])
         load_training_state(
             found,
             network=network,
@@ -322,310 +186,149 @@ def train(
         )
         if accelerator.scaler is not None and record.get("scaler"):
             accelerator.scaler.load_state_dict(record["scaler"])
-    if step >= steps and is_published(out, network, subject.package):
-        return TrainResult(
-            out, step, True, record["loss"], (), accelerator.is_main_process, was_finished=True
-        )
+    return Run(config, accelerator, subject, schedule, network, optimizer, average), record
 
-    started = time.perf_counter()
-    subject = subject.prepared(accelerator, out / "latents.bin")
-    model, optimizer = accelerator.prepare(network, optimizer)
-    compiled = torch.compile(model) if config.compile else model
-    validation = range(*record["held_out"])
-    training = [i for i in range(len(data)) if i not in validation]
-    batches = _Batches(
-        training,
-        config,
-        start=step,
-        stop=steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    loader = iter(
-        DataLoader(
-            _Loadable(subject.examples),
-            batch_sampler=batches,
-            num_workers=config.workers,
-            collate_fn=_collate,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
 
-    losses: list[tuple[int, float]] = []
-    pending: list[tuple[int, Tensor]] = []
-    last_loss: float | None = record.get("loss")
-    clock, clock_step = time.perf_counter(), step
-    seconds_before = float(record["seconds"])
+def _take_and_follow(
+    run: Run, record: dict[str, Any], on_progress: Callable[[Progress], None] | None
+) -> list[tuple[int, float]]:
+    """Takes the steps that are left, until a signal stops them, and has each followed.
 
-    def flush() -> float:
-        """Moves the pending losses to the host, once, and refuses to go on from one that is not
-        finite."""
-        values = accelerator.reduce(torch.stack([loss for _, loss in pending]), "mean").tolist()
-        for (number, _), value in zip(pending, values, strict=True):
-            if not math.isfinite(value):
-                raise _not_finite("loss", value, number, root)
-        losses.extend((number, value) for (number, _), value in zip(pending, values, strict=True))
-        pending.clear()
+    Returns:
+        (step, loss) of every step; ``record`` is brought up to date.
+    """
+    config, accelerator, out = run.config, run.accelerator, Path(run.config.out)
+    started = time.perf_counter() - float(record["seconds"])
+    start, held_out = int(record["step"]), range(*record["held_out"])
+    subject = run.subject.prepared(accelerator, out / "latents.bin")
+    model, optimizer = accelerator.prepare(run.model, run.optimizer)
+    run = replace(run, subject=subject, model=model, optimizer=optimizer)
+    images = [i for i in range(record["data"]["images"]) if i not in held_out]
+    batches = load_batches(run, images, start)
+    with StopSignals() as signals, contextlib.ExitStack() as opened:
+        log = None
+        if accelerator.is_main_process and start < run.steps:
+            log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=start)))
+        follower = _Follower(run, record, held_out, log, on_progress, started)
+        for result in take_steps(run, batches, start):
+            step = result.step
+            logged, saved = step % config.log_every == 0, step % config.checkpoint_every == 0
+            stopping = signals.agreed(accelerator, meeting=logged or saved)
+            saved = saved or stopping or step == run.steps
+            follower.follow(result, logged=logged or saved, saved=saved)
+            if stopping:
+                break
+    return follower.losses
+
+
+class _Follower:
+    """Follows the steps of a run: reads the losses, logs, validates, saves and draws previews."""
+
+    def __init__(
+        self,
+        run: Run,
+        record: dict[str, Any],
+        held_out: range,
+        log: RunLog | None,
+        on_progress: Callable[[Progress], None] | None,
+        started: float,
+    ) -> None:
+        self.run, self.record, self.held_out, self.log = run, record, held_out, log
+        self.on_progress, self.started = on_progress, started
+        self.out, self.root = Path(run.config.out), Path(run.config.out) / "checkpoints"
+        self.losses: list[tuple[int, float]] = []
+        self._unread: list[StepResult] = []
+        self._restart_clock(int(record["step"]))
+
+    def follow(self, result: StepResult, *, logged: bool, saved: bool) -> None:
+        """Takes note of a step; ``logged`` and ``saved`` say what is due after it."""
+        run, step = self.run, result.step
+        self._unread.append(result)
+        if logged:
+            loss = self._read_losses()
+            elapsed = time.perf_counter() - self._clock
+            images = (step - self._clock_step) * run.images_per_step
+            rate = images / elapsed if elapsed else float("nan")
+            self._restart_clock(step)
+            held = validation_loss(run, self.held_out) if saved and self.held_out else None
+            self._report(result, loss, rate, held)
+            if saved:
+                self._save(step, loss, held)
+                self._restart_clock(step)
+        every = run.config.preview_every
+        if every and step % every == 0 and run.accelerator.is_main_process:
+            preview(run, self.out / "previews" / f"{step:07d}.png")
+            self._restart_clock(step)
+
+    def _restart_clock(self, step: int) -> None:
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    def _read_losses(self) -> float:
+        """Moves the losses to the host, once, and returns their mean.
+
+        Raises:
+            NonFiniteLossError: If one is not finite.
+        """
+        stacked = torch.stack([result.loss for result in self._unread])
+        values = self.run.accelerator.reduce(stacked, "mean").tolist()
+        read = [(result.step, value) for result, value in zip(self._unread, values, strict=True)]
+        for step, value in read:
+            self._check_finite("loss", value, step)
+        self.losses.extend(read)
+        self._unread.clear()
         return float(sum(values) / len(values))
 
-    with StopSignals() as stop, contextlib.ExitStack() as opened:
-        logged = accelerator.is_main_process and step < steps
-        log = (
-            opened.enter_context(contextlib.closing(RunLog(out / "log", start=step)))
-            if logged
-            else None
-        )
-        asked_to_stop = False
-        while step < steps and not asked_to_stop:
-            total = torch.zeros((), device=accelerator.device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, steps, config)
-            for part in range(config.gradient_accumulation):
-                batch = next(loader)
-                if isinstance(batch, DDIMError):
-                    raise batch
-                place: Place = (step, part, accelerator.process_index)
-                draws = Draws.at(config.seed, place, accelerator.device)
-                x0, condition = subject.clean(batch, accelerator.device, draws)
-                t, noise = _draw(x0, draws, config, len(schedule))
-                torch.manual_seed(mix(config.seed, 4, *place))  # dropout
-                with accelerator.accumulate(model), accelerator.autocast():
-                    loss = training_loss(
-                        subject.predictor(compiled, condition),
-                        x0,
-                        schedule=schedule,
-                        t=t,
-                        noise=noise,
-                        prediction_type=scheduler.prediction_type,
-                        weights=loss_weights(
-                            schedule,
-                            t,
-                            prediction_type=scheduler.prediction_type,
-                            weighting=config.weighting,
-                            gamma=config.snr_gamma,
-                            floor=config.weight_floor,
-                        ),
-                    ).mean()
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.gradient_clip > 0:
-                        accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                total += loss.detach() / config.gradient_accumulation
-            average.update(accelerator.unwrap_model(model), step)
-            step += 1
-            pending.append((step, total))
+    def _report(self, result: StepResult, loss: float, rate: float, held: float | None) -> None:
+        step, steps, per_step = result.step, self.run.steps, self.run.images_per_step
+        if self.log is not None:
+            self.log.add(
+                step,
+                loss=loss,
+                learning_rate=result.learning_rate,
+                images_per_second=rate,
+                validation_loss=held,
+            )
+        if self.on_progress is not None and self.run.accelerator.is_main_process:
+            left = (steps - step) * per_step / rate
+            self.on_progress(Progress(step, steps, step * per_step, loss, rate, left, held))
 
-            asked_to_stop = stop.received is not None
-            if (
-                accelerator.num_processes > 1
-            ):  # all processes must leave at one step: they agree where they meet anyway
-                logging = step % config.log_every == 0 or step % config.checkpoint_every == 0
-                asked_to_stop = logging and bool(
-                    accelerator.reduce(
-                        torch.tensor(float(asked_to_stop), device=accelerator.device), "sum"
-                    )
-                    > 0
-                )
-            at_end = step == steps or asked_to_stop
-            due = at_end or step % config.checkpoint_every == 0
-            if step % config.log_every == 0 or due:
-                last_loss = flush()
-                elapsed = time.perf_counter() - clock
-                rate = (step - clock_step) * per_step / elapsed if elapsed else float("nan")
-                clock, clock_step = time.perf_counter(), step
-                held = None
-                if due and validation:
-                    held = validation_loss(
-                        average.network, subject, validation, config, schedule, accelerator.device
-                    )
-                if log is not None:
-                    log.add(
-                        step,
-                        loss=last_loss,
-                        learning_rate=learning_rate_at(step - 1, steps, config),
-                        images_per_second=rate,
-                        validation_loss=held,
-                    )
-                if on_progress is not None and accelerator.is_main_process:
-                    on_progress(
-                        Progress(
-                            step,
-                            steps,
-                            step * per_step,
-                            last_loss,
-                            rate,
-                            (steps - step) * per_step / rate,
-                            held,
-                        )
-                    )
-                if due:
-                    largest = (
-                        torch.stack([p.abs().max() for p in average.network.parameters()])
-                        .max()
-                        .item()
-                    )
-                    if not math.isfinite(largest):  # a gradient may overflow where the loss did not
-                        raise _not_finite("largest weight", largest, step, root)
-                    if held is not None and not math.isfinite(
-                        held
-                    ):  # huge weights overflow in the network
-                        raise _not_finite("held-out loss", held, step, root)
-                    record |= {
-                        "step": step,
-                        "images_seen": step * per_step,
-                        "loss": last_loss,
-                        "validation_loss": held,
-                    }
-                    record["seconds"] = round(seconds_before + time.perf_counter() - started, 1)
-                    record["scaler"] = (
-                        accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-                    )
-                    if held is not None and (
-                        record["best"] is None or held < record["best"]["validation_loss"]
-                    ):
-                        record["best"] = {"step": step, "validation_loss": held}
-                    if accelerator.is_main_process:
-                        save_checkpoint(
-                            root,
-                            step,
-                            network=accelerator.unwrap_model(model),
-                            averaged=average.network,
-                            optimizer=optimizer.optimizer,
-                            record=record,
-                            package=subject.package,
-                        )
-                        prune(
-                            root,
-                            keep=config.keep_checkpoints,
-                            best=record["best"]["step"] if record["best"] else None,
-                        )
-                    accelerator.wait_for_everyone()
-                    clock = time.perf_counter()
-            if (
-                config.preview_every
-                and step % config.preview_every == 0
-                and accelerator.is_main_process
-            ):
-                preview(
-                    average.network,
-                    subject,
-                    config,
-                    schedule,
-                    accelerator.device,
-                    out / "previews" / f"{step:07d}.png",
-                )
-                clock, clock_step = time.perf_counter(), step
+    def _save(self, step: int, loss: float, held: float | None) -> None:
+        """Writes a checkpoint, unless a number is not finite."""
+        run, record = self.run, self.record
+        accelerator, parameters = run.accelerator, run.average.network.parameters()
+        # A gradient may overflow where the loss did not, and large weights in the network.
+        largest = torch.stack([p.abs().max() for p in parameters]).max().item()
+        self._check_finite("largest weight", largest, step)
+        self._check_finite("held-out loss", held or 0.0, step)
+        record |= {
+            "step": step,
+            "images_seen": step * run.images_per_step,
+            "loss": loss,
+            "validation_loss": held,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        }
+        best = record["best"]
+        if held is not None and (best is None or held < best["validation_loss"]):
+            record["best"] = best = {"step": step, "validation_loss": held}
+        if accelerator.is_main_process:
+            save_checkpoint(
+                self.root,
+                step,
+                network=accelerator.unwrap_model(run.model),
+                averaged=run.average.network,
+                optimizer=run.optimizer.optimizer,
+                record=record,
+                package=run.subject.package,
+            )
+            keep = run.config.keep_checkpoints
+            prune(self.root, keep=keep, best=best["step"] if best else None)
+        accelerator.wait_for_everyone()
 
-    finished = step >= steps
-    if finished and accelerator.is_main_process:
-        pixels = subject.shape == (
-            data.channels,
-            *data.resolution,
-        )  # of latents no brightness is known
-        prior = measure_prior(data) if pixels and len(data) > 1 else None  # one image has no spread
-        publish(out, average.network, subject.package, _card(record, config) | guidance, prior)
-    accelerator.wait_for_everyone()
-    return TrainResult(out, step, finished, last_loss, tuple(losses), accelerator.is_main_process)
-
-
-def _not_finite(what: str, value: float, step: int, root: Path) -> NonFiniteLossError:
-    return NonFiniteLossError(
-        f"the {what} became {value} at step {step}; the last good checkpoint is "
-        f"{latest_checkpoint(root) or 'none'}. "
-        "Lower --learning-rate, or use --mixed-precision bf16 or no."
-    )
-
-
-def _card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """What a model's card says of its run."""
-    names = (
-        "config",
-        "data",
-        "base",
-        "step",
-        "images_seen",
-        "loss",
-        "validation_loss",
-        "seconds",
-        "parameters",
-        "processes",
-        "device",
-    )
-    return {
-        "command": command_line(config, processes=record["processes"]),
-        **{name: record[name] for name in (*names, "revisions", "versions")},
-    }
-
-
-def _guidance(config: TrainConfig, base: Base | None, schedule: NoiseSchedule) -> dict[str, float]:
-    """How a text model's card says that it is guided: as its base's; at zero terminal SNR with the
-    rescale that such a model needs.
-
-    References:
-        Lin et al. Common Diffusion Noise Schedules and Sample Steps Are Flawed. 2023. Sec. 3.4: 7.5
-        and 0.7. https://arxiv.org/abs/2305.08891
-    """
-    if base is None or not base.is_text:
-        return {}
-    inherited = {} if config.from_scratch else base.guidance
-    if float(schedule.alphas_cumprod[-1]) > 0:
-        return inherited
-    return {
-        "guidance_scale": inherited.get("guidance_scale", 7.5),
-        "guidance_rescale": inherited.get("guidance_rescale") or 0.7,
-    }
-
-
-def _new_record(
-    config: TrainConfig,
-    data: ImageData,
-    subject: Subject,
-    base: Base | None,
-    accelerator: Accelerator,
-    revision: str | None,
-) -> dict[str, Any]:
-    import accelerate
-
-    scheduler = (
-        subject.package.scheduler.config
-    )  # what an option left to its default came out as is recorded too
-    settled = {name: scheduler[name] for name in vars(config) if name in scheduler} | {
-        "learning_rate": config.peak_learning_rate
-    }
-    options = asdict(config) | settled | (asdict(config.architecture) if base is None else {})
-    options = json.loads(json.dumps(options))  # as a checkpoint gives it back
-    del options["out"]
-    held_out = min(config.validation_images, len(data) // 10)
-    stride = len(data) // max(1, held_out)
-    return {
-        "config": options,
-        "data": {
-            "name": data.name,
-            "images": len(data),
-            "channels": data.channels,
-            "resolution": list(data.resolution),
-            **subject.facts,
-        },
-        "base": {} if base is None else base.facts,
-        "held_out": [
-            0,
-            held_out * stride,
-            stride,
-        ],  # a range spread over the data, which may be sorted by class
-        "step": 0,
-        "images_seen": 0,
-        "seconds": 0.0,
-        "loss": None,
-        "validation_loss": None,
-        "best": None,
-        "scaler": None,
-        "processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "revisions": [{"step": 0, "revision": revision}],
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-    }
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the {what} became {value} at step {step}; the last good checkpoint is "
+                f"{latest_checkpoint(self.root) or 'none'}. "
+                "Lower --learning-rate, or use --mixed-precision bf16 or no."
+            )

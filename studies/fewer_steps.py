@@ -1,8 +1,8 @@
 """Measures how many evaluations of the network each method needs, for the page docs/fewer-steps.md.
 
-    python recipes/fewer_steps.py errors --out out/fewer-steps
-    python recipes/fewer_steps.py quality --out out/fewer-steps --reference fashion-mnist
-    python recipes/fewer_steps.py report --out out/fewer-steps
+    python studies/fewer_steps.py errors --out out/fewer-steps
+    python studies/fewer_steps.py quality --out out/fewer-steps --reference fashion-mnist
+    python studies/fewer_steps.py report --out out/fewer-steps
 
 ``errors`` fits steps and measures the ODE error of every method at every number of steps, on the
 same held-out seeds; ``quality`` draws images by each of them and measures the Frechet distance;
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import ddim
-from ddim.cli._model import find_device
 from ddim.core.noise import seeded_randn
 from ddim.core.sampler import sample
 from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
@@ -45,6 +44,7 @@ from ddim.fitting.timesteps import (
 )
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.models.images import from_uint8
+from ddim.runs.model import find_device
 
 STEPS = (5, 8, 10, 20, 50)
 FITTED = (5, 8, 10, 12, 15, 20, 50)
@@ -59,6 +59,9 @@ class Method:
     name: str
     order: int
     steps: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, order {self.order}, {self.steps} steps"
 
     @property
     def file(self) -> str:
@@ -89,8 +92,8 @@ class Run:
         self.hash = weight_hash(find_model(options.model))
         self.compiled = False
 
-    def kept(self, kind: str, method: Method) -> dict[str, Any] | None:
-        """A measurement that was made before, of the same weights and as many images."""
+    def stored(self, kind: str, method: Method) -> dict[str, Any] | None:
+        """An earlier measurement with the same weights and as many images, if there is one."""
         path = self.out / kind / method.file
         if not path.is_file():
             return None
@@ -108,33 +111,33 @@ class Run:
         return content
 
     def images_of(self, kind: str, content: dict[str, Any]) -> tuple[int, int]:
-        """How many images a measurement is of, and how many it should be of."""
+        """The number of images of a measurement, and the number that was asked for."""
         if kind == "errors":
             return len(content["errors"]), self.options.held_out
-        return (
-            (content["results"][-1]["count"], self.options.count) if kind == "quality" else (0, 0)
-        )
+        if kind == "quality":
+            return content["results"][-1]["count"], self.options.count
+        return 0, 0
 
-    def keep(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:
+    def store(self, kind: str, method: Method, **content: Any) -> dict[str, Any]:
         (self.out / kind).mkdir(parents=True, exist_ok=True)
         record = {"weight_hash": self.hash, **asdict(method), **content}
         write_text(self.out / kind / method.file, json.dumps(record) + "\n")
         return record
 
     def levels(self, method: Method) -> list[int]:
-        """The timesteps of a method; fitted ones are searched for where they are not kept."""
+        """The timesteps of a method; fitted ones are searched for unless they are stored."""
         if method.name == "analytic":
             return select_timesteps(len(self.schedule), method.steps, "trailing")
         if method.name != "fitted":
             return select_timesteps(len(self.schedule), method.steps, method.name)
-        found = self.kept("fits", method)
+        found = self.stored("fits", method)
         if found is None:  # what `ddim fit-steps` does by default
             seed = 1_000_000
             batch, held_out = (self.batch(range(first, first + 32)) for first in (seed, seed + 32))
             fit = fit_timesteps(
                 batch, [held_out], schedule=self.schedule, steps=method.steps, order=method.order
             )
-            found = self.keep("fits", method, timesteps=fit.timesteps, found=fit.name)
+            found = self.store("fits", method, timesteps=fit.timesteps, found=fit.name)
         return list(found["timesteps"])
 
     def batch(self, seeds: range) -> SamplingProblem:
@@ -166,17 +169,11 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(exact.cpu(), path)
         for method in METHODS:
-            if self.kept("errors", method) is None:
+            if self.stored("errors", method) is None:
                 levels = self.levels(method)
                 values = ode_error(self.finish(parts, levels, method.order), exact)
-                self.keep("errors", method, timesteps=levels, errors=values.tolist())
-                print(
-                    (
-                        f"{method.name}, order {method.order}, {method.steps} steps: "
-                        f"{geometric_mean(values).mean:.3e}"
-                    ),
-                    flush=True,
-                )
+                self.store("errors", method, timesteps=levels, errors=values.tolist())
+                print(f"{method}: {geometric_mean(values).mean:.3e}", flush=True)
 
     def finish(self, parts: list[SamplingProblem], levels: list[int], order: int) -> Tensor:
         return torch.cat(
@@ -197,21 +194,15 @@ class Run:
         count, reference = self.options.count, None
         counts = sorted({count, min(256, count)})
         for method in DRAWN:
-            if self.kept("quality", method) is None:
+            if self.stored("quality", method) is None:
                 reference = reference or self.reference(data, panel, counts)
                 collected = collect(self.images(method, data), panel, cuts=sample_cuts(counts))
                 results = [
                     asdict(r) for n in counts for r in measure(collected, reference, panel, count=n)
                 ]
-                self.keep("quality", method, results=results)
-                told = results[-1]
-                print(
-                    (
-                        f"{method.name}, order {method.order}, {method.steps} steps: "
-                        f"{told['metric']} {told['value']:.4g}"
-                    ),
-                    flush=True,
-                )
+                self.store("quality", method, results=results)
+                metric, value = results[-1]["metric"], results[-1]["value"]
+                print(f"{method}: {metric} {value:.4g}", flush=True)
 
     def reference(self, data: Any, panel: Any, counts: list[int]) -> Reference:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
@@ -253,23 +244,23 @@ class Run:
         errors = {
             m: torch.tensor(e["errors"], dtype=torch.float64)
             for m in METHODS
-            if (e := self.kept("errors", m))
+            if (e := self.stored("errors", m))
         }
-        quality = {m: q["results"] for m in DRAWN if (q := self.kept("quality", m))}
+        quality = {m: q["results"] for m in DRAWN if (q := self.stored("quality", m))}
         parts = [f"Weights {self.hash}.\n"]
         if MANY in errors:
             parts += [
                 f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 "
                 "trailing steps of DDIM)\n"
             ]
-            parts += [self.table(errors.keys(), lambda m: self.told_error(errors, m))]
+            parts += [self.table(errors.keys(), lambda m: self.error_text(errors, m))]
         if quality:
             last = next(iter(quality.values()))[-1]
             parts += [
                 f"## {last['metric']} ({last['count']} images; real against real "
                 f"{last['floor']:.3g})\n"
             ]
-            parts += [self.table(quality.keys(), lambda m: self.told_quality(quality[m][-1]))]
+            parts += [self.table(quality.keys(), lambda m: self.quality_text(quality[m][-1]))]
         parts += [*self.reached(errors, quality)]
         for name, values, up in (
             ("errors.png", {m: geometric_mean(v).mean for m, v in errors.items()}, "ODE error"),
@@ -288,23 +279,23 @@ class Run:
         write_text(self.out / "report.md", "\n".join(parts))
         print("\n".join(parts))
 
-    def told_error(self, errors: dict[Method, Tensor], method: Method) -> str:
+    def error_text(self, errors: dict[Method, Tensor], method: Method) -> str:
         ratio = geometric_mean(errors[method] / errors[MANY])
         return (
             f"{geometric_mean(errors[method]).mean:.2e} ({ratio.mean:.3g}; {ratio.low:.3g} to "
             f"{ratio.high:.3g})"
         )
 
-    def told_quality(self, result: dict[str, Any]) -> str:
+    def quality_text(self, result: dict[str, Any]) -> str:
         spread = "" if result["std"] is None else f" ± {result['std']:.1g}"
         return f"{result['value']:.3g}{spread}"
 
-    def table(self, methods: Any, told: Any) -> str:
+    def table(self, methods: Any, text: Any) -> str:
         methods = list(methods)
         steps = sorted({m.steps for m in methods})
         rows = [["method", *(f"{s} steps" for s in steps)]]
         for name, order in dict.fromkeys((m.name, m.order) for m in methods):
-            there = {m.steps: told(m) for m in methods if (m.name, m.order) == (name, order)}
+            there = {m.steps: text(m) for m in methods if (m.name, m.order) == (name, order)}
             rows.append([f"{name}, order {order}", *(there.get(s, "") for s in steps)])
         return text_table(rows)
 
@@ -346,7 +337,7 @@ class Run:
 
 
 def fewest(reached: dict[Method, bool]) -> str:
-    """The smallest number of steps that reaches a goal, in words where there is none."""
+    """The smallest number of steps that reaches a goal, or words if there is none."""
     steps = [m.steps for m, there in reached.items() if there]
     return str(min(steps)) if steps else "none" if reached else "not measured"
 

@@ -1,0 +1,173 @@
+"""Words on the command line to a request, through tyro: comma-separated lists, and errors of one
+sentence."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from ddim.errors import DDIMError
+from ddim.runs.options import is_positional, option_of
+from ddim.runs.values import primitive, read_number, split_list
+
+__all__ = ["option_names", "parse"]
+
+R = TypeVar("R")
+
+
+def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None = None) -> R:
+    """Reads the arguments of ``ddim NAME`` into a request.
+
+    Raises:
+        DDIMError: One sentence, if they are not right.
+        SystemExit: With code 0, after ``--help``.
+    """
+    errors = io.StringIO()
+    asks_for_help = any(a in ("-h", "--help") for a in arguments)
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.nullcontext() if asks_for_help else _unwrapped(),
+        ):
+            parsed: R = tyro.cli(
+                kind,
+                prog=f"ddim {name}",
+                args=arguments,
+                registry=_registry(),
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro mentions a missing argument first, although a mistyped option may have taken it.
+        unknown = _unknown_option(kind, name, arguments)
+        raise DDIMError(unknown or _one_sentence(errors.getvalue(), name)) from None
+    return parsed
+
+
+def option_names(kind: Any) -> list[str]:
+    """The options of a request, as they are given."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return [option_of(kind, name) for name in names if not is_positional(kind, name)]
+
+
+def _unknown_option(kind: type, name: str, arguments: Sequence[str]) -> str | None:
+    """The sentence about the first option that the command does not have; None if it has all."""
+    known = option_names(kind)
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and len(option) > 2 and option not in known:
+            near = difflib.get_close_matches(option, known, 1, cutoff=0.75)
+            hint = f"did you mean {near[0]}?" if near else _see(name)
+            return f"there is no option {option}; {hint}"
+    return None
+
+
+def _see(name: str) -> str:
+    return f"`ddim {name} --help` lists the options."
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Keeps tyro from breaking the lines of its messages, which would split the values in them."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "4096"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _one_sentence(box: str, name: str) -> str:
+    """The message of one of tyro's boxes, as a sentence."""
+    blocks: list[list[str]] = [[]]
+    for drawn in box.splitlines():
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", drawn).strip()
+        line = re.sub(r"[\u2500-\u257f]+", " ", plain).strip()
+        if plain.startswith("\u256d"):  # the title stands in the upper edge of a drawn box
+            blocks = [[line], []]
+        elif re.fullmatch(r"[-\u2500-\u257f ]{3,}", plain):
+            blocks.append([])
+        elif line and not line.startswith("For full helptext"):
+            blocks[-1].append(line)
+    words = " ".join(blocks[1] if len(blocks) > 1 else blocks[0])
+    see = _see(name)
+    if match := re.match(r"Unrecognized options: (.*)", words):
+        given = match[1].split(", ")
+        if options := [g for g in given if g.startswith("-")]:
+            return f"there is no option {options[0]}; {see}"
+        return (
+            f"there is an argument too many: {given[0]!r}; lists are separated by commas, and {see}"
+        )
+    if words.startswith("Missing from"):
+        pattern = r"--[a-z][\w-]*|[A-Z][A-Z_]+(?=$| \()"
+        needed = [match[0] for line in blocks[1] if (match := re.match(pattern, line))]
+        return f"{' and '.join(needed)} must be given; {see}"
+    if match := re.match(r"Missing value for argument '([^']*)'", words):
+        return f"{match[1]} needs a value; {see}"
+    pattern = r"invalid choice '(.*)' for argument '([^']*)'. Expected one of \((.*)\)"
+    if match := re.match(pattern, words):
+        choices = [c for c in re.findall(r"'([^']*)'", match[3]) if c != "None"]
+        return f"{match[2]} must be one of {', '.join(choices)}; got {match[1]!r}."
+    if match := re.match(r"Error parsing (\S+): (.*)", words):
+        # A request that refuses its own fields names them itself, after tyro's name of its class.
+        return f"{match[1]}: {match[2]}" if match[1].startswith("-") else match[2]
+    return words or see
+
+
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    convert: dict[Any, Callable[[str], Any]] = {
+        int: lambda word: read_number(int, word),
+        float: lambda word: read_number(float, word),
+        str: str,
+    }
+    metavars = {int: "INT", float: "NUMBER", str: "NAME"}
+
+    @registry.primitive_rule
+    def numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kind: Any = info.type
+        return primitive(convert[kind], metavar=metavars[kind]) if kind in (int, float) else None
+
+    @registry.primitive_rule
+    def comma_lists(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kinds = get_args(info.type)
+        if get_origin(info.type) is not tuple or kinds[1:] != (...,) or kinds[0] not in convert:
+            return None
+        read = convert[kinds[0]]
+        return primitive(
+            lambda word: tuple(read(part) for part in split_list(word)),
+            metavar=f"{metavars[kinds[0]]},...",
+        )
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        """``X | None`` is read as X; leaving the option out is how to say None."""
+        kinds = get_args(info.type)
+        is_union = get_origin(info.type) in (Union, UnionType)
+        if not is_union or NoneType not in kinds or len(kinds) != 2:
+            return None
+        inner = next(kind for kind in kinds if kind is not NoneType)
+        made = PrimitiveTypeInfo.make(inner, info.markers)
+        spec: Any = ConstructorRegistry.get_primitive_spec(made)
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+        return dataclasses.replace(
+            spec,
+            is_instance=lambda x: x is None or spec.is_instance(x),
+            str_from_instance=lambda x: ["unset"] if x is None else spec.str_from_instance(x),
+        )
+
+    return registry

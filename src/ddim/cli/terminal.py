@@ -1,0 +1,62 @@
+"""A run on a terminal: its notes and items as lines, its steps as a bar on standard error."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from ddim.runs.engine import Control, Event, Job, Outcome, execute
+
+__all__ = ["run_request"]
+
+
+def run_request(
+    job: Callable[[Any, Control], Job], request: object, *, show_items: bool = False
+) -> Outcome:
+    """Resolves a request to a job and runs it; with ``show_items`` each finished item is a line.
+
+    Raises:
+        DDIMError: As ``job`` and :func:`ddim.runs.engine.execute`.
+    """
+    with _bar() as step:
+
+        def show(event: Event) -> None:
+            if event.state == "note":
+                print(f"note: {event.text}", flush=True)
+            elif event.state == "item" and show_items:
+                print(event.text, flush=True)
+            elif event.state == "step":
+                step(event)
+
+        return execute(job(request, Control(emit=show)))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Event], None]]:
+    """A bar that the first step opens; nothing where standard error is no terminal."""
+    bar: tqdm[Any] | None = None
+    is_terminal = sys.stderr.isatty()
+
+    def step(event: Event) -> None:
+        nonlocal bar
+        if not is_terminal:
+            return
+        if bar is None:
+            bar = tqdm(total=event.total, initial=event.done - 1, ncols=_columns())
+        bar.update()
+
+    try:
+        yield step
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _columns() -> int | None:
+    """80 where a terminal says that it has no width, as below `script`; else tqdm finds it."""
+    with contextlib.suppress(OSError):
+        return 80 if os.get_terminal_size(sys.stderr.fileno()).columns == 0 else None
+    return None

@@ -1,0 +1,139 @@
+r"""The levels of a scheduler, twice: as other code reads and replaces them, and as they are used.
+
+diffusers' schedulers hold float32 tables that anybody may edit. Ours are the exact levels, rounded:
+as long as they are, the exact levels are used, and otherwise what was put in their place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ddim.core.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from ddim.errors import DDIMError
+
+__all__ = ["Tables", "gather"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The public tables, float32 on the CPU, and the exact levels behind them, float64.
+
+    Attributes:
+        exact: The levels of the betas.
+        is_valid: Whether all betas lie in [0, 1]; diffusers accepts others.
+        betas: Public, shape [T].
+        alphas: Public, 1 - betas.
+        alphas_cumprod: Public, alpha_bar of all levels; may be replaced, or edited in place.
+        clean: Public, alpha_bar of clean data, shape []; may be replaced too.
+        schedule: What both mean: ``exact``, unless they were replaced or edited.
+        versions: Of both, when ``schedule`` was read from them; None: not read yet.
+        signals: alpha_t and sigma_t of all levels [2, T], by dtype and device.
+    """
+
+    exact: NoiseSchedule
+    is_valid: bool
+    betas: Tensor
+    alphas: Tensor
+    alphas_cumprod: Tensor
+    clean: Tensor
+    schedule: NoiseSchedule
+    versions: tuple[int, int] | None = None
+    signals: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, *, rescale: bool, set_alpha_to_one: bool) -> "Tables":
+        """The tables of betas [T], float64, which are first rescaled to zero terminal SNR if
+        ``rescale``."""
+        is_valid = bool(((betas >= 0) & (betas <= 1)).all())
+        betas = rescale_zero_terminal_snr(betas) if rescale else betas
+        levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
+        exact = NoiseSchedule(levels, 1.0 if set_alpha_to_one else float(levels[0]))
+        table = exact.alphas_cumprod.float()
+        clean = torch.tensor(1.0) if set_alpha_to_one else table[0].clone()
+        return cls(exact, is_valid, betas.float(), (1 - betas).float(), table, clean, exact)
+
+    def current(self) -> "Tables":
+        """These tables, with the schedule that the public ones mean now."""
+        versions = _version(self.alphas_cumprod), _version(self.clean)
+        if versions == self.versions:
+            return self
+        own, clean = self.exact.alphas_cumprod, self.exact.final_alpha_cumprod
+        table = self.alphas_cumprod.detach().cpu()
+        own_clean = torch.tensor(clean, dtype=torch.float64, device="cpu")
+        is_own_clean = _is_rounded(self.clean.detach().cpu(), own_clean)
+        schedule = NoiseSchedule(
+            own if _is_rounded(table, own) else table, clean if is_own_clean else float(self.clean)
+        )
+        return replace(self, schedule=schedule, versions=versions, signals={})
+
+    def signal_and_noise(
+        self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x and noise in one shape, and the alpha_t and sigma_t that multiply them, computed in
+        float64 and rounded once.
+
+        Raises:
+            DDIMError: If a level that the host can see is no whole number in [0, T).
+        """
+        given = timesteps
+        t = (given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")).flatten()
+        if t.device.type == "cpu" and not is_compiling() and t.numel():
+            _check_whole(t)
+            if int(t.min()) < 0 or int(t.max()) >= len(self.schedule):
+                raise DDIMError(
+                    f"timesteps must lie in [0, {len(self.schedule)}), the levels the model was "
+                    f"trained on; got {t.tolist()}."
+                )
+        x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
+        if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
+            x, noise = (y.expand(t.numel(), *y.shape[1:]) for y in (x, noise))
+        key = (torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+        table = self.signals.get(key)
+        if table is None:
+            alpha_bar = self.schedule.alphas_cumprod
+            table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).to(x.device, key[0])
+            if not is_compiling():
+                self.signals[key] = table
+        alpha, sigma = gather(table, t, x)
+        return x, noise, alpha, sigma
+
+
+def _version(table: Tensor) -> int:
+    """Inference tensors count no versions: an edit in place shows when the table is next
+    assigned."""
+    return -1 if table.is_inference() else table._version
+
+
+def _is_rounded(given: Tensor, exact: Tensor) -> bool:
+    return given.shape == exact.shape and torch.equal(given, exact.float().to(given.dtype))
+
+
+def gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The entries at t of each row of [k, T], shaped to multiply x [B, ...]; reads nothing back to
+    the host.
+
+    Raises:
+        DDIMError: If t is neither one timestep nor one a sample, or a fraction on the CPU; on a
+            device a fraction is cut off, since to look at it would wait for the device.
+    """
+    if t.dtype != torch.int64:
+        if t.is_floating_point() and t.device.type == "cpu" and not is_compiling():
+            _check_whole(t)
+        t = t.long()
+    if t.device != x.device:
+        t = t.to(x.device, non_blocking=True)
+    if t.ndim == 0 or t.shape == (1,):
+        return columns.index_select(1, t).unbind(0)
+    if t.shape != x.shape[:1]:
+        raise DDIMError(
+            f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape "
+            f"{list(t.shape)}."
+        )
+    return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
+
+
+def _check_whole(t: Tensor) -> None:
+    if t.is_floating_point() and bool((t != t.round()).any()):
+        raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")

@@ -1,0 +1,144 @@
+"""Images in arrays: NumPy's ``.npz``, and the IDX files of MNIST."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddim.data.dataset import NoSuchSplit, Source, no_such_split
+from ddim.errors import DataError
+
+__all__ = ["open_idx", "open_idx_folder", "open_npz", "read_idx"]
+
+_IDX_PREFIX = {"train": "train", "test": "t10k"}
+
+
+def read_idx(path: Path | str) -> NDArray[np.uint8]:
+    """Reads an IDX file of bytes (MNIST's format), gzipped or not, into an array of its own shape.
+
+    Raises:
+        DataError: If the file is missing, of another type, or not as long as its header says.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}; check the path.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read as an IDX file ({error}); fetch it again."
+        ) from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise DataError(
+            f"{path} is not an IDX file of bytes: it starts with {content[:4].hex() or 'nothing'} "
+            "instead of 000008."
+        )
+    ndim = content[3]
+    header, body = content[4 : 4 + 4 * ndim], content[4 + 4 * ndim :]
+    if len(header) != 4 * ndim:
+        raise DataError(
+            f"{path} is damaged: it ends within its header of {4 + 4 * ndim} bytes; fetch it again."
+        )
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4))
+    if len(body) != math.prod(shape):
+        raise DataError(
+            f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape "
+            f"{list(shape)}, and it holds {len(body)}; fetch it again."
+        )
+    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+
+
+def open_idx(source: str, path: Path, class_names: tuple[str, ...] | None = None) -> Source:
+    """Opens an IDX file of images, with the labels that MNIST's naming puts beside it, whichever of
+    the two is gzipped."""
+    plain = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    images = _checked(source, read_idx(path))
+    beside = (path.with_name(plain), path.with_name(f"{plain}.gz"))
+    labels = next((read_idx(p) for p in beside if p.exists()), None)
+    return Source(images, labels, class_names)
+
+
+def open_idx_folder(
+    source: str, folder: Path, split: str, class_names: tuple[str, ...] | None = None
+) -> Source:
+    """Opens the IDX files of a split, by MNIST's names."""
+    prefix = _IDX_PREFIX.get(split, split)
+    path = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
+    if path is None:
+        names = ", ".join(sorted(p.name for p in folder.glob("*idx3-ubyte*")))
+        raise NoSuchSplit(
+            f"{folder} holds no images of split {split!r}, which would be "
+            f"{prefix}-images-idx3-ubyte[.gz]; it holds {names or 'no images at all'}."
+        )
+    return open_idx(source, path, class_names)
+
+
+def open_npz(source: str, path: Path, split: str) -> Source:
+    """Opens the arrays of a split, with labels and captions if it has them."""
+    labels = captions = None
+    try:
+        # Opened here, since numpy leaves a damaged file open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise TypeError("it holds a single array")
+            names = list(file.files)
+            images_key, labels_key = _npz_keys(path, names, split)
+            captions_key = images_key.replace("images", "captions")
+            images = file[images_key]
+            if labels_key in names:
+                labels = file[labels_key]
+            if captions_key != images_key and captions_key in names:  # arr_0 has no captions
+                captions = file[captions_key]
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with "
+            "numpy.savez."
+        ) from error
+    if (
+        labels_key == "arr_1"
+        and labels is not None
+        and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1])
+    ):
+        labels = None  # the arrays have no names, and the second is something else
+    if captions is not None and (captions.ndim != 1 or captions.dtype.kind != "U"):
+        raise DataError(
+            f"{captions_key} of {path} must be text, one per image; got {captions.dtype} of shape "
+            f"{list(captions.shape)}."
+        )
+    words = None if captions is None else captions.tolist()
+    return Source(_checked(source, images), labels, captions=words)
+
+
+def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
+    """Names the arrays of images and of labels (which need not be there)."""
+    splits = [n.removesuffix("_images") for n in names if n.endswith("_images")]
+    if split in splits:
+        return f"{split}_images", f"{split}_labels"
+    if splits:
+        raise no_such_split(str(path), splits, split)
+    keys = next((k for k in (("images", "labels"), ("arr_0", "arr_1")) if k[0] in names), None)
+    if keys is None:
+        raise DataError(
+            f"{path} holds {', '.join(names) or 'no arrays'}; its images must be called "
+            f"{split}_images, images or arr_0."
+        )
+    if split != "train":
+        raise no_such_split(str(path), [], split)
+    return keys
+
+
+def _checked(source: str, images: NDArray[Any]) -> NDArray[Any]:
+    usable = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4))
+    if images.dtype != np.uint8 or not usable or 0 in images.shape[1:]:
+        raise DataError(
+            f"images in {source} must be uint8 of shape [N, H, W] or [N, H, W, C] with 1, 3 or 4 "
+            f"channels; got {images.dtype} of shape {list(images.shape)}."
+        )
+    return images

@@ -1,0 +1,220 @@
+"""What a data set is: images, labels and captions by index, all of one size and mode."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddim.errors import DataError
+from ddim.models.images import convert_mode, crop_square, fit_picture
+
+__all__ = [
+    "Columns",
+    "ImageData",
+    "ImageItems",
+    "NoSuchSplit",
+    "Source",
+    "no_such_split",
+    "one_size_advice",
+]
+
+_MOST_CLASSES = 100_000
+"""A larger label is an identity or damage, and would make as many class names."""
+
+
+class ImageItems(Protocol):
+    """Images by index: uint8 arrays [H, W(, C)] or Pillow images. A closure will not do, since it
+    cannot be sent to a loader's workers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Source(NamedTuple):
+    """The content of one split of a source, before it is brought to one size. Every function that
+    opens a kind of source returns one, or raises :class:`~ddim.errors.DataError`."""
+
+    images: ImageItems
+    """Images by index; they may be read or drawn on access, but must be the same each time."""
+    labels: Sequence[int] | Sequence[str] | NDArray[Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    captions: Sequence[str] | None = None
+    """One caption per image, by the same index; they may be computed on access."""
+    paths: Sequence[Path] | None = None
+    """The file of each image, which error messages name."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that the caller named. None: they are found by their usual names."""
+
+    image: str | None = None
+    label: str | None = None
+    caption: str | None = None
+    captions: bool = False
+    """Whether captions are wanted at all: reading them may open as many files as there are
+    images."""
+
+
+class NoSuchSplit(DataError):
+    """The data has no split of that name."""
+
+
+def no_such_split(source: str, splits: Iterable[str], split: str) -> NoSuchSplit:
+    """The error for a source that has other splits, or none at all."""
+    names = ", ".join(sorted(splits))
+    has = f"it has {names}" if names else "it is not divided into splits, so leave out --split"
+    return NoSuchSplit(f"{source} has no split {split!r}; {has}.")
+
+
+def one_size_advice(side: int) -> str:
+    """What a message advises for images of several sizes."""
+    return (
+        "bring all to one size: with --resize where a command has it, in training with "
+        f"--resolution {side}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A map-style data set of (uint8 image [C, H, W], label), all of one size and mode. The label
+    is -1 if there are no labels."""
+
+    name: str
+    """The source, as the user named it."""
+    items: ImageItems
+    labels: NDArray[np.int64] | None
+    class_names: tuple[str, ...] | None
+    """None if there are no labels."""
+    captions: Sequence[str] | None
+    """One caption per image, in the order of the images; None if none were asked for."""
+    paths: Sequence[Path] | None
+    channels: int
+    """1 for grey, 3 for colour."""
+    resolution: tuple[int, int]
+    """Height and width."""
+    resize: bool
+    center_crop: bool
+
+    @classmethod
+    def of_source(
+        cls,
+        name: str,
+        source: Source,
+        *,
+        resolution: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+        center_crop: bool = False,
+    ) -> "ImageData":
+        """Checks a source; its first image decides what the options leave open."""
+        items, captions = source.images, source.captions
+        if len(items) == 0:
+            raise DataError(f"{name} holds no images.")
+        if captions is not None and len(captions) != len(items):
+            raise DataError(
+                f"{name} holds {len(items)} images but {len(captions)} captions; there must be "
+                "one caption per image."
+            )
+        labels, class_names = _number_labels(name, source.labels, source.class_names, len(items))
+        first = items[0]
+        if isinstance(first, np.ndarray):
+            height, width = first.shape[:2]
+            grey = first.ndim == 2 or first.shape[2] == 1
+        else:
+            width, height = first.size
+            grey = first.mode in ("1", "L", "LA", "I", "F") or first.mode.startswith("I;16")
+        if isinstance(resolution, tuple):
+            height, width = resolution
+        elif resolution or center_crop:
+            height = width = resolution or min(height, width)
+        return cls(
+            name,
+            items,
+            labels,
+            class_names,
+            captions,
+            source.paths,
+            channels or (1 if grey else 3),
+            (height, width),
+            resize=resolution is not None,
+            center_crop=center_crop,
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.items[index]
+        label = -1 if self.labels is None else int(self.labels[index])
+        if isinstance(image, np.ndarray):
+            image = image[..., None] if image.ndim == 2 else image
+            if image.shape == (*self.resolution, self.channels):
+                return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
+            image = image[..., 0] if image.shape[2] == 1 else image
+        return torch.from_numpy(self._fitted(image, index)), label
+
+    def _describe(self, index: int) -> str:
+        return f"image {index} of {self.name}" if self.paths is None else str(self.paths[index])
+
+    def _fitted(self, image: Any, index: int) -> NDArray[np.uint8]:
+        """Converts mode and size with Pillow, into a new array [C, H, W]."""
+        from PIL import Image
+
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        try:
+            picture = convert_mode(picture, self.channels)
+        except DataError as error:
+            raise DataError(f"{self._describe(index)}: {error}") from None
+        height, width = self.resolution
+        if self.resize:
+            picture = fit_picture(picture, height, width)
+        elif self.center_crop:
+            picture = crop_square(picture)
+        if picture.size != (width, height):
+            raise DataError(
+                f"{self._describe(index)} is {picture.width}x{picture.height} and the first is "
+                f"{width}x{height} (width x height); {one_size_advice(min(height, width))}."
+            )
+        array = np.array(picture, dtype=np.uint8)
+        return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _number_labels(
+    name: str,
+    labels: Sequence[int] | Sequence[str] | NDArray[Any] | None,
+    class_names: tuple[str, ...] | None,
+    count: int,
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Checks labels, and numbers those that are words. Labels that are all -1, as in test sets of
+    the hub, count as no labels."""
+    if labels is None:
+        return None, None
+    array = np.asarray(labels)
+    if array.ndim == 1 and len(array) != count:
+        raise DataError(
+            f"{name} holds {count} images but {len(array)} labels; there must be one label per "
+            "image."
+        )
+    if array.ndim == 1 and array.dtype.kind == "U":
+        words, array = np.unique(array, return_inverse=True)
+        class_names = tuple(str(w) for w in words)
+    if array.ndim != 1 or array.dtype.kind not in "iub":
+        raise DataError(
+            f"labels of {name} must be whole numbers, one per image; got {array.dtype} of shape "
+            f"{list(array.shape)}."
+        )
+    if (array == -1).all():
+        return None, None
+    limit = _MOST_CLASSES if class_names is None else len(class_names)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= limit:
+        raise DataError(
+            f"labels of {name} must lie in 0..{limit - 1}; got {low if low < 0 else high}."
+        )
+    return array.astype(np.int64), class_names or tuple(str(i) for i in range(high + 1))

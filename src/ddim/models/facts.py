@@ -1,0 +1,192 @@
+"""What the files of a model say about it, without its weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddim.doctor.checks import ModelFacts
+from ddim.errors import CheckpointError, DDIMError
+from ddim.models.checkpoints import (
+    STABLE_DIFFUSION,
+    find_model,
+    has_scheduler,
+    is_unconditional,
+    read_json,
+    read_model_index,
+    resolve_model,
+)
+
+__all__ = ["FoundModel", "ScheduleSource", "read_model", "read_source"]
+
+_CONFIG = "scheduler_config.json"
+_TRAINED = (
+    "num_train_timesteps beta_schedule beta_start beta_end prediction_type rescale_betas_zero_snr"
+)
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What the configuration files of a model say.
+
+    Attributes:
+        name: As it was asked for.
+        folder: Where it lies.
+        is_text: Whether it makes images of prompts.
+        classes: Number of classes of its network; 0 without classes.
+        has_scheduler: Whether it comes with a noise schedule.
+    """
+
+    name: str
+    folder: Path
+    is_text: bool
+    classes: int
+    has_scheduler: bool
+
+    @property
+    def kinds(self) -> set[str]:
+        """What options may need of it."""
+        kinds = {"text" if self.is_text else "pixels"}
+        return kinds | {"classes"} if self.classes and not self.is_text else kinds
+
+    def check_class(self, given: int | None, *, required: bool = False) -> None:
+        """Checks a class that was given for all images.
+
+        Raises:
+            DDIMError: If the model does not know it, or if it is required and missing.
+        """
+        if given is not None and not 0 <= given < self.classes:
+            allowed = (
+                f"must be from 0 to {self.classes - 1}"
+                if self.classes
+                else f"has no effect: {self.name} was trained without classes"
+            )
+            raise DDIMError(f"--class {allowed}; got {given}.")
+        if given is None and required and self.classes:
+            raise DDIMError(
+                "the model is class-conditional: name the images' class with --class, from 0 to "
+                f"{self.classes - 1}."
+            )
+
+    def labels_of(self, seeds: Iterable[int], given: int | None = None) -> list[int] | None:
+        """The classes of the images of seeds: the given one for all, else the seed modulo the
+        number of classes; None for a model without classes."""
+        if not self.classes:
+            return None
+        return [seed % self.classes if given is None else given for seed in seeds]
+
+
+def read_model(name: str) -> FoundModel:
+    """Reads what a model's configuration files say.
+
+    Raises:
+        CheckpointError: If there is no such model.
+    """
+    folder = find_model(name)
+    is_text = read_model_index(folder).get("_class_name") in STABLE_DIFFUSION
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = read_json(place / "config.json")
+    classes = unet.get("num_class_embeds")
+    kind = unet.get("class_embed_type")
+    if not is_text and kind is not None and not classes:
+        raise DDIMError(
+            f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its "
+            "class_labels from Python."
+        )
+    count = classes if type(classes) is int else 0
+    return FoundModel(name, folder, is_text, count, has_scheduler(folder))
+
+
+@dataclass(frozen=True)
+class ScheduleSource:
+    """A configuration, what is known of its network, and the model's folder if there is one."""
+
+    config: dict[str, Any]
+    model: ModelFacts
+    folder: Path | None
+
+
+def read_source(name: str, *, latent: bool = False) -> ScheduleSource:
+    """Reads a scheduler's configuration, and what lies beside it about the model; no weights.
+
+    Args:
+        name: A configuration file, a model's folder, name or hub id, or a training run's folder or
+            card.
+        latent: Whether the model is known to work on latents.
+
+    Raises:
+        CheckpointError: If there is no scheduler, or a file is damaged.
+    """
+    path, training = Path(name).expanduser(), None
+    if path.is_file():
+        content = read_json(path)
+        training = _training_schedule(content)
+        folder = path.parent.parent if path.parent.name == "scheduler" else path.parent
+        config = content if training is None else training
+    elif path.suffix == ".json" and not path.exists():
+        raise CheckpointError(f"there is no file {path}; check the path.")
+    else:
+        found = resolve_model(name)
+        folder = found if isinstance(found, Path) else _fetch_configurations(found)
+        config = read_json(_scheduler_file(folder))
+        records = (folder / "card.json", folder / "training" / "record.json")
+        record = next((place for place in records if place.is_file()), None)
+        training = None if record is None else _training_schedule(read_json(record))
+    if not (folder / "model_index.json").is_file():
+        return ScheduleSource(config, ModelFacts(latent=latent or None, training=training), None)
+    return ScheduleSource(config, _facts(folder, latent, training), folder)
+
+
+def _scheduler_file(folder: Path) -> Path:
+    for place in (folder / "scheduler" / _CONFIG, folder / _CONFIG):
+        if place.is_file():
+            return place
+    read_model_index(folder)  # says what else the folder may be
+    raise CheckpointError(
+        f"{folder} holds no scheduler/{_CONFIG}, so there is no noise schedule to look at."
+    )
+
+
+def _facts(folder: Path, latent: bool, training: dict[str, Any] | None) -> ModelFacts:
+    index, place = read_model_index(folder), folder / "unet" / "config.json"
+    parts = [index.get(name, [None])[0] for name in ("vae", "vqvae", "movq")]
+    latent = latent or any(part is not None for part in parts)
+    unet = read_json(place) if place.is_file() else {}
+    size: Any = unet.get("sample_size")
+    channels: Any = unet.get("in_channels")
+    height, width = size if isinstance(size, list) else (size, size)
+    is_known = channels and height and width and not latent
+    return ModelFacts(
+        latent=latent,
+        guided=not is_unconditional(index),
+        shape=(channels, height, width) if is_known else None,
+        num_train_timesteps=unet.get("num_train_timesteps"),
+        training=training,
+    )
+
+
+def _training_schedule(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The schedule of a training run, from its card, its record, or its bare options; None if the
+    content is something else."""
+    options = content.get("config", content)
+    if not (isinstance(options, dict) and "beta_schedule" in options and "data" in options):
+        return None
+    # As `ddim train` writes its scheduler: an option that was not given is recorded with the value
+    # that was used, or has diffusers' default.
+    given = {name: options[name] for name in _TRAINED.split() if options.get(name) is not None}
+    return {"timestep_spacing": "trailing", "clip_sample": False, **given}
+
+
+def _fetch_configurations(hub_id: str) -> Path:
+    """Downloads the configurations of a model of the hub, and no weights."""
+    import huggingface_hub
+
+    patterns = ["*.json", "scheduler/*.json", "unet/*.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub "
+            "has nothing of that name that can be read from here; check the name and the "
+            "connection."
+        ) from error

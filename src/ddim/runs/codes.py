@@ -1,0 +1,168 @@
+"""Turns images into a code file, and a code file back into pictures."""
+
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddim.errors import DDIMError
+from ddim.inversion.codes import Code, fingerprint, load_code, save_code
+from ddim.models.images import make_grid, save_png
+from ddim.runs.engine import Control, FileJob, Made, Row
+from ddim.runs.model import PixelJob, enough_memory
+from ddim.runs.pictures import (
+    NetworkCalls,
+    Selection,
+    check_images,
+    missing_images,
+    note_levels,
+    read_images,
+    sheet_scale,
+    unsolved_steps,
+)
+from ddim.runs.record import NAME, RunRecord, write_run
+from ddim.runs.requests import DecodeRequest, EncodeRequest
+
+__all__ = ["DecodeJob", "EncodeJob"]
+
+SHOWN = 64
+"""Most images that the grid shows."""
+
+
+class EncodeJob(FileJob, PixelJob):
+    """One code file, of all images."""
+
+    request: EncodeRequest
+
+    def __init__(self, request: EncodeRequest, control: Control) -> None:
+        super().__init__(request, control)
+        if request.images is not None and request.seed:
+            raise DDIMError(
+                "--seed counts the images of --data, and files are all taken; leave it out; got "
+                f"{request.seed}."
+            )
+        check_images(request.images, request.data)
+        self.open()
+        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
+        self.timesteps = self.pipe.select_timesteps(request.steps, **walk)
+        self.pictures = read_images(self.pipe, self.model, Selection.of(request))
+        self.code: Code | None = None
+        self.calls, self.unsolved = 0.0, list[str]()
+        count = len(self.pictures.x0)
+        self.protocol = {
+            "command": "encode",
+            **self.describe(clip=self.pipe.select_clip("none"), classes="the data's"),
+            "timesteps": self.timesteps,
+            "eta": 0.0,
+            "data": {**self.pictures.data, "method": request.method},
+        }
+        self.execution = {"count": count, "batch_size": request.batch_size}
+        self.execution["device"] = str(self.device)
+
+    def make(self, missing: Sequence[Path]) -> Generator[Made]:
+        """Encodes the images, and writes the code and its record."""
+        request, pipe, (x0, labels, _) = self.request, self.pipe, self.pictures
+        with enough_memory(self.device, request.batch_size):
+            self.warm_up(len(x0))
+            began = time.perf_counter()
+            with NetworkCalls(pipe, self.control) as calls, unsolved_steps() as self.unsolved:
+                code = pipe.encode(
+                    x0,
+                    timesteps=self.timesteps,
+                    method=request.method,
+                    class_labels=labels,
+                    batch_size=request.batch_size,
+                )
+        self.code, self.calls = code, calls.each(len(code))
+        self.protocol["timesteps"] = list(code.timesteps)
+        note_levels(self.control, self.timesteps, code.timesteps)
+        yield Made(self.folder, seconds=time.perf_counter() - began)
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each image."""
+        if self.code is None:
+            return []
+        rows = [{"rms": value} for value in self.code.rms().tolist()]
+        if self.code.residual is not None:
+            for row, value in zip(rows, self.code.residual.tolist(), strict=True):
+                row["residual"] = value
+        return [{"image": self.request.seed + n, **row} for n, row in enumerate(rows)]
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an image."""
+        return self.calls
+
+    def save(self, record: RunRecord) -> None:
+        """Writes the record, and then the code: a code without its record could not be made
+        again."""
+        if self.code is not None:
+            write_run(self.folder.parent, record, name=f"{self.folder.name}.{NAME}")
+            save_code(self.code, self.folder)
+
+
+class DecodeJob(PixelJob):
+    """The pictures of a code; every run decodes all that it is asked for."""
+
+    request: DecodeRequest
+
+    def __init__(self, request: DecodeRequest, control: Control) -> None:
+        super().__init__(request, control)
+        whole, first, count = load_code(request.code), request.seed, request.count
+        if missing := missing_images(len(whole), first, count):
+            raise DDIMError(
+                f"{request.code} holds {len(whole)} images, 0 to {len(whole) - 1}; --seed and "
+                f"--count ask for {missing}."
+            )
+        self.code = code = whole[first : None if count is None else first + count]
+        self.open()
+        steps, spacing = request.steps, request.spacing
+        if steps is None and spacing is not None:
+            steps = len(code.timesteps)
+        self.timesteps = self.pipe.decoding_timesteps(code, steps, timestep_spacing=spacing)
+        if steps is not None and len(self.timesteps) != steps:
+            control.note(
+                f"the code lies at level {self.timesteps[0]}; {steps - len(self.timesteps)} of the "
+                f"{steps} levels are not below it."
+            )
+        self.calls = 0.0
+        self.items = range(first, first + len(code))
+        self.folder = Path(request.out)
+        self.protocol = {
+            "command": "decode",
+            **self.describe(clip=self.pipe.select_clip("none"), classes="the code's"),
+            "sampler": code.method if code.is_exact else "ddim",
+            "timesteps": self.timesteps,
+            "eta": 0.0,
+            "data": {"code": fingerprint(whole.states), "method": code.method},
+        }
+        self.execution = {"count": len(code), "batch_size": request.batch_size}
+        self.execution["device"] = str(self.device)
+
+    def make(self, missing: Sequence[int]) -> Generator[Made]:
+        """Decodes the code, and writes the pictures and the grid of the first of them."""
+        request, pipe, code = self.request, self.pipe, self.code
+        with enough_memory(self.device, request.batch_size):
+            self.warm_up(len(code))
+            began = time.perf_counter()
+            with NetworkCalls(pipe, self.control) as calls:
+                pictures = pipe.decode(
+                    code, timesteps=self.timesteps, batch_size=request.batch_size
+                )
+        self.calls, seconds = calls.each(len(code)), time.perf_counter() - began
+        for number, picture in zip(missing, pictures, strict=True):
+            file = f"{number:06d}.png"
+            save_png(picture, self.folder / file)
+            yield Made(number, {"image": number, "file": file}, seconds / len(pictures))
+        shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:SHOWN]])
+        save_png(make_grid(shown), self.folder / "grid.png", scale=sheet_scale(shown))
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each picture, those of earlier runs included."""
+        latest = {row["image"]: row for row in rows}
+        return [latest[number] for number in sorted(latest)]
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an image."""
+        return self.calls

@@ -1,0 +1,150 @@
+"""Draws the same latents with other steps and samplers: the paper's Figure 5, with numbers."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddim.core.noise import check_seeds
+from ddim.core.route import Route
+from ddim.errors import DDIMError
+from ddim.evaluation.report import check_plots, save_lines, text_table
+from ddim.files import write_text
+from ddim.inversion.encoding import reconstruction_error
+from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.runs.engine import Control, Made, Row
+from ddim.runs.model import PixelJob, enough_memory, sampling_evaluations
+from ddim.runs.pictures import sheet_scale
+from ddim.runs.requests import ConsistencyRequest
+
+__all__ = ["ConsistencyJob"]
+
+SAMPLERS = ("ddim", "ddim-2", "o-belm", "bdia", "edict")
+SHOWN = 8
+"""Most images that the sheet shows."""
+
+
+class Trajectory(NamedTuple):
+    """An item; ``ddim-2`` is DDIM of order 2."""
+
+    sampler: str
+    steps: int
+
+
+class ConsistencyJob(PixelJob):
+    """The trajectories of a request; every run draws all of them."""
+
+    request: ConsistencyRequest
+
+    def __init__(self, request: ConsistencyRequest, control: Control) -> None:
+        super().__init__(request, control)
+        unknown = [name for name in request.sampler if name not in SAMPLERS]
+        if unknown or not request.sampler or not request.steps:
+            received = f"{unknown[0]!r}" if unknown else "nothing"
+            raise DDIMError(
+                f"--sampler must name some of {', '.join(SAMPLERS)}, and --steps some numbers; got "
+                f"{received}."
+            )
+        check_plots()
+        self.seeds = check_seeds(range(request.seed, request.seed + request.count))
+        self.open()
+        numbers, samplers = sorted(set(request.steps)), list(dict.fromkeys(request.sampler))
+        self.items = [Trajectory(name, steps) for name in samplers for steps in numbers]
+        self.longest = Trajectory("ddim", numbers[-1])
+        self.routes = {item: self._route(item) for item in [self.longest, *self.items]}
+        self.sheet: list[NDArray[np.uint8]] = []
+        self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
+        self.folder = self.out("consistency")
+        self.protocol = {
+            "command": "consistency",
+            **self.describe(clip=self.pipe.select_clip("none")),
+            "timesteps": {"spacing": self.spacing, "steps": numbers},
+            "eta": 0.0,
+            "sampler": list(request.sampler),
+            "steps": numbers,
+            "count": request.count,
+            "seed": request.seed,
+        }
+        self.execution = {
+            "batch_size": request.batch_size,
+            "device": str(self.device),
+            "compile": request.compile,
+        }
+
+    def _route(self, item: Trajectory) -> Route:
+        spacing, name = self.request.spacing, item.sampler
+        levels = self.pipe.select_timesteps(item.steps, timestep_spacing=spacing, order=1)
+        order = {"ddim": 1, "ddim-2": 2}.get(name)
+        sampler = "ddim" if order else name
+        return self.pipe.route(timesteps=levels, order=order, clip="none", sampler=sampler)  # type: ignore[arg-type]
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """The rows of the last run."""
+        return rows[-len(self.items) :] if len(rows) >= len(self.items) else rows
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """The sum over all trajectories, the longest included."""
+        extra = 0 if self.longest in self.items else self.longest.steps
+        calls: float = sum(row["evaluations"] for row in rows) + extra
+        return calls
+
+    def make(self, missing: Sequence[Trajectory]) -> Generator[Made]:
+        """Draws the longest trajectory, then the others, and measures how far they are apart."""
+        with enough_memory(self.device, self.request.batch_size):
+            self.warm_up(len(self.seeds))
+            began = time.perf_counter()
+            reference = self._images(self.longest)
+            for item in missing:
+                images = reference if item == self.longest else self._images(item)
+                error = reconstruction_error(reference, images)
+                many = len(error) > 1
+                row = {
+                    "sampler": item.sampler,
+                    "steps": item.steps,
+                    "mse": float(error.mean()),
+                    "mse_error": float(error.std()) / len(error) ** 0.5 if many else None,
+                    "evaluations": sampling_evaluations(self.pipe, self.routes[item]),
+                }
+                self.sheet.append(to_uint8(images[:SHOWN].float()))
+                text = (
+                    f"{item.sampler}, {item.steps} steps: {row['mse']:.2e} from "
+                    f"{self.longest.steps} steps of ddim"
+                )
+                yield Made(item, row, time.perf_counter() - began, text)
+                began = time.perf_counter()
+
+    def _images(self, item: Trajectory) -> Tensor:
+        """The images of all seeds, [B, C, H, W] in [-1, 1], clamped."""
+        size = self.request.batch_size
+        drawn = self.draw(self.routes[item], self.seeds, batch_size=size, output_type="pt")
+        return torch.cat([2 * images.cpu().double() - 1 for _, images, _ in drawn])
+
+    def finish(self, rows: list[Row]) -> None:
+        """Writes the table, the plot and the sheet."""
+        request, longest = self.request, self.longest.steps
+        table = [["sampler", "steps", "mse", "standard error", "evaluations"]]
+        for r in rows:
+            spread = "" if r["mse_error"] is None else f"{r['mse_error']:.1e}"
+            numbers = [f"{r['mse']:.2e}", spread, str(r["evaluations"])]
+            table.append([r["sampler"], str(r["steps"]), *numbers])
+        head = (
+            f"# {request.model}: one latent under other trajectories\n\n"
+            f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM "
+            f"from the same {request.count} latents; {self.spacing} timesteps, no clipping. In "
+            "sheet.png a row is a latent, and the columns are the rows of this table, in order.\n\n"
+        )
+        write_text(self.folder / "table.md", head + text_table(table))
+        lines = {
+            s: [(r["evaluations"], r["mse"]) for r in rows if r["sampler"] == s and r["mse"] > 0]
+            for s in request.sampler
+        }
+        up = f"squared distance to {longest} steps"
+        save_lines(lines, self.folder / "distance.png", across="network evaluations", up=up)
+        # A row is an image, a column is a trajectory.
+        pictures = np.stack(self.sheet, 1).reshape(-1, *self.sheet[0].shape[1:])
+        grid = make_grid(pictures, columns=len(self.sheet))
+        save_png(grid, self.folder / "sheet.png", scale=sheet_scale(pictures))

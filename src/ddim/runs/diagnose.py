@@ -1,0 +1,187 @@
+"""Examines the configuration of a model, with what its files and its data say."""
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from PIL import Image
+
+from ddim.core.prior import DataPrior
+from ddim.core.timesteps import Spacing, select_timesteps
+from ddim.data.batches import measure_prior, spread, stack_images
+from ddim.data.sources import load_images
+from ddim.doctor.report import Diagnosis, complete, diagnose, levels_of
+from ddim.doctor.symptoms import Brightness, Probe, probe
+from ddim.errors import DDIMError, OutputError
+from ddim.evaluation.report import check_plots
+from ddim.files import write_text
+from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
+from ddim.models.facts import ScheduleSource, read_source
+from ddim.models.images import save_png
+from ddim.runs.options import check_request
+from ddim.runs.requests import DoctorRequest
+
+__all__ = ["Examination", "examine", "plot_schedule", "write_fix", "write_prior"]
+
+_CONFIG = "scheduler_config.json"
+_WHOLE = 1024
+"""Images whose pixels' covariance is taken."""
+_PROBED = 64
+"""Images that the network is called on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """What was found.
+
+    Attributes:
+        diagnosis: The findings.
+        probe: What the network's answers say, with --probe.
+        prior: The mean colours of the data, with --data.
+        fix: The file for a corrected configuration, with --fix.
+    """
+
+    diagnosis: Diagnosis
+    probe: Probe | None
+    prior: DataPrior | None
+    fix: Path | None
+
+
+def examine(request: DoctorRequest) -> Examination:
+    """Reads what was named, and examines it. Nothing is written.
+
+    Raises:
+        DDIMError: If options exclude each other, or do not fit the model.
+        CheckpointError: If there is no scheduler, or a file is damaged.
+        OutputError: If a file that is to be written exists.
+    """
+    check_request(request)
+    fix = None if request.fix is None else Path(request.fix)
+    if fix is not None and fix.is_dir():
+        fix /= _CONFIG
+    for path in (fix, None if request.prior is None else Path(request.prior)):
+        if path is not None and path.exists():
+            raise OutputError(
+                f"{path} is there already, and is not overwritten; give another name."
+            )
+    if request.plot is not None:
+        check_plots()
+    _check_brightness(request)
+    source = read_source(request.source, latent=request.latent)
+    brightness, prior, answers = _look_at_data(request, source)
+    card = {} if source.folder is None else read_guidance(source.folder)
+    scale, rescale = request.guidance_scale, request.guidance_rescale
+    diagnosis = diagnose(
+        source.config,
+        steps=request.steps,
+        spacing=request.spacing,
+        timesteps=request.timesteps,
+        eta=request.eta,
+        guidance_scale=card.get("guidance_scale") if scale is None else scale,
+        guidance_rescale=card.get("guidance_rescale", 0.0) if rescale is None else rescale,
+        model=source.model,
+        brightness=brightness,
+        probe=answers,
+    )
+    return Examination(diagnosis, answers, prior, fix)
+
+
+def _check_brightness(request: DoctorRequest) -> None:
+    given = request.brightness
+    if given is None:
+        return
+    is_pair = len(given) == 2 and math.isfinite(given[0]) and 0 < given[1] < math.inf
+    if request.data is not None or not is_pair:
+        raise DDIMError(
+            "--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data."
+        )
+
+
+def _look_at_data(
+    request: DoctorRequest, source: ScheduleSource
+) -> tuple[Brightness | None, DataPrior | None, Probe | None]:
+    """What the images say: their brightness, the prior, and the network's answers."""
+    model = source.model
+    if request.data is None:
+        return _known_brightness(request, source), None, None
+    if model.latent:
+        raise DDIMError(
+            "--data tells the brightness of pixels, and this model works on latents; leave it out."
+        )
+    if request.probe and (source.folder is None or model.guided):
+        raise DDIMError(
+            "--probe calls the network of an unconditional model; give the model's folder, not a "
+            "configuration alone."
+        )
+    channels, side = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
+    data = load_images(request.data, channels=channels, resolution=side)
+    prior = measure_prior(data)
+    brightness = Brightness.of_images(stack_images(data, spread(len(data), _WHOLE)))
+    if not request.probe or source.folder is None:
+        return brightness, prior, None
+    is_local = Path(request.source).exists()
+    network = load_network(source.folder if is_local else find_model(request.source))
+    few, labels = spread(len(data), _PROBED), {}
+    if network.config.get("num_class_embeds"):
+        labels = {"class_labels": torch.tensor([data[i][1] for i in few])}
+    answers = probe(
+        lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]],
+        levels_of(complete(source.config)),
+        stack_images(data, few),
+    )
+    return brightness, prior, answers
+
+
+def _known_brightness(request: DoctorRequest, source: ScheduleSource) -> Brightness | None:
+    """The brightness that was given, or that the model's prior.json says."""
+    shape, folder = source.model.shape, source.folder
+    dimensions = math.prod(shape or (1, 64, 64))
+    if request.brightness is not None:
+        return Brightness(request.brightness[0], request.brightness[1], dimensions)
+    if folder is None or shape is None or not (folder / "prior.json").is_file():
+        return None
+    return Brightness.of(DataPrior.from_dict(read_json(folder / "prior.json")), dimensions)
+
+
+def write_prior(prior: DataPrior, data: str, path: str) -> None:
+    """Writes the mean colours of data, for ``ddim sample --prior``."""
+    write_text(path, json.dumps({**asdict(prior), "data": data}, sort_keys=True) + "\n")
+
+
+def write_fix(diagnosis: Diagnosis, path: Path) -> None:
+    """Writes the corrected configuration."""
+    write_text(path, json.dumps(diagnosis.fixed(), indent=2, sort_keys=True) + "\n")
+
+
+def plot_schedule(diagnosis: Diagnosis, path: str) -> None:
+    """Draws the schedule, and for each spacing the visited levels and the steps in log-SNR."""
+    from matplotlib.figure import Figure
+
+    config = complete(diagnosis.config)
+    schedule, steps = levels_of(config), diagnosis.summary["steps"]
+    log_snr = schedule.log_snr(torch.arange(len(schedule)))
+    is_zero = bool(log_snr.isinf().any())
+    log_snr[log_snr.isinf()] = torch.nan  # zero terminal SNR has no place on this axis
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    curve, visited, sizes = figure.subplots(1, 3)
+    curve.plot(log_snr, color="black")
+    curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
+    spacings: tuple[Spacing, ...] = get_args(Spacing)
+    for row, spacing in enumerate(spacings):
+        offset = config["steps_offset"]
+        levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=offset))
+        visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
+        sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
+    title, ticks = f"levels of {steps} steps", range(len(spacings))
+    visited.set(title=title, xlabel="level", yticks=ticks, yticklabels=spacings)
+    infinite = ", that out of zero SNR is infinite" if is_zero else ""
+    title = f"step sizes{infinite}"
+    sizes.set(title=title, xlabel="level that is reached", ylabel="gain of log-SNR")
+    sizes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120)
+    save_png(Image.open(drawn), path)

@@ -1,0 +1,258 @@
+"""The engine: makes the work items of a job that are missing, tells what happens, and keeps the
+record true.
+
+A :class:`Job` is a request resolved against a model. :func:`execute` claims its folder, finds what
+is there, has the job make the rest, and writes the record. What a job makes is written whole or not
+at all, so a run may end at any moment, and the same request continues it. Nothing here is global:
+two jobs run side by side in one process, each with its own :class:`Control`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ddim.errors import OutputError
+from ddim.files import locked_file
+from ddim.runs.options import check_request
+from ddim.runs.record import NAME, RunRecord, claim, versions, write_run
+
+__all__ = ["Control", "Event", "FileJob", "Job", "Made", "Outcome", "Row", "Stopped", "execute"]
+
+Row = dict[str, Any]
+"""A flat record of the results."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run.
+
+    Attributes:
+        state: ``started``, once the folder is claimed; ``step``, after each step of a walk;
+            ``item``, when an item is written; ``note``, for a sentence to a person; ``finished``
+            or ``stopped``, at the end.
+        done: Items that are done, those of earlier runs included; for ``step``, steps.
+        total: Items of the request; for ``step``, steps, or None where nobody knows.
+        item: For ``item``, its name.
+        rate: For ``item``, items a second of this run so far.
+        text: For ``note``, the sentence; for ``item``, what it shows, if there is anything to say.
+    """
+
+    state: Literal["started", "step", "item", "note", "finished", "stopped"]
+    done: int = 0
+    total: int | None = None
+    item: str | None = None
+    rate: float | None = None
+    text: str | None = None
+
+
+class Stopped(Exception):
+    """Leaves a run between two steps; :func:`execute` turns it into an outcome."""
+
+
+@dataclass
+class Control:
+    """What connects a run with whoever started it: events go out, and the wish to stop comes in.
+
+    Attributes:
+        emit: Called with every event, in the thread of the run.
+        stopping: Asked between two steps. If it returns True, the run stops there, and what is
+            written stays.
+        steps: How many steps the run will walk, for ``step`` events; None where nobody knows.
+    """
+
+    emit: Callable[[Event], None] = lambda event: None
+    stopping: Callable[[], bool] = lambda: False
+    steps: int | None = None
+    _walked: int = field(default=0, init=False)
+
+    def note(self, text: str) -> None:
+        """Tells a person something in a sentence."""
+        self.emit(Event("note", text=text))
+
+    def step(self, state: object = None) -> None:
+        """Counts a step of a walk. A pipeline takes this method as its ``callback``.
+
+        Raises:
+            Stopped: If the run is to stop.
+        """
+        self._walked += 1
+        self.emit(Event("step", done=self._walked, total=self.steps))
+        if self.stopping():
+            raise Stopped
+
+
+class Made(NamedTuple):
+    """An item that is made and written."""
+
+    item: Any
+    row: Row | None = None
+    """Its row of the record; None where the job derives the rows from what is there."""
+    seconds: float = 0.0
+    """Seconds of the sampling loop that made it."""
+    text: str | None = None
+    """What it shows, for people."""
+
+
+class Job:
+    """A request resolved against a model: what is to be made, and where. Subclasses say how.
+
+    The constructor of a subclass checks and resolves the whole request, and sets:
+
+    Attributes:
+        folder: Where the results and the record lie.
+        protocol: Every option that can change a result, resolved, with the weight hash.
+        execution: What may differ between runs of one protocol.
+        items: The work items of the request, in order; any hashable values.
+    """
+
+    folder: Path
+    protocol: dict[str, Any]
+    execution: dict[str, Any]
+    items: Sequence[Any]
+
+    def __init__(self, request: Any, control: Control) -> None:
+        """Checks what the request declares.
+
+        Raises:
+            DDIMError: If an option is out of range, or lacks another that it needs.
+        """
+        self.began = time.perf_counter()
+        self.request, self.control = request, control
+        check_request(request)
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[RunRecord | None]:
+        """Holds the place of the results, and yields the record of an earlier run there."""
+        with claim(self.folder, self.protocol, self.is_empty) as before:
+            yield before
+
+    def is_empty(self, record: RunRecord) -> bool:
+        """Whether the folder of an earlier record holds no result."""
+        files = (p.name for p in self.folder.iterdir())
+        return not record.results and all(name == NAME or name.startswith(".") for name in files)
+
+    def there(self, record: RunRecord | None) -> set[Any]:
+        """The items that are done, of this request and of others; default: all are made again."""
+        return set()
+
+    def make(self, missing: Sequence[Any]) -> Generator[Made]:
+        """Makes the items and writes their files, each before it is yielded."""
+        raise NotImplementedError
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """The results of the record, from the rows of earlier runs followed by those of this."""
+        return rows
+
+    def seconds(self, drawn: float, before: RunRecord | None) -> float:
+        """Seconds of sampling for the record; ``drawn`` are those of this run."""
+        return drawn
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an image, for the record."""
+        raise NotImplementedError
+
+    def finish(self, rows: list[Row]) -> None:
+        """Writes what is made of all items together: sheets, tables, plots."""
+
+    def save(self, record: RunRecord) -> None:
+        """Writes the record."""
+        write_run(self.folder, record)
+
+
+class FileJob(Job):
+    """A job that makes one new file; ``folder`` is its path. :meth:`save` writes it at the end."""
+
+    def __init__(self, request: Any, control: Control) -> None:
+        """Refuses to overwrite a file, before anything is loaded."""
+        super().__init__(request, control)
+        self.folder = Path(request.out)
+        self.items = [self.folder]
+        self._refuse_existing()
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Holds the name of the file."""
+        with locked_file(self.folder):
+            self._refuse_existing()
+            yield None
+
+    def _refuse_existing(self) -> None:
+        if self.folder.exists():
+            raise OutputError(
+                f"{self.folder} is there already; use another --out, or delete that file."
+            )
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    job: Any
+    record: RunRecord
+    made: int
+    """Items that this run made."""
+    there: int
+    """Items of the request that earlier runs had made."""
+    beside: int
+    """Items of other requests in the folder."""
+    finished: bool
+    """False where the run was stopped."""
+
+
+def execute(job: Job) -> Outcome:
+    """Makes the items of a job that are missing.
+
+    The folder is held from the first look at it to the last write. The record is written before
+    the first item, so that what a killed run leaves is known; after each item that has a row; and
+    at the end.
+
+    Raises:
+        OutputError: If another run holds the folder, or it holds results of another protocol.
+        DDIMError: What the job raises; items that are made stay.
+    """
+    emit = job.control.emit
+    with job.claim() as before:
+        there = job.there(before)
+        missing = [item for item in job.items if item not in there]
+        rows = [] if before is None else list(before.results)
+        done, made, drawn, finished = len(job.items) - len(missing), 0, 0.0, True
+
+        def record() -> RunRecord:
+            results = job.results(rows)
+            return RunRecord(
+                protocol=job.protocol,
+                results=results,
+                seconds=job.seconds(drawn, before),
+                seconds_total=time.perf_counter() - job.began,
+                evaluations=job.evaluations(results),
+                execution=job.execution,
+                versions=versions(),
+            )
+
+        if before is None:
+            job.save(record())
+        emit(Event("started", done=done, total=len(job.items)))
+        started = time.perf_counter()
+        try:
+            with contextlib.closing(job.make(missing)) as making:
+                for item, row, took, text in making:
+                    made, drawn = made + 1, drawn + took
+                    if row is not None:
+                        rows.append(row)
+                        job.save(record())
+                    rate = made / max(time.perf_counter() - started, 1e-9)
+                    emit(Event("item", done + made, len(job.items), str(item), rate, text))
+        except Stopped:
+            finished = False
+        now = record()
+        if made == 0 and before is not None:  # the times are those of the run that made the items
+            changed: dict[str, Any] = {"results": now.results, "seconds": now.seconds}
+            now = replace(before, **changed, evaluations=now.evaluations)
+        if now != before:
+            job.save(now)
+        if finished:
+            job.finish(now.results)
+    emit(Event("finished" if finished else "stopped", done + made, len(job.items)))
+    return Outcome(job, now, made, done, len(there - set(job.items)), finished)

@@ -1,0 +1,143 @@
+"""Fits the timesteps of a few steps to a model."""
+
+import json
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddim.core.denoiser import Denoiser
+from ddim.core.noise import check_seeds, seeded_randn
+from ddim.core.prediction import Denoised
+from ddim.core.sampler import sample
+from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.files import write_text
+from ddim.fitting.timesteps import Fit, SamplingProblem, fit_timesteps, geometric_mean
+from ddim.models.checkpoints import weight_hash
+from ddim.models.facts import read_model
+from ddim.runs.engine import Control, FileJob, Made, Row
+from ddim.runs.model import enough_memory, find_device, open_pixels, open_text
+from ddim.runs.options import Options
+from ddim.runs.record import RunRecord
+from ddim.runs.requests import FitStepsRequest
+from ddim.runs.text import read_text
+
+__all__ = ["FitStepsJob"]
+
+
+class FitStepsJob(FileJob):
+    """One list of levels, and what it was compared with."""
+
+    request: FitStepsRequest
+
+    def __init__(self, request: FitStepsRequest, control: Control) -> None:
+        super().__init__(request, control)
+        always = "model device seed count held_out steps order out exact evaluations batch_size"
+        options = Options(request, *always.split())
+        device, last = find_device(request.device), request.count
+        seeds = check_seeds(range(request.seed, request.seed + last + request.held_out))
+        self.seeds = seeds
+        self.fit: Fit | None = None
+        self.model = model = read_model(request.model)
+        self.text = text = read_text(options, model) if model.is_text else None
+        options.refuse_unread(model.name, model.kinds)
+        pipe: Any = (
+            open_pixels(model, device=device)
+            if text is None
+            else open_text(model, device=device, dtype="float32", image=False)
+        )
+        self.pipe, total = pipe, len(pipe.noise_schedule)
+        select_timesteps(total, request.steps)  # refuses more steps than levels
+        many = {"order": 2, "steps": min(100, total), "spacing": "quadratic"}
+        self.protocol = {
+            "command": "fit-steps",
+            "model": request.model,
+            "weight_hash": weight_hash(model.folder),
+            "steps": request.steps,
+            "order": pipe.select_order(request.order),
+            "clip": asdict(pipe.select_clip()),
+            "seeds": [seeds[0], seeds[last - 1]],
+            "held_out": [seeds[last], seeds[-1]],
+            "reference": {"order": 1, "steps": total} if request.exact else many,
+            "evaluations": request.evaluations,
+            "prompt": None,
+            "guidance_scale": None,
+            **({} if text is None else text.protocol),
+        }
+        self.execution = {"device": str(device), "batch_size": request.batch_size}
+
+    def make(self, missing: Sequence[Path]) -> Generator[Made]:
+        """Fits the levels on the first images, and judges them on the others."""
+        request = self.request
+        found, judged = self.seeds[: request.count], self.seeds[request.count :]
+        size = request.batch_size
+        with enough_memory(self.pipe.device, max(request.count, size)):
+            began = time.perf_counter()
+            self.fit = fit_timesteps(
+                self._problem(found),
+                [
+                    self._problem(judged[first : first + size])
+                    for first in range(0, len(judged), size)
+                ],
+                schedule=self.pipe.noise_schedule,
+                steps=request.steps,
+                order=self.protocol["order"],
+                evaluations=request.evaluations,
+                bound=1.0 if self.text is None else None,  # latents have no range
+                finish=self._all_levels if request.exact else None,
+            )
+        yield Made(self.folder, seconds=time.perf_counter() - began)
+
+    def _problem(self, seeds: list[int]) -> SamplingProblem:
+        """What is sampled from the noise of these seeds; every call of the network is a step."""
+        pipe, text, clip = self.pipe, self.text, self.pipe.select_clip()
+        if text is None:
+            labels = self.model.labels_of(seeds)
+            denoise: Denoiser = pipe.denoiser(len(seeds), class_labels=labels, clip=clip)
+            shape = pipe.image_shape
+        else:
+            prompts = [text.prompts[seed % len(text.prompts)] for seed in seeds]
+            scale = text.guidance_scale
+            conditions = pipe.conditions(prompts, text.negative_prompt, guidance_scale=scale)
+            denoise = pipe.denoiser(conditions, clip=clip, **text.guidance)
+            shape = pipe.latent_shape
+
+        def counted(x_t: Tensor, t: int | Tensor) -> Denoised:
+            self.control.step()
+            return denoise(x_t, t)
+
+        return SamplingProblem(counted, seeded_randn(shape, seeds).to(pipe.device))
+
+    def _all_levels(self, problem: SamplingProblem) -> Tensor:
+        """The images of DDIM at all levels."""
+        schedule = self.pipe.noise_schedule
+        pairs = step_pairs(select_timesteps(len(schedule), len(schedule)))
+        return sample(problem.denoise, problem.x_t, pairs, schedule=schedule)
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each list of levels that was compared."""
+        fit = self.fit
+        if fit is None:
+            return []
+        return [
+            {
+                "name": name,
+                "timesteps": fit.paths.get(name),
+                "ode_error": geometric_mean(errors)._asdict(),
+                "ratio": fit.ratio(name)._asdict(),
+            }
+            for name, errors in fit.errors.items()
+        ]
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an image of the fitted levels."""
+        return self.request.steps * (1 if self.text is None else self.text.calls_a_step)
+
+    def save(self, record: RunRecord) -> None:
+        """Writes the levels with the record."""
+        if self.fit is not None:
+            content = {"timesteps": self.fit.timesteps, **asdict(record)}
+            write_text(self.folder, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,139 @@
+"""Draws the path between two latents, or the grid between four."""
+
+import dataclasses
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.core.interpolation import interpolate, interpolate_grid
+from ddim.core.noise import check_seeds, seeded_randn
+from ddim.errors import DDIMError
+from ddim.inversion.codes import Code
+from ddim.models.images import make_grid, save_gif, save_png
+from ddim.runs.engine import Control, Made, Row
+from ddim.runs.model import PixelJob, enough_memory
+from ddim.runs.pictures import (
+    NetworkCalls,
+    Pictures,
+    Selection,
+    check_images,
+    note_levels,
+    read_images,
+    sheet_scale,
+    unsolved_steps,
+)
+from ddim.runs.requests import InterpolateRequest
+
+__all__ = ["InterpolateJob"]
+
+
+class InterpolateJob(PixelJob):
+    """One sheet of pictures, drawn whole in every run."""
+
+    request: InterpolateRequest
+    ends: Code | Pictures
+    """The codes of seeds, or pictures that are to be encoded."""
+
+    def __init__(self, request: InterpolateRequest, control: Control) -> None:
+        super().__init__(request, control)
+        needed = self._check_ends()
+        if request.images is not None:
+            check_images(request.images, None)
+        self.open()
+        self.model.check_class(request.class_, required=True)
+        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
+        encodable = request.images is not None
+        route = self.pipe.route(request.steps, **walk, clip="none", encodable=encodable)
+        self.timesteps = route.timesteps
+        if request.seeds is not None:
+            x_T = seeded_randn(self.pipe.image_shape, check_seeds(request.seeds)).double()
+            labels = None if request.class_ is None else torch.full((needed,), request.class_)
+            levels = tuple(self.timesteps)
+            self.ends = Code(x_T.unsqueeze(0), "ddim", levels, 0, labels=labels)
+            data: dict[str, Any] = {"seeds": list(request.seeds)}
+        else:
+            asked = self.pipe.select_timesteps(request.steps, **walk)
+            note_levels(control, asked, self.timesteps)
+            self.ends = read_images(self.pipe, self.model, Selection.of(request))
+            data = {**self.ends.data, "method": request.method}
+        self.calls, self.rms, self.unsolved = 0.0, list[float](), list[str]()
+        self.items = ["grid.png" if request.grid else "strip.png"]
+        self.folder = self.out("interpolate")
+        self.protocol = {
+            "command": "interpolate",
+            **self.describe(clip=self.pipe.select_clip("none")),
+            "timesteps": self.timesteps,
+            "eta": 0.0,
+            "count": request.count,
+            "interpolation": {"kind": request.interpolation, "grid": request.grid},
+            "data": data,
+        }
+        self.execution = {"batch_size": request.batch_size, "device": str(self.device)}
+
+    def _check_ends(self) -> int:
+        """How many ends the path or the grid needs, once it is known that they are given."""
+        request = self.request
+        ends = request.images if request.seeds is None else request.seeds
+        if ends is None or (request.seeds is not None and request.images is not None):
+            raise DDIMError(
+                "give the ends of the path as --seeds 3,17 or as --images a.png,b.png, one of the "
+                "two."
+            )
+        needed = 4 if request.grid else 2
+        if len(ends) != needed:
+            what = "a grid has four corners" if request.grid else "a path has two ends"
+            given = f"{len(ends)} {'was' if len(ends) == 1 else 'were'} given"
+            raise DDIMError(f"{what}, and {given}; name {needed}, separated by commas.")
+        return needed
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each picture."""
+        name = self.items[0]
+        return [{"place": n, "file": name, "rms": value} for n, value in enumerate(self.rms)]
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an end for encoding, and a picture for decoding."""
+        return self.calls
+
+    def make(self, missing: Sequence[str]) -> Generator[Made]:
+        """Encodes the ends if they are pictures, and decodes the path between them."""
+        request, pipe = self.request, self.pipe
+        walk: dict[str, Any] = {"timesteps": self.timesteps, "batch_size": request.batch_size}
+        with enough_memory(self.device, request.batch_size):
+            pipe.warm_up()
+            began = time.perf_counter()
+            encoding, decoding = NetworkCalls(pipe, self.control), NetworkCalls(pipe, self.control)
+            with encoding, unsolved_steps() as unsolved:
+                if isinstance(self.ends, Pictures):
+                    x0, classes, _ = self.ends
+                    code = pipe.encode(x0, method=request.method, class_labels=classes, **walk)
+                else:
+                    code = self.ends
+            # Each state of a code goes along its own path, with one weight: the two states of a
+            # pair keep their distance.
+            states = torch.stack([self._path(state) for state in code.states])
+            labels = code.labels
+            if labels is not None:
+                labels = labels[:1].expand(states.shape[1]).contiguous()
+            whole = dataclasses.replace(code, states=states, labels=labels, residual=None)
+            with decoding:
+                decoded = pipe.decode(whole, batch_size=request.batch_size)
+        pixels = np.stack([np.atleast_3d(np.asarray(picture)) for picture in decoded])
+        seconds = time.perf_counter() - began
+        self.rms, self.unsolved = whole.rms().tolist(), unsolved
+        self.calls = encoding.each(len(code)) + decoding.each(len(pixels))
+        scale, name = sheet_scale(pixels), missing[0]
+        save_png(make_grid(pixels, columns=request.count), self.folder / name, scale=scale)
+        if request.gif:
+            save_gif(pixels, self.folder / "path.gif", scale=scale)
+        yield Made(name, seconds=seconds)
+
+    def _path(self, ends: Tensor) -> Tensor:
+        count, kind = self.request.count, self.request.interpolation
+        if self.request.grid:
+            return interpolate_grid(ends, count, count, kind=kind)
+        return interpolate(ends[0], ends[1], count, kind=kind)

@@ -1,0 +1,181 @@
+"""How an option is declared, once: its type, default and help, its range, and what it needs.
+
+A request is a frozen dataclass whose field docstrings are the help. A field's annotation may carry
+a :class:`Range` and a :class:`Needs`:
+
+.. code-block:: python
+
+    strength: Annotated[float | None, Range(0, 1), Needs(option="image")] = None
+
+:func:`check_request` holds a request against these declarations before anything is loaded or
+written. An option that was given and that nothing read is refused by :meth:`Options.refuse_unread`.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from ddim.errors import DDIMError
+
+__all__ = [
+    "ModelKind",
+    "Needs",
+    "Options",
+    "Range",
+    "check_request",
+    "given_options",
+    "is_positional",
+    "option_of",
+]
+
+ModelKind = Literal["text", "pixels", "classes"]
+_KINDS: dict[ModelKind, str] = {
+    "text": "text-to-image models",
+    "pixels": "models without text",
+    "classes": "class-conditional models",
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes, both ends included; for a list, each entry. Never NaN."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def refusal(self, value: float) -> str:
+        """The end of a sentence that refuses a number."""
+        low, high = f"{self.low:.0f}", f"{self.high:.0f}"
+        if self.high <= 1000 and self.low > -math.inf:
+            return f"must be from {low} to {high}; got {value}."
+        return (
+            f"must be {f'at most {high}' if value > self.high else f'at least {low}'}; got {value}."
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an option acts on: another option, perhaps with one value, or a kind of model."""
+
+    option: str | None = None
+    value: object = None
+    model: ModelKind | None = None
+
+
+class Declared(NamedTuple):
+    """A field of a request: its name on the command line, its range, what it needs, and whether it
+    is given without its name."""
+
+    option: str
+    range: Range
+    needs: Needs
+    is_positional: bool
+
+
+@cache
+def _declarations(kind: Any) -> dict[str, Declared]:
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        spelled = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
+        found[name] = Declared(
+            f"--{spelled.replace('_', '-')}",
+            next((mark for mark in marks if isinstance(mark, Range)), Range()),
+            next((mark for mark in marks if isinstance(mark, Needs)), Needs()),
+            any(mark is tyro.conf.Positional for mark in marks),
+        )
+    return found
+
+
+def option_of(kind: type, field: str) -> str:
+    """A field's option on the command line, such as ``--batch-size``."""
+    return _declarations(kind)[field].option
+
+
+def is_positional(kind: type, field: str) -> bool:
+    """Whether a field is given on the command line without an option's name."""
+    return _declarations(kind)[field].is_positional
+
+
+def given_options(request: Any) -> list[str]:
+    """The fields of a request that differ from their defaults."""
+    missing = dataclasses.MISSING
+    return [
+        f.name
+        for f in dataclasses.fields(request)
+        if getattr(request, f.name)
+        != (f.default if f.default_factory is missing else f.default_factory())
+    ]
+
+
+def check_request(request: Any) -> None:
+    """Checks the ranges of a request's options, and that each has the option it needs.
+
+    Raises:
+        DDIMError: Which option, what it must be, and what it is.
+    """
+    kind: type = type(request)
+    declared = _declarations(kind)
+    for name, (option, allowed, *_) in declared.items():
+        value = getattr(request, name, None)
+        for number in value if isinstance(value, tuple) else (value,):
+            is_bounded = allowed != Range() and isinstance(number, (int, float))
+            if is_bounded and number not in allowed:
+                raise DDIMError(f"{option} {allowed.refusal(number)}")
+    for name in given_options(request):
+        option, _, needs, _ = declared[name]
+        if needs.option is None:
+            continue
+        value = getattr(request, needs.option)
+        if value != needs.value if needs.value is not None else value is None:
+            other = declared[needs.option].option
+            wanted = other if needs.value is None else f"{other} {needs.value}"
+            raise DDIMError(f"{option} acts only with {wanted}; give both, or leave out {option}.")
+
+
+class Options:
+    """A request, read by attribute; what is read acts, and what was given and not read is refused.
+
+    Resolve a request whole before any weight is loaded, then call :meth:`refuse_unread`.
+
+    Args:
+        request: A request.
+        *always: Options that act whatever the request is about.
+    """
+
+    def __init__(self, request: Any, *always: str) -> None:
+        self._request = request
+        self._read = set(always)
+
+    def __getattr__(self, name: str) -> Any:
+        self._read.add(name)
+        return getattr(self._request, name)
+
+    def refuse_unread(self, subject: str, kinds: Collection[str] = ()) -> None:
+        """Refuses options that were given although nothing read them.
+
+        Args:
+            subject: What the request is about, such as the model's name, for the message.
+            kinds: The kinds of model that it is.
+
+        Raises:
+            DDIMError: Which option, and what it would need.
+        """
+        kind: type = type(self._request)
+        for name in given_options(self._request):
+            if name in self._read:
+                continue
+            option, _, needs, _ = _declarations(kind)[name]
+            if needs.model is not None and needs.model not in kinds:
+                what = _KINDS[needs.model]
+                raise DDIMError(f"{option} is for {what}, and {subject} is not one; leave it out.")
+            raise DDIMError(f"{option} has no effect on {subject}; leave it out.")

@@ -1,0 +1,224 @@
+"""Encodes images, decodes them, and measures what comes back: the paper's Table 2."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim.core.sampler import State
+from ddim.errors import DDIMError, DivergenceError
+from ddim.evaluation.report import check_plots, save_lines, text_table
+from ddim.files import write_text
+from ddim.inversion.codes import ENCODERS
+from ddim.inversion.encoding import reconstruction_error
+from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.runs.engine import Control, Made, Row
+from ddim.runs.model import PixelJob, enough_memory
+from ddim.runs.pictures import (
+    NetworkCalls,
+    Selection,
+    check_images,
+    note_levels,
+    read_images,
+    sheet_scale,
+    unsolved_steps,
+)
+from ddim.runs.record import RunRecord
+from ddim.runs.requests import ReconstructRequest
+
+__all__ = ["ReconstructJob"]
+
+SHOWN = 8
+"""Most images that the sheet shows."""
+
+PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
+"""Table 2 of Song, Meng, Ermon (https://arxiv.org/abs/2010.02502): DDIM on CIFAR-10's test
+images."""
+
+
+class Cell(NamedTuple):
+    """A cell of the table, which is an item and a row of the record."""
+
+    method: str
+    steps: int
+
+
+class ReconstructJob(PixelJob):
+    """The cells of a table. Those of the record are kept."""
+
+    request: ReconstructRequest
+
+    def __init__(self, request: ReconstructRequest, control: Control) -> None:
+        super().__init__(request, control)
+        unknown = [method for method in request.method if method not in ENCODERS]
+        if unknown or not request.method or not request.steps:
+            received = f"{unknown[0]!r}" if unknown else "nothing"
+            raise DDIMError(
+                f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got "
+                f"{received}."
+            )
+        check_plots()
+        check_images(None, request.data)
+        self.open()
+        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
+        self.asked = {
+            s: self.pipe.select_timesteps(s, **walk) for s in dict.fromkeys(request.steps)
+        }
+        # A level of zero SNR is moved to the one below.
+        routes = {s: self.pipe.route(s, **walk, clip="none", encodable=True) for s in self.asked}
+        self.timesteps = {steps: route.timesteps for steps, route in routes.items()}
+        self.pictures = read_images(self.pipe, self.model, Selection.of(request))
+        methods = dict.fromkeys(request.method)
+        self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
+        self.folder = self.out("reconstruct")
+        self.protocol = {
+            "command": "reconstruct",
+            **self.describe(clip=self.pipe.select_clip("none"), classes="the data's"),
+            "timesteps": request.spacing or self.pipe.scheduler.config.timestep_spacing,
+            "eta": 0.0,
+            "data": self.pictures.data,
+            "count": request.count,
+        }
+        self.execution = {"batch_size": request.batch_size, "device": str(self.device)}
+
+    def there(self, record: RunRecord | None) -> set[Cell]:
+        """The cells of the record."""
+        rows = [] if record is None else record.results
+        return {Cell(row["method"], row["steps"]) for row in rows}
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """The rows, sorted by method and steps."""
+        return sorted(rows, key=lambda row: (ENCODERS.index(row["method"]), row["steps"]))
+
+    def seconds(self, drawn: float, before: RunRecord | None) -> float:
+        """The sum over all runs."""
+        return drawn + (0.0 if before is None else before.seconds)
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """The sum over all cells, there and back."""
+        calls: float = sum(r["evaluations"] + r.get("decode_evaluations", 0) for r in rows)
+        return calls
+
+    def make(self, missing: Sequence[Cell]) -> Generator[Made]:
+        """Measures cell by cell."""
+        with enough_memory(self.device, self.request.batch_size):
+            self.warm_up(len(self.pictures.x0))
+            for cell in missing:
+                row, took = self._measure(cell)
+                mse = "diverged" if row["mse"] is None else f"mse {row['mse']:.2e}"
+                calls = row["evaluations"] / cell.steps
+                text = f"{cell.method}, {cell.steps} steps: {mse}, {calls:.1f} evaluations a step, "
+                yield Made(cell, {**cell._asdict(), **row}, took, f"{text}{took:.1f} s")
+
+    def _measure(self, place: Cell) -> tuple[Row, float]:
+        """One cell, and the seconds it took."""
+        errors, rms, residuals = [], [], []
+        began, unsolved, done = time.perf_counter(), 0, 0
+        encoding, decoding = (
+            NetworkCalls(self.pipe, self.control),
+            NetworkCalls(self.pipe, self.control),
+        )
+        pipe, size, levels = self.pipe, self.request.batch_size, self.timesteps[place.steps]
+        back = torch.empty(0)
+
+        def keep(state: State) -> None:
+            nonlocal back
+            back = state.x_s
+
+        for first in range(0, len(self.pictures.x0), size):
+            x0, labels, _ = self.pictures.part(first, size)
+            done += len(x0)
+            try:
+                with encoding, unsolved_steps() as unsolved_here:
+                    code = pipe.encode(
+                        x0,
+                        timesteps=levels,
+                        method=place.method,  # type: ignore[arg-type]
+                        class_labels=labels,
+                        batch_size=size,
+                    )
+                back = code.states[-1]  # where the pair of a single step holds the data already
+                with decoding:  # the last state is measured before float32 rounds it
+                    pipe.decode(code, batch_size=size, output_type="pt", callback=keep)
+            except DivergenceError:
+                evaluations = encoding.each(done)
+                return {"mse": None, "evaluations": evaluations}, time.perf_counter() - began
+            unsolved += len(unsolved_here)
+            errors.append(reconstruction_error(x0.cpu(), back.cpu()))
+            rms.append(code.rms())
+            if code.residual is not None:
+                residuals.append(code.residual)
+        error = torch.cat(errors)
+        cell: Row = {
+            "mse": float(error.mean()),
+            "mse_max": float(error.max()),
+            "evaluations": encoding.each(done),
+            "decode_evaluations": decoding.each(done),
+            "rms": float(torch.cat(rms).mean()),
+            "count": done,
+        }
+        if residuals:
+            cell |= {"residual_max": float(torch.cat(residuals).max()), "unsolved_steps": unsolved}
+        return cell, time.perf_counter() - began
+
+    def finish(self, rows: list[Row]) -> None:
+        """Writes the sheet, the table and the plot of all cells that are there."""
+        fewest = min(self.timesteps)
+        note_levels(self.control, self.asked[fewest], self.timesteps[fewest])
+        with enough_memory(self.device, self.request.batch_size):
+            self._write_sheet(self.timesteps[fewest])
+        write_text(self.folder / "table.md", self._table(rows))
+        methods = dict.fromkeys(row["method"] for row in rows)
+        lines = {
+            m: [(r["steps"], r["mse"]) for r in rows if r["method"] == m and r["mse"]]
+            for m in methods
+        }
+        save_lines(
+            lines,
+            self.folder / "reconstruction.png",
+            across="steps each way",
+            up="mean squared error, pixels in [0, 1]",
+        )
+
+    def _table(self, results: list[Row]) -> str:
+        """The cells as a document."""
+        request = self.request
+        head = "method|steps|mse|largest|evaluations a step|RMS of the code|paper (DDIM, CIFAR-10)"
+        rows = [head.split("|")]
+        for r in results:
+            is_known = r["method"] == "ddim" and r["steps"] in PAPER
+            paper = f"{PAPER[r['steps']]:g}" if is_known else ""
+            diverged = r["mse"] is None
+            errors = ["diverged", ""] if diverged else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
+            calls = f"{r['evaluations'] / r['steps']:.2f}"
+            rms = "" if diverged else f"{r['rms']:.2f}"
+            rows.append([r["method"], str(r["steps"]), *errors, calls, rms, paper])
+        start = f", from number {request.seed} on" if request.seed else ""
+        return (
+            f"# {request.model}: images from their codes\n\n"
+            f"Mean squared error per dimension, pixels in [0, 1], of {request.count} images of "
+            f"{request.data} ({self.pictures.data['split']}{start}); {request.dtype} network, "
+            "float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png "
+            f"are the originals, then {', '.join(request.method)} at {min(request.steps)} steps."
+            "\n\n" + text_table(rows)
+        )
+
+    def _write_sheet(self, timesteps: list[int]) -> None:
+        """Originals in the first row, then a row for each method at the fewest steps."""
+        x0, labels, _ = self.pictures.part(0, SHOWN)
+        rows = [to_uint8(x0)]
+        walk: dict[str, Any] = {"timesteps": timesteps, "class_labels": labels}
+        for method in self.request.method:
+            with unsolved_steps():  # they are in the table
+                try:
+                    code = self.pipe.encode(x0, **walk, method=method)  # type: ignore[arg-type]
+                    back: Tensor = self.pipe.decode(code, output_type="pt")
+                    rows.append(to_uint8(2 * back - 1))
+                except DivergenceError:  # an empty row, as the table says
+                    rows.append(np.zeros_like(rows[0]))
+        images = np.concatenate(rows)
+        grid = make_grid(images, columns=len(x0))
+        save_png(grid, self.folder / "sheet.png", scale=sheet_scale(images))

@@ -1,0 +1,160 @@
+"""``run.json``: what was asked, what was made, and how long that took; and whose a folder is.
+
+docs/run-json.md describes the keys.
+"""
+
+import contextlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ddim import __version__
+from ddim.errors import OutputError
+from ddim.files import locked, remove_partial, write_text
+
+__all__ = [
+    "IDENTITY",
+    "NAME",
+    "RunRecord",
+    "check_protocol",
+    "claim",
+    "read_run",
+    "versions",
+    "write_run",
+]
+
+NAME = "run.json"
+"""The record's name in a folder of results."""
+
+IDENTITY = tuple(
+    "command weight_hash schedule sampler timesteps eta order variance clip prior prompt "
+    "negative_prompt guidance_scale guidance_rescale image strength dtype class data interpolation "
+    "samples reference metrics extractors count long_count repeats seed".split()
+)
+"""The keys of a protocol in which two runs must agree to share a folder. An absent key is null."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of a ``run.json``."""
+
+    protocol: dict[str, Any]
+    """What was asked, resolved: the model with its weight hash, and every option that can change a
+    result."""
+    results: list[dict[str, Any]]
+    """One flat record for each measured thing."""
+    seconds: float
+    """Seconds of the sampling loop alone, after one warm-up evaluation."""
+    seconds_total: float
+    """Seconds of the whole command."""
+    evaluations: float
+    """Network calls an image: a whole number, except where images were encoded in different
+    numbers of calls."""
+    execution: dict[str, Any]
+    """What may differ between runs of one protocol: count, batch size, device, compile."""
+    versions: dict[str, str]
+    """The versions of this package and of those that compute."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    computing = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+    return {"python": platform.python_version(), "ddim": __version__, **computing}
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """The record in a folder, or None where there is none.
+
+    Raises:
+        OutputError: If it is damaged.
+    """
+    path = folder / NAME
+    try:
+        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(record.protocol, dict) or not isinstance(record.results, list):
+            raise TypeError("its protocol is no object, or its results are no list")
+        return record
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{path} is not a record of this program ({error}); use another --out, or delete that "
+            "folder."
+        ) from error
+
+
+def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
+    """Writes the record, whole or not at all."""
+    write_text(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def claim(
+    folder: Path, protocol: Mapping[str, Any], is_empty: Callable[[RunRecord], bool]
+) -> Iterator[RunRecord | None]:
+    """Holds a folder for runs of one protocol, from the first look at it to the last write.
+
+    What a killed run left half-written is removed.
+
+    Args:
+        folder: Where results are put; it is created if needed.
+        protocol: What the run is asked, resolved.
+        is_empty: Whether the folder of an earlier record holds no result. Such a record is
+            forgotten if it is of the same command, so a run that was killed at its start does not
+            keep the folder.
+
+    Yields:
+        The record of an earlier run of the same protocol, or None.
+
+    Raises:
+        OutputError: If another run holds the folder, or if it holds files without a record, or
+            results of another protocol; the message says what differs.
+    """
+    with locked(folder):
+        remove_partial(folder)
+        record = read_run(folder)
+        files = [p for p in folder.iterdir() if p.name != NAME and not p.name.startswith(".")]
+        if record is None and files:
+            raise OutputError(
+                f"{folder} holds files such as {files[0].name}, and no {NAME} that says how they "
+                "were made; use another --out, or delete that folder."
+            )
+        if record is not None:
+            record = check_protocol(folder, protocol, is_empty=is_empty(record))
+        yield record
+
+
+def check_protocol(
+    folder: Path, protocol: Mapping[str, Any], *, is_empty: bool
+) -> RunRecord | None:
+    """The record of an earlier run of the same protocol in a folder, or None.
+
+    Raises:
+        OutputError: If the folder holds results of another protocol; the message says what differs.
+    """
+    record = read_run(folder)
+    if record is None:
+        return None
+    before, asked = record.protocol, json.loads(json.dumps(protocol))
+    if is_empty and before.get("command") == asked.get("command"):
+        return None
+    changed = [key for key in IDENTITY if before.get(key) != asked.get(key)]
+    if not changed:
+        return record
+    differences = "; ".join(
+        f"{k} is {_brief(before.get(k))} there and {_brief(asked.get(k))} here" for k in changed
+    )
+    raise OutputError(
+        f"{folder} holds results of another protocol: {differences}. Use another --out, or delete "
+        "that folder."
+    )
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"[{value[0]}, {value[1]}, ... {value[-1]}] ({len(value)} levels)"
+    return json.dumps(value)

@@ -1,0 +1,435 @@
+"""What can be asked of a run: one frozen request for each command, its options declared once.
+
+A field's docstring is its help. Options that several requests share stand in a base class. A
+request holds words only: nothing here loads torch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from ddim.runs.options import Needs, Range
+from ddim.runs.values import Eta, Etas, Levels
+
+__all__ = [
+    "ConsistencyRequest",
+    "ConvertRequest",
+    "DecodeRequest",
+    "DoctorRequest",
+    "EncodeRequest",
+    "EvaluateRequest",
+    "FitStepsRequest",
+    "InterpolateRequest",
+    "ReconstructRequest",
+    "SampleRequest",
+    "TableRequest",
+]
+
+MOST_IMAGES = 1_000_000
+"""Images of one run: each is a row of its record."""
+
+Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
+Encoder = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
+Count = Annotated[int, Range(1, MOST_IMAGES)]
+AtLeastOne = Annotated[int, Range(1)]
+ModelName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
+Class = Annotated[int | None, tyro.conf.arg(name="class"), Needs(model="classes")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every run on a model has."""
+
+    model: ModelName = "fashion-mnist"
+    """An embedded model, a folder in diffusers format, or a hub id."""
+    batch_size: AtLeastOne = 64
+    """Images that are computed together. It changes images by rounding only: at most one grey level
+    in float32, a few in half precision."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """Images by their seeds."""
+
+    seed: int = 0
+    """Seed of the first image."""
+    compile: bool = False
+    """Compile the network first: this takes a minute, and then each step is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Which levels a trajectory visits."""
+
+    steps: int | None = None
+    """Number of steps, which is the number of network evaluations an image. Default: 50."""
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Prompts and guidance."""
+
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction, Needs(model="text")] = field(
+        default_factory=list
+    )
+    """What the images show. Give it again for more prompts, or FILE.txt with one prompt a line."""
+    negative_prompt: Annotated[str | None, Needs(model="text")] = None
+    """What guidance leads away from. Default: the empty text."""
+    guidance_scale: Annotated[float | None, Needs(model="text")] = None
+    """Strength of guidance; 1 is off. Default: the model card's, else 7.5."""
+    guidance_rescale: Annotated[float | None, Needs(model="text")] = None
+    """How far the contrast of guided predictions is brought back to that of unguided ones, from 0
+    to 1. Default: the model card's, else 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Images of a data set that are encoded."""
+
+    split: str | None = None
+    """Split of the data set. Default: test where there is one, else train."""
+    seed: Annotated[int, Range(0)] = 0
+    """Number of the first image of the data set, counted from 0."""
+    resize: bool = False
+    """Resize images of another size (shorter side) and crop them in the centre."""
+    class_: Class = None
+    """Class of all images, for a class-conditional model. Default: the data's own."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the network. The states are always float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(Text, Walk, Seeds, Request):
+    """Draws images from a model with DDIM: a file for each seed, a grid of the first 64, and a
+    record of the run.
+
+    Running again into the same folder draws what is missing. The grid shows the images of the last
+    request only.
+    """
+
+    count: Count = 16
+    """How many images: the seeds SEED to SEED+COUNT-1."""
+    eta: Eta = None
+    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
+    larger noise of DDPM."""
+    order: Literal[1, 2] | None = None
+    """Order of the solver: 1 is DDIM; 2, its multistep method, is more accurate at the same cost.
+    Default: as the model's configuration says."""
+    variance: Annotated[Literal["eta", "analytic"], Needs(model="pixels")] = "eta"
+    """analytic adds, at eta 0 too, the noise that the prediction's error leaves out. It is measured
+    on data first and kept in gamma.json."""
+    data: Annotated[str | None, Needs(option="variance", value="analytic")] = None
+    """Images for --variance analytic, as `ddim train --data` takes them. Default: those that the
+    model was trained on."""
+    timesteps: Levels = None
+    """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the
+    key `timesteps`."""
+    sampler: Literal["ddim", "ddpm", "o-belm", "bdia", "edict"] = "ddim"
+    """ddpm uses sigma-hat noise and static clipping; o-belm, bdia and edict can be run backwards
+    exactly."""
+    clip: Literal["none", "static", "dynamic"] | None = None
+    """How predicted images are kept in range between the steps; the noise is then derived again.
+    Default: as the model's configuration says."""
+    prior: Annotated[str, Needs(model="pixels")] = "standard"
+    """What the first noise is drawn from: standard is N(0, I); data uses the data's mean colours
+    from the model's prior.json; or a FILE.json that `ddim doctor --prior` wrote."""
+    image: Annotated[str | None, Needs(model="text")] = None
+    """A picture to start from, in place of noise."""
+    strength: Annotated[float | None, Needs(option="image", model="text")] = None
+    """The share of the steps that is walked from --image; 1 keeps little or nothing of it. Default:
+    0.8."""
+    class_: Class = None
+    """Class of all images, for a class-conditional model. Default: seed modulo the number of
+    classes."""
+    batch_size: AtLeastOne = 16
+    out: str | None = None
+    """Folder for the pictures. Default: out/sample-MODEL."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network. The image between the steps is always float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Real images to compare with, and the metrics."""
+
+    reference: str
+    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset
+    id."""
+    split: str = "train"
+    """Split of the reference."""
+    resize: bool = False
+    """Resize reference images of another size (shorter side) and crop them in the centre."""
+    metrics: tuple[str, ...] | None = None
+    """METRIC-EXTRACTOR each, such as fd-fashion,kid-pixels; the first is the quality of ratios and
+    plots. Default: a panel that fits the images."""
+    weights: tuple[str, ...] = ()
+    """NAME=PATH each: weights of the extractors inception, dinov2 and efficientnet-lite0."""
+    out: str | None = None
+    """Folder for the results. Default: out/COMMAND-NAME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Walk, Seeds, Measured, Request):
+    """Measures a folder of images, an array file, or a model against real images; each number
+    stands beside its floor and its spread."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")]
+    """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a
+    diffusers folder, or a hub id; no text-to-image model."""
+    count: AtLeastOne | None = None
+    """How many samples are measured. Default: all images of a folder, 2048 of a model."""
+    eta: Eta = None
+    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
+    larger noise of DDPM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRequest(Measured, Seeds, Request):
+    """Measures a model at every eta and number of steps: quality, time, and the ratio of both to
+    DDPM.
+
+    Each finished cell is kept. Running again into the same folder measures what is missing, and
+    other etas and steps too.
+    """
+
+    eta: Etas = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
+    """0 is deterministic, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
+    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    """Numbers of steps, which are network evaluations an image."""
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
+    clip: Literal["none", "static", "dynamic"] | None = None
+    """How predicted images are kept in range between the steps. Default: as the model's
+    configuration says."""
+    count: AtLeastOne = 2048
+    """Images of a cell: the seeds SEED to SEED+COUNT-1, the same in every cell."""
+    long_count: int | None = None
+    """Images of the cells of more than 100 steps. Every cell is measured on that many too, for the
+    ratios. Default: COUNT."""
+    repeats: AtLeastOne = 1
+    """How often each cell is drawn, from other seeds each time; from 2 on, the spread is over
+    these."""
+    processes: AtLeastOne = 1
+    """Processes that measure cells side by side, the longest first; each gets its share of the
+    cores."""
+    timing_rounds: Annotated[int, Range(0)] = 0
+    """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be
+    compared; 0 keeps the cells' own times."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Images of a cell, and of a cell of many steps."""
+        return self.count, self.count if self.long_count is None else self.long_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructRequest(Pictures, Request):
+    """Measures how images come back from their codes, for each method and number of steps: a table,
+    a plot and a sheet.
+
+    What is measured is kept. Running again into the same folder adds other methods and steps.
+    """
+
+    data: str
+    """Images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
+    count: AtLeastOne = 256
+    """How many images, from SEED on."""
+    steps: tuple[int, ...] = (10, 20, 50, 100)
+    """Numbers of steps, the same each way."""
+    method: tuple[str, ...] = ("ddim", "fixed-point", "o-belm")
+    """Encoders: ddim, fixed-point, o-belm, bdia, edict."""
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the model's configuration says."""
+    out: str | None = None
+    """Folder for the results. Default: out/reconstruct-MODEL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyRequest(Seeds, Request):
+    """Draws the same latents with other steps and samplers, and measures how far each result is
+    from that of the longest trajectory.
+
+    With 1000 steps among them, that distance is the ODE error: mean squared error per dimension,
+    pixels in [0, 1], no clipping.
+    """
+
+    count: Count = 8
+    """How many latents: the seeds SEED to SEED+COUNT-1."""
+    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    """Numbers of steps. The others are compared with DDIM of the largest."""
+    sampler: tuple[str, ...] = ("ddim",)
+    """ddim, ddim-2 (its second order), o-belm, bdia, edict."""
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the model's configuration says."""
+    out: str | None = None
+    """Folder for the results. Default: out/consistency-MODEL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateRequest(Walk, Request):
+    """Draws the path between two seeds or two images, or with --grid the square between four."""
+
+    seeds: tuple[int, ...] | None = None
+    """Two seeds; four with --grid: top left, top right, bottom left, bottom right."""
+    images: tuple[str, ...] | None = None
+    """As many picture files, in place of seeds; they are encoded first."""
+    count: Annotated[int, Range(2)] = 11
+    """Pictures of the path, or of each side of a grid, the ends included."""
+    grid: bool = False
+    """A square between four corners in place of a path."""
+    interpolation: Literal["spherical", "linear"] = "spherical"
+    """spherical stays where latents lie; linear leaves it, for comparison."""
+    method: Annotated[Encoder, Needs(option="images")] = "fixed-point"
+    """How images are encoded. The codes of fixed-point look most like noise; those of o-belm and
+    bdia give the ends back exactly."""
+    class_: Class = None
+    """Class of all pictures, for a class-conditional model."""
+    resize: Annotated[bool, Needs(option="images")] = False
+    """Resize images of another size (shorter side) and crop them in the centre."""
+    gif: bool = False
+    """Write the path as an animation, there and back, too."""
+    out: str | None = None
+    """Folder for the pictures. Default: out/interpolate-MODEL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRequest(Pictures, Walk, Request):
+    """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says
+    how it was made."""
+
+    images: tuple[str, ...] | None = None
+    """Picture files."""
+    data: str | None = None
+    """A data set in place of files: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or
+    a hub dataset id."""
+    count: AtLeastOne | None = None
+    """How many images of the data set, from SEED on. Default: all."""
+    method: Encoder = "o-belm"
+    """o-belm, bdia and edict come back exactly, fixed-point nearly; ddim is the paper's own."""
+    out: str = "code.safetensors"
+    """The file to write; it must not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest(Walk, Request):
+    """Turns a code file back into pictures: a file for each image, and a grid of the first 64."""
+
+    code: str = "code.safetensors"
+    """The file that `ddim encode` wrote."""
+    seed: Annotated[int, Range(0)] = 0
+    """Number of the first image of the code, counted from 0."""
+    count: AtLeastOne | None = None
+    """How many images, from SEED on. Default: all."""
+    out: str = "out/decode"
+    """Folder for the pictures."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the network, as it was for encoding. The states are always float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitStepsRequest(Text, Request):
+    """Finds the levels at which a few steps of a model come nearest to its own images of many
+    steps, and says by how much.
+
+    The result goes into a JSON file for `ddim sample --timesteps`. No data is needed.
+    """
+
+    steps: AtLeastOne = 10
+    """How many levels to choose, which are network evaluations an image."""
+    order: Literal[1, 2] | None = None
+    """Order of the solver that will visit them: 1 is DDIM, 2 its multistep method. Default: as the
+    model's configuration says."""
+    count: AtLeastOne = 32
+    """Images that the search looks at."""
+    held_out: Annotated[int, Range(2)] = 32
+    """Other images, on which the result is compared with every spacing."""
+    exact: bool = False
+    """Measure the held-out errors against DDIM at all of the model's levels, which is their
+    definition, instead of 100 steps of order 2, which are nearly the same and ten times as fast."""
+    evaluations: Annotated[int, Range(0)] = 300
+    """About how many network evaluations on all COUNT images the search may make."""
+    seed: int = 1_000_000
+    """Seed of the first image; far from the seeds that images are drawn and measured with."""
+    batch_size: AtLeastOne = 16
+    out: str = "steps.json"
+    """The file for the result; it must not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest:
+    """Examines a scheduler's configuration: every finding with its numbers, what it does to images,
+    and the keys that mend it.
+
+    Needs no weights. Exits with 1 if there is an error.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or
+    card.json of a training run."""
+    steps: int | None = None
+    """Number of steps that you sample with. Default: 50, and a finding that says so."""
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the configuration says."""
+    timesteps: Levels = None
+    """The levels themselves, in place of --steps and --spacing."""
+    eta: Eta = None
+    """The eta that you sample with."""
+    guidance_scale: float | None = None
+    """The guidance that you sample with. Default: the model card's."""
+    guidance_rescale: float | None = None
+    """The rescale of guidance that you sample with. Default: the model card's, else 0."""
+    latent: bool = False
+    """The model works on latents. A model's folder says this by itself."""
+    data: str | None = None
+    """Training data, as of `ddim train`: brightness is predicted for these images."""
+    brightness: tuple[float, ...] | None = None
+    """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
+    prior: Annotated[str | None, Needs(option="data")] = None
+    """Write the mean colours of --data into this file, for `ddim sample --prior`."""
+    probe: Annotated[bool, Needs(option="data")] = False
+    """Call the network a few times on --data, to find what it predicts and whether it was trained
+    at the last level."""
+    fix: str | None = None
+    """Write a corrected configuration into this new file or folder; what needs training is left as
+    it is."""
+    plot: str | None = None
+    """Draw log-SNR, visited levels and step sizes of each spacing into this PNG."""
+    json: bool = False
+    """Print JSON on standard output in place of the report."""
+    strict: bool = False
+    """Exit with 1 on a warning too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """Converts a checkpoint of ermongroup/ddim or openai/improved-diffusion; no code in the file is
+    run."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A file of weights: safetensors, a state dict, or a training checkpoint (its averaged weights
+    are taken)."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the model; it must not exist."""
+    layout: Literal["ddim", "improved-diffusion"] | None = None
+    """Where the checkpoint is from. Default: told by the names of its weights."""
+    sample_size: int | None = None
+    """Side of the images. Default: told by the attention at 16x16, for ddim only."""
+    num_heads: int | None = None
+    """Heads of attention of improved-diffusion. Default: 4."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+    num_train_timesteps: int = 1000
+    """Levels of the noise schedule it was trained with."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = (
+        "linear"
+    )
+    """Noise schedule it was trained with; improved-diffusion's cosine is squaredcos_cap_v2."""
+    beta_start: float = 1e-4
+    """First beta of linear, scaled_linear and sigmoid."""
+    beta_end: float = 0.02
+    """Last beta of linear, scaled_linear and sigmoid."""

@@ -1,0 +1,324 @@
+"""Draws the images of seeds, and of prompts, into a folder."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ddim.core.denoiser import Denoiser
+from ddim.core.noise import check_seeds
+from ddim.core.prior import DataPrior
+from ddim.core.route import Route
+from ddim.core.step import SIGMA_HAT
+from ddim.data.batches import spread, stack_images
+from ddim.data.dataset import ImageData
+from ddim.data.sources import load_images
+from ddim.errors import DDIMError, OutputError
+from ddim.files import write_text
+from ddim.fitting.timesteps import estimate_eps_mean_square
+from ddim.models.checkpoints import read_json
+from ddim.models.facts import FoundModel, read_model
+from ddim.models.images import label_rows, load_image, make_grid, save_png
+from ddim.runs.engine import Control, Job, Made, Row
+from ddim.runs.model import (
+    describe_model,
+    draw,
+    enough_memory,
+    find_device,
+    open_pixels,
+    open_text,
+    sampling_evaluations,
+    short_name,
+    spacing_of,
+)
+from ddim.runs.options import Options
+from ddim.runs.pictures import sheet_scale
+from ddim.runs.record import IDENTITY, RunRecord
+from ddim.runs.requests import SampleRequest
+from ddim.runs.text import Item, TextOptions, read_text
+from ddim.runs.values import FittedLevels
+
+__all__ = ["SampleJob"]
+
+SHOWN = 64
+"""Most images that the grid shows, so that memory does not grow with the count."""
+
+MEASURED = 256
+"""Images of the data that the analytic variance is measured on."""
+
+
+class SampleJob(Job):
+    """The pictures of a request. Those in the folder are kept."""
+
+    request: SampleRequest
+    pipe: Any
+    route: Route
+    text: TextOptions | None = None
+    prior: DataPrior | None = None
+    data: ImageData | None = None
+    """Images that the analytic variance is measured on."""
+    batches = 0
+    """Batches that this run drew."""
+
+    def __init__(self, request: SampleRequest, control: Control) -> None:
+        super().__init__(request, control)
+        device = find_device(request.device)
+        seeds = check_seeds(range(request.seed, request.seed + request.count))
+        self.model = read_model(request.model)
+        self._open(device)
+        items = [Item(None, seed) for seed in seeds]
+        self.items = items if self.text is None else self.text.items(seeds)
+        self.folder = Path(request.out or f"out/sample-{short_name(request.model)}")
+        self.protocol = self._protocol()
+        self.execution = {"count": request.count, "batch_size": request.batch_size}
+        self.execution |= {"device": str(device), "compile": request.compile}
+        self._note_configuration()
+        self._note_fitted()
+
+    def _open(self, device: Any) -> None:
+        """Resolves the options, and then opens the model."""
+        always = "device seed count model batch_size compile out"
+        model, options = self.model, Options(self.request, *always.split())
+        is_ddpm, clip, dtype = options.sampler == "ddpm", options.clip, options.dtype
+        if is_ddpm and options.eta is not None:
+            raise DDIMError(
+                "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
+            )
+        walk = {
+            "num_inference_steps": options.steps,
+            "timestep_spacing": options.spacing,
+            "timesteps": options.timesteps,
+            "order": options.order,
+            "eta": SIGMA_HAT if is_ddpm else options.eta or 0.0,
+            "sampler": "ddim" if is_ddpm else options.sampler,
+        }
+        source = None
+        if model.is_text:
+            self.text = text = read_text(options, model, image=True)
+            walk["strength"] = text.strength
+        else:
+            model.check_class(options.class_)
+            self.prior = _read_prior(options.prior, model)
+            source = _data_source(options, model) if options.variance == "analytic" else None
+            walk["analytic"] = source is not None
+            clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
+        options.refuse_unread(model.name, model.kinds)
+        if self.text is None:
+            self.pipe = open_pixels(model, device=device, dtype=dtype)
+        else:
+            image = self.text.picture is not None
+            self.pipe = open_text(model, device=device, dtype=dtype, image=image)
+            self.text.check_picture(self.pipe)
+        self.route = self.pipe.route(**walk, clip=clip)
+        self.data = None if source is None else _open_data(source, self.pipe)
+
+    def _protocol(self) -> dict[str, Any]:
+        request, route = self.request, self.route
+        spacing = request.spacing or spacing_of(self.pipe, route.timesteps)
+        label = request.class_ if self.text is None else None
+        how: dict[str, Any] = {"clip": route.clip, "dtype": request.dtype, "given_class": label}
+        data = self.data
+        return {
+            "command": "sample",
+            **describe_model(self.model, self.pipe, **how),
+            "sampler": request.sampler,
+            "steps": len(route),
+            "spacing": None if request.timesteps else spacing,
+            "timesteps": route.timesteps,
+            "eta": route.eta,
+            "order": route.order,
+            "variance": data and {"kind": "analytic", "data": data.name, "images": MEASURED},
+            **({} if self.prior is None else {"prior": self.prior.describe()}),
+            **({} if self.text is None else self.text.protocol),
+        }
+
+    def there(self, record: RunRecord | None) -> set[Item]:
+        """The items whose pictures are in the folder."""
+        found = (Item.of(path.stem) for path in self.folder.glob("*.png"))
+        return {item for item in found if item is not None}
+
+    def is_empty(self, record: RunRecord) -> bool:
+        """A folder without pictures is empty, whatever else an earlier run left."""
+        return not self.there(record)
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each picture that is there."""
+        return [self._row(item) for item in sorted(self.there(None), key=lambda item: item.file)]
+
+    def _row(self, item: Item) -> Row:
+        labels = None if self.text else self.model.labels_of([item.seed], self.request.class_)
+        return {
+            "seed": item.seed,
+            "file": item.file,
+            **({} if labels is None else {"class": labels[0]}),
+            **({} if self.text is None else {"prompt": self.text.prompt_of(item)}),
+        }
+
+    def seconds(self, drawn: float, before: RunRecord | None) -> float:
+        """Those of the last run that drew something."""
+        return before.seconds if before is not None and not drawn else drawn
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """Network calls an image; guidance counts its two."""
+        calls = 1 if self.text is None else self.text.calls_a_step
+        return calls * sampling_evaluations(self.pipe, self.route)
+
+    def make(self, missing: Sequence[Item]) -> Generator[Made]:
+        """Draws batch by batch, and writes each picture."""
+        request, text = self.request, self.text
+        self.execution |= {"drawn": len(missing)}
+        if not missing:
+            return
+        route = self.route if self.data is None else self.route.measured(self._measure(self.data))
+        size = min(request.batch_size, len(missing))
+        self.batches = -(-len(missing) // size)
+        self.control.steps = self.batches * len(route)
+        with enough_memory(self.pipe.device, request.batch_size):
+            began = time.perf_counter()
+            pipe = self.pipe.compile() if request.compile else self.pipe
+            pipe.warm_up(size, **({} if text is None else {"guidance_scale": text.guidance_scale}))
+            self.execution["warm_up_seconds"] = time.perf_counter() - began
+
+            def pictures(batch: list[Item]) -> Any:
+                seeds = [item.seed for item in batch]
+                asked: dict[str, Any]
+                if text is None:
+                    asked = {"class_labels": self.model.labels_of(seeds, request.class_)}
+                    asked |= {"prior": self.prior}
+                else:
+                    asked = text.call_options(batch)
+                return pipe.draw(
+                    route, seeds=seeds, progress=False, callback=self.control.step, **asked
+                ).images
+
+            drawing = draw(missing, pictures, batch_size=size, fill=request.compile)
+            for batch, images, took in drawing:
+                for item, image in zip(batch, images, strict=True):
+                    save_png(image, self.folder / item.file)
+                    yield Made(item, seconds=took / len(batch))
+
+    def finish(self, rows: list[Row]) -> None:
+        """Writes the first images together; of several prompts, a row each under its text."""
+        prompts = 1 if self.text is None else len(self.text.prompts)
+        row = len(self.items) // prompts
+        columns = row if prompts == 1 else max(1, min(row, SHOWN // prompts, 8))
+        places = [p * row + k for p in range(min(prompts, SHOWN)) for k in range(columns)]
+        shown = [self.items[place] for place in places[:SHOWN]]
+        loaded = [load_image(self.folder / item.file) for item in shown]
+        usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
+        for item, picture in zip(shown, loaded, strict=True):
+            if picture.shape != usual:
+                raise OutputError(
+                    f"{self.folder / item.file} has another size than the pictures beside it; "
+                    "delete it, and run again."
+                )
+        pictures = np.stack(loaded)
+        scale, grid = sheet_scale(pictures), self.folder / "grid.png"
+        if self.text is None or prompts == 1:
+            save_png(make_grid(pictures), grid, scale=scale)
+        else:
+            labels = [self.text.prompt_of(item) for item in shown[::columns]]
+            save_png(label_rows(pictures.repeat(scale, 1).repeat(scale, 2), labels), grid)
+
+    def _measure(self, data: ImageData) -> dict[int, float]:
+        """What the analytic variance needs at each level: from gamma.json where that file is of the
+        same protocol, else measured."""
+        path = self.folder / "gamma.json"
+        identity = json.loads(json.dumps({name: self.protocol.get(name) for name in IDENTITY}))
+        if path.is_file() and (content := read_json(path)).get("protocol") == identity:
+            return {int(t): float(value) for t, value in content["gamma"].items()}
+        chosen, size = spread(len(data), MEASURED), self.request.batch_size
+
+        def batches() -> Iterator[tuple[Denoiser, Tensor]]:
+            for first in range(0, len(chosen), size):
+                part = chosen[first : first + size]
+                x0 = stack_images(data, part).to(self.pipe.device)
+                labels = [data[i][1] for i in part] if self.model.classes else None
+                yield self.pipe.denoiser(len(x0), class_labels=labels), x0
+
+        schedule = self.pipe.noise_schedule
+        measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
+        content = {"gamma": measured, "protocol": identity}
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        return measured
+
+    def _note_configuration(self) -> None:
+        """Says what a model's configuration does to its images, where embedded models differ."""
+        request, route = self.request, self.route
+        last, first = len(self.pipe.noise_schedule) - 1, route.timesteps[0]
+        clips = request.clip is None and request.sampler == "ddim" and route.clip.kind != "none"
+        is_chosen = request.spacing or request.timesteps or request.image
+        late = (
+            first != last and spacing_of(self.pipe, route.timesteps) != "fitted" and not is_chosen
+        )
+        if not self.model.has_scheduler:
+            self.control.note(
+                f"{self.model.name} comes without a scheduler; it is taken for a model of "
+                f"{last + 1} linear levels that predicts epsilon."
+            )
+        elif clips or late:
+            does = [f"clips predicted images ({route.clip.kind})"] * clips
+            does += [f"starts at level {first}, not at {last}"] * late
+            instead = " ".join(["--clip none"] * clips + ["--spacing trailing"] * late)
+            does_so = " and ".join(does)
+            self.control.note(f"the model's configuration {does_so}; {instead} would not.")
+
+    def _note_fitted(self) -> None:
+        """Says that levels from a file were fitted to another model or order than this."""
+        if not isinstance(self.request.timesteps, FittedLevels):
+            return
+        fitted = self.request.timesteps.protocol
+        other = [
+            f"{what} {fitted[key]}, not {self.protocol[key]}"
+            for key, what in (("weight_hash", "weights"), ("order", "order"))
+            if key in fitted and fitted[key] != self.protocol[key]
+        ]
+        if other:
+            self.control.note(
+                f"these timesteps were fitted to {fitted.get('model')} ({'; '.join(other)}); `ddim "
+                "fit-steps` fits others."
+            )
+
+
+def _read_prior(name: str, model: FoundModel) -> DataPrior | None:
+    """What the first noise is drawn from; None for N(0, I)."""
+    if name == "standard":
+        return None
+    path = model.folder / "prior.json" if name == "data" else Path(name)
+    if not path.is_file():
+        raise DDIMError(
+            f"there is no prior at {path}; measure one with `ddim doctor {model.name} --data DATA "
+            "--prior FILE.json`, and give --prior FILE.json."
+        )
+    return DataPrior.from_dict(read_json(path))
+
+
+def _data_source(options: Options, model: FoundModel) -> str:
+    """The data of the analytic variance: what was given, or what the model was trained on."""
+    path = model.folder / "card.json"
+    trained = read_json(path).get("config") if path.is_file() else None
+    source = options.data or (trained.get("data") if isinstance(trained, dict) else None)
+    if source is None:
+        raise DDIMError(
+            f"{model.name} does not say what it was trained on; name images for --variance "
+            "analytic with --data."
+        )
+    return str(source)
+
+
+def _open_data(source: str, pipe: Any) -> ImageData:
+    channels, height, width = pipe.image_shape
+    side = height if height == width else None
+    images = load_images(source, channels=channels, resolution=side)
+    if tuple(images.resolution) != (height, width):
+        size = f"{images.resolution[1]}x{images.resolution[0]}"
+        raise DDIMError(
+            f"the model makes images of {width}x{height}, and those of {source} are {size} (width "
+            "x height); give others as --data."
+        )
+    return images

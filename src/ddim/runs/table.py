@@ -1,0 +1,366 @@
+"""Measures a model at every eta and number of steps: the cells of the paper's Table 1."""
+
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddim.core.noise import check_seeds
+from ddim.core.route import Route
+from ddim.errors import DDIMError, OutputError
+from ddim.evaluation.protocol import (
+    Reference,
+    Result,
+    collect,
+    collect_reference,
+    measure,
+    over_repeats,
+    sample_cuts,
+)
+from ddim.evaluation.report import (
+    Cell,
+    check_plots,
+    flat_records,
+    save_plots,
+    to_csv,
+    to_markdown,
+)
+from ddim.files import write_text
+from ddim.runs.engine import Control, Made, Row
+from ddim.runs.measuring import (
+    describe_reference,
+    note_few,
+    open_panel,
+    open_reference,
+    sample_batches,
+    shuffled_batches,
+)
+from ddim.runs.model import PixelJob
+from ddim.runs.record import RunRecord
+from ddim.runs.requests import TableRequest
+
+__all__ = ["TableJob", "read_cell"]
+
+LONG = 100
+"""Cells of more steps than this draw --long-count images."""
+
+
+class Item(NamedTuple):
+    """A cell's place in the table."""
+
+    eta: float | str
+    steps: int
+
+
+class TableJob(PixelJob):
+    """The cells of a table, a file each. Those in the folder are kept."""
+
+    request: TableRequest
+    timed = 0
+    """Cells that were timed in turn."""
+
+    def __init__(self, request: TableRequest, control: Control) -> None:
+        super().__init__(request, control)
+        count, long = request.counts
+        if not 1 <= long <= count:
+            raise DDIMError(
+                f"--long-count must be from 1 to --count, {count}; got {request.long_count}."
+            )
+        if not request.eta or not request.steps:
+            raise DDIMError("--eta and --steps must each name at least one value.")
+        check_plots()
+        self.seeds = check_seeds(range(request.seed, request.seed + request.repeats * count))
+        self.open()
+        etas, numbers = dict.fromkeys(request.eta), sorted(set(request.steps))
+        self.items = [Item(eta, steps) for steps in numbers for eta in etas]
+        self.routes: dict[Item, Route] = {}
+        first = [self.route(item) for item in self.items][0]
+        shape = self.pipe.image_shape
+        self.data = open_reference(request, shape, whose=request.model)
+        sizes: dict[str, Any] = {"counts": request.counts, "available": len(self.data)}
+        self.panel = open_panel(request, shape=shape, device=self.device, **sizes)
+        self._reference: Reference | None = None
+        self._is_warm = False
+        config = self.pipe.scheduler.config
+        self.fitted = [] if request.spacing else config.get("fitted_timesteps") or []
+        spacing: Any = request.spacing or config.timestep_spacing
+        self.folder = self.out("table")
+        self.protocol = {
+            "command": "table",
+            **self.describe(clip=first.clip),
+            "sampler": "ddim",
+            "timesteps": {"fitted": self.fitted, "otherwise": spacing} if self.fitted else spacing,
+            "order": first.order,
+            **describe_reference(request, self.data, self.panel),
+            "count": count,
+            "long_count": long,
+            "repeats": request.repeats,
+            "seed": request.seed,
+        }
+        self.execution = {"device": str(self.device), "batch_size": request.batch_size}
+        self.execution |= {"compile": request.compile, "processes": request.processes}
+
+    @property
+    def levels(self) -> int:
+        """Levels of the model's schedule."""
+        return len(self.pipe.noise_schedule)
+
+    @property
+    def batch_size(self) -> int:
+        """Images drawn together, the same in every cell."""
+        return min(self.request.batch_size, *self.request.counts)
+
+    def route(self, item: Item) -> Route:
+        """The walk of a cell, of this request or of an earlier one."""
+        if item not in self.routes:
+            how: dict[str, Any] = {"eta": item.eta, "clip": self.request.clip}
+            spacing = self.request.spacing
+            self.routes[item] = self.pipe.route(item.steps, timestep_spacing=spacing, **how)
+        return self.routes[item]
+
+    def there(self, record: RunRecord | None) -> set[Item]:
+        """The cells whose files are in the folder."""
+        return {Item(cell.eta, cell.steps) for cell in self.cells()}
+
+    def is_empty(self, record: RunRecord) -> bool:
+        """A folder without cells is empty."""
+        return not any((self.folder / "cells").glob("*.json"))
+
+    def cells(self) -> list[Cell]:
+        """All finished cells of the folder."""
+        return [read_cell(path) for path in sorted((self.folder / "cells").glob("*.json"))]
+
+    def results(self, rows: list[Row]) -> list[Row]:
+        """A row for each cell."""
+        return flat_records(self.cells(), levels=self.levels)
+
+    def seconds(self, drawn: float, before: RunRecord | None) -> float:
+        """The sum over all cells."""
+        return sum(cell.seconds for cell in self.cells())
+
+    def evaluations(self, rows: list[Row]) -> float:
+        """The sum over all cells."""
+        return sum(cell.evaluations for cell in self.cells())
+
+    def make(self, missing: Sequence[Item]) -> Generator[Made]:
+        """Measures cells, here or in processes, and then times all cells in turn if asked to."""
+        (self.folder / "cells").mkdir(exist_ok=True)
+        is_divided = self.request.processes > 1 and len(missing) > 1
+        for item in _in_processes(self, missing) if is_divided else self._in_turn(missing):
+            self._write_tables()
+            cell = read_cell(self._file(item))
+            quality = cell.results[0]
+            text = (
+                f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, "
+                f"{cell.seconds:.1f} s for {cell.count} images"
+            )
+            yield Made(item, {}, text=text)
+        if self.request.timing_rounds:
+            self._time_in_turn()
+
+    def _in_turn(self, missing: Sequence[Item]) -> Iterator[Item]:
+        for item in missing:
+            self.write(item, self.measure(item))
+            yield item
+
+    def finish(self, rows: list[Row]) -> None:
+        """Draws the plots, and says what few images are too few for."""
+        self._write_tables()
+        save_plots(self.cells(), self.folder)
+        sizes: dict[str, Any] = {"counts": self.request.counts, "available": len(self.data)}
+        note_few(self.control, self.request, self.panel, shape=self.pipe.image_shape, **sizes)
+
+    def measure(self, item: Item) -> Cell:
+        """Draws and measures one cell; of the images only what the metrics need is kept."""
+        request, (count, long) = self.request, self.request.counts
+        if self._reference is None:
+            self._reference = collect_reference(
+                shuffled_batches(self.data),
+                self.panel,
+                available=len(self.data),
+                counts=request.counts,
+            )
+            self._warm_once()
+        count = long if item.steps > LONG else count
+        results, compared, seconds = [], [], []
+        for first in range(0, len(self.seeds), request.count):
+            took: list[float] = []
+            images = self._draw(item, self.seeds[first : first + count], took)
+            collected = collect(images, self.panel, cuts=sample_cuts({count, long}))
+            results.append(measure(collected, self._reference, self.panel, count=count))
+            compared.append(measure(collected, self._reference, self.panel, count=long))
+            seconds.append(sum(took))
+        timesteps = self.route(item).timesteps
+        return Cell(
+            eta=item.eta,
+            steps=item.steps,
+            timesteps=tuple(timesteps),
+            evaluations=len(timesteps),
+            seconds=sum(seconds) / len(seconds),
+            results=tuple(over_repeats(results)),
+            compared=tuple(over_repeats(compared)),
+        )
+
+    def _draw(self, item: Item, seeds: list[int], took: list[float]) -> Iterator[Tensor]:
+        route, size = self.route(item), self.batch_size
+        return sample_batches(self, route, seeds, batch_size=size, seconds=took)
+
+    def _time_in_turn(self) -> None:
+        """Reitems the seconds of all cells by those of batches that they draw in turn, so that
+        other work of the machine falls on all of them alike.
+
+        The cells' own seconds were measured hours apart, perhaps on several machines.
+        """
+        cells, rounds = self.cells(), self.request.timing_rounds
+        self._warm_once()
+        took = [[self._time_batch(cell) for cell in cells] for _ in range(rounds)]
+        for cell, seconds in zip(cells, zip(*took, strict=True), strict=True):
+            median = statistics.median(seconds) * cell.count
+            item = Item(cell.eta, cell.steps)
+            self.write(item, replace(cell, seconds=median, timing_rounds=rounds))
+        self.timed = len(cells)
+
+    def _time_batch(self, cell: Cell) -> float:
+        """Seconds an image of the first batch of a cell."""
+        took: list[float] = []
+        item, seeds = Item(cell.eta, cell.steps), self.seeds[: self.batch_size]
+        for _ in self._draw(item, seeds, took):
+            pass
+        return sum(took) / self.batch_size
+
+    def _warm_once(self) -> None:
+        if not self._is_warm:
+            self.warm_up(self.batch_size)
+            self._is_warm = True
+
+    def _file(self, item: Item) -> Path:
+        return self.folder / "cells" / f"eta-{item.eta}-steps-{item.steps}.json"
+
+    def write(self, item: Item, cell: Cell) -> None:
+        """Writes a cell's file."""
+        text = json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n"
+        write_text(self._file(item), text)
+
+    def _write_tables(self) -> None:
+        """Writes the table in Markdown and CSV, as far as there are cells."""
+        if cells := self.cells():
+            write_text(self.folder / "table.csv", to_csv(flat_records(cells, levels=self.levels)))
+            text = to_markdown(
+                cells,
+                levels=self.levels,
+                title=f"{self.request.model}: eta and steps",
+                protocol=self._described(),
+                reference=self.request.reference,
+            )
+            write_text(self.folder / "table.md", text)
+
+    def _described(self) -> str:
+        """What was done, in sentences."""
+        request, protocol = self.request, self.protocol
+        networks = ", ".join(
+            f"{name} ({code})" if code else name for name, code in protocol["extractors"].items()
+        )
+        spacing = protocol["timesteps"]
+        if self.fitted:
+            numbers = ", ".join(map(str, sorted(len(levels) for levels in self.fitted)))
+            spacing = f"{spacing['otherwise']} timesteps, at {numbers} steps the model's fitted"
+        count, long = request.counts
+        fewer = f" ({long} above {LONG} steps)" if long < count else ""
+        spread = (
+            f"over {request.repeats} repeats"
+            if request.repeats > 1
+            else "from disjoint thirds of the images"
+        )
+        compiled = "compiled" if request.compile else "not compiled"
+        return (
+            f"DDIM of order {protocol['order']}, {spacing} timesteps, clipping "
+            f"{protocol['clip']['kind']}, float32, weights {protocol['weight_hash']}; {count} "
+            f"images a cell{fewer}, seeds from {request.seed} on, the same in every cell; "
+            f"reference {request.reference} ({request.split}, {len(self.data)} images); "
+            f"extractors: {networks}; ± is the spread over seeds, {spread}. Time: "
+            f"{self.execution['device']}, batches of {request.batch_size}, {request.processes} at "
+            f"once, {compiled}."
+        )
+
+
+def read_cell(path: Path) -> Cell:
+    """A cell's file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers: Any = {
+            key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")
+        }
+        return Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+        ) from error
+
+
+def _longest_first(items: Sequence[Item], counts: tuple[int, int]) -> list[Item]:
+    """The order in which processes take cells: a long one left to the end would be drawn while the
+    others idle."""
+    return sorted(items, key=lambda item: -item.steps * counts[item.steps > LONG])
+
+
+def _in_processes(job: TableJob, missing: Sequence[Item]) -> Iterator[Item]:
+    """Has processes measure cells and write their files; yields each that is there."""
+    count, others = min(job.request.processes, len(missing)), set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin_worker,
+        initargs=(job.request, count),
+    )
+    try:
+        items = _longest_first(missing, job.request.counts)
+        futures = {executor.submit(_measure_in_worker, p, job.folder): p for p in items}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BrokenProcessPool:
+        raise DDIMError(
+            "a process ended before its cell, perhaps for want of memory; finished cells are kept, "
+            "so run again with fewer --processes."
+        ) from None
+    finally:
+        # They are idle, unless the run was interrupted.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        executor.shutdown(cancel_futures=True)
+
+
+_worker_job: TableJob | None = None
+"""The job of a worker process, which does nothing else; None in every other process."""
+
+
+def _begin_worker(request: TableRequest, processes: int) -> None:
+    """Prepares a worker: its share of the cores, and its end when the run ends in whatever way."""
+    global _worker_job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's process answers, and ends this one
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+    threading.Thread(
+        target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True
+    ).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _worker_job = TableJob(request, Control())
+
+
+def _measure_in_worker(item: Item, folder: Path) -> None:
+    assert _worker_job is not None
+    _worker_job.folder = folder
+    _worker_job.write(item, _worker_job.measure(item))

@@ -1,0 +1,377 @@
+"""What both schedulers share: options read at each step, public tables, a list of timesteps that
+steps follow, and the plan made of all three."""
+
+import dataclasses
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ddim.configuration import (
+    configured_betas,
+    configured_timesteps,
+    foreign_family,
+    given_options,
+    select_clip,
+    unknown_options,
+)
+from ddim.core.plan import Plan, Table, advance, make_plan, whole
+from ddim.core.schedule import NoiseSchedule
+from ddim.core.step import Eta
+from ddim.core.tables import Tables, gather
+from ddim.core.timesteps import as_levels, check_timesteps
+from ddim.errors import DDIMError
+
+__all__ = ["GridScheduler", "log_once"]
+
+# A child of diffusers' logger, so that diffusers' verbosity governs it. What is odd but accepted
+# there is logged, not warned about: code that turns warnings into errors keeps working.
+_logger = logging.get_logger("diffusers.ddim")
+_logged: set[str] = set()
+
+
+def log_once(message: str) -> None:
+    """Logs what is odd but accepted by diffusers, at its first occurrence."""
+    if message not in _logged:
+        _logged.add(message)
+        _logger.warning(message)
+
+
+class GridScheduler:
+    """What both directions share: the levels, the list of timesteps, and the plan made of both."""
+
+    order = 1
+    _inverse = False
+    # One call of these reads all options of its kind from a config, as attributes: that is where
+    # pipelines write them.
+    _level_options = operator.attrgetter(
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"),
+        *("rescale_betas_zero_snr", "set_alpha_to_one"),
+    )
+    _step_options = operator.attrgetter(
+        "num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"
+    )
+
+    config: Any
+    _deprecated_kwargs: list[str]
+    _internal_dict: Any  # what ``config`` returns
+    num_inference_steps: int | None
+    betas: Tensor
+    alphas: Tensor
+
+    def _set_up(self) -> None:
+        """The end of both constructors; ``config`` is registered by then."""
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self._tables: Tables
+        self._made_of: tuple[Any, Any] = (None, None)  # the options that _tables are of
+        self._plan: Plan | None = None
+        self._planned: tuple[Any, ...] = ()  # the options that _plan is of, and its step count
+        self._config_seen: dict[str, Any] = {}  # all that config said when _plan was looked up
+        self._before: tuple[Tensor, Tensor] | None = None  # order 2: t and x0 of the step before
+        self._read_levels()
+        self._grid: list[int] = []  # the listed levels, falling in both directions
+        self._timesteps = self._as_timesteps(list(range(len(self)))[::-1], None)
+
+    # --- levels
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_bar of all levels, [T], float32 on the CPU; a table that you assign, or edit, is
+        the one that is used."""
+        return self._tables.alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, table: Tensor) -> None:
+        self._tables = dataclasses.replace(self._tables, alphas_cumprod=table, versions=None)
+
+    @property
+    def _clean_alpha_cumprod(self) -> Tensor:
+        """alpha_bar of clean data: 1, or the first level's where ``set_alpha_to_one`` is off."""
+        return self._tables.clean
+
+    @_clean_alpha_cumprod.setter
+    def _clean_alpha_cumprod(self, value: Tensor) -> None:
+        self._tables = dataclasses.replace(self._tables, clean=value, versions=None)
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The exact levels, float64: those of the options, unless the public tables were
+        replaced."""
+        return self._read_levels().schedule
+
+    def _read_levels(self) -> Tables:
+        """The tables of the options of this moment."""
+        if is_compiling():
+            return self._tables
+        options, trained = self._level_options(self.config), self.config.trained_betas
+        if options != self._made_of[0] or trained is not self._made_of[1]:
+            self._make_tables()
+            self._made_of = (options, trained)
+        self._tables = self._tables.current()
+        return self._tables
+
+    def _make_tables(self) -> None:
+        config = self.config
+        with torch.device("cpu"), torch.inference_mode(False):
+            betas = configured_betas(vars(config))
+            if betas.numel() != config.num_train_timesteps:
+                log_once(
+                    f"trained_betas has {betas.numel()} levels, but num_train_timesteps is "
+                    f"{config.num_train_timesteps}; only the former can be used."
+                )
+            rescale, to_one = config.rescale_betas_zero_snr, config.set_alpha_to_one
+            self._tables = Tables.from_betas(betas, rescale=rescale, set_alpha_to_one=to_one)
+        if not self._tables.is_valid:  # accepted by diffusers; nothing more can be said about it
+            log_once(
+                f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to "
+                f"{float(betas.max()):.4g}): this is no schedule."
+            )
+        self.betas, self.alphas = self._tables.betas, self._tables.alphas
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Changes options; where they define the levels, the public tables follow at once."""
+        if isinstance(betas := kwargs.get("trained_betas"), (Tensor, np.ndarray)):
+            kwargs["trained_betas"] = betas.tolist()  # as a file holds them
+        kwargs = given_options({**getattr(self, "_internal_dict", {}), **kwargs}, type(self))
+        super().register_to_config(**kwargs)  # type: ignore[misc]
+        if "_made_of" in self.__dict__:
+            self._read_levels()
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
+        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the
+        ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless
+        you ask.
+
+        Raises:
+            DDIMError: If the configuration is of another family.
+
+        Warns:
+            UserWarning: If an option is given by a keyword that no scheduler of the family knows,
+                and is not returned as unused either.
+        """
+        if isinstance(config, Mapping):
+            kind = config.get("_class_name")
+            known = kind is not None and kind != cls.__name__ and hasattr(diffusers, str(kind))
+            if reason := foreign_family({**config, "_class_name": kind if known else None}):
+                raise DDIMError(f"DDIM cannot take over this configuration: it is {reason}")
+            if "solver_type" in config and kind != cls.__name__:
+                config = {name: value for name, value in config.items() if name != "solver_order"}
+            names = () if return_unused_kwargs else set(options) - set(cls._deprecated_kwargs)
+            for message in unknown_options(
+                sorted(names), cls, diffusers.DDIMScheduler._get_compatibles
+            ):
+                warnings.warn(message, stacklevel=2)
+        return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
+
+    # --- timesteps
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps; a
+        slice keeps the old ones."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor | Sequence[int]) -> None:
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
+        self._timesteps = timesteps
+        levels = self._timesteps.tolist()[:: -1 if self._inverse else 1]
+        start = self._grid.index(levels[0]) if levels and levels[0] in self._grid else 0
+        if self._grid[start : start + len(levels)] != levels:
+            try:
+                self._grid = check_timesteps(levels, len(self))
+            except DDIMError as error:
+                self._grid = []
+                log_once(
+                    "A list of timesteps has no neighbours, so steps go to t - T // N as in "
+                    f"diffusers: {error}"
+                )
+        if self.num_inference_steps is None:
+            self.num_inference_steps = max(len(levels), 1)
+        self._remake_plan()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Chooses the levels to visit: of ``config.fitted_timesteps`` where that has N, else by
+        ``config.timestep_spacing``; or your own.
+
+        Args:
+            num_inference_steps: N, a whole number in 1..T: exactly N distinct levels in [0, T).
+            device: Where ``timesteps``, and the table of coefficients, are to lie.
+            timesteps: Your own levels (a list, array or tensor), falling from noise to data;
+                instead of N. The inverse takes the same list, and visits it from data to noise.
+
+        Raises:
+            DDIMError: If N or the list is invalid, the spacing or prediction type is unknown, or
+                epsilon is predicted at a level whose SNR is 0.
+
+        References:
+            Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2.
+            https://arxiv.org/abs/2305.08891
+        """
+        if timesteps is not None and num_inference_steps is None:
+            grid = as_levels(timesteps)
+            is_rising = self._inverse and grid[:1] < grid[-1:]
+            grid = check_timesteps(grid[::-1] if is_rising else grid, len(self))
+        elif timesteps is None and num_inference_steps is not None:
+            count = num_inference_steps
+            if isinstance(count, (int, np.integer)) and count > len(self):
+                raise DDIMError(
+                    f"`num_inference_steps`: {count} cannot be larger than {len(self)}, the number "
+                    "of levels the model was trained on (config.num_train_timesteps)."
+                )
+            grid = configured_timesteps(vars(self.config), count)
+        else:
+            raise DDIMError(
+                "give either num_inference_steps or a list of timesteps, one of the two."
+            )
+        self.num_inference_steps, self._grid = len(grid), grid
+        self._timesteps = self._as_timesteps(grid, device)
+        self._remake_plan()
+
+    def _as_timesteps(self, grid: list[int], device: str | torch.device | None) -> Tensor:
+        levels = np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)
+        return torch.from_numpy(levels).to(device)
+
+    # --- plan
+
+    def _find_plan(self, eta: Eta, rederive: bool, x: Tensor) -> tuple[Plan, Table]:
+        """The plan for the options of this moment, and its table for such a step."""
+        plan = self._plan
+        if plan is None or not (is_compiling() or self._is_unchanged()):
+            plan = self._update_plan()
+        table = plan.tables.get((eta, rederive, x.dtype, x.device))
+        return plan, plan.table(eta, rederive, x.dtype, x.device) if table is None else table
+
+    def _is_unchanged(self) -> bool:
+        """Whether nothing at all has changed since the plan was looked up: one comparison a step,
+        in place of one an option."""
+        tables = self._tables
+        try:
+            return (
+                self._internal_dict.__dict__ == self._config_seen
+                and (tables.alphas_cumprod._version, tables.clean._version) == tables.versions
+                and self._planned[1] == self.num_inference_steps
+            )
+        except (ValueError, RuntimeError):
+            return (
+                False  # two arrays of betas have no truth value, and inference tensors no version
+            )
+
+    def _update_plan(self) -> Plan:
+        """The plan for the options of this moment, found by those that matter."""
+        if self.num_inference_steps is None:
+            raise DDIMError(
+                "Number of inference steps is 'None', you need to run 'set_timesteps' after "
+                "creating the scheduler"
+            )
+        plan, schedule = self._plan, self._read_levels().schedule
+        planned = (self._step_options(self.config), self.num_inference_steps)
+        if plan is None or plan.schedule is not schedule or planned != self._planned:
+            return self._remake_plan()
+        self._config_seen = dict(vars(self.config))
+        return plan
+
+    def _remake_plan(self) -> Plan:
+        old, self._plan, self._before = self._plan, None, None
+        config, tables, count = self.config, self._read_levels(), self.num_inference_steps or 1
+        with torch.device("cpu"), torch.inference_mode(False):
+            plan = make_plan(
+                tables.schedule,
+                self._grid,
+                stride=max(len(self) // count, 1),
+                prediction_type=config.prediction_type,
+                inverse=self._inverse,
+                clip=self._clip(),
+                order=self._solver_order(),
+                refuses_zero_snr=tables.is_valid,
+            )
+        self._planned = (self._step_options(config), count)
+        self._plan, self._config_seen = plan, dict(vars(config))
+        # What was in use is made at once, so that the first step of the next image does not wait,
+        # and compiled code finds it.
+        usual: tuple[Eta, bool, torch.dtype, torch.device]
+        usual = (0.0, False, torch.float32, self._timesteps.device)
+        for eta, rederive, dtype, device in {usual, *(old.tables if old else ())}:
+            # Some may be refused for these timesteps or this order, but only if they are asked for.
+            if eta == 0 or (plan.multistep is None and (isinstance(eta, str) or eta <= 1)):
+                plan.table(eta, rederive, dtype, device)
+        return plan
+
+    def _solver_order(self) -> int:
+        return 1
+
+    def _clip(self) -> Callable[[Tensor], Tensor] | None:
+        return select_clip(vars(self.config), "static") if self.config.clip_sample else None
+
+    # --- step
+
+    def _transition(
+        self,
+        plan: Plan,
+        table: Table,
+        output: Tensor,
+        timestep: int | Tensor,
+        x: Tensor,
+        eta: Eta = 0.0,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The step of either direction: (x_s, x0)."""
+        if output.shape != x.shape:
+            output = _mean_of(output, x)
+        if isinstance(timestep, Tensor):
+            at = gather(table.columns, timestep, x)
+        elif is_compiling():
+            # As an index of a tensor an int stays symbolic: one graph for all timesteps.
+            at = table.columns.narrow(1, timestep, 1).unbind(0)
+        else:
+            t = timestep if type(timestep) is int else whole(timestep)
+            found = table.at.get(t)
+            if found is None:
+                if not plan.check_level(t, eta):
+                    log_once(
+                        "A timestep was asked for that is not in the list of set_timesteps; its "
+                        "step goes to t - T // N, as in diffusers."
+                    )
+                found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
+            at = found
+        return advance(plan, table.mode, at, output, x, noise)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Returns the sample: a network of this family takes it as it is."""
+        return sample
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+
+def _mean_of(output: Tensor, x: Tensor) -> Tensor:
+    """The mean's channels of a network that also predicts a variance; DDIM has no use for the
+    others."""
+    if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        log_once(
+            "The model's output has twice the channels of the sample: the second half, a learned "
+            "variance, is not used."
+        )
+        return output[:, : x.shape[1]]
+    raise DDIMError(
+        f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, "
+        "a mean and a learned variance); "
+        f"got {list(output.shape)}."
+    )

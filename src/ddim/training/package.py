@@ -1,0 +1,199 @@
+"""The folder of a trained model, in diffusers format: what it holds, and how it is written."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+from torch import nn
+
+from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
+from ddim.core.prior import DataPrior
+from ddim.errors import DDIMError, OutputError
+from ddim.models.checkpoints import read_json, weight_hash
+from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
+
+__all__ = [
+    "PUBLISHED",
+    "Package",
+    "is_published",
+    "make_scheduler",
+    "publish",
+    "save_model",
+    "write_json",
+    "writing",
+]
+
+_FILES = ("prior.json", "card.json", "model_index.json")
+
+PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", *_FILES)
+"""Names in the folder of a finished model: folders, then files, the index last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Package:
+    """The content of a trained model's folder.
+
+    Attributes:
+        index: The content of model_index.json: the pipeline's class, and the library and class of
+            each part.
+        scheduler: The scheduler that samples the model.
+        parts: Splits a network into the trained parts, by the names of their folders.
+        frozen: Folders of parts that are copied as they are, by the names of their folders.
+    """
+
+    index: Mapping[str, Any]
+    scheduler: diffusers.DDIMScheduler
+    parts: Callable[[nn.Module], Mapping[str, Any]]
+    frozen: Mapping[str, Path]
+
+
+def make_scheduler(
+    config: TrainConfig, inherited: Mapping[str, Any] | None = None
+) -> diffusers.DDIMScheduler:
+    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps,
+    to clean data.
+
+    Args:
+        config: The run.
+        inherited: The scheduler's configuration of the base, for what the run does not say.
+
+    Raises:
+        DDIMError: If it is epsilon prediction at zero terminal SNR.
+    """
+    base = dict(inherited or {})
+    names = (*LEVEL_OPTIONS, "prediction_type")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
+    # Another schedule is another table, not the base's rescaled one.
+    is_inherited = not given.keys() & set(LEVEL_OPTIONS)
+    rescale = config.rescale_betas_zero_snr or (
+        is_inherited and bool(base.get("rescale_betas_zero_snr"))
+    )
+    if rescale and options["prediction_type"] == "epsilon":
+        if config.rescale_betas_zero_snr:
+            raise DDIMError(EPSILON_AT_ZERO_SNR)
+        raise DDIMError(
+            f"{config.base} has zero terminal SNR, and epsilon prediction cannot be trained there; "
+            "leave out --prediction-type, or name a --beta-schedule, which is then not rescaled."
+        )
+    trained = base.get("trained_betas") if is_inherited else None
+    return diffusers.DDIMScheduler(
+        **options,
+        trained_betas=spelled_betas({**options, "trained_betas": trained}),
+        rescale_betas_zero_snr=rescale,
+        set_alpha_to_one=True,
+        # Unused by trailing; pipelines of diffusers want 1 of a text model.
+        steps_offset=base.get("steps_offset", 0),
+    )
+
+
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turns errors of the disk into one sentence.
+
+    Raises:
+        OutputError: If something cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    # torch and safetensors raise their own errors when the disk is full.
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = getattr(error, "strerror", None) or first
+        raise OutputError(
+            f"{what} cannot be written to {folder} ({reason}); mend that, and the same command "
+            "goes on from the last checkpoint."
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON with sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_model(
+    folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None
+) -> None:
+    """Writes a model into a new folder. Frozen parts are hard links to those of ``previous``, a
+    folder written before, if the file system allows it."""
+    for name, part in package.parts(network).items():
+        part.save_pretrained(folder / name)
+        config = read_json(folder / name / "config.json")
+        if config.pop("_name_or_path", None) is not None:  # where the base lay on this machine
+            write_json(folder / name / "config.json", config)
+    package.scheduler.save_pretrained(folder / "scheduler")
+    for name, source in package.frozen.items():
+        _copy_part(source, folder / name, None if previous is None else previous / name)
+    index = {
+        **package.index,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    write_json(folder / "model_index.json", index)
+    # Weights are created for this user alone, unlike the files beside them.
+    for weights in folder.glob("*/*.safetensors"):
+        shutil.copymode(folder / "model_index.json", weights)
+
+
+def _copy_part(source: Path, target: Path, previous: Path | None) -> None:
+    """Copies the files of a part; of its weights only the safetensors without a variant."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        stem, _, kind = file.name.rpartition(".")
+        is_variant = kind == "safetensors" and "." in stem
+        if not file.is_file() or kind not in ("json", "txt", "model", "safetensors") or is_variant:
+            continue
+        if previous is not None:
+            with contextlib.suppress(OSError):
+                os.link(previous / file.name, target / file.name)
+                continue
+        shutil.copyfile(file, target / file.name)
+
+
+def is_published(out: Path, network: nn.Module, package: Package) -> bool:
+    """Whether :func:`publish` has put a model there, with all its parts."""
+    parts = (*package.parts(network), *package.frozen, "scheduler")
+    return (out / "model_index.json").is_file() and all((out / name).is_dir() for name in parts)
+
+
+def publish(
+    out: Path,
+    network: nn.Module,
+    package: Package,
+    card: dict[str, Any],
+    prior: DataPrior | None = None,
+) -> None:
+    """Puts the finished model into ``out``. model_index.json is written last, so that a
+    half-written model cannot be loaded.
+
+    ``prior`` is what is known of the data's brightness, for ``ddim sample --prior data`` and the
+    doctor.
+
+    Raises:
+        OutputError: If something cannot be written.
+    """
+    with (
+        writing("the model", out),
+        tempfile.TemporaryDirectory(prefix=".model.", suffix=".partial", dir=out) as name,
+    ):
+        partial = Path(name)
+        save_model(partial, network, package)
+        write_json(partial / "card.json", card | {"weight_hash": weight_hash(partial)})
+        if prior is not None:
+            facts = json.dumps({**asdict(prior), "data": card["data"]["name"]}, sort_keys=True)
+            (partial / "prior.json").write_text(facts + "\n")
+        for stale in ("model_index.json", "prior.json"):
+            (out / stale).unlink(missing_ok=True)
+        for folder in sorted(p for p in partial.iterdir() if p.is_dir()):
+            shutil.rmtree(out / folder.name, ignore_errors=True)
+            folder.rename(out / folder.name)
+        for path in (partial / file for file in _FILES):
+            if path.is_file():
+                path.replace(out / path.name)

@@ -1,0 +1,181 @@
+"""The record of a run: its options, its data and how far it is; what resuming compares, and what
+the model's card says."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+
+from ddim.core.schedule import NoiseSchedule
+from ddim.data.dataset import ImageData
+from ddim.errors import CheckpointError
+from ddim.training.base import Base
+from ddim.training.config import TrainConfig, command_line
+from ddim.training.subject import Subject
+
+__all__ = ["card_guidance", "make_card", "new_record", "resume_record"]
+
+# Options that may differ when a run is resumed: they change what is written and how fast, but not
+# what is learnt. ``compile``, ``cache_latents`` and ``gradient_checkpointing`` may change the
+# rounding, so that only a run that keeps them continues to the same bits.
+FREE_FIELDS = frozenset(
+    {"checkpoint_every", "keep_checkpoints", "log_every", "workers"}
+    | {"compile", "cache_latents", "gradient_checkpointing"}
+    | {"preview_every", "preview_count", "preview_steps", "preview_guidance_scale"}
+)
+
+# Entries of the record that the card repeats.
+_ON_CARD = (
+    *("config", "data", "base", "step", "images_seen", "loss", "validation_loss", "seconds"),
+    *("parameters", "processes", "device", "revisions", "versions"),
+)
+
+
+def new_record(
+    config: TrainConfig,
+    data: ImageData,
+    subject: Subject,
+    base: Base | None,
+    accelerator: Accelerator,
+    revision: str | None,
+) -> dict[str, Any]:
+    """Returns the record that a run begins with."""
+    import accelerate
+
+    # The values that options left open have taken are recorded too.
+    scheduler = subject.package.scheduler.config
+    resolved = {name: scheduler[name] for name in vars(config) if name in scheduler}
+    resolved["learning_rate"] = config.peak_learning_rate
+    options = asdict(config) | resolved | (asdict(config.architecture) if base is None else {})
+    options = json.loads(json.dumps(options))  # as a checkpoint gives it back
+    del options["out"]
+    held_out = min(config.validation_images, len(data) // 10)
+    stride = len(data) // max(1, held_out)  # spread over the data, which may be sorted by class
+    return {
+        "config": options,
+        "data": {
+            "name": data.name,
+            "images": len(data),
+            "channels": data.channels,
+            "resolution": list(data.resolution),
+            **subject.facts,
+        },
+        "base": {} if base is None else base.facts,
+        "held_out": [0, held_out * stride, stride],
+        "step": 0,
+        "images_seen": 0,
+        "seconds": 0.0,
+        "loss": None,
+        "validation_loss": None,
+        "best": None,
+        "scaler": None,
+        "parameters": sum(p.numel() for p in subject.network.parameters()),
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "revisions": [{"step": 0, "revision": revision}],
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / "training" / "record.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
+            "go on from an earlier one."
+        ) from error
+    return record
+
+
+def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Reads the record of a checkpoint, and checks that it belongs to this run.
+
+    Args:
+        checkpoint: The folder.
+        fresh: The record that the run would begin with (:func:`new_record`).
+        config: The run.
+
+    Raises:
+        CheckpointError: If it is damaged, or was made with other options, other data, or another
+            number of processes.
+    """
+    record = _read_record(checkpoint)
+    # An option that the run's own version did not have was at its default.
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for group in ("config", "data", "base"):
+        for name, value in fresh[group].items():
+            before = record.get(group, {}).get(name, defaults.get(name))
+            if name not in FREE_FIELDS and before != value:
+                raise _changed(group, name, before, value, record, config)
+    if record.get("processes") != fresh["processes"]:
+        raise CheckpointError(
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
+            f"{fresh['processes']}; use the same number."
+        )
+    if "held_out" not in record:  # the first version held out the end of the data
+        count = len(range(*fresh["held_out"]))
+        record["held_out"] = [fresh["data"]["images"] - count, fresh["data"]["images"], 1]
+    part = fresh["revisions"][0] | {"step": record["step"]}
+    revisions = record.get("revisions", [])
+    if not revisions or revisions[-1]["revision"] != part["revision"]:
+        revisions = [*revisions, part]
+    kept = {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
+    return fresh | record | kept
+
+
+def _changed(
+    group: str, name: str, before: Any, now: Any, record: dict[str, Any], config: TrainConfig
+) -> CheckpointError:
+    out = config.out
+    if group != "config":
+        what = f"data {config.data}" if group == "data" else f"base {config.base}"
+        return CheckpointError(
+            f"{out} holds a run whose {what} had {name}={before!r}, and there is {name}={now!r} "
+            f"now; use another --out, or the {group} as it was."
+        )
+    if name == "images" and before <= min(now, record.get("images_seen", 0)):
+        return CheckpointError(
+            f"{out} holds a run that is finished, of images={before!r}; to go on from its model "
+            f"give --base {out}, another --out, and as --images what is to be added."
+        )
+    return CheckpointError(
+        f"{out} holds a run with {name}={before!r}, and {name}={now!r} was asked for; use another "
+        "--out, or the same options."
+    )
+
+
+def make_card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Returns what a model's card says about its run."""
+    command = command_line(config, processes=record["processes"])
+    return {"command": command, **{name: record[name] for name in _ON_CARD}}
+
+
+def card_guidance(
+    config: TrainConfig, base: Base | None, schedule: NoiseSchedule
+) -> dict[str, float]:
+    """Returns the guidance that a text model's card recommends: that of its base and, at zero
+    terminal SNR, the rescale that such a model needs.
+
+    References:
+        Lin et al. Common Diffusion Noise Schedules and Sample Steps Are Flawed. 2023. Sec. 3.4: 7.5
+        and 0.7. https://arxiv.org/abs/2305.08891
+    """
+    if base is None or not base.is_text:
+        return {}
+    inherited = {} if config.from_scratch else base.guidance
+    if float(schedule.alphas_cumprod[-1]) > 0:
+        return inherited
+    return {
+        "guidance_scale": inherited.get("guidance_scale", 7.5),
+        "guidance_rescale": inherited.get("guidance_rescale") or 0.7,
+    }

@@ -1,0 +1,144 @@
+"""Folders of images: classes, splits, files that do not belong."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.data.conftest import COLOUR, GREY, RNG, labels, stack, write_png
+
+import ddim
+from ddim.data.folders import SHEETS
+from ddim.data.sources import load_images
+from ddim.errors import DataError
+
+
+def test_folder_with_classes(tmp_path):
+    for i, name in enumerate(["b", "a", "b/deeper"]):
+        write_png(tmp_path / name / f"{i}.png", COLOUR[i])
+    (tmp_path / "a" / "notes.txt").write_text("not an image, and not called one")
+    write_png(tmp_path / ".thumbnails" / "x.png", COLOUR[3])
+    data = load_images(str(tmp_path))
+    assert (data.class_names, labels(data), data.channels, data.resolution) == (
+        ("a", "b"),
+        [0, 1, 1],
+        3,
+        (5, 7),
+    )
+    assert np.array_equal(stack(data), COLOUR[[1, 0, 2]].transpose(0, 3, 1, 2))
+
+
+def test_folder_without_classes_is_sorted_by_path(tmp_path):
+    for i in (2, 0, 1):
+        write_png(tmp_path / f"{i}.PNG", GREY[i])
+    write_png(tmp_path / "more" / "3.png", GREY[3])
+    data = load_images(str(tmp_path))
+    assert (data.class_names, data.channels, labels(data)) == (None, 1, [-1] * 4)
+    assert np.array_equal(stack(data)[:, 0], GREY[:4])
+
+
+def test_subfolders_called_train_and_test_are_splits_not_classes(tmp_path):
+    for i, name in enumerate(["train/a", "train/b", "test/a"]):
+        write_png(tmp_path / name / f"{i}.png", GREY[i])
+    train, test = load_images(str(tmp_path)), load_images(str(tmp_path), split="test")
+    assert (len(train), train.class_names, labels(train)) == (2, ("a", "b"), [0, 1])
+    assert (len(test), test.class_names) == (1, ("a",))
+    with pytest.raises(DataError, match=r"has no split 'validation'; it has test, train\."):
+        load_images(str(tmp_path), split="validation")
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    write_png(tmp_path / "0.png", np.ascontiguousarray(np.rot90(GREY[0])), exif=exif)
+    write_png(tmp_path / "1.png", GREY[1])
+    data = load_images(str(tmp_path))
+    assert np.array_equal(stack(data)[:, 0], GREY[:2])
+
+
+def test_a_folder_without_images(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(DataError, match=r"the folder .* holds no images \(.*\.png"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("resolution", [None, 4])
+def test_a_file_that_is_no_image_is_named(tmp_path, resolution):
+    write_png(tmp_path / "0.png", GREY[0])
+    (tmp_path / "1.png").write_text("words")
+    with pytest.raises(
+        DataError, match=r"1\.png is not an image that can be read .*; remove or replace it"
+    ):
+        load_images(str(tmp_path), resolution=resolution)[1]
+
+
+def test_an_image_that_is_cut_off_is_named(tmp_path):
+    path = write_png(tmp_path / "0.png", RNG.integers(0, 256, (64, 64), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"0\.png is not an image that can be read"):
+        load_images(str(tmp_path))
+
+
+def test_images_of_several_sizes_are_told_at_once_and_how_to_fix_them(tmp_path):
+    write_png(tmp_path / "0.png", GREY[0])
+    write_png(tmp_path / "1.png", GREY[1, :4])
+    with pytest.raises(
+        DataError,
+        match=(
+            r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); bring all to one "
+            r"size: .*--resolution 5"
+        ),
+    ):
+        load_images(str(tmp_path))
+    with pytest.raises(
+        DataError,
+        match=r"1\.png is 7x4 and the first image of .* 7x5 \(width x height\); .*--resolution 5",
+    ):
+        load_images(str(tmp_path), center_crop=True)
+    assert stack(load_images(str(tmp_path), resolution=5)).shape == (2, 1, 5, 5)
+
+
+@pytest.mark.parametrize("below", ["", "digits"])
+def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside_them(
+    below, tmp_path
+):
+    folder = tmp_path / below
+    write_png(folder / "000000.png", GREY[0])
+    write_png(folder / "grid.png", GREY[0, :4])
+    with pytest.raises(DataError, match=r"grid\.png is 7x4"):
+        load_images(str(tmp_path))
+    for foreign in ("no json", "[]", "{}", '{"protocol": {}}'):
+        (folder / "run.json").write_text(foreign)
+        with pytest.raises(DataError, match=r"grid\.png is 7x4"):
+            load_images(str(tmp_path))
+    (folder / "run.json").write_text('{"protocol": {"command": "sample"}}')
+    assert len(load_images(str(tmp_path))) == 1
+    (folder / "000000.png").unlink()
+    with pytest.raises(DataError, match="holds no images"):
+        load_images(str(tmp_path))
+
+
+def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
+    sources = [
+        path.read_text()
+        for folder in ("cli", "evaluation")
+        for path in (Path(ddim.__file__).parent / folder).glob("*.py")
+    ]
+    written = {
+        name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)
+    }
+    assert written == SHEETS
+
+
+def test_a_picture_on_its_side_is_told_when_it_is_read(tmp_path):
+    write_png(tmp_path / "0.png", GREY[0])
+    write_png(tmp_path / "1.png", np.ascontiguousarray(GREY[1].T))
+    with pytest.raises(
+        DataError,
+        match=(
+            r"1\.png is 5x7 and the first is 7x5 \(width x height\); bring all to one size: "
+            r".*--resolution 5"
+        ),
+    ):
+        load_images(str(tmp_path))[1]
