@@ -23,7 +23,7 @@ from ddim.core.schedule import NoiseSchedule
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.inversion.reversible import reversible_trajectory
 from ddim.models.images import from_pictures
-from ddim.pipelines.text_inputs import encode_images
+from ddim.pipelines.pictures import encode_images
 from ddim.pipelines.text_to_image import TextToImagePipeline
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler

@@ -57,6 +57,15 @@ FILES = {
         {"monitoring", "loading", "text"},
         {"trainer"},
     ],
+    "pipelines": [
+        {"networks", "routing", "pictures"},
+        {"base", "inputs"},
+        {"coding", "prompts"},
+        {"unconditional", "latent", "elsewhere"},
+        {"text_codes"},
+        {"text_to_image"},
+        {"opening"},
+    ],
 }
 """The same within a room: the files that stand in one set do not import one another."""
 

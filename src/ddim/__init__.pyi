@@ -130,12 +130,14 @@ from .models.conversion import (
 from .models.export import (
     to_diffusers as to_diffusers,
 )
+from .pipelines.opening import (
+    DiffusionPipeline as DiffusionPipeline,
+)
 from .pipelines.text_to_image import (
     ImageToImagePipeline as ImageToImagePipeline,
     TextToImagePipeline as TextToImagePipeline,
 )
 from .pipelines.unconditional import (
-    DiffusionPipeline as DiffusionPipeline,
     UnconditionalPipeline as UnconditionalPipeline,
 )
 from .scheduler import (

@@ -16,13 +16,13 @@ from torch import nn
 from ddim import DiffusionPipeline, UnconditionalPipeline
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.pipelines import networks
-from ddim.pipelines.networks import lay_out, specialize
+from ddim.pipelines.networks import prepare_for_compiling, prepare_layers
 
 
 def specialized(module):
     """A copy in a network that was prepared."""
     network = nn.Sequential(copy.deepcopy(module))
-    specialize(network)
+    prepare_for_compiling(network)
     return network[0]
 
 
@@ -349,7 +349,7 @@ def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(
             len(normalized) == 7
         )  # of 32 and 96 channels at 28 x 28, and of 96 at 14 x 14, in 8 groups
         assert attended == []
-        specialize(laid_out)
+        prepare_for_compiling(laid_out)
         torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
     assert len(attended) == kinds.count(Attention) > 0
 
@@ -400,8 +400,8 @@ def test_kernels_are_recorded_on_a_gpu_where_nothing_else_is_asked_for(
     monkeypatch.setattr(pipe.unet, "compile", lambda **given: calls.append(given))
     pipe.compile(**options)
     assert calls == [asked]
-    kept = {type(m.processor) for m in pipe.unet.modules() if isinstance(m, Attention)}
-    assert kept == {AttnProcessor2_0}
+    copy_if_replayed = {type(m.processor) for m in pipe.unet.modules() if isinstance(m, Attention)}
+    assert copy_if_replayed == {AttnProcessor2_0}
 
 
 class OnAGPU:
@@ -419,12 +419,12 @@ def test_outputs_of_compiled_networks_on_a_gpu_are_copied():
     around = torch.compile(around, backend="eager")
     inside.forward = torch.compile(inside.forward, backend="eager")
     output = OnAGPU()
-    assert networks.kept(output, plain) is output
-    assert [networks.kept(output, network) for network in (in_place, around, inside)] == [
-        "a copy"
-    ] * 3
+    assert networks.copy_if_replayed(output, plain) is output
+    assert [
+        networks.copy_if_replayed(output, network) for network in (in_place, around, inside)
+    ] == ["a copy"] * 3
     here = torch.ones(1)
-    assert networks.kept(here, in_place) is here
+    assert networks.copy_if_replayed(here, in_place) is here
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_attention_that_someone_replaced_stays(tiny):
     attention = [module for module in network.modules() if isinstance(module, Attention)]
     for module in attention:
         module.set_processor(mine)
-    specialize(network)
+    prepare_for_compiling(network)
     assert {module.processor for module in attention} == {mine}
 
 
@@ -464,7 +464,7 @@ def test_a_prepared_network_keeps_its_images_parameters_and_copies(tiny, tmp_pat
     assert {type(m.processor) for m in prepared.unet.modules() if isinstance(m, Attention)} == {
         networks._ShortAttnProcessor
     }
-    specialize(copy.deepcopy(prepared.unet))  # again, which changes nothing
+    prepare_for_compiling(copy.deepcopy(prepared.unet))  # again, which changes nothing
     assert prepared.unet.state_dict().keys() == plain.unet.state_dict().keys()
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 400, 999])
     for network in (prepared.unet, copy.deepcopy(prepared.unet)):
@@ -498,7 +498,9 @@ def test_memory_that_was_freed_is_not_cleared_again_for_each_layer():
     ran = subprocess.run(
         [sys.executable, "-c", FREED], env=environment, check=True, capture_output=True, text=True
     )
-    assert int(ran.stdout) < 2**20  # bytes an evaluation; about 20 MiB where nothing is kept
+    assert (
+        int(ran.stdout) < 2**20
+    )  # bytes an evaluation; about 20 MiB where nothing is copy_if_replayed
 
 
 def test_weights_are_laid_out_channels_last_where_we_load_them(tiny, tiny_text):
@@ -511,5 +513,5 @@ def test_weights_are_laid_out_channels_last_where_we_load_them(tiny, tiny_text):
     given = diffusers.UNet2DModel.from_pretrained(tiny / "unet")
     assert UnconditionalPipeline.from_pretrained(tiny, unet=given).unet is given
     assert given.mid_block.resnets[0].conv1.weight.is_contiguous()  # yours stays as it is
-    lay_out(given)
+    prepare_layers(given)
     assert not given.mid_block.resnets[0].conv1.weight.is_contiguous()

@@ -22,9 +22,10 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures
 from ddim.pipelines.networks import weights_of
-from ddim.pipelines.text_inputs import PromptWarning, encode_images
+from ddim.pipelines.opening import DiffusionPipeline
+from ddim.pipelines.pictures import encode_images
+from ddim.pipelines.prompts import PromptWarning
 from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
-from ddim.pipelines.unconditional import DiffusionPipeline
 from ddim.scheduler import DDIMScheduler
 
 PROMPT = "a red square on a black background"

@@ -1,61 +1,51 @@
 """What the pipelines share: options resolved against the scheduler's configuration, walks along a
-trajectory, and codes of images."""
+trajectory, and noise."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, Unpack, cast
 
 import diffusers
 import torch
 from torch import Tensor
 
 from ddim.configuration import noise_schedule
-from ddim.core.denoiser import Clip, Denoiser
+from ddim.core.denoiser import Clip, Denoiser, ModelDenoiser
 from ddim.core.noise import SeededNoise, check_seeds
 from ddim.core.route import Route
 from ddim.core.sampler import State, walk
 from ddim.core.schedule import NoiseSchedule
-from ddim.core.step import Eta, check_order
+from ddim.core.step import check_order
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError, DivergenceError
-from ddim.inversion.codes import Code, EncodingMethod, check_origin, decoding_timesteps, fingerprint
-from ddim.inversion.ddim import encodable_timesteps
-from ddim.inversion.encoding import decode_trajectory, encode
 from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_trajectory
-from ddim.pipelines.networks import is_compiled, specialize, weights_of
+from ddim.models.checkpoints import find_model
+from ddim.pipelines.networks import is_compiled, prepare_for_compiling
 from ddim.pipelines.routing import (
     ClipOption,
-    Sampler,
+    RouteOptions,
     resolve_clip,
     resolve_route,
     resolve_timesteps,
 )
 from ddim.scheduler import DDIMScheduler
 
-__all__ = ["HUB_OPTIONS", "Generators", "Place", "Sampling"]
+__all__ = ["HUB_OPTIONS", "Callback", "Generators", "Place", "Sampling", "find_pretrained"]
 
 HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-    "use_safetensors",
-    "variant",
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "token", "use_safetensors", "variant"),
 )
 """Options of ``from_pretrained`` that say what is downloaded."""
 
 _NEEDED = (
-    "timestep_spacing",
-    "steps_offset",
-    "thresholding",
-    "clip_sample",
-    "clip_sample_range",
-    "sample_max_value",
+    *("timestep_spacing", "steps_offset", "thresholding"),
+    *("clip_sample", "clip_sample_range", "sample_max_value"),
 )
 
 Generators = torch.Generator | Sequence[torch.Generator]
+Callback = Callable[[State], bool | None]
 
 
 class Place(NamedTuple):
@@ -65,6 +55,16 @@ class Place(NamedTuple):
     dtype: torch.dtype
 
 
+def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
+    """The folder of a model, downloaded by those of the options of ``from_pretrained`` that say
+    what is downloaded.
+
+    Raises:
+        CheckpointError: If there is no such model.
+    """
+    return find_model(name, **{k: options[k] for k in HUB_OPTIONS if k in options})
+
+
 class Sampling:
     """DDIM for a diffusers pipeline that has a network ``unet`` and a ``scheduler``, whose
     configuration is read at each call."""
@@ -72,18 +72,20 @@ class Sampling:
     unet: Any
     scheduler: Any
     progress_bar: Callable[..., Any]
+    maybe_free_model_hooks: Callable[[], None]
     _execution_device: torch.device
 
-    def compile(self, **options: Any) -> Any:
+    def compile(self, **options: Any) -> Self:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and
         moving work as before.
 
-        A network on the CPU is prepared for it first (:func:`ddim.pipelines.networks.specialize`),
-        so move it before. On a GPU the mode is ``reduce-overhead``, unless a mode, a backend or its
-        options are given: kernels are recorded once for a batch size, and launched together."""
+        A network on the CPU is prepared for it first
+        (:func:`ddim.pipelines.networks.prepare_for_compiling`), so move it before. On a GPU the
+        mode is ``reduce-overhead``, unless a mode, a backend or its options are given: kernels are
+        recorded once for a batch size, and launched together."""
         kind = self._execution_device.type
         if kind == "cpu":
-            specialize(self.unet)
+            prepare_for_compiling(self.unet)
         elif kind == "cuda" and not {"mode", "backend", "options"} & options.keys():
             options["mode"] = "reduce-overhead"
         self.unet.compile(**options)
@@ -127,40 +129,18 @@ class Sampling:
         return self.scheduler.noise_schedule if ours else noise_schedule(vars(self._options))
 
     def route(
-        self,
-        num_inference_steps: int | None = None,
-        *,
-        timestep_spacing: Spacing | None = None,
-        timesteps: Sequence[int] | None = None,
-        strength: float | None = None,
-        encodable: bool = False,
-        eta: Eta = 0.0,
-        order: int | None = None,
-        clip: ClipOption = None,
-        sampler: Sampler = "ddim",
-        analytic: bool = False,
-        eps_mean_square: Mapping[int, float] | None = None,
+        self, num_inference_steps: int | None = None, **options: Unpack[RouteOptions]
     ) -> Route:
         """Resolves and checks the options of a call, before noise is drawn or the network called;
-        :meth:`draw` walks the result.
+        ``draw`` walks the result.
 
-        Arguments and errors are those of :func:`ddim.pipelines.routing.resolve_route`, by this
-        pipeline's configuration."""
+        Options and errors are those of :func:`ddim.pipelines.routing.resolve_route`."""
         return resolve_route(
             self.noise_schedule,
             self._options,
             num_inference_steps,
             own_order=self.select_order(),
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            strength=strength,
-            encodable=encodable,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
-            analytic=analytic,
-            eps_mean_square=eps_mean_square,
+            **options,
         )
 
     def select_timesteps(
@@ -198,6 +178,15 @@ class Sampling:
         configuration says."""
         return resolve_clip(self._options, clip)
 
+    def _model(
+        self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype
+    ) -> ModelDenoiser:
+        """The denoiser of a network by the scheduler's configuration."""
+        prediction_type = self._options.prediction_type
+        return ModelDenoiser(
+            network, self.noise_schedule, prediction_type, self.select_clip(clip), dtype
+        )
+
     @staticmethod
     def _states(
         denoise: Denoiser, x_T: Tensor, route: Route, noise: Callable[[], Tensor]
@@ -219,7 +208,7 @@ class Sampling:
         x: Tensor,
         total: int,
         *,
-        callback: Callable[[State], bool | None] | None,
+        callback: Callback | None,
         progress: bool,
     ) -> Tensor:
         """Runs a trajectory to its end, or until the callback stops it; the last sample, which is
@@ -239,117 +228,6 @@ class Sampling:
                 "together."
             )
         return x
-
-    def _encode(
-        self,
-        x0: Tensor,
-        timesteps: Sequence[int],
-        denoiser: Callable[[slice], Denoiser],
-        *,
-        method: EncodingMethod,
-        gamma: float,
-        mixing: float,
-        tolerance: float,
-        max_evaluations: int,
-        batch_size: int,
-        labels: Tensor | None = None,
-    ) -> Code:
-        """The code of data [B, ...] batch by batch, under the denoiser of each batch's images."""
-        if len(x0) == 0 or batch_size < 1:
-            raise DDIMError(
-                f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, "
-                f"batch_size={batch_size}."
-            )
-        levels, origin, parts = (
-            encodable_timesteps(self.noise_schedule, timesteps),
-            self._origin(),
-            [],
-        )
-        for first in range(0, len(x0), batch_size):
-            chosen = slice(first, first + batch_size)
-            parts.append(
-                encode(
-                    denoiser(chosen),
-                    x0[chosen].to(self._execution_device),
-                    levels,
-                    schedule=self.noise_schedule,
-                    method=method,
-                    gamma=gamma,
-                    mixing=mixing,
-                    tolerance=tolerance,
-                    max_evaluations=max_evaluations,
-                    labels=None if labels is None else labels[chosen],
-                    origin=origin,
-                )
-            )
-        return Code.join(parts)
-
-    def _decode(
-        self,
-        code: Code,
-        timesteps: Sequence[int],
-        denoiser: Callable[[slice], Denoiser],
-        *,
-        callback: Callable[[State], bool | None] | None,
-        progress: bool,
-        batch_size: int,
-    ) -> Tensor:
-        """The data [B, ...] of a code over levels of :meth:`_decoding_timesteps`, under the
-        denoiser of each batch's images."""
-        finished = []
-        for first in range(0, len(code), max(1, batch_size)):
-            chosen = slice(first, first + max(1, batch_size))
-            part = code[chosen].to(self._execution_device)
-            states = decode_trajectory(
-                denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps
-            )
-            finished.append(
-                self._walk(
-                    states, part.states[-1], len(timesteps), callback=callback, progress=progress
-                )
-            )
-        return torch.cat(finished)
-
-    def _decoding_timesteps(
-        self,
-        code: Code,
-        num_inference_steps: int | None,
-        *,
-        timestep_spacing: Spacing | None,
-        timesteps: Sequence[int] | None,
-    ) -> list[int]:
-        """The levels that a code is decoded over with these options: its own without any.
-
-        Raises:
-            DDIMError: If the code is empty, or of another model or other steps, before anything is
-                evaluated.
-        """
-        if len(code) == 0:
-            raise DDIMError("the code holds no images.")
-        check_origin(code, self._origin())
-        asked = None
-        if num_inference_steps is not None or timestep_spacing is not None or timesteps is not None:
-            asked = self.select_timesteps(
-                num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
-            )
-        levels = list(decoding_timesteps(code, asked, schedule=self.noise_schedule))
-        self.route(timesteps=levels, order=1, clip="none")
-        return levels
-
-    def _origin(self) -> dict[str, str]:
-        """What a code depends on beside its own options."""
-        schedule = self.noise_schedule
-        levels = torch.cat(
-            [
-                schedule.alphas_cumprod,
-                torch.tensor([schedule.final_alpha_cumprod], dtype=torch.float64),
-            ]
-        )
-        return {
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
-            "network": fingerprint(weights_of(self.unet)),
-            "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
-        }
 
     def _noise(
         self,

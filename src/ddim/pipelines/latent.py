@@ -6,11 +6,9 @@ offloading and variants it leaves as they are. Guidance wraps the network, on it
 (:mod:`ddim.core.guidance`); the state between the steps is float32 whatever the network's dtype;
 each image has noise of its own seed."""
 
-import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, cast
 
 import diffusers
 import torch
@@ -18,34 +16,48 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from ddim.core.denoiser import ModelDenoiser
-from ddim.core.guidance import check_rescale, guided, is_guided
-from ddim.core.noise import make_generators
+from ddim.core.guidance import guided
 from ddim.core.route import Route
 from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
-from ddim.models.checkpoints import STABLE_DIFFUSION, find_model, load_pipeline, read_model_index
+from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_index
 from ddim.models.export import to_diffusers
-from ddim.pipelines.base import HUB_OPTIONS, Sampling
-from ddim.pipelines.networks import kept, lay_out
+from ddim.pipelines.base import Callback, Place, find_pretrained
+from ddim.pipelines.coding import Coding
+from ddim.pipelines.networks import copy_if_replayed, prepare_layers
+from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
 from ddim.pipelines.routing import ClipOption
-from ddim.pipelines.text_inputs import (
-    Conditions,
-    count_images,
-    encode_prompts,
-    given_lengths,
-    number_of_prompts,
-    warn_of_no_guidance,
-)
 from ddim.scheduler import as_ddim
 
-__all__ = ["Callback", "Prompt", "StableDiffusion", "StepEnd"]
+__all__ = ["Given", "StableDiffusion", "StepEnd", "WalkOptions"]
 
-Prompt = str | Sequence[str]
-Callback = Callable[[State], bool | None]
 StepEnd = Callable[..., dict[str, Any]]
 
 
-class StableDiffusion(Sampling):
+class Given(NamedTuple):
+    """What images are drawn of."""
+
+    prompts: Prompts
+    guidance: Guidance
+    groups: int
+    """The number of prompts, or of pairs of a prompt and an image."""
+    each: int
+    """Images that are made of each group."""
+
+
+class WalkOptions(TypedDict, total=False):
+    """Options of a call that act during a walk and after it; their defaults are the call's."""
+
+    cross_attention_kwargs: Mapping[str, Any] | None
+    callback: Callback | None
+    callback_on_step_end: StepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    progress: bool
+    output_type: Literal["pil", "np", "pt", "latent"]
+    return_dict: bool
+
+
+class StableDiffusion(Coding):
     """What both pipelines share; the class after it in the order of resolution is diffusers'
     pipeline."""
 
@@ -80,9 +92,8 @@ class StableDiffusion(Sampling):
         requires_safety_checker: bool = True,
     ) -> None:
         ours = as_ddim(scheduler)
-        if (
-            ours.config.timestep_spacing != "leading"
-        ):  # the only one that knows an offset: diffusers would warn of 0 all the same
+        # Only leading knows an offset, and diffusers would warn of 0 all the same.
+        if ours.config.timestep_spacing != "leading":
             ours.register_to_config(steps_offset=1)
         super().__init__(  # type: ignore[call-arg]
             vae,
@@ -100,7 +111,7 @@ class StableDiffusion(Sampling):
     __init__.__annotations__.update(diffusers.StableDiffusionPipeline.__init__.__annotations__)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Opens a checkpoint in Stable Diffusion's format.
 
         Args:
@@ -113,19 +124,17 @@ class StableDiffusion(Sampling):
             CheckpointError: If the model cannot be found or opened, is of another kind, or lacks a
                 part.
         """
-        folder = find_model(
-            pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options}
-        )
+        folder = find_pretrained(pretrained_model_name_or_path, options)
         kind = read_model_index(folder).get("_class_name")
         if kind not in STABLE_DIFFUSION:
             raise CheckpointError(
                 f"{folder} is a {kind}, not in Stable Diffusion's format; open it with "
                 "ddim.DiffusionPipeline."
             )
-        pipe = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
-        lay_out(*(getattr(pipe, name) for name in ("unet", "vae") if name not in options))
+        pipe: Any = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
+        prepare_layers(*(getattr(pipe, name) for name in ("unet", "vae") if name not in options))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
+        return cast(Self, pipe)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers'
@@ -181,15 +190,10 @@ class StableDiffusion(Sampling):
     ) -> Conditions:
         """What :meth:`denoiser` is told of the images of prompts, one of each; guidance off needs
         no negative prompts."""
-        count = number_of_prompts(prompt, None)
+        prompts = Prompts(prompt, negative_prompt)
+        place = self._place()
         return encode_prompts(
-            self,
-            prompt,
-            negative_prompt,
-            place=self._place(),
-            scale=guidance_scale,
-            groups=count,
-            each=1,
+            self, prompts, place=place, scale=guidance_scale, groups=prompts.count
         )
 
     def denoiser(
@@ -209,56 +213,38 @@ class StableDiffusion(Sampling):
             DDIMError: If the network is not of this kind, or guidance lacks what it leads away
                 from.
         """
-        network = self._guided(
-            conditions, guidance_scale, guidance_rescale, guidance_batched, cross_attention_kwargs
-        )
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
+        network = self._guided(conditions, guidance, cross_attention_kwargs)
         return self._model(network, clip, self.unet.dtype)
-
-    def _model(
-        self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype
-    ) -> ModelDenoiser:
-        return ModelDenoiser(
-            network,
-            self.noise_schedule,
-            self._options.prediction_type,
-            self.select_clip(clip),
-            dtype,
-        )
 
     def _guided(
         self,
         conditions: Conditions,
-        scale: float,
-        rescale: float,
-        batched: bool,
+        guidance: Guidance,
         cross_attention_kwargs: Mapping[str, Any] | None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         unet = self.unet
         if unet.config.in_channels != unet.config.out_channels:
             raise DDIMError(
                 f"the network takes {unet.config.in_channels} channels and returns "
-                f"{unet.config.out_channels}: it is one for inpainting, "
-                "depth or the like; open the checkpoint with ddim.DiffusionPipeline, which takes "
-                "the pipeline that it names."
+                f"{unet.config.out_channels}: it is one for inpainting, depth or the like; open the "
+                "checkpoint with ddim.DiffusionPipeline, which takes the pipeline that it names."
             )
         if unet.config.encoder_hid_dim_type is not None:
             raise DDIMError(
                 "the network has an IP-adapter, which wants an image: give a call ip_adapter_image "
-                "or ip_adapter_image_embeds, or take the "
-                "adapter off with unload_ip_adapter()."
+                "or ip_adapter_image_embeds, or take the adapter off with unload_ip_adapter()."
             )
-        options = {"return_dict": False} | (
-            {}
-            if cross_attention_kwargs is None
-            else {"cross_attention_kwargs": cross_attention_kwargs}
-        )
+        options: dict[str, Any] = {"return_dict": False}
+        if cross_attention_kwargs is not None:
+            options["cross_attention_kwargs"] = cross_attention_kwargs
 
         def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            # One layout at every step: a compiled network is compiled again for each new one, and
-            # states inherit theirs from outputs.
-            return kept(unet(x_t.contiguous(), t, condition, **options)[0], unet)
+            # Contiguous at every step: a compiled network is compiled again for another layout,
+            # and states have that of outputs.
+            return copy_if_replayed(unet(x_t.contiguous(), t, condition, **options)[0], unet)
 
-        return guided(predict, *conditions, scale=scale, rescale=rescale, batched=batched)
+        return guided(predict, *conditions, **vars(guidance))
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1, *, guidance_scale: float = 7.5) -> None:
@@ -272,145 +258,77 @@ class StableDiffusion(Sampling):
         x = torch.zeros(batch_size, *self.latent_shape, device=place.device)
         self._warm_up(self.denoiser(conditions, guidance_scale=guidance_scale, clip="none"), x)
 
-    # --- the call
-
-    def _why_elsewhere(self, others: Mapping[str, Any]) -> str | None:
-        """What sends a call to diffusers' own loop: an argument, or a part, that this one does not
-        know; None: it is sampled here."""
-        self._require("unet", "scheduler")
-        if not hasattr(self.scheduler, "init_noise_sigma"):
-            raise DDIMError(
-                f"a {type(self.scheduler).__name__} walks no noise schedule of DDIM's family, so "
-                "this pipeline cannot use it; "
-                "set pipe.scheduler to a ddim.DDIMScheduler, or to another scheduler of diffusers "
-                "for such models."
-            )
-        if others:
-            unknown = sorted(
-                set(others)
-                - {*inspect.signature(self._exported.__call__).parameters, "callback_steps"}
-            )
-            if unknown:
-                name, its_own = self._other
-                hint = (
-                    f"; {name} takes it, and {name}(**pipe.components) is one of the same parts"
-                    if unknown[0] in its_own
-                    else ""
-                )
-                raise TypeError(
-                    f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}{hint}"
-                )
-            return next(iter(others))
-        if not isinstance(self.scheduler, diffusers.DDIMScheduler):
-            return f"a {type(self.scheduler).__name__}"
-        return (
-            "a network that is told the guidance scale"
-            if self.unet.config.time_cond_proj_dim is not None
-            else None
-        )
-
-    @staticmethod
-    def _refuse_elsewhere(reason: str, **ours: Any) -> None:
-        """Refuses what diffusers' own loop does not know."""
-        given = [name for name, value in ours.items() if value is not None]
-        if given:
-            raise DDIMError(
-                f"{reason} is sampled by diffusers' own loop, which does not know "
-                f"{', '.join(given)}; leave out one or the other."
-            )
-
-    @contextlib.contextmanager
-    def _elsewhere(
-        self,
-        options: dict[str, Any],
-        *,
-        rescale: float,
-        seeds: Sequence[int] | None,
-        callback: Callable[..., Any] | None,
-        progress: bool,
-    ) -> Iterator[dict[str, Any]]:
-        """Checks what diffusers' own call would not, and yields the arguments of that call; while
-        held, its bar is shown as asked."""
-        prompts = number_of_prompts(options["prompt"], options["prompt_embeds"])
-        lengths = given_lengths(
-            seeds=seeds, generator=options["generator"], latents=options.get("latents")
-        )
-        self._check_output_type(options["output_type"])
-        check_rescale(rescale)
-        away = (
-            options["negative_prompt"] is not None or options["negative_prompt_embeds"] is not None
-        )
-        if away and not is_guided(options["guidance_scale"]):
-            warn_of_no_guidance(options["guidance_scale"], stacklevel=6)
-        given = options | {
-            "num_inference_steps": options["num_inference_steps"] or 50,
-            "num_images_per_prompt": count_images(
-                prompts, None, options["num_images_per_prompt"], lengths
-            )[1],
-            "callback_on_step_end_tensor_inputs": list(
-                options["callback_on_step_end_tensor_inputs"]
-            ),
-            **({} if seeds is None else {"generator": make_generators(seeds)}),
-            **({} if callback is None else {"callback": callback}),
-        }
-        before = dict(getattr(self, "_progress_bar_config", {}))
-        if not progress:
-            self.set_progress_bar_config(**{**before, "disable": True})
-        try:
-            yield given
-        finally:
-            self.set_progress_bar_config(**before)
-
-    def _sample(
+    def _draw(
         self,
         route: Route,
         x: Tensor,
-        conditions: Conditions,
         noise: Callable[[], Tensor],
-        dtype: torch.dtype,
-        *,
-        scale: float,
-        rescale: float,
-        batched: bool,
-        cross_attention_kwargs: Mapping[str, Any] | None,
-        callback: Callback | None,
-        on_step_end: StepEnd | None,
-        inputs: Sequence[str],
-        progress: bool,
-    ) -> Tensor:
-        """Walks latents along a route to clean data."""
-        self._guidance_scale, self._guidance_rescale, self._interrupt = scale, rescale, False
-        self._cross_attention_kwargs, self._num_timesteps = cross_attention_kwargs, len(route)
+        given: Given,
+        place: Place,
+        **options: Unpack[WalkOptions],
+    ) -> Any:
+        """Walks latents along a route to clean data, and finishes them."""
+        guidance, on_step_end = given.guidance, options.get("callback_on_step_end")
+        attention = options.get("cross_attention_kwargs")
+        self._clip_skip, self._cross_attention_kwargs = given.prompts.clip_skip, attention
+        self._guidance_scale, self._guidance_rescale = guidance.scale, guidance.rescale
+        self._interrupt, self._num_timesteps = False, len(route)
+        conditions = encode_prompts(
+            self,
+            given.prompts,
+            place=place,
+            scale=guidance.scale,
+            groups=given.groups,
+            each=given.each,
+            lora_scale=(attention or {}).get("scale"),
+        )
         if on_step_end is None:
-            network = self._guided(conditions, scale, rescale, batched, cross_attention_kwargs)
-            states = self._states(self._model(network, route.clip, dtype), x, route, noise)
+            network = self._guided(conditions, guidance, attention)
+            states = self._states(self._model(network, route.clip, place.dtype), x, route, noise)
         else:
-            if route.sampler != "ddim":
-                raise DDIMError(
-                    f"callback_on_step_end may change latents, and {route.sampler} looks two steps "
-                    "back; use callback with it."
-                )
-            inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
-            unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
-            if unknown:
-                raise DDIMError(
-                    "callback_on_step_end_tensor_inputs must be of "
-                    f"{self._callback_tensor_inputs}; got {unknown}."
-                )
+            inputs = options.get("callback_on_step_end_tensor_inputs", ("latents",))
             states = self._steered(
-                route, x, conditions, noise, dtype, batched, on_step_end=on_step_end, inputs=inputs
+                route,
+                x,
+                noise,
+                conditions,
+                dtype=place.dtype,
+                batched=guidance.batched,
+                on_step_end=on_step_end,
+                inputs=self._check_step_end(on_step_end, inputs, route),
             )
-        return self._walk(states, x, len(route), callback=callback, progress=progress)
+        callback, progress = options.get("callback"), options.get("progress", True)
+        x = self._walk(states, x, len(route), callback=callback, progress=progress)
+        output_type = options.get("output_type", "pil")
+        return self._finish(x, output_type, options.get("return_dict", True))
+
+    def _check_step_end(
+        self, on_step_end: StepEnd, inputs: Sequence[str], route: Route
+    ) -> Sequence[str]:
+        """The tensors that diffusers' callback is given, unless it asks for what there is not."""
+        if route.sampler != "ddim":
+            raise DDIMError(
+                f"callback_on_step_end may change latents, and {route.sampler} looks two steps "
+                "back; use callback with it."
+            )
+        inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
+        unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise DDIMError(
+                "callback_on_step_end_tensor_inputs must be of "
+                f"{self._callback_tensor_inputs}; got {unknown}."
+            )
+        return inputs
 
     def _steered(
         self,
         route: Route,
         x: Tensor,
-        conditions: Conditions,
         noise: Callable[[], Tensor],
+        conditions: Conditions,
+        *,
         dtype: torch.dtype,
         batched: bool,
-        *,
         on_step_end: StepEnd,
         inputs: Sequence[str],
     ) -> Iterator[State]:
@@ -418,13 +336,8 @@ class StableDiffusion(Sampling):
         the guidance, or interrupt."""
 
         def guide() -> Callable[[Tensor, Tensor], Tensor]:
-            return self._guided(
-                conditions,
-                self._guidance_scale,
-                self._guidance_rescale,
-                batched,
-                self._cross_attention_kwargs,
-            )
+            guidance = Guidance(self._guidance_scale, self._guidance_rescale, batched)
+            return self._guided(conditions, guidance, self._cross_attention_kwargs)
 
         network, state = guide(), None
         denoise = self._model(lambda x_t, t: network(x_t, t), route.clip, dtype)
@@ -433,11 +346,7 @@ class StableDiffusion(Sampling):
             (state,) = walk(denoise, x, step, noise=noise, previous=state)
             cond, uncond = conditions
             both = cond if uncond is None else torch.cat([uncond, cond])
-            held = {
-                "latents": state.x_s,
-                "prompt_embeds": both,
-                "negative_prompt_embeds": uncond,
-            }
+            held = {"latents": state.x_s, "prompt_embeds": both, "negative_prompt_embeds": uncond}
             before = self._guidance_scale, self._guidance_rescale
             given = {name: held[name] for name in inputs}
             changed = on_step_end(self, number, torch.tensor(t), given) or {}
@@ -459,18 +368,15 @@ class StableDiffusion(Sampling):
         if output_type != "latent":
             if self.safety_checker is not None:
                 images, flags = self.run_safety_checker(images, *self._place())
-            safe = (
-                [not flag for flag in flags] if flags else [True] * len(images)
-            )  # a blacked-out picture is in [0, 1] already
+            # A blacked-out picture is in [0, 1] already.
+            safe = [not flag for flag in flags] if flags else [True] * len(images)
             images = self.image_processor.postprocess(
                 images, output_type=output_type, do_denormalize=safe
             )
         self.maybe_free_model_hooks()
-        return (
-            StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
-            if return_dict
-            else (images, flags)
-        )
+        if not return_dict:
+            return images, flags
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
 
     def _pictures(self, latents: Tensor) -> Tensor:
         """The VAE's pictures of latents, float32, about [-1, 1]."""

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from ddim.errors import DDIMError
 
-__all__ = ["is_compiled", "kept", "lay_out", "specialize", "weights_of"]
+__all__ = [
+    "copy_if_replayed",
+    "is_compiled",
+    "prepare_for_compiling",
+    "prepare_layers",
+    "weights_of",
+]
 
 SHORT = 64 * 64
 """Queries times keys up to which attention is a product of small matrices, which a compiler fuses
@@ -32,7 +38,7 @@ normalize faster than torch's kernel, which in images of fewer places goes throu
 group by themselves."""
 
 
-def lay_out(*modules: nn.Module) -> None:
+def prepare_layers(*modules: nn.Module) -> None:
     """Lays the weights of convolutions out channels-last, which a CPU convolves faster: in place,
     and parameters and names stay.
 
@@ -51,10 +57,10 @@ def lay_out(*modules: nn.Module) -> None:
                 layer.__class__ = _RowsGroupNorm
 
 
-def specialize(network: nn.Module) -> None:
-    """Prepares a network for being compiled on a CPU, in place: as :func:`lay_out`, and short
+def prepare_for_compiling(network: nn.Module) -> None:
+    """Prepares a network for being compiled on a CPU, in place: as :func:`prepare_layers`, and short
     attention no longer calls a kernel made for long sequences."""
-    lay_out(network)
+    prepare_layers(network)
     for module in network.modules():
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
             module.set_processor(_ShortAttnProcessor())
@@ -79,7 +85,7 @@ def is_compiled(network: Any) -> bool:
     )
 
 
-def kept(output: Tensor, network: Any) -> Tensor:
+def copy_if_replayed(output: Tensor, network: Any) -> Tensor:
     """A network's output as a tensor that its next call leaves alone, which one of a compiled
     network on a GPU need not be: a graph of kernels that is replayed writes to the same memory each
     time."""

@@ -1,7 +1,7 @@
 """Options of a call and the configuration of a scheduler, resolved to a route."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -16,10 +16,32 @@ from ddim.errors import DDIMError
 from ddim.inversion.ddim import encodable_timesteps
 from ddim.inversion.reversible import Reversible, ReversibleSampler, check_start
 
-__all__ = ["ClipOption", "Sampler", "resolve_clip", "resolve_route", "resolve_timesteps"]
+__all__ = [
+    "ClipOption",
+    "RouteOptions",
+    "Sampler",
+    "resolve_clip",
+    "resolve_route",
+    "resolve_timesteps",
+]
 
 ClipOption = Clip | Literal["none", "static", "dynamic"] | None
 Sampler = Literal["ddim"] | Reversible
+
+
+class RouteOptions(TypedDict, total=False):
+    """What :func:`resolve_route` takes beside the number of steps."""
+
+    timestep_spacing: Spacing | None
+    timesteps: Sequence[int] | None
+    strength: float | None
+    encodable: bool
+    eta: Eta
+    order: int | None
+    clip: ClipOption
+    sampler: Sampler
+    analytic: bool
+    eps_mean_square: Mapping[int, float] | None
 
 
 def resolve_route(

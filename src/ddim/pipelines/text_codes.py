@@ -12,15 +12,12 @@ from ddim.core.denoiser import ModelDenoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code, EncodingMethod, check_code
+from ddim.inversion.encoding import Encoder
 from ddim.models.images import from_pictures, picture_size
-from ddim.pipelines.latent import Callback, Prompt, StableDiffusion
-from ddim.pipelines.text_inputs import (
-    Conditions,
-    check_size,
-    encode_images,
-    encode_prompts,
-    number_of_prompts,
-)
+from ddim.pipelines.base import Callback
+from ddim.pipelines.latent import StableDiffusion
+from ddim.pipelines.pictures import check_size, encode_images
+from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
 
 __all__ = ["TextCodes"]
 
@@ -63,26 +60,26 @@ class TextCodes(StableDiffusion):
                 H, W].
             prompt: What the images show: one text for all, or one an image; the better it fits, the
                 nearer to noise the code.
-            num_inference_steps: N; None: 50.
-            negative_prompt: As in a call.
+            num_inference_steps: N. Default: 50.
+            negative_prompt: One text for all, or one an image. Default: the empty text.
             guidance_scale: 1 by default, unlike a call: guidance stretches the difference of two
                 predictions w times and with it every error of a step, so guided codes of few steps
                 lie far from noise, and ``fixed-point`` may find none.
-            guidance_rescale: As in a call.
-            prompt_embeds: As in a call.
-            negative_prompt_embeds: As in a call.
-            clip_skip: As in a call.
-            guidance_batched: As in a call.
-            method: As in :meth:`ddim.pipelines.unconditional.UnconditionalPipeline.encode`, and so
-                are the following.
-            timestep_spacing: As in a call.
-            timesteps: As in a call.
+            guidance_rescale: How far guided predictions are brought back to the standard deviation
+                of unguided ones, in [0, 1].
+            prompt_embeds: [P, L, D], in place of prompts.
+            negative_prompt_embeds: [P, L, D], in place of negative prompts.
+            clip_skip: Layers of the text encoder that are left out at its end.
+            guidance_batched: Whether the two predictions of guidance are one batch of the network.
+            method: One of the table in :mod:`ddim.inversion.encoding`.
+            timestep_spacing: Default: as the scheduler's configuration says.
+            timesteps: The levels themselves, in place of N and a spacing.
             resize: Whether images of another size than the network's are resized (shorter side) and
                 cut; otherwise any size is taken that the VAE takes.
-            gamma: Of ``bdia``.
-            mixing: Of ``edict``.
-            tolerance: Of ``fixed-point``.
-            max_evaluations: Of ``fixed-point``.
+            gamma: For ``bdia``.
+            mixing: For ``edict``.
+            tolerance: For ``fixed-point``.
+            max_evaluations: For ``fixed-point``.
             batch_size: Images encoded together.
 
         Returns:
@@ -98,8 +95,16 @@ class TextCodes(StableDiffusion):
             raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
         pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
-        levels = self.select_timesteps(
-            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+        encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
+        prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
+        route = self.route(
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            encodable=True,
+            order=1,
+            clip="none",
         )
         size = max(1, batch_size)
         chunks = [
@@ -107,30 +112,8 @@ class TextCodes(StableDiffusion):
             for i in range(0, len(pictures), size)
         ]
         x0 = torch.cat(chunks) if chunks else pictures
-        denoiser = self._denoisers(
-            len(x0),
-            prompt,
-            negative_prompt,
-            guidance_scale,
-            guidance_rescale,
-            prompt_embeds,
-            negative_prompt_embeds,
-            clip_skip,
-            guidance_batched,
-        )
-        code = self._encode(
-            x0,
-            levels,
-            denoiser,
-            method=method,
-            gamma=gamma,
-            mixing=mixing,
-            tolerance=tolerance,
-            max_evaluations=max_evaluations,
-            batch_size=batch_size,
-        )
-        self.maybe_free_model_hooks()
-        return code
+        denoiser = self._denoisers(len(x0), prompts, guidance)
+        return self._encode(x0, route.timesteps, denoiser, encoder, batch_size=batch_size)
 
     @torch.no_grad()
     def decode(
@@ -160,21 +143,22 @@ class TextCodes(StableDiffusion):
             code: From :meth:`encode`, of this model.
             prompt: One text for all, or one an image.
             num_inference_steps: Other steps than the code's, which only a code of ``fixed-point``
-                or ``ddim`` takes; None: the code's.
-            negative_prompt: As in a call.
+                or ``ddim`` takes. Default: the code's.
+            negative_prompt: One text for all, or one an image. Default: the empty text.
             guidance_scale: The encoder's to come back; more than that follows another prompt more
                 closely.
-            guidance_rescale: As in a call.
-            prompt_embeds: As in a call.
-            negative_prompt_embeds: As in a call.
-            clip_skip: As in a call.
-            guidance_batched: As in a call.
-            timestep_spacing: Of those other steps.
-            timesteps: Those.
-            callback: As in a call.
-            progress: As in a call.
+            guidance_rescale: How far guided predictions are brought back to the standard deviation
+                of unguided ones, in [0, 1].
+            prompt_embeds: [P, L, D], in place of prompts.
+            negative_prompt_embeds: [P, L, D], in place of negative prompts.
+            clip_skip: Layers of the text encoder that are left out at its end.
+            guidance_batched: Whether the two predictions of guidance are one batch of the network.
+            timestep_spacing: How those other steps are spaced.
+            timesteps: Those other steps themselves.
+            callback: Called with the state of the latents after each step.
+            progress: Whether to show a progress bar.
             batch_size: Images decoded together.
-            output_type: As in a call.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
 
         Returns:
             The images: a list of Pillow images, an array [B, H, W, C], a tensor [B, C, H, W] in [0,
@@ -186,6 +170,8 @@ class TextCodes(StableDiffusion):
         self._check_output_type(output_type)
         check_code(code)
         _refuse_number("decode", "code", prompt)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
+        prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
         channels = int(self.unet.config.in_channels)
         if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
             raise DDIMError(
@@ -195,63 +181,29 @@ class TextCodes(StableDiffusion):
         levels = self._decoding_timesteps(
             code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
         )
-        denoiser = self._denoisers(
-            len(code),
-            prompt,
-            negative_prompt,
-            guidance_scale,
-            guidance_rescale,
-            prompt_embeds,
-            negative_prompt_embeds,
-            clip_skip,
-            guidance_batched,
-        )
+        denoiser = self._denoisers(len(code), prompts, guidance)
         x = self._decode(
             code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size
         )
         return self._finish(x.float(), output_type, return_dict=True).images
 
     def _denoisers(
-        self,
-        count: int,
-        prompt: Prompt | None,
-        negative_prompt: Prompt | None,
-        scale: float,
-        rescale: float,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        clip_skip: int | None,
-        batched: bool,
+        self, count: int, prompts: Prompts, guidance: Guidance
     ) -> Callable[[slice], ModelDenoiser]:
         """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
-        prompts = number_of_prompts(prompt, prompt_embeds)
-        if prompts not in (1, count):
+        if prompts.count not in (1, count):
             raise DDIMError(
-                f"there are {prompts} prompts and {count} images; give one prompt for all, or one "
-                "an image."
+                f"there are {prompts.count} prompts and {count} images; give one prompt for all, "
+                "or one an image."
             )
+        place = self._place()
         cond, uncond = encode_prompts(
-            self,
-            prompt,
-            negative_prompt,
-            place=self._place(),
-            scale=scale,
-            groups=count,
-            each=1,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            clip_skip=clip_skip,
+            self, prompts, place=place, scale=guidance.scale, groups=count
         )
 
         def denoiser(chosen: slice) -> ModelDenoiser:
-            conditions = Conditions(cond[chosen], None if uncond is None else uncond[chosen])
-            return self.denoiser(
-                conditions,
-                guidance_scale=scale,
-                guidance_rescale=rescale,
-                guidance_batched=batched,
-                clip="none",
-            )
+            part = Conditions(cond[chosen], None if uncond is None else uncond[chosen])
+            return self._model(self._guided(part, guidance, None), "none", place.dtype)
 
         return denoiser
 
@@ -260,6 +212,5 @@ def _refuse_number(name: str, first: str, prompt: Any) -> None:
     if isinstance(prompt, (int, np.integer)):
         raise DDIMError(
             f"a text model's {name} takes a prompt before the number of steps, {name}({first}, "
-            f"prompt=..., num_inference_steps={prompt}); "
-            f"got the prompt {prompt!r}."
+            f"prompt=..., num_inference_steps={prompt}); got the prompt {prompt!r}."
         )

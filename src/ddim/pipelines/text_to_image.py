@@ -6,7 +6,7 @@ An argument that this loop does not know, another scheduler than DDIM, and a net
 the guidance scale go to diffusers' own call."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import diffusers
 import torch
@@ -15,11 +15,12 @@ from diffusers.utils import is_transformers_available
 from torch import Tensor
 
 from ddim.core.noise import SeededNoise
+from ddim.core.route import Route
 from ddim.core.schedule import add_noise
 from ddim.core.step import Eta
-from ddim.core.timesteps import Spacing, truncate_timesteps
+from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.pipelines.base import Generators, Place
+from ddim.pipelines.base import Callback, Generators, Place
 from ddim.pipelines.routing import ClipOption, Sampler
 
 if not is_transformers_available():
@@ -27,17 +28,11 @@ if not is_transformers_available():
         "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
     )
 
-from ddim.pipelines.latent import Callback, Prompt, StepEnd
+from ddim.pipelines.elsewhere import or_elsewhere
+from ddim.pipelines.latent import Given, StepEnd, WalkOptions
+from ddim.pipelines.pictures import check_size, encode_images, prepare_images
+from ddim.pipelines.prompts import GUIDANCE, Guidance, Prompt, Prompts, count_images, given_lengths
 from ddim.pipelines.text_codes import TextCodes
-from ddim.pipelines.text_inputs import (
-    check_size,
-    count_images,
-    encode_images,
-    encode_prompts,
-    given_lengths,
-    number_of_prompts,
-    prepare_images,
-)
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
 
@@ -63,6 +58,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
     _other = ("ImageToImagePipeline", frozenset({"image", "strength"}))
 
     @torch.no_grad()
+    @or_elsewhere
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -103,24 +99,24 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
 
         Args:
             prompt: One text, or a list.
-            height: Of the pictures, in pixels; None: what the network was trained on.
-            width: Likewise.
-            num_inference_steps: N; None: 50.
+            height: In pixels. Default: what the network was trained on.
+            width: In pixels. Default: what the network was trained on.
+            num_inference_steps: N. Default: 50.
             timesteps: The levels themselves, falling, in place of N and a spacing.
-            sigmas: Of diffusers' own call alone.
+            sigmas: For diffusers' own call alone.
             guidance_scale: How far the prediction is led away from the negative prompt
                 (:func:`ddim.core.guidance.guide`); 1 or less is off.
-            negative_prompt: One text for all, or one a prompt; None: the empty text.
-            num_images_per_prompt: K; None: as many as seeds, generators or latents ask for, else 1.
-                Image k of prompt p is number p K + k.
+            negative_prompt: One text for all, or one a prompt; Default: the empty text.
+            num_images_per_prompt: K. Default: as many as seeds, generators or latents ask for, else
+                1. Image k of prompt p is number p K + k.
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
             generator: One an image, or one for all; as in
                 :meth:`ddim.pipelines.unconditional.UnconditionalPipeline.__call__`.
             latents: x_T, [B, C, h, w], in place of drawn noise.
             prompt_embeds: [P, L, D], in place of prompts.
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
-            ip_adapter_image: Of diffusers' own call alone.
-            ip_adapter_image_embeds: Of diffusers' own call alone.
+            ip_adapter_image: For diffusers' own call alone.
+            ip_adapter_image_embeds: For diffusers' own call alone.
             output_type: ``pil``; float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W];
                 or ``latent``, as the network knows them.
             return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
@@ -136,10 +132,10 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             callback_on_step_end_tensor_inputs: Which tensors it is given.
             seeds: One an image; the image of a seed and a prompt does not depend on the others.
                 Gives x_T and all later noise.
-            timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
-            order: 1 DDIM, 2 its multistep; None: as the scheduler's configuration says.
-            clip: What happens to the predicted latents; None: as the configuration says, which is
-                nothing as a rule.
+            timestep_spacing: Which levels are visited. Default: as the configuration says.
+            order: 1 DDIM, 2 its multistep. Default: as the configuration says.
+            clip: What happens to the predicted latents. Default: as the configuration says, which
+                is nothing as a rule.
             sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
                 no clipping).
             guidance_batched: Whether the two predictions of guidance are one batch of the network,
@@ -157,49 +153,6 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        theirs = {
-            "sigmas": sigmas,
-            "ip_adapter_image": ip_adapter_image,
-            "ip_adapter_image_embeds": ip_adapter_image_embeds,
-        }
-        others |= {name: value for name, value in theirs.items() if value is not None}
-        if reason := self._why_elsewhere(others):
-            self._refuse_elsewhere(
-                reason,
-                timestep_spacing=timestep_spacing,
-                order=order,
-                clip=clip,
-                sampler=None if sampler == "ddim" else sampler,
-                callback=None if "callback_steps" in others else callback,
-                guidance_batched=None if guidance_batched else False,
-            )
-            options = {
-                "prompt": prompt,
-                "height": height,
-                "width": width,
-                "num_inference_steps": num_inference_steps,
-                "timesteps": timesteps,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "num_images_per_prompt": num_images_per_prompt,
-                "eta": eta,
-                "generator": generator,
-                "latents": latents,
-                "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "output_type": output_type,
-                "return_dict": return_dict,
-                "cross_attention_kwargs": cross_attention_kwargs,
-                "guidance_rescale": guidance_rescale,
-                "clip_skip": clip_skip,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-                **others,
-            }
-            with self._elsewhere(
-                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
-            ) as arguments:
-                return super().__call__(**arguments)
         self._check_output_type(output_type)
         route = self.route(
             num_inference_steps,
@@ -210,45 +163,51 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             clip=clip,
             sampler=sampler,
         )
-        lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
-        groups, each = count_images(
-            number_of_prompts(prompt, prompt_embeds), None, num_images_per_prompt, lengths
+        return self.draw(
+            route,
+            Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip),
+            Guidance(guidance_scale, guidance_rescale, guidance_batched),
+            height=height,
+            width=width,
+            latents=latents,
+            num_images_per_prompt=num_images_per_prompt,
+            seeds=seeds,
+            generator=generator,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback=callback,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            progress=progress,
+            output_type=output_type,
+            return_dict=return_dict,
         )
-        shape = self._latent_shape(height, width, latents)
-        place = self._place()
+
+    @torch.no_grad()
+    def draw(
+        self,
+        route: Route,
+        prompts: Prompts,
+        guidance: Guidance = GUIDANCE,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        num_images_per_prompt: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
+        **options: Unpack[WalkOptions],
+    ) -> Any:
+        """Makes images of prompts along a route of :meth:`route`; the arguments mean what they mean
+        in a call."""
+        self._check_output_type(options.get("output_type", "pil"))
+        lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
+        groups, each = count_images(prompts.count, None, num_images_per_prompt, lengths)
+        shape, place = self._latent_shape(height, width, latents), self._place()
         x, noise = self._start(
             groups * each, shape, place, seeds=seeds, generator=generator, latents=latents
         )
-        self._clip_skip = clip_skip
-        conditions = encode_prompts(
-            self,
-            prompt,
-            negative_prompt,
-            place=place,
-            scale=guidance_scale,
-            groups=groups,
-            each=each,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-        )
-        x = self._sample(
-            route,
-            x,
-            conditions,
-            noise,
-            place.dtype,
-            scale=guidance_scale,
-            rescale=guidance_rescale,
-            batched=guidance_batched,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback=callback,
-            on_step_end=callback_on_step_end,
-            inputs=callback_on_step_end_tensor_inputs,
-            progress=progress,
-        )
-        return self._finish(x, output_type, return_dict)
+        given = Given(prompts, guidance, groups, each)
+        return self._draw(route, x, noise, given, place, **options)
 
     def _latent_shape(
         self, height: int | None, width: int | None, latents: Tensor | None
@@ -256,10 +215,8 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         """(C, h, w) of the latents of a call."""
         factor, channels = self.vae_scale_factor, int(self.unet.config.in_channels)
         if height is None or width is None:
-            own = [
-                side * factor
-                for side in (self.latent_shape if latents is None else latents.shape)[-2:]
-            ]
+            shape = self.latent_shape if latents is None else latents.shape
+            own = [side * factor for side in shape[-2:]]
             height, width = own[0] if height is None else height, own[1] if width is None else width
         check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
@@ -282,6 +239,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
     _other = ("TextToImagePipeline", frozenset({"height", "width", "latents"}))
 
     @torch.no_grad()
+    @or_elsewhere
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -325,35 +283,43 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 tensors in [0, 1], or latents, of any one size that the VAE takes.
             strength: In (0, 1]: how many of the N steps are walked, int(N strength) of them, from
                 their first level. 1 keeps nothing of the image where that level has no signal.
-            num_inference_steps: N; None: 50.
-            timesteps: As in :meth:`TextToImagePipeline.__call__`, and so are all others.
-            sigmas: Of diffusers' own call alone.
-            guidance_scale: As there.
-            negative_prompt: As there.
-            num_images_per_prompt: As there, of each prompt with its image.
-            eta: As there.
-            generator: As there.
-            prompt_embeds: As there.
-            negative_prompt_embeds: As there.
-            ip_adapter_image: Of diffusers' own call alone.
-            ip_adapter_image_embeds: Of diffusers' own call alone.
-            output_type: As there.
-            return_dict: As there.
-            cross_attention_kwargs: As there.
-            clip_skip: As there.
-            callback_on_step_end: As there.
-            callback_on_step_end_tensor_inputs: As there.
-            guidance_rescale: As there.
+            num_inference_steps: N. Default: 50.
+            timesteps: The levels themselves, falling, in place of N and a spacing.
+            sigmas: For diffusers' own call alone.
+            guidance_scale: How far the prediction is led away from the negative prompt; 1 or less is off.
+            negative_prompt: One text for all, or one a prompt; Default: the empty text.
+            num_images_per_prompt: K of each prompt with its image. Default: as many as seeds or generators ask
+                for, otherwise 1.
+            eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
+            generator: One an image, or one for all.
+            prompt_embeds: [P, L, D], in place of prompts.
+            negative_prompt_embeds: [P, L, D], in place of negative prompts.
+            ip_adapter_image: For diffusers' own call alone.
+            ip_adapter_image_embeds: For diffusers' own call alone.
+            output_type: ``pil``; float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W];
+                or ``latent``, as the network knows them.
+            return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
+                or a tuple of both.
+            cross_attention_kwargs: Of the network's attention, ``scale`` of LoRA weights among
+                them.
+            clip_skip: Layers of the text encoder that are left out at its end.
+            callback_on_step_end: diffusers' callback ``(pipe, number, t, tensors)``.
+            callback_on_step_end_tensor_inputs: Which tensors it is given.
+            guidance_rescale: How far guided predictions are brought back to the standard deviation
+                of unguided ones, in [0, 1].
             seeds: One an image: gives the VAE's own noise, that of the first level, and all later
                 noise.
-            timestep_spacing: As there.
-            order: As there.
-            clip: As there.
-            sampler: As there.
-            guidance_batched: As there.
-            callback: As there.
-            progress: As there.
-            **others: As there.
+            timestep_spacing: Which levels are visited. Default: as the configuration says.
+            order: 1 DDIM, 2 its multistep. Default: as the configuration says.
+            clip: What happens to the predicted latents. Default: as the configuration says, which
+                is nothing as a rule.
+            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
+                no clipping).
+            guidance_batched: Whether the two predictions of guidance are one batch of the network,
+                or one after the other: slower, in half of the memory.
+            callback: Called with the state of the latents after each step; returning True stops.
+            progress: Whether to show a progress bar.
+            **others: What diffusers' call takes beyond these: the call is then diffusers' own.
 
         Returns:
             The images.
@@ -363,54 +329,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 a prediction is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        theirs = {
-            "sigmas": sigmas,
-            "ip_adapter_image": ip_adapter_image,
-            "ip_adapter_image_embeds": ip_adapter_image_embeds,
-        }
-        others |= {name: value for name, value in theirs.items() if value is not None}
-        if reason := self._why_elsewhere(others):
-            self._refuse_elsewhere(
-                reason,
-                timestep_spacing=timestep_spacing,
-                order=order,
-                clip=clip,
-                sampler=None if sampler == "ddim" else sampler,
-                callback=None if "callback_steps" in others else callback,
-                guidance_batched=None if guidance_batched else False,
-                guidance_rescale=guidance_rescale or None,
-            )
-            prepare_images(self, image)  # refuses what diffusers would cut off in silence
-            truncate_timesteps(
-                range(num_inference_steps or 50) if timesteps is None else timesteps, strength
-            )
-            options = {
-                "prompt": prompt,
-                "image": image,
-                "strength": strength,
-                "num_inference_steps": num_inference_steps,
-                "timesteps": timesteps,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "num_images_per_prompt": num_images_per_prompt,
-                "eta": eta,
-                "generator": generator,
-                "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "output_type": output_type,
-                "return_dict": return_dict,
-                "cross_attention_kwargs": cross_attention_kwargs,
-                "clip_skip": clip_skip,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-                **others,
-            }
-            with self._elsewhere(
-                options, rescale=guidance_rescale, seeds=seeds, callback=callback, progress=progress
-            ) as arguments:
-                return super().__call__(**arguments)
         self._check_output_type(output_type)
-        self._require("vae")
         route = self.route(
             num_inference_steps,
             timestep_spacing=timestep_spacing,
@@ -421,45 +340,50 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
             clip=clip,
             sampler=sampler,
         )
-        given = prepare_images(self, image)
-        lengths = given_lengths(seeds=seeds, generator=generator)
-        groups, each = count_images(
-            number_of_prompts(prompt, prompt_embeds), len(given), num_images_per_prompt, lengths
-        )
-        place = self._place()
-        x0, noise = self._first_latents(
-            given, groups * each, place, seeds=seeds, generator=generator
-        )
-        self._clip_skip = clip_skip
-        conditions = encode_prompts(
-            self,
-            prompt,
-            negative_prompt,
-            place=place,
-            scale=guidance_scale,
-            groups=groups,
-            each=each,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
-        )
-        x = self._sample(
+        return self.draw(
             route,
-            add_noise(route.schedule, x0, noise(), route.timesteps[0]),
-            conditions,
-            noise,
-            place.dtype,
-            scale=guidance_scale,
-            rescale=guidance_rescale,
-            batched=guidance_batched,
+            Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip),
+            Guidance(guidance_scale, guidance_rescale, guidance_batched),
+            image=image,
+            num_images_per_prompt=num_images_per_prompt,
+            seeds=seeds,
+            generator=generator,
             cross_attention_kwargs=cross_attention_kwargs,
             callback=callback,
-            on_step_end=callback_on_step_end,
-            inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             progress=progress,
+            output_type=output_type,
+            return_dict=return_dict,
         )
-        return self._finish(x, output_type, return_dict)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        route: Route,
+        prompts: Prompts,
+        guidance: Guidance = GUIDANCE,
+        *,
+        image: Any,
+        num_images_per_prompt: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
+        **options: Unpack[WalkOptions],
+    ) -> Any:
+        """Makes images of prompts out of images, from the first level of a route of :meth:`route`
+        on; the arguments mean what they mean in a call."""
+        self._check_output_type(options.get("output_type", "pil"))
+        self._require("vae")
+        images = prepare_images(self, image)
+        lengths = given_lengths(seeds=seeds, generator=generator)
+        groups, each = count_images(prompts.count, len(images), num_images_per_prompt, lengths)
+        place = self._place()
+        x0, noise = self._first_latents(
+            images, groups * each, place, seeds=seeds, generator=generator
+        )
+        x = add_noise(route.schedule, x0, noise(), route.timesteps[0])
+        given = Given(prompts, guidance, groups, each)
+        return self._draw(route, x, noise, given, place, **options)
 
     def _first_latents(
         self,
@@ -474,24 +398,18 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
         later noise."""
         is_latent = given.shape[1] != self.vae.config.in_channels
         mean, std = (given.float(), None) if is_latent else encode_images(self, given, place.device)
-        shape = mean.shape[1:]
-        mean, noise = (
-            mean.to(place.device),
-            self._noise(count, shape, place, seeds=seeds, generator=generator),
-        )
+        shape, mean = mean.shape[1:], mean.to(place.device)
+        noise = self._noise(count, shape, place, seeds=seeds, generator=generator)
 
         def for_all(values: Tensor) -> Tensor:
             return values.repeat_interleave(count // len(given), 0).to(noise.dtype)
 
         if std is None:
             return for_all(mean), noise
-        if isinstance(
-            generator, torch.Generator
-        ):  # as diffusers draws from one: for each image that is given, not for each that is made
-            return for_all(
-                mean
-                + std * self._noise(len(given), shape, place, seeds=None, generator=generator)()
-            ), noise
+        if isinstance(generator, torch.Generator):
+            # As diffusers draws from one: for each image that is given, not for each that is made.
+            drawn = self._noise(len(given), shape, place, seeds=None, generator=generator)()
+            return for_all(mean + std * drawn), noise
         return for_all(mean) + for_all(std) * noise(), noise
 
 

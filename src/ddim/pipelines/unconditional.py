@@ -1,16 +1,11 @@
-"""Pipelines: a network and its scheduler, called to make images.
+"""Images of an unconditional or class-conditional network: diffusers' ``DDIMPipeline`` on this
+package's core."""
 
-:class:`UnconditionalPipeline` is diffusers' ``DDIMPipeline`` on this package's core.
-:class:`DiffusionPipeline` opens any checkpoint of the DDIM family: unconditional ones as that,
-Stable Diffusion's format as the pipelines of :mod:`ddim.pipelines.text_to_image`, every other kind
-as diffusers' own pipeline with our scheduler."""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
@@ -18,31 +13,39 @@ from torch import Tensor
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.prior import DataPrior
 from ddim.core.route import Route
-from ddim.core.sampler import State
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing
 from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.codes import Code, EncodingMethod, check_code
+from ddim.inversion.encoding import Encoder
 from ddim.models.checkpoints import (
-    STABLE_DIFFUSION,
     find_model,
     is_unconditional,
     load_network,
-    load_pipeline,
     read_model_index,
     read_scheduler_config,
 )
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
-from ddim.pipelines.base import HUB_OPTIONS, Generators, Sampling
-from ddim.pipelines.networks import kept, lay_out
+from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators
+from ddim.pipelines.coding import Coding
+from ddim.pipelines.inputs import (
+    Labels,
+    as_labels,
+    as_network,
+    check_sides,
+    count_images,
+    read_image_shape,
+    takes_labels,
+)
+from ddim.pipelines.networks import prepare_layers
 from ddim.pipelines.routing import ClipOption, Sampler
 from ddim.scheduler import as_ddim
 
-__all__ = ["DiffusionPipeline", "UnconditionalPipeline", "text_pipeline"]
+__all__ = ["UnconditionalPipeline"]
 
 
-class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ignore[misc]
+class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignore[misc]
     """Images from noise, with DDIM: an unconditional or class-conditional network and its
     scheduler.
 
@@ -83,11 +86,11 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Args:
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, a
                 network's own folder, or a hub id.
-            dtype: Of the network; None: float32.
+            dtype: The network's. Default: float32.
             torch_dtype: The same, under its older name.
             unet: A network to take in place of the checkpoint's.
             scheduler: A scheduler to take in place of the checkpoint's.
-            variant: Of the weight files, such as ``fp16``.
+            variant: The weight files', such as ``fp16``.
             **hub: cache_dir, force_download, local_files_only, proxies, revision, token,
                 use_safetensors.
 
@@ -105,13 +108,12 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         if not is_unconditional(index):
             raise CheckpointError(
                 f"{folder} is a {index.get('_class_name')}, which needs more than a network and a "
-                "scheduler; "
-                "open it with ddim.DiffusionPipeline.from_pretrained."
+                "scheduler; open it with ddim.DiffusionPipeline.from_pretrained."
             )
         config = read_scheduler_config(folder) if scheduler is None else scheduler
         if unet is None:
             unet = load_network(folder, dtype=dtype or torch_dtype, variant=variant)
-            lay_out(unet)
+            prepare_layers(unet)
         pipe = cls(unet, config)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
@@ -134,39 +136,10 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             DDIMError: If the network's configuration has no size, or one that the network cannot
                 take.
         """
-        size = self.unet.config.sample_size
-        if size is None:
-            raise DDIMError(
-                "the network's configuration has no sample_size; give latents of the size to "
-                "sample."
-            )
-        sides = size if isinstance(size, (list, tuple)) else (size, size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise DDIMError(
-                "the sample_size of the network's configuration must be one whole number or two; "
-                f"got {size!r}."
-            )
-        height, width = sides
-        self._check_size(height, width, "its configuration's sample_size")
-        return int(self.unet.config.in_channels), height, width
-
-    def _check_size(self, height: int, width: int, what: str) -> None:
-        """Refuses images that the network cannot halve as often as it does: its two paths would not
-        meet again."""
-        if isinstance(self.unet, diffusers.UNet2DModel):
-            factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
-            if height % factor or width % factor:
-                raise DDIMError(
-                    f"the network needs images whose sides are multiples of {factor}; {what} is "
-                    f"{width}x{height} (width x height)."
-                )
+        return read_image_shape(self.unet)
 
     def denoiser(
-        self,
-        batch_size: int,
-        *,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        clip: ClipOption = None,
+        self, batch_size: int, *, class_labels: Labels = None, clip: ClipOption = None
     ) -> ModelDenoiser:
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
         size.
@@ -174,24 +147,16 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Raises:
             DDIMError: If the labels do not fit the network, or the network is no unconditional one.
         """
-        network = self._network(self._labels(class_labels, batch_size))
-        return ModelDenoiser(
-            network,
-            self.noise_schedule,
-            self.scheduler.config.prediction_type,
-            self.select_clip(clip),
-            self.unet.dtype,
-        )
+        network = as_network(self.unet, self._labels(class_labels, batch_size))
+        return self._model(network, clip, self.unet.dtype)
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
         """Evaluates the network and drops the result: allocations, and a compilation if there is
         one, happen here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        self._warm_up(
-            self.denoiser(batch_size, class_labels=0 if self._takes_labels else None, clip="none"),
-            x,
-        )
+        label = 0 if takes_labels(self.unet) else None
+        self._warm_up(self.denoiser(batch_size, class_labels=label, clip="none"), x)
 
     @torch.no_grad()
     def __call__(
@@ -208,10 +173,10 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         generator: Generators | None = None,
         latents: Tensor | None = None,
         prior: DataPrior | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: Labels = None,
         clip: ClipOption = None,
         sampler: Sampler = "ddim",
-        callback: Callable[[State], bool | None] | None = None,
+        callback: Callback | None = None,
         progress: bool = True,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -219,28 +184,27 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """Makes images.
 
         Args:
-            batch_size: How many; None: as many as there are seeds, generators, latents or labels,
-                else 1.
-            num_inference_steps: N; None: 50.
+            batch_size: Default: as many as there are seeds, generators, latents or labels, else 1.
+            num_inference_steps: N. Default: 50.
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
-            order: 1 DDIM, 2 its multistep: as many evaluations, a smaller error, at eta = 0. None:
+            order: 1 DDIM, 2 its multistep: a smaller error at the same cost, at eta = 0. Default:
                 as the scheduler's configuration says.
             eps_mean_square: For the analytic variance, which draws noise at eta = 0 too
                 (:func:`ddim.fitting.timesteps.estimate_eps_mean_square`). Default: eta's variance.
-            timestep_spacing: Which levels are visited; None: as the scheduler's configuration says.
+            timestep_spacing: Which levels are visited. Default: as the configuration says.
             timesteps: The levels themselves, falling, in place of N and a spacing.
             seeds: One an image; the image of a seed does not depend on the others. Gives x_T and
                 all later noise.
             generator: One an image, with diffusers' meaning; or one for all, drawn from image by
-                image in turn, so that with eta > 0 an image depends on the size of its batch. None,
-                without seeds: seeds from torch's global generator.
+                image in turn, so that with eta > 0 an image depends on the size of its batch.
+                Default, without seeds: seeds from torch's global generator.
             latents: x_T, [B, C, H, W], in place of drawn noise; of any size that the network takes.
                 Seeds pass over their x_T then, so that the x_T of a seed with that seed gives its
                 image.
             prior: What is known of the data's brightness, for a schedule that starts above zero
-                SNR; None: x_T is N(0, I).
+                SNR. Default: x_T is N(0, I).
             class_labels: One for all or one an image, of a class-conditional network.
-            clip: What happens to the predicted x0. None: what the configuration says. Where it is
+            clip: What happens to the predicted x0. Default: as the configuration says. Where it is
                 on, eps is derived again from the clipped x0 (diffusers' default does not do so).
             sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
                 no clipping).
@@ -292,8 +256,8 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         generator: Generators | None = None,
         latents: Tensor | None = None,
         prior: DataPrior | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
-        callback: Callable[[State], bool | None] | None = None,
+        class_labels: Labels = None,
+        callback: Callback | None = None,
         progress: bool = True,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
@@ -301,7 +265,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         """Makes images along a route of :meth:`route`; the arguments mean what they mean in a
         call."""
         self._check_output_type(output_type)
-        count = self._count(
+        count = count_images(
             batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
         )
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
@@ -311,7 +275,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
                 f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}."
             )
         if latents is not None:
-            self._check_size(latents.shape[2], latents.shape[3], "the latents' size")
+            check_sides(self.unet, latents.shape[2], latents.shape[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
         x, noise = self._start(
             count, shape, self._place(), seeds=seeds, generator=generator, latents=latents
@@ -338,7 +302,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         method: EncodingMethod = "o-belm",
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: Labels = None,
         resize: bool = False,
         gamma: float = 1.0,
         mixing: float = 0.93,
@@ -351,20 +315,20 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Args:
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C,
                 H, W].
-            num_inference_steps: N; None: 50.
+            num_inference_steps: N. Default: 50.
             method: ``o-belm``, ``bdia`` and ``edict`` come back exactly, ``fixed-point`` to its
                 tolerance, ``ddim`` (the paper's) nearly. A half-precision network rounds what it
                 sees, and may round otherwise on the way back: encode and decode in float32.
-            timestep_spacing: As in a call.
-            timesteps: As in a call. A level of zero SNR is moved to the one below, since a sample
-                holds nothing of an image there.
-            class_labels: As in a call; kept in the code.
+            timestep_spacing: Default: as the scheduler's configuration says.
+            timesteps: The levels themselves, in place of N and a spacing. A level of zero SNR is
+                moved to the one below, since a sample holds nothing of an image there.
+            class_labels: One for all or one an image; kept in the code.
             resize: Whether images of another size are resized (shorter side) and cut to the
                 network's, rather than refused.
-            gamma: Of ``bdia``: :class:`ddim.inversion.reversible.ReversibleSampler`.
-            mixing: Of ``edict``.
-            tolerance: Of ``fixed-point``: :func:`ddim.inversion.ddim.encode_implicit`.
-            max_evaluations: Of ``fixed-point``.
+            gamma: For ``bdia`` (:class:`ddim.inversion.reversible.ReversibleSampler`).
+            mixing: For ``edict``.
+            tolerance: For ``fixed-point`` (:func:`ddim.inversion.ddim.encode_implicit`).
+            max_evaluations: For ``fixed-point``.
             batch_size: Images encoded together.
 
         Returns:
@@ -373,33 +337,25 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Raises:
             DDIMError: If images or options do not fit the network, or the method diverges.
         """
+        encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         x0 = from_pictures(images, self.image_shape, resize=resize)
-        levels = self.select_timesteps(
-            num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+        route = self.route(
+            num_inference_steps,
+            timestep_spacing=timestep_spacing,
+            timesteps=timesteps,
+            encodable=True,
+            order=1,
+            clip="none",
         )
         labels = self._labels(class_labels, len(x0))
 
         def denoiser(chosen: slice) -> ModelDenoiser:  # clipping cannot be undone
-            return self.denoiser(
-                len(x0[chosen]),
-                class_labels=None if labels is None else labels[chosen],
-                clip="none",
-            )
+            part = None if labels is None else labels[chosen]
+            return self.denoiser(len(x0[chosen]), class_labels=part, clip="none")
 
-        code = self._encode(
-            x0,
-            levels,
-            denoiser,
-            method=method,
-            gamma=gamma,
-            mixing=mixing,
-            tolerance=tolerance,
-            max_evaluations=max_evaluations,
-            batch_size=batch_size,
-            labels=labels,
+        return self._encode(
+            x0, route.timesteps, denoiser, encoder, batch_size=batch_size, labels=labels
         )
-        self.maybe_free_model_hooks()
-        return code
 
     @torch.no_grad()
     def decode(
@@ -409,7 +365,7 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         *,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
-        callback: Callable[[State], bool | None] | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
         batch_size: int = 64,
         output_type: Literal["pil", "np", "pt"] = "pil",
@@ -419,14 +375,13 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         Args:
             code: From :meth:`encode`, of this model.
             num_inference_steps: Other steps than the code's, which only a code of ``fixed-point``
-                or ``ddim`` takes; None: the code's. They begin at the code's own first level,
-                wherever the spacing would.
-            timestep_spacing: Of those.
-            timesteps: Those.
-            callback: As in a call.
-            progress: As in a call.
+                or ``ddim`` takes; they begin at the code's own first level. Default: the code's.
+            timestep_spacing: How those other steps are spaced.
+            timesteps: Those other steps themselves.
+            callback: Called with the state after each step.
+            progress: Whether to show a progress bar.
             batch_size: Images decoded together.
-            output_type: As in a call.
+            output_type: ``pil``, ``np`` or ``pt``.
 
         Returns:
             The images: a list of Pillow images, an array [B, H, W, C], or a tensor [B, C, H, W] in
@@ -473,13 +428,16 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
         levels = self._decoding_timesteps(
             code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
         )
-        if code.labels is None and self._takes_labels:
+        if code.labels is None and takes_labels(self.unet):
             raise DDIMError(
                 "the network is class-conditional, and the code has no classes; encode with "
                 "class_labels (--class)."
             )
         self._labels(code.labels, len(code))
         return levels
+
+    def _labels(self, class_labels: Labels, count: int) -> Tensor | None:
+        return as_labels(self.unet, class_labels, count, self._execution_device)
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in ("pil", "np", "pt"):
@@ -498,146 +456,3 @@ class UnconditionalPipeline(Sampling, diffusers.DiffusionPipeline):  # type: ign
             return to_pil(to_uint8(x))
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-    def _count(self, batch_size: int | None, **given: Any) -> int:
-        """The number of images, from whatever says it; refuses where two say different numbers."""
-        sizes = {} if batch_size is None else {"batch_size": batch_size}
-        for name, value in given.items():
-            if (
-                hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
-            ):  # a list, range, array or tensor
-                sizes[name] = len(value)
-        if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-            raise DDIMError(
-                f"the arguments tell different numbers of images ({told}); give one of each an "
-                "image."
-            )
-        count = next(iter(sizes.values()), 1)
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
-        return int(count)
-
-    @property
-    def _takes_labels(self) -> bool:
-        config = self.unet.config
-        return (
-            config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
-        )
-
-    def _labels(
-        self, class_labels: int | Sequence[int] | Tensor | None, count: int
-    ) -> Tensor | None:
-        """One label an image on the network's device, or None for a network without classes."""
-        classes = self.unet.config.get("num_class_embeds")
-        if class_labels is None and not self._takes_labels:
-            return None
-        if class_labels is None:
-            which = f", from 0 to {classes - 1}" if classes else ""
-            raise DDIMError(f"the network is class-conditional: give class_labels{which}.")
-        if not self._takes_labels:
-            raise DDIMError("the network was trained without classes; leave out class_labels.")
-        labels = torch.as_tensor(class_labels)
-        if labels.ndim > 1 or (labels.ndim == 1 and len(labels) != count):
-            raise DDIMError(
-                f"class_labels must be one number for all images, or one for each of {count}; got "
-                f"shape {list(labels.shape)}."
-            )
-        labels = (
-            (labels.expand(count) if labels.ndim == 0 else labels)
-            .contiguous()
-            .to(self._execution_device)
-        )
-        if classes is not None and (
-            labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())
-        ):
-            raise DDIMError(
-                f"class_labels must be whole numbers from 0 to {classes - 1}; got "
-                f"{torch.as_tensor(class_labels).tolist()}."
-            )
-        return labels
-
-    def _network(self, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned
-        variance left out."""
-        channels = int(self.unet.config.in_channels)
-        made = int(self.unet.config.out_channels)
-        if made not in (channels, 2 * channels):
-            raise DDIMError(
-                f"the network takes {channels} channels and returns {made}; an unconditional model "
-                "returns as many as it takes, "
-                "or twice as many where it predicts a variance too."
-            )
-        options: dict[str, Any] = (
-            {"return_dict": False}
-            if labels is None
-            else {"class_labels": labels, "return_dict": False}
-        )
-
-        def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            # One layout at every step: a compiled network is compiled again for each new one, and
-            # states inherit theirs from outputs.
-            x_t = x_t.contiguous().flatten().view(x_t.shape)
-            output: Tensor = self.unet(x_t, t, **options)[0]
-            return kept(output[:, :channels], self.unet)
-
-        return predict
-
-
-class DiffusionPipeline:
-    """Opens any checkpoint of the DDIM family as the pipeline that fits it."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """Opens a model.
-
-        Args:
-            pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format,
-                or a hub id.
-            **options: Of :meth:`UnconditionalPipeline.from_pretrained`, or of diffusers' for other
-                kinds of checkpoints.
-
-        Returns:
-            An :class:`UnconditionalPipeline` for a network and a scheduler; a
-            ``TextToImagePipeline`` or ``ImageToImagePipeline``
-            (:mod:`ddim.pipelines.text_to_image`) for Stable Diffusion's format; else diffusers' own
-            pipeline with a :class:`ddim.scheduler.DDIMScheduler` in it, unless ``scheduler=`` was
-            given.
-
-        Raises:
-            CheckpointError: If the model cannot be found or opened, or its scheduler is not of the
-                DDIM family (flow matching).
-        """
-        folder = find_model(
-            pretrained_model_name_or_path, **{k: options[k] for k in HUB_OPTIONS if k in options}
-        )
-        index = read_model_index(folder)
-        if is_unconditional(index):
-            pipe: Any = UnconditionalPipeline.from_pretrained(folder, **options)
-        elif (
-            index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None
-        ):
-            pipe = text_pipeline(index["_class_name"]).from_pretrained(folder, **options)
-        else:
-            pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
-            if options.get("scheduler") is None:
-                pipe.scheduler = as_ddim(pipe.scheduler)
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
-
-
-def text_pipeline(kind: str) -> Any:
-    """Our pipeline for one of :data:`ddim.models.checkpoints.STABLE_DIFFUSION`.
-
-    Raises:
-        DDIMError: If transformers is not installed.
-    """
-    try:
-        from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
-    except ImportError as error:
-        raise DDIMError(str(error)) from error
-    return (
-        ImageToImagePipeline
-        if kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline")
-        else TextToImagePipeline
-    )

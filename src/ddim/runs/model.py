@@ -17,7 +17,8 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
 from ddim.models.checkpoints import weight_hash
 from ddim.models.facts import FoundModel, read_model
-from ddim.pipelines.unconditional import UnconditionalPipeline, text_pipeline
+from ddim.pipelines.opening import text_pipeline
+from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.engine import Job
 
 __all__ = [

@@ -1,0 +1,131 @@
+"""Calls of a text-to-image pipeline that this package's loop does not know, and diffusers' own
+does."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec
+
+import diffusers
+
+from ddim.core.guidance import check_rescale, is_guided
+from ddim.core.noise import make_generators
+from ddim.core.timesteps import truncate_timesteps
+from ddim.errors import DDIMError
+from ddim.pipelines.pictures import prepare_images
+from ddim.pipelines.prompts import Prompts, count_images, given_lengths, warn_of_no_guidance
+
+__all__ = ["or_elsewhere"]
+
+P = ParamSpec("P")
+
+_THEIRS = ("sigmas", "ip_adapter_image", "ip_adapter_image_embeds")
+"""Named arguments that only diffusers' own call knows."""
+
+
+def or_elsewhere(call: Callable[P, Any]) -> Callable[P, Any]:
+    """Sends a call with an argument, or of a pipeline with a part, that our loop does not know to
+    diffusers' own call. There our arguments act too, or are refused.
+
+    The call's class says ``_exported``, the class of diffusers' own call, and ``_other``."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def either(*args: P.args, **kwargs: P.kwargs) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        pipe = bound.arguments.pop("self")
+        others = bound.arguments.pop("others")
+        given = dict(bound.arguments)
+        others |= {name: given[name] for name in _THEIRS if given[name] is not None}
+        reason = _why_elsewhere(pipe, others)
+        if reason is None:
+            return call(*args, **kwargs)
+        known = inspect.signature(pipe._exported.__call__).parameters
+        ours = {name: given.pop(name) for name in list(given) if name not in known}
+        translated = {"guidance_rescale": given.get("guidance_rescale", 0.0)}
+        translated |= {name: ours.pop(name) for name in ("seeds", "progress")}
+        if "callback_steps" in others:  # the older callback of diffusers
+            translated["callback"] = ours.pop("callback")
+        parameters = signature.parameters
+        refused = [name for name, value in ours.items() if value != parameters[name].default]
+        if refused:
+            raise DDIMError(
+                f"{reason} is sampled by diffusers' own loop, which does not know "
+                f"{', '.join(refused)}; leave out one or the other."
+            )
+        with _arguments(pipe, given | others, **translated) as arguments:
+            return pipe._exported.__call__(pipe, **arguments)
+
+    return either
+
+
+def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
+    """What sends a call to diffusers' own loop: an argument, or a part, that ours does not know;
+    None where nothing does."""
+    pipe._require("unet", "scheduler")
+    if not hasattr(pipe.scheduler, "init_noise_sigma"):
+        raise DDIMError(
+            f"a {type(pipe.scheduler).__name__} walks no noise schedule of DDIM's family, so this "
+            "pipeline cannot use it; set pipe.scheduler to a ddim.DDIMScheduler, or to another "
+            "scheduler of diffusers for such models."
+        )
+    if others:
+        known = {*inspect.signature(pipe._exported.__call__).parameters, "callback_steps"}
+        unknown = min(set(others) - known, default=None)
+        if unknown is None:
+            return next(iter(others))
+        name, its_own = pipe._other
+        hint = f"; {name} takes it, and {name}(**pipe.components) is one of the same parts"
+        raise TypeError(
+            f"{type(pipe).__name__} got an unexpected keyword argument {unknown!r}"
+            f"{hint if unknown in its_own else ''}"
+        )
+    if not isinstance(pipe.scheduler, diffusers.DDIMScheduler):
+        return f"a {type(pipe.scheduler).__name__}"
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        return "a network that is told the guidance scale"
+    return None
+
+
+@contextmanager
+def _arguments(
+    pipe: Any,
+    options: dict[str, Any],
+    *,
+    guidance_rescale: float,
+    seeds: Any,
+    progress: bool,
+    callback: Callable[..., Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Checks what diffusers' own call would not, and yields the arguments of that call; while held,
+    its bar is shown as asked."""
+    if "strength" in options:  # image to image, where diffusers would cut off in silence
+        prepare_images(pipe, options["image"])
+        steps, levels = options["num_inference_steps"] or 50, options["timesteps"]
+        truncate_timesteps(range(steps) if levels is None else levels, options["strength"])
+    prompts = Prompts(options["prompt"], prompt_embeds=options["prompt_embeds"])
+    lengths = given_lengths(
+        seeds=seeds, generator=options["generator"], latents=options.get("latents")
+    )
+    pipe._check_output_type(options["output_type"])
+    check_rescale(guidance_rescale)
+    away = [options[name] for name in ("negative_prompt", "negative_prompt_embeds")]
+    if any(value is not None for value in away) and not is_guided(options["guidance_scale"]):
+        warn_of_no_guidance(options["guidance_scale"])
+    each = count_images(prompts.count, None, options["num_images_per_prompt"], lengths)[1]
+    changed = {
+        "num_inference_steps": options["num_inference_steps"] or 50,
+        "num_images_per_prompt": each,
+        "callback_on_step_end_tensor_inputs": list(options["callback_on_step_end_tensor_inputs"]),
+        **({} if seeds is None else {"generator": make_generators(seeds)}),
+        **({} if callback is None else {"callback": callback}),
+    }
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    if not progress:
+        pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield options | changed
+    finally:
+        pipe.set_progress_bar_config(**before)
