@@ -1,5 +1,5 @@
-# Set-up, checks and documents. `make demo` and `make test` need Python >= 3.11 and pip, and work on a
-# fresh clone.
+# Set-up, checks and documents. `make demo` and `make test` work on a fresh clone; they need pip and
+# Python >= 3.11.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.11
 VENV ?= .venv
