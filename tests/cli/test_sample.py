@@ -146,9 +146,9 @@ def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(
 
 
 def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
-    from ddim.models import images
+    from ddim.runs import sample as drawing
 
-    real, written = images.save_png, []
+    real, written = drawing.save_png, []
 
     def interrupt(image, path, **options):
         if len(written) == 2:
@@ -156,7 +156,7 @@ def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch)
         written.append(path)
         real(image, path, **options)
 
-    monkeypatch.setattr(images, "save_png", interrupt)
+    monkeypatch.setattr(drawing, "save_png", interrupt)
     assert sample(tiny, tmp_path, "--count", 4, "--batch-size", 2) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     assert names(tmp_path) == ["000000.png", "000001.png", "run.json"]
@@ -206,7 +206,10 @@ def test_other_weights_or_another_schedule_are_another_protocol(tiny, tmp_path, 
 def test_pictures_without_a_record_are_not_mixed_with(tiny, tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "000000.png")
     assert sample(tiny, tmp_path) == 2
-    assert "holds pictures and no run.json that says how they were made" in capsys.readouterr().err
+    assert (
+        "holds files such as 000000.png, and no run.json that says how they were made"
+        in capsys.readouterr().err
+    )
     assert names(tmp_path) == ["000000.png"]
 
 
@@ -300,7 +303,7 @@ def test_classes_go_round_the_seeds_unless_one_is_asked_for(tiny, tiny_classes, 
     assert sample(tiny_classes, tmp_path / "x", "--class", 4) == 2
     assert "--class must be from 0 to 3; got 4" in capsys.readouterr().err
     assert sample(tiny, tmp_path / "x", "--class", 1) == 2
-    assert "--class is of no use" in capsys.readouterr().err
+    assert "--class has no effect" in capsys.readouterr().err
 
 
 def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path, capsys):
@@ -426,10 +429,7 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--count", "0"), "--count must be at least 1; got 0."),
         (
             ("--count", "1000000000000"),
-            (
-                "--count must be at most 1000000 in one run; got 1000000000000, so go on from "
-                "there with --seed."
-            ),
+            "--count must be at most 1000000; got 1000000000000.",
         ),
         (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
         (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
@@ -448,7 +448,7 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--variance", "analytic", "--data", "none.npz"), "there is no data at 'none.npz'"),
         (
             ("--data", "digits"),
-            "--data is what --variance analytic is measured on; give both, or neither.",
+            "--data acts only with --variance analytic; give both, or leave out --data.",
         ),
         (("--order", "3"), "--order must be one of 1, 2; got '3'."),
         (
@@ -566,7 +566,7 @@ def test_too_little_memory_says_what_to_do(tiny, tmp_path, capsys, monkeypatch):
     def starve(self, *args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(UnconditionalPipeline, "__call__", starve)
+    monkeypatch.setattr(UnconditionalPipeline, "draw", starve)
     assert sample(tiny, tmp_path, "--count", 3) == 2
     assert (
         "cpu has too little memory for 16 images at once; give a smaller --batch-size."

@@ -173,14 +173,14 @@ def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
     [
         (
             (),
-            "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one in a line",
+            "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one prompt a line",
         ),
-        (("--prompt", "a", "--class", "1"), "--class is not for models of text; leave it out"),
-        (("--prompt", "a", "--prior", "data"), "--prior is not for models of text"),
-        (("--prompt", "a", "--variance", "analytic"), "--variance is not for models of text"),
+        (("--prompt", "a", "--class", "1"), "--class is for class-conditional models, and"),
+        (("--prompt", "a", "--prior", "data"), "--prior is for models without text, and"),
+        (("--prompt", "a", "--variance", "analytic"), "--variance is for models without text, and"),
         (
             ("--prompt", "a", "--strength", "0.5"),
-            "--strength says how much of --image is kept; give an image with it",
+            "--strength acts only with --image; give both, or leave out --strength.",
         ),
         (
             ("--prompt", "none.txt"),
@@ -232,7 +232,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 def test_options_of_text_are_refused_for_models_without(option, tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path / "out", *option) == 2
     assert (
-        f"{option[0]} is for models of text, and {tiny} was trained without; leave it out"
+        f"{option[0]} is for text-to-image models, and {tiny} is not one; leave it out"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()

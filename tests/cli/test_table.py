@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tests.conftest import record
 
-from ddim.cli import main, table
+from ddim.cli import main
 from ddim.evaluation.report import Cell
+from ddim.runs import table
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,12 @@ def test_timing_rounds_take_the_time_of_all_cells_again(
     shutil.copytree(whole, tmp_path / "out")
     drawn = []
 
-    def time_batch(self, eta, steps):
-        drawn.append((eta, steps))
-        return (
-            steps * (1.0, 50.0, 2.0)[(len(drawn) - 1) // 6]
-        )  # a machine that was busy in the second round
+    def time_batch(self, cell):
+        drawn.append((cell.eta, cell.steps))
+        # A machine that was busy in the second round.
+        return cell.steps * (1.0, 50.0, 2.0)[(len(drawn) - 1) // 6]
 
-    monkeypatch.setattr(table.Bench, "time_batch", time_batch)
+    monkeypatch.setattr(table.TableJob, "_time_batch", time_batch)
     assert run(model, reference, tmp_path / "out", "--steps", "2", "--timing-rounds", "3") == 0
     assert "6 cells timed in turn, the median of 3 each.\n" in capsys.readouterr().out
     assert drawn[:6] == drawn[6:12] == drawn[12:]
@@ -140,11 +140,11 @@ def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path, monkeypatc
     shutil.copytree(whole, tmp_path / "out")
     drawn = []
 
-    def draw(pipe, seeds, seconds, **options):
-        drawn.append((list(seeds), options["eta"], len(options["timesteps"])))
+    def draw(job, route, seeds, *, seconds, batch_size):
+        drawn.append((list(seeds), route.eta, len(route)))
         yield seconds.append(4.0)
 
-    monkeypatch.setattr(table, "draw_batches", draw)
+    monkeypatch.setattr(table, "sample_batches", draw)
     assert run(model, reference, tmp_path / "out", "--timing-rounds", "1", "--batch-size", "8") == 0
     assert sorted(drawn, key=str) == sorted(
         ((list(range(8)), c["eta"], c["steps"]) for c in cells(whole).values()), key=str
@@ -189,7 +189,8 @@ def test_processes_and_batches_change_no_number(whole, model, reference, tmp_pat
 
 
 def test_processes_take_the_longest_cells_first():
-    cells = [(0.0, 5), (1.0, 5), (0.0, 10), (0.0, 20), (0.0, 100)]
+    places = ((0.0, 5), (1.0, 5), (0.0, 10), (0.0, 20), (0.0, 100))
+    cells = [table.Item(*place) for place in places]
     assert [steps for _, steps in table._longest_first(cells, (24, 18))] == [100, 20, 10, 5, 5]
     assert [steps for _, steps in table._longest_first(cells, (24, 1))] == [
         10,
@@ -201,24 +202,22 @@ def test_processes_take_the_longest_cells_first():
 
 
 def test_an_interrupted_table_is_gone_on_with(model, reference, tmp_path, capsys, monkeypatch):
-    real, measured = table.Bench.cell, []
+    real, measured = table.TableJob.measure, []
 
-    def interrupt(self, eta, steps):
+    def interrupt(self, item):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append((eta, steps))
-        return real(self, eta, steps)
+        measured.append(item)
+        return real(self, item)
 
-    monkeypatch.setattr(table.Bench, "cell", interrupt)
+    monkeypatch.setattr(table.TableJob, "measure", interrupt)
     assert run(model, reference, tmp_path) == 130
     assert "the same command goes on from what is there" in capsys.readouterr().err
     kept = {name: content for name, content in cells(tmp_path).items()}
     assert len(kept) == len(record(tmp_path)["results"]) == 2
     measured.clear()
     monkeypatch.setattr(
-        table.Bench,
-        "cell",
-        lambda self, eta, steps: measured.append((eta, steps)) or real(self, eta, steps),
+        table.TableJob, "measure", lambda self, item: measured.append(item) or real(self, item)
     )
     assert run(model, reference, tmp_path) == 0
     assert "4 cells measured, 2 were there" in capsys.readouterr().out
@@ -263,15 +262,16 @@ def test_two_runs_in_one_folder_are_refused(model, reference, tmp_path, capsys):
 
 HANG = """
 import sys, time
-from ddim.cli import main, table
-real, done = table.Bench.cell, []
-def cell(self, eta, steps):
+from ddim.cli import main
+from ddim.runs.table import TableJob
+real, done = TableJob.measure, []
+def measure(self, item):
     if done:
         print("in the middle", flush=True)
         time.sleep(600)
-    done.append(steps)
-    return real(self, eta, steps)
-table.Bench.cell = cell
+    done.append(item)
+    return real(self, item)
+TableJob.measure = measure
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -367,17 +367,19 @@ def test_another_protocol_is_refused_with_what_differs(
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 
-def test_a_damaged_cell_is_named(model, reference, tmp_path, capsys):
-    (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / "eta-0.0-steps-2.json").write_text("{}")
-    assert run(model, reference, tmp_path) == 2
+def test_a_damaged_cell_is_named(whole, model, reference, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "cells" / "eta-0.0-steps-2.json").write_text("{}")
+    assert run(model, reference, tmp_path / "out") == 2
     assert "eta-0.0-steps-2.json is not a cell of this program" in capsys.readouterr().err
 
 
 def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
     model, reference, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(table, "_start", len)  # fails in the process, for it takes one argument
+    monkeypatch.setattr(
+        table, "_begin_worker", len
+    )  # fails in the process, for it takes one argument
     assert run(model, reference, tmp_path, "--processes", 2) == 2
     assert (
         "a process ended before its cell, perhaps for want of memory; finished cells are kept"
@@ -403,7 +405,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
         (("--eta", ","), "--eta and --steps must each name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
-        (("--timing-rounds", "-1"), "--timing-rounds must be 0 or more; got -1"),
+        (("--timing-rounds", "-1"), "--timing-rounds must be at least 0; got -1"),
         (("--steps", "21"), "ddim: --steps must be a whole number from 1 to 20"),
         (("--metrics", "kid-moon"), "'kid-moon' is no metric"),
     ],

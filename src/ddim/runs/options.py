@@ -14,7 +14,7 @@ written. An option that was given and that nothing read is refused by :meth:`Opt
 import dataclasses
 import math
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -85,7 +85,7 @@ class Declared(NamedTuple):
 def _declarations(kind: Any) -> dict[str, Declared]:
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        marks = getattr(hint, "__metadata__", ())
+        marks = list(_marks(hint))
         spelled = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
         found[name] = Declared(
             f"--{spelled.replace('_', '-')}",
@@ -94,6 +94,13 @@ def _declarations(kind: Any) -> dict[str, Declared]:
             any(mark is tyro.conf.Positional for mark in marks),
         )
     return found
+
+
+def _marks(hint: Any) -> Iterator[Any]:
+    """What annotates a type, or a part of it such as the ``X`` of ``X | None``."""
+    yield from getattr(hint, "__metadata__", ())
+    for part in typing.get_args(hint):
+        yield from _marks(part)
 
 
 def option_of(kind: type, field: str) -> str:

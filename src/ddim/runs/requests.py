@@ -38,16 +38,22 @@ Class = Annotated[int | None, tyro.conf.arg(name="class"), Needs(model="classes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What every run on a model has."""
+class Computed:
+    """Where and how a run computes."""
 
-    model: ModelName = "fashion-mnist"
-    """An embedded model, a folder in diffusers format, or a hub id."""
     batch_size: AtLeastOne = 64
     """Images that are computed together. It changes images by rounding only: at most one grey level
     in float32, a few in half precision."""
     device: str = "auto"
     """Where to compute: cpu, cuda, ...; auto takes an accelerator where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Computed):
+    """What every run on a model has."""
+
+    model: ModelName = "fashion-mnist"
+    """An embedded model, a folder in diffusers format, or a hub id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +180,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Walk, Seeds, Measured, Request):
+class EvaluateRequest(Walk, Seeds, Measured, Computed):
     """Measures a folder of images, an array file, or a model against real images; each number
     stands beside its floor and its spread."""
 

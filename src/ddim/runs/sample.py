@@ -97,15 +97,14 @@ class SampleJob(Job):
             "eta": SIGMA_HAT if is_ddpm else options.eta or 0.0,
             "sampler": "ddim" if is_ddpm else options.sampler,
         }
-        source = None
+        given = None
         if model.is_text:
             self.text = text = read_text(options, model, image=True)
             walk["strength"] = text.strength
         else:
             model.check_class(options.class_)
             self.prior = _read_prior(options.prior, model)
-            source = _data_source(options, model) if options.variance == "analytic" else None
-            walk["analytic"] = source is not None
+            walk["analytic"], given = options.variance == "analytic", options.data
             clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
         options.refuse_unread(model.name, model.kinds)
         if self.text is None:
@@ -115,7 +114,8 @@ class SampleJob(Job):
             self.pipe = open_text(model, device=device, dtype=dtype, image=image)
             self.text.check_picture(self.pipe)
         self.route = self.pipe.route(**walk, clip=clip)
-        self.data = None if source is None else _open_data(source, self.pipe)
+        if self.route.analytic:
+            self.data = _open_data(given or _trained_on(model), self.pipe)
 
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route
@@ -298,11 +298,11 @@ def _read_prior(name: str, model: FoundModel) -> DataPrior | None:
     return DataPrior.from_dict(read_json(path))
 
 
-def _data_source(options: Options, model: FoundModel) -> str:
-    """The data of the analytic variance: what was given, or what the model was trained on."""
+def _trained_on(model: FoundModel) -> str:
+    """The data that a model was trained on, as its card says."""
     path = model.folder / "card.json"
-    trained = read_json(path).get("config") if path.is_file() else None
-    source = options.data or (trained.get("data") if isinstance(trained, dict) else None)
+    config = read_json(path).get("config") if path.is_file() else None
+    source = config.get("data") if isinstance(config, dict) else None
     if source is None:
         raise DDIMError(
             f"{model.name} does not say what it was trained on; name images for --variance "
