@@ -84,7 +84,7 @@ def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_wit
     def note(name, *options):
         drawn = ["sample", *options, "--count", "1", "--out", str(tmp_path / name)]
         assert main(list(map(str, drawn))) == 0
-        return [line for line in capsys.readouterr().out.splitlines() if "fitted" in line]
+        return [line for line in capsys.readouterr().out.splitlines() if "were fitted" in line]
 
     end = "); `ddim fit-steps` fits others."
     assert note("a", tiny, "--timesteps", path, "--order", 2) == []
