@@ -1,18 +1,24 @@
-# Set-up, checks and documents. `make demo` and `make test` work on a fresh clone with Python >= 3.11 and pip.
+# Set-up, checks and documents. `make demo` and `make test` need Python >= 3.11 and pip, and work on a
+# fresh clone.
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.11
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-# A process a core, each of one thread; four at most, which takes some 4 GB.
+# One process per core, each with one thread. At most four, which take about 4 GB.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint $(CONSTRAINTS)
+OLD_PYTHON = ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.
 PUBLIC := core configuration inversion fitting doctor scheduler models pipelines evaluation errors
 
-.PHONY: demo test test-all lint types bench docs clean
+.PHONY: demo test test-all test-oldest pytest lint types bench docs clean
 
-$(VENV)/installed: pyproject.toml constraints.txt requirements-dev.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.")'
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit("$(OLD_PYTHON)" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,plot,text]'
+	$(PIP_INSTALL) --requirement requirements-dev.txt
+	$(PIP_INSTALL) --editable '.[train,plot,text]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -25,11 +31,19 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-test: lint types
-	$(PYTEST)
+test: lint types pytest
 
-test-all: lint types
-	$(PYTEST) -m 'slow or not slow'
+pytest: $(VENV)/installed
+	$(PYTEST) $(PYTEST_OPTIONS)
+
+test-all: PYTEST_OPTIONS = -m 'slow or not slow'
+test-all: test
+
+# The fast tests with the oldest versions, in an environment of their own. The oldest transformers
+# calls torch.jit.script, which warns.
+test-oldest:
+	$(MAKE) pytest VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt \
+		PYTEST_OPTIONS='-W "ignore:\`torch.jit.script\` is deprecated:DeprecationWarning"'
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
@@ -38,4 +52,4 @@ docs: $(VENV)/installed
 	$(BIN)/pdoc --docformat google --math --output-directory docs/api $(PUBLIC:%=ddim.%)
 
 clean:
-	rm -rf $(VENV) build dist docs/api out
+	rm -rf $(VENV) .venv-oldest build dist docs/api out

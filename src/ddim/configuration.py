@@ -122,35 +122,35 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and 1 <= value <= 1_000_000
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_betas(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return value is None or (is_list and all(map(_is_fraction, value)))
+
+
 _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": (
-        "a whole number from 1 to 1000000",
-        lambda value: _is_whole(value) and 1 <= value <= 1_000_000,
-    ),
+    "num_train_timesteps": ("a whole number from 1 to 1000000", _is_count),
     "beta_start": ("a number from 0 to 1", _is_fraction),
     "beta_end": ("a number from 0 to 1", _is_fraction),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
-    "trained_betas": (
-        "null or a list of numbers from 0 to 1",
-        lambda value: (
-            value is None
-            or (
-                isinstance(value, (list, tuple))
-                and len(value) > 0
-                and all(map(_is_fraction, value))
-            )
-        ),
-    ),
+    "trained_betas": ("null or a list of numbers from 0 to 1", _is_betas),
     "clip_sample": _SWITCH,
     "thresholding": _SWITCH,
     "set_alpha_to_one": _SWITCH,
     "rescale_betas_zero_snr": _SWITCH,
     "steps_offset": ("a whole number", _is_whole),
-    "clip_sample_range": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "sample_max_value": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "clip_sample_range": ("a number above 0", _is_positive),
+    "sample_max_value": ("a number above 0", _is_positive),
     "dynamic_thresholding_ratio": ("a number from 0 to 1", _is_fraction),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
@@ -158,12 +158,8 @@ _RULES: dict[str, _Rule] = {
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses values that cannot be meant, as a file may hold them; keys that are absent, or not
-    DDIM's, are not looked at.
-
-    Raises:
-        DDIMError: Which option, what it must be, and what it is.
-    """
+    """Refuses values that cannot be meant, as a file may hold them, with a DDIMError; keys that are
+    absent, or not DDIM's, are not looked at."""
     for name, (what, fits) in _RULES.items():
         if name in config and not fits(config[name]):
             raise DDIMError(f"{name} must be {what}; got {_brief(config[name])}.")
@@ -175,11 +171,7 @@ def _brief(value: object) -> str:
 
 
 def configured_betas(config: Mapping[str, Any]) -> Tensor:
-    """The betas that a configuration gives or names, before any rescale; shape [T], float64.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown.
-    """
+    """The betas that a configuration gives or names, before any rescale; shape [T], float64."""
     config = {**DEFAULTS, **config}
     if config["trained_betas"] is not None:
         return torch.as_tensor(np.asarray(config["trained_betas"]), dtype=torch.float64)
@@ -204,23 +196,15 @@ def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
     """``trained_betas`` for diffusers' DDIM: the given ones, or those of a schedule that it does
-    not know by name; None for one that it knows.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown.
-    """
+    not know by name; None for one that it knows."""
     betas: list[float] = configured_betas(config).tolist()
     is_given = config.get("trained_betas") is not None
     return betas if is_given or config.get("beta_schedule", "linear") not in _NATIVE else None
 
 
 def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
-    """The lists in ``config["fitted_timesteps"]``, of which each is visited where as many steps are
-    asked for as it has levels.
-
-    Raises:
-        DDIMError: If the entry is no list of lists.
-    """
+    """The lists in ``config["fitted_timesteps"]``, which must be a list of lists: one of N levels is
+    visited when N steps are asked for."""
     lists = config.get("fitted_timesteps") or []
     if not isinstance(lists, (list, tuple)) or not all(
         isinstance(levels, (list, tuple)) for levels in lists
@@ -235,14 +219,11 @@ def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
 def fitted_timesteps(
     config: Mapping[str, Any], num_inference_steps: int | None
 ) -> list[int] | None:
-    """The fitted list of that many levels; None if there is none of that length.
-
-    Raises:
-        DDIMError: If the entry is no list of lists, or the list found is not one of falling levels.
-    """
+    """The fitted list of that many levels, which must fall; None if there is none."""
     lists = fitted_lists(config)
     found = next((levels for levels in lists if len(levels) == num_inference_steps), None)
-    return None if found is None else check_timesteps(found, config["num_train_timesteps"])
+    total = config.get("num_train_timesteps", DEFAULTS["num_train_timesteps"])
+    return None if found is None else check_timesteps(found, total)
 
 
 def configured_timesteps(
@@ -253,14 +234,10 @@ def configured_timesteps(
     spacing: Spacing | None = None,
     use_fitted: bool = True,
 ) -> list[int]:
-    """The levels that so many steps visit: fitted ones, else those of the spacing.
+    """The levels that N steps visit: fitted ones if ``use_fitted``, else those of the spacing.
 
-    Args:
-        config: The configuration.
-        num_inference_steps: N.
-        total: T. Default: ``num_train_timesteps``.
-        spacing: In place of the configuration's, and of its fitted lists.
-        use_fitted: Whether fitted lists count.
+    A ``spacing`` takes the place of the configuration's, and of its fitted lists; ``total`` that of
+    ``num_train_timesteps``.
 
     Raises:
         DDIMError: If N is not a whole number in 1..T, the spacing is unknown, or the fitted lists
@@ -293,9 +270,8 @@ def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     """The configuration of a scheduler of that class, in which only what is at its default counts
     as not given.
 
-    diffusers keeps a list of options that were not given, and leaves them out when another class
-    takes the configuration over. Options that were given by position, or changed later, are in that
-    list too."""
+    diffusers' list of options that were not given, which another class does not take over, also
+    holds those that were given by position or changed later."""
     if "_use_default_values" not in config:
         return dict(config)
     defaults = inspect.signature(scheduler).parameters

@@ -56,21 +56,19 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     r"""Denoises from t to the next timestep of the list, as :mod:`ddim.core.step` does, with
     diffusers' protocol.
 
-    Options, their names and defaults are diffusers'. Beyond them, ``beta_schedule`` knows
+    Options, their names and defaults are diffusers'; beyond them, ``beta_schedule`` knows
     ``sigmoid`` and ``laplace``, and ``timestep_spacing`` ``quadratic``. ``clip_sample`` is True by
     default: right for pixels in [-1, 1], wrong for latents. ``set_alpha_to_one=False`` leaves the
     first level's noise in the finished sample. ``thresholding`` at the default ``sample_max_value``
-    of 1.0 is clipping.
+    of 1.0 is clipping. diffusers passes over the two options that are ours:
 
-    ``solver_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`): a
-    smaller error at the same number of evaluations, at eta = 0. It keeps the prediction of the step
-    before, until the next ``set_timesteps``: one scheduler walks one batch at a time through the
-    list. The first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps
-    no state.
+    ``solver_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`), for
+    eta = 0: more accurate at the same cost. It keeps the prediction of the step before until the
+    next ``set_timesteps``, so one scheduler walks one batch at a time through the list. The first
+    step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
 
     ``fitted_timesteps`` are lists of levels that were fitted to the model at that order
-    (:mod:`ddim.fitting.timesteps`): each is visited where as many steps are asked for as it has
-    levels. diffusers passes over both options.
+    (:mod:`ddim.fitting.timesteps`); a list of N levels is visited when N steps are asked for.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16.
@@ -161,13 +159,9 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         Raises:
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an
                 int t lies outside [0, T), eta is negative or too large, or both noise and a
-                generator are given; at order 2, if eta is not 0, or t does not follow the last one
-                in the list and starts no new image either. Tensors of timesteps on a device are not
+                generator are given; at order 2, if eta is not 0, or t neither follows the last one
+                in the list nor starts a new image. Tensors of timesteps on a device are not
                 checked, since that would wait for it: a fraction is cut off there.
-
-        References:
-            Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16.
-            https://arxiv.org/abs/2010.02502
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         plan, table = self._find_plan(eta, use_clipped_model_output, sample)
@@ -188,25 +182,11 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         eta: Eta = 0.0,
         use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """The step of each sample at its own timestep, without the noise (DDIMParallelScheduler's
-        protocol).
-
-        Args:
-            model_output: Shape [B, C, ...].
-            timesteps: One a sample, [B].
-            sample: Shape [B, C, ...].
-            eta: As in :meth:`step`; the caller adds the noise that it takes from the direction.
-            use_clipped_model_output: As in :meth:`step`.
-
-        Returns:
-            The mean of x_s, shape [B, C, ...], dtype of the sample.
-        """
+        """The mean of :meth:`step` for each sample at its own timestep [B]
+        (DDIMParallelScheduler's protocol); the caller adds the noise that eta takes from the
+        direction."""
         eta = eta if isinstance(eta, (float, str)) else float(eta)
-        t = (
-            timesteps
-            if isinstance(timesteps, Tensor)
-            else torch.tensor(timesteps, device=sample.device)
-        )
+        t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
         if self.config.solver_order != 1:
             raise DDIMError(
                 "samples that are stepped in parallel have no step before them; use solver_order=1."
@@ -215,14 +195,9 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
-        """The posterior variance of a step between two levels at eta = 1, float32 []; a negative
-        level is clean data."""
-        schedule = self.noise_schedule
-        weights = step_coefficients(
-            schedule.alpha_bar(int(timestep)),
-            schedule.alpha_bar(max(int(prev_timestep), CLEAN)),
-            eta=1.0,
-        )
+        """The variance of a step at eta = 1, float32 []; a negative level is clean data."""
+        levels = (int(timestep), max(int(prev_timestep), CLEAN))
+        weights = step_coefficients(*map(self.noise_schedule.alpha_bar, levels), eta=1.0)
         return (weights.noise**2).float()
 
     def add_noise(
@@ -243,10 +218,9 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         Raises:
             DDIMError: If a level that the host can see is no whole number in [0, T).
         """
-        x0, noise, alpha, sigma = self._read_levels().signal_and_noise(
-            timesteps, original_samples, noise
-        )
-        return (x0 * alpha).addcmul_(noise, sigma).to(original_samples.dtype)
+        tables, x0 = self._read_levels(), original_samples
+        x, noise, alpha, sigma = tables.signal_and_noise(timesteps, x0, noise)
+        return (x * alpha).addcmul_(noise, sigma).to(x0.dtype)
 
     def get_velocity(
         self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor
@@ -258,9 +232,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
 
 
 def _result(x_s: Tensor, x0: Tensor) -> DDIMSchedulerOutput:
-    """``DDIMSchedulerOutput(x_s, x0)``, entry by entry and attribute by attribute, since its
-    constructor looks over its own fields and its items set both through two classes: together a
-    fifth of a step."""
+    """``DDIMSchedulerOutput(x_s, x0)``, whose constructor takes a fifth of a step."""
     result = DDIMSchedulerOutput.__new__(DDIMSchedulerOutput)
     for name, value in (("prev_sample", x_s), ("pred_original_sample", x0)):
         OrderedDict.__setitem__(result, name, value)
@@ -323,12 +295,8 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
         **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:
-            deprecate(
-                "set_alpha_to_zero",
-                "1.0.0",
-                "Use `set_alpha_to_one` instead of `set_alpha_to_zero`.",
-                standard_warn=False,
-            )
+            advice = "Use `set_alpha_to_one` instead of `set_alpha_to_zero`."
+            deprecate("set_alpha_to_zero", "1.0.0", advice, standard_warn=False)
             self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         ignored = sorted(set(kwargs) - {"set_alpha_to_zero"})
         if ignored:
@@ -373,9 +341,7 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
         DDIMError: If it is of another family, such as flow matching.
     """
     if isinstance(scheduler, SchedulerMixin):
-        scheduler = {
-            **given_options(scheduler.config, type(scheduler)),
-            "_class_name": type(scheduler).__name__,
-        }
+        kind = type(scheduler)
+        scheduler = {**given_options(scheduler.config, kind), "_class_name": kind.__name__}
     made: DDIMScheduler = DDIMScheduler.from_config(scheduler)
     return made

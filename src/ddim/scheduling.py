@@ -149,12 +149,11 @@ class GridScheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers'; but a scheduler of another family (flow matching, EDM) is refused, and the
-        ``solver_order`` of another multistep scheduler is not taken over: DDIM stays DDIM unless
-        you ask.
+        """As diffusers', without the ``solver_order`` of another multistep scheduler: DDIM stays
+        DDIM unless you ask.
 
         Raises:
-            DDIMError: If the configuration is of another family.
+            DDIMError: If the configuration is of another family (flow matching, EDM).
 
         Warns:
             UserWarning: If an option is given by a keyword that no scheduler of the family knows,
@@ -168,9 +167,8 @@ class GridScheduler:
             if "solver_type" in config and kind != cls.__name__:
                 config = {name: value for name, value in config.items() if name != "solver_order"}
             names = () if return_unused_kwargs else set(options) - set(cls._deprecated_kwargs)
-            for message in unknown_options(
-                sorted(names), cls, diffusers.DDIMScheduler._get_compatibles
-            ):
+            family = diffusers.DDIMScheduler._get_compatibles
+            for message in unknown_options(sorted(names), cls, family):
                 warnings.warn(message, stacklevel=2)
         return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
 
@@ -269,10 +267,11 @@ class GridScheduler:
                 and (tables.alphas_cumprod._version, tables.clean._version) == tables.versions
                 and self._planned[1] == self.num_inference_steps
             )
-        except (ValueError, RuntimeError):
-            return (
-                False  # two arrays of betas have no truth value, and inference tensors no version
-            )
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # arrays without a truth value, tensors without a version
+            return False
 
     def _update_plan(self) -> Plan:
         """The plan for the options of this moment, found by those that matter."""
@@ -353,7 +352,7 @@ class GridScheduler:
             at = found
         return advance(plan, table.mode, at, output, x, noise)
 
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Returns the sample: a network of this family takes it as it is."""
         return sample
 

@@ -347,8 +347,8 @@ def test_a_damaged_configuration_is_refused_and_nothing_is_written(
     ("options", "message"),
     [
         (("--brightness", "nan,0.1"), "--brightness must be MEAN,STD"),
-        (("--probe",), "--probe looks at real images; give --data"),
-        (("--prior", "x.json"), "--prior looks at real images; give --data"),
+        (("--probe",), "--probe acts only with --data"),
+        (("--prior", "x.json"), "--prior acts only with --data"),
         (("--brightness", "0.1"), "--brightness must be MEAN,STD"),
         (("--steps", "0"), "from 1 to 1000"),
         (("--eta", "-1"), "eta must be at least 0"),

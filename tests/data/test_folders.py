@@ -120,11 +120,10 @@ def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside
 
 
 def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
-    sources = [
-        path.read_text()
-        for folder in ("cli", "evaluation")
-        for path in (Path(ddim.__file__).parent / folder).glob("*.py")
-    ]
+    package, study = Path(ddim.__file__).parent, Path(__file__).parents[2] / "studies" / "flaws.py"
+    rooms = (package / room for room in ("runs", "cli", "evaluation"))
+    sources = [path.read_text() for room in rooms for path in room.glob("*.py")]
+    sources.append(study.read_text())
     written = {
         name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)
     }

@@ -264,7 +264,7 @@ def test_too_few_images_are_refused_with_the_number_that_would_do(
         (["kid-pixels", "kid-pixels"], "each once; got kid-pixels, kid-pixels"),
         (
             ["classes-pixels"],
-            "classes-pixels needs an extractor that tells classes, which pixels does not",
+            "classes-pixels needs an extractor that classifies images, and pixels does not",
         ),
     ],
 )

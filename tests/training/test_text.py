@@ -361,8 +361,8 @@ def test_captions_are_dropped_at_their_rate_and_never_of_held_out_images(
     assert (
         share in (0, 1) or dropped.any(1).float().mean() > 0.9
     )  # each caption by itself, not the batch
-    told = [subject.captions.texts[int(row)] for row in rows[:50][~dropped[0]]]
-    assert told == [
+    texts = [subject.captions.texts[int(row)] for row in rows[:50][~dropped[0]]]
+    assert texts == [
         caption for caption, gone in zip(data.captions[:50], dropped[0], strict=True) if not gone
     ]
     assert not (subject.clean(batch, torch.device("cpu"), None)[1] == 0).any()

@@ -359,7 +359,7 @@ def test_a_text_model_is_guided_as_its_base_and_with_rescale_at_zero_terminal_sn
     if not from_scratch:
         with pytest.raises(
             CheckpointError,
-            match=r"card\.json must say a finite number as guidance_scale; got 'much'\.",
+            match=r"card\.json must hold a finite number as guidance_scale; got 'much'\.",
         ):
             card_guidance(
                 options, base=Base(str(tmp_path), tmp_path, {}, {}, {}, True), schedule=schedule
@@ -426,7 +426,7 @@ def test_a_model_that_cannot_be_published_leaves_its_checkpoint(tmp_path, monkey
         ),
     ):
         train(config(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoints", "log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "log"]
     monkeypatch.undo()
     result = train(config(tmp_path))
     assert (result.finished, result.losses) == (True, ())
@@ -485,7 +485,7 @@ def test_what_killed_runs_left_is_gone_after_a_run_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / ".mine").touch()
     train(config(tmp_path, images=8))
-    assert [p for p in tmp_path.rglob(".*")] == [tmp_path / ".mine", tmp_path / ".lock"]
+    assert [p for p in tmp_path.rglob(".*")] == [tmp_path / ".mine"]
     train(config(tmp_path, images=8))
 
 

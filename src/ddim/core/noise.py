@@ -18,11 +18,7 @@ _LARGEST_SEED = 2**63 - 1
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Returns seeds as plain integers.
-
-    Raises:
-        DDIMError: If they are no list, or one is negative, above 2^63 - 1, or not a whole number.
-    """
+    """Returns seeds as plain integers; a DDIMError refuses all but whole numbers in 0..2^63 - 1."""
     if not hasattr(seeds, "__iter__"):
         raise DDIMError(f"seeds must be a list of whole numbers, one an image; got {seeds!r}.")
     return [_check_seed(seed) for seed in seeds]

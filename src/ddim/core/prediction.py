@@ -56,11 +56,7 @@ class Solution(NamedTuple):
 
 
 def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (p, q) of m = p x0 + q eps, each of alpha_bar's shape, float64.
-
-    Raises:
-        DDIMError: If the prediction type is unknown.
-    """
+    """Returns (p, q) of m = p x0 + q eps, shape of alpha_bar; refuses an unknown type."""
     zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
     if prediction_type == "epsilon":
         return zero, one
@@ -94,9 +90,6 @@ def to_x0_eps(
         x_t: The sample that it saw, shape [B, ...].
         alpha_bar_t: The level, shape [] or [B], float64, in [0, 1].
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
-
-    Returns:
-        The pair, which satisfies x_t = alpha x0 + sigma eps.
 
     Raises:
         DDIMError: If the type is unknown, or the system has no solution at that level.

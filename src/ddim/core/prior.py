@@ -31,10 +31,9 @@ class DataPrior:
     """The distribution of the images' mean colours, pixels in [-1, 1].
 
     Attributes:
-        mean: Of each channel, C numbers.
-        covariance: Of the channels' means over an image, C rows of C numbers.
-        image: The mean image, C x H x W numbers; None where it is not known, and then flat in each
-            channel.
+        mean: The mean of each channel, C numbers.
+        covariance: The covariance of the channels' means over an image, C rows of C numbers.
+        image: The mean image, C x H x W numbers; None if it is not known: flat in each channel.
     """
 
     mean: tuple[float, ...]
@@ -72,12 +71,8 @@ class DataPrior:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
-        """Reads ``mean``, ``covariance`` and, where it is there, ``image`` from a prior.json, whose
-        other keys are for people.
-
-        Raises:
-            DDIMError: If they are missing or no covariance.
-        """
+        """Reads ``mean``, ``covariance`` and, if it is there, ``image`` from a prior.json, whose
+        other keys are for people."""
         try:
             image = content.get("image")
             return cls(
@@ -91,8 +86,7 @@ class DataPrior:
             raise DDIMError(f"a prior needs the keys mean and covariance ({error}).") from None
 
     def describe(self) -> dict[str, Any]:
-        """What a run's record says of it: the mean image, which is long, by the first 16 hex digits
-        of a SHA-256."""
+        """What a run's record says of it; the long mean image by 16 hex digits of a SHA-256."""
         digest = hashlib.sha256(json.dumps(self.image).encode()).hexdigest()[:16]
         return {
             "mean": list(self.mean),
@@ -101,14 +95,9 @@ class DataPrior:
         }
 
     def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
-        """Turns standard normal noise into x_T, image by image.
-
-        Args:
-            z: Shape [B, C, H, W].
-            alpha_bar: The level at which sampling starts, shape [], float64, in [0, 1).
-
-        Returns:
-            x_T, shape and dtype of z; z itself, up to rounding, where alpha_bar is 0.
+        """Turns standard normal noise z [B, C, H, W] into x_T, image by image, for the level
+        alpha_bar in [0, 1), shape [], float64, at which sampling starts; 0 leaves z as it is, up to
+        rounding.
 
         Raises:
             DDIMError: If the images have another number of channels, or another size than the mean

@@ -134,8 +134,7 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: alpha_bar_t for t = 0..T-1, shape [T], float64 on the CPU, in [0, 1].
-        final_alpha_cumprod: alpha_bar at :data:`CLEAN`; 1.0 unless a checkpoint asks for its first
-            level's.
+        final_alpha_cumprod: alpha_bar at :data:`CLEAN`.
     """
 
     alphas_cumprod: Tensor
@@ -156,12 +155,8 @@ class NoiseSchedule:
     def from_betas(
         cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True
     ) -> "NoiseSchedule":
-        """Builds the table from the betas (:func:`make_betas`, or a trained list), shape [T], in
-        [0, 1]; 1 leaves no signal.
-
-        Raises:
-            DDIMError: If a beta is no variance in [0, 1].
-        """
+        """Builds the table from betas [T] (:func:`make_betas`, or a trained list), which a
+        DDIMError refuses unless they are in [0, 1]; 1 leaves no signal."""
         given = torch.as_tensor(betas, dtype=torch.float64)
         outside = given[~((given >= 0) & (given <= 1))]  # or NaN
         if outside.numel():
@@ -176,12 +171,8 @@ class NoiseSchedule:
         return self.alphas_cumprod.numel()
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
-        """Looks up alpha_bar at level(s) t in [-1, T); -1 is clean data. Shape of ``t``, float64 on
-        the CPU.
-
-        Raises:
-            DDIMError: If a level lies outside [-1, T) or is not an integer.
-        """
+        """Looks up alpha_bar at level(s) t, integers in [-1, T), where -1 is clean data; shape of
+        t, float64 on the CPU."""
         if isinstance(t, Tensor) and (
             t.is_floating_point() or t.is_complex() or t.dtype == torch.bool
         ):
@@ -196,25 +187,19 @@ class NoiseSchedule:
         return torch.where(levels == CLEAN, final, self.alphas_cumprod[levels])
 
     def snr(self, t: int | Tensor) -> Tensor:
-        r"""Signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`: 0 at zero terminal SNR,
-        inf at clean data."""
+        r"""Signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)`; inf at clean data."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar / (1 - alpha_bar)
 
     def log_snr(self, t: int | Tensor) -> Tensor:
-        r"""Natural logarithm of the signal-to-noise ratio: -inf at zero terminal SNR, +inf at clean
-        data."""
+        r"""Natural logarithm of the signal-to-noise ratio; -inf at zero terminal SNR."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
 
 
 def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
     """Rounds float64 coefficients, shape [] or [B], to the dtype of x [B, ...], in a shape and on a
-    device where they can multiply it.
-
-    Raises:
-        DDIMError: If there are neither one nor B coefficients.
-    """
+    device where they can multiply it."""
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] != x.shape[0]):
         raise DDIMError(
             f"there must be one level, or one for each of the {x.shape[0]} samples; got shape "

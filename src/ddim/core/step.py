@@ -9,9 +9,9 @@ r"""One transition of the DDIM family, from a level t to any other level s.
 with noise = std for a number eta. The paper's ``sigma-hat`` keeps std(1) in the direction and draws
 :math:`\hat\sigma = \sqrt{1 - \bar\alpha_t / \bar\alpha_s}` instead.
 
-The weights are computed once, in float64, by :func:`step_coefficients`, and
-:meth:`StepCoefficients.apply` takes the step. Everything that steps uses both, but the scheduler,
-which gathers the same weights from a table (:mod:`ddim.core.plan`).
+:func:`step_coefficients` computes the weights, in float64, and :meth:`StepCoefficients.apply` takes
+the step. Everything that steps uses both; the scheduler gathers the same weights from a table
+(:mod:`ddim.core.plan`).
 """
 
 import math
@@ -47,7 +47,7 @@ Eta = float | Literal["sigma-hat"]
 ``"sigma-hat"``."""
 
 ORDERS = (1, 2)
-"""Of the solver: 1 is DDIM, 2 its second-order multistep (:func:`multistep_weight`)."""
+"""Orders of the solver: 1 is DDIM, 2 its second-order multistep (:func:`multistep_weight`)."""
 
 
 class StepCoefficients(NamedTuple):
@@ -92,11 +92,7 @@ class LinearStep(NamedTuple):
 
 
 def check_eta(eta: Eta) -> Eta:
-    """Returns eta, or refuses what is negative, not finite, or an unknown word.
-
-    Raises:
-        DDIMError: With the value that was received.
-    """
+    """Returns eta; a DDIMError refuses what is negative, not finite, or an unknown word."""
     if isinstance(eta, str):
         if eta != SIGMA_HAT:
             raise DDIMError(f"eta must be a number or 'sigma-hat'; got {eta!r}.")
@@ -106,11 +102,7 @@ def check_eta(eta: Eta) -> Eta:
 
 
 def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
-    """Returns the order of the solver, or refuses an unknown one, and noise at order 2.
-
-    Raises:
-        DDIMError: With the value that was received.
-    """
+    """Returns the order of the solver; a DDIMError refuses an unknown one, and noise at order 2."""
     if order not in ORDERS:
         raise DDIMError(
             f"the order of the solver must be 1 (DDIM) or 2 (its multistep); got {order!r}."
@@ -226,17 +218,14 @@ def ddim_step(
     r"""Moves a sample from level t to level s; s below t denoises, s above t (eta = 0) inverts.
 
     Args:
-        x0: Predicted clean sample, shape [B, ...].
+        x0: Predicted clean sample, shape [B, ...]; its dtype is the result's.
         eps: Predicted noise, shape [B, ...].
         alpha_bar_t: Level of the prediction, shape [] or [B], float64, in [0, 1].
         alpha_bar_s: Level to reach, same shape; 1 is clean. Above alpha_bar_t unless eta is 0.
-        eta: 0 is deterministic, 1 the DDPM posterior, ``"sigma-hat"`` the paper's larger noise.
+        eta: See :data:`Eta`.
         eps_mean_square: For the analytic variance, as in :func:`step_coefficients`.
         noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0 or the variance
             is analytic.
-
-    Returns:
-        The sample at level s, shape [B, ...], dtype of ``x0``.
 
     Raises:
         DDIMError: If eta is invalid, or noise is missing.
@@ -284,14 +273,8 @@ def multistep_weight(
         w = \alpha_s (1 - e^{-h})\,\frac{h}{2\,(l_t - l_{\mathrm{previous}})},
         \qquad h = l_s - l_t, \quad l = \log(\alpha / \sigma)
 
-    Args:
-        alpha_bar_previous: Level of the prediction before, any shape, float64, in [0, 1].
-        alpha_bar_t: Level of this prediction, same shape.
-        alpha_bar_s: Level to reach, same shape; on either side of t.
-
-    Returns:
-        The weight, same shape, float64; 0, which is DDIM, where a log-SNR is infinite (clean data,
-        zero terminal SNR).
+    All levels are of one shape, float64, in [0, 1]; s lies on either side of t. The weight is 0,
+    which is DDIM, where a log-SNR is infinite (clean data, zero terminal SNR).
 
     References:
         Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.

@@ -26,9 +26,9 @@ class Tables:
         betas: Public, shape [T].
         alphas: Public, 1 - betas.
         alphas_cumprod: Public, alpha_bar of all levels; may be replaced, or edited in place.
-        clean: Public, alpha_bar of clean data, shape []; may be replaced too.
-        schedule: What both mean: ``exact``, unless they were replaced or edited.
-        versions: Of both, when ``schedule`` was read from them; None: not read yet.
+        clean: Public, alpha_bar of clean data, shape []; may be replaced or edited too.
+        schedule: What the last two mean: ``exact``, unless they were replaced or edited.
+        versions: Theirs, when ``schedule`` was read from them; None: not read yet.
         signals: alpha_t and sigma_t of all levels [2, T], by dtype and device.
     """
 

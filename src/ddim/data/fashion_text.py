@@ -1,16 +1,17 @@
-r"""``fashion-text``: garments of Fashion-MNIST in a colour over a background of some brightness,
-with captions that say so.
+r"""``fashion-text``: coloured garments of Fashion-MNIST on backgrounds of some brightness, with
+captions that say so.
 
-A garment is a grey picture g in [0, 1] of 28x28 pixels, 0 around it. With the colour c and the
-background's brightness b,
+A garment is a grey picture g in [0, 1] of 28x28 pixels, with 0 where there is no garment. With the
+colour c and the background's brightness b,
 
 .. math:: x = (1 - m)\,b + m\,(a + (1 - a)\,g)\,c, \qquad m = \min(g / s, 1)
 
 so that the garment fades out over its softest pixels and is shaded by its own brightness, on every
-background alike. The frame of two pixels that makes 32x32 of it is background alone. As a
-background has no colour, the chroma of x (its largest channel less its smallest) is m (a + (1 - a)
-g) times that of c, which rises with g: the grey garment can be read back, whatever the background.
-"""
+background alike. A frame of two pixels of background makes it 32x32.
+
+The background has no colour, so the chroma of x (its largest channel less its smallest) is
+m (a + (1 - a) g) times that of c. It rises with g: the grey garment can be read back, whatever the
+background."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,39 +43,31 @@ COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
         "magenta": (0.9, 0.1, 0.9),
     }
 )
-"""Six hues, 60 degrees apart, none of them saturated: in real images only black and white
-backgrounds are 0 or 255."""
+"""Six hues, 60 degrees apart. None is saturated, so that only black and white backgrounds are 0 or
+255 in real images."""
 
 BACKGROUNDS: Mapping[str, int] = MappingProxyType(
     {"black": 0, "dark gray": 64, "gray": 128, "light gray": 191, "white": 255}
 )
-"""Brightness in 256 levels."""
+"""Brightness from 0 to 255."""
 
 GARMENTS = (
-    "t-shirt",
-    "pair of trousers",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
+    *("t-shirt", "pair of trousers", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 """In the order of Fashion-MNIST's labels."""
 
 FRAME = 2
 """Pixels of pure background on each side."""
 
-_SOFT = 0.2  # s: a garment is opaque from this brightness on
-_AMBIENT = 0.4  # a: what is left of the colour where the garment is darkest
-_CHROMA = 0.8  # of every colour above
+_SOFT = 0.2  # s: a garment is opaque above this brightness
+_AMBIENT = 0.4  # a: the fraction of the colour that is left where the garment is darkest
+_CHROMA = 0.8  # chroma of each of the colours
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What a caption says."""
+    """The three things that a caption names."""
 
     colour: str
     garment: str
@@ -87,8 +80,7 @@ class Combination:
 
     @property
     def numbers(self) -> tuple[float, int, int]:
-        """The brightness of the background in [0, 1], and the places of colour and garment in their
-        lists."""
+        """The brightness of the background in [0, 1], and the indices of colour and garment."""
         return (
             BACKGROUNDS[self.background] / 255,
             list(COLOURS).index(self.colour),
@@ -97,8 +89,8 @@ class Combination:
 
 
 def combine(garment: int, rank: int) -> Combination:
-    """The combination of a garment's image that is the ``rank``-th of its class: all pairs of
-    colour and background in turn."""
+    """Returns the combination of the ``rank``-th image of a class: all pairs of colour and
+    background in turn."""
     colours, backgrounds = tuple(COLOURS), tuple(BACKGROUNDS)
     background, colour = divmod(rank % (len(colours) * len(backgrounds)), len(colours))
     return Combination(colours[colour], GARMENTS[garment], backgrounds[background])
@@ -117,8 +109,8 @@ def compose(garment: NDArray[np.uint8], combination: Combination) -> NDArray[np.
 
 
 def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4] in [0,
-    1]."""
+    """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4], in [0, 1],
+    too."""
     chroma = (images.max(-1) - images.min(-1))[:, FRAME:-FRAME, FRAME:-FRAME] / _CHROMA
     grey = np.linspace(0, 1, 1025)
     read: NDArray[np.float64] = np.interp(
@@ -128,7 +120,7 @@ def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def hues() -> dict[str, float]:
-    """The hue of each colour in degrees: red 0, green 120, blue 240."""
+    """Returns the hue of each colour in degrees: red 0, green 120, blue 240."""
     import colorsys
 
     return {
@@ -138,16 +130,14 @@ def hues() -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class FashionText:
-    """Every image of Fashion-MNIST once, composed when it is asked for: a pure function of the
-    index."""
+    """Every image of Fashion-MNIST once, composed on access as a pure function of the index."""
 
     garments: NDArray[np.uint8]
     combinations: tuple[Combination, ...]
 
     @classmethod
     def of_garments(cls, garments: NDArray[np.uint8], labels: NDArray[np.integer]) -> "FashionText":
-        """Gives each class all combinations in turn, so that each is used equally often (within
-        one)."""
+        """Gives each class all combinations in turn, so that their counts differ by at most one."""
         seen = [0] * len(GARMENTS)
         combinations = []
         for label in labels.tolist():
@@ -163,5 +153,5 @@ class FashionText:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """One an image."""
+        """One caption per image."""
         return tuple(c.caption for c in self.combinations)

@@ -18,17 +18,8 @@ SPLITS = ("train", "test", "val", "valid", "validation")
 """Names of subfolders that are splits and not classes."""
 
 SHEETS = frozenset(
-    [
-        "grid",
-        "strip",
-        "path",
-        "sheet",
-        "distance",
-        "reconstruction",
-        "flaws",
-        "quality-evaluations",
-        "quality-seconds",
-    ]
+    {"grid", "strip", "path", "sheet", "distance", "reconstruction", "flaws"}
+    | {"quality-evaluations", "quality-seconds"}
 )
 """Names of the grids and plots that this program's commands write beside their ``run.json``."""
 

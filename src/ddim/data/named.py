@@ -15,16 +15,8 @@ from ddim.errors import DataError
 __all__ = ["FASHION_MNIST_CLASSES", "FASHION_MNIST_FOLDER", "NAMED", "open_fashion_mnist"]
 
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"

@@ -272,11 +272,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in config:
         if key not in DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
             close = get_close_matches(key, [*DEFAULTS, *sorted(OTHER_KEYS)], n=1)
-            hint = (
-                f"did you mean {close[0]!r}?"
-                if close
-                else "no scheduler of this family has it; remove it."
-            )
+            otherwise = "no scheduler of this family has it; remove it."
+            hint = f"did you mean {close[0]!r}?" if close else otherwise
             raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
     full = {**DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
     shift = full.get("snr_shift_scale")
@@ -288,20 +285,9 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{full['fitted_timesteps']!r}."
         )
     betas = full["trained_betas"]
-    named = (
-        {f"trained_betas[{i}]": beta for i, beta in enumerate(betas)}
-        if isinstance(betas, (list, tuple))
-        else {}
-    )
-    for key, beta in {
-        **named,
-        "beta_start": full["beta_start"],
-        "beta_end": full["beta_end"],
-    }.items():
-        if (
-            isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1
-        ):  # NaN is in no range
-            raise DDIMError(f"{key} must be a number from 0 to 1; got {beta!r}.")
+    for i, beta in enumerate(betas if isinstance(betas, (list, tuple)) else []):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
+            raise DDIMError(f"trained_betas[{i}] must be a number from 0 to 1; got {beta!r}.")
     check_options(full)
     return full
 

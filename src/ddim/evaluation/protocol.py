@@ -1,5 +1,5 @@
-"""How a number is measured: which metrics, on how many images, against what, beside which floor and
-with what spread.
+"""The protocol of a measurement: the metrics, the numbers of images, the reference, the floor and
+the spread.
 
 A metric is named METRIC-EXTRACTOR, such as ``fd-fashion``. Images pass through the extractors batch
 by batch, and only what the metrics need is kept (:class:`Sketch`): sums for a Frechet distance,
@@ -118,20 +118,15 @@ def _mean_nearest(samples: Tensor, reference: Tensor) -> float:
     return float(nearest_distances(samples, reference).mean())
 
 
-def _more_than_neighbours(extractor: Extractor) -> int:
-    return NEIGHBOURS + 1
-
-
+_MANIFOLD = Metric(
+    "features", _of_features(precision), lambda e: NEIGHBOURS + 1, higher_is_better=True
+)
 METRICS: dict[str, Metric] = {
     # With fewer images than D the covariance has no full rank.
     "fd": Metric("statistics", _frechet, lambda e: max(2, e.dimensions), whole=True),
     "kid": Metric("features", _of_features(kernel_distance), lambda e: 2),
-    "precision": Metric(
-        "features", _of_features(precision), _more_than_neighbours, higher_is_better=True
-    ),
-    "recall": Metric(
-        "features", _of_features(recall), _more_than_neighbours, higher_is_better=True
-    ),
+    "precision": _MANIFOLD,
+    "recall": _MANIFOLD._replace(compute=_of_features(recall)),
     "nearest": Metric("features", _of_features(_mean_nearest), lambda e: 1, whole=True),
     "classes": Metric("features", _classes, lambda e: 1, whole=True),
     "swd": Metric("projections", _projected, lambda e: 1),
@@ -142,7 +137,7 @@ classes, sliced Wasserstein."""
 
 @dataclass(frozen=True)
 class Result:
-    """One number, and what it takes to read it."""
+    """The value of a metric, and what is needed to interpret it."""
 
     metric: str
     extractor: str
@@ -255,14 +250,14 @@ def load_panel(
     for name, (metric, _, extractor) in zip(names, pairs, strict=True):
         if metric == "classes" and opened[extractor].classify is None:
             raise DDIMError(
-                f"{name} needs an extractor that tells classes, which {extractor} does not; use "
+                f"{name} needs an extractor that classifies images, and {extractor} does not; use "
                 "classes-fashion."
             )
     return Panel(tuple(names), opened)
 
 
 class Collected:
-    """Sketches of a stream of images, cut where sets begin or end."""
+    """Sketches of a stream of images, which is cut where sets begin or end."""
 
     def __init__(self) -> None:
         self.count = 0

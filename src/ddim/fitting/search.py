@@ -8,7 +8,7 @@ a line: such steps move few places first, and levels that slide along a few smoo
 beside them."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ __all__ = [
 
 POWERS = (1.0, 1.25, 1.5, 1.75, 2.0)
 LEAST_ERROR = 1e-14
-"""Of an image: float32's rounding, so that logarithms and ratios exist."""
+"""An image's smallest error: float32's rounding, so that logarithms and ratios exist."""
 
 
 class SamplingProblem(NamedTuple):
@@ -45,8 +45,7 @@ class SamplingProblem(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A path that was walked: its levels, its states, and how its images differ from the exact
-    ones, [B, D]."""
+    """A walked path: its levels, its states, and its images less the exact ones, [B, D]."""
 
     levels: list[int]
     states: list[State]
@@ -76,26 +75,14 @@ class Walks:
         order: int,
         bound: float | None,
     ) -> None:
-        self.problem, self.exact, self.schedule, self.order, self.bound = (
-            problem,
-            exact,
-            schedule,
-            order,
-            bound,
-        )
-        self.calls = 0
+        self.problem, self.exact, self.schedule = problem, exact, schedule
+        self.order, self.bound, self.calls = order, bound, 0
 
     def __call__(self, levels: list[int], known: Walk | None = None) -> Walk:
         """Walks a path; ``known`` is another walk, whose beginning may be the same."""
         states = [] if known is None else known.states
-        same = next(
-            (
-                i
-                for i, (state, level) in enumerate(zip(states, levels, strict=False))
-                if state.t != level
-            ),
-            len(states),
-        )
+        agree = (state.t == level for state, level in zip(states, levels, strict=False))
+        same = sum(takewhile(bool, agree))
         head = states[: max(same - 1, 0)]  # the last level in common is left for another one
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Denoised:
@@ -105,28 +92,23 @@ class Walks:
 
         pairs, last = step_pairs(levels)[len(head) :], head[-1] if head else None
         x = self.problem.x_t if last is None else last.x_s
-        walked = head + list(
-            trajectory(denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last)
+        rest = trajectory(
+            denoise, x, pairs, schedule=self.schedule, order=self.order, previous=last
         )
+        walked = [*head, *rest]
         self.calls += len(levels) - same
-        return Walk(
-            levels,
-            walked,
-            scaled_difference(walked[-1].x_s, self.exact, bound=self.bound).float().cpu(),
-        )
+        difference = scaled_difference(walked[-1].x_s, self.exact, bound=self.bound)
+        return Walk(levels, walked, difference.float().cpu())
 
 
 def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tensor:
-    """Finished samples less exact ones [B, D], float64; the sum of squares of a row is the mean
-    square of an image, in a range of 1.
+    """Finished samples less exact ones [B, D], float64, both clamped to +-bound and scaled so that
+    the sum of squares of a row is an image's mean square in a range of 1.
 
-    Both are clamped to +-bound; with None, as latents have it, nothing is clamped or scaled.
-    """
-    difference = (
-        x - exact
-        if bound is None
-        else (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
-    )
+    With None, for latents, nothing is clamped or scaled."""
+    difference = x - exact
+    if bound is not None:
+        difference = (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
     flat: Tensor = difference.double().flatten(1) / difference.shape[1:].numel() ** 0.5
     return flat
 
@@ -141,25 +123,22 @@ def search_timesteps(
     evaluations: int = 300,
     bound: float | None = 1.0,
 ) -> list[int]:
-    """Finds levels at which the geometric mean of the ODE error is small, in both halves of a
-    batch.
+    """Finds levels, falling, at which the geometric mean of the ODE error is small in both halves
+    of a batch.
 
     Begins with the best of :func:`power_timesteps` and of the :func:`shortest_path` along a
     teacher, moves levels as long as both halves gain, and goes on with the next best while
     evaluations are left.
 
     Args:
-        problem: Images to be; 32 do. Few images find levels that suit them alone.
+        problem: 32 images are enough. Few images find levels that suit them alone.
         schedule: The levels to choose from.
         steps: N, how many to choose.
-        order: Of the solver that will visit them.
+        order: The order of the solver that will visit them.
         evaluations: About how many calls of the network may be made after the starts are known.
             Where they do not suffice to try the levels one by one, fewer places are moved, and the
             levels between two of them follow.
-        bound: Of the finished images; None for latents, which have none.
-
-    Returns:
-        The levels, falling; all in [0, T).
+        bound: The largest magnitude of finished images; None for latents, which have none.
 
     Raises:
         DDIMError: If N or the order is invalid.
@@ -173,18 +152,16 @@ def search_timesteps(
     """
     check_order(order)
     total = len(schedule)
-    starts = [
-        path for power in POWERS if (path := power_timesteps(total, steps, power)) is not None
-    ]
+    powers = (power_timesteps(total, steps, power) for power in POWERS)
     teacher = teach(problem, schedule=schedule, steps=max(64, 4 * steps))
+    starts = [path for path in powers if path is not None]
     starts.append(shortest_path(teacher, steps, schedule=schedule))
     walks = Walks(problem, teacher[-1].x_s, schedule=schedule, order=order, bound=bound)
     begun = sorted((walks(path) for path in starts), key=lambda walk: walk.error)
     walks.calls, ends = 0, begun[:1]
     most = min(steps, max(1, evaluations // steps))
-    stages = (
-        [most] if order == 2 and steps > 1 else [min(4, most), most]
-    )  # few places first, where the difference is less of a line
+    # Few places first at order 1, where the difference is less of a line.
+    stages = [most] if order == 2 and steps > 1 else [min(4, most), most]
     for start in begun:
         if len(stages) > 1:
             ends.append(_slide(walks, start, evaluations // 2))
@@ -199,10 +176,8 @@ def search_timesteps(
 def power_timesteps(num_train_timesteps: int, num_steps: int, power: float) -> list[int] | None:
     r"""Levels :math:`T (1 - i/N)^p - 1`: trailing at p = 1, near the quadratic ones at p = 2; None
     where two of them would coincide."""
-    levels = [
-        max(round(num_train_timesteps * (1 - i / num_steps) ** power) - 1, 0)
-        for i in range(num_steps)
-    ]
+    shares = [(1 - i / num_steps) ** power for i in range(num_steps)]
+    levels = [max(round(num_train_timesteps * share) - 1, 0) for share in shares]
     return levels if _falling(levels) else None
 
 
@@ -210,16 +185,10 @@ def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
     """Moves all levels along one shape after the other, each for as long as that helps; strides
     that help neither way are halved."""
     total, steps = len(walks.schedule), len(best.levels)
-    u, place = (
-        torch.linspace(0, 1, steps, dtype=torch.float64),
-        torch.tensor(best.levels, dtype=torch.float64),
-    )
-    shapes = [
-        1 - u,
-        u,
-        4 * u * (1 - u),
-        10 * u * (1 - u) * (1 - 2 * u),
-    ]  # the first level, the last, a bend, a bend both ways
+    u = torch.linspace(0, 1, steps, dtype=torch.float64)
+    place = torch.tensor(best.levels, dtype=torch.float64)
+    # The first level, the last, a bend, a bend both ways.
+    shapes = [1 - u, u, 4 * u * (1 - u), 10 * u * (1 - u) * (1 - 2 * u)]
     longest = max(1, total // (3 * steps))  # a third of a step
     strides, least = [longest] * min(len(shapes), max(1, steps - 1)), max(1, longest // 8)
 
@@ -257,16 +226,14 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
         for move in (stride * hat, -stride * hat):
             path = _moved(best.levels, move, total)
             made = 0.0 if path is None else float((_between(best.levels, path) @ rows)[k])
-            if (
-                path is not None and abs(made) >= stride / 2
-            ):  # not where the first or the last possible level is in the way
+            # Not where the first or the last possible level is in the way.
+            if path is not None and abs(made) >= stride / 2:
                 slopes[k] = (walks(path, best).difference - best.difference) / made
                 break
     damping, refused = 0.1, 0
     while walks.calls < evaluations and refused < 2:
-        path = _moved(
-            best.levels, best_move(best.difference, slopes, damping / reach.square()) @ hats, total
-        )
+        move = best_move(best.difference, slopes, damping / reach.square()) @ hats
+        path = _moved(best.levels, move, total)
         if path == best.levels:
             break
         if path is None:
@@ -275,9 +242,8 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
         there, by = walks(path, best), _between(best.levels, path) @ rows
         missed = there.difference - best.difference - torch.einsum("k,kbd->bd", by.float(), slopes)
         weights = by / reach.square()
-        slopes += torch.einsum(
-            "k,bd->kbd", (weights / (by @ weights).clamp(min=1e-6)).float(), missed
-        )
+        weights = (weights / (by @ weights).clamp(min=1e-6)).float()
+        slopes += torch.einsum("k,bd->kbd", weights, missed)
         if _both_gain(best, there):
             best, refused, damping = there, 0, damping / 4
         else:
@@ -295,7 +261,9 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
     r"""Where the geometric mean of the errors would be smallest, were the difference linear in the
     move.
 
-    .. math:: \min_\delta \frac{1}{B} \sum_b \log \|r_b + \textstyle\sum_k \delta_k J_{kb}\|^2 + \sum_k \lambda_k \delta_k^2
+    .. math::
+        \min_\delta \frac{1}{B} \sum_b \log \|r_b + \textstyle\sum_k \delta_k J_{kb}\|^2
+            + \sum_k \lambda_k \delta_k^2
 
     by weighted least squares: the weight of an image is the inverse of its error, and is brought up
     to date with every solution.
@@ -303,10 +271,7 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
     Args:
         difference: r, shape [B, D].
         slopes: J, shape [K, B, D].
-        damping: lambda, shape [K], float64.
-
-    Returns:
-        delta, shape [K], float64.
+        damping: lambda, shape [K], float64, as the result delta.
     """
     r, j = difference.double(), slopes.transpose(0, 1).double()
     squares, products, norms = j @ j.mT, (j @ r[..., None])[..., 0], r.square().sum(1)
@@ -314,9 +279,8 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
     for _ in range(30):
         errors = (norms + 2 * products @ move + (squares @ move) @ move).clamp(min=LEAST_ERROR)
         weights = 1 / (errors * len(errors))
-        move = -torch.linalg.solve(
-            torch.einsum("b,bkl->kl", weights, squares) + damping.diag(), weights @ products
-        )
+        curvature = torch.einsum("b,bkl->kl", weights, squares) + damping.diag()
+        move = -torch.linalg.solve(curvature, weights @ products)
     return move
 
 
@@ -351,10 +315,8 @@ def _between(levels: Sequence[int], path: Sequence[int]) -> Tensor:
 
 def _moved(levels: Sequence[float], move: Tensor, total: int) -> list[int] | None:
     """The levels after a move, inside [0, T); None where they would not fall any more."""
-    path = [
-        min(max(round(level + by), 0), total - 1)
-        for level, by in zip(levels, move.tolist(), strict=True)
-    ]
+    reached = (round(level + by) for level, by in zip(levels, move.tolist(), strict=True))
+    path = [min(max(level, 0), total - 1) for level in reached]
     return path if _falling(path) else None
 
 
@@ -369,16 +331,8 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
     predictions recorded at t and the teacher's own sample at s; the path with exactly N edges and
     the smallest sum is found.
 
-    Args:
-        teacher: The states of a trajectory of M steps.
-        steps: N, in 1..M.
-        schedule: The levels.
-
-    Returns:
-        N falling levels.
-
     Raises:
-        DDIMError: If N exceeds M.
+        DDIMError: If N exceeds the number of the teacher's steps.
 
     References:
         Watson et al. Learning to Efficiently Sample from Diffusion Probabilistic Models. 2021.
@@ -393,17 +347,12 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
             f"a path of {steps} steps cannot be chosen among the {count} of the teacher; record "
             "more of them."
         )
-    cost = torch.full(
-        (count, count + 1), torch.inf, dtype=torch.float64
-    )  # [i, j]: from the i-th level to the j-th; the last is clean
+    # [i, j]: from the i-th level to the j-th, of which the last is clean data.
+    cost = torch.full((count, count + 1), torch.inf, dtype=torch.float64)
     for i, state in enumerate(teacher):
         for j in range(i + 1, count + 1):
-            reached = ddim_step(
-                state.x0,
-                state.eps,
-                alpha_bar_t=schedule.alpha_bar(state.t),
-                alpha_bar_s=schedule.alpha_bar(teacher[j - 1].s),
-            )
+            t, s = schedule.alpha_bar(state.t), schedule.alpha_bar(teacher[j - 1].s)
+            reached = ddim_step(state.x0, state.eps, alpha_bar_t=t, alpha_bar_s=s)
             cost[i, j] = (reached - teacher[j - 1].x_s).square().mean()
     total, origins = torch.full((count + 1,), torch.inf, dtype=torch.float64), []
     total[0] = 0
@@ -420,7 +369,7 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
 def teach(problem: SamplingProblem, *, schedule: NoiseSchedule, steps: int) -> list[State]:
     """A trajectory that stands for the flow: the multistep on many quadratic levels.
 
-    Trailing levels err twice as much at order 2 on the embedded model: 50 of them by a third of
-    what 12 fitted steps err by, which levels that are fitted to them inherit."""
+    Trailing levels err twice as much at order 2 on the embedded model, and fitted levels would
+    inherit their error."""
     pairs = step_pairs(select_timesteps(len(schedule), min(steps, len(schedule)), "quadratic"))
     return list(trajectory(problem.denoise, problem.x_t, pairs, schedule=schedule, order=2))

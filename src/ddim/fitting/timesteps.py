@@ -86,29 +86,23 @@ class Fit:
 
 def ode_error(x: Tensor, exact: Tensor, *, bound: float | None = 1.0) -> Tensor:
     """The mean squared error of each image per dimension, both clamped to +-bound and scaled to a
-    range of 1.
+    range of 1; shape [B], float64, at least 1e-14 (float32's rounding).
 
     Args:
         x: Finished samples, shape [B, ...].
         exact: Those of many steps from the same x_T, same shape.
-        bound: Of the finished image; None for latents, which have none: nothing is clamped or
-            scaled then.
-
-    Returns:
-        Shape [B], float64; at least 1e-14, which is float32's rounding, so that ratios and
-        logarithms exist.
+        bound: None for latents, which have none: then nothing is clamped or scaled.
     """
     return scaled_difference(x, exact, bound=bound).square().sum(1).clamp(min=LEAST_ERROR)
 
 
 def geometric_mean(values: Tensor) -> Interval:
-    """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm;
-    nan bounds for a single value."""
+    """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm; of
+    a single value the bounds are nan."""
     logarithms = values.double().log()
-    mean, margin = (
-        logarithms.mean(),
-        1.96 * logarithms.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan,
-    )
+    mean, margin = logarithms.mean(), torch.tensor(torch.nan)
+    if len(values) > 1:
+        margin = 1.96 * logarithms.std() / len(values) ** 0.5
     return Interval(float(mean.exp()), float((mean - margin).exp()), float((mean + margin).exp()))
 
 
@@ -128,33 +122,28 @@ def fit_timesteps(
     held-out noise.
 
     Args:
-        problem: What the search looks at; 32 images do.
-        held_out: What the result is judged by, batch by batch.
+        problem: What the search looks at; 32 images are enough.
+        held_out: What the result is judged by, and is no worse on than any spacing.
         schedule: The levels.
         steps: N, how many levels to choose.
-        order: Of the solver that will visit them.
+        order: The order of the solver that will visit them.
         evaluations: About how many calls of the network the search may make.
         bound: As in :func:`ode_error`.
-        finish: The finished images of many steps that held-out errors are measured against; None:
+        finish: Makes the images of many steps that held-out errors are measured against. Default:
             100 quadratic steps of order 2.
-
-    Returns:
-        The result; on the held-out noise it is no worse than any spacing.
 
     Raises:
         DDIMError: If there is nothing held out, or N or the order is invalid.
     """
-    names: list[Spacing] = [cast(Spacing, name) for name in SPACINGS]
-    paths = {str(name): select_timesteps(len(schedule), steps, name) for name in names}
+    total = len(schedule)
+    paths = {name: select_timesteps(total, steps, cast(Spacing, name)) for name in SPACINGS}
     found = search_timesteps(
         problem, schedule=schedule, steps=steps, order=order, evaluations=evaluations, bound=bound
     )
     paths = {FITTED: found, **paths}
-    many, parts = select_timesteps(len(schedule), min(50, len(schedule)), "trailing"), []
+    many, parts = select_timesteps(total, min(50, total), "trailing"), []
     for part in held_out:
-        exact = (
-            teach(part, schedule=schedule, steps=100)[-1].x_s if finish is None else finish(part)
-        )
+        exact = finish(part) if finish else teach(part, schedule=schedule, steps=100)[-1].x_s
         errors = ode_errors(part, exact, paths, schedule=schedule, order=order, bound=bound)
         parts.append(errors | ode_errors(part, exact, {MANY: many}, schedule=schedule, bound=bound))
     if not parts:
@@ -202,19 +191,18 @@ def estimate_eps_mean_square(
     r"""Measures what the analytic variance needs, :math:`\Gamma_t = E\,\|\hat\epsilon(x_t, t)\|^2 /
     d`, in one pass over data.
 
-    The mean square of the noise that was drawn, which is 1, is taken from the same images: it
-    varies with that of the prediction, so that the difference 1 - Gamma, which is what counts, is
-    exact where both nearly agree.
+    The drawn noise, whose mean square is 1, is measured on the same images: both vary together, so
+    that the difference 1 - Gamma, which is what counts, is exact where they nearly agree.
 
     Args:
         data: Batches of clean images [B, ...], each with the denoiser that fits it (its labels, its
             size).
         timesteps: The levels, in [0, T), at which the network is evaluated on every image.
         schedule: The levels.
-        seed: Of the first image's noise; the next image has the next seed.
+        seed: The seed of the first image's noise; the next image has the next one.
 
     Returns:
-        Gamma of each level, clamped to [0, 1].
+        The mean square at each level, clamped to [0, 1].
 
     Raises:
         DDIMError: If there are no images.
@@ -224,18 +212,15 @@ def estimate_eps_mean_square(
         Diffusion Probabilistic Models. 2022. Eq. 8. https://arxiv.org/abs/2201.06503
     """
     levels, seen = list(timesteps), 0
-    explained = dict.fromkeys(
-        levels, 0.0
-    )  # the sums over images of |eps|^2 - |predicted eps|^2, a dimension
+    missing = dict.fromkeys(levels, 0.0)  # sums over images of mean(eps^2 - predicted eps^2)
     for given, x0 in data:
         denoise = checked(given)
         noise = seeded_randn(x0.shape[1:], range(seed + seen, seed + seen + len(x0))).to(x0.device)
         seen += len(x0)
         for t in levels:
             eps = denoise(add_noise(schedule, x0, noise, t), t).eps
-            explained[t] += float(
-                (noise.double().square() - eps.double().square()).flatten(1).mean(1).sum()
-            )
+            difference = noise.double().square() - eps.double().square()
+            missing[t] += float(difference.flatten(1).mean(1).sum())
     if not seen:
         raise DDIMError("eps_mean_square is measured on images; got none.")
-    return {t: min(max(1 - total / seen, 0.0), 1.0) for t, total in explained.items()}
+    return {t: min(max(1 - total / seen, 0.0), 1.0) for t, total in missing.items()}

@@ -175,8 +175,7 @@ def fit_picture(picture: Image.Image, height: int, width: int) -> Image.Image:
 def crop_square(picture: Image.Image) -> Image.Image:
     """Cuts the largest square out of a picture's centre."""
     side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+    return fit_picture(picture, side, side)
 
 
 def open_picture(path: Path | str) -> Image.Image:

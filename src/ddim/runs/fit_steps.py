@@ -100,9 +100,10 @@ class FitStepsJob(FileJob):
             shape = pipe.image_shape
         else:
             prompts = [text.prompts[seed % len(text.prompts)] for seed in seeds]
-            scale = text.guidance_scale
+            scale, rescale = text.guidance.scale, text.guidance.rescale
             conditions = pipe.conditions(prompts, text.negative_prompt, guidance_scale=scale)
-            denoise = pipe.denoiser(conditions, clip=clip, **text.guidance)
+            guidance = {"guidance_scale": scale, "guidance_rescale": rescale}
+            denoise = pipe.denoiser(conditions, clip=clip, **guidance)
             shape = pipe.latent_shape
 
         def counted(x_t: Tensor, t: int | Tensor) -> Denoised:

@@ -181,7 +181,7 @@ class SampleJob(Job):
         with enough_memory(self.pipe.device, request.batch_size):
             began = time.perf_counter()
             pipe = self.pipe.compile() if request.compile else self.pipe
-            pipe.warm_up(size, **({} if text is None else {"guidance_scale": text.guidance_scale}))
+            pipe.warm_up(size, **({} if text is None else {"guidance_scale": text.guidance.scale}))
             self.execution["warm_up_seconds"] = time.perf_counter() - began
 
             def pictures(batch: list[Item]) -> Any:
@@ -191,7 +191,7 @@ class SampleJob(Job):
                     asked = {"class_labels": self.model.labels_of(seeds, request.class_)}
                     asked |= {"prior": self.prior}
                 else:
-                    asked = text.call_options(batch)
+                    asked = text.draw_options(batch)
                 return pipe.draw(
                     route, seeds=seeds, progress=False, callback=self.control.step, **asked
                 ).images

@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ddim.core.guidance import check_rescale, check_scale
 from ddim.errors import DataError, DDIMError
 from ddim.files import file_hash
 from ddim.models.checkpoints import read_guidance
@@ -53,8 +52,7 @@ class TextOptions:
 
     prompts: tuple[str, ...]
     negative_prompt: str | None
-    guidance_scale: float
-    guidance_rescale: float
+    guidance: Guidance
     picture: Image | None
     """The picture that image-to-image starts from."""
     strength: float | None
@@ -74,12 +72,7 @@ class TextOptions:
     @property
     def calls_a_step(self) -> int:
         """How often each step evaluates the network."""
-        return 2 if self.guidance_scale > 1 else 1
-
-    @property
-    def guidance(self) -> dict[str, float]:
-        """The guidance, as a pipeline's call takes it."""
-        return {"guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale}
+        return 2 if self.guidance.scale > 1 else 1
 
     def check_picture(self, pipe: Any) -> None:
         """Checks that image-to-image can start from the picture.
@@ -93,12 +86,11 @@ class TextOptions:
             except DDIMError as error:
                 raise DataError(f"{self.protocol['image']['name']}: {error}") from error
 
-    def call_options(self, items: Sequence[Item]) -> dict[str, Any]:
+    def draw_options(self, items: Sequence[Item]) -> dict[str, Any]:
         """The options of a pipeline's ``draw`` for these images."""
-        start = {} if self.picture is None else {"image": self.picture}
         prompts = Prompts([self.prompt_of(item) for item in items], self.negative_prompt)
-        guidance = Guidance(self.guidance_scale, self.guidance_rescale)
-        return {"prompts": prompts, "guidance": guidance, **start}
+        start = {} if self.picture is None else {"image": self.picture}
+        return {"prompts": prompts, "guidance": self.guidance, **start}
 
 
 def read_text(options: Options, model: FoundModel, *, image: bool = False) -> TextOptions:
@@ -118,8 +110,7 @@ def read_text(options: Options, model: FoundModel, *, image: bool = False) -> Te
     scale, rescale = options.guidance_scale, options.guidance_rescale
     scale = card.get("guidance_scale", 7.5) if scale is None else scale
     rescale = card.get("guidance_rescale", 0.0) if rescale is None else rescale
-    check_rescale(rescale)
-    check_scale(scale)
+    guidance = Guidance(scale, rescale)
     prompts = tuple(read_prompts(options.prompt))
     picture = strength = described = None
     if image and options.image is not None:
@@ -135,7 +126,7 @@ def read_text(options: Options, model: FoundModel, *, image: bool = False) -> Te
         "strength": strength,
     }
     negative: str | None = options.negative_prompt
-    return TextOptions(prompts, negative, scale, rescale, picture, strength, protocol)
+    return TextOptions(prompts, negative, guidance, picture, strength, protocol)
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:

@@ -48,9 +48,9 @@ def hold(out: Path, accelerator: Accelerator) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             try:
-                check_out(out)  # before a lock file is left in a folder that is refused
+                if not out.exists():
+                    stack.callback(_remove_empty, out)
                 stack.enter_context(locked(out))
-                stack.callback(_remove_empty, out)
                 check_out(out)
                 remove_debris(out)
             except (DDIMError, OSError) as error:
@@ -62,10 +62,8 @@ def hold(out: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def _remove_empty(out: Path) -> None:
-    if [path.name for path in out.iterdir()] == [".lock"]:
-        (out / ".lock").unlink()
-        with contextlib.suppress(OSError):  # another run may have begun here
-            out.rmdir()
+    with contextlib.suppress(OSError):  # it is not empty
+        out.rmdir()
 
 
 def check_out(out: Path) -> None:

@@ -58,12 +58,12 @@ class Package:
 def make_scheduler(
     config: TrainConfig, inherited: Mapping[str, Any] | None = None
 ) -> diffusers.DDIMScheduler:
-    """The scheduler that samples what this configuration trains: no clipping, trailing timesteps,
-    to clean data.
+    """Makes the scheduler that samples what this configuration trains: trailing timesteps down to
+    clean data, without clipping.
 
     Args:
         config: The run.
-        inherited: The scheduler's configuration of the base, for what the run does not say.
+        inherited: The configuration of the base's scheduler, for what the run leaves open.
 
     Raises:
         DDIMError: If it is epsilon prediction at zero terminal SNR.
@@ -72,10 +72,10 @@ def make_scheduler(
     names = (*LEVEL_OPTIONS, "prediction_type")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
-    # Another schedule is another table, not the base's rescaled one.
-    is_inherited = not given.keys() & set(LEVEL_OPTIONS)
+    # A schedule that is named replaces the base's table, rescaling included.
+    inherits = not given.keys() & set(LEVEL_OPTIONS)
     rescale = config.rescale_betas_zero_snr or (
-        is_inherited and bool(base.get("rescale_betas_zero_snr"))
+        inherits and bool(base.get("rescale_betas_zero_snr"))
     )
     if rescale and options["prediction_type"] == "epsilon":
         if config.rescale_betas_zero_snr:
@@ -84,17 +84,18 @@ def make_scheduler(
             f"{config.base} has zero terminal SNR, and epsilon prediction cannot be trained there; "
             "leave out --prediction-type, or name a --beta-schedule, which is then not rescaled."
         )
-    trained = base.get("trained_betas") if is_inherited else None
+    trained = base.get("trained_betas") if inherits else None
     return diffusers.DDIMScheduler(
         **options,
         trained_betas=spelled_betas({**options, "trained_betas": trained}),
         rescale_betas_zero_snr=rescale,
         set_alpha_to_one=True,
-        # Unused by trailing; pipelines of diffusers want 1 of a text model.
+        # Trailing does not use it; diffusers' pipelines expect 1 of a text model.
         steps_offset=base.get("steps_offset", 0),
     )
 
 
+@contextlib.contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
     """Turns errors of the disk into one sentence.
 

@@ -45,59 +45,48 @@ class Subject(Protocol):
     @property
     def network(self) -> nn.Module:
         """All that is trained, in one module."""
-        ...
 
     @property
     def package(self) -> Package:
         """The content of the model's folder."""
-        ...
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the clean data to which noise is added."""
-        ...
 
     @property
     def facts(self) -> Mapping[str, Any]:
         """What the record says about the data, besides their size."""
-        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences that the user should read before the run."""
-        ...
 
     @property
     def examples(self) -> Any:
         """By the index of an image, what a batch is collated from."""
-        ...
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "Subject":
         """Returns the same subject with everything that is computed once per run; it may write a
         file ``cache``."""
-        ...
 
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
     ) -> tuple[Tensor, Any]:
         """Returns clean data [B, C, H, W] and its condition. Without ``draws``, as for held-out
         images, nothing is random."""
-        ...
 
     def predictor(self, network: Callable[..., Any], condition: Any) -> Predictor:
         """Returns the network under a condition."""
-        ...
 
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
         """Returns the network as a preview of ``count`` images calls it, and their captions, if
         there are any."""
-        ...
 
     def images(self, x0: Tensor) -> Tensor:
         """Turns clean data into pictures in [-1, 1]."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,133 @@
+"""What cannot work is refused in words, and what is odd is mentioned."""
+
+import diffusers
+import pytest
+import torch
+from tests.scheduler.helpers import distance, randn
+
+from ddim.core.noise import make_generators
+from ddim.errors import DDIMError
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
+
+
+def test_a_step_says_what_is_wrong():
+    x = randn(2, 3, 4)
+    scheduler = DDIMScheduler()
+    with pytest.raises(
+        ValueError,
+        match=(
+            "Number of inference steps is 'None', you need to run 'set_timesteps' after creating "
+            "the scheduler"
+        ),
+    ):
+        scheduler.step(x, 5, x)
+    scheduler.set_timesteps(10)
+    for t in (-3, -1, 1000):
+        with pytest.raises(
+            DDIMError,
+            match=(
+                rf"timestep must lie in \[0, 1000\), the levels the model was trained on; got {t}"
+            ),
+        ):
+            scheduler.step(x, t, x)
+    with pytest.raises((IndexError, RuntimeError)):
+        scheduler.step(x, torch.tensor(1000), x)
+    with pytest.raises((IndexError, RuntimeError)):
+        scheduler.step(x, torch.tensor(-3), x)
+    with pytest.raises(DDIMError, match="a timestep must be a whole number.* got 2.5"):
+        scheduler.step(x, 2.5, x)
+    for t in ([500, 500, 500], [[500, 500]]):
+        with pytest.raises(
+            DDIMError, match="one timestep, or one for each of the 2 samples; got shape"
+        ):
+            scheduler.step(x, torch.tensor(t), x)
+    for shape in ((1, 3, 4), (2, 9, 4), (2, 3, 8), (2, 3)):
+        with pytest.raises(DDIMError, match=r"must have the sample's shape \[2, 3, 4\].*got \["):
+            scheduler.step(torch.zeros(shape), 900, x)
+    for generators in ([1], [1, 2, 3]):
+        with pytest.raises(
+            DDIMError, match=f"one for each of the 2 samples; got {len(generators)}"
+        ):
+            scheduler.step(x, 900, x, 1.0, generator=make_generators(generators))
+    with pytest.raises(ValueError, match="Cannot pass both generator and variance_noise"):
+        scheduler.step(x, 900, x, 1.0, generator=torch.Generator(), variance_noise=x)
+    scheduler.register_to_config(prediction_type="flow")
+    with pytest.raises(
+        DDIMError, match="prediction_type must be one of epsilon, sample, v_prediction; got 'flow'"
+    ):
+        scheduler.step(x, 900, x)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_setting_timesteps_says_what_is_wrong(cls):
+    scheduler = cls()
+    for count in (0, -5, 2.5, "50", True):
+        with pytest.raises(
+            DDIMError, match="num_inference_steps must be a whole number from 1 to 1000.* got"
+        ):
+            scheduler.set_timesteps(count)
+    with pytest.raises(ValueError, match="`num_inference_steps`: 1001 cannot be larger than 1000"):
+        scheduler.set_timesteps(1001)
+    with pytest.raises(DDIMError, match="either num_inference_steps or a list of timesteps"):
+        scheduler.set_timesteps()
+    with pytest.raises(DDIMError, match="either num_inference_steps or a list of timesteps"):
+        scheduler.set_timesteps(2, timesteps=[5, 4])
+    for levels, message in (
+        ([], "empty list"),
+        ([5, 5], "repeat"),
+        ([5, 9, 1], "must fall"),
+        ([1000, 1], r"lie in \[0, 1000\)"),
+        ([5, -1], r"lie in"),
+        ([5.5, 1], "whole"),
+        ([float("nan")], "whole numbers; got nan"),
+        (["a", "b"], "whole numbers; got 'a'"),
+        ([None], "whole numbers; got None"),
+        (5, "one list of levels"),
+        (torch.tensor([[5, 3]]), "one list of levels"),
+    ):
+        with pytest.raises(DDIMError, match=message):
+            scheduler.set_timesteps(timesteps=levels)
+    with pytest.raises(
+        DDIMError,
+        match=(
+            "timestep_spacing must be one of leading, linspace, trailing, quadratic; got 'karras'"
+        ),
+    ):
+        cls(timestep_spacing="karras").set_timesteps(10)
+    with pytest.raises(DDIMError, match="prediction_type must be one of .* got 'noise'"):
+        cls(prediction_type="noise").set_timesteps(10)
+    with pytest.raises(DDIMError, match="beta_schedule must be one of .* got 'cosine'"):
+        cls(beta_schedule="cosine")
+    with pytest.raises(DDIMError, match="num_train_timesteps must be at least 1"):
+        cls(0)
+
+
+def test_what_is_odd_but_accepted_by_diffusers_works_and_is_mentioned(said):
+    x = randn(1, 3, 2, 2)
+    short = DDIMScheduler(trained_betas=[0.1, 0.3])
+    short.set_timesteps(50)
+    assert torch.isfinite(short.step(x, 1, x).prev_sample).all()
+    with pytest.raises(DDIMError, match=r"timestep must lie in \[0, 2\)"):
+        short.step(x, 980, x)
+    steep = DDIMScheduler(beta_end=2)
+    steep.set_timesteps(50)
+    assert torch.isfinite(steep.step(x, 0, x).prev_sample).all()
+    low = DDIMScheduler(thresholding=True, sample_max_value=0.5)
+    theirs = diffusers.DDIMScheduler(thresholding=True, sample_max_value=0.5)
+    for scheduler in (low, theirs):
+        scheduler.set_timesteps(50)
+    assert (
+        distance(
+            low.step(x, 500, x).pred_original_sample, theirs.step(x, 500, x).pred_original_sample
+        )
+        < 2e-6
+    )
+    DDIMInverseScheduler(thresholding=True, sample_max_value=2.0, beta_strat=1)
+    wanted = (
+        "trained_betas has 2 levels",
+        "Some betas lie outside",
+        "sample_max_value=0.5",
+        "ignores: beta_strat, sample_max_value, thre",
+    )
+    for words in wanted:
+        assert sum(words in line for line in said) == 1, words
