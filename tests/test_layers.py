@@ -61,7 +61,7 @@ FILES = {
         {"networks", "routing", "pictures"},
         {"base", "inputs"},
         {"coding", "prompts"},
-        {"unconditional", "latent", "elsewhere"},
+        {"unconditional", "latent", "calls"},
         {"text_codes"},
         {"text_to_image"},
         {"opening"},

@@ -52,7 +52,7 @@ def calls_of(owner, name, monkeypatch):
 @pytest.fixture
 def transposed(monkeypatch):
     """The calls of a transposed convolution, which any number of places is worth."""
-    monkeypatch.setattr(networks, "PLACES", 1)
+    monkeypatch.setattr(networks, "PIXELS", 1)
     return calls_of(torch.nn.functional, "conv_transpose2d", monkeypatch)
 
 
@@ -74,7 +74,7 @@ def test_upsampling_and_convolution_at_once_are_the_same(size, options, transpos
 
 @pytest.mark.parametrize("places", [32, 33])
 def test_few_places_are_upsampled_and_convolved_by_turns(places, transposed, monkeypatch):
-    monkeypatch.setattr(networks, "PLACES", places)
+    monkeypatch.setattr(networks, "PIXELS", places)
     specialized(upsampling())(torch.randn(2, 3, 4, 4, dtype=torch.float64))
     assert len(transposed) == (places == 32)
 

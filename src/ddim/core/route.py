@@ -135,17 +135,7 @@ def make_route(
         schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))
         for i in (0, 1)
     )
-    values = None
-    if eps_mean_square is not None:
-        missing = [t for t, _ in pairs if t not in eps_mean_square]
-        if missing:
-            raise DDIMError(
-                f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels "
-                "that are visited."
-            )
-        values = torch.tensor([eps_mean_square[t] for t, _ in pairs], dtype=torch.float64)
-    elif analytic:  # 1 adds nothing, and the levels are checked all the same
-        values = torch.ones_like(alpha_bar_t)
+    values = _values_at([t for t, _ in pairs], eps_mean_square) if analytic else None
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=values)
     multistep = torch.zeros_like(alpha_bar_t)
     if order == 2:
@@ -153,15 +143,18 @@ def make_route(
         previous = torch.cat([first, alpha_bar_t])[: len(pairs)]
         is_last = torch.tensor([s == CLEAN for _, s in pairs], dtype=torch.bool)
         multistep = multistep_weight(previous, alpha_bar_t, alpha_bar_s).masked_fill(is_last, 0.0)
-    return Route(
-        schedule,
-        tuple(pairs),
-        weights,
-        multistep,
-        eta,
-        order,
-        clip,
-        sampler,
-        analytic,
-        eps_mean_square,
-    )
+    steps = (schedule, tuple(pairs), weights, multistep)
+    return Route(*steps, eta, order, clip, sampler, analytic, eps_mean_square)
+
+
+def _values_at(levels: Sequence[int], eps_mean_square: Mapping[int, float] | None) -> Tensor:
+    """The value at each level; 1, which adds no variance, where it is yet to be measured."""
+    if eps_mean_square is None:
+        return torch.ones(len(levels), dtype=torch.float64)
+    missing = [t for t in levels if t not in eps_mean_square]
+    if missing:
+        raise DDIMError(
+            f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels that "
+            "are visited."
+        )
+    return torch.tensor([eps_mean_square[t] for t in levels], dtype=torch.float64)

@@ -1,1 +1,2 @@
-"""Images to latent codes and back: the encoders, the exactly reversible samplers, and the files of codes."""
+"""Images to latent codes and back: the encoders, the exactly reversible samplers, and the files of
+codes."""

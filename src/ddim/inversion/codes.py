@@ -264,7 +264,7 @@ def decoding_timesteps(
 
     Args:
         code: To be decoded.
-        timesteps: Falling; None: the code's own.
+        timesteps: Falling. Default: the code's own.
         schedule: The levels.
 
     Returns:

@@ -2,20 +2,21 @@ r"""From data to noise: the walk of the DDIM's own ODE, explicit and implicit.
 
 With eps held fixed, a step between two levels is
 
-.. math:: x_t = \frac{\alpha_t}{\alpha_s} x_s + \Big(\sigma_t - \frac{\alpha_t \sigma_s}{\alpha_s}\Big)\,\epsilon,
+.. math:: x_t = \frac{\alpha_t}{\alpha_s} x_s
+    + \Big(\sigma_t - \frac{\alpha_t \sigma_s}{\alpha_s}\Big)\,\epsilon,
 
 in either direction. The explicit encoder takes eps at the state it leaves, :math:`\epsilon(x_s,
 s)`, while sampling will take it at the state it reaches, and so comes back to somewhere else, at a
 distance of first order in 1/N. The implicit encoder solves for the :math:`x_t` from which sampling
 does step back to :math:`x_s`.
 
-Its iteration is accelerated by Anderson's method, each sample by itself, and a sample stops when its
-own residual is below the tolerance, so that samples do not influence each other. It starts from eps
-of the step before, which costs nothing. Evaluations go where they are needed. Next to the data a
-denoiser's x0 hardly depends on what lies across the data, so that the step out of the clean level is
-close to singular: it takes dozens of evaluations, for a tolerance fifty times as large, since no
-later step enlarges its error. An error next to the noise may be enlarged a thousandfold on the way
-back; those steps are smooth, and take three to five.
+Its iteration is accelerated by Anderson's method, each sample by itself, and a sample stops when
+its own residual is below the tolerance, so that samples do not influence each other. It starts from
+eps of the step before, which costs nothing. Next to the data a denoiser's x0 hardly depends on what
+lies across the data, so that the step out of the clean level is close to singular: it takes dozens
+of evaluations, for a tolerance fifty times as large, since no later step enlarges its error. An
+error next to the noise may be enlarged a thousandfold on the way back; those steps are smooth, and
+take three to five evaluations.
 
 Clean data is no level that a network knows: there it is called at level 0.
 
@@ -144,9 +145,7 @@ def encode_implicit(
     depth: int = 2,
 ) -> Encoding:
     r"""Solves each step for the state from which sampling comes back: :math:`x_t = F(x_t)` with eps
-    at :math:`(x_t, t)`.
-
-    Autograd records it all, unless it is called under ``torch.no_grad()``.
+    at :math:`(x_t, t)`. Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -156,20 +155,17 @@ def encode_implicit(
         tolerance: Largest residual (root mean square over elements) of a step, above 0; fifty times
             that for the first.
         max_evaluations: For one step, at least 1.
-        depth: How many earlier iterates the acceleration combines; 0 is the plain fixed-point
-            iteration.
+        depth: Earlier iterates that the acceleration combines; 0 is plain iteration.
 
     Returns:
-        The latent, the evaluations (of the slowest sample at each step, since a batch is evaluated
-        whole), and the residuals.
+        The latent, the evaluations of the slowest sample at each step, and the residuals.
 
     Raises:
         DDIMError: If an option is out of range.
         DivergenceError: If a residual is not finite.
 
     Warns:
-        ConvergenceWarning: If a step was not solved; the best iterate was taken, and ``residual``
-            tells how good it is.
+        ConvergenceWarning: If a step was not solved; the best iterate was taken.
     """
     if not tolerance > 0 or max_evaluations < 1 or depth < 0:
         raise DDIMError(
@@ -187,17 +183,8 @@ def encode_implicit(
             eps = denoise(x, t).eps
             total += 1
         # A residual of x_t is 1/grow times as large where sampling lands.
-        x, eps, residual, used = _solve_step(
-            denoise,
-            grow * x,
-            eps,
-            t,
-            add,
-            scale=1 / grow,
-            tolerance=wanted,
-            max_evaluations=max_evaluations,
-            depth=depth,
-        )
+        limits = (1 / grow, wanted, max_evaluations, depth)
+        x, eps, residual, used = _solve_step(denoise, grow * x, eps, t, add, *limits)
         total += used
         worst = torch.maximum(worst, residual)
         _check_solved(residual, wanted, t, used)
@@ -227,7 +214,6 @@ def _solve_step(
     eps: Tensor,
     t: int,
     add: float,
-    *,
     scale: float,
     tolerance: float,
     max_evaluations: int,

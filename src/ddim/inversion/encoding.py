@@ -119,17 +119,8 @@ class Encoder:
                 f"the code grew to {largest:.1e}, where noise is of order 1: {self.method} "
                 f"diverged at {len(levels)} steps; {_ADVICE[self.method]}."
             )
-        return Code(
-            states,
-            self.method,
-            tuple(levels),
-            evaluations,
-            self.gamma,
-            self.mixing,
-            residual,
-            labels,
-            origin or {},
-        )
+        how = (self.method, tuple(levels), evaluations, self.gamma, self.mixing)
+        return Code(states, *how, residual, labels, origin or {})
 
 
 def encode(
@@ -162,11 +153,11 @@ def encode(
             level below (:func:`ddim.inversion.ddim.encodable_timesteps`); ``Code.timesteps`` says
             which were used.
         schedule: The levels.
-        method: See the module's table.
+        method: See :class:`Encoder`, and so for its options.
         gamma: For ``bdia``.
         mixing: For ``edict``.
-        tolerance: For ``fixed-point`` (:func:`ddim.inversion.ddim.encode_implicit`).
-        max_evaluations: For ``fixed-point``, for one step.
+        tolerance: For ``fixed-point``.
+        max_evaluations: For ``fixed-point``.
         labels: To be kept in the code.
         origin: To be kept in the code.
 

@@ -77,10 +77,10 @@ class ReversibleSampler:
 
     Attributes:
         method: One of :data:`REVERSIBLE`.
-        gamma: Of BDIA, in (0, 1]: how much of the step before is taken back. 1 is the most stable;
+        gamma: For BDIA, in (0, 1]: how much of the step before is taken back. 1 is the most stable;
             its authors edit with 0.96. Running backwards divides by it, so that small values
             diverge.
-        mixing: Of EDICT, in (0, 1): how far the two copies are kept together; its authors take
+        mixing: For EDICT, in (0, 1): how far the two copies are kept together; its authors take
             0.93.
     """
 
@@ -167,9 +167,8 @@ class _Path(NamedTuple):
 def _path(schedule: NoiseSchedule, timesteps: Sequence[int]) -> _Path:
     rising = check_timesteps(timesteps, len(schedule))[::-1]
     alpha_bar = schedule.alpha_bar(torch.tensor([CLEAN, *rising]))
-    if (
-        alpha_bar[0] == alpha_bar[1]
-    ):  # where clean data is level 0 itself (set_alpha_to_one is off) there is no step between them
+    # Where clean data is level 0 itself (set_alpha_to_one is off), there is no step between them.
+    if alpha_bar[0] == alpha_bar[1]:
         rising, alpha_bar = rising[1:], alpha_bar[1:]
     if not rising:
         raise DDIMError(
@@ -180,11 +179,9 @@ def _path(schedule: NoiseSchedule, timesteps: Sequence[int]) -> _Path:
 
 
 def _two_step(sampler: ReversibleSampler, alpha_bar: Tensor) -> TwoStep:
-    return (
-        o_belm_coefficients(alpha_bar)
-        if sampler.method == "o-belm"
-        else bdia_coefficients(alpha_bar, sampler.gamma)
-    )
+    if sampler.method == "o-belm":
+        return o_belm_coefficients(alpha_bar)
+    return bdia_coefficients(alpha_bar, sampler.gamma)
 
 
 def reversible_trajectory(
@@ -313,8 +310,8 @@ def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
     if sampler.method != "bdia" and path.alpha_bar[-1] == 0:
         raise DDIMError(
             f"{sampler.method} cannot be run backwards from t={path.levels[-1]}, where the SNR is "
-            "0 and a sample holds no signal; "
-            "start a level lower (encodable_timesteps), or use bdia."
+            "0 and a sample holds no signal; start a level lower (encodable_timesteps), or use "
+            "bdia."
         )
 
 
@@ -371,8 +368,8 @@ def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> It
     if apart > _APART:
         warnings.warn(
             f"EDICT's two copies of an image ended {apart:.1e} apart (pixels in [-1, 1]), so that "
-            "neither is what the steps lead to; "
-            "sample with more steps, decode a code of fewer, or use o-belm.",
+            "neither is what the steps lead to; sample with more steps, decode a code of fewer, or "
+            "use o-belm.",
             DriftWarning,
             stacklevel=2,
         )

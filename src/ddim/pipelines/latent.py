@@ -117,8 +117,7 @@ class StableDiffusion(Coding):
         Args:
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format,
                 or a hub id.
-            **options: Of diffusers' ``from_pretrained``: dtype (or torch_dtype), variant, the parts
-                by their names, ...
+            **options: diffusers' ones, such as dtype (or torch_dtype), variant, and parts by name.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, is of another kind, or lacks a
@@ -151,7 +150,7 @@ class StableDiffusion(Coding):
 
     @property
     def guidance_rescale(self) -> float:
-        """Of the running call, for callbacks."""
+        """The rescale of the running call, for callbacks."""
         return self._guidance_rescale
 
     @property
@@ -163,11 +162,8 @@ class StableDiffusion(Coding):
         """
         _, height, width = self.latent_shape
         self._require("vae")
-        return (
-            int(self.vae.config.out_channels),
-            height * self.vae_scale_factor,
-            width * self.vae_scale_factor,
-        )
+        factor = self.vae_scale_factor
+        return int(self.vae.config.out_channels), height * factor, width * factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -227,8 +223,8 @@ class StableDiffusion(Coding):
         if unet.config.in_channels != unet.config.out_channels:
             raise DDIMError(
                 f"the network takes {unet.config.in_channels} channels and returns "
-                f"{unet.config.out_channels}: it is one for inpainting, depth or the like; open the "
-                "checkpoint with ddim.DiffusionPipeline, which takes the pipeline that it names."
+                f"{unet.config.out_channels}: it is one for inpainting, depth or the like; open "
+                "the checkpoint with ddim.DiffusionPipeline, which takes the pipeline it names."
             )
         if unet.config.encoder_hid_dim_type is not None:
             raise DDIMError(

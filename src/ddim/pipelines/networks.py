@@ -21,31 +21,28 @@ __all__ = [
 ]
 
 SHORT = 64 * 64
-"""Queries times keys up to which attention is a product of small matrices, which a compiler fuses
-with what is around it."""
+"""Attention of at most that many queries times keys is computed as products of small matrices,
+which a compiler fuses with what is around them."""
 
-PLACES = 256
-"""Places of all images from which on to upsample and convolve at once saves more than to sum its
-weights costs."""
+PIXELS = 256
+"""From that many pixels of all feature maps on, upsampling and convolving at once saves more than
+summing its weights costs."""
 
 EXACT = (torch.float32, torch.float64)
-"""Where other sums than diffusers' and torch's own are made: those of half precision would round,
-and its exponentials overflow."""
+"""The dtypes in which sums are reordered: half precision would round them, and overflow in
+exponentials."""
 
 LARGE, SMALL_MAP = 2**17, 1024
-"""Numbers of a tensor from which on, and places of an image up to which, several operators
-normalize faster than torch's kernel, which in images of fewer places goes through the channels of a
-group by themselves."""
+"""Group norm by rows is faster for tensors of at least LARGE elements with feature maps under
+SMALL_MAP pixels, where torch's kernel goes through the channels of a group one by one."""
 
 
 def prepare_layers(*modules: nn.Module) -> None:
-    """Lays the weights of convolutions out channels-last, which a CPU convolves faster: in place,
-    and parameters and names stay.
+    """Prepares networks for a CPU, in place; parameters and their names stay.
 
-    With them go nearest upsampling by 2 and its convolution, which become one transposed
-    convolution of 16 multiplications for each input in place of 36, and normalizations, which go by
-    rows where that is faster than torch's kernel for that layout. Memory that one layer frees stays
-    for the next, up to 64 MiB of the process."""
+    The weights of convolutions become channels-last. Nearest upsampling by 2 and its convolution
+    become one transposed convolution, of 16 multiplications an input in place of 36. Group norm
+    goes by rows where that is faster. The process keeps up to 64 MiB that layers free."""
     _keep_freed_memory()
     for module in modules:
         for layer in module.modules():
@@ -58,8 +55,8 @@ def prepare_layers(*modules: nn.Module) -> None:
 
 
 def prepare_for_compiling(network: nn.Module) -> None:
-    """Prepares a network for being compiled on a CPU, in place: as :func:`prepare_layers`, and short
-    attention no longer calls a kernel made for long sequences."""
+    """Prepares a network for being compiled on a CPU, in place: by :func:`prepare_layers`, and by
+    attention of short sequences without the kernel that is made for long ones."""
     prepare_layers(network)
     for module in network.modules():
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
@@ -68,9 +65,8 @@ def prepare_for_compiling(network: nn.Module) -> None:
 
 @cache
 def _keep_freed_memory() -> None:
-    """Frees a block of the size up to which glibc adapts: from then on it takes blocks of that size
-    from its heap, and keeps twice as much of what was freed there, where it returned either to the
-    kernel, which clears memory anew. Other allocators do not mind."""
+    """Raises glibc's mmap threshold, by freeing a block of the largest size that it adapts to, so
+    that freed activations are reused instead of returned to the kernel."""
     torch.empty(2**25 - 2**14, dtype=torch.uint8, device="cpu")
 
 
@@ -86,9 +82,8 @@ def is_compiled(network: Any) -> bool:
 
 
 def copy_if_replayed(output: Tensor, network: Any) -> Tensor:
-    """A network's output as a tensor that its next call leaves alone, which one of a compiled
-    network on a GPU need not be: a graph of kernels that is replayed writes to the same memory each
-    time."""
+    """The output of a network, copied if the network is compiled and on a GPU: there the next call
+    may replay a graph of kernels, which writes to the same memory."""
     return output.clone() if output.is_cuda and is_compiled(network) else output
 
 
@@ -124,7 +119,7 @@ class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]
         doubled = output_size is None or tuple(output_size) == tuple(
             2 * side for side in hidden_states.shape[-2:]
         )
-        worth = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3] >= PLACES
+        worth = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3] >= PIXELS
         if (
             args
             or options
@@ -152,30 +147,19 @@ def _is_plain(conv: Any) -> bool:
         return False
     if torch.is_autocast_enabled("cpu"):  # it would sum the weights in half precision
         return False
-    usual = (
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        conv.padding_mode,
-    )
-    if usual != ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    if shape != ((3, 3), (1, 1), (1, 1), (1, 1)):
         return False
-    hooks = (
-        conv._forward_hooks,
-        conv._forward_pre_hooks,
-        conv._backward_hooks,
-        conv._backward_pre_hooks,
-    )
-    return (
-        not any(hooks) and "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
-    )
+    if conv.groups != 1 or conv.padding_mode != "zeros":
+        return False
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(conv, kind) for kind in kinds):
+        return False
+    return "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
 
 
-_ROWS = torch.tensor(
-    [[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], device="cpu"
-)  # wherever this module is first imported
+# On the CPU, wherever this module is first imported.
+_ROWS = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]], device="cpu")
 """[3, 4]: the rows of a transposed convolution's kernel that a row of a convolution's goes to. Each
 input is seen at two rows, and a transposed convolution runs backwards."""
 _TAPS = torch.kron(_ROWS, _ROWS)
@@ -194,13 +178,9 @@ class _RowsGroupNorm(nn.GroupNorm):
     where torch's kernel goes through groups of few channels by themselves."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        exact = input.device.type == "cpu" and input.dtype in EXACT
-        if not (
-            exact
-            and self.affine
-            and input.ndim > 2
-            and (torch.compiler.is_compiling() or self._is_slow(input))
-        ):
+        is_exact = input.device.type == "cpu" and input.dtype in EXACT
+        fits = is_exact and self.affine and input.ndim > 2
+        if not fits or not (torch.compiler.is_compiling() or self._is_slow(input)):
             return super().forward(input)
         rows = input.flatten(2).transpose(1, 2)
         count, _, channels = rows.shape
@@ -208,35 +188,25 @@ class _RowsGroupNorm(nn.GroupNorm):
         def mean(x: Tensor) -> Tensor:  # [B, groups, 1]
             return x.mean(1).view(count, self.num_groups, -1).mean(2, keepdim=True)
 
-        def stored(
-            x: Tensor,
-            # a compiler would compute it again for every number; where there is memory, it reads there
-        ) -> Tensor:
-            return x.reshape(count, 1, channels).as_strided(
-                (count, 1, channels), (channels, channels, 1)
-            )
+        def stored(x: Tensor) -> Tensor:  # else a compiler computes it again for every element
+            shape = (count, 1, channels)
+            return x.reshape(shape).as_strided(shape, (channels, channels, 1))
 
         centre = mean(rows)
         spread = (mean(rows * rows) - centre * centre).clamp_(min=0)
-        scale = (spread + self.eps).rsqrt() * self.weight.view(
-            self.num_groups, -1
-        )  # [B, groups, channels of one]
-        shift = self.bias.view(self.num_groups, -1) - centre * scale
-        return (
-            torch.addcmul(stored(shift), rows, stored(scale)).transpose(1, 2).reshape(input.shape)
-        )
+        weight, bias = (p.view(self.num_groups, -1) for p in (self.weight, self.bias))
+        scale = (spread + self.eps).rsqrt() * weight  # [B, groups, channels of one]
+        shift = bias - centre * scale
+        normalized = torch.addcmul(stored(shift), rows, stored(scale))
+        return normalized.transpose(1, 2).reshape(input.shape)
 
     def _is_slow(self, x: Tensor) -> bool:
-        """Whether torch's kernel is: of many small images that lie channels-last, where a group's
-        channels fill no vector of numbers."""
+        """Whether torch's kernel is slow: for many small feature maps that lie channels-last, if
+        the channels of a group do not fill a vector register."""
         width = self.num_channels // self.num_groups
-        if (
-            width >= 16
-            or width == 8
-            or x.ndim != 4
-            or x.numel() < LARGE
-            or x.shape[2] * x.shape[3] >= SMALL_MAP
-        ):
+        if width >= 16 or width == 8 or x.ndim != 4:
+            return False
+        if x.numel() < LARGE or x.shape[2] * x.shape[3] >= SMALL_MAP:
             return False
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
@@ -253,19 +223,12 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Any:
-        tokens = (
-            hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
-        )
-        pairs = (
-            tokens.shape[1]
-            * (tokens if encoder_hidden_states is None else encoder_hidden_states).shape[1]
-        )
-        if (
-            pairs > SHORT
-            or hidden_states.dtype not in EXACT
-            or attention_mask is not None
-            or any(getattr(attn, name) for name in _MORE)
-        ):
+        is_map = hidden_states.ndim == 4
+        tokens = hidden_states.flatten(2).transpose(1, 2) if is_map else hidden_states
+        given = tokens if encoder_hidden_states is None else encoder_hidden_states
+        is_short = tokens.shape[1] * given.shape[1] <= SHORT
+        is_plain = attention_mask is None and not any(getattr(attn, name) for name in _UNSUPPORTED)
+        if not (is_short and is_plain and hidden_states.dtype in EXACT):
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb
             )
@@ -275,17 +238,15 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
         mixed = _attend(attn.to_q(tokens), attn.to_k(given), attn.to_v(given), heads=attn.heads)
         for layer in attn.to_out:
             mixed = layer(mixed)
-        if hidden_states.ndim == 4:
+        if is_map:
             mixed = mixed.transpose(1, 2).reshape(hidden_states.shape)
-        return (
-            mixed + hidden_states if attn.residual_connection else mixed
-        ) / attn.rescale_output_factor
+        mixed = mixed + hidden_states if attn.residual_connection else mixed
+        return mixed / attn.rescale_output_factor
 
 
-_MORE = ("spatial_norm", "norm_q", "norm_k", "norm_cross")
-"""What an attention layer of diffusers may do beside, and torch's kernel is left with. To compute
-scores or softmax in float32, as many ask for, is no more: it is for half precision, and diffusers'
-processor of torch's kernel heeds it nowhere."""
+_UNSUPPORTED = ("spatial_norm", "norm_q", "norm_k", "norm_cross")
+"""With these parts an attention layer keeps torch's kernel. Upcasting of scores or softmax is not
+among them: it is for half precision, and diffusers' processor of torch's kernel ignores it too."""
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
@@ -301,7 +262,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
     query, key, value = split(query), split(key * width**-0.5), split(value)
     scores = torch.bmm(key, query.transpose(1, 2))
     weights = (scores - scores.amax(1, keepdim=True)).exp()
-    mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights) / weights.sum(
-        1, keepdim=True
-    )  # [B * heads, D, queries]
+    mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights)  # [B * heads, D, queries]
+    mixed = mixed / weights.sum(1, keepdim=True)
     return mixed.reshape(count, heads * width, -1).transpose(1, 2)

@@ -192,9 +192,9 @@ def count_images(
 
     Args:
         prompts: How many there are.
-        images: How many images are given; None: this is not image-to-image.
-        per_prompt: How many are made of each; None: as many as ``lengths`` ask for, else one.
-        lengths: Of what is given one a made image: seeds, generators, latents.
+        images: How many images are given; None without image-to-image.
+        per_prompt: How many are made of each. Default: as many as ``lengths`` ask for, else one.
+        lengths: How many seeds, generators and latents there are, one for each made image.
 
     Returns:
         The number of (prompt, image) groups, one prompt or image standing for all; and of images

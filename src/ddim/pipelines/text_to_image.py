@@ -28,7 +28,7 @@ if not is_transformers_available():
         "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
     )
 
-from ddim.pipelines.elsewhere import or_elsewhere
+from ddim.pipelines.calls import resolved
 from ddim.pipelines.latent import Given, StepEnd, WalkOptions
 from ddim.pipelines.pictures import check_size, encode_images, prepare_images
 from ddim.pipelines.prompts import GUIDANCE, Guidance, Prompt, Prompts, count_images, given_lengths
@@ -58,7 +58,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
     _other = ("ImageToImagePipeline", frozenset({"image", "strength"}))
 
     @torch.no_grad()
-    @or_elsewhere
+    @resolved
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -106,12 +106,12 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             sigmas: For diffusers' own call alone.
             guidance_scale: How far the prediction is led away from the negative prompt
                 (:func:`ddim.core.guidance.guide`); 1 or less is off.
-            negative_prompt: One text for all, or one a prompt; Default: the empty text.
+            negative_prompt: One text for all, or one a prompt. Default: the empty text.
             num_images_per_prompt: K. Default: as many as seeds, generators or latents ask for, else
                 1. Image k of prompt p is number p K + k.
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
-            generator: One an image, or one for all; as in
-                :meth:`ddim.pipelines.unconditional.UnconditionalPipeline.__call__`.
+            generator: One an image; or one for all, drawn from image by image in turn, so that with
+                eta > 0 an image depends on the size of its batch.
             latents: x_T, [B, C, h, w], in place of drawn noise.
             prompt_embeds: [P, L, D], in place of prompts.
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
@@ -121,8 +121,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 or ``latent``, as the network knows them.
             return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
                 or a tuple of both.
-            cross_attention_kwargs: Of the network's attention, ``scale`` of LoRA weights among
-                them.
+            cross_attention_kwargs: For the network's attention, such as ``scale`` of LoRA weights.
             guidance_rescale: How far guided predictions are brought back to the standard deviation
                 of unguided ones, in [0, 1].
             clip_skip: Layers of the text encoder that are left out at its end.
@@ -153,34 +152,6 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        self._check_output_type(output_type)
-        route = self.route(
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
-        )
-        return self.draw(
-            route,
-            Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip),
-            Guidance(guidance_scale, guidance_rescale, guidance_batched),
-            height=height,
-            width=width,
-            latents=latents,
-            num_images_per_prompt=num_images_per_prompt,
-            seeds=seeds,
-            generator=generator,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback=callback,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            progress=progress,
-            output_type=output_type,
-            return_dict=return_dict,
-        )
 
     @torch.no_grad()
     def draw(
@@ -228,7 +199,10 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         return shape
 
 
-class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):  # type: ignore[misc]
+class ImageToImagePipeline(
+    TextCodes,
+    diffusers.StableDiffusionImg2ImgPipeline,  # type: ignore[misc]
+):
     """Images of prompts that begin at given images, with DDIM: diffusers'
     ``StableDiffusionImg2ImgPipeline`` with this package's loop.
 
@@ -239,7 +213,7 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
     _other = ("TextToImagePipeline", frozenset({"height", "width", "latents"}))
 
     @torch.no_grad()
-    @or_elsewhere
+    @resolved
     def __call__(
         self,
         prompt: Prompt | None = None,
@@ -286,37 +260,28 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
             num_inference_steps: N. Default: 50.
             timesteps: The levels themselves, falling, in place of N and a spacing.
             sigmas: For diffusers' own call alone.
-            guidance_scale: How far the prediction is led away from the negative prompt; 1 or less is off.
-            negative_prompt: One text for all, or one a prompt; Default: the empty text.
-            num_images_per_prompt: K of each prompt with its image. Default: as many as seeds or generators ask
-                for, otherwise 1.
+            guidance_scale: How far predictions are led from the negative prompt; 1 or less is off.
+            negative_prompt: One text for all, or one a prompt. Default: the empty text.
+            num_images_per_prompt: K. Default: as many as seeds or generators ask for, else 1.
             eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
             generator: One an image, or one for all.
             prompt_embeds: [P, L, D], in place of prompts.
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
             ip_adapter_image: For diffusers' own call alone.
             ip_adapter_image_embeds: For diffusers' own call alone.
-            output_type: ``pil``; float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W];
-                or ``latent``, as the network knows them.
-            return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
-                or a tuple of both.
-            cross_attention_kwargs: Of the network's attention, ``scale`` of LoRA weights among
-                them.
+            output_type: ``pil``, ``np``, ``pt`` or ``latent``.
+            return_dict: Whether to return an object, or a tuple.
+            cross_attention_kwargs: For the network's attention, such as ``scale`` of LoRA weights.
             clip_skip: Layers of the text encoder that are left out at its end.
             callback_on_step_end: diffusers' callback ``(pipe, number, t, tensors)``.
             callback_on_step_end_tensor_inputs: Which tensors it is given.
-            guidance_rescale: How far guided predictions are brought back to the standard deviation
-                of unguided ones, in [0, 1].
-            seeds: One an image: gives the VAE's own noise, that of the first level, and all later
-                noise.
+            guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
+            seeds: One an image: gives the VAE's own noise, the first level's, and all later noise.
             timestep_spacing: Which levels are visited. Default: as the configuration says.
             order: 1 DDIM, 2 its multistep. Default: as the configuration says.
-            clip: What happens to the predicted latents. Default: as the configuration says, which
-                is nothing as a rule.
-            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
-                no clipping).
-            guidance_batched: Whether the two predictions of guidance are one batch of the network,
-                or one after the other: slower, in half of the memory.
+            clip: What happens to the predicted latents. Default: as the configuration says.
+            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict``.
+            guidance_batched: Whether the two predictions of guidance are one batch of the network.
             callback: Called with the state of the latents after each step; returning True stops.
             progress: Whether to show a progress bar.
             **others: What diffusers' call takes beyond these: the call is then diffusers' own.
@@ -329,33 +294,6 @@ class ImageToImagePipeline(TextCodes, diffusers.StableDiffusionImg2ImgPipeline):
                 a prediction is not finite.
             TypeError: If an argument is neither ours nor diffusers'.
         """
-        self._check_output_type(output_type)
-        route = self.route(
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            strength=strength,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
-        )
-        return self.draw(
-            route,
-            Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip),
-            Guidance(guidance_scale, guidance_rescale, guidance_batched),
-            image=image,
-            num_images_per_prompt=num_images_per_prompt,
-            seeds=seeds,
-            generator=generator,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback=callback,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            progress=progress,
-            output_type=output_type,
-            return_dict=return_dict,
-        )
 
     @torch.no_grad()
     def draw(

@@ -195,21 +195,17 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             timesteps: The levels themselves, falling, in place of N and a spacing.
             seeds: One an image; the image of a seed does not depend on the others. Gives x_T and
                 all later noise.
-            generator: One an image, with diffusers' meaning; or one for all, drawn from image by
-                image in turn, so that with eta > 0 an image depends on the size of its batch.
-                Default, without seeds: seeds from torch's global generator.
-            latents: x_T, [B, C, H, W], in place of drawn noise; of any size that the network takes.
-                Seeds pass over their x_T then, so that the x_T of a seed with that seed gives its
-                image.
+            generator: One an image; or one for all, drawn from image by image in turn, so that with
+                eta > 0 an image depends on the size of its batch. Default: torch's global one.
+            latents: x_T, [B, C, H, W], of any size that the network takes. The x_T of a seed, given
+                with that seed, gives its image.
             prior: What is known of the data's brightness, for a schedule that starts above zero
                 SNR. Default: x_T is N(0, I).
             class_labels: One for all or one an image, of a class-conditional network.
             clip: What happens to the predicted x0. Default: as the configuration says. Where it is
                 on, eps is derived again from the clipped x0 (diffusers' default does not do so).
-            sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
-                no clipping).
-            callback: Called with the state after each step. Returning True stops: the images are
-                its ``x0`` then.
+            sampler: ``ddim``; or ``o-belm``, ``bdia`` or ``edict``, which are exactly invertible.
+            callback: Called with the state after each step; True stops, with its ``x0``.
             progress: Whether to show a progress bar.
             output_type: ``pil``; or float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H,
                 W].
@@ -219,8 +215,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             The images.
 
         Raises:
-            DDIMError: If options exclude each other or do not fit the network, or the network's
-                output is not finite.
+            DDIMError: If options do not fit each other or the network, or its output is not finite.
         """
         route = self.route(
             num_inference_steps,
@@ -262,8 +257,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Makes images along a route of :meth:`route`; the arguments mean what they mean in a
-        call."""
+        """Makes images along a route of :meth:`route`; other arguments are those of a call."""
         self._check_output_type(output_type)
         count = count_images(
             batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
@@ -317,17 +311,16 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
                 H, W].
             num_inference_steps: N. Default: 50.
             method: ``o-belm``, ``bdia`` and ``edict`` come back exactly, ``fixed-point`` to its
-                tolerance, ``ddim`` (the paper's) nearly. A half-precision network rounds what it
-                sees, and may round otherwise on the way back: encode and decode in float32.
+                tolerance, ``ddim`` (the paper's) nearly. Encode and decode in float32: a network in
+                half precision may round otherwise on the way back.
             timestep_spacing: Default: as the scheduler's configuration says.
             timesteps: The levels themselves, in place of N and a spacing. A level of zero SNR is
                 moved to the one below, since a sample holds nothing of an image there.
             class_labels: One for all or one an image; kept in the code.
-            resize: Whether images of another size are resized (shorter side) and cut to the
-                network's, rather than refused.
-            gamma: For ``bdia`` (:class:`ddim.inversion.reversible.ReversibleSampler`).
+            resize: Whether images of another size are resized and cut, rather than refused.
+            gamma: For ``bdia``; see :class:`ddim.inversion.encoding.Encoder`.
             mixing: For ``edict``.
-            tolerance: For ``fixed-point`` (:func:`ddim.inversion.ddim.encode_implicit`).
+            tolerance: For ``fixed-point``.
             max_evaluations: For ``fixed-point``.
             batch_size: Images encoded together.
 
@@ -384,8 +377,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             output_type: ``pil``, ``np`` or ``pt``.
 
         Returns:
-            The images: a list of Pillow images, an array [B, H, W, C], or a tensor [B, C, H, W] in
-            [0, 1].
+            Pillow images, an array [B, H, W, C], or a tensor [B, C, H, W] in [0, 1].
 
         Raises:
             DDIMError: If the code is of another model, or of other steps, or does not fit.

@@ -1,5 +1,5 @@
-"""Calls of a text-to-image pipeline that this package's loop does not know, and diffusers' own
-does."""
+"""The body of both text pipelines' calls: what is asked is resolved and drawn by this package's
+loop, or goes to diffusers' own."""
 
 import functools
 import inspect
@@ -14,51 +14,84 @@ from ddim.core.noise import make_generators
 from ddim.core.timesteps import truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.pipelines.pictures import prepare_images
-from ddim.pipelines.prompts import Prompts, count_images, given_lengths, warn_of_no_guidance
+from ddim.pipelines.prompts import (
+    Guidance,
+    Prompts,
+    count_images,
+    given_lengths,
+    warn_of_no_guidance,
+)
 
-__all__ = ["or_elsewhere"]
+__all__ = ["resolved"]
 
 P = ParamSpec("P")
 
+_ROUTE = (
+    *("num_inference_steps", "timestep_spacing", "timesteps", "strength"),
+    *("eta", "order", "clip", "sampler"),
+)
+_PROMPTS = (*("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "clip_skip"),)
+_GUIDANCE = ("scale", "rescale", "batched")
 _THEIRS = ("sigmas", "ip_adapter_image", "ip_adapter_image_embeds")
 """Named arguments that only diffusers' own call knows."""
 
 
-def or_elsewhere(call: Callable[P, Any]) -> Callable[P, Any]:
-    """Sends a call with an argument, or of a pipeline with a part, that our loop does not know to
-    diffusers' own call. There our arguments act too, or are refused.
+def resolved(call: Callable[P, Any]) -> Callable[P, Any]:
+    """Gives a call, which says its arguments and nothing else, its body.
 
-    The call's class says ``_exported``, the class of diffusers' own call, and ``_other``."""
+    The arguments become a route, prompts and guidance, along which the pipeline draws. A call with
+    an argument, or of a pipeline with a part, that our loop does not know goes to diffusers' own;
+    there our arguments act too, or are refused."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)
-    def either(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def body(*args: P.args, **kwargs: P.kwargs) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        pipe = bound.arguments.pop("self")
-        others = bound.arguments.pop("others")
         given = dict(bound.arguments)
+        pipe, others = given.pop("self"), given.pop("others")
         others |= {name: given[name] for name in _THEIRS if given[name] is not None}
         reason = _why_elsewhere(pipe, others)
         if reason is None:
-            return call(*args, **kwargs)
-        known = inspect.signature(pipe._exported.__call__).parameters
-        ours = {name: given.pop(name) for name in list(given) if name not in known}
-        translated = {"guidance_rescale": given.get("guidance_rescale", 0.0)}
-        translated |= {name: ours.pop(name) for name in ("seeds", "progress")}
-        if "callback_steps" in others:  # the older callback of diffusers
-            translated["callback"] = ours.pop("callback")
-        parameters = signature.parameters
-        refused = [name for name, value in ours.items() if value != parameters[name].default]
-        if refused:
-            raise DDIMError(
-                f"{reason} is sampled by diffusers' own loop, which does not know "
-                f"{', '.join(refused)}; leave out one or the other."
-            )
-        with _arguments(pipe, given | others, **translated) as arguments:
-            return pipe._exported.__call__(pipe, **arguments)
+            return _draw(pipe, given)
+        defaults = {name: p.default for name, p in signature.parameters.items()}
+        return _draw_elsewhere(pipe, given, others, reason, defaults)
 
-    return either
+    return body
+
+
+def _draw(pipe: Any, given: dict[str, Any]) -> Any:
+    """Resolves the arguments of a call, and draws."""
+
+    def take(*names: str) -> dict[str, Any]:
+        return {name: given.pop(name) for name in names if name in given}
+
+    take(*_THEIRS)
+    pipe._check_output_type(given["output_type"])
+    route = pipe.route(**take(*_ROUTE))
+    prompts = Prompts(**take(*_PROMPTS))
+    guidance = Guidance(**{name: given.pop(f"guidance_{name}") for name in _GUIDANCE})
+    return pipe.draw(route, prompts, guidance, **given)
+
+
+def _draw_elsewhere(
+    pipe: Any, given: dict[str, Any], others: dict[str, Any], reason: str, defaults: dict[str, Any]
+) -> Any:
+    """Calls diffusers' own loop, or refuses arguments of ours that have no meaning there."""
+    theirs = pipe._exported.__call__
+    known = inspect.signature(theirs).parameters
+    ours = {name: given.pop(name) for name in list(given) if name not in known}
+    translated = {name: ours.pop(name) for name in ("seeds", "progress")}
+    if "callback_steps" in others:  # the older callback of diffusers
+        translated["callback"] = ours.pop("callback")
+    refused = [name for name, value in ours.items() if value != defaults[name]]
+    if refused:
+        raise DDIMError(
+            f"{reason} is sampled by diffusers' own loop, which does not know "
+            f"{', '.join(refused)}; leave out one or the other."
+        )
+    with _arguments(pipe, given | others, **translated) as arguments:
+        return theirs(pipe, **arguments)
 
 
 def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
@@ -94,7 +127,6 @@ def _arguments(
     pipe: Any,
     options: dict[str, Any],
     *,
-    guidance_rescale: float,
     seeds: Any,
     progress: bool,
     callback: Callable[..., Any] | None = None,
@@ -110,7 +142,7 @@ def _arguments(
         seeds=seeds, generator=options["generator"], latents=options.get("latents")
     )
     pipe._check_output_type(options["output_type"])
-    check_rescale(guidance_rescale)
+    check_rescale(options.get("guidance_rescale", 0.0))
     away = [options[name] for name in ("negative_prompt", "negative_prompt_embeds")]
     if any(value is not None for value in away) and not is_guided(options["guidance_scale"]):
         warn_of_no_guidance(options["guidance_scale"])
