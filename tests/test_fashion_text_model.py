@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from ddim import DiffusionPipeline
-from ddim.data.fashion_text import (
-    COLOURS,
-    GARMENTS,
-    Combination,
-    combine,
-    extract_garments,
-    hues,
-)
+from ddim.data.fashion_text import COLOURS, GARMENTS, Combination, combine, extract_garments, hues
 from ddim.evaluation.classifier import load_classifier
 from ddim.models.checkpoints import embedded_models, find_model
 from fashion_judge import Asked, judge

@@ -1,14 +1,7 @@
 """The public names of ``ddim``, each with the module it lives in. This stub is the only list of them."""
 
-from .core.denoiser import (
-    Clip as Clip,
-    Denoiser as Denoiser,
-    ModelDenoiser as ModelDenoiser,
-)
-from .core.guidance import (
-    guide as guide,
-    guided as guided,
-)
+from .core.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
+from .core.guidance import guide as guide, guided as guided
 from .core.interpolation import (
     interpolate as interpolate,
     interpolate_grid as interpolate_grid,
@@ -25,9 +18,7 @@ from .core.objective import (
     loss_weights as loss_weights,
     training_loss as training_loss,
 )
-from .core.oracle import (
-    GaussianOracle as GaussianOracle,
-)
+from .core.oracle import GaussianOracle as GaussianOracle
 from .core.prediction import (
     Denoised as Denoised,
     clip_static as clip_static,
@@ -36,15 +27,8 @@ from .core.prediction import (
     to_eps as to_eps,
     to_x0_eps as to_x0_eps,
 )
-from .core.prior import (
-    DataPrior as DataPrior,
-    fit_prior as fit_prior,
-)
-from .core.sampler import (
-    State as State,
-    sample as sample,
-    trajectory as trajectory,
-)
+from .core.prior import DataPrior as DataPrior, fit_prior as fit_prior
+from .core.sampler import State as State, sample as sample, trajectory as trajectory
 from .core.schedule import (
     BETA_SCHEDULES as BETA_SCHEDULES,
     CLEAN as CLEAN,
@@ -69,19 +53,9 @@ from .core.timesteps import (
     step_pairs as step_pairs,
     truncate_timesteps as truncate_timesteps,
 )
-from .doctor.checks import (
-    Finding as Finding,
-    ModelFacts as ModelFacts,
-)
-from .doctor.report import (
-    Diagnosis as Diagnosis,
-    diagnose as diagnose,
-)
-from .doctor.symptoms import (
-    Brightness as Brightness,
-    Probe as Probe,
-    probe as probe,
-)
+from .doctor.checks import Finding as Finding, ModelFacts as ModelFacts
+from .doctor.report import Diagnosis as Diagnosis, diagnose as diagnose
+from .doctor.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
 from .errors import (
     CheckpointError as CheckpointError,
     DataError as DataError,
@@ -97,11 +71,7 @@ from .fitting.timesteps import (
     geometric_mean as geometric_mean,
     ode_error as ode_error,
 )
-from .inversion.codes import (
-    Code as Code,
-    load_code as load_code,
-    save_code as save_code,
-)
+from .inversion.codes import Code as Code, load_code as load_code, save_code as save_code
 from .inversion.ddim import (
     ConvergenceWarning as ConvergenceWarning,
     encodable_timesteps as encodable_timesteps,
@@ -127,22 +97,13 @@ from .models.conversion import (
     read_state_dict as read_state_dict,
     write_model as write_model,
 )
-from .models.export import (
-    to_diffusers as to_diffusers,
-)
-from .pipelines.opening import (
-    DiffusionPipeline as DiffusionPipeline,
-)
+from .models.export import to_diffusers as to_diffusers
+from .pipelines.opening import DiffusionPipeline as DiffusionPipeline
 from .pipelines.text_to_image import (
     ImageToImagePipeline as ImageToImagePipeline,
     TextToImagePipeline as TextToImagePipeline,
 )
-from .pipelines.unconditional import (
-    UnconditionalPipeline as UnconditionalPipeline,
-)
-from .scheduler import (
-    DDIMInverseScheduler as DDIMInverseScheduler,
-    DDIMScheduler as DDIMScheduler,
-)
+from .pipelines.unconditional import UnconditionalPipeline as UnconditionalPipeline
+from .scheduler import DDIMInverseScheduler as DDIMInverseScheduler, DDIMScheduler as DDIMScheduler
 
 __version__: str

@@ -839,11 +839,7 @@ def test_what_an_interrupted_run_leaves_is_known_and_in_nobodys_way(tiny, tmp_pa
             ["--seeds", "1,2", "--steps", 2, "--count", 2],
             ["--seeds", "1,3", "--steps", 2, "--count", 2],
         ),
-        "consistency": (
-            "draw",
-            ["--steps", "2,4", "--count", 1],
-            ["--steps", "2,3", "--count", 1],
-        ),
+        "consistency": ("draw", ["--steps", "2,4", "--count", 1], ["--steps", "2,3", "--count", 1]),
         "reconstruct": (
             "encode",
             [*data, "--steps", 2],

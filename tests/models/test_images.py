@@ -83,8 +83,7 @@ def test_transparent_and_palette_pictures_become_colour(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "write",
-    [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_text(p, "{}")],
+    "write", [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_text(p, "{}")]
 )
 def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
     path = tmp_path / "result"

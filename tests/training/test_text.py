@@ -470,12 +470,7 @@ def test_well_known_checkpoints_become_zero_snr_ones(tmp_path, name):
         made.clip_sample,
         made.set_alpha_to_one,
         made.prediction_type,
-    ) == (
-        "trailing",
-        False,
-        True,
-        "v_prediction",
-    )
+    ) == ("trailing", False, True, "v_prediction")
 
 
 @pytest.mark.parametrize(

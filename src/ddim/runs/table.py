@@ -29,14 +29,7 @@ from ddim.evaluation.protocol import (
     over_repeats,
     sample_cuts,
 )
-from ddim.evaluation.report import (
-    Cell,
-    check_plots,
-    flat_records,
-    save_plots,
-    to_csv,
-    to_markdown,
-)
+from ddim.evaluation.report import Cell, check_plots, flat_records, save_plots, to_csv, to_markdown
 from ddim.files import write_text
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import (
