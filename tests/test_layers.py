@@ -38,16 +38,31 @@ FILES = {
     ],
     "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
     "fitting": [{"search"}, {"timesteps"}],
-    "doctor": [{"symptoms"}, {"checks"}, {"report"}],
+    "doctor": [{"symptoms"}, {"checks"}, {"report"}, {"plot"}],
     "scheduler": [{"scheduling"}, {"scheduler"}],
+    "runs": [
+        {"options", "values", "record"},
+        {"requests", "engine"},
+        {"model"},
+        {"measuring", "text"},
+        {"sample", "evaluate", "table", "reconstruct", "consistency", "interpolate"}
+        | {"codes", "fit_steps", "diagnose"},
+    ],
     "models": [{"images", "checkpoints", "layouts"}, {"conversion", "export", "facts"}],
-    "evaluation": [{"classifier", "metrics", "statistics"}, {"features"}, {"protocol"}, {"report"}],
+    "evaluation": [
+        {"classifier", "metrics", "statistics"},
+        {"features"},
+        {"protocol"},
+        {"report"},
+        {"latents"},
+    ],
     "data": [
         {"captions", "dataset", "fashion_text"},
         {"folders", "arrays", "batches"},
         {"tables"},
         {"named"},
         {"sources"},
+        {"pictures"},
     ],
     "training": [
         {"config", "draws", "ema", "base"},
@@ -70,8 +85,8 @@ FILES = {
 """The same within a room: the files that stand in one set do not import one another."""
 
 TORCH_ONLY = {"ground", "core", "configuration", "inversion", "fitting", "doctor"}
-"""Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as safetensors."""
-ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock"}
+"""Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as safetensors, and ``doctor`` draws."""
+ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock", "matplotlib"}
 
 
 def imported(tree: ast.AST) -> list[str]:

@@ -144,7 +144,7 @@ def test_a_batch_is_timed_an_image(whole, model, reference, tmp_path, monkeypatc
         drawn.append((list(seeds), route.eta, len(route)))
         yield seconds.append(4.0)
 
-    monkeypatch.setattr(table, "sample_batches", draw)
+    monkeypatch.setattr(table.TableJob, "sample_batches", draw)
     assert run(model, reference, tmp_path / "out", "--timing-rounds", "1", "--batch-size", "8") == 0
     assert sorted(drawn, key=str) == sorted(
         ((list(range(8)), c["eta"], c["steps"]) for c in cells(whole).values()), key=str

@@ -26,7 +26,8 @@ _COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 
 def run(request: DoctorRequest) -> int:
     """Prints the findings, writes what was asked for, and returns the exit code."""
-    from ddim.runs.diagnose import examine, plot_schedule, write_prior
+    from ddim.doctor.plot import plot_schedule
+    from ddim.runs.diagnose import examine, write_prior
 
     examination = examine(request)
     diagnosis, probe = examination.diagnosis, examination.probe

@@ -9,9 +9,8 @@ Request = EncodeRequest
 
 def run(request: EncodeRequest) -> None:
     """Encodes the images, and says how well that went."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, unsolved_note
     from ddim.runs.codes import EncodeJob
-    from ddim.runs.pictures import unsolved_note
 
     outcome = run_request(EncodeJob, request)
     job, record = outcome.job, outcome.record

@@ -23,6 +23,6 @@ def run(request: EvaluateRequest) -> None:
         rows.append([result.metric, *numbers])
     print(text_table(rows), end="")
     print(
-        f"{job.samples.count} images against {len(job.reference)} of {request.reference} "
+        f"{job.samples.count} images against {len(job.real)} of {request.reference} "
         f"({request.split}); the record is in {job.folder / 'run.json'}."
     )

@@ -9,9 +9,8 @@ Request = InterpolateRequest
 
 def run(request: InterpolateRequest) -> None:
     """Draws the path, and says where it is and how the latents on it compare with noise."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, unsolved_note
     from ddim.runs.interpolate import InterpolateJob
-    from ddim.runs.pictures import unsolved_note
 
     outcome = run_request(InterpolateJob, request)
     job = outcome.job

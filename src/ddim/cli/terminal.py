@@ -3,14 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from ddim.runs.engine import Control, Event, Job, Outcome, execute
 
-__all__ = ["run_request"]
+__all__ = ["run_request", "unsolved_note"]
 
 
 def run_request(
@@ -60,3 +60,11 @@ def _columns() -> int | None:
     with contextlib.suppress(OSError):
         return 80 if os.get_terminal_size(sys.stderr.fileno()).columns == 0 else None
     return None
+
+
+def unsolved_note(steps: Sequence[str]) -> str:
+    """A sentence about what :func:`ddim.inversion.ddim.collect_unsolved` collected; empty for nothing."""
+    if not steps:
+        return ""
+    count = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+    return f" {count} not solved to the tolerance; use more steps, or method o-belm."

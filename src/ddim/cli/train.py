@@ -1,10 +1,8 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -75,6 +73,7 @@ def run(request: Request) -> None:
     )
     try:
         from ddim.runs.model import quiet_libraries
+        from ddim.training.record import code_revision
         from ddim.training.trainer import train
 
         if request.base is not None:
@@ -83,7 +82,7 @@ def run(request: Request) -> None:
             config,
             on_progress=show,
             on_note=lambda note: print(f"ddim: {note}", file=sys.stderr),
-            revision=_revision(),
+            revision=code_revision(),
         )
     except ModuleNotFoundError as error:
         raise DDIMError(
@@ -102,24 +101,3 @@ def run(request: Request) -> None:
         print(
             f"Stopped at step {result.step} with a checkpoint; the same command goes on from there."
         )
-
-
-def _revision() -> str | None:
-    """The git revision of this code, with -dirty where it has uncommitted changes; None where git
-    does not track it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # else an environment inside someone's repository has theirs
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -2,15 +2,16 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.protocol import METRICS, Metric, Result
-from ddim.files import replacing
+from ddim.files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +22,14 @@ __all__ = [
     "check_plots",
     "flat_records",
     "make_plots",
+    "read_cell",
     "save_lines",
     "save_plots",
     "spread_text",
     "text_table",
     "to_csv",
     "to_markdown",
+    "write_cell",
 ]
 
 _ETAS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
@@ -87,6 +90,29 @@ class Cell:
     def seconds_per_image(self) -> float:
         """Time to sample an image."""
         return self.seconds / self.count
+
+
+def read_cell(path: Path) -> Cell:
+    """Reads a cell's file.
+
+    Raises:
+        OutputError: If it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        numbers: Any = {
+            key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")
+        }
+        return Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(
+            f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
+        ) from error
+
+
+def write_cell(path: Path, cell: Cell) -> None:
+    """Writes a cell's file, whole or not at all."""
+    write_text(path, json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
 
 
 def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:

@@ -31,9 +31,10 @@ References:
     https://doi.org/10.1137/10078356X
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ from ddim.errors import DDIMError, DivergenceError
 
 __all__ = [
     "ConvergenceWarning",
+    "collect_unsolved",
     "Encoding",
     "encodable_timesteps",
     "encode_explicit",
@@ -271,3 +273,18 @@ def _anderson(history: list[tuple[Tensor, Tensor, Tensor]], y: Tensor, image: Te
     weights: Tensor = torch.linalg.solve(gram, change.transpose(1, 2) @ residual.unsqueeze(2))
     combined: Tensor = image.flatten(1).double() - (move @ weights).squeeze(2)
     return combined.reshape(y.shape).to(y.dtype)
+
+
+@contextlib.contextmanager
+def collect_unsolved() -> Iterator[list[str]]:
+    """Collects the warnings of implicit encoders about steps that they could not solve."""
+    unsolved: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        yield unsolved
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            unsolved.append(str(warning.message))
+        else:
+            place = warning.filename, warning.lineno
+            warnings.warn_explicit(warning.message, warning.category, *place)

@@ -27,6 +27,7 @@ __all__ = [
     "picture_size",
     "save_gif",
     "save_png",
+    "sheet_scale",
     "to_pil",
     "to_uint8",
 ]
@@ -276,3 +277,8 @@ def save_gif(images: NDArray[np.uint8], path: Path, *, scale: int = 1) -> None:
         frames[0].save(
             partial, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
         )
+
+
+def sheet_scale(images: NDArray[np.uint8]) -> int:
+    """How far small pictures are enlarged in a sheet for people: to about 96 pixels."""
+    return max(1, 96 // int(images.shape[2]))

@@ -7,21 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ddim.data.pictures import Selection, check_images, missing_images, read_images
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code, fingerprint, load_code, save_code
-from ddim.models.images import make_grid, save_png
+from ddim.inversion.ddim import collect_unsolved
+from ddim.models.images import make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made, Row
-from ddim.runs.model import PixelJob, enough_memory
-from ddim.runs.pictures import (
-    NetworkCalls,
-    Selection,
-    check_images,
-    missing_images,
-    note_levels,
-    read_images,
-    sheet_scale,
-    unsolved_steps,
-)
+from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
 from ddim.runs.record import NAME, RunRecord, write_run
 from ddim.runs.requests import DecodeRequest, EncodeRequest
 
@@ -35,6 +27,8 @@ class EncodeJob(FileJob, PixelJob):
     """One code file, of all images."""
 
     request: EncodeRequest
+    command = "encode"
+    classes = "the data's"
 
     def __init__(self, request: EncodeRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -47,19 +41,17 @@ class EncodeJob(FileJob, PixelJob):
         self.open()
         walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
         self.timesteps = self.pipe.select_timesteps(request.steps, **walk)
-        self.pictures = read_images(self.pipe, self.model, Selection.of(request))
+        self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         self.code: Code | None = None
         self.calls, self.unsolved = 0.0, list[str]()
         count = len(self.pictures.x0)
         self.protocol = {
-            "command": "encode",
-            **self.describe(clip=self.pipe.select_clip("none"), classes="the data's"),
+            **self.describe(clip=self.pipe.select_clip("none")),
             "timesteps": self.timesteps,
             "eta": 0.0,
             "data": {**self.pictures.data, "method": request.method},
         }
-        self.execution = {"count": count, "batch_size": request.batch_size}
-        self.execution["device"] = str(self.device)
+        self.execution = {"count": count, **self.executed("batch_size")}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
         """Encodes the images, and writes the code and its record."""
@@ -67,7 +59,7 @@ class EncodeJob(FileJob, PixelJob):
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(x0))
             began = time.perf_counter()
-            with NetworkCalls(pipe, self.control) as calls, unsolved_steps() as self.unsolved:
+            with NetworkCalls(pipe, self.control) as calls, collect_unsolved() as self.unsolved:
                 code = pipe.encode(
                     x0,
                     timesteps=self.timesteps,
@@ -77,7 +69,7 @@ class EncodeJob(FileJob, PixelJob):
                 )
         self.code, self.calls = code, calls.each(len(code))
         self.protocol["timesteps"] = list(code.timesteps)
-        note_levels(self.control, self.timesteps, code.timesteps)
+        self.note_levels(self.timesteps, code.timesteps)
         yield Made(self.folder, seconds=time.perf_counter() - began)
 
     def results(self, rows: list[Row]) -> list[Row]:
@@ -106,6 +98,8 @@ class DecodeJob(PixelJob):
     """The pictures of a code; every run decodes all that it is asked for."""
 
     request: DecodeRequest
+    command = "decode"
+    classes = "the code's"
 
     def __init__(self, request: DecodeRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -130,15 +124,13 @@ class DecodeJob(PixelJob):
         self.items = range(first, first + len(code))
         self.folder = Path(request.out)
         self.protocol = {
-            "command": "decode",
-            **self.describe(clip=self.pipe.select_clip("none"), classes="the code's"),
+            **self.describe(clip=self.pipe.select_clip("none")),
             "sampler": code.method if code.is_exact else "ddim",
             "timesteps": self.timesteps,
             "eta": 0.0,
             "data": {"code": fingerprint(whole.states), "method": code.method},
         }
-        self.execution = {"count": len(code), "batch_size": request.batch_size}
-        self.execution["device"] = str(self.device)
+        self.execution = {"count": len(code), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[int]) -> Generator[Made]:
         """Decodes the code, and writes the pictures and the grid of the first of them."""

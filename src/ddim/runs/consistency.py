@@ -12,13 +12,13 @@ from torch import Tensor
 from ddim.core.noise import check_seeds
 from ddim.core.route import Route
 from ddim.errors import DDIMError
-from ddim.evaluation.report import check_plots, save_lines, text_table
+from ddim.evaluation.latents import plot_errors, trajectory_table
+from ddim.evaluation.report import check_plots
 from ddim.files import write_text
 from ddim.inversion.encoding import reconstruction_error
-from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory, sampling_evaluations
-from ddim.runs.pictures import sheet_scale
 from ddim.runs.requests import ConsistencyRequest
 
 __all__ = ["ConsistencyJob"]
@@ -39,6 +39,7 @@ class ConsistencyJob(PixelJob):
     """The trajectories of a request; every run draws all of them."""
 
     request: ConsistencyRequest
+    command = "consistency"
 
     def __init__(self, request: ConsistencyRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -58,9 +59,8 @@ class ConsistencyJob(PixelJob):
         self.routes = {item: self._route(item) for item in [self.longest, *self.items]}
         self.sheet: list[NDArray[np.uint8]] = []
         self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
-        self.folder = self.out("consistency")
+        self.folder = self.out()
         self.protocol = {
-            "command": "consistency",
             **self.describe(clip=self.pipe.select_clip("none")),
             "timesteps": {"spacing": self.spacing, "steps": numbers},
             "eta": 0.0,
@@ -69,11 +69,7 @@ class ConsistencyJob(PixelJob):
             "count": request.count,
             "seed": request.seed,
         }
-        self.execution = {
-            "batch_size": request.batch_size,
-            "device": str(self.device),
-            "compile": request.compile,
-        }
+        self.execution = self.executed("batch_size", "compile")
 
     def _route(self, item: Trajectory) -> Route:
         spacing, name = self.request.spacing, item.sampler
@@ -126,24 +122,16 @@ class ConsistencyJob(PixelJob):
     def finish(self, rows: list[Row]) -> None:
         """Writes the table, the plot and the sheet."""
         request, longest = self.request, self.longest.steps
-        table = [["sampler", "steps", "mse", "standard error", "evaluations"]]
-        for r in rows:
-            spread = "" if r["mse_error"] is None else f"{r['mse_error']:.1e}"
-            numbers = [f"{r['mse']:.2e}", spread, str(r["evaluations"])]
-            table.append([r["sampler"], str(r["steps"]), *numbers])
-        head = (
-            f"# {request.model}: one latent under other trajectories\n\n"
+        setting = (
             f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM "
             f"from the same {request.count} latents; {self.spacing} timesteps, no clipping. In "
-            "sheet.png a row is a latent, and the columns are the rows of this table, in order.\n\n"
+            "sheet.png a row is a latent, and the columns are the rows of this table, in order."
         )
-        write_text(self.folder / "table.md", head + text_table(table))
-        lines = {
-            s: [(r["evaluations"], r["mse"]) for r in rows if r["sampler"] == s and r["mse"] > 0]
-            for s in request.sampler
-        }
-        up = f"squared distance to {longest} steps"
-        save_lines(lines, self.folder / "distance.png", across="network evaluations", up=up)
+        table = trajectory_table(rows, title=request.model, setting=setting)
+        write_text(self.folder / "table.md", table)
+        labels = {"across": "network evaluations", "up": f"squared distance to {longest} steps"}
+        path = self.folder / "distance.png"
+        plot_errors(rows, path, name="sampler", along="evaluations", **labels)
         # A row is an image, a column is a trajectory.
         pictures = np.stack(self.sheet, 1).reshape(-1, *self.sheet[0].shape[1:])
         grid = make_grid(pictures, columns=len(self.sheet))

@@ -1,17 +1,13 @@
 """Examines the configuration of a model, with what its files and its data say."""
 
-import io
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
-from PIL import Image
 
 from ddim.core.prior import DataPrior
-from ddim.core.timesteps import Spacing, select_timesteps
 from ddim.data.batches import measure_prior, spread, stack_images
 from ddim.data.sources import load_images
 from ddim.doctor.report import Diagnosis, complete, diagnose, levels_of
@@ -21,11 +17,10 @@ from ddim.evaluation.report import check_plots
 from ddim.files import write_text
 from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
 from ddim.models.facts import ScheduleSource, read_source
-from ddim.models.images import save_png
 from ddim.runs.options import check_request
 from ddim.runs.requests import DoctorRequest
 
-__all__ = ["Examination", "examine", "plot_schedule", "write_fix", "write_prior"]
+__all__ = ["Examination", "examine", "write_fix", "write_prior"]
 
 _CONFIG = "scheduler_config.json"
 _WHOLE = 1024
@@ -155,33 +150,3 @@ def write_prior(prior: DataPrior, data: str, path: str) -> None:
 def write_fix(diagnosis: Diagnosis, path: Path) -> None:
     """Writes the corrected configuration."""
     write_text(path, json.dumps(diagnosis.fixed(), indent=2, sort_keys=True) + "\n")
-
-
-def plot_schedule(diagnosis: Diagnosis, path: str) -> None:
-    """Draws the schedule, and for each spacing the visited levels and the steps in log-SNR."""
-    from matplotlib.figure import Figure
-
-    config = complete(diagnosis.config)
-    schedule, steps = levels_of(config), diagnosis.summary["steps"]
-    log_snr = schedule.log_snr(torch.arange(len(schedule)))
-    is_zero = bool(log_snr.isinf().any())
-    log_snr[log_snr.isinf()] = torch.nan  # zero terminal SNR has no place on this axis
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    curve, visited, sizes = figure.subplots(1, 3)
-    curve.plot(log_snr, color="black")
-    curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
-    spacings: tuple[Spacing, ...] = get_args(Spacing)
-    for row, spacing in enumerate(spacings):
-        offset = config["steps_offset"]
-        levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=offset))
-        visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
-        sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
-    title, ticks = f"levels of {steps} steps", range(len(spacings))
-    visited.set(title=title, xlabel="level", yticks=ticks, yticklabels=spacings)
-    infinite = ", that out of zero SNR is infinite" if is_zero else ""
-    title = f"step sizes{infinite}"
-    sizes.set(title=title, xlabel="level that is reached", ylabel="gain of log-SNR")
-    sizes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    save_png(Image.open(drawn), path)

@@ -80,6 +80,10 @@ class Control:
         """
         self._walked += 1
         self.emit(Event("step", done=self._walked, total=self.steps))
+        self.check()
+
+    def check(self) -> None:
+        """Leaves the run if it is to stop; raises :class:`Stopped`."""
         if self.stopping():
             raise Stopped
 
@@ -244,6 +248,7 @@ def execute(job: Job) -> Outcome:
                         job.save(record())
                     rate = made / max(time.perf_counter() - started, 1e-9)
                     emit(Event("item", done + made, len(job.items), str(item), rate, text))
+                    job.control.check()
         except Stopped:
             finished = False
         now = record()

@@ -11,20 +11,12 @@ from ddim.core.noise import check_seeds
 from ddim.data.batches import as_batches
 from ddim.data.sources import load_images
 from ddim.errors import DataError
-from ddim.evaluation.protocol import collect, collect_reference, measure, sample_cuts
+from ddim.evaluation.protocol import collect, measure, sample_cuts
 from ddim.models.checkpoints import embedded_models
 from ddim.models.facts import read_model
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.measuring import (
-    BATCH,
-    describe_reference,
-    note_few,
-    open_panel,
-    open_reference,
-    sample_batches,
-    shuffled_batches,
-)
-from ddim.runs.model import PixelJob, find_device, spacing_of
+from ddim.runs.measuring import BATCH, MeasuringJob
+from ddim.runs.model import find_device, spacing_of
 from ddim.runs.options import Options
 from ddim.runs.record import RunRecord, read_run
 from ddim.runs.requests import EvaluateRequest
@@ -48,10 +40,11 @@ class Samples:
     """Of each batch that was drawn; empty for images that were there."""
 
 
-class EvaluateJob(PixelJob):
+class EvaluateJob(MeasuringJob):
     """All metrics of the samples, as one item; every run measures them."""
 
     request: EvaluateRequest
+    command = "evaluate"
 
     def __init__(self, request: EvaluateRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -61,21 +54,18 @@ class EvaluateJob(PixelJob):
         acts = " batch_size compile" if is_model else ""
         options = Options(request, *(always + acts).split())
         self.samples = self._from_model(options) if is_model else _from_images(request, options)
-        count, shape = self.samples.count, self.samples.shape
-        self.reference = open_reference(request, shape, whose=request.model)
-        sizes: dict[str, Any] = {"counts": [count], "available": len(self.reference)}
-        self.panel = open_panel(request, shape=shape, device=self.device, **sizes)
+        count = self.samples.count
+        against = self.open_metrics(self.samples.shape, [count])
         self.rows: list[Row] = []
         self.items = ["metrics"]
-        self.folder = self.out("evaluate")
+        self.folder = self.out()
         self.protocol = {
-            "command": "evaluate",
+            "command": self.command,
             **self.samples.protocol,
-            **describe_reference(request, self.reference, self.panel),
+            **against,
             "count": count,
         }
-        self.execution = {"device": str(self.device), "batch_size": request.batch_size}
-        self.execution["compile"] = request.compile
+        self.execution = self.executed("batch_size", "compile")
 
     def _from_model(self, options: Options) -> Samples:
         """Images that are drawn from a model as they are asked for."""
@@ -93,7 +83,7 @@ class EvaluateJob(PixelJob):
         def batches() -> Iterator[Tensor]:
             self.control.steps = -(-count // size) * len(route)
             self.warm_up(count)
-            yield from sample_batches(self, route, seeds, batch_size=size, seconds=seconds)
+            yield from self.sample_batches(route, seeds, batch_size=size, seconds=seconds)
 
         protocol = {
             **self.describe(clip=route.clip),
@@ -113,12 +103,9 @@ class EvaluateJob(PixelJob):
 
     def make(self, missing: Sequence[str]) -> Generator[Made]:
         """Measures every metric."""
-        samples, count = self.samples, self.samples.count
-        real = shuffled_batches(self.reference)
-        available = len(self.reference)
-        reference = collect_reference(real, self.panel, available=available, counts=[count])
+        samples, count, real = self.samples, self.samples.count, self.collect_real()
         collected = collect(samples.batches, self.panel, cuts=sample_cuts([count]))
-        found = measure(collected, reference, self.panel, count=count)
+        found = measure(collected, real, self.panel, count=count)
         self.rows = [asdict(result) for result in found]
         yield Made("metrics", seconds=sum(samples.seconds))
 
@@ -132,10 +119,8 @@ class EvaluateJob(PixelJob):
 
     def finish(self, rows: list[Row]) -> None:
         """Says what few images are too few for."""
-        count, available = self.samples.count, len(self.reference)
-        sizes: dict[str, Any] = {"counts": [count], "available": available}
-        note_few(self.control, self.request, self.panel, shape=self.samples.shape, **sizes)
-        if (halves := rows[0]["floor_count"]) < count:
+        self.note_few()
+        if (halves := rows[0]["floor_count"]) < (count := self.samples.count):
             self.control.note(
                 f"the reference has {halves} images a half, so its floor is of {halves} and too "
                 f"high for {count}."

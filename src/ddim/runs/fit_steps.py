@@ -5,7 +5,6 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +16,8 @@ from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.files import write_text
 from ddim.fitting.timesteps import Fit, SamplingProblem, fit_timesteps, geometric_mean
 from ddim.models.checkpoints import weight_hash
-from ddim.models.facts import read_model
 from ddim.runs.engine import Control, FileJob, Made, Row
-from ddim.runs.model import enough_memory, find_device, open_pixels, open_text
+from ddim.runs.model import ModelJob, enough_memory
 from ddim.runs.options import Options
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import FitStepsRequest
@@ -28,32 +26,30 @@ from ddim.runs.text import read_text
 __all__ = ["FitStepsJob"]
 
 
-class FitStepsJob(FileJob):
+class FitStepsJob(FileJob, ModelJob):
     """One list of levels, and what it was compared with."""
 
     request: FitStepsRequest
+    command = "fit-steps"
 
     def __init__(self, request: FitStepsRequest, control: Control) -> None:
         super().__init__(request, control)
         always = "model device seed count held_out steps order out exact evaluations batch_size"
         options = Options(request, *always.split())
-        device, last = find_device(request.device), request.count
+        last = request.count
         seeds = check_seeds(range(request.seed, request.seed + last + request.held_out))
         self.seeds = seeds
         self.fit: Fit | None = None
-        self.model = model = read_model(request.model)
+        self.find()
+        model = self.model
         self.text = text = read_text(options, model) if model.is_text else None
         options.refuse_unread(model.name, model.kinds)
-        pipe: Any = (
-            open_pixels(model, device=device)
-            if text is None
-            else open_text(model, device=device, dtype="float32", image=False)
-        )
-        self.pipe, total = pipe, len(pipe.noise_schedule)
+        self.open()
+        pipe, total = self.pipe, len(self.pipe.noise_schedule)
         select_timesteps(total, request.steps)  # refuses more steps than levels
         many = {"order": 2, "steps": min(100, total), "spacing": "quadratic"}
         self.protocol = {
-            "command": "fit-steps",
+            "command": self.command,
             "model": request.model,
             "weight_hash": weight_hash(model.folder),
             "steps": request.steps,
@@ -67,14 +63,14 @@ class FitStepsJob(FileJob):
             "guidance_scale": None,
             **({} if text is None else text.protocol),
         }
-        self.execution = {"device": str(device), "batch_size": request.batch_size}
+        self.execution = self.executed("batch_size")
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
         """Fits the levels on the first images, and judges them on the others."""
         request = self.request
         found, judged = self.seeds[: request.count], self.seeds[request.count :]
         size = request.batch_size
-        with enough_memory(self.pipe.device, max(request.count, size)):
+        with enough_memory(self.device, max(request.count, size)):
             began = time.perf_counter()
             self.fit = fit_timesteps(
                 self._problem(found),
@@ -110,7 +106,7 @@ class FitStepsJob(FileJob):
             self.control.step()
             return denoise(x_t, t)
 
-        return SamplingProblem(counted, seeded_randn(shape, seeds).to(pipe.device))
+        return SamplingProblem(counted, seeded_randn(shape, seeds).to(self.device))
 
     def _all_levels(self, problem: SamplingProblem) -> Tensor:
         """The images of DDIM at all levels."""

@@ -11,21 +11,13 @@ from torch import Tensor
 
 from ddim.core.interpolation import interpolate, interpolate_grid
 from ddim.core.noise import check_seeds, seeded_randn
+from ddim.data.pictures import Pictures, Selection, check_images, read_images
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code
-from ddim.models.images import make_grid, save_gif, save_png
+from ddim.inversion.ddim import collect_unsolved
+from ddim.models.images import make_grid, save_gif, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.model import PixelJob, enough_memory
-from ddim.runs.pictures import (
-    NetworkCalls,
-    Pictures,
-    Selection,
-    check_images,
-    note_levels,
-    read_images,
-    sheet_scale,
-    unsolved_steps,
-)
+from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
 from ddim.runs.requests import InterpolateRequest
 
 __all__ = ["InterpolateJob"]
@@ -35,6 +27,7 @@ class InterpolateJob(PixelJob):
     """One sheet of pictures, drawn whole in every run."""
 
     request: InterpolateRequest
+    command = "interpolate"
     ends: Code | Pictures
     """The codes of seeds, or pictures that are to be encoded."""
 
@@ -57,14 +50,13 @@ class InterpolateJob(PixelJob):
             data: dict[str, Any] = {"seeds": list(request.seeds)}
         else:
             asked = self.pipe.select_timesteps(request.steps, **walk)
-            note_levels(control, asked, self.timesteps)
-            self.ends = read_images(self.pipe, self.model, Selection.of(request))
+            self.note_levels(asked, self.timesteps)
+            self.ends = read_images(Selection.of(request), self.pipe.image_shape, self.model)
             data = {**self.ends.data, "method": request.method}
         self.calls, self.rms, self.unsolved = 0.0, list[float](), list[str]()
         self.items = ["grid.png" if request.grid else "strip.png"]
-        self.folder = self.out("interpolate")
+        self.folder = self.out()
         self.protocol = {
-            "command": "interpolate",
             **self.describe(clip=self.pipe.select_clip("none")),
             "timesteps": self.timesteps,
             "eta": 0.0,
@@ -72,7 +64,7 @@ class InterpolateJob(PixelJob):
             "interpolation": {"kind": request.interpolation, "grid": request.grid},
             "data": data,
         }
-        self.execution = {"batch_size": request.batch_size, "device": str(self.device)}
+        self.execution = self.executed("batch_size")
 
     def _check_ends(self) -> int:
         """How many ends the path or the grid needs, once it is known that they are given."""
@@ -107,7 +99,7 @@ class InterpolateJob(PixelJob):
             pipe.warm_up()
             began = time.perf_counter()
             encoding, decoding = NetworkCalls(pipe, self.control), NetworkCalls(pipe, self.control)
-            with encoding, unsolved_steps() as unsolved:
+            with encoding, collect_unsolved() as unsolved:
                 if isinstance(self.ends, Pictures):
                     x0, classes, _ = self.ends
                     code = pipe.encode(x0, method=request.method, class_labels=classes, **walk)

@@ -1,6 +1,6 @@
-"""Real images and metrics, as requests that measure name them."""
+"""What requests that measure share: real images, metrics, and samples to compare with them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,18 @@ from ddim.data.batches import as_batches
 from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
 from ddim.errors import DataError, DDIMError
-from ddim.evaluation.protocol import Panel, default_metrics, load_panel
+from ddim.evaluation.protocol import (
+    Panel,
+    Reference,
+    collect_reference,
+    default_metrics,
+    load_panel,
+)
 from ddim.models.images import from_uint8
-from ddim.runs.engine import Control
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.requests import Measured
 
-__all__ = [
-    "describe_reference",
-    "note_few",
-    "open_panel",
-    "open_reference",
-    "sample_batches",
-    "shuffled_batches",
-]
+__all__ = ["BATCH", "MeasuringJob"]
 
 BATCH = 256
 """Images that pass through an extractor together. It changes a number only by rounding."""
@@ -35,98 +33,95 @@ FEW = 100
 """With fewer images, differences between models are smaller than the spread over seeds."""
 
 
-def open_reference(request: Measured, shape: tuple[int, int, int], *, whose: str) -> ImageData:
-    """The real images, grey or colour as the samples are; with --resize also of their size.
+class MeasuringJob(PixelJob):
+    """A job that compares samples with real images.
 
-    Raises:
-        DataError: If they are of another size than ``shape`` (C, H, W), that of the samples
-            ``whose``.
+    Attributes:
+        real: The real images.
+        panel: The metrics.
+        shape: (C, H, W) of the samples.
+        counts: The numbers of samples that are measured.
     """
-    size = shape[1:] if request.resize else None
-    source = request.reference
-    data = load_images(source, split=request.split, channels=shape[0], resolution=size)
-    if data.resolution != shape[1:]:
-        sizes = [f"{width}x{height}" for height, width in (shape[1:], data.resolution)]
-        raise DataError(
-            f"{whose} has images of {sizes[0]} and the reference {source} of {sizes[1]} (width x "
-            "height), and only equal sizes compare; give --resize to bring the reference to the "
-            "size of the samples."
-        )
-    return data
 
+    request: Measured
+    real: ImageData
+    panel: Panel
 
-def open_panel(
-    request: Measured,
-    *,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    counts: Iterable[int],
-    available: int,
-) -> Panel:
-    """The metrics that were asked for, or those that fit the images and their numbers.
+    def open_metrics(self, shape: tuple[int, int, int], counts: Sequence[int]) -> dict[str, Any]:
+        """Opens the real images and the metrics; returns the part of the protocol about them.
 
-    Raises:
-        DDIMError: If --weights is not NAME=PATH, or as :func:`load_panel` and
-            :meth:`Panel.check_counts`.
-    """
-    pairs = [item.partition("=") for item in request.weights]
-    for name, _, path in pairs:
-        if not path:
+        Raises:
+            DataError: If the real images are of another size than the samples.
+            DDIMError: If --weights is not NAME=PATH, or a metric does not fit.
+        """
+        request, self.shape, self.counts = self.request, shape, counts
+        self.real = data = self._open_real()
+        pairs = [item.partition("=") for item in request.weights]
+        if wrong := [name for name, _, path in pairs if not path]:
             raise DDIMError(
-                f"--weights are NAME=PATH, such as inception=weights.pth; got {name!r}."
+                f"--weights are NAME=PATH, such as inception=weights.pth; got {wrong[0]!r}."
             )
-    paths = {name: Path(path).expanduser() for name, _, path in pairs}
-    names = default_metrics(shape) if request.metrics is None else request.metrics
-    panel = load_panel(names, image_shape=shape, weights=paths, device=device)
-    counts = tuple(counts)
-    if request.metrics is None:
-        panel = panel.fitting(min(counts), available) or panel
-    panel.check_counts(counts, available)
-    return panel
+        paths = {name: Path(path).expanduser() for name, _, path in pairs}
+        names = default_metrics(shape) if request.metrics is None else request.metrics
+        panel = load_panel(names, image_shape=shape, weights=paths, device=self.device)
+        if request.metrics is None:
+            panel = panel.fitting(min(counts), len(data)) or panel
+        panel.check_counts(counts, len(data))
+        self.panel = panel
+        resized = {"resolution": list(data.resolution)} if request.resize else {}
+        named = {"name": data.name, "split": request.split, "images": len(data)}
+        return {
+            "reference": {**named, **resized},
+            "metrics": list(panel.metrics),
+            "extractors": {name: found.weight_hash for name, found in panel.extractors.items()},
+        }
 
-
-def note_few(
-    control: Control,
-    request: Measured,
-    panel: Panel,
-    *,
-    shape: tuple[int, int, int],
-    counts: Iterable[int],
-    available: int,
-) -> None:
-    """Says which metrics are left out because images are few, and that few images say little."""
-    least = min(counts)
-    absent = [name for name in default_metrics(shape) if name not in panel.metrics]
-    if absent and request.metrics is None:
-        control.note(
-            f"{least} samples against {available} real images are too few for {', '.join(absent)}."
+    def _open_real(self) -> ImageData:
+        """The real images, grey or colour as the samples are; with --resize also of their size."""
+        request, (channels, *sides) = self.request, self.shape
+        size = (sides[0], sides[1])
+        data = load_images(
+            request.reference,
+            split=request.split,
+            channels=channels,
+            resolution=size if request.resize else None,
         )
-    if least < FEW:
-        control.note(f"numbers of only {least} images say little; they vary much between seeds.")
+        if data.resolution != size:
+            sizes = [f"{width}x{height}" for height, width in (size, data.resolution)]
+            raise DataError(
+                f"{self.request.model} has images of {sizes[0]} and the reference "  # type: ignore[attr-defined]
+                f"{request.reference} of {sizes[1]} (width x height), and only equal sizes compare; "
+                "give --resize to bring the reference to the size of the samples."
+            )
+        return data
 
+    def note_few(self) -> None:
+        """Says which metrics are left out because images are few, and that few say little."""
+        least, available = min(self.counts), len(self.real)
+        absent = [name for name in default_metrics(self.shape) if name not in self.panel.metrics]
+        if absent and self.request.metrics is None:
+            names = ", ".join(absent)
+            self.control.note(
+                f"{least} samples against {available} real images are too few for {names}."
+            )
+        if least < FEW:
+            self.control.note(
+                f"numbers of only {least} images say little; they vary much between seeds."
+            )
 
-def describe_reference(request: Measured, data: ImageData, panel: Panel) -> dict[str, Any]:
-    """The part of a protocol that says what samples are compared with, and by which numbers."""
-    resized = {"resolution": list(data.resolution)} if request.resize else {}
-    return {
-        "reference": {"name": data.name, "split": request.split, "images": len(data), **resized},
-        "metrics": list(panel.metrics),
-        "extractors": {name: extractor.weight_hash for name, extractor in panel.extractors.items()},
-    }
+    def collect_real(self) -> Reference:
+        """The statistics of the real images, in a random order that is always the same."""
+        count = len(self.real)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        images = as_batches(self.real, order.tolist(), size=BATCH)
+        return collect_reference(images, self.panel, available=count, counts=self.counts)
 
-
-def shuffled_batches(data: ImageData) -> Iterator[Tensor]:
-    """All images of the reference, in a random order that is always the same."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return as_batches(data, order.tolist(), size=BATCH)
-
-
-def sample_batches(
-    job: PixelJob, route: Route, seeds: Sequence[int], *, batch_size: int, seconds: list[float]
-) -> Iterator[Tensor]:
-    """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each batch
-    are added to ``seconds``."""
-    with enough_memory(job.device, batch_size):
-        for _, pictures, took in job.draw(route, seeds, batch_size=batch_size):
-            seconds.append(took)
-            yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))
+    def sample_batches(
+        self, route: Route, seeds: Sequence[int], *, batch_size: int, seconds: list[float]
+    ) -> Iterator[Tensor]:
+        """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each
+        batch are added to ``seconds``."""
+        with enough_memory(self.device, batch_size):
+            for _, pictures, took in self.draw(route, seeds, batch_size=batch_size):
+                seconds.append(took)
+                yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))

@@ -10,7 +10,9 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
+from ddim.configuration import fitted_lists
 from ddim.core.denoiser import Clip
 from ddim.core.route import Route
 from ddim.errors import CheckpointError, DDIMError
@@ -19,21 +21,10 @@ from ddim.models.checkpoints import weight_hash
 from ddim.models.facts import FoundModel, read_model
 from ddim.pipelines.opening import text_pipeline
 from ddim.pipelines.unconditional import UnconditionalPipeline
-from ddim.runs.engine import Job
+from ddim.runs.engine import Control, Job
 
-__all__ = [
-    "PixelJob",
-    "describe_model",
-    "draw",
-    "enough_memory",
-    "find_device",
-    "open_pixels",
-    "open_text",
-    "quiet_libraries",
-    "sampling_evaluations",
-    "short_name",
-    "spacing_of",
-]
+__all__ = ["ModelJob", "NetworkCalls", "PixelJob", "draw", "enough_memory", "find_device"]
+__all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
 
 
 def quiet_libraries(*, text: bool = False) -> None:
@@ -48,76 +39,21 @@ def quiet_libraries(*, text: bool = False) -> None:
             transformers.utils.logging.disable_progress_bar()
 
 
-def open_pixels(
-    model: FoundModel, *, device: torch.device, dtype: str = "float32"
-) -> UnconditionalPipeline:
-    """The pipeline of a model without text that makes pictures.
-
-    Raises:
-        CheckpointError: If it is a text-to-image model.
-        DDIMError: If its images are no pictures.
-    """
-    if model.is_text:
-        raise CheckpointError(
-            f"{model.name} makes images of prompts, and this command takes models without text; "
-            f"draw with `ddim sample {model.name} --prompt TEXT`, whose folder `ddim evaluate` "
-            "measures, or encode images from Python with pipe.encode."
-        )
+def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
     quiet_libraries()
-    pipe = UnconditionalPipeline.from_pretrained(model.folder, dtype=getattr(torch, dtype))
-    if pipe.image_shape[0] not in (1, 3):
+    pipe = UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
+    if (channels := pipe.image_shape[0]) not in (1, 3):
         raise DDIMError(
-            f"{model.name} makes images of {pipe.image_shape[0]} channels, and a picture has 1 or "
-            "3; sample it from Python."
+            f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample it "
+            "from Python."
         )
-    moved: UnconditionalPipeline = pipe.to(device)
-    return moved
+    return pipe
 
 
-def open_text(model: FoundModel, *, device: torch.device, dtype: str, image: bool) -> Any:
-    """The pipeline of a text-to-image model; with ``image``, of image-to-image.
-
-    Raises:
-        DDIMError: If transformers is not installed.
-    """
+def _open_text(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
     quiet_libraries(text=True)
-    kind = text_pipeline("StableDiffusionImg2ImgPipeline" if image else "StableDiffusionPipeline")
-    return kind.from_pretrained(model.folder, dtype=getattr(torch, dtype)).to(device)
-
-
-def describe_model(
-    model: FoundModel,
-    pipe: Any,
-    *,
-    clip: Clip,
-    dtype: str = "float32",
-    given_class: int | None = None,
-    classes: str = "seed modulo the number of classes",
-) -> dict[str, Any]:
-    """The part of a protocol about the network, its classes, and how its prediction is read.
-
-    ``given_class`` is the class of all images. Without it, ``classes`` says where the classes of a
-    class-conditional model come from.
-    """
-    config = pipe.scheduler.config
-    keys = "num_train_timesteps beta_schedule beta_start beta_end trained_betas"
-    keys += " rescale_betas_zero_snr prediction_type set_alpha_to_one"
-    bounds = {
-        "none": {},
-        "static": {"bound": clip.bound},
-        "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value},
-    }
-    return {
-        "model": model.name,
-        "weight_hash": weight_hash(model.folder),
-        "schedule": {key: config[key] for key in keys.split()},
-        "clip": {"kind": clip.kind, **bounds[clip.kind]},
-        "prior": "standard",
-        "prompt": None,
-        "guidance_scale": None,
-        "dtype": dtype,
-        "class": (classes if model.classes else None) if given_class is None else given_class,
-    }
+    kind = "StableDiffusionImg2ImgPipeline" if has_picture else "StableDiffusionPipeline"
+    return text_pipeline(kind).from_pretrained(model.folder, dtype=dtype)
 
 
 def sampling_evaluations(pipe: UnconditionalPipeline, route: Route) -> int:
@@ -131,7 +67,7 @@ def sampling_evaluations(pipe: UnconditionalPipeline, route: Route) -> int:
 def spacing_of(pipe: Any, timesteps: Sequence[int]) -> str:
     """How the configuration spaces these levels: ``fitted``, or its spacing."""
     config = pipe.scheduler.config
-    is_fitted = list(timesteps) in (config.get("fitted_timesteps") or [])
+    is_fitted = list(timesteps) in fitted_lists(config)
     return "fitted" if is_fitted else str(config.timestep_spacing)
 
 
@@ -210,57 +146,146 @@ def short_name(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).name) or "model"
 
 
-class PixelJob(Job):
-    """A job on a model without text, which :meth:`open` finds and opens."""
+class NetworkCalls:
+    """Counts, while it is held by ``with``, for how many images a network is called, and lets the
+    run stop between two calls."""
 
+    def __init__(self, pipe: UnconditionalPipeline, control: Control) -> None:
+        self.images = 0
+        self._network = pipe.unet
+        self._control = control
+
+    def __enter__(self) -> "NetworkCalls":
+        self._hook = self._network.register_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _count(self, network: object, inputs: tuple[Tensor, ...]) -> None:
+        self._control.step()
+        self.images += len(inputs[0])
+
+    def each(self, count: int) -> float:
+        """Calls for each of ``count`` images: whole, unless images took different numbers."""
+        return self.images // count if self.images % count == 0 else self.images / count
+
+
+class ModelJob(Job):
+    """A job on a model, which :meth:`open` finds and opens.
+
+    Attributes:
+        command: The command, which names the default folder and stands in the protocol.
+        classes: Where the classes of a class-conditional model come from, for the protocol.
+        device: Where the network is.
+        model: What the model's files say.
+        pipe: Its pipeline.
+    """
+
+    command: str
+    classes = "seed modulo the number of classes"
     device: torch.device
     model: FoundModel
+    pipe: Any
+
+    def find(self) -> None:
+        """Finds the device, and reads what the files of the model say.
+
+        Raises:
+            CheckpointError: If there is no such model.
+            DDIMError: If there is no such device.
+        """
+        self.device = find_device(self.request.device)
+        self.model = read_model(self.request.model)
+
+    def open(self, *, has_picture: bool = False) -> None:
+        """Opens the pipeline of the model; ``has_picture`` asks for image-to-image."""
+        dtype = getattr(torch, self._option("dtype", "float32"))
+        load = _open_text if self.model.is_text else _open_pixels
+        self.pipe = load(self.model, dtype, has_picture).to(self.device)
+
+    def _option(self, name: str, default: Any) -> Any:
+        return getattr(self.request, name, default)
+
+    def describe(self, *, clip: Clip) -> dict[str, Any]:
+        """The part of a protocol about the network, its classes, and how its prediction is read."""
+        config, label = self.pipe.scheduler.config, self._option("class_", None)
+        keys = "num_train_timesteps beta_schedule beta_start beta_end trained_betas"
+        keys += " rescale_betas_zero_snr prediction_type set_alpha_to_one"
+        bounds = {
+            "none": {},
+            "static": {"bound": clip.bound},
+            "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value},
+        }
+        has_classes = self.model.classes and not self.model.is_text
+        return {
+            "command": self.command,
+            "model": self.model.name,
+            "weight_hash": weight_hash(self.model.folder),
+            "schedule": {key: config[key] for key in keys.split()},
+            "clip": {"kind": clip.kind, **bounds[clip.kind]},
+            "prior": "standard",
+            "prompt": None,
+            "guidance_scale": None,
+            "dtype": self._option("dtype", "float32"),
+            "class": (self.classes if has_classes else None) if label is None else label,
+        }
+
+    def executed(self, *options: str) -> dict[str, Any]:
+        """The execution that a record keeps: the device, and some options of the request."""
+        return {name: getattr(self.request, name) for name in options} | {
+            "device": str(self.device)
+        }
+
+    def out(self) -> Path:
+        """The folder of the request, or the default one of the command."""
+        return Path(self.request.out or f"out/{self.command}-{short_name(self.request.model)}")
+
+    def warm_up(self, count: int, **options: Any) -> None:
+        """Evaluates the network once on a batch, compiled first if the request asks for that."""
+        pipe = self.pipe.compile() if self._option("compile", False) else self.pipe
+        pipe.warm_up(min(self.request.batch_size, count), **options)
+
+
+class PixelJob(ModelJob):
+    """A job on a model without text."""
+
     pipe: UnconditionalPipeline
 
-    def open(self) -> None:
-        """Opens the model of the request, in its precision, on its device.
+    def open(self, *, has_picture: bool = False) -> None:
+        """Finds and opens the model.
 
         Raises:
             CheckpointError: If there is no such model, or it is a text-to-image model.
             DDIMError: If its images are no pictures, or there is no such device.
         """
-        request = self.request
-        self.device, self.model = find_device(request.device), read_model(request.model)
-        dtype = getattr(request, "dtype", "float32")
-        self.pipe = open_pixels(self.model, device=self.device, dtype=dtype)
+        self.find()
+        if self.model.is_text:
+            raise CheckpointError(
+                f"{self.model.name} makes images of prompts, and this command takes models without "
+                f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder `ddim "
+                "evaluate` measures, or encode images from Python with pipe.encode."
+            )
+        super().open()
 
-    def describe(self, *, clip: Clip, classes: str | None = None) -> dict[str, Any]:
-        """:func:`describe_model` of the opened model, with the request's precision and class."""
-        of_request = {"dtype": getattr(self.request, "dtype", "float32")}
-        of_request |= {} if classes is None else {"classes": classes}
-        label = getattr(self.request, "class_", None)
-        return describe_model(self.model, self.pipe, clip=clip, given_class=label, **of_request)
-
-    def out(self, command: str) -> Path:
-        """The folder of the request, or the default one of a command."""
-        return Path(self.request.out or f"out/{command}-{short_name(self.request.model)}")
-
-    def warm_up(self, count: int) -> None:
-        """Evaluates the network once on a batch, compiled first if the request asks for that."""
-        is_compiled = getattr(self.request, "compile", False)
-        pipe = self.pipe.compile() if is_compiled else self.pipe
-        pipe.warm_up(min(self.request.batch_size, count))
+    def note_levels(self, asked: Sequence[int], used: Sequence[int]) -> None:
+        """Says where codes lie, if that is not the first level that was asked for."""
+        if used[0] != asked[0]:
+            self.control.note(
+                f"level {asked[0]} has zero SNR and holds nothing of an image; the codes lie at "
+                f"level {used[0]}."
+            )
 
     def draw(
         self, route: Route, seeds: Sequence[int], *, batch_size: int, **options: Any
     ) -> Iterator[tuple[list[int], Any, float]]:
         """Draws the images of seeds, as :func:`draw` yields them; ``options`` are further ones of
         the pipeline's ``draw``."""
+        options |= {"progress": False, "callback": self.control.step}
 
         def make(batch: list[int]) -> Any:
-            return self.pipe.draw(
-                route,
-                seeds=batch,
-                class_labels=self.model.labels_of(batch),
-                progress=False,
-                callback=self.control.step,
-                **options,
-            ).images
+            labels = self.model.labels_of(batch)
+            return self.pipe.draw(route, seeds=batch, class_labels=labels, **options).images
 
-        fill = getattr(self.request, "compile", False)
+        fill = self._option("compile", False)
         return draw(seeds, make, batch_size=batch_size, fill=fill)

@@ -9,23 +9,17 @@ import torch
 from torch import Tensor
 
 from ddim.core.sampler import State
+from ddim.data.pictures import Selection, check_images, read_images
 from ddim.errors import DDIMError, DivergenceError
-from ddim.evaluation.report import check_plots, save_lines, text_table
+from ddim.evaluation.latents import plot_errors, reconstruction_table
+from ddim.evaluation.report import check_plots
 from ddim.files import write_text
 from ddim.inversion.codes import ENCODERS
+from ddim.inversion.ddim import collect_unsolved
 from ddim.inversion.encoding import reconstruction_error
-from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.model import PixelJob, enough_memory
-from ddim.runs.pictures import (
-    NetworkCalls,
-    Selection,
-    check_images,
-    note_levels,
-    read_images,
-    sheet_scale,
-    unsolved_steps,
-)
+from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import ReconstructRequest
 
@@ -33,10 +27,6 @@ __all__ = ["ReconstructJob"]
 
 SHOWN = 8
 """Most images that the sheet shows."""
-
-PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
-"""Table 2 of Song, Meng, Ermon (https://arxiv.org/abs/2010.02502): DDIM on CIFAR-10's test
-images."""
 
 
 class Cell(NamedTuple):
@@ -50,6 +40,8 @@ class ReconstructJob(PixelJob):
     """The cells of a table. Those of the record are kept."""
 
     request: ReconstructRequest
+    command = "reconstruct"
+    classes = "the data's"
 
     def __init__(self, request: ReconstructRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -70,19 +62,18 @@ class ReconstructJob(PixelJob):
         # A level of zero SNR is moved to the one below.
         routes = {s: self.pipe.route(s, **walk, clip="none", encodable=True) for s in self.asked}
         self.timesteps = {steps: route.timesteps for steps, route in routes.items()}
-        self.pictures = read_images(self.pipe, self.model, Selection.of(request))
+        self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
-        self.folder = self.out("reconstruct")
+        self.folder = self.out()
         self.protocol = {
-            "command": "reconstruct",
-            **self.describe(clip=self.pipe.select_clip("none"), classes="the data's"),
+            **self.describe(clip=self.pipe.select_clip("none")),
             "timesteps": request.spacing or self.pipe.scheduler.config.timestep_spacing,
             "eta": 0.0,
             "data": self.pictures.data,
             "count": request.count,
         }
-        self.execution = {"batch_size": request.batch_size, "device": str(self.device)}
+        self.execution = self.executed("batch_size")
 
     def there(self, record: RunRecord | None) -> set[Cell]:
         """The cells of the record."""
@@ -132,7 +123,7 @@ class ReconstructJob(PixelJob):
             x0, labels, _ = self.pictures.part(first, size)
             done += len(x0)
             try:
-                with encoding, unsolved_steps() as unsolved_here:
+                with encoding, collect_unsolved() as unsolved_here:
                     code = pipe.encode(
                         x0,
                         timesteps=levels,
@@ -167,44 +158,22 @@ class ReconstructJob(PixelJob):
     def finish(self, rows: list[Row]) -> None:
         """Writes the sheet, the table and the plot of all cells that are there."""
         fewest = min(self.timesteps)
-        note_levels(self.control, self.asked[fewest], self.timesteps[fewest])
+        self.note_levels(self.asked[fewest], self.timesteps[fewest])
         with enough_memory(self.device, self.request.batch_size):
             self._write_sheet(self.timesteps[fewest])
-        write_text(self.folder / "table.md", self._table(rows))
-        methods = dict.fromkeys(row["method"] for row in rows)
-        lines = {
-            m: [(r["steps"], r["mse"]) for r in rows if r["method"] == m and r["mse"]]
-            for m in methods
-        }
-        save_lines(
-            lines,
-            self.folder / "reconstruction.png",
-            across="steps each way",
-            up="mean squared error, pixels in [0, 1]",
-        )
-
-    def _table(self, results: list[Row]) -> str:
-        """The cells as a document."""
         request = self.request
-        head = "method|steps|mse|largest|evaluations a step|RMS of the code|paper (DDIM, CIFAR-10)"
-        rows = [head.split("|")]
-        for r in results:
-            is_known = r["method"] == "ddim" and r["steps"] in PAPER
-            paper = f"{PAPER[r['steps']]:g}" if is_known else ""
-            diverged = r["mse"] is None
-            errors = ["diverged", ""] if diverged else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
-            calls = f"{r['evaluations'] / r['steps']:.2f}"
-            rms = "" if diverged else f"{r['rms']:.2f}"
-            rows.append([r["method"], str(r["steps"]), *errors, calls, rms, paper])
         start = f", from number {request.seed} on" if request.seed else ""
-        return (
-            f"# {request.model}: images from their codes\n\n"
+        setting = (
             f"Mean squared error per dimension, pixels in [0, 1], of {request.count} images of "
             f"{request.data} ({self.pictures.data['split']}{start}); {request.dtype} network, "
             "float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png "
-            f"are the originals, then {', '.join(request.method)} at {min(request.steps)} steps."
-            "\n\n" + text_table(rows)
+            f"are the originals, then {', '.join(request.method)} at {fewest} steps."
         )
+        table = reconstruction_table(rows, title=request.model, setting=setting)
+        write_text(self.folder / "table.md", table)
+        labels = {"across": "steps each way", "up": "mean squared error, pixels in [0, 1]"}
+        path = self.folder / "reconstruction.png"
+        plot_errors(rows, path, name="method", along="steps", **labels)
 
     def _write_sheet(self, timesteps: list[int]) -> None:
         """Originals in the first row, then a row for each method at the fewest steps."""
@@ -212,7 +181,7 @@ class ReconstructJob(PixelJob):
         rows = [to_uint8(x0)]
         walk: dict[str, Any] = {"timesteps": timesteps, "class_labels": labels}
         for method in self.request.method:
-            with unsolved_steps():  # they are in the table
+            with collect_unsolved():  # they are in the table
                 try:
                     code = self.pipe.encode(x0, **walk, method=method)  # type: ignore[arg-type]
                     back: Tensor = self.pipe.decode(code, output_type="pt")

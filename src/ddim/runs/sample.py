@@ -22,22 +22,11 @@ from ddim.errors import DDIMError, OutputError
 from ddim.files import write_text
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import read_json
-from ddim.models.facts import FoundModel, read_model
-from ddim.models.images import label_rows, load_image, make_grid, save_png
-from ddim.runs.engine import Control, Job, Made, Row
-from ddim.runs.model import (
-    describe_model,
-    draw,
-    enough_memory,
-    find_device,
-    open_pixels,
-    open_text,
-    sampling_evaluations,
-    short_name,
-    spacing_of,
-)
+from ddim.models.facts import FoundModel
+from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
+from ddim.runs.engine import Control, Made, Row
+from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
 from ddim.runs.options import Options
-from ddim.runs.pictures import sheet_scale
 from ddim.runs.record import IDENTITY, RunRecord
 from ddim.runs.requests import SampleRequest
 from ddim.runs.text import Item, TextOptions, read_text
@@ -52,11 +41,11 @@ MEASURED = 256
 """Images of the data that the analytic variance is measured on."""
 
 
-class SampleJob(Job):
+class SampleJob(ModelJob):
     """The pictures of a request. Those in the folder are kept."""
 
     request: SampleRequest
-    pipe: Any
+    command = "sample"
     route: Route
     text: TextOptions | None = None
     prior: DataPrior | None = None
@@ -67,24 +56,22 @@ class SampleJob(Job):
 
     def __init__(self, request: SampleRequest, control: Control) -> None:
         super().__init__(request, control)
-        device = find_device(request.device)
         seeds = check_seeds(range(request.seed, request.seed + request.count))
-        self.model = read_model(request.model)
-        self._open(device)
+        self.find()
+        self._resolve()
         items = [Item(None, seed) for seed in seeds]
         self.items = items if self.text is None else self.text.items(seeds)
-        self.folder = Path(request.out or f"out/sample-{short_name(request.model)}")
+        self.folder = self.out()
         self.protocol = self._protocol()
-        self.execution = {"count": request.count, "batch_size": request.batch_size}
-        self.execution |= {"device": str(device), "compile": request.compile}
+        self.execution = self.executed("count", "batch_size", "compile")
         self._note_configuration()
         self._note_fitted()
 
-    def _open(self, device: Any) -> None:
+    def _resolve(self) -> None:
         """Resolves the options, and then opens the model."""
-        always = "device seed count model batch_size compile out"
+        always = "device seed count model batch_size compile out dtype"
         model, options = self.model, Options(self.request, *always.split())
-        is_ddpm, clip, dtype = options.sampler == "ddpm", options.clip, options.dtype
+        is_ddpm, clip = options.sampler == "ddpm", options.clip
         if is_ddpm and options.eta is not None:
             raise DDIMError(
                 "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
@@ -107,11 +94,8 @@ class SampleJob(Job):
             walk["analytic"], given = options.variance == "analytic", options.data
             clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
         options.refuse_unread(model.name, model.kinds)
-        if self.text is None:
-            self.pipe = open_pixels(model, device=device, dtype=dtype)
-        else:
-            image = self.text.picture is not None
-            self.pipe = open_text(model, device=device, dtype=dtype, image=image)
+        self.open(has_picture=self.text is not None and self.text.picture is not None)
+        if self.text is not None:
             self.text.check_picture(self.pipe)
         self.route = self.pipe.route(**walk, clip=clip)
         if self.route.analytic:
@@ -120,12 +104,9 @@ class SampleJob(Job):
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route
         spacing = request.spacing or spacing_of(self.pipe, route.timesteps)
-        label = request.class_ if self.text is None else None
-        how: dict[str, Any] = {"clip": route.clip, "dtype": request.dtype, "given_class": label}
         data = self.data
         return {
-            "command": "sample",
-            **describe_model(self.model, self.pipe, **how),
+            **self.describe(clip=route.clip),
             "sampler": request.sampler,
             "steps": len(route),
             "spacing": None if request.timesteps else spacing,
@@ -178,10 +159,9 @@ class SampleJob(Job):
         size = min(request.batch_size, len(missing))
         self.batches = -(-len(missing) // size)
         self.control.steps = self.batches * len(route)
-        with enough_memory(self.pipe.device, request.batch_size):
-            began = time.perf_counter()
-            pipe = self.pipe.compile() if request.compile else self.pipe
-            pipe.warm_up(size, **({} if text is None else {"guidance_scale": text.guidance.scale}))
+        with enough_memory(self.device, request.batch_size):
+            began, guidance = time.perf_counter(), {} if text is None else text.scale
+            self.warm_up(size, **guidance)
             self.execution["warm_up_seconds"] = time.perf_counter() - began
 
             def pictures(batch: list[Item]) -> Any:
@@ -192,7 +172,7 @@ class SampleJob(Job):
                     asked |= {"prior": self.prior}
                 else:
                     asked = text.draw_options(batch)
-                return pipe.draw(
+                return self.pipe.draw(
                     route, seeds=seeds, progress=False, callback=self.control.step, **asked
                 ).images
 
@@ -237,7 +217,7 @@ class SampleJob(Job):
         def batches() -> Iterator[tuple[Denoiser, Tensor]]:
             for first in range(0, len(chosen), size):
                 part = chosen[first : first + size]
-                x0 = stack_images(data, part).to(self.pipe.device)
+                x0 = stack_images(data, part).to(self.device)
                 labels = [data[i][1] for i in part] if self.model.classes else None
                 yield self.pipe.denoiser(len(x0), class_labels=labels), x0
 

@@ -1,6 +1,5 @@
 """Measures a model at every eta and number of steps: the cells of the paper's Table 1."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -9,7 +8,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,34 +16,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddim.configuration import fitted_lists
 from ddim.core.noise import check_seeds
 from ddim.core.route import Route
-from ddim.errors import DDIMError, OutputError
-from ddim.evaluation.protocol import (
-    Reference,
-    Result,
-    collect,
-    collect_reference,
-    measure,
-    over_repeats,
-    sample_cuts,
+from ddim.errors import DDIMError
+from ddim.evaluation.protocol import Reference, collect, measure, over_repeats, sample_cuts
+from ddim.evaluation.report import (
+    Cell,
+    check_plots,
+    flat_records,
+    read_cell,
+    save_plots,
+    to_csv,
+    to_markdown,
+    write_cell,
 )
-from ddim.evaluation.report import Cell, check_plots, flat_records, save_plots, to_csv, to_markdown
 from ddim.files import write_text
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.measuring import (
-    describe_reference,
-    note_few,
-    open_panel,
-    open_reference,
-    sample_batches,
-    shuffled_batches,
-)
-from ddim.runs.model import PixelJob
+from ddim.runs.measuring import MeasuringJob
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import TableRequest
 
-__all__ = ["TableJob", "read_cell"]
+__all__ = ["TableJob"]
 
 LONG = 100
 """Cells of more steps than this draw --long-count images."""
@@ -57,10 +50,11 @@ class Item(NamedTuple):
     steps: int
 
 
-class TableJob(PixelJob):
+class TableJob(MeasuringJob):
     """The cells of a table, a file each. Those in the folder are kept."""
 
     request: TableRequest
+    command = "table"
     timed = 0
     """Cells that were timed in turn."""
 
@@ -80,30 +74,25 @@ class TableJob(PixelJob):
         self.items = [Item(eta, steps) for steps in numbers for eta in etas]
         self.routes: dict[Item, Route] = {}
         first = [self.route(item) for item in self.items][0]
-        shape = self.pipe.image_shape
-        self.data = open_reference(request, shape, whose=request.model)
-        sizes: dict[str, Any] = {"counts": request.counts, "available": len(self.data)}
-        self.panel = open_panel(request, shape=shape, device=self.device, **sizes)
+        against = self.open_metrics(self.pipe.image_shape, request.counts)
         self._reference: Reference | None = None
         self._is_warm = False
         config = self.pipe.scheduler.config
-        self.fitted = [] if request.spacing else config.get("fitted_timesteps") or []
+        self.fitted = [] if request.spacing else fitted_lists(config)
         spacing: Any = request.spacing or config.timestep_spacing
-        self.folder = self.out("table")
+        self.folder = self.out()
         self.protocol = {
-            "command": "table",
             **self.describe(clip=first.clip),
             "sampler": "ddim",
             "timesteps": {"fitted": self.fitted, "otherwise": spacing} if self.fitted else spacing,
             "order": first.order,
-            **describe_reference(request, self.data, self.panel),
+            **against,
             "count": count,
             "long_count": long,
             "repeats": request.repeats,
             "seed": request.seed,
         }
-        self.execution = {"device": str(self.device), "batch_size": request.batch_size}
-        self.execution |= {"compile": request.compile, "processes": request.processes}
+        self.execution = self.executed("batch_size", "compile", "processes")
 
     @property
     def levels(self) -> int:
@@ -165,26 +154,24 @@ class TableJob(PixelJob):
 
     def _in_turn(self, missing: Sequence[Item]) -> Iterator[Item]:
         for item in missing:
-            self.write(item, self.measure(item))
+            self.make_cell(item)
             yield item
+
+    def make_cell(self, item: Item) -> None:
+        """Measures a cell, and writes its file."""
+        write_cell(self._file(item), self.measure(item))
 
     def finish(self, rows: list[Row]) -> None:
         """Draws the plots, and says what few images are too few for."""
         self._write_tables()
         save_plots(self.cells(), self.folder)
-        sizes: dict[str, Any] = {"counts": self.request.counts, "available": len(self.data)}
-        note_few(self.control, self.request, self.panel, shape=self.pipe.image_shape, **sizes)
+        self.note_few()
 
     def measure(self, item: Item) -> Cell:
         """Draws and measures one cell; of the images only what the metrics need is kept."""
         request, (count, long) = self.request, self.request.counts
         if self._reference is None:
-            self._reference = collect_reference(
-                shuffled_batches(self.data),
-                self.panel,
-                available=len(self.data),
-                counts=request.counts,
-            )
+            self._reference = self.collect_real()
             self._warm_once()
         count = long if item.steps > LONG else count
         results, compared, seconds = [], [], []
@@ -208,10 +195,10 @@ class TableJob(PixelJob):
 
     def _draw(self, item: Item, seeds: list[int], took: list[float]) -> Iterator[Tensor]:
         route, size = self.route(item), self.batch_size
-        return sample_batches(self, route, seeds, batch_size=size, seconds=took)
+        return self.sample_batches(route, seeds, batch_size=size, seconds=took)
 
     def _time_in_turn(self) -> None:
-        """Reitems the seconds of all cells by those of batches that they draw in turn, so that
+        """Replaces the seconds of all cells by those of batches that they draw in turn, so that
         other work of the machine falls on all of them alike.
 
         The cells' own seconds were measured hours apart, perhaps on several machines.
@@ -222,7 +209,7 @@ class TableJob(PixelJob):
         for cell, seconds in zip(cells, zip(*took, strict=True), strict=True):
             median = statistics.median(seconds) * cell.count
             item = Item(cell.eta, cell.steps)
-            self.write(item, replace(cell, seconds=median, timing_rounds=rounds))
+            write_cell(self._file(item), replace(cell, seconds=median, timing_rounds=rounds))
         self.timed = len(cells)
 
     def _time_batch(self, cell: Cell) -> float:
@@ -240,11 +227,6 @@ class TableJob(PixelJob):
 
     def _file(self, item: Item) -> Path:
         return self.folder / "cells" / f"eta-{item.eta}-steps-{item.steps}.json"
-
-    def write(self, item: Item, cell: Cell) -> None:
-        """Writes a cell's file."""
-        text = json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n"
-        write_text(self._file(item), text)
 
     def _write_tables(self) -> None:
         """Writes the table in Markdown and CSV, as far as there are cells."""
@@ -281,25 +263,11 @@ class TableJob(PixelJob):
             f"DDIM of order {protocol['order']}, {spacing} timesteps, clipping "
             f"{protocol['clip']['kind']}, float32, weights {protocol['weight_hash']}; {count} "
             f"images a cell{fewer}, seeds from {request.seed} on, the same in every cell; "
-            f"reference {request.reference} ({request.split}, {len(self.data)} images); "
+            f"reference {request.reference} ({request.split}, {len(self.real)} images); "
             f"extractors: {networks}; ± is the spread over seeds, {spread}. Time: "
             f"{self.execution['device']}, batches of {request.batch_size}, {request.processes} at "
             f"once, {compiled}."
         )
-
-
-def read_cell(path: Path) -> Cell:
-    """A cell's file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        numbers: Any = {
-            key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")
-        }
-        return Cell(timesteps=tuple(content.pop("timesteps")), **numbers, **content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(
-            f"{path} is not a cell of this program ({error}); delete it, and it is measured again."
-        ) from error
 
 
 def _longest_first(items: Sequence[Item], counts: tuple[int, int]) -> list[Item]:
@@ -356,4 +324,4 @@ def _begin_worker(request: TableRequest, processes: int) -> None:
 def _measure_in_worker(item: Item, folder: Path) -> None:
     assert _worker_job is not None
     _worker_job.folder = folder
-    _worker_job.write(item, _worker_job.measure(item))
+    _worker_job.make_cell(item)

@@ -74,6 +74,11 @@ class TextOptions:
         """How often each step evaluates the network."""
         return 2 if self.guidance.scale > 1 else 1
 
+    @property
+    def scale(self) -> dict[str, float]:
+        """What a pipeline's ``warm_up`` needs to know of guidance."""
+        return {"guidance_scale": self.guidance.scale}
+
     def check_picture(self, pipe: Any) -> None:
         """Checks that image-to-image can start from the picture.
 

@@ -2,6 +2,7 @@
 the model's card says."""
 
 import json
+import subprocess
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ddim.training.base import Base
 from ddim.training.config import TrainConfig, command_line
 from ddim.training.subject import Subject
 
-__all__ = ["card_guidance", "make_card", "new_record", "resume_record"]
+__all__ = ["code_revision", "card_guidance", "make_card", "new_record", "resume_record"]
 
 # Options that may differ when a run is resumed: they change what is written and how fast, but not
 # what is learnt. ``compile``, ``cache_latents`` and ``gradient_checkpointing`` may change the
@@ -179,3 +180,24 @@ def card_guidance(
         "guidance_scale": inherited.get("guidance_scale", 7.5),
         "guidance_rescale": inherited.get("guidance_rescale") or 0.7,
     }
+
+
+def code_revision() -> str | None:
+    """The git revision of this code, with -dirty where it has uncommitted changes; None where git
+    does not track it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # else an environment inside someone's repository has theirs
+        return git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,41 @@
+"""A picture of a schedule: its log-SNR, the visited levels and the steps between them."""
+
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from ddim.core.timesteps import Spacing, select_timesteps
+from ddim.doctor.report import Diagnosis, complete, levels_of
+from ddim.files import replacing
+
+__all__ = ["plot_schedule"]
+
+
+def plot_schedule(diagnosis: Diagnosis, path: Path | str) -> None:
+    """Draws the schedule, and for each spacing the visited levels and the steps in log-SNR."""
+    from matplotlib.figure import Figure
+
+    config = complete(diagnosis.config)
+    schedule, steps = levels_of(config), diagnosis.summary["steps"]
+    log_snr = schedule.log_snr(torch.arange(len(schedule)))
+    is_zero = bool(log_snr.isinf().any())
+    log_snr[log_snr.isinf()] = torch.nan  # zero terminal SNR has no place on this axis
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    curve, visited, sizes = figure.subplots(1, 3)
+    curve.plot(log_snr, color="black")
+    curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
+    spacings: tuple[Spacing, ...] = get_args(Spacing)
+    for row, spacing in enumerate(spacings):
+        offset = config["steps_offset"]
+        levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=offset))
+        visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
+        sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
+    title, ticks = f"levels of {steps} steps", range(len(spacings))
+    visited.set(title=title, xlabel="level", yticks=ticks, yticklabels=spacings)
+    infinite = ", that out of zero SNR is infinite" if is_zero else ""
+    title = f"step sizes{infinite}"
+    sizes.set(title=title, xlabel="level that is reached", ylabel="gain of log-SNR")
+    sizes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

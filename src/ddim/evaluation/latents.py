@@ -1,0 +1,52 @@
+"""Tables and plots of codes: how images come back, and how far trajectories are apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddim.evaluation.report import save_lines, text_table
+
+__all__ = ["plot_errors", "reconstruction_table", "trajectory_table"]
+
+Row = dict[str, Any]
+
+_PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
+"""Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Table 2: DDIM on CIFAR-10's test
+images. https://arxiv.org/abs/2010.02502"""
+
+
+def reconstruction_table(rows: Sequence[Row], *, title: str, setting: str) -> str:
+    """A Markdown document of rows ``method, steps, mse, mse_max, evaluations, rms``, beside the
+    paper's Table 2; ``setting`` says in sentences how they were measured."""
+    head = "method|steps|mse|largest|evaluations a step|RMS of the code|paper (DDIM, CIFAR-10)"
+    table = [head.split("|")]
+    for r in rows:
+        is_known = r["method"] == "ddim" and r["steps"] in _PAPER
+        paper = f"{_PAPER[r['steps']]:g}" if is_known else ""
+        diverged = r["mse"] is None
+        errors = ["diverged", ""] if diverged else [f"{r['mse']:.2e}", f"{r['mse_max']:.2e}"]
+        rms = "" if diverged else f"{r['rms']:.2f}"
+        calls = f"{r['evaluations'] / r['steps']:.2f}"
+        table.append([r["method"], str(r["steps"]), *errors, calls, rms, paper])
+    return f"# {title}: images from their codes\n\n{setting}\n\n{text_table(table)}"
+
+
+def trajectory_table(rows: Sequence[Row], *, title: str, setting: str) -> str:
+    """A Markdown document of rows ``sampler, steps, mse, mse_error, evaluations``."""
+    table = [["sampler", "steps", "mse", "standard error", "evaluations"]]
+    for r in rows:
+        spread = "" if r["mse_error"] is None else f"{r['mse_error']:.1e}"
+        numbers = [f"{r['mse']:.2e}", spread, str(r["evaluations"])]
+        table.append([r["sampler"], str(r["steps"]), *numbers])
+    return f"# {title}: one latent under other trajectories\n\n{setting}\n\n{text_table(table)}"
+
+
+def plot_errors(
+    rows: Sequence[Row], path: Path, *, name: str, along: str, across: str, up: str
+) -> None:
+    """Plots ``mse`` over the key ``along``, a line for each value of the key ``name``."""
+    lines = {
+        line: [(r[along], r["mse"]) for r in rows if r[name] == line and r["mse"]]
+        for line in dict.fromkeys(r[name] for r in rows)
+    }
+    save_lines(lines, path, across=across, up=up)
