@@ -54,7 +54,6 @@ class EncodeJob(FileJob, PixelJob):
         self.execution = {"count": count, **self.executed("batch_size")}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
-        """Encodes the images, and writes the code and its record."""
         request, pipe, (x0, labels, _) = self.request, self.pipe, self.pictures
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(x0))
@@ -73,7 +72,6 @@ class EncodeJob(FileJob, PixelJob):
         yield Made(self.folder, seconds=time.perf_counter() - began)
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each image."""
         if self.code is None:
             return []
         rows = [{"rms": value} for value in self.code.rms().tolist()]
@@ -83,7 +81,6 @@ class EncodeJob(FileJob, PixelJob):
         return [{"image": self.request.seed + n, **row} for n, row in enumerate(rows)]
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image."""
         return self.calls
 
     def save(self, record: RunRecord) -> None:
@@ -133,7 +130,6 @@ class DecodeJob(PixelJob):
         self.execution = {"count": len(code), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[int]) -> Generator[Made]:
-        """Decodes the code, and writes the pictures and the grid of the first of them."""
         request, pipe, code = self.request, self.pipe, self.code
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(code))
@@ -151,10 +147,8 @@ class DecodeJob(PixelJob):
         save_png(make_grid(shown), self.folder / "grid.png", scale=sheet_scale(shown))
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each picture, those of earlier runs included."""
         latest = {row["image"]: row for row in rows}
         return [latest[number] for number in sorted(latest)]
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image."""
         return self.calls

@@ -79,17 +79,14 @@ class ConsistencyJob(PixelJob):
         return self.pipe.route(timesteps=levels, order=order, clip="none", sampler=sampler)  # type: ignore[arg-type]
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """The rows of the last run."""
         return rows[-len(self.items) :] if len(rows) >= len(self.items) else rows
 
     def evaluations(self, rows: list[Row]) -> float:
-        """The sum over all trajectories, the longest included."""
         extra = 0 if self.longest in self.items else self.longest.steps
         calls: float = sum(row["evaluations"] for row in rows) + extra
         return calls
 
     def make(self, missing: Sequence[Trajectory]) -> Generator[Made]:
-        """Draws the longest trajectory, then the others, and measures how far they are apart."""
         with enough_memory(self.device, self.request.batch_size):
             self.warm_up(len(self.seeds))
             began = time.perf_counter()
@@ -120,7 +117,6 @@ class ConsistencyJob(PixelJob):
         return torch.cat([2 * images.cpu().double() - 1 for _, images, _ in drawn])
 
     def finish(self, rows: list[Row]) -> None:
-        """Writes the table, the plot and the sheet."""
         request, longest = self.request, self.longest.steps
         setting = (
             f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM "

@@ -98,11 +98,9 @@ class EvaluateJob(MeasuringJob):
         return Samples(count, pipe.image_shape, batches(), protocol, len(route), seconds)
 
     def is_empty(self, record: RunRecord) -> bool:
-        """Only a record without numbers is forgotten."""
         return not record.results
 
     def make(self, missing: Sequence[str]) -> Generator[Made]:
-        """Measures every metric."""
         samples, count, real = self.samples, self.samples.count, self.collect_real()
         collected = collect(samples.batches, self.panel, cuts=sample_cuts([count]))
         found = measure(collected, real, self.panel, count=count)
@@ -110,15 +108,12 @@ class EvaluateJob(MeasuringJob):
         yield Made("metrics", seconds=sum(samples.seconds))
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """The numbers of this run."""
         return self.rows or rows
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image."""
         return self.samples.evaluations
 
     def finish(self, rows: list[Row]) -> None:
-        """Says what few images are too few for."""
         self.note_few()
         if (halves := rows[0]["floor_count"]) < (count := self.samples.count):
             self.control.note(

@@ -66,7 +66,6 @@ class FitStepsJob(FileJob, ModelJob):
         self.execution = self.executed("batch_size")
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
-        """Fits the levels on the first images, and judges them on the others."""
         request = self.request
         found, judged = self.seeds[: request.count], self.seeds[request.count :]
         size = request.batch_size
@@ -115,7 +114,6 @@ class FitStepsJob(FileJob, ModelJob):
         return sample(problem.denoise, problem.x_t, pairs, schedule=schedule)
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each list of levels that was compared."""
         fit = self.fit
         if fit is None:
             return []
@@ -130,11 +128,9 @@ class FitStepsJob(FileJob, ModelJob):
         ]
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image of the fitted levels."""
         return self.request.steps * (1 if self.text is None else self.text.calls_a_step)
 
     def save(self, record: RunRecord) -> None:
-        """Writes the levels with the record."""
         if self.fit is not None:
             content = {"timesteps": self.fit.timesteps, **asdict(record)}
             write_text(self.folder, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -83,16 +83,13 @@ class InterpolateJob(PixelJob):
         return needed
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each picture."""
         name = self.items[0]
         return [{"place": n, "file": name, "rms": value} for n, value in enumerate(self.rms)]
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an end for encoding, and a picture for decoding."""
         return self.calls
 
     def make(self, missing: Sequence[str]) -> Generator[Made]:
-        """Encodes the ends if they are pictures, and decodes the path between them."""
         request, pipe = self.request, self.pipe
         walk: dict[str, Any] = {"timesteps": self.timesteps, "batch_size": request.batch_size}
         with enough_memory(self.device, request.batch_size):

@@ -76,25 +76,20 @@ class ReconstructJob(PixelJob):
         self.execution = self.executed("batch_size")
 
     def there(self, record: RunRecord | None) -> set[Cell]:
-        """The cells of the record."""
         rows = [] if record is None else record.results
         return {Cell(row["method"], row["steps"]) for row in rows}
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """The rows, sorted by method and steps."""
         return sorted(rows, key=lambda row: (ENCODERS.index(row["method"]), row["steps"]))
 
     def seconds(self, drawn: float, before: RunRecord | None) -> float:
-        """The sum over all runs."""
         return drawn + (0.0 if before is None else before.seconds)
 
     def evaluations(self, rows: list[Row]) -> float:
-        """The sum over all cells, there and back."""
         calls: float = sum(r["evaluations"] + r.get("decode_evaluations", 0) for r in rows)
         return calls
 
     def make(self, missing: Sequence[Cell]) -> Generator[Made]:
-        """Measures cell by cell."""
         with enough_memory(self.device, self.request.batch_size):
             self.warm_up(len(self.pictures.x0))
             for cell in missing:
@@ -156,7 +151,6 @@ class ReconstructJob(PixelJob):
         return cell, time.perf_counter() - began
 
     def finish(self, rows: list[Row]) -> None:
-        """Writes the sheet, the table and the plot of all cells that are there."""
         fewest = min(self.timesteps)
         self.note_levels(self.asked[fewest], self.timesteps[fewest])
         with enough_memory(self.device, self.request.batch_size):

@@ -67,13 +67,36 @@ class Seeds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class Spaced:
+    """How levels are chosen."""
+
+    spacing: Spacing | None = None
+    """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(Spaced):
     """Which levels a trajectory visits."""
 
     steps: int | None = None
     """Number of steps, which is the number of network evaluations an image. Default: 50."""
-    spacing: Spacing | None = None
-    """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noisy(Walk):
+    """A trajectory that may draw noise."""
+
+    eta: Eta = None
+    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
+    larger noise of DDPM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Results in a folder."""
+
+    out: str | None = None
+    """Folder for the results. Default: out/COMMAND-MODEL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +133,7 @@ class Pictures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest(Text, Walk, Seeds, Request):
+class SampleRequest(Text, Noisy, Folder, Seeds, Request):
     """Draws images from a model with DDIM: a file for each seed, a grid of the first 64, and a
     record of the run.
 
@@ -120,9 +143,6 @@ class SampleRequest(Text, Walk, Seeds, Request):
 
     count: Count = 16
     """How many images: the seeds SEED to SEED+COUNT-1."""
-    eta: Eta = None
-    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
-    larger noise of DDPM."""
     order: Literal[1, 2] | None = None
     """Order of the solver: 1 is DDIM; 2, its multistep method, is more accurate at the same cost.
     Default: as the model's configuration says."""
@@ -153,14 +173,12 @@ class SampleRequest(Text, Walk, Seeds, Request):
     """Class of all images, for a class-conditional model. Default: seed modulo the number of
     classes."""
     batch_size: AtLeastOne = 16
-    out: str | None = None
-    """Folder for the pictures. Default: out/sample-MODEL."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network. The image between the steps is always float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(Folder):
     """Real images to compare with, and the metrics."""
 
     reference: str
@@ -175,12 +193,10 @@ class Measured:
     plots. Default: a panel that fits the images."""
     weights: tuple[str, ...] = ()
     """NAME=PATH each: weights of the extractors inception, dinov2 and efficientnet-lite0."""
-    out: str | None = None
-    """Folder for the results. Default: out/COMMAND-NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Walk, Seeds, Measured, Computed):
+class EvaluateRequest(Noisy, Seeds, Measured, Computed):
     """Measures a folder of images, an array file, or a model against real images; each number
     stands beside its floor and its spread."""
 
@@ -189,13 +205,10 @@ class EvaluateRequest(Walk, Seeds, Measured, Computed):
     diffusers folder, or a hub id; no text-to-image model."""
     count: AtLeastOne | None = None
     """How many samples are measured. Default: all images of a folder, 2048 of a model."""
-    eta: Eta = None
-    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
-    larger noise of DDPM."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRequest(Measured, Seeds, Request):
+class TableRequest(Measured, Spaced, Seeds, Request):
     """Measures a model at every eta and number of steps: quality, time, and the ratio of both to
     DDPM.
 
@@ -207,8 +220,6 @@ class TableRequest(Measured, Seeds, Request):
     """0 is deterministic, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
     """Numbers of steps, which are network evaluations an image."""
-    spacing: Spacing | None = None
-    """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
     clip: Literal["none", "static", "dynamic"] | None = None
     """How predicted images are kept in range between the steps. Default: as the model's
     configuration says."""
@@ -234,7 +245,7 @@ class TableRequest(Measured, Seeds, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructRequest(Pictures, Request):
+class ReconstructRequest(Pictures, Spaced, Folder, Request):
     """Measures how images come back from their codes, for each method and number of steps: a table,
     a plot and a sheet.
 
@@ -249,14 +260,10 @@ class ReconstructRequest(Pictures, Request):
     """Numbers of steps, the same each way."""
     method: tuple[str, ...] = ("ddim", "fixed-point", "o-belm")
     """Encoders: ddim, fixed-point, o-belm, bdia, edict."""
-    spacing: Spacing | None = None
-    """How the levels are spaced. Default: as the model's configuration says."""
-    out: str | None = None
-    """Folder for the results. Default: out/reconstruct-MODEL."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyRequest(Seeds, Request):
+class ConsistencyRequest(Spaced, Folder, Seeds, Request):
     """Draws the same latents with other steps and samplers, and measures how far each result is
     from that of the longest trajectory.
 
@@ -270,14 +277,10 @@ class ConsistencyRequest(Seeds, Request):
     """Numbers of steps. The others are compared with DDIM of the largest."""
     sampler: tuple[str, ...] = ("ddim",)
     """ddim, ddim-2 (its second order), o-belm, bdia, edict."""
-    spacing: Spacing | None = None
-    """How the levels are spaced. Default: as the model's configuration says."""
-    out: str | None = None
-    """Folder for the results. Default: out/consistency-MODEL."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateRequest(Walk, Request):
+class InterpolateRequest(Walk, Folder, Request):
     """Draws the path between two seeds or two images, or with --grid the square between four."""
 
     seeds: tuple[int, ...] | None = None
@@ -299,8 +302,6 @@ class InterpolateRequest(Walk, Request):
     """Resize images of another size (shorter side) and crop them in the centre."""
     gif: bool = False
     """Write the path as an animation, there and back, too."""
-    out: str | None = None
-    """Folder for the pictures. Default: out/interpolate-MODEL."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,16 +119,13 @@ class SampleJob(ModelJob):
         }
 
     def there(self, record: RunRecord | None) -> set[Item]:
-        """The items whose pictures are in the folder."""
         found = (Item.of(path.stem) for path in self.folder.glob("*.png"))
         return {item for item in found if item is not None}
 
     def is_empty(self, record: RunRecord) -> bool:
-        """A folder without pictures is empty, whatever else an earlier run left."""
         return not self.there(record)
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each picture that is there."""
         return [self._row(item) for item in sorted(self.there(None), key=lambda item: item.file)]
 
     def _row(self, item: Item) -> Row:
@@ -141,16 +138,13 @@ class SampleJob(ModelJob):
         }
 
     def seconds(self, drawn: float, before: RunRecord | None) -> float:
-        """Those of the last run that drew something."""
         return before.seconds if before is not None and not drawn else drawn
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image; guidance counts its two."""
         calls = 1 if self.text is None else self.text.calls_a_step
         return calls * sampling_evaluations(self.pipe, self.route)
 
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
-        """Draws batch by batch, and writes each picture."""
         request, text = self.request, self.text
         self.execution |= {"drawn": len(missing)}
         if not missing:
@@ -183,7 +177,6 @@ class SampleJob(ModelJob):
                     yield Made(item, seconds=took / len(batch))
 
     def finish(self, rows: list[Row]) -> None:
-        """Writes the first images together; of several prompts, a row each under its text."""
         prompts = 1 if self.text is None else len(self.text.prompts)
         row = len(self.items) // prompts
         columns = row if prompts == 1 else max(1, min(row, SHOWN // prompts, 8))

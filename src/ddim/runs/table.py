@@ -113,11 +113,9 @@ class TableJob(MeasuringJob):
         return self.routes[item]
 
     def there(self, record: RunRecord | None) -> set[Item]:
-        """The cells whose files are in the folder."""
         return {Item(cell.eta, cell.steps) for cell in self.cells()}
 
     def is_empty(self, record: RunRecord) -> bool:
-        """A folder without cells is empty."""
         return not any((self.folder / "cells").glob("*.json"))
 
     def cells(self) -> list[Cell]:
@@ -125,19 +123,15 @@ class TableJob(MeasuringJob):
         return [read_cell(path) for path in sorted((self.folder / "cells").glob("*.json"))]
 
     def results(self, rows: list[Row]) -> list[Row]:
-        """A row for each cell."""
         return flat_records(self.cells(), levels=self.levels)
 
     def seconds(self, drawn: float, before: RunRecord | None) -> float:
-        """The sum over all cells."""
         return sum(cell.seconds for cell in self.cells())
 
     def evaluations(self, rows: list[Row]) -> float:
-        """The sum over all cells."""
         return sum(cell.evaluations for cell in self.cells())
 
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
-        """Measures cells, here or in processes, and then times all cells in turn if asked to."""
         (self.folder / "cells").mkdir(exist_ok=True)
         is_divided = self.request.processes > 1 and len(missing) > 1
         for item in _in_processes(self, missing) if is_divided else self._in_turn(missing):
@@ -162,7 +156,6 @@ class TableJob(MeasuringJob):
         write_cell(self._file(item), self.measure(item))
 
     def finish(self, rows: list[Row]) -> None:
-        """Draws the plots, and says what few images are too few for."""
         self._write_tables()
         save_plots(self.cells(), self.folder)
         self.note_few()
