@@ -4,12 +4,13 @@ scripts."""
 import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ddim.errors import DataError
 
-__all__ = ["CAPTION_COLUMNS", "captions_of_files", "one_caption"]
+__all__ = ["CAPTION_COLUMNS", "captions_of_files", "one_caption", "read_prompts"]
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 """Usual names of a column of captions, tried in this order."""
@@ -92,3 +93,27 @@ def one_caption(value: Any, where: str) -> str:
     if not isinstance(first, str):
         raise DataError(f"{where} has no caption but {first!r}; an empty text will do.")
     return first
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """Prompts as they were given; ``FILE.txt`` stands for the lines of that file that are not empty.
+
+    Raises:
+        DataError: If there is no such file, or it holds no prompt.
+    """
+    prompts = []
+    for text in given:
+        if not text.endswith(".txt"):
+            prompts.append(text)
+            continue
+        try:
+            lines = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be "
+                f"read ({error})."
+            ) from error
+        if not any(line.strip() for line in lines):
+            raise DataError(f"--prompt {text}: the file holds no prompt; write one in a line.")
+        prompts += [line.strip() for line in lines if line.strip()]
+    return prompts

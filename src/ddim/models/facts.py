@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddim.core.prior import DataPrior
 from ddim.doctor.checks import ModelFacts
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import (
@@ -74,6 +75,39 @@ class FoundModel:
         if not self.classes:
             return None
         return [seed % self.classes if given is None else given for seed in seeds]
+
+    def read_prior(self, name: str) -> DataPrior | None:
+        """What x_T is drawn from: None for ``standard``, which is N(0, I); the model's prior.json
+        for ``data``; else a file.
+
+        Raises:
+            DDIMError: If there is no such file.
+        """
+        if name == "standard":
+            return None
+        path = self.folder / "prior.json" if name == "data" else Path(name)
+        if not path.is_file():
+            raise DDIMError(
+                f"there is no prior at {path}; measure one with `ddim doctor {self.name} --data "
+                "DATA --prior FILE.json`, and give --prior FILE.json."
+            )
+        return DataPrior.from_dict(read_json(path))
+
+    def trained_on(self) -> str:
+        """The data that the model was trained on, as its card says.
+
+        Raises:
+            DDIMError: If it has no card, or the card does not say.
+        """
+        path = self.folder / "card.json"
+        config = read_json(path).get("config") if path.is_file() else None
+        source = config.get("data") if isinstance(config, dict) else None
+        if source is None:
+            raise DDIMError(
+                f"{self.name} does not say what it was trained on; name images for --variance "
+                "analytic with --data."
+            )
+        return str(source)
 
 
 def read_model(name: str) -> FoundModel:

@@ -13,7 +13,7 @@ from ddim.inversion.codes import Code, fingerprint, load_code, save_code
 from ddim.inversion.ddim import collect_unsolved
 from ddim.models.images import make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made, Row
-from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
+from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import NAME, RunRecord, write_run
 from ddim.runs.requests import DecodeRequest, EncodeRequest
 
@@ -58,7 +58,7 @@ class EncodeJob(FileJob, PixelJob):
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(x0))
             began = time.perf_counter()
-            with NetworkCalls(pipe, self.control) as calls, collect_unsolved() as self.unsolved:
+            with self.counted() as calls, collect_unsolved() as self.unsolved:
                 code = pipe.encode(
                     x0,
                     timesteps=self.timesteps,
@@ -134,7 +134,7 @@ class DecodeJob(PixelJob):
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(code))
             began = time.perf_counter()
-            with NetworkCalls(pipe, self.control) as calls:
+            with self.counted() as calls:
                 pictures = pipe.decode(
                     code, timesteps=self.timesteps, batch_size=request.batch_size
                 )

@@ -17,7 +17,7 @@ from ddim.inversion.codes import Code
 from ddim.inversion.ddim import collect_unsolved
 from ddim.models.images import make_grid, save_gif, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
+from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.requests import InterpolateRequest
 
 __all__ = ["InterpolateJob"]
@@ -95,7 +95,7 @@ class InterpolateJob(PixelJob):
         with enough_memory(self.device, request.batch_size):
             pipe.warm_up()
             began = time.perf_counter()
-            encoding, decoding = NetworkCalls(pipe, self.control), NetworkCalls(pipe, self.control)
+            encoding, decoding = self.counted(), self.counted()
             with encoding, collect_unsolved() as unsolved:
                 if isinstance(self.ends, Pictures):
                     x0, classes, _ = self.ends

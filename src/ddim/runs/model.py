@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 
 from ddim.configuration import fitted_lists
 from ddim.core.denoiser import Clip
@@ -19,11 +18,12 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
 from ddim.models.checkpoints import weight_hash
 from ddim.models.facts import FoundModel, read_model
+from ddim.pipelines.counting import NetworkCalls
 from ddim.pipelines.opening import text_pipeline
 from ddim.pipelines.unconditional import UnconditionalPipeline
-from ddim.runs.engine import Control, Job
+from ddim.runs.engine import Job
 
-__all__ = ["ModelJob", "NetworkCalls", "PixelJob", "draw", "enough_memory", "find_device"]
+__all__ = ["ModelJob", "PixelJob", "draw", "enough_memory", "find_device"]
 __all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
 
 
@@ -146,31 +146,6 @@ def short_name(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).name) or "model"
 
 
-class NetworkCalls:
-    """Counts, while it is held by ``with``, for how many images a network is called, and lets the
-    run stop between two calls."""
-
-    def __init__(self, pipe: UnconditionalPipeline, control: Control) -> None:
-        self.images = 0
-        self._network = pipe.unet
-        self._control = control
-
-    def __enter__(self) -> "NetworkCalls":
-        self._hook = self._network.register_forward_pre_hook(self._count)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hook.remove()
-
-    def _count(self, network: object, inputs: tuple[Tensor, ...]) -> None:
-        self._control.step()
-        self.images += len(inputs[0])
-
-    def each(self, count: int) -> float:
-        """Calls for each of ``count`` images: whole, unless images took different numbers."""
-        return self.images // count if self.images % count == 0 else self.images / count
-
-
 class ModelJob(Job):
     """A job on a model, which :meth:`open` finds and opens.
 
@@ -240,6 +215,10 @@ class ModelJob(Job):
     def out(self) -> Path:
         """The folder of the request, or the default one of the command."""
         return Path(self.request.out or f"out/{self.command}-{short_name(self.request.model)}")
+
+    def counted(self) -> NetworkCalls:
+        """Counts network calls while it is held, each of them a step of the run."""
+        return NetworkCalls(self.pipe.unet, self.control.step)
 
     def warm_up(self, count: int, **options: Any) -> None:
         """Evaluates the network once on a batch, compiled first if the request asks for that."""

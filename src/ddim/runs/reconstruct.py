@@ -19,7 +19,7 @@ from ddim.inversion.ddim import collect_unsolved
 from ddim.inversion.encoding import reconstruction_error
 from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.model import NetworkCalls, PixelJob, enough_memory
+from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import ReconstructRequest
 
@@ -99,15 +99,12 @@ class ReconstructJob(PixelJob):
                 text = f"{cell.method}, {cell.steps} steps: {mse}, {calls:.1f} evaluations a step, "
                 yield Made(cell, {**cell._asdict(), **row}, took, f"{text}{took:.1f} s")
 
-    def _measure(self, place: Cell) -> tuple[Row, float]:
+    def _measure(self, cell: Cell) -> tuple[Row, float]:
         """One cell, and the seconds it took."""
         errors, rms, residuals = [], [], []
         began, unsolved, done = time.perf_counter(), 0, 0
-        encoding, decoding = (
-            NetworkCalls(self.pipe, self.control),
-            NetworkCalls(self.pipe, self.control),
-        )
-        pipe, size, levels = self.pipe, self.request.batch_size, self.timesteps[place.steps]
+        encoding, decoding = self.counted(), self.counted()
+        pipe, size, levels = self.pipe, self.request.batch_size, self.timesteps[cell.steps]
         back = torch.empty(0)
 
         def keep(state: State) -> None:
@@ -122,7 +119,7 @@ class ReconstructJob(PixelJob):
                     code = pipe.encode(
                         x0,
                         timesteps=levels,
-                        method=place.method,  # type: ignore[arg-type]
+                        method=cell.method,  # type: ignore[arg-type]
                         class_labels=labels,
                         batch_size=size,
                     )
@@ -138,7 +135,7 @@ class ReconstructJob(PixelJob):
             if code.residual is not None:
                 residuals.append(code.residual)
         error = torch.cat(errors)
-        cell: Row = {
+        row: Row = {
             "mse": float(error.mean()),
             "mse_max": float(error.max()),
             "evaluations": encoding.each(done),
@@ -147,8 +144,8 @@ class ReconstructJob(PixelJob):
             "count": done,
         }
         if residuals:
-            cell |= {"residual_max": float(torch.cat(residuals).max()), "unsolved_steps": unsolved}
-        return cell, time.perf_counter() - began
+            row |= {"residual_max": float(torch.cat(residuals).max()), "unsolved_steps": unsolved}
+        return row, time.perf_counter() - began
 
     def finish(self, rows: list[Row]) -> None:
         fewest = min(self.timesteps)

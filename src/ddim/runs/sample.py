@@ -4,7 +4,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from ddim.errors import DDIMError, OutputError
 from ddim.files import write_text
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import read_json
-from ddim.models.facts import FoundModel
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
@@ -90,7 +88,7 @@ class SampleJob(ModelJob):
             walk["strength"] = text.strength
         else:
             model.check_class(options.class_)
-            self.prior = _read_prior(options.prior, model)
+            self.prior = model.read_prior(options.prior)
             walk["analytic"], given = options.variance == "analytic", options.data
             clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
         options.refuse_unread(model.name, model.kinds)
@@ -99,7 +97,7 @@ class SampleJob(ModelJob):
             self.text.check_picture(self.pipe)
         self.route = self.pipe.route(**walk, clip=clip)
         if self.route.analytic:
-            self.data = _open_data(given or _trained_on(model), self.pipe)
+            self.data = _open_data(given or model.trained_on(), self.pipe)
 
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route
@@ -256,32 +254,6 @@ class SampleJob(ModelJob):
                 f"these timesteps were fitted to {fitted.get('model')} ({'; '.join(other)}); `ddim "
                 "fit-steps` fits others."
             )
-
-
-def _read_prior(name: str, model: FoundModel) -> DataPrior | None:
-    """What the first noise is drawn from; None for N(0, I)."""
-    if name == "standard":
-        return None
-    path = model.folder / "prior.json" if name == "data" else Path(name)
-    if not path.is_file():
-        raise DDIMError(
-            f"there is no prior at {path}; measure one with `ddim doctor {model.name} --data DATA "
-            "--prior FILE.json`, and give --prior FILE.json."
-        )
-    return DataPrior.from_dict(read_json(path))
-
-
-def _trained_on(model: FoundModel) -> str:
-    """The data that a model was trained on, as its card says."""
-    path = model.folder / "card.json"
-    config = read_json(path).get("config") if path.is_file() else None
-    source = config.get("data") if isinstance(config, dict) else None
-    if source is None:
-        raise DDIMError(
-            f"{model.name} does not say what it was trained on; name images for --variance "
-            "analytic with --data."
-        )
-    return str(source)
 
 
 def _open_data(source: str, pipe: Any) -> ImageData:

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from ddim.data.captions import read_prompts
 from ddim.errors import DataError, DDIMError
 from ddim.files import file_hash
 from ddim.models.checkpoints import read_guidance
@@ -16,7 +17,7 @@ from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import Guidance, Prompts
 from ddim.runs.options import Options
 
-__all__ = ["Item", "TextOptions", "read_prompts", "read_text"]
+__all__ = ["Item", "TextOptions", "read_text"]
 
 
 @dataclass(frozen=True, order=True)
@@ -132,27 +133,3 @@ def read_text(options: Options, model: FoundModel, *, image: bool = False) -> Te
     }
     negative: str | None = options.negative_prompt
     return TextOptions(prompts, negative, guidance, picture, strength, protocol)
-
-
-def read_prompts(given: Sequence[str]) -> list[str]:
-    """Prompts as they were given; ``FILE.txt`` stands for the lines of that file that are not empty.
-
-    Raises:
-        DataError: If there is no such file, or it holds no prompt.
-    """
-    prompts = []
-    for text in given:
-        if not text.endswith(".txt"):
-            prompts.append(text)
-            continue
-        try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"--prompt {text}: a text that ends in .txt is a file of prompts, and it cannot be "
-                f"read ({error})."
-            ) from error
-        if not any(line.strip() for line in lines):
-            raise DataError(f"--prompt {text}: the file holds no prompt; write one in a line.")
-        prompts += [line.strip() for line in lines if line.strip()]
-    return prompts
