@@ -43,7 +43,7 @@ class EncodeJob(FileJob, PixelJob):
         self.timesteps = self.pipe.select_timesteps(request.steps, **walk)
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         self.code: Code | None = None
-        self.calls, self.unsolved = 0.0, list[str]()
+        self.unsolved = list[str]()
         count = len(self.pictures.x0)
         self.protocol = {
             **self.describe(clip=self.pipe.select_clip("none")),
@@ -80,9 +80,6 @@ class EncodeJob(FileJob, PixelJob):
                 row["residual"] = value
         return [{"image": self.request.seed + n, **row} for n, row in enumerate(rows)]
 
-    def evaluations(self, rows: list[Row]) -> float:
-        return self.calls
-
     def save(self, record: RunRecord) -> None:
         """Writes the record, and then the code: a code without its record could not be made
         again."""
@@ -117,7 +114,6 @@ class DecodeJob(PixelJob):
                 f"the code lies at level {self.timesteps[0]}; {steps - len(self.timesteps)} of the "
                 f"{steps} levels are not below it."
             )
-        self.calls = 0.0
         self.items = range(first, first + len(code))
         self.folder = Path(request.out)
         self.protocol = {
@@ -149,6 +145,3 @@ class DecodeJob(PixelJob):
     def results(self, rows: list[Row]) -> list[Row]:
         latest = {row["image"]: row for row in rows}
         return [latest[number] for number in sorted(latest)]
-
-    def evaluations(self, rows: list[Row]) -> float:
-        return self.calls

@@ -10,6 +10,7 @@ two jobs run side by side in one process, each with its own :class:`Control`.
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,14 +31,13 @@ class Event:
     """Something that happened in a run.
 
     Attributes:
-        state: ``started``, once the folder is claimed; ``step``, after each step of a walk;
-            ``item``, when an item is written; ``note``, for a sentence to a person; ``finished``
-            or ``stopped``, at the end.
+        state: ``started`` once the folder is claimed; ``step`` after each step of a walk; ``item``
+            when an item is written; ``note`` for a sentence to a person; the last two at the end.
         done: Items that are done, those of earlier runs included; for ``step``, steps.
         total: Items of the request; for ``step``, steps, or None where nobody knows.
-        item: For ``item``, its name.
-        rate: For ``item``, items a second of this run so far.
-        text: For ``note``, the sentence; for ``item``, what it shows, if there is anything to say.
+        item: The item's name.
+        rate: Items a second of this run so far.
+        text: The sentence of a ``note``, or what an ``item`` shows.
     """
 
     state: Literal["started", "step", "item", "note", "finished", "stopped"]
@@ -116,6 +116,7 @@ class Job:
     protocol: dict[str, Any]
     execution: dict[str, Any]
     items: Sequence[Any]
+    calls = 0.0
 
     def __init__(self, request: Any, control: Control) -> None:
         """Checks what the request declares.
@@ -127,11 +128,9 @@ class Job:
         self.request, self.control = request, control
         check_request(request)
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[RunRecord | None]:
-        """Holds the place of the results, and yields the record of an earlier run there."""
-        with claim(self.folder, self.protocol, self.is_empty) as before:
-            yield before
+    def claim(self) -> AbstractContextManager[RunRecord | None]:
+        """Holds the place of the results, and gives the record of an earlier run there."""
+        return claim(self.folder, self.protocol, self.is_empty)
 
     def is_empty(self, record: RunRecord) -> bool:
         """Whether the folder of an earlier record holds no result."""
@@ -155,8 +154,8 @@ class Job:
         return drawn
 
     def evaluations(self, rows: list[Row]) -> float:
-        """Network calls an image, for the record."""
-        raise NotImplementedError
+        """Network calls an image, for the record; default: ``calls``, which :meth:`make` sets."""
+        return self.calls
 
     def finish(self, rows: list[Row]) -> None:
         """Writes what is made of all items together: sheets, tables, plots."""
@@ -167,7 +166,7 @@ class Job:
 
 
 class FileJob(Job):
-    """A job that makes one new file; ``folder`` is its path. :meth:`save` writes it at the end."""
+    """A job that makes one new file; ``folder`` is its path."""
 
     def __init__(self, request: Any, control: Control) -> None:
         """Refuses to overwrite a file, before anything is loaded."""
@@ -182,6 +181,9 @@ class FileJob(Job):
         with locked_file(self.folder):
             self._refuse_existing()
             yield None
+
+    def save(self, record: RunRecord) -> None:
+        """Writes the file with its record, once it is made."""
 
     def _refuse_existing(self) -> None:
         if self.folder.exists():
@@ -208,9 +210,8 @@ class Outcome(NamedTuple):
 def execute(job: Job) -> Outcome:
     """Makes the items of a job that are missing.
 
-    The folder is held from the first look at it to the last write. The record is written before
-    the first item, so that what a killed run leaves is known; after each item that has a row; and
-    at the end.
+    The folder is held from the first look to the last write. The record is written before the first
+    item, so that what a killed run leaves is known; after each item that has a row; and at the end.
 
     Raises:
         OutputError: If another run holds the folder, or it holds results of another protocol.

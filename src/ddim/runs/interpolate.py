@@ -53,7 +53,7 @@ class InterpolateJob(PixelJob):
             self.note_levels(asked, self.timesteps)
             self.ends = read_images(Selection.of(request), self.pipe.image_shape, self.model)
             data = {**self.ends.data, "method": request.method}
-        self.calls, self.rms, self.unsolved = 0.0, list[float](), list[str]()
+        self.rms, self.unsolved = list[float](), list[str]()
         self.items = ["grid.png" if request.grid else "strip.png"]
         self.folder = self.out()
         self.protocol = {
@@ -85,9 +85,6 @@ class InterpolateJob(PixelJob):
     def results(self, rows: list[Row]) -> list[Row]:
         name = self.items[0]
         return [{"place": n, "file": name, "rms": value} for n, value in enumerate(self.rms)]
-
-    def evaluations(self, rows: list[Row]) -> float:
-        return self.calls
 
     def make(self, missing: Sequence[str]) -> Generator[Made]:
         request, pipe = self.request, self.pipe

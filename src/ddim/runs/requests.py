@@ -87,8 +87,7 @@ class Noisy(Walk):
     """A trajectory that may draw noise."""
 
     eta: Eta = None
-    """Noise of each step: 0 (the default) is deterministic, 1 is DDPM's posterior, sigma-hat the
-    larger noise of DDPM."""
+    """0 is deterministic (the default), 1 DDPM's posterior, sigma-hat DDPM's larger noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +149,11 @@ class SampleRequest(Text, Noisy, Folder, Seeds, Request):
     """analytic adds, at eta 0 too, the noise that the prediction's error leaves out. It is measured
     on data first and kept in gamma.json."""
     data: Annotated[str | None, Needs(option="variance", value="analytic")] = None
-    """Images for --variance analytic, as `ddim train --data` takes them. Default: those that the
-    model was trained on."""
+    """Images for --variance analytic. Default: those that the model was trained on."""
     timesteps: Levels = None
-    """The levels themselves, falling, in place of --steps and --spacing; or a JSON file with the
-    key `timesteps`."""
+    """The levels, falling, in place of --steps and --spacing; or a JSON file with `timesteps`."""
     sampler: Literal["ddim", "ddpm", "o-belm", "bdia", "edict"] = "ddim"
-    """ddpm uses sigma-hat noise and static clipping; o-belm, bdia and edict can be run backwards
-    exactly."""
+    """ddpm: sigma-hat noise and static clipping; o-belm, bdia, edict: exactly invertible."""
     clip: Literal["none", "static", "dynamic"] | None = None
     """How predicted images are kept in range between the steps; the noise is then derived again.
     Default: as the model's configuration says."""
@@ -167,11 +163,9 @@ class SampleRequest(Text, Noisy, Folder, Seeds, Request):
     image: Annotated[str | None, Needs(model="text")] = None
     """A picture to start from, in place of noise."""
     strength: Annotated[float | None, Needs(option="image", model="text")] = None
-    """The share of the steps that is walked from --image; 1 keeps little or nothing of it. Default:
-    0.8."""
+    """Share of the steps walked from --image; 1 keeps little or nothing of it. Default: 0.8."""
     class_: Class = None
-    """Class of all images, for a class-conditional model. Default: seed modulo the number of
-    classes."""
+    """Class of all images. Default: the seed modulo the number of classes."""
     batch_size: AtLeastOne = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network. The image between the steps is always float32."""
@@ -182,8 +176,7 @@ class Measured(Folder):
     """Real images to compare with, and the metrics."""
 
     reference: str
-    """Real images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset
-    id."""
+    """Real images: folder, .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
     split: str = "train"
     """Split of the reference."""
     resize: bool = False
@@ -221,19 +214,16 @@ class TableRequest(Measured, Spaced, Seeds, Request):
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
     """Numbers of steps, which are network evaluations an image."""
     clip: Literal["none", "static", "dynamic"] | None = None
-    """How predicted images are kept in range between the steps. Default: as the model's
-    configuration says."""
+    """How predicted images are kept in range. Default: as the model's configuration says."""
     count: AtLeastOne = 2048
     """Images of a cell: the seeds SEED to SEED+COUNT-1, the same in every cell."""
     long_count: int | None = None
     """Images of the cells of more than 100 steps. Every cell is measured on that many too, for the
     ratios. Default: COUNT."""
     repeats: AtLeastOne = 1
-    """How often each cell is drawn, from other seeds each time; from 2 on, the spread is over
-    these."""
+    """How often each cell is drawn, from other seeds; from 2 on, the spread is over these."""
     processes: AtLeastOne = 1
-    """Processes that measure cells side by side, the longest first; each gets its share of the
-    cores."""
+    """Processes that measure cells side by side; each gets its share of the cores."""
     timing_rounds: Annotated[int, Range(0)] = 0
     """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be
     compared; 0 keeps the cells' own times."""
@@ -312,8 +302,7 @@ class EncodeRequest(Pictures, Walk, Request):
     images: tuple[str, ...] | None = None
     """Picture files."""
     data: str | None = None
-    """A data set in place of files: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or
-    a hub dataset id."""
+    """A data set in place of files, as `ddim train --data` takes it."""
     count: AtLeastOne | None = None
     """How many images of the data set, from SEED on. Default: all."""
     method: Encoder = "o-belm"
@@ -349,8 +338,7 @@ class FitStepsRequest(Text, Request):
     steps: AtLeastOne = 10
     """How many levels to choose, which are network evaluations an image."""
     order: Literal[1, 2] | None = None
-    """Order of the solver that will visit them: 1 is DDIM, 2 its multistep method. Default: as the
-    model's configuration says."""
+    """1 is DDIM, 2 its multistep method. Default: as the model's configuration says."""
     count: AtLeastOne = 32
     """Images that the search looks at."""
     held_out: Annotated[int, Range(2)] = 32
@@ -399,8 +387,7 @@ class DoctorRequest:
     prior: Annotated[str | None, Needs(option="data")] = None
     """Write the mean colours of --data into this file, for `ddim sample --prior`."""
     probe: Annotated[bool, Needs(option="data")] = False
-    """Call the network a few times on --data, to find what it predicts and whether it was trained
-    at the last level."""
+    """Call the network on --data: what does it predict, and was it trained at the last level?"""
     fix: str | None = None
     """Write a corrected configuration into this new file or folder; what needs training is left as
     it is."""
@@ -418,8 +405,7 @@ class ConvertRequest:
     run."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A file of weights: safetensors, a state dict, or a training checkpoint (its averaged weights
-    are taken)."""
+    """Weights: safetensors, a state dict, or a training checkpoint (its average is taken)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the model; it must not exist."""
     layout: Literal["ddim", "improved-diffusion"] | None = None
