@@ -3,10 +3,12 @@ bytes."""
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ddim.errors import OutputError
 
@@ -17,6 +19,7 @@ __all__ = [
     "remove_partial",
     "replacing",
     "replacing_folder",
+    "write_json",
     "write_text",
 ]
 
@@ -58,6 +61,12 @@ def write_text(path: Path | str, content: str) -> None:
     """Writes a text file in UTF-8, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+def write_json(path: Path | str, content: Any, *, sort_keys: bool = False) -> None:
+    """Writes a JSON file, whole or not at all. NaN and infinity are refused with a ValueError."""
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def remove_partial(folder: Path) -> None:

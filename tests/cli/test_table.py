@@ -402,7 +402,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
             ("--count", "61"),
             "61 samples need a reference of as many images, and it holds 60; use at most 60.",
         ),
-        (("--eta", ","), "--eta and --steps must each name at least one value."),
+        (("--eta", ","), "--eta must name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
         (("--timing-rounds", "-1"), "--timing-rounds must be at least 0; got -1"),

@@ -1,13 +1,11 @@
 """``ddim consistency``: compares the images of one latent under other steps and samplers."""
 
-from ddim.runs.requests import ConsistencyRequest
+from ddim.runs.requests import ConsistencyRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = ConsistencyRequest
 
-
-def run(request: ConsistencyRequest) -> None:
+def run(request: Request) -> None:
     """Draws and measures, and says where the table is."""
     from ddim.cli.terminal import run_request
     from ddim.runs.consistency import ConsistencyJob

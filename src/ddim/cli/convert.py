@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from ddim.runs.requests import ConvertRequest
+from ddim.runs.requests import ConvertRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = ConvertRequest
 
-
-def run(request: ConvertRequest) -> None:
+def run(request: Request) -> None:
     """Reads, renames, writes, and says how to sample the result."""
     from ddim.models.conversion import convert, read_state_dict, write_model
 

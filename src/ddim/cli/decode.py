@@ -1,13 +1,11 @@
 """``ddim decode``: turns a code file back into images."""
 
-from ddim.runs.requests import DecodeRequest
+from ddim.runs.requests import DecodeRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = DecodeRequest
 
-
-def run(request: DecodeRequest) -> None:
+def run(request: Request) -> None:
     """Decodes the code, and says where the pictures are."""
     from ddim.cli.terminal import run_request
     from ddim.runs.codes import DecodeJob

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddim.runs.requests import DoctorRequest
+from ddim.runs.requests import DoctorRequest as Request
 
 if TYPE_CHECKING:
     from ddim.doctor.checks import Finding, Severity
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "run"]
 
-Request = DoctorRequest
-
 _COUNTED: dict[str, "Severity"] = {"error": "error", "warning": "warning", "note": "info"}
 _COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 
 
-def run(request: DoctorRequest) -> int:
+def run(request: Request) -> int:
     """Prints the findings, writes what was asked for, and returns the exit code."""
     from ddim.doctor.plot import plot_schedule
-    from ddim.runs.diagnose import examine, write_prior
+    from ddim.files import write_json
+    from ddim.runs.diagnose import examine
 
     examination = examine(request)
     diagnosis, probe = examination.diagnosis, examination.probe
     (_print_json if request.json else _report)(request.source, diagnosis, probe)
     said = sys.stderr if request.json else sys.stdout
     if examination.prior is not None and request.prior:
-        write_prior(examination.prior, str(request.data), request.prior)
+        prior = {**asdict(examination.prior), "data": request.data}
+        write_json(request.prior, prior, sort_keys=True)
         use = f"ddim sample MODEL --prior {request.prior}"
         print(f"The prior is in {request.prior}; use it with: {use}", file=said)
     if examination.fix is not None:
@@ -110,7 +110,7 @@ def _fix_line(finding: "Finding") -> str:
 def _fix(diagnosis: "Diagnosis", path: Path) -> str:
     """Writes the corrected configuration; the lines say what changes, what gets worse by that, and
     what is left to training."""
-    from ddim.runs.diagnose import write_fix
+    from ddim.files import write_json
 
     left = [
         f"{f.code} needs a network that is trained anew, and is left as it is: {_keys(f)}"
@@ -120,7 +120,7 @@ def _fix(diagnosis: "Diagnosis", path: Path) -> str:
     if diagnosis.after is None:
         nothing = f"There is nothing to change without training; {path} is not written."
         return "\n".join([nothing, *left])
-    write_fix(diagnosis, path)
+    write_json(path, diagnosis.fixed(), sort_keys=True)
     before, after = (
         json.dumps(config, indent=2, sort_keys=True).splitlines()
         for config in (diagnosis.config, diagnosis.fixed())

@@ -1,13 +1,11 @@
 """``ddim encode``: turns images into a code file."""
 
-from ddim.runs.requests import EncodeRequest
+from ddim.runs.requests import EncodeRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = EncodeRequest
 
-
-def run(request: EncodeRequest) -> None:
+def run(request: Request) -> None:
     """Encodes the images, and says how well that went."""
     from ddim.cli.terminal import run_request, unsolved_note
     from ddim.runs.codes import EncodeJob

@@ -1,13 +1,11 @@
 """``ddim evaluate``: measures images, or a model's, against real ones."""
 
-from ddim.runs.requests import EvaluateRequest
+from ddim.runs.requests import EvaluateRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = EvaluateRequest
 
-
-def run(request: EvaluateRequest) -> None:
+def run(request: Request) -> None:
     """Measures, and prints the numbers."""
     from ddim.cli.terminal import run_request
     from ddim.evaluation.protocol import Result
@@ -23,6 +21,6 @@ def run(request: EvaluateRequest) -> None:
         rows.append([result.metric, *numbers])
     print(text_table(rows), end="")
     print(
-        f"{job.samples.count} images against {len(job.real)} of {request.reference} "
+        f"{job.count} images against {len(job.real)} of {request.reference} "
         f"({request.split}); the record is in {job.folder / 'run.json'}."
     )

@@ -1,13 +1,11 @@
 """``ddim fit-steps``: fits the timesteps of a few steps to a model."""
 
-from ddim.runs.requests import FitStepsRequest
+from ddim.runs.requests import FitStepsRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = FitStepsRequest
 
-
-def run(request: FitStepsRequest) -> None:
+def run(request: Request) -> None:
     """Fits, prints the comparison, and says how to draw with the result."""
     from ddim.cli.terminal import run_request
     from ddim.runs.fit_steps import FitStepsJob

@@ -1,13 +1,11 @@
 """``ddim interpolate``: draws the path between two images or seeds, or the grid between four."""
 
-from ddim.runs.requests import InterpolateRequest
+from ddim.runs.requests import InterpolateRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = InterpolateRequest
 
-
-def run(request: InterpolateRequest) -> None:
+def run(request: Request) -> None:
     """Draws the path, and says where it is and how the latents on it compare with noise."""
     from ddim.cli.terminal import run_request, unsolved_note
     from ddim.runs.interpolate import InterpolateJob

@@ -1,13 +1,11 @@
 """``ddim reconstruct``: measures how images come back from their codes, as the paper's Table 2."""
 
-from ddim.runs.requests import ReconstructRequest
+from ddim.runs.requests import ReconstructRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = ReconstructRequest
 
-
-def run(request: ReconstructRequest) -> None:
+def run(request: Request) -> None:
     """Measures what is missing in the folder, and says where the table is."""
     from ddim.cli.terminal import run_request
     from ddim.runs.reconstruct import ReconstructJob

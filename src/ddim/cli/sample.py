@@ -1,13 +1,11 @@
 """``ddim sample``: draws images from a model."""
 
-from ddim.runs.requests import SampleRequest
+from ddim.runs.requests import SampleRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = SampleRequest
 
-
-def run(request: SampleRequest) -> None:
+def run(request: Request) -> None:
     """Draws what is missing in the folder, and says where the images are."""
     from ddim.cli.terminal import run_request
     from ddim.runs.sample import SampleJob

@@ -1,13 +1,11 @@
 """``ddim table``: measures a model at every eta and number of steps, as the paper's Table 1."""
 
-from ddim.runs.requests import TableRequest
+from ddim.runs.requests import TableRequest as Request
 
 __all__ = ["Request", "run"]
 
-Request = TableRequest
 
-
-def run(request: TableRequest) -> None:
+def run(request: Request) -> None:
     """Measures the cells that are missing in the folder, and says where the table is."""
     from ddim.cli.terminal import run_request
     from ddim.runs.table import TableJob

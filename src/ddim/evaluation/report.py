@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.protocol import METRICS, Metric, Result
-from ddim.files import replacing, write_text
+from ddim.files import replacing, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def read_cell(path: Path) -> Cell:
 
 def write_cell(path: Path, cell: Cell) -> None:
     """Writes a cell's file, whole or not at all."""
-    write_text(path, json.dumps(asdict(cell), indent=2, allow_nan=False) + "\n")
+    write_json(path, asdict(cell))
 
 
 def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:

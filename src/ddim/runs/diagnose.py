@@ -1,8 +1,7 @@
 """Examines the configuration of a model, with what its files and its data say."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,13 +13,12 @@ from ddim.doctor.report import Diagnosis, complete, diagnose, levels_of
 from ddim.doctor.symptoms import Brightness, Probe, probe
 from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.report import check_plots
-from ddim.files import write_text
 from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.runs.options import check_request
 from ddim.runs.requests import DoctorRequest
 
-__all__ = ["Examination", "examine", "write_fix", "write_prior"]
+__all__ = ["Examination", "examine"]
 
 _CONFIG = "scheduler_config.json"
 _WHOLE = 1024
@@ -31,14 +29,7 @@ _PROBED = 64
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found.
-
-    Attributes:
-        diagnosis: The findings.
-        probe: What the network's answers say, with --probe.
-        prior: The mean colours of the data, with --data.
-        fix: The file for a corrected configuration, with --fix.
-    """
+    """What was found; with --probe and --data also what those say, and with --fix its file."""
 
     diagnosis: Diagnosis
     probe: Probe | None
@@ -140,13 +131,3 @@ def _known_brightness(request: DoctorRequest, source: ScheduleSource) -> Brightn
     if folder is None or shape is None or not (folder / "prior.json").is_file():
         return None
     return Brightness.of(DataPrior.from_dict(read_json(folder / "prior.json")), dimensions)
-
-
-def write_prior(prior: DataPrior, data: str, path: str) -> None:
-    """Writes the mean colours of data, for ``ddim sample --prior``."""
-    write_text(path, json.dumps({**asdict(prior), "data": data}, sort_keys=True) + "\n")
-
-
-def write_fix(diagnosis: Diagnosis, path: Path) -> None:
-    """Writes the corrected configuration."""
-    write_text(path, json.dumps(diagnosis.fixed(), indent=2, sort_keys=True) + "\n")

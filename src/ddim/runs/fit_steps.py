@@ -1,6 +1,5 @@
 """Fits the timesteps of a few steps to a model."""
 
-import json
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from ddim.core.noise import check_seeds, seeded_randn
 from ddim.core.prediction import Denoised
 from ddim.core.sampler import sample
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.files import write_text
+from ddim.files import write_json
 from ddim.fitting.timesteps import Fit, SamplingProblem, fit_timesteps, geometric_mean
 from ddim.models.checkpoints import weight_hash
 from ddim.runs.engine import Control, FileJob, Made, Row
@@ -133,4 +132,4 @@ class FitStepsJob(FileJob, ModelJob):
     def save(self, record: RunRecord) -> None:
         if self.fit is not None:
             content = {"timesteps": self.fit.timesteps, **asdict(record)}
-            write_text(self.folder, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            write_json(self.folder, content)

@@ -24,6 +24,7 @@ import tyro
 from ddim.errors import DDIMError
 
 __all__ = [
+    "Choices",
     "ModelKind",
     "Needs",
     "Options",
@@ -63,6 +64,13 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The names that a list takes."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Needs:
     """What an option acts on: another option, perhaps with one value, or a kind of model."""
 
@@ -72,11 +80,11 @@ class Needs:
 
 
 class Declared(NamedTuple):
-    """A field of a request: its name on the command line, its range, what it needs, and whether it
-    is given without its name."""
+    """A field of a request, as it is declared; a positional one is given without its name."""
 
     option: str
     range: Range
+    choices: Choices | None
     needs: Needs
     is_positional: bool
 
@@ -90,6 +98,7 @@ def _declarations(kind: Any) -> dict[str, Declared]:
         found[name] = Declared(
             f"--{spelled.replace('_', '-')}",
             next((mark for mark in marks if isinstance(mark, Range)), Range()),
+            next((mark for mark in marks if isinstance(mark, Choices)), None),
             next((mark for mark in marks if isinstance(mark, Needs)), Needs()),
             any(mark is tyro.conf.Positional for mark in marks),
         )
@@ -125,21 +134,28 @@ def given_options(request: Any) -> list[str]:
 
 
 def check_request(request: Any) -> None:
-    """Checks the ranges of a request's options, and that each has the option it needs.
+    """Checks the values of a request's options, and that each has the option that it needs.
+
+    A list that has a default must not be empty.
 
     Raises:
         DDIMError: Which option, what it must be, and what it is.
     """
     kind: type = type(request)
     declared = _declarations(kind)
-    for name, (option, allowed, *_) in declared.items():
+    for name, (option, allowed, choices, *_) in declared.items():
         value = getattr(request, name, None)
-        for number in value if isinstance(value, tuple) else (value,):
-            is_bounded = allowed != Range() and isinstance(number, (int, float))
-            if is_bounded and number not in allowed:
-                raise DDIMError(f"{option} {allowed.refusal(number)}")
+        for entry in value if isinstance(value, tuple) else (value,):
+            is_bounded = allowed != Range() and isinstance(entry, (int, float))
+            if is_bounded and entry not in allowed:
+                raise DDIMError(f"{option} {allowed.refusal(entry)}")
+            if choices is not None and entry not in choices.names:
+                names = ", ".join(choices.names)
+                raise DDIMError(f"{option} must name some of {names}; got {entry!r}.")
+        if value == () and getattr(kind, name, None):
+            raise DDIMError(f"{option} must name at least one value.")
     for name in given_options(request):
-        option, _, needs, _ = declared[name]
+        option, _, _, needs, _ = declared[name]
         if needs.option is None:
             continue
         value = getattr(request, needs.option)
@@ -181,7 +197,7 @@ class Options:
         for name in given_options(self._request):
             if name in self._read:
                 continue
-            option, _, needs, _ = _declarations(kind)[name]
+            option, _, _, needs, _ = _declarations(kind)[name]
             if needs.model is not None and needs.model not in kinds:
                 what = _KINDS[needs.model]
                 raise DDIMError(f"{option} is for {what}, and {subject} is not one; leave it out.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddim.core.sampler import State
 from ddim.data.pictures import Selection, check_images, read_images
-from ddim.errors import DDIMError, DivergenceError
+from ddim.errors import DivergenceError
 from ddim.evaluation.latents import plot_errors, reconstruction_table
 from ddim.evaluation.report import check_plots
 from ddim.files import write_text
@@ -45,13 +45,6 @@ class ReconstructJob(PixelJob):
 
     def __init__(self, request: ReconstructRequest, control: Control) -> None:
         super().__init__(request, control)
-        unknown = [method for method in request.method if method not in ENCODERS]
-        if unknown or not request.method or not request.steps:
-            received = f"{unknown[0]!r}" if unknown else "nothing"
-            raise DDIMError(
-                f"--method must name some of {', '.join(ENCODERS)}, and --steps some numbers; got "
-                f"{received}."
-            )
         check_plots()
         check_images(None, request.data)
         self.open()

@@ -14,7 +14,7 @@ from typing import Any
 
 from ddim import __version__
 from ddim.errors import OutputError
-from ddim.files import locked, remove_partial, write_text
+from ddim.files import locked, remove_partial, write_json
 
 __all__ = [
     "IDENTITY",
@@ -89,7 +89,7 @@ def read_run(folder: Path) -> RunRecord | None:
 
 def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
     """Writes the record, whole or not at all."""
-    write_text(folder / name, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+    write_json(folder / name, asdict(record))
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@ request holds words only: nothing here loads torch.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
-from ddim.runs.options import Needs, Range
+from ddim.runs.options import Choices, Needs, Range
 from ddim.runs.values import Eta, Etas, Levels
 
 __all__ = [
@@ -31,6 +31,8 @@ MOST_IMAGES = 1_000_000
 
 Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 Encoder = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
+ENCODERS: tuple[str, ...] = get_args(Encoder)
+SAMPLERS = ("ddim", "ddim-2", "o-belm", "bdia", "edict")
 Count = Annotated[int, Range(1, MOST_IMAGES)]
 AtLeastOne = Annotated[int, Range(1)]
 ModelName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
@@ -248,7 +250,7 @@ class ReconstructRequest(Pictures, Spaced, Folder, Request):
     """How many images, from SEED on."""
     steps: tuple[int, ...] = (10, 20, 50, 100)
     """Numbers of steps, the same each way."""
-    method: tuple[str, ...] = ("ddim", "fixed-point", "o-belm")
+    method: Annotated[tuple[str, ...], Choices(ENCODERS)] = ("ddim", "fixed-point", "o-belm")
     """Encoders: ddim, fixed-point, o-belm, bdia, edict."""
 
 
@@ -265,7 +267,7 @@ class ConsistencyRequest(Spaced, Folder, Seeds, Request):
     """How many latents: the seeds SEED to SEED+COUNT-1."""
     steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
     """Numbers of steps. The others are compared with DDIM of the largest."""
-    sampler: tuple[str, ...] = ("ddim",)
+    sampler: Annotated[tuple[str, ...], Choices(SAMPLERS)] = ("ddim",)
     """ddim, ddim-2 (its second order), o-belm, bdia, edict."""
 
 

@@ -18,7 +18,7 @@ from ddim.data.batches import spread, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
 from ddim.errors import DDIMError, OutputError
-from ddim.files import write_text
+from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
@@ -215,7 +215,7 @@ class SampleJob(ModelJob):
         schedule = self.pipe.noise_schedule
         measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
         content = {"gamma": measured, "protocol": identity}
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
         return measured
 
     def _note_configuration(self) -> None:

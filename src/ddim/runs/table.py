@@ -65,8 +65,6 @@ class TableJob(MeasuringJob):
             raise DDIMError(
                 f"--long-count must be from 1 to --count, {count}; got {request.long_count}."
             )
-        if not request.eta or not request.steps:
-            raise DDIMError("--eta and --steps must each name at least one value.")
         check_plots()
         self.seeds = check_seeds(range(request.seed, request.seed + request.repeats * count))
         self.open()
