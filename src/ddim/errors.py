@@ -3,7 +3,14 @@
 Each is a ``ValueError`` whose text is one sentence or two: what was wrong, what was received, what
 to do. The commands print that text and exit with code 2."""
 
-__all__ = ["CheckpointError", "DDIMError", "DataError", "DivergenceError", "OutputError"]
+__all__ = [
+    "CheckpointError",
+    "DDIMError",
+    "DataError",
+    "DivergenceError",
+    "OutputError",
+    "first_line",
+]
 
 
 class DDIMError(ValueError):
@@ -24,3 +31,8 @@ class OutputError(DDIMError):
 
 class DivergenceError(DDIMError):
     """A prediction, a sample or a code became NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its name, to stand in brackets."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,6 @@ from ddim.data.dataset import NoSuchSplit, Source, no_such_split
 from ddim.errors import DataError
 
 __all__ = ["open_idx", "open_idx_folder", "open_npz", "read_idx"]
-
-_IDX_PREFIX = {"train": "train", "test": "t10k"}
 
 
 def read_idx(path: Path | str) -> NDArray[np.uint8]:
@@ -30,21 +29,19 @@ def read_idx(path: Path | str) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; check the path.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read as an IDX file ({error}); fetch it again."
-        ) from error
+        message = f"{path} cannot be read as an IDX file ({error}); fetch it again."
+        raise DataError(message) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(
             f"{path} is not an IDX file of bytes: it starts with {content[:4].hex() or 'nothing'} "
             "instead of 000008."
         )
-    ndim = content[3]
-    header, body = content[4 : 4 + 4 * ndim], content[4 + 4 * ndim :]
-    if len(header) != 4 * ndim:
+    start = 4 + 4 * content[3]
+    if len(content) < start:
         raise DataError(
-            f"{path} is damaged: it ends within its header of {4 + 4 * ndim} bytes; fetch it again."
+            f"{path} is damaged: it ends within its header of {start} bytes; fetch it again."
         )
-    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, 4 * ndim, 4))
+    shape, body = struct.unpack(f">{content[3]}I", content[4:start]), content[start:]
     if len(body) != math.prod(shape):
         raise DataError(
             f"{path} is damaged: its header promises {math.prod(shape)} bytes of shape "
@@ -54,21 +51,19 @@ def read_idx(path: Path | str) -> NDArray[np.uint8]:
 
 
 def open_idx(source: str, path: Path, class_names: tuple[str, ...] | None = None) -> Source:
-    """Opens an IDX file of images, with the labels that MNIST's naming puts beside it, whichever of
-    the two is gzipped."""
+    """Opens an IDX file of images, with the labels beside it (by MNIST's names, gzipped or not)."""
     plain = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    images = _checked(source, read_idx(path))
     beside = (path.with_name(plain), path.with_name(f"{plain}.gz"))
     labels = next((read_idx(p) for p in beside if p.exists()), None)
-    return Source(images, labels, class_names)
+    return Source(_checked(source, read_idx(path)), labels, class_names)
 
 
 def open_idx_folder(
     source: str, folder: Path, split: str, class_names: tuple[str, ...] | None = None
 ) -> Source:
     """Opens the IDX files of a split, by MNIST's names."""
-    prefix = _IDX_PREFIX.get(split, split)
-    path = next(iter(sorted(folder.glob(f"{prefix}-images*idx3-ubyte*"))), None)
+    prefix = "t10k" if split == "test" else split
+    path = min(folder.glob(f"{prefix}-images*idx3-ubyte*"), default=None)
     if path is None:
         names = ", ".join(sorted(p.name for p in folder.glob("*idx3-ubyte*")))
         raise NoSuchSplit(
@@ -80,7 +75,6 @@ def open_idx_folder(
 
 def open_npz(source: str, path: Path, split: str) -> Source:
     """Opens the arrays of a split, with labels and captions if it has them."""
-    labels = captions = None
     try:
         # Opened here, since numpy leaves a damaged file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -90,10 +84,9 @@ def open_npz(source: str, path: Path, split: str) -> Source:
             images_key, labels_key = _npz_keys(path, names, split)
             captions_key = images_key.replace("images", "captions")
             images = file[images_key]
-            if labels_key in names:
-                labels = file[labels_key]
-            if captions_key != images_key and captions_key in names:  # arr_0 has no captions
-                captions = file[captions_key]
+            labels = file[labels_key] if labels_key in names else None
+            has_captions = captions_key != images_key and captions_key in names  # arr_0 has none
+            captions = file[captions_key] if has_captions else None
     except DataError:
         raise
     except Exception as error:
@@ -101,19 +94,17 @@ def open_npz(source: str, path: Path, split: str) -> Source:
             f"{path} cannot be read as an .npz file of plain arrays ({error}); write it again with "
             "numpy.savez."
         ) from error
-    if (
-        labels_key == "arr_1"
-        and labels is not None
-        and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1])
-    ):
-        labels = None  # the arrays have no names, and the second is something else
+    if labels_key == "arr_1" and labels is not None:
+        # The arrays have no names, and the second may be something else.
+        is_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        labels = labels if is_labels else None
     if captions is not None and (captions.ndim != 1 or captions.dtype.kind != "U"):
         raise DataError(
             f"{captions_key} of {path} must be text, one per image; got {captions.dtype} of shape "
             f"{list(captions.shape)}."
         )
-    words = None if captions is None else captions.tolist()
-    return Source(_checked(source, images), labels, captions=words)
+    texts = None if captions is None else captions.tolist()
+    return Source(_checked(source, images), labels, captions=texts)
 
 
 def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
@@ -123,15 +114,14 @@ def _npz_keys(path: Path, names: list[str], split: str) -> tuple[str, str]:
         return f"{split}_images", f"{split}_labels"
     if splits:
         raise no_such_split(str(path), splits, split)
-    keys = next((k for k in (("images", "labels"), ("arr_0", "arr_1")) if k[0] in names), None)
-    if keys is None:
+    if not {"images", "arr_0"} & set(names):
         raise DataError(
             f"{path} holds {', '.join(names) or 'no arrays'}; its images must be called "
             f"{split}_images, images or arr_0."
         )
     if split != "train":
         raise no_such_split(str(path), [], split)
-    return keys
+    return ("images", "labels") if "images" in names else ("arr_0", "arr_1")
 
 
 def _checked(source: str, images: NDArray[Any]) -> NDArray[Any]:

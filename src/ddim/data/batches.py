@@ -32,7 +32,6 @@ def spread(total: int, most: int) -> range:
 
 
 def measure_prior(data: ImageData, *, most: int = 10_000) -> DataPrior:
-    """Measures the mean and covariance of images, from about ``most`` of them, spread over the
-    data."""
+    """Measures the mean and covariance of images, from about ``most`` of them."""
     chosen = range(0, len(data), max(1, len(data) // most))
     return fit_prior(as_batches(data, chosen, size=512))

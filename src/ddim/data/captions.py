@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.errors import DataError
+from ddim.errors import DataError, first_line
 
 __all__ = ["CAPTION_COLUMNS", "captions_of_files", "one_caption", "read_prompts"]
 
@@ -23,17 +23,12 @@ def captions_of_files(
     returns None if there are no captions."""
     tables = sorted(p for name in ("metadata.jsonl", "metadata.csv") for p in folder.rglob(name))
     if tables:
-        rows = {
-            name: caption
-            for table in tables
-            for name, caption in _read_metadata(table, column).items()
-        }
+        rows = {name: text for t in tables for name, text in _read_metadata(t, column).items()}
         missing = [p for p in paths if os.path.normpath(p) not in rows]
         if missing:
-            which = f"{len(missing)} of {len(paths)} images" if len(missing) > 1 else "an image"
             raise DataError(
-                f"{tables[0]} has no row for {which} of {source}, such as {missing[0]}; add it, or "
-                "move the image away."
+                f"{tables[0]} has no row for {len(missing)} of {len(paths)} images of {source}, "
+                f"such as {missing[0]}; add it, or move the image away."
             )
         return [rows[os.path.normpath(p)] for p in paths]
     texts = [p.with_suffix(".txt") for p in paths]
@@ -49,24 +44,21 @@ def captions_of_files(
     try:
         return [text.read_text(encoding="utf-8-sig").strip() for text in texts]
     except ValueError as error:
-        raise DataError(
-            f"a caption of {source} is not UTF-8 text ({error}); save it as UTF-8."
-        ) from error
+        message = f"a caption of {source} is not UTF-8 text ({error}); save it as UTF-8."
+        raise DataError(message) from error
 
 
 def _read_metadata(path: Path, column: str | None) -> dict[str, str]:
-    """Reads a metadata file: image path -> caption."""
+    """Returns the caption of each image path."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = (
-                list(csv.DictReader(file))
-                if path.suffix == ".csv"
-                else [json.loads(line) for line in file if line.strip()]
+            is_csv = path.suffix == ".csv"
+            rows = list(
+                csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
             )
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); write one row per image."
-        ) from error
+        message = f"{path} cannot be read ({first_line(error)}); write one row per image."
+        raise DataError(message) from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise DataError(
             f"{path} must hold one row per image with file_name and a caption; got "

@@ -13,18 +13,12 @@ from torch import Tensor
 from ddim.errors import DataError
 from ddim.models.images import convert_mode, crop_square, fit_picture
 
-__all__ = [
-    "Columns",
-    "ImageData",
-    "ImageItems",
-    "NoSuchSplit",
-    "Source",
-    "no_such_split",
-    "one_size_advice",
-]
+__all__ = ["Columns", "ImageData", "NoSuchSplit", "Source", "no_such_split", "one_size_advice"]
 
+# A larger label is an identity or damage, and would make as many class names.
 _MOST_CLASSES = 100_000
-"""A larger label is an identity or damage, and would make as many class names."""
+
+_COUNTS = "{0} holds {1} images but {2} {3}s; there must be one {3} per image."
 
 
 class ImageItems(Protocol):
@@ -41,25 +35,24 @@ class Source(NamedTuple):
     opens a kind of source returns one, or raises :class:`~ddim.errors.DataError`."""
 
     images: ImageItems
-    """Images by index; they may be read or drawn on access, but must be the same each time."""
+    """They may be read or drawn on access, but must be the same each time."""
     labels: Sequence[int] | Sequence[str] | NDArray[Any] | None = None
     class_names: tuple[str, ...] | None = None
     captions: Sequence[str] | None = None
-    """One caption per image, by the same index; they may be computed on access."""
+    """One per image; they may be computed on access."""
     paths: Sequence[Path] | None = None
     """The file of each image, which error messages name."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that the caller named. None: they are found by their usual names."""
+    """The columns that the caller named. None: they are found by their usual names."""
 
     image: str | None = None
     label: str | None = None
     caption: str | None = None
     captions: bool = False
-    """Whether captions are wanted at all: reading them may open as many files as there are
-    images."""
+    """Whether captions are wanted at all: reading them may open a file for each image."""
 
 
 class NoSuchSplit(DataError):
@@ -75,10 +68,8 @@ def no_such_split(source: str, splits: Iterable[str], split: str) -> NoSuchSplit
 
 def one_size_advice(side: int) -> str:
     """What a message advises for images of several sizes."""
-    return (
-        "bring all to one size: with --resize where a command has it, in training with "
-        f"--resolution {side}"
-    )
+    resize = "with --resize where a command has it"
+    return f"bring all to one size: {resize}, in training with --resolution {side}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +82,8 @@ class ImageData:
     items: ImageItems
     labels: NDArray[np.int64] | None
     class_names: tuple[str, ...] | None
-    """None if there are no labels."""
     captions: Sequence[str] | None
-    """One caption per image, in the order of the images; None if none were asked for."""
+    """One per image; None if none were asked for."""
     paths: Sequence[Path] | None
     channels: int
     """1 for grey, 3 for colour."""
@@ -117,10 +107,7 @@ class ImageData:
         if len(items) == 0:
             raise DataError(f"{name} holds no images.")
         if captions is not None and len(captions) != len(items):
-            raise DataError(
-                f"{name} holds {len(items)} images but {len(captions)} captions; there must be "
-                "one caption per image."
-            )
+            raise DataError(_COUNTS.format(name, len(items), len(captions), "caption"))
         labels, class_names = _number_labels(name, source.labels, source.class_names, len(items))
         first = items[0]
         if isinstance(first, np.ndarray):
@@ -133,18 +120,9 @@ class ImageData:
             height, width = resolution
         elif resolution or center_crop:
             height = width = resolution or min(height, width)
-        return cls(
-            name,
-            items,
-            labels,
-            class_names,
-            captions,
-            source.paths,
-            channels or (1 if grey else 3),
-            (height, width),
-            resize=resolution is not None,
-            center_crop=center_crop,
-        )
+        channels, size, resize = channels or (1 if grey else 3), (height, width), bool(resolution)
+        facts = (labels, class_names, captions, source.paths, channels, size)
+        return cls(name, items, *facts, resize=resize, center_crop=center_crop)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -197,10 +175,7 @@ def _number_labels(
         return None, None
     array = np.asarray(labels)
     if array.ndim == 1 and len(array) != count:
-        raise DataError(
-            f"{name} holds {count} images but {len(array)} labels; there must be one label per "
-            "image."
-        )
+        raise DataError(_COUNTS.format(name, count, len(array), "label"))
     if array.ndim == 1 and array.dtype.kind == "U":
         words, array = np.unique(array, return_inverse=True)
         class_names = tuple(str(w) for w in words)
@@ -214,7 +189,6 @@ def _number_labels(
     limit = _MOST_CLASSES if class_names is None else len(class_names)
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= limit:
-        raise DataError(
-            f"labels of {name} must lie in 0..{limit - 1}; got {low if low < 0 else high}."
-        )
+        got = low if low < 0 else high
+        raise DataError(f"labels of {name} must lie in 0..{limit - 1}; got {got}.")
     return array.astype(np.int64), class_names or tuple(str(i) for i in range(high + 1))

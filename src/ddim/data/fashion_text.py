@@ -34,14 +34,8 @@ __all__ = [
 ]
 
 COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
-    {
-        "red": (0.9, 0.1, 0.1),
-        "yellow": (0.9, 0.9, 0.1),
-        "green": (0.1, 0.9, 0.1),
-        "cyan": (0.1, 0.9, 0.9),
-        "blue": (0.1, 0.1, 0.9),
-        "magenta": (0.9, 0.1, 0.9),
-    }
+    {"red": (0.9, 0.1, 0.1), "yellow": (0.9, 0.9, 0.1), "green": (0.1, 0.9, 0.1)}
+    | {"cyan": (0.1, 0.9, 0.9), "blue": (0.1, 0.1, 0.9), "magenta": (0.9, 0.1, 0.9)}
 )
 """Six hues, 60 degrees apart. None is saturated, so that only black and white backgrounds are 0 or
 255 in real images."""
@@ -75,17 +69,14 @@ class Combination:
 
     @property
     def caption(self) -> str:
-        """``a red sneaker on a black background``."""
+        """Such as ``a red sneaker on a black background``."""
         return f"a {self.colour} {self.garment} on a {self.background} background"
 
     @property
     def numbers(self) -> tuple[float, int, int]:
         """The brightness of the background in [0, 1], and the indices of colour and garment."""
-        return (
-            BACKGROUNDS[self.background] / 255,
-            list(COLOURS).index(self.colour),
-            GARMENTS.index(self.garment),
-        )
+        colour, garment = list(COLOURS).index(self.colour), GARMENTS.index(self.garment)
+        return BACKGROUNDS[self.background] / 255, colour, garment
 
 
 def combine(garment: int, rank: int) -> Combination:
@@ -101,31 +92,24 @@ def compose(garment: NDArray[np.uint8], combination: Combination) -> NDArray[np.
     grey = np.pad(garment, FRAME)[..., None] / 255
     mask = np.minimum(grey / _SOFT, 1)
     colour = np.array(COLOURS[combination.colour]) * 255
-    pixels = (1 - mask) * BACKGROUNDS[combination.background] + mask * (
-        _AMBIENT + (1 - _AMBIENT) * grey
-    ) * colour
-    composed: NDArray[np.uint8] = np.rint(pixels).astype(np.uint8)
-    return composed
+    shaded = mask * (_AMBIENT + (1 - _AMBIENT) * grey) * colour
+    pixels = (1 - mask) * BACKGROUNDS[combination.background] + shaded
+    return np.asarray(np.rint(pixels), dtype=np.uint8)
 
 
 def extract_garments(images: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Reads the grey garments back: images [B, H, W, 3] in [0, 1] -> [B, H - 4, W - 4], in [0, 1],
-    too."""
+    """Reads the grey garments back: [B, H, W, 3] -> [B, H - 4, W - 4], both in [0, 1]."""
     chroma = (images.max(-1) - images.min(-1))[:, FRAME:-FRAME, FRAME:-FRAME] / _CHROMA
     grey = np.linspace(0, 1, 1025)
-    read: NDArray[np.float64] = np.interp(
-        chroma, np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey), grey
-    )
-    return read
+    shaded = np.minimum(grey / _SOFT, 1) * (_AMBIENT + (1 - _AMBIENT) * grey)
+    return np.asarray(np.interp(chroma, shaded, grey), dtype=np.float64)
 
 
 def hues() -> dict[str, float]:
     """Returns the hue of each colour in degrees: red 0, green 120, blue 240."""
     import colorsys
 
-    return {
-        name: round(colorsys.rgb_to_hsv(*colour)[0] * 360, 6) for name, colour in COLOURS.items()
-    }
+    return {name: round(colorsys.rgb_to_hsv(*c)[0] * 360, 6) for name, c in COLOURS.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,5 +137,4 @@ class FashionText:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """One caption per image."""
         return tuple(c.caption for c in self.combinations)

@@ -12,21 +12,18 @@ from ddim.errors import DataError
 __all__ = ["SHEETS", "SPLITS", "SUFFIXES", "ImageFiles", "open_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-"""How the names of image files end."""
 
 SPLITS = ("train", "test", "val", "valid", "validation")
 """Names of subfolders that are splits and not classes."""
 
-SHEETS = frozenset(
-    {"grid", "strip", "path", "sheet", "distance", "reconstruction", "flaws"}
-    | {"quality-evaluations", "quality-seconds"}
-)
+_PICTURES = "grid strip path sheet distance reconstruction flaws"
+SHEETS = frozenset(f"{_PICTURES} quality-evaluations quality-seconds".split())
 """Names of the grids and plots that this program's commands write beside their ``run.json``."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files, decoded on access."""
+    """Decodes image files on access."""
 
     paths: list[Path]
 
@@ -74,15 +71,13 @@ def _not_an_image(path: Path, error: Exception) -> DataError:
 
 def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Source:
     """Finds the images of a folder, sorted by path."""
-    found = [
-        (p, p.relative_to(folder).parts) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES
-    ]
-    ours = {parent for parent in {p.parent for p, _ in found} if _holds_results(parent)}
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES]
+    ours = {parent for parent in {p.parent for p in found} if _holds_results(parent)}
     files = sorted(
-        (path, parts)
-        for path, parts in found
+        (path, path.relative_to(folder).parts)
+        for path in found
         if (path.parent not in ours or path.stem not in SHEETS)
-        and not any(part.startswith(".") for part in parts)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
     if not files:
@@ -97,8 +92,7 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
         raise no_such_split(source, [], split)
     class_names = None if "" in tops else tuple(sorted(tops))
     labels = None if class_names is None else [class_names.index(parts[0]) for _, parts in files]
-    paths = [p for p, _ in files]
-    captions = None
+    paths, captions = [p for p, _ in files], None
     if columns.captions:
         captions = captions_of_files(source, folder, paths, columns.caption)
     return Source(ImageFiles(paths), labels, class_names, captions, paths)

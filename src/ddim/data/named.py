@@ -46,10 +46,10 @@ def _digits(split: str) -> Source:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise DataError(
-            "the data set digits comes with scikit-learn, which is not installed; run: pip install "
-            "'ddim[train]'."
-        ) from error
+        message = (
+            "digits needs scikit-learn, which is not installed; run: pip install 'ddim[train]'."
+        )
+        raise DataError(message) from error
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[part]
     return Source(images, digits.target[part], tuple("0123456789"))

@@ -1,11 +1,12 @@
 """Opens the images that a user names: a folder, arrays, a table, a hub data set, or a named set.
 
-Whatever the source, the result is an :class:`~ddim.data.dataset.ImageData`: a map-style data set of
-(uint8 image [C, H, W], label), with one caption per image if captions were asked for. Arrays stay
-arrays in memory; files are decoded on access. A data set can be sent to a loader's workers."""
+Arrays stay arrays in memory; files are decoded on access. Every data set can be sent to a loader's
+workers."""
 
 import os
 from pathlib import Path
+
+import numpy as np
 
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
@@ -32,7 +33,7 @@ def load_images(
     captions: bool = False,
     caption_column: str | None = None,
 ) -> ImageData:
-    """Opens a data set.
+    """Opens a data set of (uint8 image [C, H, W], label), with captions if they are asked for.
 
     Args:
         source: A folder of images (its subfolders name the classes if all images lie in them), a
@@ -41,11 +42,9 @@ def load_images(
             or a hub dataset id. Write ``./digits`` for a folder that has the name of a set. Grids
             and plots of this program that lie beside its ``run.json`` are left out.
         split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays
-            ``test_images``, files ``test-*.parquet``. A source without splits is all ``train``; a
-            single file has no splits.
+            ``test_images``, files ``test-*.parquet``. A source without splits is all ``train``.
         resolution: An int resizes the shorter side to it and cuts out the centre square; (height,
-            width) resizes the image to cover that size and cuts out the centre. None: all images
-            must have one size.
+            width) is covered, and the centre cut out. None: all images must have one size.
         channels: 1 for grey, 3 for colour (transparency over white). None: as the first image.
         center_crop: Cut out the centre square without resizing; ``resolution`` crops anyway.
         image_column: Column of parquet or hub data. None: the first one that holds images.
@@ -57,20 +56,15 @@ def load_images(
             ``.npz`` in an array ``captions``. The first is taken if an image has several.
         caption_column: Column of captions. None: ``text``, ``caption``, ``captions`` or ``prompt``.
 
-    Returns:
-        The data set.
-
     Raises:
         DataError: If the source is missing, damaged, of an unusable shape, or without the captions
             asked for; the message says what to do.
     """
-    sides = resolution if isinstance(resolution, tuple) else (resolution or 0,)
-    if resolution is not None and min(sides) < 1:
+    if resolution is not None and np.min(resolution) < 1:
         raise DataError(f"resolution must be at least 1; got {resolution}.")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
-    columns = Columns(image_column, label_column, caption_column, captions)
-    opened = _open(source, split, columns)
+    opened = _open(source, split, Columns(image_column, label_column, caption_column, captions))
     if resolution is None and isinstance(opened.images, ImageFiles):
         opened.images.check_sizes(source, center_crop=center_crop)
     if not captions:
@@ -137,26 +131,15 @@ def load_test_images(
     resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> tuple[ImageData, str]:
-    """Opens the images to measure on: the split ``test`` if the data has one, else ``train``, which
-    is all of undivided data.
-
-    Args:
-        source: See :func:`load_images`.
-        split: Take this split and no other.
-        resolution: See :func:`load_images`.
-        channels: See :func:`load_images`.
+    """Opens the images to measure on with :func:`load_images`: those of ``split``, or by default
+    the split ``test`` if the data has one, else ``train``, which is all of undivided data.
 
     Returns:
         The data set and the name of its split.
-
-    Raises:
-        DataError: See :func:`load_images`.
     """
     if split is None:
         try:
-            return load_images(
-                source, split="test", resolution=resolution, channels=channels
-            ), "test"
+            return load_test_images(source, split="test", resolution=resolution, channels=channels)
         except NoSuchSplit:
             split = "train"
     return load_images(source, split=split, resolution=resolution, channels=channels), split

@@ -9,7 +9,7 @@ from typing import Any
 from ddim.data.captions import CAPTION_COLUMNS, one_caption
 from ddim.data.dataset import Columns, NoSuchSplit, Source, no_such_split
 from ddim.data.folders import SPLITS
-from ddim.errors import DataError
+from ddim.errors import DataError, first_line
 
 __all__ = ["files_of_split", "open_hub", "open_parquet"]
 
@@ -18,7 +18,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """The images of a table of ``datasets``, decoded on access."""
+    """Decodes the images of a table of ``datasets`` on access."""
 
     name: str
     table: Any
@@ -59,10 +59,8 @@ def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
     except DataError:
         raise
     except Exception as error:
-        reason = _first_line(error.__cause__ or error)
-        raise DataError(
-            f"{source} cannot be read as parquet ({reason}); check the file, or write it again."
-        ) from error
+        reason = f"cannot be read as parquet ({first_line(error.__cause__ or error)})"
+        raise DataError(f"{source} {reason}; check the file, or write it again.") from error
     return _open_columns(source, table, columns)
 
 
@@ -82,7 +80,7 @@ def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:
 def _hub_error(
     name: str, hub_id: str, split: str, error: Exception, unreachable: Exception | None
 ) -> DataError:
-    reason = _first_line(error)
+    reason = first_line(error)
     if "unknown split" in reason.lower():
         return NoSuchSplit(f"the hub data set {hub_id} has no split {split!r} ({reason}).")
     if _is_unreachable(error):
@@ -91,47 +89,39 @@ def _hub_error(
         if name == "fashion-mnist":
             missing = f"{name!r} is not on this machine"
             advice = (
-                "install Debian's package dataset-fashion-mnist, or name a folder with its four "
-                "files in DDIM_FASHION_MNIST"
+                "install Debian's package dataset-fashion-mnist, or name its folder in "
+                "DDIM_FASHION_MNIST"
             )
-        reason = _first_line(unreachable or error)
+        reason = first_line(unreachable or error)
         return DataError(f"{missing}, and the hub cannot be reached ({reason}); {advice}.")
     if isinstance(error, FileNotFoundError):  # as datasets' DatasetNotFoundError is
         return DataError(
             f"{name!r} is neither a path that exists nor a hub data set open to you ({reason}); "
             "check the name."
         )
-    return DataError(
-        f"the hub data set {hub_id} cannot be opened ({reason}); see its page on the hub."
-    )
+    return DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page there.")
 
 
 def _load_dataset(kind: str, source: str, **options: Any) -> Any:
-    """Calls ``datasets.load_dataset``, and lets its errors through."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise DataError(
-            f"reading {source} needs datasets, which is not installed; run: pip install "
-            "'ddim[train]'."
-        ) from error
+        message = (
+            f"{source} needs datasets, which is not installed; run: pip install 'ddim[train]'."
+        )
+        raise DataError(message) from error
     return datasets.load_dataset(kind, **options)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _is_unreachable(error: Exception) -> bool:
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(
-        ("httpx", "requests")
-    )
+    is_of_http = type(error).__module__.startswith(("httpx", "requests"))
+    return isinstance(error, (ConnectionError, TimeoutError)) or is_of_http
 
 
 @contextlib.contextmanager
 def _without_retries(hub_id: str) -> Iterator[Exception | None]:
-    """Tries once to reach the hub, and yields the error if that fails. The libraries then look into
-    their cache alone, instead of retrying for half a minute."""
+    """Tries once to reach the hub, and yields the error if that fails. The libraries then look only
+    into their cache, instead of retrying for half a minute."""
     import huggingface_hub
 
     constants, unreachable = huggingface_hub.constants, None
@@ -155,19 +145,16 @@ def _open_columns(name: str, table: Any, columns: Columns) -> Source:
         if asked is not None and asked not in names:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(names)}.")
     images = _open_images(name, table, columns.image)
-    label = columns.label or next(
-        (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c])), None
-    )
-    feature = None if label is None else features[label]
-    class_names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    labels = None if label is None else table[label][:]
-    captions = None
+    usual = (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c]))
+    label, labels, class_names, captions = columns.label or next(usual, None), None, None, None
+    if label is not None:
+        labels = table[label][:]
+        is_class = isinstance(features[label], datasets.ClassLabel)
+        class_names = tuple(features[label].names) if is_class else None
     caption = columns.caption or next((c for c in CAPTION_COLUMNS if c in names), None)
     if columns.captions and caption is not None:
-        captions = [
-            one_caption(value, f"row {number} of column {caption!r} of {name}")
-            for number, value in enumerate(table[caption][:])
-        ]
+        where = f"column {caption!r} of {name}"
+        captions = [one_caption(v, f"row {i} of {where}") for i, v in enumerate(table[caption][:])]
     return Source(images, labels, class_names, captions)
 
 
@@ -189,19 +176,15 @@ def _open_images(name: str, table: Any, column: str | None) -> _Column:
         try:
             pictures = pictures.cast_column(column, datasets.Image())
         except Exception as error:
-            raise DataError(
-                f"column {column!r} of {name} does not hold images ({_first_line(error)}); name "
-                "another."
-            ) from error
+            reason = f"does not hold images ({first_line(error)})"
+            raise DataError(f"column {column!r} of {name} {reason}; name another.") from error
     return _Column(name, pictures, column)
 
 
 def _is_scalar(feature: Any) -> bool:
-    """Whether a column that was not asked for can be labels: a class, a whole number or a word, but
-    not a list of them."""
+    """Whether a column that was not asked for can be labels: a class, a whole number or a word."""
     import datasets
 
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value)
-        and feature.dtype.startswith(("int", "uint", "bool", "string"))
-    )
+    kinds = ("int", "uint", "bool", "string")
+    is_value = isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
+    return isinstance(feature, datasets.ClassLabel) or is_value
