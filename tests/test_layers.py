@@ -65,11 +65,12 @@ FILES = {
         {"pictures"},
     ],
     "training": [
-        {"config", "draws", "ema", "base"},
-        {"package", "process"},
-        {"checkpoint", "subject"},
-        {"record", "loop", "text_network"},
-        {"monitoring", "loading", "text"},
+        {"config", "base"},
+        {"draws", "network", "package"},
+        {"subject"},
+        {"record", "loop", "text"},
+        {"checkpoint"},
+        {"monitoring"},
         {"trainer"},
     ],
     "pipelines": [

@@ -18,15 +18,15 @@ from ddim.data.sources import load_images
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
 from ddim.files import locked
 from ddim.models.checkpoints import weight_hash
-from ddim.training import loading, loop, package, subject, trainer
+from ddim.training import draws, loop, monitoring, package, subject, trainer
 from ddim.training.base import Base
 from ddim.training.checkpoint import latest_checkpoint, prune
 from ddim.training.config import TrainConfig
-from ddim.training.ema import EMA, ema_decay_at
-from ddim.training.loop import learning_rate_at
+from ddim.training.loop import EMA, ema_decay_at, learning_rate_at
+from ddim.training.monitoring import NonFiniteLossError
+from ddim.training.network import make_network
 from ddim.training.record import card_guidance
-from ddim.training.subject import make_network
-from ddim.training.trainer import NonFiniteLossError, train
+from ddim.training.trainer import train
 
 TINY = {
     "data": "digits",
@@ -111,7 +111,7 @@ def test_weights_that_overflow_are_never_a_checkpoint(tmp_path, monkeypatch):
 
 def test_a_network_that_overflows_on_held_out_images_is_never_a_checkpoint(tmp_path, monkeypatch):
     """Weights that are huge, and finite, show in no training loss before the next step."""
-    monkeypatch.setattr(trainer, "validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr(monitoring, "validation_loss", lambda *_: float("nan"))
     with pytest.raises(
         NonFiniteLossError,
         match=r"the held-out loss became nan at step 2; the last good checkpoint is none\.",
@@ -497,7 +497,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
 
 def test_the_best_is_the_one_of_least_loss_on_held_out_images(tmp_path, monkeypatch):
     held = iter([0.5, 0.2, 0.3])
-    monkeypatch.setattr(trainer, "validation_loss", lambda *args: next(held))
+    monkeypatch.setattr(monitoring, "validation_loss", lambda *args: next(held))
     train(config(tmp_path, keep_checkpoints=1))
     assert steps_in(tmp_path) == [4, 6]
     assert record_of(tmp_path / "checkpoints" / "0000006")["best"] == {
@@ -532,7 +532,7 @@ def test_the_images_held_out_are_as_many_as_asked_and_never_trained(
         raise Stop
 
     seen = []
-    monkeypatch.setattr(loading, "BatchOrder", batches)
+    monkeypatch.setattr(draws, "BatchOrder", batches)
     np.savez(tmp_path / "a.npz", images=np.zeros((count, 8, 8), np.uint8))
     with pytest.raises(Stop):
         train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), validation_images=asked))
@@ -545,7 +545,7 @@ def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path
     shares = [
         [
             i
-            for batch in loading.BatchOrder(
+            for batch in draws.BatchOrder(
                 images, config(tmp_path), start=0, stop=6, rank=rank, world=2
             )
             for i in batch
@@ -555,7 +555,7 @@ def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path
     first = [i for share in shares for i in share[:12]]
     assert sorted(first) == images
     assert first != images
-    later = list(loading.BatchOrder(images, config(tmp_path), start=4, stop=6, rank=1, world=2))
+    later = list(draws.BatchOrder(images, config(tmp_path), start=4, stop=6, rank=1, world=2))
     assert [i for batch in later for i in batch] == shares[1][16:]
 
 

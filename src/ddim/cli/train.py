@@ -11,7 +11,7 @@ from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
-    from ddim.training.trainer import Progress
+    from ddim.training.monitoring import Progress
 
 __all__ = ["Request", "defaults", "run"]
 

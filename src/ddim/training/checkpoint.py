@@ -16,21 +16,13 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from ddim.errors import CheckpointError, DDIMError, OutputError
+from ddim.errors import CheckpointError, DDIMError, OutputError, first_line
 from ddim.files import locked, remove_partial, replacing_folder
-from ddim.training.package import PUBLISHED, Package, save_model, write_json, writing
+from ddim.training.loop import Run
+from ddim.training.package import PUBLISHED, save_model, write_json, writing
 
-__all__ = [
-    "check_out",
-    "hold",
-    "latest_checkpoint",
-    "load_training_state",
-    "prune",
-    "remove_debris",
-    "save_checkpoint",
-]
+__all__ = ["hold", "latest_checkpoint", "load_training_state", "prune", "save_checkpoint"]
 
 
 @contextlib.contextmanager
@@ -41,8 +33,7 @@ def hold(out: Path, accelerator: Accelerator) -> Iterator[None]:
     nothing leaves no folder behind.
 
     Raises:
-        OutputError: On every process, if another run holds the folder or :func:`check_out` refuses
-            it.
+        OutputError: On every process, if another run holds the folder, or it is not one of a run.
     """
     refusal: Exception | None = None
     with contextlib.ExitStack() as stack:
@@ -51,8 +42,8 @@ def hold(out: Path, accelerator: Accelerator) -> Iterator[None]:
                 if not out.exists():
                     stack.callback(_remove_empty, out)
                 stack.enter_context(locked(out))
-                check_out(out)
-                remove_debris(out)
+                _check_out(out)
+                _remove_debris(out)
             except (DDIMError, OSError) as error:
                 refusal = error
         refusal = broadcast_object_list([refusal])[0]
@@ -66,13 +57,9 @@ def _remove_empty(out: Path) -> None:
         out.rmdir()
 
 
-def check_out(out: Path) -> None:
-    """Refuses a folder that no training run began, if it holds a model, which the trained one would
-    replace, or another command's results.
-
-    Raises:
-        OutputError: If it is such a folder.
-    """
+def _check_out(out: Path) -> None:
+    """Refuses, with an OutputError, a folder that no training run began, if it holds a model, which
+    the trained one would replace, or another command's results."""
     if latest_checkpoint(out / "checkpoints") is not None:
         return
     if (out / "run.json").exists():
@@ -87,8 +74,8 @@ def check_out(out: Path) -> None:
         )
 
 
-def remove_debris(out: Path) -> None:
-    """Removes what killed runs left half-written or half-removed. The caller holds ``out``."""
+def _remove_debris(out: Path) -> None:
+    """Removes what killed runs left half-written or half-removed."""
     root = out / "checkpoints"
     for folder in (out, root, out / "log", out / "previews"):
         remove_partial(folder)
@@ -96,35 +83,26 @@ def remove_debris(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # the names of earlier versions
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    *,
-    network: nn.Module,
-    averaged: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    record: dict[str, Any],
-    package: Package,
-) -> Path:
-    """Writes ``root/<step>``, whole or not at all.
+def save_checkpoint(root: Path, step: int, run: Run, record: dict[str, Any]) -> None:
+    """Writes ``root/<step>`` of a run that ``accelerate`` has prepared, whole or not at all.
 
     Raises:
         OutputError: If something cannot be written.
     """
     target, previous = root / f"{step:07d}", latest_checkpoint(root)
+    network = run.accelerator.unwrap_model(run.model)
     with writing(f"the checkpoint of step {step}", root), replacing_folder(target) as partial:
-        save_model(partial, averaged, package, previous=previous)
+        save_model(partial, run.average.network, run.subject.package, previous=previous)
         inner = partial / "training"
         inner.mkdir()
         weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
         safetensors.torch.save_file(weights, inner / "network.safetensors")
-        torch.save(optimizer.state_dict(), inner / "optimizer.pt")
+        torch.save(run.optimizer.optimizer.state_dict(), inner / "optimizer.pt")
         write_json(inner / "record.json", record)
         # Onto the disk before the folder gets its name, so that a power cut leaves no empty files.
         for path in partial.rglob("*.*"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    return target
 
 
 def prune(root: Path, *, keep: int, best: int | None) -> None:
@@ -147,31 +125,22 @@ def latest_checkpoint(root: Path) -> Path | None:
     return root / f"{steps[-1]:07d}" if steps else None
 
 
-def load_training_state(
-    checkpoint: Path,
-    *,
-    network: nn.Module,
-    averaged: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    package: Package,
-) -> None:
-    """Restores weights, averages and optimiser in place.
+def load_training_state(checkpoint: Path, run: Run) -> None:
+    """Restores weights, averages and optimiser in place, before ``accelerate`` prepares the run.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or of another network.
     """
     inner, load = checkpoint / "training", safetensors.torch.load_file
     try:
-        network.load_state_dict(load(inner / "network.safetensors"))
-        for name, part in package.parts(averaged).items():
+        run.model.load_state_dict(load(inner / "network.safetensors"))
+        for name, part in run.subject.package.parts(run.average.network).items():
             files = (checkpoint / name).glob("*.safetensors")
             part.load_state_dict({k: v for file in files for k, v in load(file).items()})
-        optimizer.load_state_dict(
-            torch.load(inner / "optimizer.pt", weights_only=True, map_location="cpu")
-        )
+        state = torch.load(inner / "optimizer.pt", weights_only=True, map_location="cpu")
+        run.optimizer.load_state_dict(state)
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"the training checkpoint {checkpoint} cannot be restored ({first}); delete that "
-            "folder to go on from an earlier one."
+            f"the training checkpoint {checkpoint} cannot be restored ({first_line(error)}); "
+            "delete that folder to go on from an earlier one."
         ) from error

@@ -1,11 +1,19 @@
-"""The random numbers of a step, as a function of the run's seed, the step, the forward pass and the
+"""The batches and the random numbers of a run, both functions of its seed, the step and the
 process."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-__all__ = ["Draws", "Place", "mix"]
+from ddim.errors import DDIMError
+from ddim.training.config import TrainConfig
+
+__all__ = ["BatchOrder", "Draws", "Place", "load_batches", "mix"]
 
 Place = tuple[int, int, int]
 """Optimiser step, forward pass within it, process."""
@@ -38,3 +46,69 @@ class Draws(NamedTuple):
         """A separate stream on the CPU, which the draws of the others do not move. 5: timesteps, 6:
         latents, 7: captions, 8: offset noise."""
         return torch.Generator().manual_seed(mix(self.seed, number, *self.place))
+
+
+@dataclass(frozen=True, eq=False)
+class BatchOrder(Sampler[list[int]]):
+    """The images of every batch from step ``start`` to before ``stop``: one permutation per epoch,
+    of which each process takes its share."""
+
+    images: Sequence[int]
+    config: TrainConfig
+    start: int
+    stop: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, parts = self.config.batch_size, self.config.gradient_accumulation
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for batch in range(self.start * parts, self.stop * parts):
+            chosen, first = [], (batch * self.world + self.rank) * size
+            for place in range(first, first + size):
+                now, offset = divmod(place, len(self.images))
+                if now != epoch:
+                    generator = torch.Generator().manual_seed(mix(self.config.seed, now, 1))
+                    epoch, order = now, torch.randperm(len(self.images), generator=generator)
+                chosen.append(self.images[int(order[offset])])
+            yield chosen
+
+
+class _Loadable(Dataset[tuple[Tensor, int]]):
+    """Examples by lists of indices. An error is returned as a value: if it were raised in a worker,
+    its message would be a traceback."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
+        try:
+            return [self.examples[i] for i in indices]
+        except DDIMError as error:
+            return error
+
+
+def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
+    return items if isinstance(items, DDIMError) else default_collate(items)
+
+
+def load_batches(
+    examples: Any,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    images: Sequence[int],
+    start: int,
+    stop: int,
+) -> Iterator[Any]:
+    """Loads the batches of this process for the steps from ``start`` to before ``stop``, out of the
+    images with these indices. A batch that cannot be read is a :class:`DDIMError`."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    loader: DataLoader[Any] = DataLoader(
+        _Loadable(examples),
+        batch_sampler=BatchOrder(images, config, start, stop, rank, world),
+        num_workers=config.workers,
+        collate_fn=_collate,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(loader)

@@ -1,8 +1,9 @@
-"""The optimiser steps of a run, as a generator.
+"""The optimiser steps of a run, as a generator, and the average of the network over them.
 
 The timesteps and the noise of step n follow from (seed, n, process) alone, so that a run that is
 resumed from step n continues to the same losses as one that never stopped."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,37 @@ from ddim.core.schedule import NoiseSchedule
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws, Place, mix
-from ddim.training.ema import EMA
 from ddim.training.subject import Subject
 
-__all__ = ["Run", "StepResult", "learning_rate_at", "take_steps"]
+__all__ = ["EMA", "Run", "StepResult", "ema_decay_at", "learning_rate_at", "take_steps"]
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    r"""The decay after n updates: :math:`\min(\mathrm{decay}, (1 + n) / (10 + n))`, so that early
+    averages forget the start."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class EMA:
+    """The exponential moving average of a network's parameters, in a float32 copy of it: average <-
+    decay average + (1 - decay) parameter.
+
+    Buffers (tables, running statistics) are copied, since the average of two tables means nothing.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Moves the average towards the network after optimiser step ``step`` (from 0)."""
+        ours: list[torch.Tensor] = list(self.network.parameters())
+        pairs = zip(network.parameters(), ours, strict=True)
+        theirs = [p.detach().to(a.device, a.dtype) for p, a in pairs]
+        torch._foreach_lerp_(ours, theirs, 1 - ema_decay_at(step, self.decay))
+        for mine, other in zip(self.network.buffers(), network.buffers(), strict=True):
+            mine.copy_(other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +70,10 @@ class Run:
         return forward * int(self.accelerator.num_processes)
 
     @property
+    def prediction_type(self) -> Any:
+        return self.subject.package.scheduler.config.prediction_type
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
         return -(-self.config.images // self.images_per_step)
@@ -54,8 +86,8 @@ class StepResult:
     step: int
     """Number of steps taken so far."""
     loss: Tensor
-    """Mean loss of the images of this process. It stays on the device, since to read it is to wait
-    for the step to end."""
+    """Mean over the images of this process. It stays on the device: reading it waits for the
+    step."""
     learning_rate: float
 
 
@@ -74,11 +106,8 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 def take_steps(run: Run, batches: Iterator[Any], start: int) -> Iterator[StepResult]:
     """Takes the optimiser steps of a run from ``start`` (from 0) on, and yields after each. The
-    caller logs, saves, and may stop between two steps.
-
-    Raises:
-        DDIMError: If a batch cannot be read.
-    """
+    caller logs, saves, and may stop between two steps. Raises a DDIMError if a batch cannot be
+    read."""
     network = torch.compile(run.model) if run.config.compile else run.model
     for step in range(start, run.steps):
         rate = learning_rate_at(step, run.steps, run.config)
@@ -98,28 +127,20 @@ def take_steps(run: Run, batches: Iterator[Any], start: int) -> Iterator[StepRes
 def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
     """One forward and backward pass. The optimiser moves the weights in the last pass of a step."""
     config, accelerator, schedule = run.config, run.accelerator, run.schedule
-    kind = run.subject.package.scheduler.config.prediction_type
     draws = Draws.at(config.seed, place, accelerator.device)
     x0, condition = run.subject.clean(batch, accelerator.device, draws)
-    t, noise = _draw(x0, draws, config, len(schedule))
+    t = draw_timesteps(len(x0), len(schedule), generator=draws.stream(5))
+    noise = torch.randn(x0.shape, generator=draws.generator, device=x0.device)
+    noise = offset_noise(noise, config.offset_noise, generator=draws.stream(8))
+    kind, min_snr = run.prediction_type, {"gamma": config.snr_gamma, "floor": config.weight_floor}
     torch.manual_seed(mix(config.seed, 4, *place))  # dropout
     with accelerator.accumulate(run.model), accelerator.autocast():
         weights = loss_weights(
-            schedule,
-            t,
-            prediction_type=kind,
-            weighting=config.weighting,
-            gamma=config.snr_gamma,
-            floor=config.weight_floor,
+            schedule, t, prediction_type=kind, weighting=config.weighting, **min_snr
         )
+        predict = run.subject.predictor(network, condition)
         loss = training_loss(
-            run.subject.predictor(network, condition),
-            x0,
-            schedule=schedule,
-            t=t,
-            noise=noise,
-            prediction_type=kind,
-            weights=weights,
+            predict, x0, schedule=schedule, t=t, noise=noise, prediction_type=kind, weights=weights
         ).mean()
         accelerator.backward(loss)
         if accelerator.sync_gradients and config.gradient_clip > 0:
@@ -127,10 +148,3 @@ def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()
-
-
-def _draw(x0: Tensor, draws: Draws, config: TrainConfig, levels: int) -> tuple[Tensor, Tensor]:
-    """Draws a timestep and noise for each clean sample."""
-    t = draw_timesteps(len(x0), levels, generator=draws.stream(5))
-    noise = torch.randn(x0.shape, generator=draws.generator, device=x0.device)
-    return t, offset_noise(noise, config.offset_noise, generator=draws.stream(8))

@@ -1,7 +1,12 @@
-"""What a run shows on its way: its log, the loss on held-out images, and previews."""
+"""Follows the steps of a run: its log, the loss on held-out images, checkpoints and previews."""
 
 import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import default_collate
@@ -11,12 +16,31 @@ from ddim.core.noise import seeded_randn
 from ddim.core.objective import training_loss
 from ddim.core.sampler import sample
 from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.errors import DDIMError
 from ddim.files import write_text
 from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.training.checkpoint import latest_checkpoint, prune, save_checkpoint
 from ddim.training.draws import mix
-from ddim.training.loop import Run
+from ddim.training.loop import Run, StepResult
 
-__all__ = ["RunLog", "preview", "validation_loss"]
+__all__ = ["Follower", "NonFiniteLossError", "Progress", "RunLog", "preview", "validation_loss"]
+
+
+class NonFiniteLossError(DDIMError):
+    """The loss or the weights became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, after each logged interval."""
+
+    step: int
+    steps: int
+    images: int
+    loss: float
+    images_per_second: float
+    seconds_left: float
+    validation_loss: float | None = None
 
 
 class RunLog:
@@ -36,14 +60,13 @@ class RunLog:
 
     def add(self, step: int, **values: float | None) -> None:
         """Adds a line; values that are None are left out."""
-        given = {k: v for k, v in values.items() if v is not None}
+        given = {name: value for name, value in values.items() if value is not None}
         for name, value in given.items():
             self.writer.add_scalar(name, value, step)
         self.lines.write(json.dumps({"step": step, **given}) + "\n")
         self.lines.flush()
 
     def close(self) -> None:
-        """Closes both files."""
         self.writer.close()
         self.lines.close()
 
@@ -52,22 +75,19 @@ class RunLog:
 def validation_loss(run: Run, indices: range) -> float:
     """Returns the unweighted loss of the averaged network over held-out images, with the same noise
     and evenly spread timesteps every time."""
-    config, schedule, device = run.config, run.schedule, run.accelerator.device
-    generator = torch.Generator().manual_seed(mix(config.seed, 2))
-    size = min(128, 4 * config.batch_size)  # without gradients, more fits than in training
+    schedule, device, kind = run.schedule, run.accelerator.device, run.prediction_type
+    generator = torch.Generator().manual_seed(mix(run.config.seed, 2))
+    size = min(128, 4 * run.config.batch_size)  # without gradients, more fits than in training
     total = 0.0
     for first in range(0, len(indices), size):
         part = indices[first : first + size]
         examples = default_collate([run.subject.examples[i] for i in part])
         x0, condition = run.subject.clean(examples, device, None)
         t = ((torch.arange(first, first + len(part)) * 2 + 1) * len(schedule)) // (2 * len(indices))
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        predict = run.subject.predictor(run.average.network, condition)
         losses = training_loss(
-            run.subject.predictor(run.average.network, condition),
-            x0,
-            schedule=schedule,
-            t=t,
-            noise=torch.randn(x0.shape, generator=generator).to(device),
-            prediction_type=run.subject.package.scheduler.config.prediction_type,
+            predict, x0, schedule=schedule, t=t, noise=noise, prediction_type=kind
         )
         total += float(losses.sum())
     return total / len(indices)
@@ -80,7 +100,7 @@ def preview(run: Run, path: Path) -> None:
     config, schedule, subject = run.config, run.schedule, run.subject
     device = run.accelerator.device
     predict, captions = subject.preview(run.average.network, config.preview_count, device)
-    denoise = ModelDenoiser(predict, schedule, subject.package.scheduler.config.prediction_type)
+    denoise = ModelDenoiser(predict, schedule, run.prediction_type)
     x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
     steps = min(config.preview_steps, len(schedule))
     pairs = step_pairs(select_timesteps(len(schedule), steps, "trailing"))
@@ -89,3 +109,98 @@ def preview(run: Run, path: Path) -> None:
     save_png(make_grid(to_uint8(subject.images(x0))), path)
     if captions:
         write_text(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
+
+
+class Follower:
+    """Follows the steps of a run, and brings its record up to date."""
+
+    def __init__(
+        self,
+        run: Run,
+        record: dict[str, Any],
+        log: RunLog | None,
+        on_progress: Callable[[Progress], None] | None,
+        started: float,
+    ) -> None:
+        self.run, self.record, self.held_out = run, record, range(*record["held_out"])
+        self.log, self.on_progress, self.started = log, on_progress, started
+        self.out, self.root = Path(run.config.out), Path(run.config.out) / "checkpoints"
+        self.losses: list[tuple[int, float]] = []
+        self._unread: list[StepResult] = []
+        self._restart_clock(int(record["step"]))
+
+    def follow(self, result: StepResult, *, logged: bool, saved: bool) -> None:
+        """Takes note of a step; ``logged`` and ``saved`` say what is due after it."""
+        run, step = self.run, result.step
+        self._unread.append(result)
+        if logged:
+            loss = self._read_losses()
+            elapsed = time.perf_counter() - self._clock
+            images = (step - self._clock_step) * run.images_per_step
+            rate = images / elapsed if elapsed else float("nan")
+            self._restart_clock(step)
+            held = validation_loss(run, self.held_out) if saved and self.held_out else None
+            self._report(result, loss, rate, held)
+            if saved:
+                self._save(step, loss, held)
+                self._restart_clock(step)
+        every = run.config.preview_every
+        if every and step % every == 0 and run.accelerator.is_main_process:
+            preview(run, self.out / "previews" / f"{step:07d}.png")
+            self._restart_clock(step)
+
+    def _restart_clock(self, step: int) -> None:
+        self._clock, self._clock_step = time.perf_counter(), step
+
+    def _read_losses(self) -> float:
+        """Moves the losses to the host, once, checks them, and returns their mean."""
+        stacked = torch.stack([result.loss for result in self._unread])
+        values = self.run.accelerator.reduce(stacked, "mean").tolist()
+        read = [(result.step, value) for result, value in zip(self._unread, values, strict=True)]
+        for step, value in read:
+            self._check_finite("loss", value, step)
+        self.losses.extend(read)
+        self._unread.clear()
+        return float(sum(values) / len(values))
+
+    def _report(self, result: StepResult, loss: float, rate: float, held: float | None) -> None:
+        step, steps, per_step = result.step, self.run.steps, self.run.images_per_step
+        if self.log is not None:
+            values = {"loss": loss, "learning_rate": result.learning_rate}
+            self.log.add(step, **values, images_per_second=rate, validation_loss=held)
+        if self.on_progress is not None and self.run.accelerator.is_main_process:
+            left = (steps - step) * per_step / rate
+            self.on_progress(Progress(step, steps, step * per_step, loss, rate, left, held))
+
+    def _save(self, step: int, loss: float, held: float | None) -> None:
+        """Writes a checkpoint, unless a number is not finite."""
+        run, record = self.run, self.record
+        accelerator, parameters = run.accelerator, run.average.network.parameters()
+        # A gradient may overflow where the loss did not, and large weights in the network.
+        largest = torch.stack([p.abs().max() for p in parameters]).max().item()
+        self._check_finite("largest weight", largest, step)
+        self._check_finite("held-out loss", held or 0.0, step)
+        record |= {
+            "step": step,
+            "images_seen": step * run.images_per_step,
+            "loss": loss,
+            "validation_loss": held,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        }
+        best = record["best"]
+        if held is not None and (best is None or held < best["validation_loss"]):
+            record["best"] = best = {"step": step, "validation_loss": held}
+        if accelerator.is_main_process:
+            save_checkpoint(self.root, step, run, record)
+            best_step = best["step"] if best else None
+            prune(self.root, keep=run.config.keep_checkpoints, best=best_step)
+        accelerator.wait_for_everyone()
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            last = latest_checkpoint(self.root) or "none"
+            raise NonFiniteLossError(
+                f"the {what} became {value} at step {step}; the last good checkpoint is {last}. "
+                "Lower --learning-rate, or use --mixed-precision bf16 or no."
+            )

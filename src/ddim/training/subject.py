@@ -1,16 +1,14 @@
 """What a run trains: a batch, how the network is called on it, how a preview is drawn, and what the
 model's folder holds.
 
-The loop knows nothing else about images and captions. A :class:`PixelSubject` is an unconditional
-or class-conditional network on pixels; :class:`ddim.training.text.TextSubject` is a
-text-conditional one on latents."""
+The loop knows nothing else about images and captions. Here is the subject on pixels;
+:class:`ddim.training.text.TextSubject` is the one on latents."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -21,19 +19,10 @@ from ddim.models.checkpoints import load_network
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.network import check_network, make_network
 from ddim.training.package import Package, make_scheduler
 
-__all__ = [
-    "PixelSubject",
-    "Predictor",
-    "Subject",
-    "check_halvings",
-    "make_network",
-    "mirror",
-    "pixel_subject",
-    "shape_options",
-    "to_float",
-]
+__all__ = ["PixelSubject", "Predictor", "Subject", "mirror", "pixel_subject", "to_float"]
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """A network with its condition: (x_t, t) -> prediction, float32."""
@@ -67,8 +56,7 @@ class Subject(Protocol):
         """By the index of an image, what a batch is collated from."""
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "Subject":
-        """Returns the same subject with everything that is computed once per run; it may write a
-        file ``cache``."""
+        """Returns the subject with all that is computed once per run; it may write ``cache``."""
 
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
@@ -82,8 +70,7 @@ class Subject(Protocol):
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
-        """Returns the network as a preview of ``count`` images calls it, and their captions, if
-        there are any."""
+        """Returns the network as a preview of ``count`` images calls it, and their captions."""
 
     def images(self, x0: Tensor) -> Tensor:
         """Turns clean data into pictures in [-1, 1]."""
@@ -153,7 +140,7 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
         network = make_network(config, data, base)
     else:
         network = load_network(base.folder).train()
-        _check_fit(network, data, classes, base)
+        check_network(network, data, classes, base)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     package = Package(
@@ -163,88 +150,6 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
         frozen={},
     )
     return PixelSubject(config, data, network, package, {"classes": list(data.class_names or ())})
-
-
-def make_network(config: TrainConfig, data: ImageData, base: Base | None = None) -> Any:
-    """Makes a diffusers UNet2DModel for this data. Without a base, or as soon as one option gives a
-    shape, the options give all of it; otherwise it has the base's shape.
-
-    Raises:
-        DDIMError: If the images cannot be halved as often as the network has resolutions.
-    """
-    height, width = data.resolution
-    options: dict[str, Any] = {} if base is None else dict(base.network_config)
-    if base is None or config.shape_options:
-        options |= shape_options(config, down="AttnDownBlock2D", up="AttnUpBlock2D")
-    options |= {
-        "sample_size": height if height == width else (height, width),
-        "in_channels": data.channels,
-        "out_channels": data.channels,
-        "num_class_embeds": len(data.class_names or ()) if config.class_conditional else None,
-    }
-    check_halvings(data.resolution, len(options["block_out_channels"]))
-    make = diffusers.UNet2DModel
-    return make(**options) if base is None else make.from_config(options)
-
-
-def shape_options(config: TrainConfig, *, down: str, up: str) -> dict[str, Any]:
-    """Returns diffusers' options for the shape of a new network. ``down`` and ``up`` are the blocks
-    with attention."""
-    shape = config.architecture
-    levels = len(shape.block_out_channels)
-    attention = [level >= levels - shape.attention_levels for level in range(levels)]
-    return {
-        "block_out_channels": shape.block_out_channels,
-        "layers_per_block": shape.layers_per_block,
-        "down_block_types": tuple(down if a else "DownBlock2D" for a in attention),
-        "up_block_types": tuple(up if a else "UpBlock2D" for a in reversed(attention)),
-        "attention_head_dim": shape.attention_head_dim,
-        "norm_num_groups": shape.norm_num_groups,
-        "dropout": shape.dropout,
-    }
-
-
-def check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> None:
-    """Checks that a size, in units of ``unit`` pixels, can be halved as often as a network has
-    resolutions.
-
-    Raises:
-        DDIMError: If it cannot.
-    """
-    factor = 2 ** (levels - 1)
-    if size[0] % factor or size[1] % factor:
-        usable = max(factor, round(size[0] / factor) * factor) * unit
-        raise DDIMError(
-            f"images of {size[0] * unit}x{size[1] * unit} cannot be halved {levels - 1} times, as "
-            f"{levels} entries of block_out_channels ask; use --resolution {usable}, or fewer "
-            "entries."
-        )
-
-
-def _check_fit(network: Any, data: ImageData, classes: int | None, base: Base) -> None:
-    channels, size = int(network.config.in_channels), network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size or data.resolution
-    if channels not in (1, 3) or network.config.out_channels != channels:
-        raise DDIMError(
-            f"{base.name} takes {channels} channels and gives {network.config.out_channels}, and "
-            "images have 1 or 3 each way; take another --base."
-        )
-    if (channels, height, width) != (data.channels, *data.resolution):
-        options = f"--channels {channels}"
-        if (height, width) != data.resolution:
-            options += f" --resolution {height}"
-        raise DDIMError(
-            f"{base.name} is for {height}x{width} images with {channels} channel(s), and "
-            f"{data.name} has {data.resolution[0]}x{data.resolution[1]} with {data.channels}; use "
-            f"{options}."
-        )
-    theirs = network.config.get("num_class_embeds")
-    if theirs != classes:
-        raise DDIMError(
-            f"{base.name} knows {theirs or 'no'} classes, and {classes or 'none'} were asked for; "
-            f"{'use --class-conditional' if theirs else 'leave out --class-conditional'}, or add "
-            "--from-scratch."
-        )
 
 
 def to_float(images: Tensor) -> Tensor:

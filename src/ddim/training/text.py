@@ -23,9 +23,9 @@ from ddim.models.checkpoints import load_network
 from ddim.training.base import Base, load_part
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
+from ddim.training.network import Ends, check_text_network, make_text_network
 from ddim.training.package import Package, make_scheduler
 from ddim.training.subject import Predictor, mirror, to_float
-from ddim.training.text_network import Ends, check_text_network, make_text_network
 
 __all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
 
