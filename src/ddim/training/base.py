@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.errors import CheckpointError, DDIMError
+from ddim.errors import CheckpointError, DDIMError, first_line
 from ddim.models.checkpoints import (
     find_model,
     is_unconditional,
@@ -17,7 +17,7 @@ from ddim.models.checkpoints import (
     weight_hash,
 )
 
-__all__ = ["Base", "load_part", "open_base"]
+__all__ = ["Base", "has_plain_weights", "load_part", "open_base"]
 
 # The parts of Stable Diffusion 1 and 2: the class, and what the part is.
 _PARTS = {
@@ -54,17 +54,13 @@ class Base:
     @property
     def facts(self) -> dict[str, Any]:
         """What the record of a run says about its base."""
-        return {
-            "base_class": self.index.get("_class_name"),
-            "base_weights": weight_hash(self.folder),
-        }
+        kind, weights = self.index.get("_class_name"), weight_hash(self.folder)
+        return {"base_class": kind, "base_weights": weights}
 
 
 def open_base(name: str) -> Base:
-    """Finds a model and checks that it can be trained.
-
-    Args:
-        name: An embedded model's name, a folder, or a hub id.
+    """Finds a model by an embedded model's name, a folder or a hub id, and checks that it can be
+    trained.
 
     Raises:
         CheckpointError: If there is no such model, a part is missing, or it is of another kind.
@@ -75,9 +71,8 @@ def open_base(name: str) -> Base:
     if is_text:
         _check_parts(name, folder, index)
     elif (kind := _class_of(index, "unet")) != "UNet2DModel":
-        raise CheckpointError(
-            f"{name} has a network of class {kind}, and only UNet2DModel can be trained."
-        )
+        message = f"{name} has a network of class {kind}, and only UNet2DModel can be trained."
+        raise CheckpointError(message)
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     network_config = read_json(place / "config.json")
     return Base(name, folder, index, read_scheduler_config(folder), network_config, is_text)
@@ -107,20 +102,21 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
                 "diffusers' own scripts."
             )
     for part in ("vae", "text_encoder"):
-        if not any("." not in p.stem for p in (folder / part).glob("*.safetensors")):
+        if not has_plain_weights(folder / part):
             raise CheckpointError(
                 f"the {part} of {name} has no .safetensors file without a variant, and pickled or "
                 "half-precision weights are not copied; save it anew with diffusers."
             )
 
 
-def load_part(base: Base, part: str) -> Any:
-    """Loads the autoencoder, text encoder or tokenizer of a text model.
+def has_plain_weights(folder: Path) -> bool:
+    """Whether there are weights in safetensors without a variant, such as fp16."""
+    return any("." not in path.stem for path in folder.glob("*.safetensors"))
 
-    Raises:
-        CheckpointError: If its files are damaged.
-        DDIMError: If transformers is not installed.
-    """
+
+def load_part(base: Base, part: str) -> Any:
+    """Loads the autoencoder, text encoder or tokenizer of a text model. Raises a CheckpointError if
+    its files are damaged, and a DDIMError if transformers is not installed."""
     library, kind = base.index[part]
     try:
         module = importlib.import_module(library)
@@ -131,7 +127,5 @@ def load_part(base: Base, part: str) -> Any:
     try:
         return getattr(module, kind).from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise CheckpointError(
-            f"the {part} of {base.name} cannot be loaded ({reason}); check {base.folder / part}."
-        ) from error
+        reason = f"cannot be loaded ({first_line(error)}); check {base.folder / part}."
+        raise CheckpointError(f"the {part} of {base.name} {reason}") from error

@@ -16,7 +16,7 @@ from torch import nn
 
 from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
 from ddim.core.prior import DataPrior
-from ddim.errors import DDIMError, OutputError
+from ddim.errors import DDIMError, OutputError, first_line
 from ddim.models.checkpoints import read_json, weight_hash
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
@@ -39,31 +39,23 @@ PUBLISHED = ("unet", "scheduler", "vae", "text_encoder", "tokenizer", *_FILES)
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """The content of a trained model's folder.
-
-    Attributes:
-        index: The content of model_index.json: the pipeline's class, and the library and class of
-            each part.
-        scheduler: The scheduler that samples the model.
-        parts: Splits a network into the trained parts, by the names of their folders.
-        frozen: Folders of parts that are copied as they are, by the names of their folders.
-    """
+    """The content of a trained model's folder."""
 
     index: Mapping[str, Any]
+    """model_index.json: the pipeline's class, and the library and class of each part."""
     scheduler: diffusers.DDIMScheduler
     parts: Callable[[nn.Module], Mapping[str, Any]]
+    """Splits a network into the trained parts, by the names of their folders."""
     frozen: Mapping[str, Path]
+    """Folders of parts that are copied as they are, by the names of their folders."""
 
 
 def make_scheduler(
     config: TrainConfig, inherited: Mapping[str, Any] | None = None
 ) -> diffusers.DDIMScheduler:
     """Makes the scheduler that samples what this configuration trains: trailing timesteps down to
-    clean data, without clipping.
-
-    Args:
-        config: The run.
-        inherited: The configuration of the base's scheduler, for what the run leaves open.
+    clean data, without clipping. ``inherited`` is the configuration of the base's scheduler, for
+    what the run leaves open.
 
     Raises:
         DDIMError: If it is epsilon prediction at zero terminal SNR.
@@ -74,9 +66,8 @@ def make_scheduler(
     options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
     # A schedule that is named replaces the base's table, rescaling included.
     inherits = not given.keys() & set(LEVEL_OPTIONS)
-    rescale = config.rescale_betas_zero_snr or (
-        inherits and bool(base.get("rescale_betas_zero_snr"))
-    )
+    is_rescaled = inherits and bool(base.get("rescale_betas_zero_snr"))
+    rescale = config.rescale_betas_zero_snr or is_rescaled
     if rescale and options["prediction_type"] == "epsilon":
         if config.rescale_betas_zero_snr:
             raise DDIMError(EPSILON_AT_ZERO_SNR)
@@ -106,8 +97,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         yield
     # torch and safetensors raise their own errors when the disk is full.
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        reason = getattr(error, "strerror", None) or first
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise OutputError(
             f"{what} cannot be written to {folder} ({reason}); mend that, and the same command "
             "goes on from the last checkpoint."
@@ -132,11 +122,8 @@ def save_model(
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)
-    index = {
-        **package.index,
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
+    scheduler = {"scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {**package.index, "_diffusers_version": diffusers.__version__, **scheduler}
     write_json(folder / "model_index.json", index)
     # Weights are created for this user alone, unlike the files beside them.
     for weights in folder.glob("*/*.safetensors"):
@@ -171,11 +158,9 @@ def publish(
     card: dict[str, Any],
     prior: DataPrior | None = None,
 ) -> None:
-    """Puts the finished model into ``out``. model_index.json is written last, so that a
+    """Puts the finished model into ``out``, with what is known of the data's brightness, for
+    ``ddim sample --prior data`` and the doctor. model_index.json is written last, so that a
     half-written model cannot be loaded.
-
-    ``prior`` is what is known of the data's brightness, for ``ddim sample --prior data`` and the
-    doctor.
 
     Raises:
         OutputError: If something cannot be written.

@@ -56,68 +56,44 @@ def new_record(
     del options["out"]
     held_out = min(config.validation_images, len(data) // 10)
     stride = len(data) // max(1, held_out)  # spread over the data, which may be sorted by class
+    shape = {"channels": data.channels, "resolution": list(data.resolution)}
     return {
         "config": options,
-        "data": {
-            "name": data.name,
-            "images": len(data),
-            "channels": data.channels,
-            "resolution": list(data.resolution),
-            **subject.facts,
-        },
+        "data": {"name": data.name, "images": len(data), **shape, **subject.facts},
         "base": {} if base is None else base.facts,
         "held_out": [0, held_out * stride, stride],
-        "step": 0,
-        "images_seen": 0,
-        "seconds": 0.0,
-        "loss": None,
-        "validation_loss": None,
-        "best": None,
-        "scaler": None,
+        **{"step": 0, "images_seen": 0, "seconds": 0.0},
+        **dict.fromkeys(("loss", "validation_loss", "best", "scaler")),
         "parameters": sum(p.numel() for p in subject.network.parameters()),
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
         "revisions": [{"step": 0, "revision": revision}],
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, accelerate)},
     }
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "training" / "record.json"
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
-            "go on from an earlier one."
-        ) from error
-    return record
-
-
 def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Reads the record of a checkpoint, and checks that it belongs to this run.
-
-    Args:
-        checkpoint: The folder.
-        fresh: The record that the run would begin with (:func:`new_record`).
-        config: The run.
+    """Reads the record of a checkpoint, and checks that it belongs to this run, which would begin
+    with the record ``fresh`` (:func:`new_record`).
 
     Raises:
         CheckpointError: If it is damaged, or was made with other options, other data, or another
             number of processes.
     """
-    record = _read_record(checkpoint)
+    try:
+        record: dict[str, Any] = json.loads((checkpoint / "training" / "record.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
+            "go on from an earlier one."
+        ) from error
     # An option that the run's own version did not have was at its default.
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
             if name not in FREE_FIELDS and before != value:
-                raise _changed(group, name, before, value, record, config)
+                raise _changed_option(group, name, before, value, record, config)
     if record.get("processes") != fresh["processes"]:
         raise CheckpointError(
             f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
@@ -130,11 +106,11 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     revisions = record.get("revisions", [])
     if not revisions or revisions[-1]["revision"] != part["revision"]:
         revisions = [*revisions, part]
-    kept = {"config": fresh["config"], "versions": fresh["versions"], "revisions": revisions}
-    return fresh | record | kept
+    current = {name: fresh[name] for name in ("config", "versions")}
+    return fresh | record | current | {"revisions": revisions}
 
 
-def _changed(
+def _changed_option(
     group: str, name: str, before: Any, now: Any, record: dict[str, Any], config: TrainConfig
 ) -> CheckpointError:
     out = config.out
@@ -156,7 +132,7 @@ def _changed(
 
 
 def make_card(record: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Returns what a model's card says about its run."""
+    """Returns the content of a model's card."""
     command = command_line(config, processes=record["processes"])
     return {"command": command, **{name: record[name] for name in _ON_CARD}}
 
@@ -176,10 +152,8 @@ def card_guidance(
     inherited = {} if config.from_scratch else base.guidance
     if float(schedule.alphas_cumprod[-1]) > 0:
         return inherited
-    return {
-        "guidance_scale": inherited.get("guidance_scale", 7.5),
-        "guidance_rescale": inherited.get("guidance_rescale") or 0.7,
-    }
+    rescale = inherited.get("guidance_rescale") or 0.7
+    return {"guidance_scale": inherited.get("guidance_scale", 7.5), "guidance_rescale": rescale}
 
 
 def code_revision() -> str | None:

@@ -20,7 +20,7 @@ from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
 from ddim.models.checkpoints import load_network
-from ddim.training.base import Base, load_part
+from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
 from ddim.training.network import Ends, check_text_network, make_text_network
@@ -29,12 +29,8 @@ from ddim.training.subject import Predictor, mirror, to_float
 
 __all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
 
-_MOST_EMBEDDINGS = 2**30
-"""Bytes up to which the embeddings of all captions are held; above it, each batch computes its
-own."""
-
-_EMPTY = 0
-"""The row of the empty prompt among the captions."""
+_MOST_EMBEDDINGS = 2**30  # bytes; above, each batch embeds its own captions
+_EMPTY = 0  # the row of the empty prompt among the captions
 
 
 class TrainedAlong(nn.Module):
@@ -46,9 +42,8 @@ class TrainedAlong(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Any:
-        return self.unet(
-            x_t, t, encoder_hidden_states=self.text_encoder(tokens)[0], return_dict=False
-        )
+        embedded = self.text_encoder(tokens)[0]
+        return self.unet(x_t, t, encoder_hidden_states=embedded, return_dict=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,29 +62,16 @@ class Captions:
 
 @dataclass(frozen=True, eq=False)
 class _Indexed:
-    """Images with their indices."""
+    """Images, or cached posteriors [mirrored or not, mean or std, C, H, W], with their indices."""
 
-    data: ImageData
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.data[index][0], index
-
-
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """Cached posteriors, [mirrored or not, mean or std, C, H, W], with the indices of their
-    images."""
-
-    moments: Tensor
+    items: ImageData | Tensor
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.moments[index], index
+        item = self.items[index]
+        return item if isinstance(item, Tensor) else item[0], index
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +94,7 @@ class TextSubject:
 
     @property
     def examples(self) -> Any:
-        return _Indexed(self.data) if self.moments is None else _Encoded(self.moments)
+        return _Indexed(self.data if self.moments is None else self.moments)
 
     def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
         """Moves the frozen parts to the device, embeds all captions if they fit, and encodes all
@@ -124,30 +106,26 @@ class TextSubject:
         self.vae.to(accelerator.device)
         self.text_encoder.to(accelerator.device)
         captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
-        return replace(
-            self,
-            captions=captions,
-            embeddings=self._embed_all(captions.tokens),
-            moments=self._encode_all(accelerator, cache),
-        )
+        embeddings, moments = self._embed_all(captions.tokens), self._encode_all(accelerator, cache)
+        return replace(self, captions=captions, embeddings=embeddings, moments=moments)
 
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
     ) -> tuple[Tensor, Tensor]:
         """Returns latents drawn from their posteriors (or their means, without ``draws``), and the
         rows of their captions."""
-        first, index = batch
+        items, index = batch
         flip = None
         if draws is not None and self.config.horizontal_flip:
-            flip = mirror(len(first), draws, device)
-        first = first.to(device, non_blocking=True)
+            flip = mirror(len(items), draws, device)
+        items = items.to(device, non_blocking=True)
         if self.moments is None:
-            pixels = to_float(first)
+            pixels = to_float(items)
             pixels = pixels if flip is None else torch.where(flip, pixels.flip(-1), pixels)
             mean, std = self._posterior(pixels)
         else:
-            plain = first[:, 0]
-            both = plain if flip is None else torch.where(flip[..., None], first[:, 1], plain)
+            plain = items[:, 0]
+            both = plain if flip is None else torch.where(flip[..., None], items[:, 1], plain)
             mean, std = both.unbind(1)
         rows = self.captions.rows[index]
         if draws is not None:
@@ -157,19 +135,17 @@ class TextSubject:
         return mean * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
 
     def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:
+        tokens = self.captions.tokens[condition]
         if self.config.train_text_encoder:
-            tokens = self.captions.tokens[condition]
             return lambda x_t, t: network(x_t, t, tokens)[0].float()
-        if self.embeddings is None:
-            options = {"encoder_hidden_states": self._embed(self.captions.tokens[condition])}
-        else:
-            options = {"encoder_hidden_states": self.embeddings[condition]}
-        return lambda x_t, t: network(x_t, t, **options, return_dict=False)[0].float()
+        embedded = self._embed(tokens) if self.embeddings is None else self.embeddings[condition]
+        options = {"encoder_hidden_states": embedded, "return_dict": False}
+        return lambda x_t, t: network(x_t, t, **options)[0].float()
 
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
-        """Takes captions that are spread over all there are, and guides."""
+        """Guides by captions that are spread over all there are."""
         total = len(self.captions.texts) - 1
         spread = (i * total // count if count <= total else i % max(1, total) for i in range(count))
         rows = torch.tensor([1 + place if total else _EMPTY for place in spread])
@@ -177,12 +153,8 @@ class TextSubject:
         def conditioned(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return self.predictor(network, condition)(x_t, t)
 
-        predict = guided(
-            conditioned,
-            rows.to(device),
-            torch.full_like(rows, _EMPTY, device=device),
-            scale=self.config.preview_guidance_scale,
-        )
+        empty, scale = torch.full_like(rows, _EMPTY), self.config.preview_guidance_scale
+        predict = guided(conditioned, rows.to(device), empty.to(device), scale=scale)
         return predict, [self.captions.texts[int(row)] for row in rows]
 
     def images(self, x0: Tensor) -> Tensor:
@@ -208,8 +180,7 @@ class TextSubject:
         return torch.cat([self._embed(part) for part in torch.split(tokens, 256)])
 
     def _encode_all(self, accelerator: Accelerator, cache: Path) -> Tensor | None:
-        """Computes the posteriors of all images: [N, mirrored or not, mean or std, C, H, W],
-        float32."""
+        """The posteriors of all images: [N, mirrored or not, mean or std, C, H, W], float32."""
         shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
         if self.config.cache_latents == "no":
             return None
@@ -224,9 +195,8 @@ class TextSubject:
                 for _, part in self._encoded(accelerator.device):
                     file.write(part.numpy().tobytes())
         accelerator.wait_for_everyone()
-        mapped = torch.from_file(
-            str(cache), shared=False, size=math.prod(shape), dtype=torch.float32
-        ).view(shape)
+        size, float32 = math.prod(shape), torch.float32
+        mapped = torch.from_file(str(cache), shared=False, size=size, dtype=float32).view(shape)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             cache.unlink()
@@ -235,9 +205,8 @@ class TextSubject:
     def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """Yields posteriors batch by batch on the CPU, each with the index of its first image."""
         indexed: Any = _Indexed(self.data)
-        loader: Any = DataLoader(
-            indexed, batch_size=self.config.batch_size, num_workers=self.config.workers
-        )
+        size, workers = self.config.batch_size, self.config.workers
+        loader: Any = DataLoader(indexed, batch_size=size, num_workers=workers)
         for images, indices in loader:
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
@@ -256,17 +225,15 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
             f"{base.name} is a text model, which knows captions and no classes; leave out "
             "--class-conditional."
         )
-    vae, text_encoder, tokenizer = (
-        load_part(base, part) for part in ("vae", "text_encoder", "tokenizer")
-    )
+    names = ("vae", "text_encoder", "tokenizer")
+    vae, text_encoder, tokenizer = (load_part(base, name) for name in names)
     vae.requires_grad_(False).eval()
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
-    shape = _latent_shape(config, data, base, vae)
+    shape = _latent_shape(data, base, vae)
     torch.manual_seed(config.seed)  # for initial weights and dropout; the run owns its process
     ends = Ends(shape, _factor(vae), int(text_encoder.config.hidden_size))
-    unet = (
-        make_text_network(config, base, ends) if config.from_scratch else load_network(base.folder)
-    )
+    is_new = config.from_scratch
+    unet = make_text_network(config, base, ends) if is_new else load_network(base.folder)
     check_text_network(unet, base, ends)
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -289,8 +256,8 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
 
 
 def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]:
-    """Returns the content of the trained model's folder, and notes on the parts of the base that
-    are left out."""
+    """Returns the content of the model's folder, and notes on parts of the base that are left
+    out."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
@@ -304,11 +271,10 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
         if name.startswith("_") or name == "scheduler":
             continue
         is_part = isinstance(value, (list, tuple)) and name not in trained
-        plain = any("." not in p.stem for p in folder.glob("*.safetensors"))
-        if is_part and any(folder.glob("*.bin")) and not plain:
+        is_pickled = any(folder.glob("*.bin")) and not has_plain_weights(folder)
+        if is_part and is_pickled:
             notes += (f"the {name} of {base.name} has pickled weights alone, and is left out.",)
-            index[name] = [None, None]
-        elif is_part and not folder.is_dir():
+        if is_part and (is_pickled or not folder.is_dir()):
             index[name] = [None, None]
         else:
             index[name] = value
@@ -317,9 +283,8 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
         index["requires_safety_checker"] = False
 
     def parts(module: Any) -> dict[str, Any]:
-        if config.train_text_encoder:
-            return {"unet": module.unet, "text_encoder": module.text_encoder}
-        return {"unet": module}
+        is_alone = not config.train_text_encoder
+        return {"unet": module} if is_alone else {name: getattr(module, name) for name in trained}
 
     scheduler = make_scheduler(config, {**base.scheduler, "steps_offset": 1})
     return Package(index, scheduler, parts, frozen), notes
@@ -329,9 +294,7 @@ def _factor(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _latent_shape(
-    config: TrainConfig, data: ImageData, base: Base, vae: Any
-) -> tuple[int, int, int]:
+def _latent_shape(data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:
     factor, (height, width) = _factor(vae), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
