@@ -25,7 +25,6 @@ _AT_LEAST = {
     ),
 }
 
-# Options that act on text models only.
 _TEXT_OPTIONS = (
     *("train_text_encoder", "caption_column", "caption_dropout", "cache_latents"),
     "preview_guidance_scale",
@@ -50,13 +49,8 @@ class Architecture:
     dropout: float = 0.0
 
     def check(self) -> None:
-        """Checks that the values fit together.
-
-        Raises:
-            DDIMError: If they do not.
-        """
-        bad = [c for c in self.block_out_channels if c % self.norm_num_groups]
-        if bad:
+        """Raises a DDIMError if the values do not fit together."""
+        if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise DDIMError(
                 f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}; "
                 f"got {bad[0]}."
@@ -241,34 +235,27 @@ class TrainConfig:
                 if value is not None and not (values and min(values) >= least):  # also NaN
                     raise DDIMError(f"{name} must be at least {least}; got {value}.")
         for name in ("peak_learning_rate", "snr_gamma"):
-            if not getattr(self, name) > 0:
-                raise DDIMError(
-                    f"{name.removeprefix('peak_')} must be above 0; got {getattr(self, name)}."
-                )
+            if not (value := getattr(self, name)) > 0:
+                raise DDIMError(f"{name.removeprefix('peak_')} must be above 0; got {value}.")
         for field in fields(TrainConfig):
             if isinstance(value := getattr(self, field.name), float) and math.isinf(value):
                 raise DDIMError(f"{field.name} must be finite; got {value}.")
-        if (self.num_train_timesteps or 0) > 1_000_000:  # as `ddim sample` takes it
-            raise DDIMError(
-                f"num_train_timesteps must be at most 1000000; got {self.num_train_timesteps}."
-            )
+        if (levels := self.num_train_timesteps or 0) > 1_000_000:  # as `ddim sample` takes it
+            raise DDIMError(f"num_train_timesteps must be at most 1000000; got {levels}.")
         if self.seed >= 2**63:
             raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
         start = 1e-4 if self.beta_start is None else self.beta_start
         end = 0.02 if self.beta_end is None else self.beta_end
         if not 0 < start <= end < 1:
-            raise DDIMError(
-                f"betas must rise within (0, 1); got beta_start={start}, beta_end={end}."
-            )
+            given = f"beta_start={start}, beta_end={end}"
+            raise DDIMError(f"betas must rise within (0, 1); got {given}.")
         for name in ("ema_decay", "dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise DDIMError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
         if not 0 <= self.caption_dropout <= 1:
             raise DDIMError(f"caption_dropout must lie in [0, 1]; got {self.caption_dropout}.")
-        if self.rescale_betas_zero_snr and (
-            self.prediction_type == "epsilon"
-            or (self.prediction_type is None and self.base is None)
-        ):
+        kind = self.prediction_type or ("epsilon" if self.base is None else None)
+        if self.rescale_betas_zero_snr and kind == "epsilon":
             raise DDIMError(EPSILON_AT_ZERO_SNR)
         self._check_base()
         if self.base is None or self.from_scratch:
@@ -294,10 +281,9 @@ class TrainConfig:
 def command_line(config: TrainConfig, *, processes: int = 1) -> str:
     """Returns the shell command that trains this configuration, with the options that differ from
     their defaults."""
-    words = ["ddim", "train"]
     # torchrun, since accelerate launch starts a single process if there are no GPUs.
-    if processes > 1:
-        words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words]
+    launch = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*launch, "ddim", "train"]
     for field in fields(TrainConfig):
         value = getattr(config, field.name)
         if value != field.default:

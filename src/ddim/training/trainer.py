@@ -53,11 +53,10 @@ class TrainResult:
 
 
 class StopSignals:
-    """Inside this context, SIGINT and SIGTERM ask the loop to end after its step, with a
-    checkpoint, instead of ending the process."""
+    """Inside this context, SIGINT and SIGTERM end the loop after its step, not the process."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.is_asked = False
 
     def __enter__(self) -> "StopSignals":
         self._before: dict[int, Any] = {}
@@ -69,16 +68,15 @@ class StopSignals:
     def agreed(self, accelerator: Accelerator, *, meeting: bool) -> bool:
         """Whether the run is to stop now. Several processes must stop after the same step, so they
         agree where they meet anyway."""
-        asked = self.received is not None
         if accelerator.num_processes == 1:
-            return asked
+            return self.is_asked
         if not meeting:
             return False
-        flag = torch.tensor(float(asked), device=accelerator.device)
+        flag = torch.tensor(float(self.is_asked), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum") > 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.is_asked = True
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
