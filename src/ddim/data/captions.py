@@ -88,7 +88,7 @@ def one_caption(value: Any, where: str) -> str:
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
-    """Prompts as they were given; ``FILE.txt`` stands for the lines of that file that are not empty.
+    """Returns prompts as given; ``FILE.txt`` stands for the lines of that file that are not empty.
 
     Raises:
         DataError: If there is no such file, or it holds no prompt.

@@ -161,17 +161,12 @@ def code_revision() -> str | None:
     does not track it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        words = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # else an environment inside someone's repository has theirs
+        # Otherwise, an environment inside someone's repository would have theirs.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
