@@ -74,7 +74,7 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "routing", "pictures"},
+        {"networks", "counting", "routing", "pictures"},
         {"base", "inputs"},
         {"coding", "prompts"},
         {"unconditional", "latent", "calls"},
