@@ -37,14 +37,11 @@ __all__ = [
 
 EncodingMethod = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
 ENCODERS: tuple[str, ...] = get_args(EncodingMethod)
+_FORMAT = {"format": "ddim-code", "version": "1"}
 
 
 def check_method(method: str) -> None:
-    """Refuses a word that names no encoder.
-
-    Raises:
-        DDIMError: With the words that do.
-    """
+    """Refuses a word that names no encoder, with a DDIMError that lists those that do."""
     if method not in ENCODERS:
         raise DDIMError(f"method must be one of {', '.join(ENCODERS)}; got {method!r}.")
 
@@ -94,54 +91,33 @@ class Code:
 
     def __getitem__(self, chosen: slice) -> "Code":
         """The code of some of the images."""
-        residual, labels = (
-            None if value is None else value[chosen] for value in (self.residual, self.labels)
-        )
+        residual = None if self.residual is None else self.residual[chosen]
+        labels = None if self.labels is None else self.labels[chosen]
         return replace(self, states=self.states[:, chosen], residual=residual, labels=labels)
 
     def to(self, device: torch.device | str) -> "Code":
         """The code with its states and labels on a device."""
-        return replace(
-            self,
-            states=self.states.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-        )
+        labels = None if self.labels is None else self.labels.to(device)
+        return replace(self, states=self.states.to(device), labels=labels)
 
     @classmethod
     def join(cls, parts: Sequence["Code"]) -> "Code":
         """Codes of one origin and one list of timesteps as one, on the CPU; its ``evaluations`` are
-        the largest of theirs.
-
-        Raises:
-            DDIMError: If there are none, or they cannot go together.
-        """
+        the largest of theirs. A DDIMError if there are none, or they cannot go together."""
         if not parts or any(part._settings() != parts[0]._settings() for part in parts):
             raise DDIMError(
                 "codes can be joined if there are some, and all are of one method, one list of "
                 "timesteps and one model."
             )
-        held = {
+        held: dict[str, Any] = {
             name: torch.cat([part.tensors()[name] for part in parts], int(name == "states"))
             for name in parts[0].tensors()
         }
-        most = max(part.evaluations for part in parts)
-        return replace(
-            parts[0],
-            states=held["states"],
-            residual=held.get("residual"),
-            labels=held.get("labels"),
-            evaluations=most,
-        )
+        return replace(parts[0], **held, evaluations=max(part.evaluations for part in parts))
 
     def _settings(self) -> tuple[object, ...]:
-        return (
-            self.method,
-            self.timesteps,
-            self.gamma,
-            self.mixing,
-            dict(self.origin),
-            sorted(self.tensors()),
-        )
+        how = (self.method, self.timesteps, self.gamma, self.mixing, dict(self.origin))
+        return *how, sorted(self.tensors())
 
     @property
     def is_exact(self) -> bool:
@@ -160,42 +136,24 @@ class Code:
 
     def metadata(self) -> dict[str, str]:
         """What is not a tensor, as safetensors' metadata; :meth:`from_tensors` reads it."""
-        plain = {
-            name: getattr(self, name)
-            for name in ("method", "timesteps", "evaluations", "gamma", "mixing")
-        }
+        names = ("method", "timesteps", "evaluations", "gamma", "mixing")
+        plain = {name: getattr(self, name) for name in names} | {"origin": dict(self.origin)}
         held = {name: fingerprint(value) for name, value in self.tensors().items()}
-        return {
-            "format": "ddim-code",
-            "version": "1",
-            "code": json.dumps(plain | {"origin": dict(self.origin)}),
-            "tensors": json.dumps(held),
-        }
+        return {**_FORMAT, "code": json.dumps(plain), "tensors": json.dumps(held)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
         held = {"states": self.states, "residual": self.residual, "labels": self.labels}
-        return {
-            name: value.detach().cpu().contiguous()
-            for name, value in held.items()
-            if value is not None
-        }
+        given = {name: value for name, value in held.items() if value is not None}
+        return {name: value.detach().cpu().contiguous() for name, value in given.items()}
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     ) -> "Code":
-        """Rebuilds a code.
-
-        Raises:
-            DDIMError: If these are not what :meth:`tensors` and :meth:`metadata` gave.
-        """
-        if (
-            not metadata
-            or metadata.get("format") != "ddim-code"
-            or metadata.get("version") != "1"
-            or "states" not in tensors
-        ):
+        """Rebuilds a code; a DDIMError refuses what :meth:`tensors` and :meth:`metadata` did not
+        give."""
+        if not _FORMAT.items() <= (metadata := metadata or {}).items() or "states" not in tensors:
             raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
         try:
             for name, written in json.loads(metadata["tensors"]).items():
@@ -208,22 +166,18 @@ class Code:
             plain["timesteps"] = tuple(int(t) for t in plain["timesteps"])
             residual, labels = tensors.get("residual"), tensors.get("labels")
             return cls(states=tensors["states"], residual=residual, labels=labels, **plain)
+        except DDIMError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, DDIMError):
-                raise
             raise DDIMError(f"the code's metadata is damaged ({error}).") from error
 
 
 def check_code(code: Any) -> None:
-    """Refuses what is no code.
-
-    Raises:
-        DDIMError: With what it is.
-    """
+    """Refuses what is no code, with a DDIMError."""
     if not isinstance(code, Code):
+        found = type(code).__name__
         raise DDIMError(
-            "only a Code can be decoded, which encode or load_code gives; got a "
-            f"{type(code).__name__}."
+            f"only a Code can be decoded, which encode or load_code gives; got a {found}."
         )
 
 
@@ -236,8 +190,8 @@ def check_origin(code: Code, origin: Mapping[str, str]) -> None:
             anything.
 
     Raises:
-        DDIMError: If they differ; the message says in what. The dtype goes first, since it changes
-            the network's fingerprint too.
+        DDIMError: If they differ, and in what: the dtype first, since it changes the network's
+            fingerprint too.
     """
     shared = [name for name in origin if name in code.origin]
     for name in sorted(shared, key=lambda name: name != "dtype"):
@@ -257,10 +211,8 @@ def check_origin(code: Code, origin: Mapping[str, str]) -> None:
 def decoding_timesteps(
     code: Code, timesteps: Sequence[int] | None, *, schedule: NoiseSchedule
 ) -> tuple[int, ...]:
-    """The levels that a code is decoded over.
-
-    A code lies at its own first level, and nowhere else. So that one takes the place of the first
-    level that is asked for, and of any other that is not below it.
+    """The levels that a code is decoded over: its own first level, where alone it lies, takes the
+    place of the first that is asked for, and of any other that is not below it.
 
     Args:
         code: To be decoded.
@@ -283,8 +235,8 @@ def decoding_timesteps(
     if tuple(encodable_timesteps(schedule, asked)) != code.timesteps:
         raise DDIMError(
             f"a code of {code.method} is a pair of states of its own {len(code.timesteps)} steps, "
-            "and cannot be decoded with "
-            f"{len(asked)} others; leave the steps out, or encode with method fixed-point or ddim."
+            f"and cannot be decoded with {len(asked)} others; leave the steps out, or encode with "
+            "method fixed-point or ddim."
         )
     return code.timesteps
 
@@ -319,8 +271,7 @@ def fingerprint(value: Mapping[str, Tensor] | Tensor) -> str:
     ``state_dict()``; or of one tensor."""
     digest = hashlib.sha256()
     for name, tensor in (("", value),) if isinstance(value, Tensor) else value.items():
+        plain = tensor.detach().cpu().contiguous().flatten()
         digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -83,10 +83,8 @@ class Encoding:
 
 
 def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> list[int]:
-    """The same levels, those without any signal moved to the level below.
-
-    A sample of zero SNR is noise alone. No encoder can put an image there, so it starts one level
-    lower, where alpha is small but not 0.
+    """The same levels, those without any signal moved to the level below: no encoder can put an
+    image where a sample is noise alone.
 
     Args:
         schedule: The levels.
@@ -113,10 +111,8 @@ def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> li
 def encode_explicit(
     denoise: Denoiser, x0: Tensor, timesteps: Sequence[int], *, schedule: NoiseSchedule
 ) -> Encoding:
-    """The paper's encoder: Euler's method backwards, with eps at the less noisy state. One
-    evaluation a step.
-
-    Autograd records it all, unless it is called under ``torch.no_grad()``.
+    """The paper's encoder: Euler's method backwards, with eps at the less noisy state, evaluated
+    once a step. Autograd records it all, unless it is called under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -267,9 +263,8 @@ def _anderson(history: list[tuple[Tensor, Tensor, Tensor]], y: Tensor, image: Te
     # A ridge far below the residuals' own rounding keeps parallel columns, and the empty ones of a
     # forgotten history, solvable.
     ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    gram = gram + ridge[:, None, None] * torch.eye(
-        gram.shape[1], dtype=gram.dtype, device=gram.device
-    )
+    unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram + ridge[:, None, None] * unit
     weights: Tensor = torch.linalg.solve(gram, change.transpose(1, 2) @ residual.unsqueeze(2))
     combined: Tensor = image.flatten(1).double() - (move @ weights).squeeze(2)
     return combined.reshape(y.shape).to(y.dtype)

@@ -13,6 +13,7 @@ method          states of a code     calls     the way back
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -44,14 +45,11 @@ from ddim.inversion.reversible import (
 __all__ = ["Encoder", "decode", "decode_trajectory", "encode", "reconstruction_error"]
 
 _ROUNDING = 1e-6  # what the rounding of a code may do to the data, of a range of 2
-_SOUND = "look whether network, schedule and data belong together"
-_ADVICE: dict[str, str] = {
-    "o-belm": _SOUND,
+_ADVICE = {
     "bdia": "use gamma 1, or method o-belm",
     "edict": "use fewer steps, a mixing nearer to 1, or method o-belm",
-    "fixed-point": _SOUND,
-    "ddim": _SOUND,
 }
+_SOUND = "look whether network, schedule and data belong together"  # the advice of the others
 
 
 @dataclass(frozen=True)
@@ -100,14 +98,10 @@ class Encoder:
         if self.method == "ddim":
             states = encode_explicit(counted, x0, levels, schedule=schedule).x_T.unsqueeze(0)
         elif self.method == "fixed-point":
-            found = encode_implicit(
-                counted,
-                x0,
-                levels,
-                schedule=schedule,
-                tolerance=self.tolerance,
-                max_evaluations=self.max_evaluations,
+            solve = partial(
+                encode_implicit, tolerance=self.tolerance, max_evaluations=self.max_evaluations
             )
+            found = solve(counted, x0, levels, schedule=schedule)
             states, residual = found.x_T.unsqueeze(0), found.residual
         else:
             sampler = ReversibleSampler(self.method, self.gamma, self.mixing)
@@ -117,7 +111,7 @@ class Encoder:
         if not largest * torch.finfo(torch.float64).eps < _ROUNDING:  # or NaN
             raise DivergenceError(
                 f"the code grew to {largest:.1e}, where noise is of order 1: {self.method} "
-                f"diverged at {len(levels)} steps; {_ADVICE[self.method]}."
+                f"diverged at {len(levels)} steps; {_ADVICE.get(self.method, _SOUND)}."
             )
         how = (self.method, tuple(levels), evaluations, self.gamma, self.mixing)
         return Code(states, *how, residual, labels, origin or {})
@@ -181,9 +175,8 @@ def decode_trajectory(
     timesteps: Sequence[int] | None = None,
     origin: Mapping[str, str] | None = None,
 ) -> Iterator[State]:
-    """Samples from a code, yielding the state after every step; the state is float64.
-
-    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
+    """Samples from a code, yielding the state after every step; the state is float64. Autograd
+    records it all, unless it is looped over under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -197,22 +190,16 @@ def decode_trajectory(
         An iterator of states; the last one's ``x_s`` is the data.
 
     Raises:
-        DDIMError: As :func:`decoding_timesteps` and :func:`check_origin`, before anything is
-            evaluated.
+        DDIMError: If the levels or the origin are not the code's, before anything is evaluated.
     """
     check_code(code)
     check_origin(code, origin or {})
     levels = decoding_timesteps(code, timesteps, schedule=schedule)
     if not code.is_exact:
         return trajectory(denoise, code.x_T.double(), step_pairs(levels), schedule=schedule)
-    pair = StatePair(code.states[0].double(), code.states[1].double())
-    return decode_pair(
-        denoise,
-        pair,
-        levels,
-        schedule=schedule,
-        sampler=ReversibleSampler(cast(Reversible, code.method), code.gamma, code.mixing),
-    )
+    pair = StatePair(*code.states.double())
+    sampler = ReversibleSampler(cast(Reversible, code.method), code.gamma, code.mixing)
+    return decode_pair(denoise, pair, levels, schedule=schedule, sampler=sampler)
 
 
 def decode(
@@ -226,17 +213,15 @@ def decode(
     r"""Brings data back: walks the ODE of :func:`encode` from noise to data, :math:`s = \sigma_t /
     \alpha_t \to 0`.
 
-    Runs :func:`decode_trajectory`, with its arguments and errors, to the end.
-    Autograd records it all, unless it is called under ``torch.no_grad()``.
+    Runs :func:`decode_trajectory`, with its arguments and errors, to the end. Autograd records it
+    all, unless it is called under ``torch.no_grad()``.
 
     Returns:
         The data, [B, ...], float64, not clamped.
     """
-    check_code(code)
+    states = decode_trajectory(denoise, code, schedule=schedule, timesteps=timesteps, origin=origin)
     x = code.states[-1].double()  # what the two-step methods' pair of a single step holds already
-    for state in decode_trajectory(
-        denoise, code, schedule=schedule, timesteps=timesteps, origin=origin
-    ):
+    for state in states:
         x = state.x_s
     return x
 

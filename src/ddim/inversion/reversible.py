@@ -130,9 +130,8 @@ def o_belm_coefficients(alpha_bar: Tensor) -> TwoStep:
     lower, here, upper = alpha[:-2], alpha[1:-1], alpha[2:]
     quotient = delta[:-1] / delta[1:]
     rho = quotient * upper / lower
-    return TwoStep(
-        quotient**2 * upper / lower, (1 - rho**2) * lower / here, -(1 + rho) * delta[:-1] / here
-    )
+    p, q = quotient**2 * upper / lower, (1 - rho**2) * lower / here
+    return TwoStep(p, q, -(1 + rho) * delta[:-1] / here)
 
 
 def bdia_coefficients(alpha_bar: Tensor, gamma: float = 1.0) -> TwoStep:
@@ -152,9 +151,8 @@ def bdia_coefficients(alpha_bar: Tensor, gamma: float = 1.0) -> TwoStep:
     """
     here = alpha_bar[1:-1]
     down, up = (linear_step("epsilon", here, there) for there in (alpha_bar[:-2], alpha_bar[2:]))
-    return TwoStep(
-        torch.full_like(here, gamma), down.x - gamma * up.x, down.output - gamma * up.output
-    )
+    p = torch.full_like(here, gamma)
+    return TwoStep(p, down.x - gamma * up.x, down.output - gamma * up.output)
 
 
 class _Path(NamedTuple):
@@ -172,10 +170,14 @@ def _path(schedule: NoiseSchedule, timesteps: Sequence[int]) -> _Path:
         rising, alpha_bar = rising[1:], alpha_bar[1:]
     if not rising:
         raise DDIMError(
-            "a reversible sampler needs a level above that of clean data; got timesteps [0], where "
-            "no step is left."
+            "a reversible sampler needs a level above that of clean data; got timesteps [0]."
         )
     return _Path([CLEAN, *rising], alpha_bar)
+
+
+def _rows(places: Sequence[int], steps: TwoStep) -> list[tuple[int, float, float, float]]:
+    """(place, p, q, r) of each step, as numbers."""
+    return list(zip(places, *map(Tensor.tolist, steps), strict=True))
 
 
 def _two_step(sampler: ReversibleSampler, alpha_bar: Tensor) -> TwoStep:
@@ -192,10 +194,10 @@ def reversible_trajectory(
     schedule: NoiseSchedule,
     sampler: ReversibleSampler = ReversibleSampler(),
 ) -> Iterator[State]:
-    """Samples: from one latent to data, yielding the state after every step.
+    """Samples: from one latent to data, yielding the state after every step. Autograd records it
+    all, unless it is looped over under ``torch.no_grad()``.
 
     Two-step methods begin with a step of DDIM; EDICT with two equal copies.
-    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.
@@ -220,12 +222,8 @@ def reversible_trajectory(
 def check_start(
     schedule: NoiseSchedule, timesteps: Sequence[int], sampler: ReversibleSampler
 ) -> None:
-    """Refuses levels that this sampler cannot start from.
-
-    Raises:
-        DDIMError: If the timesteps are invalid, or EDICT is to start at zero SNR, where its steps
-            divide by 0.
-    """
+    """Refuses levels that this sampler cannot start from, with a DDIMError: invalid ones, and zero
+    SNR for EDICT, whose steps divide by 0 there."""
     path = _path(schedule, timesteps)
     if sampler.method == "edict" and path.alpha_bar[-1] == 0:
         raise DDIMError(
@@ -268,14 +266,9 @@ def encode_pair(
     if sampler.method == "edict":
         return _edict_up(denoise, x0, path, sampler.mixing)
     levels, alpha_bar = path
-    first = at_clean(denoise, schedule)(x0, CLEAN)
-    below, x = (
-        x0,
-        ddim_step(first.x0, first.eps, alpha_bar_t=alpha_bar[0], alpha_bar_s=alpha_bar[1]),
-    )
-    for level, p, q, r in zip(
-        levels[1:], *map(Tensor.tolist, _two_step(sampler, alpha_bar)), strict=False
-    ):
+    below, first = x0, at_clean(denoise, schedule)(x0, CLEAN)
+    x = ddim_step(*first, alpha_bar_t=alpha_bar[0], alpha_bar_s=alpha_bar[1])
+    for level, p, q, r in _rows(levels[1:-1], _two_step(sampler, alpha_bar)):
         below, x = x, (below - q * x - r * denoise(x, level).eps) / p
     return StatePair(x, below)
 
@@ -288,16 +281,12 @@ def decode_pair(
     schedule: NoiseSchedule,
     sampler: ReversibleSampler = ReversibleSampler(),
 ) -> Iterator[State]:
-    """Samples from a pair of states: the way back of :func:`encode_pair`, with the same arguments.
-
-    Autograd records it all, unless it is looped over under ``torch.no_grad()``.
+    """Samples from a pair of states: the way back of :func:`encode_pair`, with the same arguments
+    and errors. Autograd records it all, unless it is looped over under ``torch.no_grad()``.
 
     Returns:
         An iterator of one :class:`~ddim.core.sampler.State` a step: N - 1 for the two-step methods,
         whose pair holds the result of the first.
-
-    Raises:
-        DDIMError: As :func:`encode_pair`, before anything is evaluated.
     """
     denoise, path = checked(denoise), _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
@@ -310,8 +299,7 @@ def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
     if sampler.method != "bdia" and path.alpha_bar[-1] == 0:
         raise DDIMError(
             f"{sampler.method} cannot be run backwards from t={path.levels[-1]}, where the SNR is "
-            "0 and a sample holds no signal; start a level lower (encodable_timesteps), or use "
-            "bdia."
+            "0 and a sample holds no signal; start lower (encodable_timesteps), or use bdia."
         )
 
 
@@ -330,9 +318,7 @@ def _two_step_down(
 ) -> Iterator[State]:
     above, x = pair
     count = len(path.levels) - 1
-    for i, p, q, r in reversed(
-        list(zip(range(1, count), *map(Tensor.tolist, coefficients), strict=True))
-    ):
+    for i, p, q, r in reversed(_rows(range(1, count), coefficients)):
         x0, eps = denoise(x, path.levels[i])
         above, x = x, p * above + q * x + r * eps
         yield State(x, x0, eps, path.levels[i], path.levels[i - 1], count - i)
@@ -340,10 +326,8 @@ def _two_step_down(
 
 def _edict_steps(path: _Path) -> list[tuple[int, int, float, float]]:
     """(t, s, a, b) of each step from i to i-1, i rising: x_s = a x_t + b eps; alpha_bar above 0."""
-    steps = linear_step("epsilon", path.alpha_bar[1:], path.alpha_bar[:-1])
-    return list(
-        zip(path.levels[1:], path.levels, steps.x.tolist(), steps.output.tolist(), strict=False)
-    )
+    steps, levels = linear_step("epsilon", path.alpha_bar[1:], path.alpha_bar[:-1]), path.levels
+    return list(zip(levels[1:], levels[:-1], steps.x.tolist(), steps.output.tolist(), strict=True))
 
 
 def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> Iterator[State]:
@@ -367,9 +351,8 @@ def _edict_down(denoise: Denoiser, pair: StatePair, path: _Path, p: float) -> It
     apart = float((x - y).detach().flatten(1).square().mean(1).sqrt().max()) if len(x) else 0.0
     if apart > _APART:
         warnings.warn(
-            f"EDICT's two copies of an image ended {apart:.1e} apart (pixels in [-1, 1]), so that "
-            "neither is what the steps lead to; sample with more steps, decode a code of fewer, or "
-            "use o-belm.",
+            f"EDICT's two copies of an image ended {apart:.1e} apart (pixels in [-1, 1]), so "
+            "neither is right; sample with more steps, decode a code of fewer, or use o-belm.",
             DriftWarning,
             stacklevel=2,
         )

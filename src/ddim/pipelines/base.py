@@ -31,21 +31,29 @@ from ddim.pipelines.routing import (
 )
 from ddim.scheduler import DDIMScheduler
 
-__all__ = ["HUB_OPTIONS", "Callback", "Generators", "Place", "Sampling", "find_pretrained"]
+__all__ = [
+    "HUB_OPTIONS",
+    "Callback",
+    "Generators",
+    "Place",
+    "Sampling",
+    "Source",
+    "find_pretrained",
+]
 
-HUB_OPTIONS = (
-    *("cache_dir", "force_download", "local_files_only", "proxies"),
-    *("revision", "token", "use_safetensors", "variant"),
-)
+_HUB = "cache_dir force_download local_files_only proxies revision token use_safetensors variant"
+HUB_OPTIONS = tuple(_HUB.split())
 """Options of ``from_pretrained`` that say what is downloaded."""
-
-_NEEDED = (
-    *("timestep_spacing", "steps_offset", "thresholding"),
-    *("clip_sample", "clip_sample_range", "sample_max_value"),
-)
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[State], bool | None]
+
+
+class Source(NamedTuple):
+    """Where noise comes from: a seed an image, or generators. Default: torch's global one."""
+
+    seeds: Sequence[int] | None
+    generator: Generators | None
 
 
 class Place(NamedTuple):
@@ -56,12 +64,8 @@ class Place(NamedTuple):
 
 
 def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
-    """The folder of a model, downloaded by those of the options of ``from_pretrained`` that say
-    what is downloaded.
-
-    Raises:
-        CheckpointError: If there is no such model.
-    """
+    """The folder of a model, downloaded as the options of ``from_pretrained`` say; a
+    CheckpointError if there is none."""
     return find_model(name, **{k: options[k] for k in HUB_OPTIONS if k in options})
 
 
@@ -79,10 +83,10 @@ class Sampling:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and
         moving work as before.
 
-        A network on the CPU is prepared for it first
-        (:func:`ddim.pipelines.networks.prepare_for_compiling`), so move it before. On a GPU the
-        mode is ``reduce-overhead``, unless a mode, a backend or its options are given: kernels are
-        recorded once for a batch size, and launched together."""
+        On the CPU, :func:`ddim.pipelines.networks.prepare_for_compiling` prepares the network
+        first, so move it before. On a GPU the mode is ``reduce-overhead``, unless a mode, a backend
+        or its options are given: kernels are recorded once for a batch size, and launched together.
+        """
         kind = self._execution_device.type
         if kind == "cpu":
             prepare_for_compiling(self.unet)
@@ -99,27 +103,22 @@ class Sampling:
             torch.cuda.synchronize(x.device)
 
     def _place(self) -> Place:
-        """To be looked up once a call: diffusers walks all modules for either, which may take
-        longer than a step."""
+        """To be looked up once a call: diffusers walks all modules for it, longer than a step."""
         return Place(self._execution_device, self.unet.dtype)
 
     @property
     def _options(self) -> Any:
-        """The scheduler's configuration as it is now.
-
-        Raises:
-            DDIMError: If the scheduler was replaced by one that has not DDIM's options.
-        """
+        """The scheduler's configuration as it is now; a DDIMError refuses one without DDIM's
+        options, which those of clipping tell."""
         config = self.scheduler.config
-        if isinstance(self.scheduler, diffusers.DDIMScheduler) or all(
-            hasattr(config, name) for name in _NEEDED
-        ):
+        is_ddim = isinstance(self.scheduler, diffusers.DDIMScheduler)
+        if is_ddim or (hasattr(config, "thresholding") and hasattr(config, "clip_sample")):
             return config
+        name = type(self.scheduler).__name__
         raise DDIMError(
-            "this pipeline samples with DDIM, and its scheduler was replaced by a "
-            f"{type(self.scheduler).__name__}; set pipe.scheduler = "
-            "ddim.DDIMScheduler.from_config(pipe.scheduler.config), or use diffusers' own pipeline "
-            "with that scheduler."
+            f"this pipeline samples with DDIM, and its scheduler was replaced by a {name}; set "
+            "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config), or use "
+            "diffusers' own pipeline with that scheduler."
         )
 
     @property
@@ -135,13 +134,13 @@ class Sampling:
         ``draw`` walks the result.
 
         Options and errors are those of :func:`ddim.pipelines.routing.resolve_route`."""
-        return resolve_route(
-            self.noise_schedule,
-            self._options,
-            num_inference_steps,
-            own_order=self.select_order(),
-            **options,
-        )
+        schedule, config, order = self.noise_schedule, self._options, self.select_order()
+        return resolve_route(schedule, config, num_inference_steps, own_order=order, **options)
+
+    def _take_route(self, options: dict[str, Any]) -> Route:
+        """Takes what makes a route out of the arguments of a call, and resolves it."""
+        names = ("num_inference_steps", *RouteOptions.__annotations__)
+        return self.route(**{name: options.pop(name) for name in names if name in options})
 
     def select_timesteps(
         self,
@@ -157,14 +156,9 @@ class Sampling:
         Raises:
             DDIMError: If the options exclude each other, or are invalid.
         """
-        return resolve_timesteps(
-            self.noise_schedule,
-            self._options,
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            is_fitted=self.select_order(order) == self.select_order(),
-        )
+        is_fitted = self.select_order(order) == self.select_order()
+        options = (num_inference_steps, timestep_spacing, timesteps, is_fitted)
+        return resolve_timesteps(self.noise_schedule, self._options, *options)
 
     def select_order(self, order: int | None = None) -> int:
         """The order of the solver that a call with this option uses. Default: as the scheduler's
@@ -181,11 +175,8 @@ class Sampling:
     def _model(
         self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype
     ) -> ModelDenoiser:
-        """The denoiser of a network by the scheduler's configuration."""
-        prediction_type = self._options.prediction_type
-        return ModelDenoiser(
-            network, self.noise_schedule, prediction_type, self.select_clip(clip), dtype
-        )
+        kind, clip = self._options.prediction_type, self.select_clip(clip)
+        return ModelDenoiser(network, self.noise_schedule, kind, clip, dtype)
 
     @staticmethod
     def _states(
@@ -194,85 +185,54 @@ class Sampling:
         """The trajectory of a route's sampler."""
         if route.sampler == "ddim":
             return walk(denoise, x_T, route, noise=noise)
-        return reversible_trajectory(
-            denoise,
-            x_T.double(),
-            route.timesteps,
-            schedule=route.schedule,
-            sampler=ReversibleSampler(cast(Reversible, route.sampler)),
-        )
+        sampler, schedule = ReversibleSampler(cast(Reversible, route.sampler)), route.schedule
+        start, levels = x_T.double(), route.timesteps
+        return reversible_trajectory(denoise, start, levels, schedule=schedule, sampler=sampler)
 
     def _walk(
-        self,
-        states: Iterable[State],
-        x: Tensor,
-        total: int,
-        *,
-        callback: Callback | None,
-        progress: bool,
+        self, states: Iterable[State], x: Tensor, total: int, callback: Callback | None, bar: bool
     ) -> Tensor:
         """Runs a trajectory to its end, or until the callback stops it; the last sample, which is
         finite."""
-        with self.progress_bar(total=total) if progress else contextlib.nullcontext() as bar:
+        with self.progress_bar(total=total) if bar else contextlib.nullcontext() as shown:
             for state in states:
                 x = state.x_s
-                if bar is not None:
-                    bar.update()
+                if shown is not None:
+                    shown.update()
                 if callback is not None and callback(state) is True:
                     x = state.x0
                     break
         if not bool(torch.isfinite(x).all()):
             raise DivergenceError(
-                f"the network's prediction became NaN or infinite in {self.unet.dtype}; "
-                "use float32 or bfloat16, or look whether the checkpoint and its scheduler belong "
-                "together."
+                f"the network's prediction became NaN or infinite in {self.unet.dtype}; use float32"
+                " or bfloat16, or look whether the checkpoint and its scheduler belong together."
             )
         return x
 
-    def _noise(
-        self,
-        count: int,
-        shape: Sequence[int],
-        place: Place,
-        *,
-        seeds: Sequence[int] | None,
-        generator: Generators | None,
-    ) -> SeededNoise:
-        """The stream of noise of that many images: of their seeds, of generators, else of seeds
-        from torch's global generator."""
+    def _noise(self, count: int, shape: Sequence[int], place: Place, source: Source) -> SeededNoise:
+        """The stream of noise of that many images."""
+        seeds, generator = source
         if seeds is not None and generator is not None:
             raise DDIMError(
                 "seeds and generator both say where noise comes from; give one of them."
             )
-        if generator is not None:
-            sources: Sequence[Any] = (
-                [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-            )
+        if isinstance(generator, torch.Generator):
+            generator = [generator] * count
+        if generator is None:
+            drawn = torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
+            sources: Sequence[Any] = check_seeds(drawn)
         else:
-            sources = check_seeds(
-                torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
-            )
-        return SeededNoise(
-            sources,
-            shape,
-            device=place.device,
-            dtype=torch.float64 if place.dtype == torch.float64 else torch.float32,
-        )
+            sources = list(generator)
+        dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
+        return SeededNoise(sources, shape, device=place.device, dtype=dtype)
 
     def _start(
-        self,
-        count: int,
-        shape: Sequence[int],
-        place: Place,
-        *,
-        seeds: Sequence[int] | None,
-        generator: Generators | None,
-        latents: Tensor | None,
+        self, count: int, shape: Sequence[int], place: Place, source: Source, latents: Tensor | None
     ) -> tuple[Tensor, SeededNoise]:
         """x_T [B, *shape], and the stream of later noise."""
-        noise = self._noise(count, shape, place, seeds=seeds, generator=generator)
+        noise = self._noise(count, shape, place, source)
         if latents is None:
             return noise(), noise
-        if seeds is not None:  # the x_T of a seed, with that seed, gives its image
+        if source.seeds is not None:  # the x_T of a seed, with that seed, gives its image
             noise()
         return latents.to(noise.device, noise.dtype), noise

@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, ParamSpec
 
 import diffusers
@@ -13,6 +14,7 @@ from ddim.core.guidance import check_rescale, is_guided
 from ddim.core.noise import make_generators
 from ddim.core.timesteps import truncate_timesteps
 from ddim.errors import DDIMError
+from ddim.pipelines.base import Source
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import (
     Guidance,
@@ -26,11 +28,7 @@ __all__ = ["resolved"]
 
 P = ParamSpec("P")
 
-_ROUTE = (
-    *("num_inference_steps", "timestep_spacing", "timesteps", "strength"),
-    *("eta", "order", "clip", "sampler"),
-)
-_PROMPTS = (*("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds", "clip_skip"),)
+_PROMPTS = [field.name for field in fields(Prompts)]
 _GUIDANCE = ("scale", "rescale", "batched")
 _THEIRS = ("sigmas", "ip_adapter_image", "ip_adapter_image_embeds")
 """Named arguments that only diffusers' own call knows."""
@@ -62,14 +60,11 @@ def resolved(call: Callable[P, Any]) -> Callable[P, Any]:
 
 def _draw(pipe: Any, given: dict[str, Any]) -> Any:
     """Resolves the arguments of a call, and draws."""
-
-    def take(*names: str) -> dict[str, Any]:
-        return {name: given.pop(name) for name in names if name in given}
-
-    take(*_THEIRS)
+    for name in _THEIRS:
+        del given[name]
     pipe._check_output_type(given["output_type"])
-    route = pipe.route(**take(*_ROUTE))
-    prompts = Prompts(**take(*_PROMPTS))
+    route = pipe._take_route(given)
+    prompts = Prompts(**{name: given.pop(name) for name in _PROMPTS})
     guidance = Guidance(**{name: given.pop(f"guidance_{name}") for name in _GUIDANCE})
     return pipe.draw(route, prompts, guidance, **given)
 
@@ -84,8 +79,7 @@ def _draw_elsewhere(
     translated = {name: ours.pop(name) for name in ("seeds", "progress")}
     if "callback_steps" in others:  # the older callback of diffusers
         translated["callback"] = ours.pop("callback")
-    refused = [name for name, value in ours.items() if value != defaults[name]]
-    if refused:
+    if refused := [name for name, value in ours.items() if value != defaults[name]]:
         raise DDIMError(
             f"{reason} is sampled by diffusers' own loop, which does not know "
             f"{', '.join(refused)}; leave out one or the other."
@@ -95,8 +89,7 @@ def _draw_elsewhere(
 
 
 def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
-    """What sends a call to diffusers' own loop: an argument, or a part, that ours does not know;
-    None where nothing does."""
+    """The argument or the part, if any, that our loop does not know: diffusers' own does."""
     pipe._require("unet", "scheduler")
     if not hasattr(pipe.scheduler, "init_noise_sigma"):
         raise DDIMError(
@@ -106,8 +99,7 @@ def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
         )
     if others:
         known = {*inspect.signature(pipe._exported.__call__).parameters, "callback_steps"}
-        unknown = min(set(others) - known, default=None)
-        if unknown is None:
+        if (unknown := min(set(others) - known, default=None)) is None:
             return next(iter(others))
         name, its_own = pipe._other
         hint = f"; {name} takes it, and {name}(**pipe.components) is one of the same parts"
@@ -124,12 +116,7 @@ def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _arguments(
-    pipe: Any,
-    options: dict[str, Any],
-    *,
-    seeds: Any,
-    progress: bool,
-    callback: Callable[..., Any] | None = None,
+    pipe: Any, options: dict[str, Any], *, seeds: Any, progress: bool, callback: Any = None
 ) -> Iterator[dict[str, Any]]:
     """Checks what diffusers' own call would not, and yields the arguments of that call; while held,
     its bar is shown as asked."""
@@ -138,9 +125,7 @@ def _arguments(
         steps, levels = options["num_inference_steps"] or 50, options["timesteps"]
         truncate_timesteps(range(steps) if levels is None else levels, options["strength"])
     prompts = Prompts(options["prompt"], prompt_embeds=options["prompt_embeds"])
-    lengths = given_lengths(
-        seeds=seeds, generator=options["generator"], latents=options.get("latents")
-    )
+    lengths = given_lengths(Source(seeds, options["generator"]), options.get("latents"))
     pipe._check_output_type(options["output_type"])
     check_rescale(options.get("guidance_rescale", 0.0))
     away = [options[name] for name in ("negative_prompt", "negative_prompt_embeds")]

@@ -1,6 +1,7 @@
 """Codes of images by a pipeline: batch by batch, under the network that a code belongs to."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ddim.inversion.codes import Code, check_origin, decoding_timesteps, fingerp
 from ddim.inversion.encoding import Encoder, decode_trajectory
 from ddim.pipelines.base import Callback, Sampling
 from ddim.pipelines.networks import weights_of
+from ddim.pipelines.routing import RouteOptions
 
 __all__ = ["Coding"]
 
@@ -19,13 +21,20 @@ __all__ = ["Coding"]
 class Coding(Sampling):
     """A pipeline that encodes and decodes data of its network."""
 
+    def _encodable_timesteps(
+        self, steps: int | None, spacing: Spacing | None, timesteps: Sequence[int] | None
+    ) -> list[int]:
+        """The levels that images are encoded over with these options, checked."""
+        given = RouteOptions(timestep_spacing=spacing, timesteps=timesteps)
+        given |= RouteOptions(encodable=True, order=1, clip="none")
+        return self.route(steps, **given).timesteps
+
     def _encode(
         self,
         x0: Tensor,
         timesteps: Sequence[int],
         denoiser: Callable[[slice], Denoiser],
         encoder: Encoder,
-        *,
         batch_size: int,
         labels: Tensor | None = None,
     ) -> Code:
@@ -38,15 +47,9 @@ class Coding(Sampling):
         parts, origin, schedule = [], self._origin(), self.noise_schedule
         for first in range(0, len(x0), batch_size):
             chosen = slice(first, first + batch_size)
-            part = encoder.encode(
-                denoiser(chosen),
-                x0[chosen].to(self._execution_device),
-                timesteps,
-                schedule=schedule,
-                labels=None if labels is None else labels[chosen],
-                origin=origin,
-            )
-            parts.append(part)
+            x, denoise = x0[chosen].to(self._execution_device), denoiser(chosen)
+            code = encoder.encode(denoise, x, timesteps, schedule=schedule, origin=origin)
+            parts.append(code if labels is None else replace(code, labels=labels[chosen]))
         self.maybe_free_model_hooks()
         return Code.join(parts)
 
@@ -55,46 +58,37 @@ class Coding(Sampling):
         code: Code,
         timesteps: Sequence[int],
         denoiser: Callable[[slice], Denoiser],
-        *,
         callback: Callback | None,
         progress: bool,
         batch_size: int,
     ) -> Tensor:
         """The data [B, ...] of a code over levels of :meth:`_decoding_timesteps`, under the
         denoiser of each batch's images."""
-        finished = []
-        for first in range(0, len(code), max(1, batch_size)):
-            chosen = slice(first, first + max(1, batch_size))
-            part = code[chosen].to(self._execution_device)
-            states = decode_trajectory(
-                denoiser(chosen), part, schedule=self.noise_schedule, timesteps=timesteps
-            )
-            x = part.states[-1]
-            x = self._walk(states, x, len(timesteps), callback=callback, progress=progress)
+        finished, size, schedule = [], max(1, batch_size), self.noise_schedule
+        for first in range(0, len(code), size):
+            chosen = slice(first, first + size)
+            part, denoise = code[chosen].to(self._execution_device), denoiser(chosen)
+            states = decode_trajectory(denoise, part, schedule=schedule, timesteps=timesteps)
+            x = self._walk(states, part.states[-1], len(timesteps), callback, progress)
             finished.append(x)
         return torch.cat(finished)
 
     def _decoding_timesteps(
         self,
         code: Code,
-        num_inference_steps: int | None,
-        *,
-        timestep_spacing: Spacing | None,
+        steps: int | None,
+        spacing: Spacing | None,
         timesteps: Sequence[int] | None,
     ) -> list[int]:
-        """The levels that a code is decoded over with these options; without any, its own.
-
-        Raises:
-            DDIMError: If the code is empty, or of another model or other steps, before anything is
-                evaluated.
-        """
+        """The levels that a code is decoded over with these options; without any, its own. A
+        DDIMError refuses an empty code, another model's, and steps that are not the code's."""
         if len(code) == 0:
             raise DDIMError("the code holds no images.")
         check_origin(code, self._origin())
         asked = None
-        if num_inference_steps is not None or timestep_spacing is not None or timesteps is not None:
+        if (steps, spacing, timesteps) != (None, None, None):
             asked = self.select_timesteps(
-                num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps, order=1
+                steps, timestep_spacing=spacing, timesteps=timesteps, order=1
             )
         levels = list(decoding_timesteps(code, asked, schedule=self.noise_schedule))
         self.route(timesteps=levels, order=1, clip="none")

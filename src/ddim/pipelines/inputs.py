@@ -42,11 +42,8 @@ def count_images(batch_size: int | None, **given: Any) -> int:
 
 
 def read_image_shape(unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a network was trained on.
-
-    Raises:
-        DDIMError: If the network's configuration has no size, or one that the network cannot take.
-    """
+    """(C, H, W) of the images that a network was trained on; a DDIMError if its configuration has
+    no size, or one that it cannot take."""
     size = unet.config.sample_size
     if size is None:
         raise DDIMError(
@@ -64,8 +61,7 @@ def read_image_shape(unet: Any) -> tuple[int, int, int]:
 
 
 def check_sides(unet: Any, height: int, width: int, what: str) -> None:
-    """Refuses images that a UNet cannot halve as often as it does: its two paths would not meet
-    again."""
+    """Refuses images that a UNet cannot halve as often as it does."""
     if not isinstance(unet, diffusers.UNet2DModel):
         return
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -112,8 +108,7 @@ def as_labels(unet: Any, class_labels: Labels, count: int, device: torch.device)
 def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned
     variance left out."""
-    channels = int(unet.config.in_channels)
-    made = int(unet.config.out_channels)
+    channels, made = int(unet.config.in_channels), int(unet.config.out_channels)
     if made not in (channels, 2 * channels):
         raise DDIMError(
             f"the network takes {channels} channels and returns {made}; an unconditional model "

@@ -8,7 +8,7 @@ each image has noise of its own seed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, cast
+from typing import Any, Literal, Self, TypedDict, Unpack, cast
 
 import diffusers
 import torch
@@ -29,20 +29,9 @@ from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode
 from ddim.pipelines.routing import ClipOption
 from ddim.scheduler import as_ddim
 
-__all__ = ["Given", "StableDiffusion", "StepEnd", "WalkOptions"]
+__all__ = ["StableDiffusion", "StepEnd", "WalkOptions"]
 
 StepEnd = Callable[..., dict[str, Any]]
-
-
-class Given(NamedTuple):
-    """What images are drawn of."""
-
-    prompts: Prompts
-    guidance: Guidance
-    groups: int
-    """The number of prompts, or of pairs of a prompt and an image."""
-    each: int
-    """Images that are made of each group."""
 
 
 class WalkOptions(TypedDict, total=False):
@@ -58,8 +47,7 @@ class WalkOptions(TypedDict, total=False):
 
 
 class StableDiffusion(Coding):
-    """What both pipelines share; the class after it in the order of resolution is diffusers'
-    pipeline."""
+    """What both pipelines share; the class after it in the order of resolution is diffusers'."""
 
     _exported: type
     """The class of diffusers that is written into a saved folder."""
@@ -95,17 +83,9 @@ class StableDiffusion(Coding):
         # Only leading knows an offset, and diffusers would warn of 0 all the same.
         if ours.config.timestep_spacing != "leading":
             ours.register_to_config(steps_offset=1)
-        super().__init__(  # type: ignore[call-arg]
-            vae,
-            text_encoder,
-            tokenizer,
-            unet,
-            ours,
-            safety_checker,
-            feature_extractor,
-            image_encoder,
-            requires_safety_checker,
-        )
+        others = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
+        parts = (vae, text_encoder, tokenizer, unet, ours, *others)
+        super().__init__(*parts)  # type: ignore[call-arg]
 
     # diffusers reads them, to tell which parts of one pipeline go into another.
     __init__.__annotations__.update(diffusers.StableDiffusionPipeline.__init__.__annotations__)
@@ -137,11 +117,7 @@ class StableDiffusion(Coding):
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers'
-        ``save_pretrained``.
-
-        Raises:
-            DDIMError: If the scheduler's configuration says what diffusers does not know.
-        """
+        ``save_pretrained``. A DDIMError refuses a configuration that diffusers does not know."""
         parts = {**self.components, "scheduler": None}  # one that diffusers is given it would edit
         plain = self._exported(**parts, requires_safety_checker=False)
         plain.register_modules(scheduler=to_diffusers(self.scheduler))
@@ -155,11 +131,8 @@ class StableDiffusion(Coding):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pictures that the network was trained on.
-
-        Raises:
-            DDIMError: If the network's configuration has no size, or the checkpoint no VAE.
-        """
+        """(C, H, W) of the pictures that the network was trained on; a DDIMError if its
+        configuration has no size, or the checkpoint no VAE."""
         _, height, width = self.latent_shape
         self._require("vae")
         factor = self.vae_scale_factor
@@ -167,11 +140,8 @@ class StableDiffusion(Coding):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents that the network was trained on.
-
-        Raises:
-            DDIMError: If the network's configuration has no size.
-        """
+        """(C, h, w) of the latents that the network was trained on; a DDIMError if its
+        configuration has no size."""
         size = self.unet.config.sample_size
         if size is None:
             raise DDIMError(
@@ -187,10 +157,7 @@ class StableDiffusion(Coding):
         """What :meth:`denoiser` is told of the images of prompts, one of each; guidance off needs
         no negative prompts."""
         prompts = Prompts(prompt, negative_prompt)
-        place = self._place()
-        return encode_prompts(
-            self, prompts, place=place, scale=guidance_scale, groups=prompts.count
-        )
+        return encode_prompts(self, prompts, self._place(), prompts.count, guidance_scale)
 
     def denoiser(
         self,
@@ -203,12 +170,8 @@ class StableDiffusion(Coding):
         clip: ClipOption = None,
     ) -> ModelDenoiser:
         """What a call with these options samples with, on latents: (x_t, t) -> (x0, eps) for the
-        images of the conditions.
-
-        Raises:
-            DDIMError: If the network is not of this kind, or guidance lacks what it leads away
-                from.
-        """
+        images of the conditions. A DDIMError refuses another kind of network, and guidance away
+        from nothing."""
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         network = self._guided(conditions, guidance, cross_attention_kwargs)
         return self._model(network, clip, self.unet.dtype)
@@ -244,8 +207,8 @@ class StableDiffusion(Coding):
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1, *, guidance_scale: float = 7.5) -> None:
-        """Evaluates the network and drops the result: allocations, and a compilation if there is
-        one, happen here."""
+        """Evaluates the network and drops the result, so that allocations and a compilation
+        happen here."""
         width = self.unet.config.cross_attention_dim
         place = self._place()
         empty = torch.zeros(batch_size, 1, width, device=place.device, dtype=place.dtype)
@@ -259,42 +222,29 @@ class StableDiffusion(Coding):
         route: Route,
         x: Tensor,
         noise: Callable[[], Tensor],
-        given: Given,
+        prompts: Prompts,
+        guidance: Guidance,
         place: Place,
         **options: Unpack[WalkOptions],
     ) -> Any:
         """Walks latents along a route to clean data, and finishes them."""
-        guidance, on_step_end = given.guidance, options.get("callback_on_step_end")
+        on_step_end = options.get("callback_on_step_end")
         attention = options.get("cross_attention_kwargs")
-        self._clip_skip, self._cross_attention_kwargs = given.prompts.clip_skip, attention
+        self._clip_skip, self._cross_attention_kwargs = prompts.clip_skip, attention
         self._guidance_scale, self._guidance_rescale = guidance.scale, guidance.rescale
         self._interrupt, self._num_timesteps = False, len(route)
-        conditions = encode_prompts(
-            self,
-            given.prompts,
-            place=place,
-            scale=guidance.scale,
-            groups=given.groups,
-            each=given.each,
-            lora_scale=(attention or {}).get("scale"),
-        )
+        scales = guidance.scale, (attention or {}).get("scale")
+        conditions = encode_prompts(self, prompts, place, len(x), *scales)
         if on_step_end is None:
             network = self._guided(conditions, guidance, attention)
             states = self._states(self._model(network, route.clip, place.dtype), x, route, noise)
         else:
-            inputs = options.get("callback_on_step_end_tensor_inputs", ("latents",))
-            states = self._steered(
-                route,
-                x,
-                noise,
-                conditions,
-                dtype=place.dtype,
-                batched=guidance.batched,
-                on_step_end=on_step_end,
-                inputs=self._check_step_end(on_step_end, inputs, route),
-            )
+            names = options.get("callback_on_step_end_tensor_inputs", ("latents",))
+            names = self._check_step_end(on_step_end, names, route)
+            how = (conditions, place.dtype, guidance.batched, on_step_end, names)
+            states = self._steered(route, x, noise, *how)
         callback, progress = options.get("callback"), options.get("progress", True)
-        x = self._walk(states, x, len(route), callback=callback, progress=progress)
+        x = self._walk(states, x, len(route), callback, progress)
         output_type = options.get("output_type", "pil")
         return self._finish(x, output_type, options.get("return_dict", True))
 
@@ -308,12 +258,9 @@ class StableDiffusion(Coding):
                 "back; use callback with it."
             )
         inputs = getattr(on_step_end, "tensor_inputs", inputs)  # of diffusers' PipelineCallback
-        unknown = sorted(set(inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise DDIMError(
-                "callback_on_step_end_tensor_inputs must be of "
-                f"{self._callback_tensor_inputs}; got {unknown}."
-            )
+        name, known = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
+        if unknown := sorted(set(inputs) - set(known)):
+            raise DDIMError(f"{name} must be of {known}; got {unknown}.")
         return inputs
 
     def _steered(
@@ -322,7 +269,6 @@ class StableDiffusion(Coding):
         x: Tensor,
         noise: Callable[[], Tensor],
         conditions: Conditions,
-        *,
         dtype: torch.dtype,
         batched: bool,
         on_step_end: StepEnd,
@@ -359,9 +305,9 @@ class StableDiffusion(Coding):
 
     def _finish(self, latents: Tensor, output_type: str, return_dict: bool) -> Any:
         """Pictures of finished latents."""
-        images: Any = latents if output_type == "latent" else self._pictures(latents)
-        flags = None
+        images, flags = latents, None
         if output_type != "latent":
+            images = self._pictures(latents)
             if self.safety_checker is not None:
                 images, flags = self.run_safety_checker(images, *self._place())
             # A blacked-out picture is in [0, 1] already.
@@ -376,9 +322,8 @@ class StableDiffusion(Coding):
 
     def _pictures(self, latents: Tensor) -> Tensor:
         """The VAE's pictures of latents, float32, about [-1, 1]."""
-        decoded: Tensor = self.vae.decode(
-            (latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
-        )[0].float()
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
         if not bool(torch.isfinite(decoded).all()):
             raise DivergenceError(
                 f"the VAE's picture became NaN or infinite in {self.vae.dtype}; keep the VAE in "
@@ -387,8 +332,7 @@ class StableDiffusion(Coding):
         return decoded
 
     def _require(self, *names: str) -> None:
-        missing = [name for name in names if getattr(self, name, None) is None]
-        if missing:
+        if missing := [name for name in names if getattr(self, name, None) is None]:
             raise CheckpointError(
                 f"the checkpoint has no {' and no '.join(missing)}; open one that has, or give it "
                 "to from_pretrained."

@@ -74,11 +74,9 @@ def is_compiled(network: Any) -> bool:
     """Whether torch compiles what is called: in place, by a module around it, or by a function in
     place of its ``forward``."""
     in_place = getattr(network, "_compiled_call_impl", None) is not None
-    return (
-        in_place
-        or hasattr(network, "_orig_mod")
-        or hasattr(getattr(network, "forward", None), "_torchdynamo_orig_callable")
-    )
+    forward = getattr(network, "forward", None)
+    is_wrapped = hasattr(network, "_orig_mod") or hasattr(forward, "_torchdynamo_orig_callable")
+    return in_place or is_wrapped
 
 
 def copy_if_replayed(output: Tensor, network: Any) -> Tensor:
@@ -89,19 +87,14 @@ def copy_if_replayed(output: Tensor, network: Any) -> Tensor:
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and buffers by their names, fetched from where accelerate holds those
-    that it offloaded one by one.
-
-    Raises:
-        DDIMError: If the module lies on the meta device and has none.
-    """
+    that it offloaded one by one. A DDIMError refuses a module on the meta device, without any."""
     state = module.state_dict()
     if not any(tensor.is_meta for tensor in state.values()):
         return state
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     held = get_state_dict_offloaded_model(module)
-    missing = [name for name in state if name not in held]
-    if missing:
+    if missing := [name for name in state if name not in held]:
         raise DDIMError(
             f"the network has no weights for {missing[0]}: it lies on the meta device; load a "
             "checkpoint into it first."
@@ -116,44 +109,28 @@ class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **options: Any
     ) -> Any:
         conv = self.conv if self.name == "conv" else self.Conv2d_0
-        doubled = output_size is None or tuple(output_size) == tuple(
-            2 * side for side in hidden_states.shape[-2:]
-        )
-        worth = hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3] >= PIXELS
-        if (
-            args
-            or options
-            or not (
-                doubled and worth and self.interpolate and self.norm is None and _is_plain(conv)
-            )
-        ):
+        count, _, height, width = hidden_states.shape
+        doubled = output_size is None or tuple(output_size) == (2 * height, 2 * width)
+        worth = doubled and count * height * width >= PIXELS and not (args or options)
+        if not (worth and self.interpolate and self.norm is None and _is_plain(conv)):
             return super().forward(hidden_states, output_size, *args, **options)
-        return F.conv_transpose2d(
-            hidden_states, _upsampling_kernel(conv.weight), conv.bias, stride=2, padding=1
-        )
+        kernel = _upsampling_kernel(conv.weight)
+        return F.conv_transpose2d(hidden_states, kernel, conv.bias, stride=2, padding=1)
 
 
 def _is_plain(conv: Any) -> bool:
-    """Whether a layer is no more than a padded 3x3 convolution of weights that are here, on a CPU,
-    and whose sums do not round.
-
-    No adapter, hook or method of its own stands in it, nor does it pad with anything but zeros, as
-    what makes tiles asks for."""
-    if (
-        type(conv) is not nn.Conv2d
-        or conv.weight.device.type != "cpu"
-        or conv.weight.dtype not in EXACT
-    ):
+    """Whether a layer is no more than a 3x3 convolution, padded with zeros, of weights that are
+    here, on a CPU, and whose sums do not round: no adapter, hook or method of its own stands in it.
+    """
+    if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu":
         return False
-    if torch.is_autocast_enabled("cpu"):  # it would sum the weights in half precision
+    if conv.weight.dtype not in EXACT or torch.is_autocast_enabled("cpu"):  # half-precision sums
         return False
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    if shape != ((3, 3), (1, 1), (1, 1), (1, 1)):
-        return False
-    if conv.groups != 1 or conv.padding_mode != "zeros":
+    if shape != ((3, 3), (1, 1), (1, 1), (1, 1)) or conv.groups != 1:
         return False
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(conv, kind) for kind in kinds):
+    if conv.padding_mode != "zeros" or any(getattr(conv, kind) for kind in kinds):
         return False
     return "forward" not in conv.__dict__ and "_conv_forward" not in conv.__dict__
 
@@ -204,9 +181,9 @@ class _RowsGroupNorm(nn.GroupNorm):
         """Whether torch's kernel is slow: for many small feature maps that lie channels-last, if
         the channels of a group do not fill a vector register."""
         width = self.num_channels // self.num_groups
-        if width >= 16 or width == 8 or x.ndim != 4:
+        if width >= 16 or width == 8 or x.ndim != 4 or x.numel() < LARGE:
             return False
-        if x.numel() < LARGE or x.shape[2] * x.shape[3] >= SMALL_MAP:
+        if x.shape[2] * x.shape[3] >= SMALL_MAP:
             return False
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
@@ -229,9 +206,8 @@ class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
         is_short = tokens.shape[1] * given.shape[1] <= SHORT
         is_plain = attention_mask is None and not any(getattr(attn, name) for name in _UNSUPPORTED)
         if not (is_short and is_plain and hidden_states.dtype in EXACT):
-            return super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb
-            )
+            others = (encoder_hidden_states, attention_mask, temb)
+            return super().__call__(attn, hidden_states, *others)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         given = tokens if encoder_hidden_states is None else encoder_hidden_states

@@ -67,12 +67,11 @@ class DiffusionPipeline:
         """
         folder = find_pretrained(pretrained_model_name_or_path, options)
         index = read_model_index(folder)
+        kind = index.get("_class_name")
         if is_unconditional(index):
             pipe: Pipeline = UnconditionalPipeline.from_pretrained(folder, **options)
-        elif (
-            index.get("_class_name") in STABLE_DIFFUSION and options.get("custom_pipeline") is None
-        ):
-            pipe = text_pipeline(index["_class_name"]).from_pretrained(folder, **options)
+        elif kind in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
+            pipe = text_pipeline(kind).from_pretrained(folder, **options)
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             if options.get("scheduler") is None:
@@ -82,17 +81,11 @@ class DiffusionPipeline:
 
 
 def text_pipeline(kind: str) -> Any:
-    """Our pipeline for one of :data:`ddim.models.checkpoints.STABLE_DIFFUSION`.
-
-    Raises:
-        DDIMError: If transformers is not installed.
-    """
+    """Our pipeline for one of :data:`ddim.models.checkpoints.STABLE_DIFFUSION`; a DDIMError if
+    transformers is not installed."""
     try:
         from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
     except ImportError as error:
         raise DDIMError(str(error)) from error
-    return (
-        ImageToImagePipeline
-        if kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline")
-        else TextToImagePipeline
-    )
+    is_image = kind in ("StableDiffusionImg2ImgPipeline", "ImageToImagePipeline")
+    return ImageToImagePipeline if is_image else TextToImagePipeline

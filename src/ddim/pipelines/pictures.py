@@ -17,25 +17,20 @@ __all__ = ["Posterior", "check_size", "encode_images", "prepare_images"]
 
 
 class Posterior(NamedTuple):
-    """A VAE's latents of images, scaled as the network knows them: Gaussian, [B, C, h, w] each,
-    float32."""
+    """A VAE's Gaussian latents of images, as the network knows them, [B, C, h, w] each, float32."""
 
     mean: Tensor
     std: Tensor
 
 
 def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a picture size that has no whole number of latents.
-
-    Raises:
-        DDIMError: With the nearest size that has; or if it is no size, such as an image in the
-            place of the height.
-    """
+    """Refuses a picture size that has no whole number of latents, with a DDIMError that says the
+    nearest that has; and what is no size, such as an image in the place of the height."""
     for name, side in (("height", height), ("width", width)):
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            wrong = f"{name} must be a whole number of pixels; got {type(side).__name__}"
             raise DDIMError(
-                f"{wrong}. Images to begin at are for ImageToImagePipeline(**pipe.components)."
+                f"{name} must be a whole number of pixels; got {type(side).__name__}. Images to "
+                "begin at are for ImageToImagePipeline(**pipe.components)."
             )
     if height < factor or width < factor or height % factor or width % factor:
         near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
@@ -59,9 +54,8 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:
             lie elsewhere.
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not listed or not all(
-        isinstance(image, (Image.Image, np.ndarray, Tensor)) for image in listed
-    ):
+    kinds = (Image.Image, np.ndarray, Tensor)
+    if not listed or not all(isinstance(image, kinds) for image in listed):
         found = "an empty list" if not listed else type(listed[0]).__name__
         raise DDIMError(
             f"image must be a picture, an array or a tensor, or a list of them; got {found}."
@@ -71,11 +65,8 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:
         _check_shape(image, channels, latent)
     if isinstance(listed[0], Tensor) and listed[0].shape[-3] == latent != channels:
         return torch.cat([image if image.ndim == 4 else image[None] for image in listed])
-    listed = [
-        picture
-        for image in listed
-        for picture in (_pictures(image) if _is_bytes(image) else [image])
-    ]
+    parts = [_pictures(image) if _is_bytes(image) else [image] for image in listed]
+    listed = [picture for part in parts for picture in part]
     if isinstance(listed[0], Image.Image):
         sizes = {(image.height, image.width) for image in listed}
         listed = [convert_mode(image, channels) for image in listed]
@@ -90,10 +81,8 @@ def prepare_images(pipe: Any, images: Any) -> Tensor:
                 "as pictures."
             )
     if len(sizes) > 1:
-        raise DDIMError(
-            "images of one call must have one size; got "
-            f"{', '.join(f'{w}x{h}' for h, w in sorted(sizes))} (width x height)."
-        )
+        found = ", ".join(f"{w}x{h}" for h, w in sorted(sizes))
+        raise DDIMError(f"images of one call must have one size; got {found} (width x height).")
     check_size(*sizes.pop(), pipe.vae_scale_factor)
     prepared: Tensor = pipe.image_processor.preprocess(listed if len(listed) > 1 else listed[0])
     return prepared
@@ -105,10 +94,8 @@ def _check_shape(image: Image.Image | NDArray[Any] | Tensor, channels: int, late
         return
     if isinstance(image, Tensor):
         fits = image.ndim in (3, 4) and image.shape[-3] in (channels, latent)
-        wanted = (
-            f"a tensor must have shape [C, H, W] or [B, C, H, W] with {channels} channels, or "
-            f"{latent} for latents"
-        )
+        wanted = f"a tensor must have shape [C, H, W] or [B, C, H, W] with {channels} channels"
+        wanted += f", or {latent} for latents"
     elif _is_bytes(image):
         fits = image.ndim == 2 or (image.ndim in (3, 4) and image.shape[-1] in (1, 3, 4))
         wanted = (
@@ -127,21 +114,16 @@ def _is_bytes(image: Any) -> TypeGuard[NDArray[np.uint8]]:
 
 
 def _pictures(image: NDArray[np.uint8]) -> list[Image.Image]:
-    return to_pil(
-        image[None, ..., None] if image.ndim == 2 else image.reshape(-1, *image.shape[-3:])
-    )
+    is_grey = image.ndim == 2
+    return to_pil(image[None, ..., None] if is_grey else image.reshape(-1, *image.shape[-3:]))
 
 
 @torch.no_grad()
 def encode_images(pipe: Any, x: Tensor, device: torch.device) -> Posterior:
     """The VAE's latents of pictures [I, C, H, W] in [-1, 1], computed on a device."""
-    vae = pipe.vae
-    found = vae.encode(x.to(device, vae.dtype))
-    scale = vae.config.scaling_factor
+    found, scale = pipe.vae.encode(x.to(device, pipe.vae.dtype)), pipe.vae.config.scaling_factor
     if hasattr(found, "latent_dist"):
-        return Posterior(
-            found.latent_dist.mean.float() * scale, found.latent_dist.std.float() * scale
-        )
-    return Posterior(
-        found.latents.float() * scale, torch.zeros_like(found.latents, dtype=torch.float32)
-    )
+        mean, std = found.latent_dist.mean.float(), found.latent_dist.std.float()
+        return Posterior(mean * scale, std * scale)
+    latents = found.latents.float()
+    return Posterior(latents * scale, torch.zeros_like(latents))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddim.core.guidance import check_rescale, check_scale, is_guided
 from ddim.core.noise import check_seeds
 from ddim.errors import CheckpointError, DDIMError
-from ddim.pipelines.base import Generators, Place
+from ddim.pipelines.base import Place, Source
 
 __all__ = [
     "GUIDANCE",
@@ -41,11 +41,11 @@ _INSIDE = ("ddim.", "torch.", "contextlib")
 
 
 class Conditions(NamedTuple):
-    """What the network is told of each image: embeddings [B, L, D]."""
+    """What the network is told of each image, and what guidance, if it is on, leads away from:
+    embeddings [B, L, D]."""
 
     cond: Tensor
     uncond: Tensor | None
-    """What it is guided away from; None where guidance is off."""
 
 
 class PromptWarning(UserWarning):
@@ -149,20 +149,17 @@ class Prompts:
 
 
 def _listed(texts: Prompt | None, count: int) -> list[str] | None:
-    if texts is None:
-        return None
-    return [texts] * count if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        return [texts] * count
+    return None if texts is None else list(texts)
 
 
 def _check_texts(name: str, texts: object) -> None:
     """Refuses what is neither a text nor a list of texts."""
     if texts is None or isinstance(texts, str):
         return
-    if (
-        not isinstance(texts, (list, tuple))
-        or not texts
-        or not all(isinstance(text, str) for text in texts)
-    ):
+    listed = texts if isinstance(texts, (list, tuple)) else []
+    if not listed or not all(isinstance(text, str) for text in listed):
         raise DDIMError(f"{name} must be a text, or a list of at least one; got {texts!r}.")
 
 
@@ -171,17 +168,11 @@ def _check_embeds(pipe: Any, name: str, embeds: object) -> None:
     if embeds is None:
         return
     width = pipe.unet.config.cross_attention_dim
-    fits = (
-        isinstance(embeds, Tensor)
-        and embeds.ndim == 3
-        and (not isinstance(width, int) or embeds.shape[2] == width)
-    )
-    if not fits:
-        shape = (
-            f"shape {list(embeds.shape)}" if isinstance(embeds, Tensor) else type(embeds).__name__
-        )
+    shape = list(embeds.shape) if isinstance(embeds, Tensor) else None
+    if shape is None or len(shape) != 3 or (isinstance(width, int) and shape[2] != width):
+        found = type(embeds).__name__ if shape is None else f"shape {shape}"
         raise DDIMError(
-            f"{name} must be a tensor [P, L, {width}], one row of tokens a prompt; got {shape}."
+            f"{name} must be a tensor [P, L, {width}], one row of tokens a prompt; got {found}."
         )
 
 
@@ -205,15 +196,10 @@ def count_images(
     """
     groups = max(prompts, images or 1)
     if prompts not in (1, groups) or (images or 1) not in (1, groups):
-        raise DDIMError(
-            f"there are {prompts} prompts and {images} images; give as many of both, or one of "
-            "either."
-        )
-    if per_prompt is not None and (
-        isinstance(per_prompt, bool)
-        or not isinstance(per_prompt, (int, np.integer))
-        or per_prompt < 1
-    ):
+        many = f"there are {prompts} prompts and {images} images"
+        raise DDIMError(f"{many}; give as many of both, or one of either.")
+    is_whole = isinstance(per_prompt, (int, np.integer)) and not isinstance(per_prompt, bool)
+    if per_prompt is not None and not (is_whole and per_prompt >= 1):
         raise DDIMError(
             f"num_images_per_prompt must be a whole number of at least 1; got {per_prompt!r}."
         )
@@ -221,11 +207,8 @@ def count_images(
     asked = next(iter(lengths.values()), groups)
     each = (asked // groups if asked % groups == 0 else 0) if per_prompt is None else per_prompt
     if each == 0 or any(length != groups * each for length in lengths.values()):
-        made = (
-            f"a multiple of {groups}"
-            if per_prompt is None
-            else f"{groups} x {each} = {groups * each}"
-        )
+        exact = f"{groups} x {each} = {groups * each}"
+        made = f"a multiple of {groups}" if per_prompt is None else exact
         raise DDIMError(
             f"the lists have other lengths than there are images to make ({made}): {listed}; give "
             "one of each an image."
@@ -233,33 +216,28 @@ def count_images(
     return groups, int(each)
 
 
-def given_lengths(
-    *, seeds: Sequence[int] | None, generator: Generators | None, latents: Tensor | None = None
-) -> dict[str, int]:
-    """How many there are of what is given one an image, for :func:`count_images`.
-
-    Raises:
-        DDIMError: If the seeds are no list of seeds, or the latents no tensor.
-    """
-    each = None if isinstance(generator, torch.Generator) else generator
-    drawn = None if seeds is None else check_seeds(seeds)
+def given_lengths(source: Source, latents: Tensor | None = None) -> dict[str, int]:
+    """How many there are of what is given one an image, for :func:`count_images`; a DDIMError
+    refuses seeds that are no list of seeds, and latents that are no tensor."""
+    listed: dict[str, Any] = {**source._asdict(), "latents": latents}
+    if source.seeds is not None:
+        listed["seeds"] = check_seeds(source.seeds)
+    if isinstance(source.generator, torch.Generator):
+        del listed["generator"]
     if latents is not None and not isinstance(latents, Tensor):
         raise DDIMError(f"latents must be a tensor [B, C, h, w]; got {type(latents).__name__}.")
-    listed: Mapping[str, Any] = {"seeds": drawn, "generator": each, "latents": latents}
     return {name: len(value) for name, value in listed.items() if value is not None}
 
 
 def encode_prompts(
     pipe: Any,
     prompts: Prompts,
-    *,
     place: Place,
+    count: int,
     scale: float,
-    groups: int,
-    each: int = 1,
     lora_scale: float | None = None,
 ) -> Conditions:
-    """Embeds prompts, and what guidance leads away from, once for each of ``groups * each`` images.
+    """Embeds prompts, and what guidance leads away from, for ``count`` images: for as many of each.
 
     Warns of a prompt that is longer than the text encoder reads, with what was cut off, and of a
     negative prompt without guidance.
@@ -271,12 +249,11 @@ def encode_prompts(
     on = is_guided(scale)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         _check_embeds(pipe, name, getattr(prompts, name))
-    if not on and (
-        prompts.negative_prompt is not None or prompts.negative_prompt_embeds is not None
-    ):
+    negative = (prompts.negative_prompt, prompts.negative_prompt_embeds)
+    if not on and any(value is not None for value in negative):
         warn_of_no_guidance(scale)
         prompts = replace(prompts, negative_prompt=None, negative_prompt_embeds=None)
-    texts, negative = prompts.texts(), prompts.negative_texts()
+    texts, negative_texts = prompts.texts(), prompts.negative_texts()
     if texts is not None or (on and prompts.negative_prompt_embeds is None):
         for name in ("tokenizer", "text_encoder"):
             if getattr(pipe, name, None) is None:
@@ -286,14 +263,14 @@ def encode_prompts(
                 )
     if prompts.clip_skip is not None and pipe.text_encoder is not None:
         _check_clip_skip(pipe.text_encoder, prompts.clip_skip)
-    cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(negative or [])])
+    cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(negative_texts or [])])
     with _silenced(type(pipe).encode_prompt.__module__) if cut else contextlib.nullcontext():
         cond, uncond = pipe.encode_prompt(
             texts,
             place.device,
-            groups * each // prompts.count,
+            count // prompts.count,
             on,
-            negative,
+            negative_texts,
             prompt_embeds=prompts.prompt_embeds,
             negative_prompt_embeds=prompts.negative_prompt_embeds,
             lora_scale=lora_scale,
@@ -318,7 +295,6 @@ def _check_clip_skip(text_encoder: Any, clip_skip: int) -> None:
 
 
 def warn_of_no_guidance(scale: float) -> None:
-    """Warns of a negative prompt where nothing is led away from it."""
     _warn(
         f"the negative prompt is ignored: guidance is off at guidance_scale={scale}; a scale above "
         "1 turns it on."
@@ -334,13 +310,11 @@ def _warn(message: str) -> None:
 
 
 def _warn_of_cuts(pipe: Any, texts: Sequence[str]) -> bool:
-    """Warns of each text that has more tokens than the text encoder reads; whether there was
-    one."""
+    """Warns of each text of more tokens than the text encoder reads; whether there was one."""
     tokenizer, cut = pipe.tokenizer, False
     for text in dict.fromkeys(texts):
-        tokens = tokenizer(
-            pipe.maybe_convert_prompt(text, tokenizer), truncation=False, verbose=False
-        ).input_ids
+        converted = pipe.maybe_convert_prompt(text, tokenizer)
+        tokens = tokenizer(converted, truncation=False, verbose=False).input_ids
         room = tokenizer.model_max_length
         if len(tokens) > room:
             cut = True
@@ -354,8 +328,7 @@ def _warn_of_cuts(pipe: Any, texts: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _silenced(name: str) -> Iterator[None]:
-    """While held, a logger says nothing below an error: diffusers would tell of a cut prompt a
-    second time."""
+    """While held, a logger says only errors: diffusers would tell of a cut prompt once more."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

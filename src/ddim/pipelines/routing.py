@@ -1,7 +1,7 @@
 """Options of a call and the configuration of a scheduler, resolved to a route."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
@@ -33,15 +33,26 @@ class RouteOptions(TypedDict, total=False):
     """What :func:`resolve_route` takes beside the number of steps."""
 
     timestep_spacing: Spacing | None
+    """Default: the fitted timesteps of the configuration if it has N of them, otherwise its
+    spacing."""
     timesteps: Sequence[int] | None
+    """The levels themselves, in place of N and a spacing."""
     strength: float | None
+    """For image to image: the share of the steps that are walked, the last ones."""
     encodable: bool
+    """Whether levels without signal are moved to the level below, as encoders need."""
     eta: Eta
+    """0 deterministic (the default), 1 DDPM, ``"sigma-hat"`` the paper's larger noise."""
     order: int | None
+    """Of the solver. Default: the configuration's."""
     clip: ClipOption
+    """How the predicted x0 is kept in range. Default: as the configuration says."""
     sampler: Sampler
+    """``ddim`` (the default), or an exactly invertible one."""
     analytic: bool
+    """Whether the variance is the analytic one, to be measured later. Default: False."""
     eps_mean_square: Mapping[int, float] | None
+    """The measured values of the analytic variance."""
 
 
 def resolve_route(
@@ -50,16 +61,7 @@ def resolve_route(
     num_inference_steps: int | None = None,
     *,
     own_order: int = 1,
-    timestep_spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
-    strength: float | None = None,
-    encodable: bool = False,
-    eta: Eta = 0.0,
-    order: int | None = None,
-    clip: ClipOption = None,
-    sampler: Sampler = "ddim",
-    analytic: bool = False,
-    eps_mean_square: Mapping[int, float] | None = None,
+    **options: Unpack[RouteOptions],
 ) -> Route:
     """Checks, without calling the network, that these options can give a finite image, and makes
     the route of them.
@@ -70,75 +72,57 @@ def resolve_route(
         num_inference_steps: N. Default: 50.
         own_order: The solver's order that the configuration says, for which its fitted timesteps
             are.
-        timestep_spacing: Default: the fitted timesteps of the configuration if it has N of them,
-            otherwise its spacing.
-        timesteps: The levels themselves, in place of N and a spacing.
-        strength: For image to image: the share of the steps that are walked, the last ones.
-        encodable: Whether levels without signal are moved to the level below, as encoders need.
-        eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
-        order: Of the solver. Default: ``own_order``.
-        clip: How the predicted x0 is kept in range. Default: as the configuration says.
-        sampler: ``ddim``, or an exactly invertible one.
-        analytic: Whether the variance is the analytic one, to be measured later.
-        eps_mean_square: The measured values of the analytic variance.
+        **options: Those of :class:`RouteOptions`.
 
     Raises:
         DDIMError: If options exclude each other or are invalid, eta is too large for these levels,
             or the prediction has no solution at a level.
     """
-    given_order, order = order, check_order(own_order if order is None else order)
-    levels = resolve_timesteps(
-        schedule,
-        config,
-        num_inference_steps,
-        timestep_spacing=timestep_spacing,
-        timesteps=timesteps,
-        is_fitted=order == own_order,
-    )
-    if strength is not None:
+    asked, sampler = options.get("order"), options.get("sampler", "ddim")
+    order = check_order(own_order if asked is None else asked)
+    spacing, timesteps = options.get("timestep_spacing"), options.get("timesteps")
+    is_fitted = order == own_order
+    levels = resolve_timesteps(schedule, config, num_inference_steps, spacing, timesteps, is_fitted)
+    if (strength := options.get("strength")) is not None:
         levels = truncate_timesteps(levels, strength)
-    if encodable:
+    if options.get("encodable"):
         levels = encodable_timesteps(schedule, levels)
     if sampler != "ddim":
         check_start(schedule, levels, ReversibleSampler(sampler))
     route = make_route(
         schedule,
         step_pairs(levels),
-        eta=eta,
+        eta=options.get("eta", 0.0),
         order=order,
-        clip=resolve_clip(config, clip),
+        clip=resolve_clip(config, options.get("clip")),
         sampler=sampler,
-        analytic=analytic,
-        eps_mean_square=eps_mean_square,
+        analytic=options.get("analytic", False),
+        eps_mean_square=options.get("eps_mean_square"),
     )
     alpha_bar_t = schedule.alpha_bar(torch.tensor(levels))
     nothing = torch.zeros_like(alpha_bar_t)
     to_x0_eps(nothing, nothing, alpha_bar_t=alpha_bar_t, prediction_type=config.prediction_type)
     if sampler != "ddim":
-        _check_exact(route, given_order)
+        _check_exact(route, asked)
     return route
 
 
 def resolve_timesteps(
     schedule: NoiseSchedule,
     config: Any,
-    num_inference_steps: int | None = None,
-    *,
-    timestep_spacing: Spacing | None = None,
-    timesteps: Sequence[int] | None = None,
-    is_fitted: bool = False,
+    num_inference_steps: int | None,
+    spacing: Spacing | None,
+    timesteps: Sequence[int] | None,
+    is_fitted: bool,
 ) -> list[int]:
     """The levels that a call with these options visits; ``is_fitted`` lets the fitted timesteps of
     the configuration take part."""
     if timesteps is None:
+        count, total = 50 if num_inference_steps is None else num_inference_steps, len(schedule)
         return configured_timesteps(
-            vars(config),
-            50 if num_inference_steps is None else num_inference_steps,
-            total=len(schedule),
-            spacing=timestep_spacing,
-            use_fitted=is_fitted,
+            vars(config), count, total=total, spacing=spacing, use_fitted=is_fitted
         )
-    if num_inference_steps is not None or timestep_spacing is not None:
+    if num_inference_steps is not None or spacing is not None:
         raise DDIMError(
             "timesteps say which levels are visited; leave out num_inference_steps and "
             "timestep_spacing, or timesteps."
@@ -153,7 +137,7 @@ def resolve_clip(config: Any, clip: ClipOption = None) -> Clip:
 
 def _check_exact(route: Route, order: int | None) -> None:
     """Refuses what a sampler that can be run backwards cannot have."""
-    sampler = route.sampler
+    sampler, kind = route.sampler, route.clip.kind
     if route.eta != 0:
         raise DDIMError(f"{sampler} is deterministic, and needs eta 0; got eta={route.eta}.")
     if route.analytic:
@@ -163,8 +147,7 @@ def _check_exact(route: Route, order: int | None) -> None:
         )
     if order == 2:
         raise DDIMError(f"{sampler} is a solver of its own; leave out order 2, or the sampler.")
-    if route.clip.kind != "none":
+    if kind != "none":
         raise DDIMError(
-            f"{sampler} cannot be run backwards through clipping; use clip none with it (got "
-            f"{route.clip.kind})."
+            f"{sampler} cannot be run backwards through clipping; use clip none (got {kind})."
         )

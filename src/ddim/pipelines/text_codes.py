@@ -49,11 +49,8 @@ class TextCodes(StableDiffusion):
         max_evaluations: int = 60,
         batch_size: int = 16,
     ) -> Code:
-        """Finds the latents at the first level of images under a prompt; :meth:`decode` brings them
-        back, or edits under another one.
-
-        What comes back is the VAE's picture of the image: the VAE itself loses something, its code
-        nothing more.
+        """Finds the latents at the first level of images under a prompt; :meth:`decode` brings back
+        the VAE's picture of them, which its code keeps, or edits them under another prompt.
 
         Args:
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C,
@@ -62,11 +59,9 @@ class TextCodes(StableDiffusion):
                 nearer to noise the code.
             num_inference_steps: N. Default: 50.
             negative_prompt: One text for all, or one an image. Default: the empty text.
-            guidance_scale: 1 by default, unlike a call: guidance stretches the difference of two
-                predictions w times and with it every error of a step, so guided codes of few steps
-                lie far from noise, and ``fixed-point`` may find none.
-            guidance_rescale: How far guided predictions are brought back to the standard deviation
-                of unguided ones, in [0, 1].
+            guidance_scale: 1 by default, unlike a call: guidance enlarges every error of a step, so
+                guided codes of few steps lie far from noise, and ``fixed-point`` may find none.
+            guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
             prompt_embeds: [P, L, D], in place of prompts.
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
             clip_skip: Layers of the text encoder that are left out at its end.
@@ -91,29 +86,18 @@ class TextCodes(StableDiffusion):
         self._require("vae", "unet")
         _refuse_number("encode", "images", prompt)
         place, sides = self._place(), self.image_shape[1:] if resize else picture_size(images)
-        if 0 in sides:
+        pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
+        if len(pictures) == 0:
             raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
-        pictures = from_pictures(images, (int(self.vae.config.in_channels), *sides), resize=resize)
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
-        route = self.route(
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            encodable=True,
-            order=1,
-            clip="none",
-        )
-        size = max(1, batch_size)
-        chunks = [
-            encode_images(self, pictures[i : i + size], place.device).mean
-            for i in range(0, len(pictures), size)
-        ]
-        x0 = torch.cat(chunks) if chunks else pictures
+        levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)
+        chunks = torch.split(pictures, max(1, batch_size))
+        x0 = torch.cat([encode_images(self, chunk, place.device).mean for chunk in chunks])
         denoiser = self._denoisers(len(x0), prompts, guidance)
-        return self._encode(x0, route.timesteps, denoiser, encoder, batch_size=batch_size)
+        return self._encode(x0, levels, denoiser, encoder, batch_size)
 
     @torch.no_grad()
     def decode(
@@ -145,10 +129,8 @@ class TextCodes(StableDiffusion):
             num_inference_steps: Other steps than the code's, which only a code of ``fixed-point``
                 or ``ddim`` takes. Default: the code's.
             negative_prompt: One text for all, or one an image. Default: the empty text.
-            guidance_scale: The encoder's to come back; more than that follows another prompt more
-                closely.
-            guidance_rescale: How far guided predictions are brought back to the standard deviation
-                of unguided ones, in [0, 1].
+            guidance_scale: The encoder's to come back; more follows another prompt more closely.
+            guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
             prompt_embeds: [P, L, D], in place of prompts.
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
             clip_skip: Layers of the text encoder that are left out at its end.
@@ -161,8 +143,7 @@ class TextCodes(StableDiffusion):
             output_type: ``pil``, ``np``, ``pt`` or ``latent``.
 
         Returns:
-            The images: a list of Pillow images, an array [B, H, W, C], a tensor [B, C, H, W] in [0,
-            1], or latents.
+            Pillow images, an array [B, H, W, C] or tensor [B, C, H, W] in [0, 1], or latents.
 
         Raises:
             DDIMError: If the code is of another model, or of other steps, or does not fit.
@@ -172,19 +153,13 @@ class TextCodes(StableDiffusion):
         _refuse_number("decode", "code", prompt)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
-        channels = int(self.unet.config.in_channels)
-        if code.x_T.ndim != 4 or code.x_T.shape[1] != channels:
-            raise DDIMError(
-                f"the model's latents have shape [B, {channels}, h, w]; the code's have "
-                f"{list(code.x_T.shape)}."
-            )
-        levels = self._decoding_timesteps(
-            code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
-        )
+        channels, shape = int(self.unet.config.in_channels), list(code.x_T.shape)
+        if len(shape) != 4 or shape[1] != channels:
+            wanted = f"[B, {channels}, h, w]"
+            raise DDIMError(f"the model's latents have shape {wanted}; the code's have {shape}.")
+        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing, timesteps)
         denoiser = self._denoisers(len(code), prompts, guidance)
-        x = self._decode(
-            code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size
-        )
+        x = self._decode(code, levels, denoiser, callback, progress, batch_size)
         return self._finish(x.float(), output_type, return_dict=True).images
 
     def _denoisers(
@@ -192,14 +167,10 @@ class TextCodes(StableDiffusion):
     ) -> Callable[[slice], ModelDenoiser]:
         """The denoiser of some of ``count`` images, without clipping, which cannot be undone."""
         if prompts.count not in (1, count):
-            raise DDIMError(
-                f"there are {prompts.count} prompts and {count} images; give one prompt for all, "
-                "or one an image."
-            )
+            many = f"there are {prompts.count} prompts and {count} images"
+            raise DDIMError(f"{many}; give one prompt for all, or one an image.")
         place = self._place()
-        cond, uncond = encode_prompts(
-            self, prompts, place=place, scale=guidance.scale, groups=count
-        )
+        cond, uncond = encode_prompts(self, prompts, place, count, guidance.scale)
 
         def denoiser(chosen: slice) -> ModelDenoiser:
             part = Conditions(cond[chosen], None if uncond is None else uncond[chosen])

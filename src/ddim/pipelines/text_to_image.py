@@ -20,7 +20,7 @@ from ddim.core.schedule import add_noise
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.pipelines.base import Callback, Generators, Place
+from ddim.pipelines.base import Callback, Generators, Place, Source
 from ddim.pipelines.routing import ClipOption, Sampler
 
 if not is_transformers_available():
@@ -29,7 +29,7 @@ if not is_transformers_available():
     )
 
 from ddim.pipelines.calls import resolved
-from ddim.pipelines.latent import Given, StepEnd, WalkOptions
+from ddim.pipelines.latent import StepEnd, WalkOptions
 from ddim.pipelines.pictures import check_size, encode_images, prepare_images
 from ddim.pipelines.prompts import GUIDANCE, Guidance, Prompt, Prompts, count_images, given_lengths
 from ddim.pipelines.text_codes import TextCodes
@@ -122,8 +122,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
                 or a tuple of both.
             cross_attention_kwargs: For the network's attention, such as ``scale`` of LoRA weights.
-            guidance_rescale: How far guided predictions are brought back to the standard deviation
-                of unguided ones, in [0, 1].
+            guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
             clip_skip: Layers of the text encoder that are left out at its end.
             callback_on_step_end: diffusers' callback ``(pipe, number, t, tensors)``, which may
                 return other tensors, change the pipe's ``_guidance_scale``, or set its
@@ -133,19 +132,14 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
                 Gives x_T and all later noise.
             timestep_spacing: Which levels are visited. Default: as the configuration says.
             order: 1 DDIM, 2 its multistep. Default: as the configuration says.
-            clip: What happens to the predicted latents. Default: as the configuration says, which
-                is nothing as a rule.
+            clip: What happens to the predicted latents. Default: as the configuration says.
             sampler: ``ddim``, or an exactly invertible one: ``o-belm``, ``bdia``, ``edict`` (eta 0,
                 no clipping).
             guidance_batched: Whether the two predictions of guidance are one batch of the network,
                 or one after the other: slower, in half of the memory.
-            callback: Called with the state of the latents after each step; returning True stops:
-                the images are of its ``x0`` then.
+            callback: Called with the latents' state after each step; True stops, with its ``x0``.
             progress: Whether to show a progress bar.
             **others: What diffusers' call takes beyond these: the call is then diffusers' own.
-
-        Returns:
-            The images.
 
         Raises:
             DDIMError: If options exclude each other or do not fit the checkpoint, or a prediction
@@ -171,14 +165,12 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         """Makes images of prompts along a route of :meth:`route`; the arguments mean what they mean
         in a call."""
         self._check_output_type(options.get("output_type", "pil"))
-        lengths = given_lengths(seeds=seeds, generator=generator, latents=latents)
+        source = Source(seeds, generator)
+        lengths = given_lengths(source, latents)
         groups, each = count_images(prompts.count, None, num_images_per_prompt, lengths)
         shape, place = self._latent_shape(height, width, latents), self._place()
-        x, noise = self._start(
-            groups * each, shape, place, seeds=seeds, generator=generator, latents=latents
-        )
-        given = Given(prompts, guidance, groups, each)
-        return self._draw(route, x, noise, given, place, **options)
+        x, noise = self._start(groups * each, shape, place, source, latents)
+        return self._draw(route, x, noise, prompts, guidance, place, **options)
 
     def _latent_shape(
         self, height: int | None, width: int | None, latents: Tensor | None
@@ -192,10 +184,8 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
         if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
-            raise DDIMError(
-                f"latents must have shape [B, {', '.join(map(str, shape))}]; got "
-                f"{list(latents.shape)}."
-            )
+            wanted = ", ".join(map(str, shape))
+            raise DDIMError(f"latents must have shape [B, {wanted}]; got {list(latents.shape)}.")
         return shape
 
 
@@ -286,9 +276,6 @@ class ImageToImagePipeline(
             progress: Whether to show a progress bar.
             **others: What diffusers' call takes beyond these: the call is then diffusers' own.
 
-        Returns:
-            The images.
-
         Raises:
             DDIMError: If options exclude each other or do not fit the checkpoint or the images, or
                 a prediction is not finite.
@@ -313,40 +300,31 @@ class ImageToImagePipeline(
         self._check_output_type(options.get("output_type", "pil"))
         self._require("vae")
         images = prepare_images(self, image)
-        lengths = given_lengths(seeds=seeds, generator=generator)
+        place, source = self._place(), Source(seeds, generator)
+        lengths = given_lengths(source)
         groups, each = count_images(prompts.count, len(images), num_images_per_prompt, lengths)
-        place = self._place()
-        x0, noise = self._first_latents(
-            images, groups * each, place, seeds=seeds, generator=generator
-        )
+        x0, noise = self._first_latents(images, groups * each, place, source)
         x = add_noise(route.schedule, x0, noise(), route.timesteps[0])
-        given = Given(prompts, guidance, groups, each)
-        return self._draw(route, x, noise, given, place, **options)
+        return self._draw(route, x, noise, prompts, guidance, place, **options)
 
     def _first_latents(
-        self,
-        given: Tensor,
-        count: int,
-        place: Place,
-        *,
-        seeds: Sequence[int] | None,
-        generator: Generators | None,
+        self, given: Tensor, count: int, place: Place, source: Source
     ) -> tuple[Tensor, SeededNoise]:
         """Clean latents [B, C, h, w] of images, drawn from the VAE's posterior, and the stream of
         later noise."""
         is_latent = given.shape[1] != self.vae.config.in_channels
         mean, std = (given.float(), None) if is_latent else encode_images(self, given, place.device)
         shape, mean = mean.shape[1:], mean.to(place.device)
-        noise = self._noise(count, shape, place, seeds=seeds, generator=generator)
+        noise = self._noise(count, shape, place, source)
 
         def for_all(values: Tensor) -> Tensor:
             return values.repeat_interleave(count // len(given), 0).to(noise.dtype)
 
         if std is None:
             return for_all(mean), noise
-        if isinstance(generator, torch.Generator):
+        if isinstance(source.generator, torch.Generator):
             # As diffusers draws from one: for each image that is given, not for each that is made.
-            drawn = self._noise(len(given), shape, place, seeds=None, generator=generator)()
+            drawn = self._noise(len(given), shape, place, source)()
             return for_all(mean + std * drawn), noise
         return for_all(mean) + for_all(std) * noise(), noise
 

@@ -27,7 +27,7 @@ from ddim.models.checkpoints import (
 )
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
-from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators
+from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators, Source
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.inputs import (
     Labels,
@@ -97,12 +97,9 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         Raises:
             CheckpointError: If the model cannot be found or opened, or is of another kind.
         """
-        unknown = sorted(set(hub) - set(HUB_OPTIONS))
-        if unknown:
-            raise TypeError(
-                "UnconditionalPipeline.from_pretrained() got an unexpected keyword argument "
-                f"{unknown[0]!r}"
-            )
+        if unknown := sorted(set(hub) - set(HUB_OPTIONS)):
+            method = "UnconditionalPipeline.from_pretrained()"
+            raise TypeError(f"{method} got an unexpected keyword argument {unknown[0]!r}")
         folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
         index = read_model_index(folder)
         if not is_unconditional(index):
@@ -120,40 +117,28 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'
-        ``save_pretrained``.
-
-        Raises:
-            DDIMError: If the scheduler's configuration says what diffusers does not know.
-        """
+        ``save_pretrained``. A DDIMError refuses a configuration that diffusers does not know."""
         plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
         plain.save_pretrained(save_directory, **options)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the network was trained on.
-
-        Raises:
-            DDIMError: If the network's configuration has no size, or one that the network cannot
-                take.
-        """
+        """(C, H, W) of the images that the network was trained on; a DDIMError if its configuration
+        has no size, or one that it cannot take."""
         return read_image_shape(self.unet)
 
     def denoiser(
         self, batch_size: int, *, class_labels: Labels = None, clip: ClipOption = None
     ) -> ModelDenoiser:
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
-        size.
-
-        Raises:
-            DDIMError: If the labels do not fit the network, or the network is no unconditional one.
-        """
+        size. A DDIMError refuses labels that do not fit, and another kind of network."""
         network = as_network(self.unet, self._labels(class_labels, batch_size))
         return self._model(network, clip, self.unet.dtype)
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
-        """Evaluates the network and drops the result: allocations, and a compilation if there is
-        one, happen here."""
+        """Evaluates the network and drops the result, so that allocations and a compilation happen
+        here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
         label = 0 if takes_labels(self.unet) else None
         self._warm_up(self.denoiser(batch_size, class_labels=label, clip="none"), x)
@@ -211,35 +196,12 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
                 W].
             return_dict: Whether to return an object with ``images``, or a tuple of them.
 
-        Returns:
-            The images.
-
         Raises:
             DDIMError: If options do not fit each other or the network, or its output is not finite.
         """
-        route = self.route(
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            eta=eta,
-            order=order,
-            clip=clip,
-            sampler=sampler,
-            eps_mean_square=eps_mean_square,
-        )
-        return self.draw(
-            route,
-            batch_size=batch_size,
-            seeds=seeds,
-            generator=generator,
-            latents=latents,
-            prior=prior,
-            class_labels=class_labels,
-            callback=callback,
-            progress=progress,
-            output_type=output_type,
-            return_dict=return_dict,
-        )
+        options = {name: value for name, value in locals().items() if name != "self"}
+        route = self._take_route(options)
+        return self.draw(route, **options)
 
     @torch.no_grad()
     def draw(
@@ -263,26 +225,21 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
         )
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
-        channels = int(self.unet.config.in_channels)
-        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
-            raise DDIMError(
-                f"latents must have shape [B, {channels}, H, W]; got {list(latents.shape)}."
-            )
         if latents is not None:
-            check_sides(self.unet, latents.shape[2], latents.shape[3], "the latents' size")
+            channels, given = int(self.unet.config.in_channels), list(latents.shape)
+            if len(given) != 4 or given[1] != channels:
+                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {given}.")
+            check_sides(self.unet, given[2], given[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
-        x, noise = self._start(
-            count, shape, self._place(), seeds=seeds, generator=generator, latents=latents
-        )
+        x, noise = self._start(count, shape, self._place(), Source(seeds, generator), latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError(
-                    "latents are x_T itself, and a prior changes what x_T is drawn from; leave out "
-                    "one of them."
+                    "latents are x_T, and a prior changes what x_T is drawn from; leave out one."
                 )
             x = prior.start(x, route.schedule.alpha_bar(route.timesteps[0]))
         states = self._states(denoise, x, route, noise)
-        x = self._walk(states, x, len(route), callback=callback, progress=progress)
+        x = self._walk(states, x, len(route), callback, progress)
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -332,23 +289,14 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         x0 = from_pictures(images, self.image_shape, resize=resize)
-        route = self.route(
-            num_inference_steps,
-            timestep_spacing=timestep_spacing,
-            timesteps=timesteps,
-            encodable=True,
-            order=1,
-            clip="none",
-        )
+        levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)
         labels = self._labels(class_labels, len(x0))
 
         def denoiser(chosen: slice) -> ModelDenoiser:  # clipping cannot be undone
             part = None if labels is None else labels[chosen]
             return self.denoiser(len(x0[chosen]), class_labels=part, clip="none")
 
-        return self._encode(
-            x0, route.timesteps, denoiser, encoder, batch_size=batch_size, labels=labels
-        )
+        return self._encode(x0, levels, denoiser, encoder, batch_size, labels)
 
     @torch.no_grad()
     def decode(
@@ -391,9 +339,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             part = code[chosen]
             return self.denoiser(len(part), class_labels=part.labels, clip="none")
 
-        x = self._decode(
-            code, levels, denoiser, callback=callback, progress=progress, batch_size=batch_size
-        )
+        x = self._decode(code, levels, denoiser, callback, progress, batch_size)
         self.maybe_free_model_hooks()
         return self._finish(x, output_type)
 
@@ -406,20 +352,12 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         timesteps: Sequence[int] | None = None,
     ) -> list[int]:
         """The levels that :meth:`decode` visits with these options, once it is known that the code
-        fits this model and them.
-
-        Raises:
-            DDIMError: As :meth:`decode`, before anything is evaluated.
-        """
+        fits this model and them; its DDIMErrors come here, before anything is evaluated."""
         check_code(code)
-        if tuple(code.x_T.shape[1:]) != self.image_shape:
-            raise DDIMError(
-                f"the model's latents have shape {list(self.image_shape)}; the code's have "
-                f"{list(code.x_T.shape[1:])}."
-            )
-        levels = self._decoding_timesteps(
-            code, num_inference_steps, timestep_spacing=timestep_spacing, timesteps=timesteps
-        )
+        own, shape = list(self.image_shape), list(code.x_T.shape[1:])
+        if shape != own:
+            raise DDIMError(f"the model's latents have shape {own}; the code's have {shape}.")
+        levels = self._decoding_timesteps(code, num_inference_steps, timestep_spacing, timesteps)
         if code.labels is None and takes_labels(self.unet):
             raise DDIMError(
                 "the network is class-conditional, and the code has no classes; encode with "
