@@ -72,9 +72,9 @@ class Encoding:
     Attributes:
         x_T: The latent, shape [B, ...].
         evaluations: Network calls an image.
-        residual: The largest distance (root mean square over elements, in units of x) by which a
-            sampling step from the state found misses the state before, over all steps, shape [B].
-            None for the explicit encoder, which checks nothing.
+        residual: The largest distance (root mean square over elements) by which a sampling step
+            from a state that was found misses the state before, shape [B]; None for the explicit
+            encoder, which checks nothing.
     """
 
     x_T: Tensor

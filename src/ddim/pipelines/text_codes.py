@@ -120,8 +120,7 @@ class TextCodes(StableDiffusion):
         batch_size: int = 16,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
     ) -> Any:
-        """Brings the images of a code back under the prompt that they were encoded with, or edits
-        them under another one.
+        """Brings the images of a code back under their own prompt, or edits them under another.
 
         Args:
             code: From :meth:`encode`, of this model.

@@ -192,8 +192,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             sampler: ``ddim``; or ``o-belm``, ``bdia`` or ``edict``, which are exactly invertible.
             callback: Called with the state after each step; True stops, with its ``x0``.
             progress: Whether to show a progress bar.
-            output_type: ``pil``; or float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H,
-                W].
+            output_type: ``pil``, or float32 in [0, 1]: ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
             return_dict: Whether to return an object with ``images``, or a tuple of them.
 
         Raises:
