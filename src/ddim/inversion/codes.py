@@ -182,17 +182,8 @@ def check_code(code: Any) -> None:
 
 
 def check_origin(code: Code, origin: Mapping[str, str]) -> None:
-    """Refuses a decoder that is not the code's own.
-
-    Args:
-        code: To be decoded.
-        origin: Fingerprints of the decoder; what the code or the decoder does not name may be
-            anything.
-
-    Raises:
-        DDIMError: If they differ, and in what: the dtype first, since it changes the network's
-            fingerprint too.
-    """
+    """Refuses a decoder whose fingerprints are not the code's, with a DDIMError; what one of both
+    does not name may be anything. The dtype goes first, since it changes the network's too."""
     shared = [name for name in origin if name in code.origin]
     for name in sorted(shared, key=lambda name: name != "dtype"):
         there, here = code.origin[name], origin[name]
@@ -219,13 +210,8 @@ def decoding_timesteps(
         timesteps: Falling. Default: the code's own.
         schedule: The levels.
 
-    Returns:
-        Falling levels from ``code.timesteps[0]``, as many as were asked for where all others are
-        below it.
-
     Raises:
-        DDIMError: If the timesteps are invalid, or a pair of states is to be decoded with other
-            steps than its own.
+        DDIMError: If the timesteps are invalid, or not those of a code that is a pair of states.
     """
     if timesteps is None:
         return code.timesteps

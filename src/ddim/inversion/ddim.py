@@ -91,8 +91,7 @@ def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> li
         timesteps: Falling, as :func:`ddim.core.timesteps.select_timesteps` gives them.
 
     Returns:
-        Falling levels with alpha_bar above 0; as many, unless the level below was in the list
-        already.
+        Falling levels with alpha_bar above 0; as many, unless the level below was in the list.
 
     Raises:
         DDIMError: If nothing is left.

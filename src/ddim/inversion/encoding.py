@@ -160,8 +160,7 @@ def encode(
 
     Raises:
         DDIMError: If the method is unknown.
-        DivergenceError: If what it found is not finite, or so large that float64 cannot bring the
-            data back.
+        DivergenceError: If the code is not finite, or too large for float64 to bring the data back.
     """
     encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
     return encoder.encode(denoise, x0, timesteps, schedule=schedule, labels=labels, origin=origin)
@@ -243,9 +242,7 @@ def reconstruction_error(images: Tensor, reconstructions: Tensor) -> Tensor:
         DDIMError: If the shapes differ.
     """
     if images.shape != reconstructions.shape:
-        raise DDIMError(
-            f"images and reconstructions must have one shape; got {list(images.shape)} and "
-            f"{list(reconstructions.shape)}."
-        )
+        shapes = f"{list(images.shape)} and {list(reconstructions.shape)}"
+        raise DDIMError(f"images and reconstructions must have one shape; got {shapes}.")
     difference = images.double().clamp(-1, 1) - reconstructions.double().clamp(-1, 1)
     return (difference / 2).flatten(1).square().mean(1)

@@ -156,8 +156,6 @@ def bdia_coefficients(alpha_bar: Tensor, gamma: float = 1.0) -> TwoStep:
 
 
 class _Path(NamedTuple):
-    """The levels of a trajectory, counted away from the data."""
-
     levels: list[int]  # CLEAN, then the timesteps, rising
     alpha_bar: Tensor  # of each, [N+1] float64
 
@@ -194,10 +192,9 @@ def reversible_trajectory(
     schedule: NoiseSchedule,
     sampler: ReversibleSampler = ReversibleSampler(),
 ) -> Iterator[State]:
-    """Samples: from one latent to data, yielding the state after every step. Autograd records it
-    all, unless it is looped over under ``torch.no_grad()``.
-
-    Two-step methods begin with a step of DDIM; EDICT with two equal copies.
+    """Samples: from one latent to data, yielding the state after every step. Two-step methods begin
+    with a step of DDIM; EDICT with two equal copies. Autograd records it all, unless it is looped
+    over under ``torch.no_grad()``.
 
     Args:
         denoise: (x_t, t) -> (x0, eps), without clipping.

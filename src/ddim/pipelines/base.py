@@ -151,25 +151,19 @@ class Sampling:
         order: int | None = None,
     ) -> list[int]:
         """The levels that a call with these options visits, unchecked against the others of
-        :meth:`route`.
-
-        Raises:
-            DDIMError: If the options exclude each other, or are invalid.
-        """
+        :meth:`route`; a DDIMError if they exclude each other, or are invalid."""
         is_fitted = self.select_order(order) == self.select_order()
         options = (num_inference_steps, timestep_spacing, timesteps, is_fitted)
         return resolve_timesteps(self.noise_schedule, self._options, *options)
 
     def select_order(self, order: int | None = None) -> int:
-        """The order of the solver that a call with this option uses. Default: as the scheduler's
-        configuration says."""
+        """The order of the solver that a call uses. Default: as the configuration says."""
         if order is None:  # another class's solver_order is not DDIM's
             order = self._options.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
         return check_order(order)
 
     def select_clip(self, clip: ClipOption = None) -> Clip:
-        """How a call with this option keeps the predicted x0 in range. Default: as the scheduler's
-        configuration says."""
+        """How a call keeps the predicted x0 in range. Default: as the configuration says."""
         return resolve_clip(self._options, clip)
 
     def _model(

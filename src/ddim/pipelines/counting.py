@@ -8,12 +8,8 @@ __all__ = ["NetworkCalls"]
 
 
 class NetworkCalls:
-    """Counts, while it is held by ``with``, for how many images a network is called.
-
-    Args:
-        network: Any module whose first argument is a batch.
-        before: Called before each call; it may raise, to stop a walk there.
-    """
+    """Counts, while it is held by ``with``, for how many images a network is called, whose first
+    argument is a batch. ``before`` goes before each call; it may raise, to stop a walk there."""
 
     def __init__(self, network: nn.Module, before: Callable[[], None]) -> None:
         self.images = 0

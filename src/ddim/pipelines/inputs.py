@@ -94,15 +94,14 @@ def as_labels(unet: Any, class_labels: Labels, count: int, device: torch.device)
             f"class_labels must be one number for all images, or one for each of {count}; got "
             f"shape {list(labels.shape)}."
         )
-    labels = labels.expand(count).contiguous().to(device)
-    if classes is not None and (
-        labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any())
-    ):
-        raise DDIMError(
-            f"class_labels must be whole numbers from 0 to {classes - 1}; got "
-            f"{torch.as_tensor(class_labels).tolist()}."
-        )
-    return labels
+    if classes is not None:
+        is_outside = bool(((labels < 0) | (labels >= classes)).any())
+        if is_outside or labels.is_floating_point():
+            given = labels.tolist()
+            raise DDIMError(
+                f"class_labels must be whole numbers from 0 to {classes - 1}; got {given}."
+            )
+    return labels.expand(count).contiguous().to(device)
 
 
 def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:

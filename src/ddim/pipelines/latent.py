@@ -63,7 +63,6 @@ class StableDiffusion(Coding):
     vae_scale_factor: int
     safety_checker: Any
     run_safety_checker: Callable[..., Any]
-    maybe_free_model_hooks: Callable[[], None]
     set_progress_bar_config: Callable[..., None]
     _callback_tensor_inputs: list[str]
 

@@ -189,8 +189,7 @@ class _RowsGroupNorm(nn.GroupNorm):
 
 
 class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
-    """Plain attention of few tokens by products of small matrices, and all other by torch's
-    kernel."""
+    """Plain attention of few tokens by products of small matrices; torch's kernel for the rest."""
 
     def __call__(  # diffusers passes only what is named here
         self,

@@ -26,19 +26,15 @@ class Pipeline(Protocol):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Makes images."""
-        ...
 
     def to(self, *args: Any, **options: Any) -> Self:
         """Moves the parts to a device or a dtype, and returns the pipeline."""
-        ...
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes the pipeline to a folder."""
-        ...
 
     def __getattr__(self, name: str) -> Any:
         """Any other attribute of the pipeline's own kind."""
-        ...
 
 
 class DiffusionPipeline:

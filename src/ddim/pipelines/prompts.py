@@ -125,12 +125,8 @@ class Prompts:
         return _listed(self.prompt, 1)
 
     def negative_texts(self) -> list[str] | None:
-        """One negative prompt a prompt; None where there is none.
-
-        Raises:
-            DDIMError: If there are more or fewer negative prompts or embeddings than prompts, or
-                embeddings of both kinds differ in shape.
-        """
+        """One negative prompt a prompt; None where there is none. A DDIMError if there are more or
+        fewer of them or their embeddings, or embeddings of both kinds differ in shape."""
         count, embeds = self.count, self.negative_prompt_embeds
         texts = _listed(self.negative_prompt, count)
         for name, given in (("negative_prompt", texts), ("negative_prompt_embeds", embeds)):
@@ -179,20 +175,14 @@ def _check_embeds(pipe: Any, name: str, embeds: object) -> None:
 def count_images(
     prompts: int, images: int | None, per_prompt: int | None, lengths: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Settles how many images a call makes.
+    """Settles how many (prompt, image) groups there are, one prompt or image standing for all, and
+    how many images are made of each; a DDIMError if the numbers do not go together.
 
     Args:
         prompts: How many there are.
         images: How many images are given; None without image-to-image.
         per_prompt: How many are made of each. Default: as many as ``lengths`` ask for, else one.
         lengths: How many seeds, generators and latents there are, one for each made image.
-
-    Returns:
-        The number of (prompt, image) groups, one prompt or image standing for all; and of images
-        made of each group.
-
-    Raises:
-        DDIMError: If they do not go together.
     """
     groups = max(prompts, images or 1)
     if prompts not in (1, groups) or (images or 1) not in (1, groups):

@@ -55,8 +55,8 @@ class TextCodes(StableDiffusion):
         Args:
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C,
                 H, W].
-            prompt: What the images show: one text for all, or one an image; the better it fits, the
-                nearer to noise the code.
+            prompt: One text for all, or one an image; the better it fits, the nearer the code is to
+                noise.
             num_inference_steps: N. Default: 50.
             negative_prompt: One text for all, or one an image. Default: the empty text.
             guidance_scale: 1 by default, unlike a call: guidance enlarges every error of a step, so
@@ -69,8 +69,8 @@ class TextCodes(StableDiffusion):
             method: One of the table in :mod:`ddim.inversion.encoding`.
             timestep_spacing: Default: as the scheduler's configuration says.
             timesteps: The levels themselves, in place of N and a spacing.
-            resize: Whether images of another size than the network's are resized (shorter side) and
-                cut; otherwise any size is taken that the VAE takes.
+            resize: Whether images are resized (shorter side) and cut to the network's size;
+                otherwise any size is taken that the VAE takes.
             gamma: For ``bdia``.
             mixing: For ``edict``.
             tolerance: For ``fixed-point``.

@@ -125,8 +125,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
             clip_skip: Layers of the text encoder that are left out at its end.
             callback_on_step_end: diffusers' callback ``(pipe, number, t, tensors)``, which may
-                return other tensors, change the pipe's ``_guidance_scale``, or set its
-                ``_interrupt``.
+                return other tensors, change the pipe's ``_guidance_scale``, set its ``_interrupt``.
             callback_on_step_end_tensor_inputs: Which tensors it is given.
             seeds: One an image; the image of a seed and a prompt does not depend on the others.
                 Gives x_T and all later noise.

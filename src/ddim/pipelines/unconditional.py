@@ -220,15 +220,14 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
     ) -> Any:
         """Makes images along a route of :meth:`route`; other arguments are those of a call."""
         self._check_output_type(output_type)
-        count = count_images(
-            batch_size, seeds=seeds, generator=generator, latents=latents, class_labels=class_labels
-        )
+        given = {"seeds": seeds, "generator": generator, "latents": latents}
+        count = count_images(batch_size, **given, class_labels=class_labels)
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
         if latents is not None:
-            channels, given = int(self.unet.config.in_channels), list(latents.shape)
-            if len(given) != 4 or given[1] != channels:
-                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {given}.")
-            check_sides(self.unet, given[2], given[3], "the latents' size")
+            channels, sizes = int(self.unet.config.in_channels), list(latents.shape)
+            if len(sizes) != 4 or sizes[1] != channels:
+                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
+            check_sides(self.unet, sizes[2], sizes[3], "the latents' size")
         shape = self.image_shape if latents is None else latents.shape[1:]
         x, noise = self._start(count, shape, self._place(), Source(seeds, generator), latents)
         if prior is not None:
