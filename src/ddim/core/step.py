@@ -102,7 +102,9 @@ def check_eta(eta: Eta) -> Eta:
 def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
     """Returns the order of the solver; a DDIMError refuses an unknown one, and noise at order 2."""
     if order not in ORDERS:
-        raise DDIMError(f"the order of the solver must be 1 (DDIM) or 2; got {order!r}.")
+        raise DDIMError(
+            f"the order of the solver must be 1 (DDIM) or 2 (multistep); got {order!r}."
+        )
     flow = "order 2 solves the deterministic flow and draws no noise"
     if order == 2 and eta != 0:
         raise DDIMError(f"{flow}; got eta={eta}, so use eta=0, or order 1.")

@@ -93,7 +93,7 @@ class Brightness:
         rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
         weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
         mean = rows.mean(0)
-        # Without the directions along which no image deviates: there the mean is the best prediction.
+        # Along directions in which no image deviates the mean is the best prediction.
         _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
         std = singular / (len(images) - 1) ** 0.5
         bright = rows @ weights

@@ -208,8 +208,8 @@ def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
 
 
 def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
-    """Moves all levels by Gauss-Newton steps until two in a row do not help. After one that does not
-    the next is shorter (Levenberg), and each corrects the derivatives (Broyden)."""
+    """Moves all levels by Gauss-Newton steps until two in a row do not help; after one of these the
+    next is shorter (Levenberg), and each corrects the derivatives (Broyden)."""
     total = len(walks.schedule)
     reach = _reach(best.levels, total if walks.order == 2 else torch.inf) @ hats.T / hats.sum(1)
     slopes, rows = torch.zeros(len(hats), *best.difference.shape), torch.linalg.pinv(hats)
