@@ -238,7 +238,7 @@ def test_the_analytic_variance_draws_noise_at_eta_zero_and_refuses_what_it_canno
         ),
         (
             {"eps_mean_square": eps_mean_square, "noise": draw, "order": 2},
-            "draws no noise; use order 1, or leave out eps_mean_square",
+            "order 2 solves the deterministic flow, and the analytic variance draws noise",
         ),
         (
             {"eps_mean_square": eps_mean_square, "noise": draw, "eta": SIGMA_HAT},

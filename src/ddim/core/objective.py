@@ -78,7 +78,9 @@ def draw_timesteps(
 
 
 def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) -> Tensor:
-    r"""Adds one normal number an image and channel: :math:`\epsilon + s\,\xi\,\mathbf 1`.
+    r"""Adds to the noise one normal number an image and channel, for a variance of 1 + s^2.
+
+    .. math:: \epsilon \leftarrow \epsilon + s\,\xi\,\mathbf 1
 
     It teaches brightness to a model whose schedule leaks it at the last level. No sampler draws
     such noise, so training and sampling then differ; with zero terminal SNR there is no leak to

@@ -35,7 +35,7 @@ x0 implies."""
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The coefficients (a, b, c, d, e, f) of all levels, [6, T], without last rows that are all 0;
+    """The coefficients (a, b, c, d, e, f) of all levels, [6, T] without trailing rows of 0;
     the plan's multistep; and the columns that integers have asked for."""
 
     mode: _Mode

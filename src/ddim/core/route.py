@@ -108,8 +108,8 @@ def make_route(
     """Computes the coefficients of a route, whose attributes the options are.
 
     ``pairs`` come from :func:`ddim.core.timesteps.step_pairs`, or reversed (eta = 0). At order 2
-    the first step and the step to clean data are DDIM's, unless ``before`` gives the level of a
-    step before the first. ``eps_mean_square`` implies ``analytic``.
+    the step to clean data is DDIM's, and so is the first, unless ``before`` gives the level of a
+    step before it. ``eps_mean_square`` implies ``analytic``.
 
     Raises:
         DDIMError: If eta or order is invalid or does not fit these levels, if ``eps_mean_square``

@@ -164,9 +164,9 @@ class NoiseSchedule:
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         """Looks up alpha_bar at integers t in [-1, T), where -1 is clean data; shape of t, float64
         on the CPU."""
-        other = isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-        if isinstance(t, Tensor) and (other or t.dtype == torch.bool):
-            raise DDIMError(f"timesteps must be integers; got a tensor of {t.dtype}.")
+        dtype = t.dtype if isinstance(t, Tensor) else torch.int64
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise DDIMError(f"timesteps must be integers; got a tensor of {dtype}.")
         levels = torch.as_tensor(t, dtype=torch.int64, device="cpu")
         if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
             allowed = f"[-1, {len(self)}), where -1 is clean data"

@@ -105,11 +105,12 @@ def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
         raise DDIMError(
             f"the order of the solver must be 1 (DDIM) or 2 (multistep); got {order!r}."
         )
-    flow = "order 2 solves the deterministic flow and draws no noise"
+    flow = "order 2 solves the deterministic flow"
     if order == 2 and eta != 0:
-        raise DDIMError(f"{flow}; got eta={eta}, so use eta=0, or order 1.")
+        raise DDIMError(f"{flow} and draws no noise; got eta={eta}, so use eta=0, or order 1.")
     if order == 2 and analytic:
-        raise DDIMError(f"{flow}; use order 1, or leave out eps_mean_square.")
+        advice = "use order 1, or leave out eps_mean_square"
+        raise DDIMError(f"{flow}, and the analytic variance draws noise; {advice}.")
     return order
 
 
@@ -211,7 +212,7 @@ def ddim_step(
         alpha_bar_s: Level to reach, same shape; 1 is clean. Above alpha_bar_t unless eta is 0.
         eta: See :data:`Eta`.
         eps_mean_square: For the analytic variance, as in :func:`step_coefficients`.
-        noise: Standard normal z, shape [B, ...]. Needed unless eta is 0 and nothing is analytic.
+        noise: Standard normal z, shape [B, ...]. Needed if eta is not 0 or the variance analytic.
 
     Raises:
         DDIMError: If eta is invalid, or noise is missing.

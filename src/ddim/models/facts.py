@@ -165,7 +165,7 @@ def _scheduler_file(folder: Path) -> Path:
         if place.is_file():
             return place
     read_model_index(folder)  # says what else the folder may be
-    raise CheckpointError(f"{folder} has no scheduler/{_CONFIG}, so no noise schedule to look at.")
+    raise CheckpointError(f"{folder} holds no scheduler/{_CONFIG}, so no noise schedule to see.")
 
 
 def _facts(folder: Path, latent: bool, training: dict[str, Any] | None) -> ModelFacts:

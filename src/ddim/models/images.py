@@ -142,7 +142,8 @@ def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     has an alpha channel, and 16 bits are cut to their upper 8. A DataError refuses floating-point
     pixels, whose range is unknown."""
     if picture.mode == "F":
-        raise DataError("the image has floating-point pixels; convert it to 8 bits.")
+        what = "floating-point pixels of unknown range"
+        raise DataError(f"the image has {what}; convert it to 8 bits.")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         # convert("L") would cut 16 bits off at 255.
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
