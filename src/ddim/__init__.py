@@ -1,7 +1,7 @@
 """Denoising diffusion implicit models: trained, sampled, inverted, interpolated and judged.
 
-``ddim.X`` is every public name. ``__init__.pyi`` lists the names with their modules, and each is loaded when it is first
-used, so ``import ddim`` loads neither torch nor diffusers.
+``ddim.X`` is every public name. ``__init__.pyi`` lists the names with their modules, and each is
+loaded when it is first used, so ``import ddim`` loads neither torch nor diffusers.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
-"""What a scheduler's configuration says: its defaults, levels, timesteps and clipping, of which
-family it is, whether its values can be used, and what was given in it.
+"""What a scheduler's configuration says: its defaults, levels, timesteps, clipping and family,
+whether its values can be used, and what was given in it.
 
-A configuration is a mapping, as ``scheduler_config.json`` holds it and as ``vars`` of a scheduler's
-``config`` is. Absent keys mean what they mean in diffusers."""
+A configuration is a mapping, as in ``scheduler_config.json`` or as ``vars`` of a scheduler's
+``config``. Absent keys mean what they mean in diffusers."""
 
 import difflib
 import inspect
@@ -54,8 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
     "rescale_betas_zero_snr": False,
 }
-"""What absent keys mean in diffusers' DDIM, which is what a DDIM pipeline makes of any
-configuration."""
+"""What absent keys mean in diffusers' DDIM, as which a DDIM pipeline reads any configuration."""
 
 LEVEL_OPTIONS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 """The options that name a schedule of betas."""
@@ -65,8 +64,8 @@ PIXEL_MODEL: dict[str, Any] = {
     "clip_sample": False,
     "timestep_spacing": "trailing",
 }
-"""DDPM's levels with this project's way of sampling them: what is assumed of a network that comes
-without a scheduler, and what training and conversion begin with."""
+"""DDPM's levels as this project samples them: what is assumed of a network without a scheduler, and
+what training and conversion begin with."""
 
 _NATIVE = ("linear", "scaled_linear", "squaredcos_cap_v2")  # schedules that diffusers' DDIM knows
 
@@ -82,10 +81,7 @@ _FAMILY = frozenset(f"{name}Scheduler" for name in _FAMILY_NAMES.split())
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
     """Says, as the end of a sentence, what a scheduler is that DDIM cannot follow; None for DDIM's
-    own family.
-
-    A scheduler in memory has no ``_class_name`` in its configuration: then the options tell.
-    """
+    family. Without a ``_class_name``, as in memory, the options tell."""
     kind = None if config.get("_class_name") is None else str(config["_class_name"])
     name = kind or "scheduler"
     marks = ("shift", "sigma_data", "sigma_min", "beta_max")
@@ -101,12 +97,9 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
             "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
             "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    is_other = others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY
-    if is_other:
-        return (
-            f"a {name}, which has no noise schedule of discrete betas for DDIM to follow; use "
-            "diffusers' own pipeline for it."
-        )
+    if others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY:
+        why = "has no noise schedule of discrete betas for DDIM to follow"
+        return f"a {name}, which {why}; use diffusers' own pipeline for it."
     return None
 
 
@@ -114,20 +107,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_fraction(value: object) -> bool:
-    return _is_number(value) and 0 <= value <= 1  # type: ignore[operator]
-
-
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and 1 <= value <= 1_000_000
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_betas(value: Any) -> bool:
@@ -137,37 +122,31 @@ def _is_betas(value: Any) -> bool:
 
 _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
+_FRACTION: _Rule = ("a number from 0 to 1", _is_fraction)
+_POSITIVE: _Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_COUNT = "a whole number from 1 to 1000000"
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": ("a whole number from 1 to 1000000", _is_count),
-    "beta_start": ("a number from 0 to 1", _is_fraction),
-    "beta_end": ("a number from 0 to 1", _is_fraction),
+    "num_train_timesteps": (_COUNT, lambda value: _is_whole(value) and 1 <= value <= 1_000_000),
+    **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), _FRACTION),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
     "trained_betas": ("null or a list of numbers from 0 to 1", _is_betas),
-    "clip_sample": _SWITCH,
-    "thresholding": _SWITCH,
-    "set_alpha_to_one": _SWITCH,
+    **dict.fromkeys(("clip_sample", "thresholding", "set_alpha_to_one"), _SWITCH),
     "rescale_betas_zero_snr": _SWITCH,
     "steps_offset": ("a whole number", _is_whole),
-    "clip_sample_range": ("a number above 0", _is_positive),
-    "sample_max_value": ("a number above 0", _is_positive),
-    "dynamic_thresholding_ratio": ("a number from 0 to 1", _is_fraction),
+    **dict.fromkeys(("clip_sample_range", "sample_max_value"), _POSITIVE),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
 }
 
 
 def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses values that cannot be meant, as a file may hold them, with a DDIMError; keys that are
-    absent, or not DDIM's, are not looked at."""
+    """Refuses invalid values of DDIM's options, as a file may hold them, with a DDIMError."""
     for name, (what, fits) in _RULES.items():
-        if name in config and not fits(config[name]):
-            raise DDIMError(f"{name} must be {what}; got {_brief(config[name])}.")
-
-
-def _brief(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        if name in config and not fits(value := config[name]):
+            text = "null" if value is None else repr(value)
+            short = text if len(text) <= 80 else f"{text[:77]}..."
+            raise DDIMError(f"{name} must be {what}; got {short}.")
 
 
 def configured_betas(config: Mapping[str, Any]) -> Tensor:
@@ -175,20 +154,13 @@ def configured_betas(config: Mapping[str, Any]) -> Tensor:
     config = {**DEFAULTS, **config}
     if config["trained_betas"] is not None:
         return torch.as_tensor(np.asarray(config["trained_betas"]), dtype=torch.float64)
-    return make_betas(
-        config["beta_schedule"],
-        config["num_train_timesteps"],
-        beta_start=config["beta_start"],
-        beta_end=config["beta_end"],
-    )
+    kind, total = config["beta_schedule"], config["num_train_timesteps"]
+    return make_betas(kind, total, beta_start=config["beta_start"], beta_end=config["beta_end"])
 
 
 def noise_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The levels that a configuration describes, float64.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown, or a beta lies outside [0, 1].
-    """
+    """The levels that a configuration describes, float64; a DDIMError refuses an unknown beta
+    schedule, and betas outside [0, 1]."""
     betas = configured_betas(config)
     betas = rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr") else betas
     return NoiseSchedule.from_betas(betas, set_alpha_to_one=config.get("set_alpha_to_one", True))
@@ -203,16 +175,12 @@ def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
 
 
 def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:
-    """The lists in ``config["fitted_timesteps"]``, which must be a list of lists: one of N levels is
-    visited when N steps are asked for."""
+    """The lists in ``config["fitted_timesteps"]``; that of N levels is visited in N steps."""
     lists = config.get("fitted_timesteps") or []
-    if not isinstance(lists, (list, tuple)) or not all(
-        isinstance(levels, (list, tuple)) for levels in lists
-    ):
-        raise DDIMError(
-            "fitted_timesteps must be a list of lists of levels, such as [[999, 500], [999, 700, "
-            f"300]]; got {lists!r}."
-        )
+    kinds = (list, tuple)
+    if not isinstance(lists, kinds) or not all(isinstance(levels, kinds) for levels in lists):
+        wanted = "a list of lists of levels, such as [[999, 500], [999, 700, 300]]"
+        raise DDIMError(f"fitted_timesteps must be {wanted}; got {lists!r}.")
     return [list(levels) for levels in lists]
 
 
@@ -257,7 +225,7 @@ def configured_timesteps(
 def select_clip(
     config: Mapping[str, Any], kind: Literal["none", "static", "dynamic"] | None = None
 ) -> Clip:
-    """How the predicted x0 is kept in range. Default kind: the one that the configuration says."""
+    """How the predicted x0 is kept in range. Default kind: the configuration's."""
     config = {**DEFAULTS, **config}
     if kind is None:
         is_static = config["clip_sample"]
@@ -268,39 +236,33 @@ def select_clip(
 
 def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     """The configuration of a scheduler of that class, in which only what is at its default counts
-    as not given.
-
-    diffusers' list of options that were not given, which another class does not take over, also
-    holds those that were given by position or changed later."""
+    as not given: diffusers' list of what another class does not take over also holds options that
+    were given by position or changed later."""
     if "_use_default_values" not in config:
         return dict(config)
     defaults = inspect.signature(scheduler).parameters
-    unset = [
-        name
-        for name in config["_use_default_values"]
-        if name not in defaults or _is(config.get(name), defaults[name].default)
-    ]
-    return {**config, "_use_default_values": unset}
+
+    def is_unset(name: str) -> bool:
+        if name not in defaults:
+            return True
+        value, default = config.get(name), defaults[name].default
+        return value is default or (type(value) is type(default) and bool(value == default))
+
+    return {**config, "_use_default_values": [*filter(is_unset, config["_use_default_values"])]}
 
 
 def unknown_options(
     names: Iterable[str], scheduler: type, family: Callable[[], Iterable[type]]
 ) -> list[str]:
-    """A sentence for each name that is an option neither of a scheduler nor of any in its
-    family."""
+    """A sentence for each name that is no option of a scheduler, nor of any in its family."""
     own = [name for name in inspect.signature(scheduler).parameters if name != "kwargs"]
     strange = [name for name in names if name not in own]
     if not strange:
         return []
     others = {name for kind in family() for name in inspect.signature(kind).parameters}
     sentences = []
-    for name in strange:
-        if name not in others:
-            near = difflib.get_close_matches(name, own, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            sentences.append(f"{scheduler.__name__} has no option {name!r} and ignores it{hint}")
+    for name in (name for name in strange if name not in others):
+        near = difflib.get_close_matches(name, own, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        sentences.append(f"{scheduler.__name__} has no option {name!r} and ignores it{hint}")
     return sentences
-
-
-def _is(value: object, default: object) -> bool:
-    return value is default or (type(value) is type(default) and bool(value == default))

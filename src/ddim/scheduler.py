@@ -117,10 +117,8 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
             return super()._clip()
         if (largest := self.config.sample_max_value) < 1:
             # Accepted by diffusers, where every threshold is then cut to it.
-            log_once(
-                f"sample_max_value={largest} is below 1, so thresholding clamps to it and divides "
-                "by it at every step."
-            )
+            effect = "thresholding clamps to it and divides by it at every step"
+            log_once(f"sample_max_value={largest} is below 1, so {effect}.")
             return functools.partial(_clamp_and_divide, bound=largest)
         return select_clip(vars(self.config), "dynamic")
 
@@ -182,15 +180,12 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         eta: Eta = 0.0,
         use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """The mean of :meth:`step` for each sample at its own timestep [B]
-        (DDIMParallelScheduler's protocol); the caller adds the noise that eta takes from the
-        direction."""
+        """The mean of :meth:`step` for each sample at its own timestep [B], as of diffusers'
+        DDIMParallelScheduler; the caller adds the noise that eta takes from the direction."""
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
         if self.config.solver_order != 1:
-            raise DDIMError(
-                "samples that are stepped in parallel have no step before them; use solver_order=1."
-            )
+            raise DDIMError("parallel samples have no step before them; use solver_order=1.")
         plan, table = self._find_plan(eta, use_clipped_model_output, sample)
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
@@ -212,8 +207,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
                 as T - 1.
 
         Returns:
-            The noisy samples, shape [B, ...], in the samples' dtype. Half precision is computed in
-            float32 and rounded once.
+            The noisy samples [B, ...] in the samples' dtype; half precision is rounded once.
 
         Raises:
             DDIMError: If a level that the host can see is no whole number in [0, T).
@@ -225,7 +219,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     def get_velocity(
         self, sample: Tensor, noise: Tensor, timesteps: int | Sequence[int] | Tensor
     ) -> Tensor:
-        r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as
+        r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; see
         :meth:`add_noise`."""
         x0, noise, alpha, sigma = self._read_levels().signal_and_noise(timesteps, sample, noise)
         return (noise * alpha).addcmul_(x0, sigma, value=-1).to(sample.dtype)
@@ -244,16 +238,11 @@ def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor
     """The noise of a step, as diffusers draws it."""
     if given is not None:
         if generator is not None:
-            raise DDIMError(
-                "Cannot pass both generator and variance_noise. Please make sure that either "
-                "`generator` or `variance_noise` stays `None`."
-            )
+            raise DDIMError("Cannot pass both generator and variance_noise; leave out one of them.")
         return given
     if isinstance(generator, (list, tuple)) and len(generator) != x.shape[0]:
-        raise DDIMError(
-            f"a list of generators must have one for each of the {x.shape[0]} samples; got "
-            f"{len(generator)}."
-        )
+        wanted = f"one for each of the {x.shape[0]} samples"
+        raise DDIMError(f"a list of generators must have {wanted}; got {len(generator)}.")
     drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)
     return drawn
 
@@ -328,18 +317,14 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies
                 outside [0, T).
         """
-        x_t, x0 = self._transition(
-            *self._find_plan(0.0, False, sample), model_output, timestep, sample
-        )
+        found = self._find_plan(0.0, False, sample)
+        x_t, x0 = self._transition(*found, model_output, timestep, sample)
         return _result(x_t, x0) if return_dict else (x_t, x0)
 
 
 def as_ddim(scheduler: Any) -> DDIMScheduler:
-    """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration.
-
-    Raises:
-        DDIMError: If it is of another family, such as flow matching.
-    """
+    """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration; a
+    DDIMError refuses another family, such as flow matching."""
     if isinstance(scheduler, SchedulerMixin):
         kind = type(scheduler)
         scheduler = {**given_options(scheduler.config, kind), "_class_name": kind.__name__}

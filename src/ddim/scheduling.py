@@ -45,7 +45,7 @@ def log_once(message: str) -> None:
 
 
 class GridScheduler:
-    """What both directions share: the levels, the list of timesteps, and the plan made of both."""
+    """The levels, the list of timesteps, and the plan made of both."""
 
     order = 1
     _inverse = False
@@ -84,8 +84,7 @@ class GridScheduler:
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """alpha_bar of all levels, [T], float32 on the CPU; a table that you assign, or edit, is
-        the one that is used."""
+        """alpha_bar of all levels, [T], float32 on the CPU; it may be assigned or edited."""
         return self._tables.alphas_cumprod
 
     @alphas_cumprod.setter
@@ -94,7 +93,7 @@ class GridScheduler:
 
     @property
     def _clean_alpha_cumprod(self) -> Tensor:
-        """alpha_bar of clean data: 1, or the first level's where ``set_alpha_to_one`` is off."""
+        """alpha_bar of clean data: 1, or that of level 0 if ``set_alpha_to_one`` is off."""
         return self._tables.clean
 
     @_clean_alpha_cumprod.setter
@@ -103,8 +102,7 @@ class GridScheduler:
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        """The exact levels, float64: those of the options, unless the public tables were
-        replaced."""
+        """The exact levels, float64: the options', unless the public tables were replaced."""
         return self._read_levels().schedule
 
     def _read_levels(self) -> Tables:
@@ -123,17 +121,13 @@ class GridScheduler:
         with torch.device("cpu"), torch.inference_mode(False):
             betas = configured_betas(vars(config))
             if betas.numel() != config.num_train_timesteps:
-                log_once(
-                    f"trained_betas has {betas.numel()} levels, but num_train_timesteps is "
-                    f"{config.num_train_timesteps}; only the former can be used."
-                )
+                stated = f"but num_train_timesteps is {config.num_train_timesteps}"
+                log_once(f"trained_betas has {betas.numel()} levels, which are used, {stated}.")
             rescale, to_one = config.rescale_betas_zero_snr, config.set_alpha_to_one
             self._tables = Tables.from_betas(betas, rescale=rescale, set_alpha_to_one=to_one)
         if not self._tables.is_valid:  # accepted by diffusers; nothing more can be said about it
-            log_once(
-                f"Some betas lie outside [0, 1] (from {float(betas.min()):.4g} to "
-                f"{float(betas.max()):.4g}): this is no schedule."
-            )
+            span = f"from {float(betas.min()):.4g} to {float(betas.max()):.4g}"
+            log_once(f"Some betas lie outside [0, 1] ({span}): this is no schedule.")
         self.betas, self.alphas = self._tables.betas, self._tables.alphas
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -149,15 +143,10 @@ class GridScheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers', without the ``solver_order`` of another multistep scheduler: DDIM stays
-        DDIM unless you ask.
+        """As diffusers', without the ``solver_order`` of another multistep scheduler.
 
-        Raises:
-            DDIMError: If the configuration is of another family (flow matching, EDM).
-
-        Warns:
-            UserWarning: If an option is given by a keyword that no scheduler of the family knows,
-                and is not returned as unused either.
+        A DDIMError refuses the configuration of another family (flow matching, EDM); a warning
+        names a keyword that no scheduler of the family knows and that is not returned as unused.
         """
         if isinstance(config, Mapping):
             kind = config.get("_class_name")
@@ -176,8 +165,8 @@ class GridScheduler:
 
     @property
     def timesteps(self) -> Tensor:
-        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps; a
-        slice keeps the old ones."""
+        """The list of timesteps, int64 [N]. Assigning another one makes its neighbours the steps,
+        unless it is a slice."""
         return self._timesteps
 
     @timesteps.setter
@@ -192,10 +181,8 @@ class GridScheduler:
                 self._grid = check_timesteps(levels, len(self))
             except DDIMError as error:
                 self._grid = []
-                log_once(
-                    "A list of timesteps has no neighbours, so steps go to t - T // N as in "
-                    f"diffusers: {error}"
-                )
+                steps = "steps go to t - T // N as in diffusers"
+                log_once(f"A list of timesteps has no neighbours, so {steps}: {error}")
         if self.num_inference_steps is None:
             self.num_inference_steps = max(len(levels), 1)
         self._remake_plan()
@@ -230,15 +217,11 @@ class GridScheduler:
         elif timesteps is None and num_inference_steps is not None:
             count = num_inference_steps
             if isinstance(count, (int, np.integer)) and count > len(self):
-                raise DDIMError(
-                    f"`num_inference_steps`: {count} cannot be larger than {len(self)}, the number "
-                    "of levels the model was trained on (config.num_train_timesteps)."
-                )
+                most = f"{len(self)}, the levels of training (config.num_train_timesteps)"
+                raise DDIMError(f"`num_inference_steps`: {count} cannot be larger than {most}.")
             grid = configured_timesteps(vars(self.config), count)
         else:
-            raise DDIMError(
-                "give either num_inference_steps or a list of timesteps, one of the two."
-            )
+            raise DDIMError("give either num_inference_steps or a list of timesteps.")
         self.num_inference_steps, self._grid = len(grid), grid
         self._timesteps = self._as_timesteps(grid, device)
         self._remake_plan()
@@ -267,19 +250,14 @@ class GridScheduler:
                 and (tables.alphas_cumprod._version, tables.clean._version) == tables.versions
                 and self._planned[1] == self.num_inference_steps
             )
-        except (
-            ValueError,
-            RuntimeError,
-        ):  # arrays without a truth value, tensors without a version
+        except (ValueError, RuntimeError):  # an array has no truth value, a tensor no version
             return False
 
     def _update_plan(self) -> Plan:
-        """The plan for the options of this moment, found by those that matter."""
+        """The plan for the options of this moment, by comparing those that matter."""
         if self.num_inference_steps is None:
-            raise DDIMError(
-                "Number of inference steps is 'None', you need to run 'set_timesteps' after "
-                "creating the scheduler"
-            )
+            need = "you need to run 'set_timesteps' after creating the scheduler"
+            raise DDIMError(f"Number of inference steps is 'None', {need}")
         plan, schedule = self._plan, self._read_levels().schedule
         planned = (self._step_options(self.config), self.num_inference_steps)
         if plan is None or plan.schedule is not schedule or planned != self._planned:
@@ -305,12 +283,11 @@ class GridScheduler:
         self._plan, self._config_seen = plan, dict(vars(config))
         # What was in use is made at once, so that the first step of the next image does not wait,
         # and compiled code finds it.
-        usual: tuple[Eta, bool, torch.dtype, torch.device]
-        usual = (0.0, False, torch.float32, self._timesteps.device)
-        for eta, rederive, dtype, device in {usual, *(old.tables if old else ())}:
+        plan.table(0.0, False, torch.float32, self._timesteps.device)
+        for key in old.tables if old else ():
             # Some may be refused for these timesteps or this order, but only if they are asked for.
-            if eta == 0 or (plan.multistep is None and (isinstance(eta, str) or eta <= 1)):
-                plan.table(eta, rederive, dtype, device)
+            if key[0] == 0 or (plan.multistep is None and (isinstance(key[0], str) or key[0] <= 1)):
+                plan.table(*key)
         return plan
 
     def _solver_order(self) -> int:
@@ -344,10 +321,8 @@ class GridScheduler:
             found = table.at.get(t)
             if found is None:
                 if not plan.check_level(t, eta):
-                    log_once(
-                        "A timestep was asked for that is not in the list of set_timesteps; its "
-                        "step goes to t - T // N, as in diffusers."
-                    )
+                    off = "A timestep was asked for that is not in the list of set_timesteps"
+                    log_once(f"{off}; its step goes to t - T // N, as in diffusers.")
                 found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
             at = found
         return advance(plan, table.mode, at, output, x, noise)
@@ -361,16 +336,12 @@ class GridScheduler:
 
 
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
-    """The mean's channels of a network that also predicts a variance; DDIM has no use for the
-    others."""
+    """The mean's channels of a network that also predicts a variance."""
     if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-        log_once(
-            "The model's output has twice the channels of the sample: the second half, a learned "
-            "variance, is not used."
-        )
+        unused = "the second half, a learned variance, is not used"
+        log_once(f"The model's output has twice the channels of the sample: {unused}.")
         return output[:, : x.shape[1]]
     raise DDIMError(
         f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, "
-        "a mean and a learned variance); "
-        f"got {list(output.shape)}."
+        f"a mean and a learned variance); got {list(output.shape)}."
     )

@@ -144,7 +144,7 @@ def test_errors_say_what_was_received():
         rescale_zero_terminal_snr(torch.tensor([0.1]))
     with pytest.raises(DDIMError, match="must be finite"):
         NoiseSchedule(torch.tensor([0.5, float("nan")]))
-    with pytest.raises(DDIMError, match=r"one row of levels, shape \[T\]; got shape \[2, 2\]"):
+    with pytest.raises(DDIMError, match=r"must have shape \[T\]; got \[2, 2\]"):
         NoiseSchedule(torch.ones(2, 2))
     with pytest.raises(
         DDIMError, match=r"one level, or one for each of the 3 samples; got shape \[2\]"

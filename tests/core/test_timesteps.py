@@ -185,7 +185,8 @@ def test_only_falling_levels_are_paired(levels, message):
 )
 def test_a_list_of_levels_is_none_of_steps(pairs):
     with pytest.raises(
-        DDIMError, match=r"pairs must be steps \(t, s\).*step_pairs\(\[999, 500, 0\]\)\); got .*\d"
+        DDIMError,
+        match=r"pairs must be steps \(t, s\).*step_pairs\(\[999, 500, 0\]\) makes .*; got .*\d",
     ) as caught:
         as_pairs(pairs)
     assert len(str(caught.value)) < 250

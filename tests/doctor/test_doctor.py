@@ -551,7 +551,7 @@ def test_large_images_are_averaged_down_and_few_are_enough(fashion):
         pytest.approx(0, abs=1e-6),
         math.inf,
     )  # without spread the mean is known
-    with pytest.raises(DDIMError, match="needs at least 2 of them; got 1"):
+    with pytest.raises(DDIMError, match="brightness of images needs at least 2; got 1"):
         Brightness.of_images(fashion[:1])
 
 

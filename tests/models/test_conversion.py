@@ -435,7 +435,7 @@ def test_a_schedule_of_4000_levels_is_thinned_to_those_that_the_network_is_told_
 def test_options_that_have_no_equal_are_refused():
     with pytest.raises(CheckpointError, match=r"4 heads of attention at \[64, 96\] channels"):
         convert(Open((1, 2, 3)).state_dict(), sample_size=16)
-    with pytest.raises(CheckpointError, match="do not tell the size of the images"):
+    with pytest.raises(CheckpointError, match="do not tell the images' size"):
         convert(Open().state_dict())
     averaging = {k: v for k, v in Song((1, 2), 32).state_dict().items() if "downsample" not in k}
     with pytest.raises(CheckpointError, match="resamp_with_conv=False"):

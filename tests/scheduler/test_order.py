@@ -178,7 +178,7 @@ def test_what_the_state_cannot_serve_is_refused_in_a_sentence():
         ):
             ours.step(x, 699, x, eta=eta)
     with pytest.raises(
-        DDIMError, match="stepped in parallel have no step before them; use solver_order=1"
+        DDIMError, match="parallel samples have no step before them; use solver_order=1"
     ):
         ours.batch_step_no_noise(x, [699, 699], x)
     with pytest.raises(DDIMError, match="order of the solver must be 1 .* or 2 .*; got 3"):

@@ -1,2 +1,1 @@
-"""The papers, equation by equation, in torch alone: schedules, predictions, timesteps, the step,
-samplers, objectives."""
+"""The papers, equation by equation, in torch alone: schedules, steps, samplers, losses."""

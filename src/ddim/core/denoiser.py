@@ -1,8 +1,7 @@
 """From a network to a denoiser: (x_t, t) -> (x0, eps).
 
 A sampler needs a :class:`Denoiser` and nothing else. :class:`ModelDenoiser` makes one of any
-callable ``(x_t, t) -> prediction``: a diffusers UNet, your own module, a guided network, a
-closed-form oracle."""
+callable ``(x_t, t) -> prediction``: a diffusers UNet, a guided network, a closed-form oracle."""
 
 import math
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from ddim.core.guidance import network_output
 from ddim.core.prediction import (
-    PREDICTION_TYPES,
     Denoised,
     PredictionType,
+    check_prediction_type,
     clip_static,
     solve,
     threshold_dynamic,
@@ -48,8 +47,7 @@ class Clip:
         bound: The largest magnitude, for ``static``.
         ratio: The percentile, for ``dynamic``.
         max_value: The largest threshold, for ``dynamic``.
-        rederive_eps: Whether eps is derived again from the clipped x0, so that the pair still
-            decomposes x_t.
+        rederive_eps: Whether eps is derived again from the clipped x0, to decompose x_t with it.
     """
 
     kind: Literal["none", "static", "dynamic"] = "none"
@@ -101,11 +99,7 @@ class ModelDenoiser:
                 "schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a "
                 f"{_kind(self.schedule)}."
             )
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise DDIMError(
-                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got "
-                f"{self.prediction_type!r}."
-            )
+        check_prediction_type(self.prediction_type)
         if not isinstance(self.clip, Clip):
             raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
 
@@ -113,8 +107,7 @@ class ModelDenoiser:
         """Evaluates the network once, at one level t or one a sample [B], and converts its output.
 
         Raises:
-            DDIMError: If the output has another shape than x_t, or cannot be converted at this
-                level.
+            DDIMError: If the output has another shape than x_t, or has no solution at this level.
         """
         if isinstance(t, Tensor):
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
@@ -125,8 +118,7 @@ class ModelDenoiser:
         if output.shape != x_t.shape:
             raise DDIMError(
                 f"the network must return a prediction of its input's shape {list(x_t.shape)}; got "
-                f"{list(output.shape)}. "
-                "If it also predicts a variance, wrap it to return the mean's channels only."
+                f"{list(output.shape)}. If it predicts a variance too, wrap it to return the mean."
             )
         output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
         kind, is_clipped = self.prediction_type, self.clip.kind != "none"
@@ -149,8 +141,7 @@ class ModelDenoiser:
 
     @cached_property
     def _solutions(self) -> dict[int, tuple[float, ...]]:
-        """:func:`ddim.core.prediction.solve` at every level, as numbers: a step then waits for no
-        device."""
+        """The solution at every level as numbers, so that a step waits for no device."""
         solution = solve(self.prediction_type, self.schedule.alphas_cumprod)
         return dict(enumerate(zip(*(column.tolist() for column in solution), strict=True)))
 
@@ -163,14 +154,14 @@ class ModelDenoiser:
 
 
 def checked(denoise: Denoiser) -> Denoiser:
-    """The same denoiser, which must return a pair: a batch of two images would pass for one."""
+    """The denoiser, checked to return a pair: a batch of two images would pass for one."""
 
     def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
         found: Any = denoise(x_t, t)
         if not isinstance(found, tuple) or len(found) != 2:
             raise DDIMError(
-                f"denoise must return (x0, eps), and returned a {_kind(found)}; a network becomes "
-                "such a function by ModelDenoiser(network, schedule, prediction_type)."
+                f"denoise must return (x0, eps), and returned a {_kind(found)}; make one of a "
+                "network by ModelDenoiser(network, schedule, prediction_type)."
             )
         return Denoised(*found)
 
@@ -182,8 +173,7 @@ def _kind(value: object) -> str:
 
 
 def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:
-    """The same denoiser, callable at :data:`~ddim.core.schedule.CLEAN`: eps is that of level 0, and
-    x0 what it leaves of the sample."""
+    """Extends a denoiser to :data:`~ddim.core.schedule.CLEAN`, where eps is that of level 0."""
     denoise = checked(denoise)
 
     def extended(x_t: Tensor, t: int | Tensor) -> Denoised:

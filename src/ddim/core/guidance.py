@@ -1,5 +1,4 @@
-r"""Classifier-free guidance: two predictions of one network combined into the one that a sampler is
-given.
+r"""Classifier-free guidance: two predictions of a network combined into one.
 
 With c the prediction under a condition, u the one without (or under another, negative one), w the
 scale and :math:`\phi` the rescale,
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 SMALLEST_STD = 1e-5
-"""Its square is added to a variance in the rescale, since that of a constant prediction is 0."""
+"""Its square is added to variances in the rescale, since that of a constant prediction is 0."""
 
 
 def guide(
@@ -81,15 +80,13 @@ def guide(
 
 
 def _inverse_std(x: Tensor) -> Tensor:
-    """1 over the standard deviation of each sample, [B, 1]; see :data:`SMALLEST_STD`.
-
-    A normalisation of one group returns it too, in a third of the time; but without a gradient.
-    """
+    """1 over the standard deviation of each sample, [B, 1]; see :data:`SMALLEST_STD`."""
     if x.requires_grad:
         centred = x.flatten(1)
         for _ in range(2):  # the mean of equal numbers is off by rounding, and equal again
             centred = centred - centred.mean(1, keepdim=True)
         return (centred.square().mean(1, keepdim=True) + SMALLEST_STD**2).rsqrt()
+    # A group norm of one group returns it too, in a third of the time; but without a gradient.
     size = len(x)
     inverse: Tensor = torch.native_group_norm(
         x.contiguous(), None, None, size, 1, x.numel() // size, 1, SMALLEST_STD**2
@@ -106,8 +103,7 @@ def guided(
     rescale: float = 0.0,
     batched: bool = True,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Makes a network of a conditional one: (x_t, t) -> the guided raw prediction. A guided network
-    is a network.
+    """Makes a network of a conditional one: (x_t [B, ...], t [B]) -> the guided raw prediction.
 
     Args:
         network: ``(x_t, t, condition) -> prediction``, such as diffusers' UNet2DConditionModel;
@@ -118,9 +114,6 @@ def guided(
         rescale: As in :func:`guide`.
         batched: Whether both predictions are evaluated as one batch of 2B; otherwise one after the
             other, in half of the memory.
-
-    Returns:
-        A function of x_t [B, ...] and t [B].
 
     Raises:
         DDIMError: If ``uncond`` is missing or of another shape, the scale is not finite, or rescale
@@ -150,22 +143,14 @@ def guided(
 
 
 def is_guided(scale: float) -> bool:
-    """Whether guidance of this scale is on: above 1.
-
-    Raises:
-        DDIMError: If it is no finite number.
-    """
+    """Whether guidance of this scale is on: above 1; :func:`check_scale` checks it."""
     check_scale(scale)
     return scale > 1
 
 
 def network_output(output: Any) -> Tensor:
     """The prediction in what a network returned: a tensor, a tuple or list that starts with one, or
-    an object with ``.sample``.
-
-    Raises:
-        DDIMError: If it is none of these.
-    """
+    an object with ``.sample``; a DDIMError refuses anything else."""
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "sample", None)

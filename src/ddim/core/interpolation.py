@@ -19,8 +19,7 @@ INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    r"""The straight line :math:`(1 - \lambda) a + \lambda b`, shape [B, ...]; the ends exactly
-    where lambda is 0 or 1."""
+    r"""The straight line :math:`(1 - \lambda) a + \lambda b`, [B, ...]; exact at both ends."""
     _check(a, b)
     return a * (1 - weight) + b * weight
 
@@ -100,15 +99,8 @@ def interpolate_grid(
     """A grid between four latents: paths down its left and right edges, and across from the one to
     the other; [rows * columns, ...], row by row.
 
-    Args:
-        corners: Top left, top right, bottom left, bottom right: shape [4, ...].
-        rows: At least 2.
-        columns: At least 2.
-        kind: As in :func:`interpolate`.
-
-    Raises:
-        DDIMError: If there are not four corners, or a side is below 2.
-    """
+    The corners [4, ...] are top left, top right, bottom left, bottom right. A DDIMError refuses
+    another number of them, and fewer than 2 rows or columns."""
     if corners.shape[0] != 4:
         raise DDIMError(f"a grid has four corners; got {corners.shape[0]}.")
     left = interpolate(corners[0], corners[2], rows, kind=kind)
@@ -119,9 +111,8 @@ def interpolate_grid(
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
-        raise DDIMError(
-            f"a path needs two ends of one shape; got {list(a.shape)} and {list(b.shape)}."
-        )
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        raise DDIMError(f"a path needs two ends of one shape; got {shapes}.")
 
 
 def _perpendicular(direction: Tensor) -> Tensor:

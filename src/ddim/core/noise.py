@@ -41,11 +41,8 @@ def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draws standard normal noise of one image's ``shape`` from each generator: [B, *shape],
-    float32.
-
-    Generators on an accelerator draw there, and the result comes back to the CPU.
-    """
+    """Draws standard normal noise of one image's ``shape`` from each generator, on its device:
+    [B, *shape], float32 on the CPU."""
     draws = [
         torch.randn((1, *shape), generator=g, device=g.device, dtype=torch.float32).cpu()
         for g in generators
@@ -54,8 +51,7 @@ def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
 
 
 def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """The x_T of each seed: [B, *shape], float32 on the CPU; ``shape`` is one image's, such as (3,
-    32, 32)."""
+    """The x_T [B, *shape] of each seed, float32 on the CPU; ``shape`` is one image's."""
     return randn_each(shape, make_generators(seeds))
 
 
@@ -80,12 +76,8 @@ class SeededNoise:
         given: list[Any] = list(seeds_or_generators)
         held = [g for g in given if isinstance(g, torch.Generator)]
         if held and len(held) != len(given):
-            raise DDIMError(
-                "seeds and generators cannot be mixed; give one or the other for every image."
-            )
-        self.generators = held or make_generators(
-            [s for s in given if not isinstance(s, torch.Generator)]
-        )
+            raise DDIMError("seeds and generators cannot be mixed; give every image the same kind.")
+        self.generators = held or make_generators(given)
         self.shape = tuple(shape)
         self.device, self.dtype = torch.device(device), dtype
 

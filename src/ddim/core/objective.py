@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddim.core.prediction import PREDICTION_TYPES, PredictionType, from_x0_eps
+from ddim.core.prediction import PredictionType, check_prediction_type, from_x0_eps
 from ddim.core.schedule import NoiseSchedule, add_noise
 from ddim.errors import DDIMError
 
@@ -54,11 +54,7 @@ def loss_weights(
         Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023.
         https://arxiv.org/abs/2303.09556
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise DDIMError(
-            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got "
-            f"{prediction_type!r}."
-        )
+    check_prediction_type(prediction_type)
     if weighting == "uniform":
         return torch.ones(t.shape, dtype=torch.float64)
     if weighting != "min-snr":
@@ -82,8 +78,9 @@ def draw_timesteps(
 
 
 def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) -> Tensor:
-    r"""Adds to the noise one normal number an image and channel: :math:`\epsilon + s\,\xi\,\mathbf
-    1`, of variance 1 + s^2.
+    r"""Adds to the noise one normal number an image and channel, for a variance of 1 + s^2.
+
+    .. math:: \epsilon \leftarrow \epsilon + s\,\xi\,\mathbf 1
 
     It teaches brightness to a model whose schedule leaks it at the last level. No sampler draws
     such noise, so training and sampling then differ; with zero terminal SNR there is no leak to
@@ -120,8 +117,8 @@ def training_loss(
 ) -> Tensor:
     """The loss of each sample [B]: weighted squared error, averaged over its elements.
 
-    Noising and the error are computed in x0's dtype, which should be float32 even when the network
-    runs in half precision (under autocast, or by casting inside ``network``).
+    Noising and error are computed in x0's dtype, which should be float32 even if the network runs
+    in half precision (under autocast, or by casting inside ``network``).
 
     Args:
         network: (x_t [B, ...], t [B] on x_t's device) -> prediction [B, ...].

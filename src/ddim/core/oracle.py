@@ -57,15 +57,16 @@ class GaussianOracle:
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             alpha_bar_t = self.schedule.alpha_bar(t)
-            return from_x0_eps(
-                *self.denoise(x_t, t), alpha_bar_t=alpha_bar_t, prediction_type=prediction_type
-            )
+            x0, eps = self.denoise(x_t, t)
+            return from_x0_eps(x0, eps, alpha_bar_t=alpha_bar_t, prediction_type=prediction_type)
 
         return predict
 
     def flow(self, x_t: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
-        r"""Where the exact ODE carries x_t from level t to level s: :math:`\alpha_s \mu + \sqrt{V_s
-        / V_t}\,(x_t - \alpha_t \mu)`."""
+        r"""Where the exact ODE carries x_t from level t to level s.
+
+        .. math:: x_s = \alpha_s \mu + \sqrt{V_s / V_t}\,(x_t - \alpha_t \mu)
+        """
         alpha_t, alpha_s = self.schedule.alpha_bar(t).sqrt(), self.schedule.alpha_bar(s).sqrt()
         ratio = (self.variance(s) / self.variance(t)).sqrt()
         centred = x_t - as_factor(alpha_t * self.mean, x_t)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.core.prediction import PredictionType, Solution, prediction_row, solve
+from ddim.core.prediction import PredictionType, Solution, check_prediction_type, solve
 from ddim.core.schedule import CLEAN, NoiseSchedule
 from ddim.core.step import Eta, check_order, fold, multistep_weight, step_coefficients
 from ddim.core.tables import gather
@@ -35,9 +35,8 @@ x0 implies."""
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The coefficients (a, b, c, d, e, f) of all levels, [6, T] or without the last rows where
-    those are 0 at every level; the plan's multistep; and the columns that integers have asked
-    for."""
+    """The coefficients (a, b, c, d, e, f) of all levels, [6, T] without trailing rows of 0;
+    the plan's multistep; and the columns that integers have asked for."""
 
     mode: _Mode
     columns: Tensor
@@ -54,7 +53,7 @@ class Plan:
         prediction_type: What the model predicts.
         inverse: Whether steps go up to t, from the level below it in the list.
         clip: What happens to x0.
-        listed: The list.
+        listed: The timesteps of the list.
         source: alpha_bar of the level that each t steps from, shape [T], float64.
         target: alpha_bar of the level that it steps to, same shape.
         multistep: For order 2, the weight of x0 - x0_previous at each t, and the level before t;
@@ -75,7 +74,7 @@ class Plan:
     tables: dict[tuple[Eta, bool, torch.dtype, torch.device], Table] = field(default_factory=dict)
 
     def table(self, eta: Eta, rederive: bool, dtype: torch.dtype, device: torch.device) -> Table:
-        """The coefficients of such steps, made when they are first asked for."""
+        """The coefficients of such steps, made at their first use."""
         key = (eta, rederive, dtype, device)
         table = self.tables.get(key)
         if table is None and is_compiling():
@@ -108,14 +107,12 @@ class Plan:
         """Whether t is in the list.
 
         Raises:
-            DDIMError: If t lies outside [0, T), has no solution, or is not in the list and eta is
-                above 1.
+            DDIMError: If t lies outside [0, T); or it is not in the list, and has no solution, or
+                eta is above 1.
         """
         if not 0 <= t < len(self.schedule):
-            raise DDIMError(
-                f"a timestep must lie in [0, {len(self.schedule)}), the levels the model was "
-                f"trained on; got {t}."
-            )
+            allowed = f"[0, {len(self.schedule)}), the levels the model was trained on"
+            raise DDIMError(f"a timestep must lie in {allowed}; got {t}.")
         if t in self.listed:
             return True
         self._check_solvable(t)
@@ -129,8 +126,8 @@ class Plan:
         if self.prediction_type == "epsilon" and self.source[t] == 0 and self.refuses_zero_snr:
             raise DDIMError(
                 f"epsilon prediction cannot be used at t={t}: the SNR is 0 there, so x0 = (x_t - "
-                "sigma eps) / alpha divides by 0. "
-                f"Use v_prediction or sample, or start below {t} (set_timesteps(timesteps=[...]))."
+                "sigma eps) / alpha divides by 0. Use v_prediction or sample, or start below "
+                f"{t} (set_timesteps(timesteps=[...]))."
             )
 
 
@@ -145,23 +142,16 @@ def make_plan(
     order: int = 1,
     refuses_zero_snr: bool = True,
 ) -> Plan:
-    """Plans the steps over a list of timesteps.
+    """Plans the steps over a list of timesteps; other options are attributes of :class:`Plan`.
 
-    Args:
-        schedule: The levels.
-        timesteps: Falling, in both directions; those that the schedule does not have are left out.
-        stride: How far a step from a level goes that is not in the list.
-        prediction_type: What the model predicts.
-        inverse: Whether steps go up the list.
-        clip: What happens to x0.
-        order: 1, or 2 for the multistep.
-        refuses_zero_snr: Whether epsilon prediction is refused where the SNR is 0.
+    The timesteps fall in both directions, and those that the schedule does not have are left out.
+    From a level that is not in the list a step goes ``stride`` levels. Order 2 is the multistep.
 
     Raises:
         DDIMError: If the prediction type or the order is unknown, or epsilon is predicted at a
             listed level whose SNR is 0.
     """
-    prediction_row(prediction_type, schedule.alphas_cumprod[:1])  # refuses an unknown type
+    check_prediction_type(prediction_type)
     total = len(schedule)
     below = (torch.arange(total) - stride).clamp(min=CLEAN)
     pairs = [(t, s) for t, s in (step_pairs(timesteps) if timesteps else ()) if t < total]
@@ -202,9 +192,7 @@ def _solution(plan: Plan) -> Solution:
     clean, at_t = plan.source == 1, solve("sample", plan.target)
     one = torch.ones_like(plan.source)
     instead = Solution(one, torch.zeros_like(one), at_t.eps_x, at_t.eps_m)
-    return Solution(
-        *(torch.where(clean, there, usual) for there, usual in zip(instead, found, strict=True))
-    )
+    return Solution(*(torch.where(clean, *both) for both in zip(instead, found, strict=True)))
 
 
 def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
@@ -263,12 +251,8 @@ def advance(
 def correct(
     plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: tuple[Tensor, Tensor]
 ) -> None:
-    """Makes DDIM's x_s second order, in place, where ``before``, the (t, x0) of the step before,
-    was that of the neighbour above; elsewhere the step stays DDIM's.
-
-    Raises:
-        DDIMError: If the host sees that t neither follows that step nor starts a new image.
-    """
+    """Makes DDIM's x_s second order, in place, if the step ``before``, its (t, x0), was that of the
+    neighbour above; a DDIMError refuses a t that neither follows it nor starts a new image."""
     last_t, last_x0 = before
     if last_x0.shape != x0.shape or plan.multistep is None or table.multistep is None:
         return
@@ -277,9 +261,8 @@ def correct(
         if now <= last != int(plan.multistep[1, now]) and len(plan.listed) > 1:
             raise DDIMError(
                 f"solver_order=2 goes on from the step before, and t={now} does not follow "
-                f"t={last} in the list of timesteps; call "
-                "set_timesteps before each image, take one scheduler for each batch, or use "
-                "solver_order=1."
+                f"t={last} in the list of timesteps; call set_timesteps before each image, take "
+                "one scheduler for each batch, or use solver_order=1."
             )
     weight, above = gather(table.multistep, t, x0)
     last_t = last_t.to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
@@ -291,6 +274,4 @@ def whole(t: Any) -> int:
     try:
         return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
     except TypeError:
-        raise DDIMError(
-            f"a timestep must be a whole number, or a tensor of them; got {t!r}."
-        ) from None
+        raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.") from None

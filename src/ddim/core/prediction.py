@@ -25,6 +25,7 @@ __all__ = [
     "Denoised",
     "PredictionType",
     "Solution",
+    "check_prediction_type",
     "clip_static",
     "from_x0_eps",
     "prediction_row",
@@ -39,8 +40,7 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 class Denoised(NamedTuple):
-    """A network's belief about a noisy sample: the clean data and the noise in it, both [B,
-    ...]."""
+    """The clean data and the noise that a network sees in a noisy sample, both [B, ...]."""
 
     x0: Tensor
     eps: Tensor
@@ -55,6 +55,13 @@ class Solution(NamedTuple):
     eps_m: Tensor
 
 
+def check_prediction_type(prediction_type: str) -> None:
+    """Refuses an unknown type with a DDIMError."""
+    if prediction_type not in PREDICTION_TYPES:
+        known = ", ".join(PREDICTION_TYPES)
+        raise DDIMError(f"prediction_type must be one of {known}; got {prediction_type!r}.")
+
+
 def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (p, q) of m = p x0 + q eps, shape of alpha_bar; refuses an unknown type."""
     zero, one = torch.zeros_like(alpha_bar), torch.ones_like(alpha_bar)
@@ -62,16 +69,12 @@ def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[
         return zero, one
     if prediction_type == "sample":
         return one, zero
-    if prediction_type == "v_prediction":
-        return -(1 - alpha_bar).sqrt(), alpha_bar.sqrt()
-    raise DDIMError(
-        f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}; got {prediction_type!r}."
-    )
+    check_prediction_type(prediction_type)
+    return -(1 - alpha_bar).sqrt(), alpha_bar.sqrt()
 
 
 def solve(prediction_type: PredictionType, alpha_bar: Tensor) -> Solution:
-    """Solves the 2x2 system at levels alpha_bar (float64, any shape). Infinite where the
-    determinant is 0."""
+    """Solves the 2x2 system at levels alpha_bar, float64; infinite where the determinant is 0."""
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     p, q = prediction_row(prediction_type, alpha_bar)
     # For v it is alpha^2 + sigma^2, which is 1; dividing by its rounding would only add error.
@@ -97,8 +100,7 @@ def to_x0_eps(
     if prediction_type == "epsilon" and bool((alpha_bar_t == 0).any()):
         raise DDIMError(
             "epsilon prediction cannot be used where the SNR is 0, since x0 = (x_t - sigma eps) / "
-            "alpha divides by 0; "
-            "use v_prediction or sample, or start at a lower level."
+            "alpha divides by 0; use v_prediction or sample, or start at a lower level."
         )
     if prediction_type == "sample" and bool((alpha_bar_t == 1).any()):
         raise DDIMError(
@@ -127,11 +129,8 @@ def from_x0_eps(
 
 
 def to_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
-    r"""Derives the noise that belongs to a given x0: :math:`\epsilon = (x_t - \alpha_t x_0) /
-    \sigma_t`.
-
-    After clipping x0 this keeps (x0, eps) a decomposition of x_t, so the next state stays on the
-    marginal."""
+    r"""Derives the noise that belongs to a given x0, so that a clipped x0 still decomposes x_t:
+    :math:`\epsilon = (x_t - \alpha_t x_0) / \sigma_t`."""
     solution = solve("sample", alpha_bar_t)
     return as_factor(solution.eps_x, x_t) * x_t + as_factor(solution.eps_m, x_t) * x0
 
@@ -142,12 +141,12 @@ def clip_static(x0: Tensor, bound: float = 1.0) -> Tensor:
 
 
 def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
-    r"""Clamps each sample to a percentile s of its own magnitudes, and divides by it: x0 <-
-    clamp(x0, -s, s) / s.
+    r"""Clamps each sample to a percentile s of its own magnitudes, and divides by it.
+
+    .. math:: x_0 \leftarrow \mathrm{clamp}(x_0, -s, s) / s
 
     s is clamped to [1, max_value]; with ``max_value=1`` this is :func:`clip_static` with bound 1.
-    The percentile, ``ratio`` in [0, 1], interpolates linearly as ``torch.quantile`` does, without
-    its limit on the number of elements.
+    The percentile, ``ratio`` in [0, 1], interpolates as ``torch.quantile``, but at any size.
 
     Raises:
         DDIMError: If ratio or max_value is out of range.

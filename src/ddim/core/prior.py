@@ -43,18 +43,14 @@ class DataPrior:
     def __post_init__(self) -> None:
         channels = len(self.mean)
         if not channels or [len(row) for row in self.covariance] != [channels] * channels:
-            raise DDIMError(
-                "a prior needs the mean of each channel, and a covariance of as many rows and "
-                "columns."
-            )
+            what = "the mean of each channel, and a covariance of as many rows and columns"
+            raise DDIMError(f"a prior needs {what}.")
         mean, matrix = _tensor(self.mean), _tensor(self.covariance)
         is_finite = bool(torch.isfinite(mean).all() and torch.isfinite(matrix).all())
         is_symmetric = torch.equal(matrix, matrix.T)
         if not (is_finite and is_symmetric) or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
-            raise DDIMError(
-                "a prior's mean must be finite and its covariance symmetric, with no negative "
-                "eigenvalue."
-            )
+            what = "finite, and its covariance symmetric, with no negative eigenvalue"
+            raise DDIMError(f"a prior's mean must be {what}.")
         if self.image is None:
             return
         heights = {len(plane) for plane in self.image}
@@ -66,13 +62,12 @@ class DataPrior:
         offset = _tensor(self.image).mean((1, 2)) - mean
         if not bool((offset.abs() < 1e-3).all()):
             raise DDIMError(
-                "a prior's mean image must be finite, and of the mean colour that the prior says."
+                "a prior's mean image must be finite, and of the mean colour of the prior."
             )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
-        """Reads ``mean``, ``covariance`` and, if it is there, ``image`` from a prior.json, whose
-        other keys are for people."""
+        """Reads ``mean``, ``covariance`` and perhaps ``image`` from the content of a prior.json."""
         try:
             image = content.get("image")
             return cls(
@@ -95,19 +90,15 @@ class DataPrior:
         }
 
     def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
-        """Turns standard normal noise z [B, C, H, W] into x_T, image by image, for the level
-        alpha_bar in [0, 1), shape [], float64, at which sampling starts; 0 leaves z as it is, up to
-        rounding.
+        """Turns standard normal noise z [B, C, H, W] into x_T, image by image, for a start at the
+        level alpha_bar in [0, 1), shape [], float64; 0 leaves z as it is, up to rounding.
 
         Raises:
-            DDIMError: If the images have another number of channels, or another size than the mean
-                image.
+            DDIMError: If the images have other channels, or another size than the mean image.
         """
         if z.shape[1] != len(self.mean):
-            raise DDIMError(
-                f"the prior is of images with {len(self.mean)} channels; the model makes images of "
-                f"{z.shape[1]}."
-            )
+            own = f"the prior is of images with {len(self.mean)} channels"
+            raise DDIMError(f"{own}; the model makes images of {z.shape[1]}.")
         size = z.shape[2:] if self.image is None else (len(self.image[0]), len(self.image[0][0]))
         if tuple(z.shape[2:]) != tuple(size):
             raise DDIMError(

@@ -39,16 +39,15 @@ class Route:
         schedule: The levels.
         pairs: The level that each step leaves, and the one that it reaches.
         weights: The coefficients (a, b, c) of each step, float64 [N] each.
-        multistep: The coefficient d of each step, float64 [N]; 0 where a step looks at its own
-            prediction alone.
+        multistep: The coefficient d of each step, float64 [N]; 0 where the step is DDIM's.
         eta: 0 deterministic, 1 DDPM, ``"sigma-hat"`` the paper's larger noise.
         order: 1 DDIM, 2 its multistep.
         clip: How the predicted x0 is kept in range.
         sampler: ``ddim``, which walks the rows; or an exactly invertible sampler, which makes its
             own coefficients of the levels (:mod:`ddim.inversion.reversible`).
         analytic: Whether the variance is the analytic one.
-        eps_mean_square: For the analytic variance: the value of each level that a step leaves.
-            None where it is yet to be measured (:meth:`measured`).
+        eps_mean_square: For the analytic variance: the value of each level that a step leaves; None
+            if it is yet to be measured (:meth:`measured`).
     """
 
     schedule: NoiseSchedule
@@ -82,11 +81,7 @@ class Route:
         return self.eta != 0 or self.analytic
 
     def measured(self, eps_mean_square: Mapping[int, float]) -> "Route":
-        """The same route with the analytic variance of measured values.
-
-        Raises:
-            DDIMError: As :func:`make_route`.
-        """
+        """The same route with the analytic variance of measured values; see :func:`make_route`."""
         return make_route(
             self.schedule,
             self.pairs,
@@ -110,18 +105,11 @@ def make_route(
     eps_mean_square: Mapping[int, float] | None = None,
     before: int | None = None,
 ) -> Route:
-    """Computes the coefficients of DDIM's steps.
+    """Computes the coefficients of a route, whose attributes the options are.
 
-    Args:
-        schedule: The levels.
-        pairs: From :func:`ddim.core.timesteps.step_pairs`, or reversed (eta = 0).
-        eta: See :data:`ddim.core.step.Eta`.
-        order: 1 is DDIM, 2 its multistep, whose first step and step to clean data are DDIM's.
-        clip: How the predicted x0 is kept in range.
-        sampler: ``ddim``, or the name of a sampler that makes its own coefficients.
-        analytic: Whether the variance is the analytic one, whose values may be yet to be measured.
-        eps_mean_square: The values of the analytic variance by level; implies ``analytic``.
-        before: The level of the step before the first, which order 2 looks back to. Default: none.
+    ``pairs`` come from :func:`ddim.core.timesteps.step_pairs`, or reversed (eta = 0). At order 2
+    the step to clean data is DDIM's, and so is the first, unless ``before`` gives the level of a
+    step before it. ``eps_mean_square`` implies ``analytic``.
 
     Raises:
         DDIMError: If eta or order is invalid or does not fit these levels, if ``eps_mean_square``
@@ -148,13 +136,11 @@ def make_route(
 
 
 def _values_at(levels: Sequence[int], eps_mean_square: Mapping[int, float] | None) -> Tensor:
-    """The value at each level; 1, which adds no variance, where it is yet to be measured."""
+    """The value at each level; 1, which adds no variance, if it is yet to be measured."""
     if eps_mean_square is None:
         return torch.ones(len(levels), dtype=torch.float64)
     missing = [t for t in levels if t not in eps_mean_square]
     if missing:
-        raise DDIMError(
-            f"eps_mean_square has no value for level {missing[0]}; estimate it for all levels that "
-            "are visited."
-        )
+        advice = "estimate it for all levels that are visited"
+        raise DDIMError(f"eps_mean_square has no value for level {missing[0]}; {advice}.")
     return torch.tensor([eps_mean_square[t] for t in levels], dtype=torch.float64)

@@ -44,11 +44,10 @@ def trajectory(
     eps_mean_square: Mapping[int, float] | None = None,
     previous: State | None = None,
 ) -> Iterator[State]:
-    """Yields the state after every step; the caller owns progress bars, previews and early
-    stopping.
+    """Yields the state after every step; the caller owns progress bars, previews and stopping.
 
-    Autograd records every evaluation. Unless you differentiate through sampling, loop under
-    ``torch.no_grad()``: the graph keeps all steps in memory.
+    Autograd records every evaluation, and keeps all steps in memory: loop under ``torch.no_grad()``
+    unless you differentiate through sampling.
 
     Args:
         denoise: (x_t, t) -> (x0, eps).
@@ -62,12 +61,8 @@ def trajectory(
         order: 1 is DDIM. 2 is its multistep (:func:`ddim.core.step.multistep_weight`), for eta = 0:
             a smaller error at the same cost. Its first and its last step are DDIM's.
         eps_mean_square: For the analytic variance: the value of each level that a step leaves, from
-            :func:`ddim.fitting.timesteps.estimate_eps_mean_square`. It adds the noise that the
-            prediction leaves out, at eta = 0 too.
+            :func:`ddim.fitting.timesteps.estimate_eps_mean_square`. It adds noise at eta = 0 too.
         previous: The last state of a trajectory that these pairs continue; its ``x_s`` is x_t.
-
-    Yields:
-        One :class:`State` a pair.
 
     Raises:
         DDIMError: If ``noise`` is missing, if eta or order is invalid, if ``eps_mean_square`` lacks
@@ -77,13 +72,9 @@ def trajectory(
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
         https://arxiv.org/abs/2010.02502
     """
+    before = None if previous is None else previous.t
     route = make_route(
-        schedule,
-        pairs,
-        eta=eta,
-        order=order,
-        eps_mean_square=eps_mean_square,
-        before=None if previous is None else previous.t,
+        schedule, pairs, eta=eta, order=order, eps_mean_square=eps_mean_square, before=before
     )
     yield from walk(denoise, x_t, route, noise=noise, previous=previous)
 
@@ -96,20 +87,14 @@ def walk(
     noise: Callable[[], Tensor] | None = None,
     previous: State | None = None,
 ) -> Iterator[State]:
-    """Walks a route: :func:`trajectory`, whose options have been resolved.
-
-    Raises:
-        DDIMError: If ``noise`` is missing, if the analytic variance was not measured, or if
-            ``denoise`` does not return a pair.
-    """
+    """Walks a route, as :func:`trajectory` does; a DDIMError also says if the analytic variance was
+    not measured."""
     denoise = checked(denoise)
     if route.analytic and route.eps_mean_square is None:
         raise DDIMError("the analytic variance of this route was not measured; see Route.measured.")
     if route.is_random and noise is None:
         what = "the analytic variance" if route.analytic else f"eta={route.eta}"
-        raise DDIMError(
-            f"{what} draws noise at every step; give noise=..., for example a SeededNoise."
-        )
+        raise DDIMError(f"{what} draws noise at every step; give noise=..., such as a SeededNoise.")
     first = 0 if previous is None else previous.number + 1
     # As numbers: looked up step by step they would cost more than the rest of the loop.
     steps = zip(route.pairs, route.weights.rows(), route.multistep.tolist(), strict=True)
@@ -134,19 +119,8 @@ def sample(
     eps_mean_square: Mapping[int, float] | None = None,
 ) -> Tensor:
     """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there
-    are no pairs.
-
-    Autograd records it all, unless it is called under ``torch.no_grad()``.
-    """
-    for state in trajectory(
-        denoise,
-        x_t,
-        pairs,
-        schedule=schedule,
-        eta=eta,
-        noise=noise,
-        order=order,
-        eps_mean_square=eps_mean_square,
-    ):
+    are no pairs. Autograd records it all, unless it runs under ``torch.no_grad()``."""
+    route = make_route(schedule, pairs, eta=eta, order=order, eps_mean_square=eps_mean_square)
+    for state in walk(denoise, x_t, route, noise=noise):
         x_t = state.x_s
     return x_t

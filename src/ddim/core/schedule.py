@@ -1,9 +1,10 @@
 r"""Noise schedules: how much signal and how much noise each level holds.
 
 Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data. ``alpha_bar_t`` is
-:math:`\bar\alpha_t = \prod_{i \le t}(1 - \beta_i)`, ``alpha_t`` :math:`= \sqrt{\bar\alpha_t}`,
-``sigma_t`` :math:`= \sqrt{1 - \bar\alpha_t}`, so that :math:`x_t = \alpha_t x_0 + \sigma_t
-\epsilon` with :math:`\epsilon \sim N(0, I)`.
+:math:`\bar\alpha_t = \prod_{i \le t}(1 - \beta_i)`, ``alpha_t`` :math:`= \sqrt{\bar\alpha_t}`, and
+``sigma_t`` :math:`= \sqrt{1 - \bar\alpha_t}`, so that
+
+.. math:: x_t = \alpha_t x_0 + \sigma_t \epsilon, \qquad \epsilon \sim N(0, I).
 
 Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
 sample."""
@@ -32,8 +33,7 @@ __all__ = [
 ]
 
 CLEAN = -1
-"""The level of clean data: alpha_bar is 1, or the first level's where ``set_alpha_to_one`` is
-off."""
+"""The level of clean data: alpha_bar is 1, or that of level 0 if ``set_alpha_to_one`` is off."""
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
@@ -76,22 +76,18 @@ def make_betas(
     if kind == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float64) ** 2
     if kind == "squaredcos_cap_v2":
-        return _betas_from_alpha_bar(
-            lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count
-        )
+        return _betas_from(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count)
     if kind == "sigmoid":
         curve = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
         return curve * (beta_end - beta_start) + beta_start
     if kind == "laplace":
-        return _betas_from_alpha_bar(_laplace_alpha_bar, count)
+        return _betas_from(_laplace_alpha_bar, count)
     raise DDIMError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got {kind!r}.")
 
 
-def _betas_from_alpha_bar(
-    alpha_bar: Callable[[float], float], count: int, max_beta: float = 0.999
-) -> Tensor:
+def _betas_from(alpha_bar: Callable[[float], float], count: int) -> Tensor:
     levels = [alpha_bar(i / count) for i in range(count + 1)]
-    betas = [min(1 - below / above, max_beta) for above, below in itertools.pairwise(levels)]
+    betas = [min(1 - below / above, 0.999) for above, below in itertools.pairwise(levels)]
     return torch.tensor(betas, dtype=torch.float64)
 
 
@@ -119,9 +115,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
         Algorithm 1. https://arxiv.org/abs/2305.08891
     """
     if betas.numel() < 2:
-        raise DDIMError(
-            f"rescaling to zero terminal SNR needs at least 2 levels; got {betas.numel()}."
-        )
+        raise DDIMError(f"zero terminal SNR needs at least 2 levels; got {betas.numel()}.")
     alpha = (1 - betas.double()).cumprod(0).sqrt()
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     alpha_bar = alpha**2
@@ -143,20 +137,17 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or table.numel() == 0:
-            raise DDIMError(
-                "alphas_cumprod must be one row of levels, shape [T]; got shape "
-                f"{list(table.shape)}."
-            )
+            raise DDIMError(f"alphas_cumprod must have shape [T]; got {list(table.shape)}.")
         if not bool(torch.isfinite(table).all()):
-            raise DDIMError("alphas_cumprod must be finite; got NaN or infinity among the levels.")
+            raise DDIMError("alphas_cumprod must be finite; got NaN or infinity.")
         object.__setattr__(self, "alphas_cumprod", table.detach().to("cpu", torch.float64))
 
     @classmethod
     def from_betas(
         cls, betas: Tensor | Sequence[float], *, set_alpha_to_one: bool = True
     ) -> "NoiseSchedule":
-        """Builds the table from betas [T] (:func:`make_betas`, or a trained list), which a
-        DDIMError refuses unless they are in [0, 1]; 1 leaves no signal."""
+        """Builds the table from betas [T] in [0, 1], of :func:`make_betas` or a trained list; a
+        DDIMError refuses others."""
         given = torch.as_tensor(betas, dtype=torch.float64)
         outside = given[~((given >= 0) & (given <= 1))]  # or NaN
         if outside.numel():
@@ -171,18 +162,15 @@ class NoiseSchedule:
         return self.alphas_cumprod.numel()
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
-        """Looks up alpha_bar at level(s) t, integers in [-1, T), where -1 is clean data; shape of
-        t, float64 on the CPU."""
-        if isinstance(t, Tensor) and (
-            t.is_floating_point() or t.is_complex() or t.dtype == torch.bool
-        ):
-            raise DDIMError(f"timesteps must be integers; got a tensor of {t.dtype}.")
+        """Looks up alpha_bar at integers t in [-1, T), where -1 is clean data; shape of t, float64
+        on the CPU."""
+        dtype = t.dtype if isinstance(t, Tensor) else torch.int64
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise DDIMError(f"timesteps must be integers; got a tensor of {dtype}.")
         levels = torch.as_tensor(t, dtype=torch.int64, device="cpu")
         if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
-            raise DDIMError(
-                f"timesteps must lie in [-1, {len(self)}), where -1 is clean data; got "
-                f"{levels.tolist()}."
-            )
+            allowed = f"[-1, {len(self)}), where -1 is clean data"
+            raise DDIMError(f"timesteps must lie in {allowed}; got {levels.tolist()}.")
         final = torch.tensor(self.final_alpha_cumprod, dtype=torch.float64)
         return torch.where(levels == CLEAN, final, self.alphas_cumprod[levels])
 
@@ -201,10 +189,8 @@ def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
     """Rounds float64 coefficients, shape [] or [B], to the dtype of x [B, ...], in a shape and on a
     device where they can multiply it."""
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] != x.shape[0]):
-        raise DDIMError(
-            f"there must be one level, or one for each of the {x.shape[0]} samples; got shape "
-            f"{list(coefficient.shape)}."
-        )
+        wanted = f"one level, or one for each of the {x.shape[0]} samples"
+        raise DDIMError(f"there must be {wanted}; got shape {list(coefficient.shape)}.")
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     if coefficient.ndim:
         return coefficient.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
@@ -230,7 +216,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tenso
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-    r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; arguments as
+    r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; see
     :func:`add_noise`.
 
     References:

@@ -43,8 +43,7 @@ __all__ = [
 SIGMA_HAT: Literal["sigma-hat"] = "sigma-hat"
 
 Eta = float | Literal["sigma-hat"]
-"""A number (0 deterministic, 1 the DDPM posterior) that scales the standard deviation, or
-``"sigma-hat"``."""
+"""Scale of the standard deviation (0 DDIM, 1 the DDPM posterior), or ``"sigma-hat"``."""
 
 ORDERS = (1, 2)
 """Orders of the solver: 1 is DDIM, 2 its second-order multistep (:func:`multistep_weight`)."""
@@ -63,14 +62,13 @@ class StepCoefficients(NamedTuple):
         return x_s if noise is None else x_s + as_factor(self.noise, x0) * noise
 
     def rows(self) -> "list[StepNumbers]":
-        """The steps of a whole walk, coefficients of shape [N], as N steps of plain numbers."""
+        """The coefficients [N] of a whole walk as N steps of plain numbers."""
         columns = (column.tolist() for column in self)
         return [StepNumbers(*row) for row in zip(*columns, strict=True)]
 
 
 class StepNumbers(NamedTuple):
-    """One row of :class:`StepCoefficients` as numbers, so that a loop looks nothing up and waits
-    for no device."""
+    """One row of :class:`StepCoefficients` as numbers, so that a loop waits for no device."""
 
     x0: float
     eps: float
@@ -105,18 +103,14 @@ def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
     """Returns the order of the solver; a DDIMError refuses an unknown one, and noise at order 2."""
     if order not in ORDERS:
         raise DDIMError(
-            f"the order of the solver must be 1 (DDIM) or 2 (its multistep); got {order!r}."
+            f"the order of the solver must be 1 (DDIM) or 2 (multistep); got {order!r}."
         )
+    flow = "order 2 solves the deterministic flow"
     if order == 2 and eta != 0:
-        raise DDIMError(
-            f"order 2 solves the deterministic flow and draws no noise; got eta={eta}, so use "
-            "eta=0, or order 1."
-        )
+        raise DDIMError(f"{flow} and draws no noise; got eta={eta}, so use eta=0, or order 1.")
     if order == 2 and analytic:
-        raise DDIMError(
-            "order 2 solves the deterministic flow, and the analytic variance draws noise; use "
-            "order 1, or leave out eps_mean_square."
-        )
+        advice = "use order 1, or leave out eps_mean_square"
+        raise DDIMError(f"{flow}, and the analytic variance draws noise; {advice}.")
     return order
 
 
@@ -135,7 +129,6 @@ def step_coefficients(
         eta: See :data:`Eta`.
         eps_mean_square: For the analytic variance: the mean square of the predicted eps at level t,
             same shape, in [0, 1] (:func:`ddim.fitting.timesteps.estimate_eps_mean_square`).
-            Default: the variance of eta alone.
 
     Returns:
         Three float64 tensors. A step to clean data (alpha_bar_s = 1) draws no noise, unless eta is
@@ -154,22 +147,19 @@ def step_coefficients(
         plain = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
         return _analytic(plain, alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
     if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
-        return StepCoefficients(
-            alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), torch.zeros_like(alpha_bar_s)
-        )
+        none = torch.zeros_like(alpha_bar_s)
+        return StepCoefficients(alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), none)
     scale = 1.0 if isinstance(eta, str) else float(eta)
     added = (1 - alpha_bar_t / alpha_bar_s).clamp(min=0)  # of equal levels it rounds to -1 ulp
     variance = scale**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * added
     remainder = 1 - alpha_bar_s - variance
     # The remainder is 0 at eta = 1 from zero terminal SNR, and this order of operations keeps it so
-    # in float64. An eta that is 1 but for its own rounding goes just below; anything larger is an
-    # error.
+    # in float64. An eta that rounds to just above 1 brings it just below 0, which is no error.
     if scale > 1 and bool((excess := remainder < -1e-12).any()):
         largest = ((1 - alpha_bar_t) / added)[excess].min().sqrt()
         raise DDIMError(
-            f"eta={eta} would draw more noise than the level can hold (the direction term becomes "
-            "the root of a negative number, NaN); "
-            f"use at most {float(largest):.4g} for these timesteps."
+            f"eta={eta} would draw more noise than the level can hold (its direction would be the "
+            f"root of a negative number); use at most {float(largest):.4g} for these timesteps."
         )
     noise = added.sqrt() if eta == SIGMA_HAT else variance.sqrt()
     return StepCoefficients(alpha_bar_s.sqrt(), remainder.clamp(min=0).sqrt(), noise)
@@ -195,10 +185,8 @@ def _analytic(
     if eta == SIGMA_HAT:
         raise DDIMError("the analytic variance is that of a number eta; got sigma-hat.")
     if bool((alpha_bar_t == 0).any()):
-        raise DDIMError(
-            "the analytic variance has no value where the SNR is 0; start at a lower level, or use "
-            "the variance of eta."
-        )
+        advice = "start at a lower level, or use the variance of eta"
+        raise DDIMError(f"the analytic variance has no value where the SNR is 0; {advice}.")
     missing = ((1 - alpha_bar_t) * alpha_bar_s / alpha_bar_t).sqrt() - plain.eps
     # The finished image is the mean: no noise in what is shown.
     added = torch.where(alpha_bar_s < 1, missing**2 * (1 - eps_mean_square), 0.0)
@@ -224,8 +212,7 @@ def ddim_step(
         alpha_bar_s: Level to reach, same shape; 1 is clean. Above alpha_bar_t unless eta is 0.
         eta: See :data:`Eta`.
         eps_mean_square: For the analytic variance, as in :func:`step_coefficients`.
-        noise: Standard normal z, shape [B, ...]. Needed if and only if eta is not 0 or the variance
-            is analytic.
+        noise: Standard normal z, shape [B, ...]. Needed if eta is not 0 or the variance analytic.
 
     Raises:
         DDIMError: If eta is invalid, or noise is missing.
@@ -234,21 +221,16 @@ def ddim_step(
     if eta == 0 and eps_mean_square is None:
         return weights.apply(x0, eps)
     if noise is None:
-        raise DDIMError(
-            f"noise is required when eta is not 0, and for the analytic variance; got eta={eta} "
-            "and no noise."
-        )
+        needed = "noise is required when eta is not 0, and for the analytic variance"
+        raise DDIMError(f"{needed}; got eta={eta} and no noise.")
     return weights.apply(x0, eps, noise)
 
 
 def linear_step(
     prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0
 ) -> LinearStep:
-    """Folds conversion and step into one linear map of (x_t, model output, z), valid where nothing
-    is clipped.
-
-    Shapes and errors as :func:`step_coefficients`; infinite or NaN where the parametrisation has no
-    solution."""
+    """Folds conversion and step (:func:`step_coefficients`) into one linear map of (x_t, model
+    output, z), valid where nothing is clipped; not finite where the conversion has no solution."""
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
     return fold(weights, solve(prediction_type, alpha_bar_t))
 
@@ -265,8 +247,7 @@ def fold(weights: StepCoefficients, solution: Solution) -> LinearStep:
 def multistep_weight(
     alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 ) -> Tensor:
-    r"""The weight w that makes DDIM's step from t to s second order, given the x0 predicted one
-    step before.
+    r"""The weight w that makes DDIM's step from t to s second order, by the x0 of the step before.
 
     .. math::
         x_s = x_s^{\mathrm{DDIM}} + w\,(\hat x_0 - \hat x_0^{\mathrm{previous}}), \qquad

@@ -44,8 +44,7 @@ class Tables:
 
     @classmethod
     def from_betas(cls, betas: Tensor, *, rescale: bool, set_alpha_to_one: bool) -> "Tables":
-        """The tables of betas [T], float64, which are first rescaled to zero terminal SNR if
-        ``rescale``."""
+        """The tables of betas [T], float64, after a ``rescale`` to zero terminal SNR."""
         is_valid = bool(((betas >= 0) & (betas <= 1)).all())
         betas = rescale_zero_terminal_snr(betas) if rescale else betas
         levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
@@ -72,20 +71,14 @@ class Tables:
         self, timesteps: int | Sequence[int] | Tensor, x: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x and noise in one shape, and the alpha_t and sigma_t that multiply them, computed in
-        float64 and rounded once.
-
-        Raises:
-            DDIMError: If a level that the host can see is no whole number in [0, T).
-        """
+        float64 and rounded once; a DDIMError refuses levels outside [0, T) that the host sees."""
         given = timesteps
         t = (given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")).flatten()
         if t.device.type == "cpu" and not is_compiling() and t.numel():
             _check_whole(t)
             if int(t.min()) < 0 or int(t.max()) >= len(self.schedule):
-                raise DDIMError(
-                    f"timesteps must lie in [0, {len(self.schedule)}), the levels the model was "
-                    f"trained on; got {t.tolist()}."
-                )
+                allowed = f"[0, {len(self.schedule)}), the levels the model was trained on"
+                raise DDIMError(f"timesteps must lie in {allowed}; got {t.tolist()}.")
         x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
         if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
             x, noise = (y.expand(t.numel(), *y.shape[1:]) for y in (x, noise))
@@ -101,8 +94,7 @@ class Tables:
 
 
 def _version(table: Tensor) -> int:
-    """Inference tensors count no versions: an edit in place shows when the table is next
-    assigned."""
+    # Inference tensors count no versions: an edit in place shows when the table is next assigned.
     return -1 if table.is_inference() else table._version
 
 
@@ -127,10 +119,8 @@ def gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     if t.ndim == 0 or t.shape == (1,):
         return columns.index_select(1, t).unbind(0)
     if t.shape != x.shape[:1]:
-        raise DDIMError(
-            f"there must be one timestep, or one for each of the {x.shape[0]} samples; got shape "
-            f"{list(t.shape)}."
-        )
+        wanted = f"one timestep, or one for each of the {x.shape[0]} samples"
+        raise DDIMError(f"there must be {wanted}; got shape {list(t.shape)}.")
     return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
 
 

@@ -1,9 +1,8 @@
 r"""Which levels a sampler visits, and in what order.
 
 A list of timesteps runs from noise to data, strictly falling, in [0, T). A step goes from a level
-``t`` to the *next element of the list* ``s``, never to ``t - T // N``: a stride that is no
-neighbour leaves the grid of levels, so that the state has another amount of noise than the network
-is told."""
+``t`` to the *next element of the list* ``s``, never to ``t - T // N``: a stride that misses the
+neighbour leaves the list, and the network is then told another amount of noise than there is."""
 
 import itertools
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ def select_timesteps(
 ) -> list[int]:
     r"""Chooses N of T levels, falling: exactly N distinct levels in [0, T), for every N in 1..T.
 
-    With i = 0..N-1:
+    With i = 0..N-1 and c = (T-1)/(N-1)^2:
 
     ============= ============================================ =================================
     ``leading``   :math:`i \lfloor T/N \rfloor` + steps_offset starts below T-1 unless N = T
@@ -55,7 +54,7 @@ def select_timesteps(
 
     Linspace and trailing round in float64 as NumPy does, because diffusers does and ties depend on
     it. Quadratic moves a level up by one where two would coincide. ``steps_offset`` is for leading
-    alone, and is dropped where it would leave [0, T).
+    alone, and is ignored where a level would leave [0, T).
 
     Raises:
         DDIMError: If N is not an integer in 1..T, or the spacing is unknown.
@@ -70,10 +69,8 @@ def select_timesteps(
     total, count = num_train_timesteps, num_inference_steps
     is_whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
     if not is_whole or not 1 <= count <= total:
-        raise DDIMError(
-            f"num_inference_steps must be a whole number from 1 to {total}, the number of levels "
-            f"the model was trained on; got {count!r}."
-        )
+        what = f"a whole number from 1 to {total}, the number of levels the model was trained on"
+        raise DDIMError(f"num_inference_steps must be {what}; got {count!r}.")
     count = int(count)
     if spacing == "leading":
         ratio = total // count
@@ -96,19 +93,15 @@ def select_timesteps(
 
 
 def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
-    """Returns a list, array or tensor of whole numbers, of any type, as plain integers.
-
-    Raises:
-        DDIMError: If it is something else.
-    """
+    """Returns a list, array or tensor of whole numbers as plain integers; a DDIMError refuses
+    anything else."""
     try:
         values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
     except TypeError:
         values = None
     if values is None or getattr(timesteps, "ndim", 1) != 1:
-        raise DDIMError(
-            f"timesteps must be one list of levels, such as [999, 500, 3]; got {timesteps!r}."
-        )
+        example = "one list of levels, such as [999, 500, 3]"
+        raise DDIMError(f"timesteps must be {example}; got {timesteps!r}.")
     levels = []
     for value in values:
         if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
@@ -120,12 +113,8 @@ def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
 
 
 def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int) -> list[int]:
-    """Returns a custom list of levels as plain integers.
-
-    Raises:
-        DDIMError: If the list is empty, not of whole numbers, leaves [0, T), repeats a level, or
-            does not fall.
-    """
+    """Returns a custom list of levels as plain integers; a DDIMError refuses a list that is empty,
+    not of whole numbers, or not strictly falling in [0, T)."""
     levels = as_levels(timesteps)
     outside = [t for t in levels if not 0 <= t < num_train_timesteps]
     if outside:
@@ -144,17 +133,15 @@ def _check_falling(levels: Sequence[int]) -> None:
         if earlier == later:
             raise DDIMError(f"timesteps must not repeat a level; got {later} twice.")
         if earlier < later:
-            raise DDIMError(
-                f"timesteps must fall from noise to data; got {later} after {earlier}. Sort them "
-                "in descending order."
-            )
+            order = f"got {later} after {earlier}. Sort them in descending order."
+            raise DDIMError(f"timesteps must fall from noise to data; {order}")
 
 
 def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[Pair]:
     """Pairs each level with its neighbour in the list, the last with ``end``: [(t, s), ...].
 
     Args:
-        timesteps: Falling from noise to data; :func:`reverse_pairs` turns their pairs around.
+        timesteps: Falling from noise to data; :func:`reverse_pairs` turns the pairs around.
         end: The level below the last. Default: clean data.
 
     Raises:
@@ -168,19 +155,14 @@ def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[P
 
 
 def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """Returns steps (t, s) as they are, or says that a list of levels is none of steps.
-
-    Raises:
-        DDIMError: If it is something else.
-    """
+    """Returns a list of steps (t, s); a DDIMError refuses anything else, such as levels."""
     try:
         return [(t, s) for t, s in pairs]
     except (TypeError, ValueError):
         text = repr(pairs)
         raise DDIMError(
-            "pairs must be steps (t, s) from a level to the next, which step_pairs makes of a list "
-            "of timesteps (step_pairs([999, 500, 0])); got "
-            f"{text if len(text) <= 60 else text[:57] + '...'}."
+            "pairs must be steps (t, s) from a level to the next, which step_pairs([999, 500, 0]) "
+            f"makes of timesteps; got {text if len(text) <= 60 else text[:57] + '...'}."
         ) from None
 
 

@@ -1,5 +1,4 @@
-"""The questions that the doctor asks of a scheduler's configuration, each a small function in
-:data:`CHECKS`.
+"""The doctor's questions to a scheduler's configuration, each a small function in :data:`CHECKS`.
 
 A check looks at a :class:`Case` and returns a :class:`Finding` or None; its figures come from
 :mod:`ddim.doctor.symptoms`. An ``error`` is a NaN, a step that cannot be taken, or images of
@@ -49,13 +48,9 @@ FAINT = 0.03
 """The largest predicted error, pixels in [-1, 1], that is information and no warning: four grey
 levels of 255."""
 
-_SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
+_TRAINED_KEYS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type"),
 )
 _DATA = (0.5, 0.25)  # mean and std of the Gaussian data on which steps are judged
 _DATA_NAME = "N({}, {}^2)".format(*_DATA)
@@ -71,8 +66,8 @@ predict_epsilon tensor_format timestep_values
 fitted_timesteps
 """
 OTHER_KEYS = frozenset(_OTHER_KEYS.split())
-"""Keys that are known, beside those that every scheduler of the family has: those of diffusers'
-other schedulers, those of diffusers before 0.12, and our own."""
+"""Known keys that not every scheduler of the family has: of diffusers' other schedulers, of
+diffusers before 0.12, and our own."""
 
 _SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 _LIN = "Lin et al. 2023, arXiv 2305.08891"
@@ -172,8 +167,7 @@ class Case:
 
     @property
     def probed(self) -> str | None:
-        """The prediction type of the network's own answers, which outweighs what files say of it;
-        None if they do not tell."""
+        """The type that the network's own answers tell, if any; it outweighs what files say."""
         return None if self.probe is None else self.probe.prediction_type
 
     @property
@@ -225,8 +219,7 @@ class Check:
 
 
 CHECKS: dict[str, Check] = {}
-"""All checks by code. A new one is a function under :func:`_check`, and a test that plants what it
-looks for."""
+"""All checks by code. A new one is a function under :func:`_check`, and a test that plants it."""
 
 _Find = Callable[[Case], Finding | None]
 
@@ -252,6 +245,7 @@ def _terminal_snr(case: Case) -> Finding | None:
     fix: dict[str, Any] = {"rescale_betas_zero_snr": True}
     if case.config["prediction_type"] == "epsilon":
         fix["prediction_type"] = "v_prediction"
+    small = "This is too little to be seen."
     return Finding(
         severity,
         f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps "
@@ -262,26 +256,19 @@ def _terminal_snr(case: Case) -> Finding | None:
         numbers,
         fix,
         retrain=True,
-        advice="This is too little to be seen."
-        if severity == "info"
-        else _against_a_leak(case.model, fix),
+        advice=small if severity == "info" else _against_a_leak(case.model, fix),
     )
 
 
 def _against_a_leak(model: ModelFacts, fix: Mapping[str, Any]) -> str:
-    """What this package can do about it: train a model of text or latents, and start any other from
-    a prior of pixels."""
+    """Advice: train a model of text or latents; start any other from a prior of pixels."""
     if model.latent or model.guided:
         kind = " --prediction-type v_prediction" if "prediction_type" in fix else ""
-        return (
-            "In Stable Diffusion's format: ddim train --base MODEL --data CAPTIONED"
-            f"{kind} --rescale-betas-zero-snr."
-        )
+        command = f"ddim train --base MODEL --data CAPTIONED{kind} --rescale-betas-zero-snr"
+        return f"In Stable Diffusion's format: {command}."
     where = "" if model.guided is False else ", for a model of pixels and without text"
-    return (
-        f"Without training{where}: ddim sample --prior data, which starts from noise that holds "
-        "the data's mean colour."
-    )
+    what = "ddim sample --prior data, which starts from noise that holds the data's mean colour"
+    return f"Without training{where}: {what}."
 
 
 @_check("DDIM002", f"{_LIN}, Sec. 3.3")
@@ -364,12 +351,8 @@ def _off_the_grid(case: Case) -> Finding | None:
         f"{their_std:.3f}^2); steps to the next level make N({mean:.3f}, {std:.3f}^2): off by "
         f"{error:.3f}.",
         {
-            "steps": case.steps,
-            "off": off,
-            "diffusers": [their_mean, their_std],
-            "ddim": [mean, std],
-            "data": list(_DATA),
-            "error": error,
+            **{"steps": case.steps, "off": off, "diffusers": [their_mean, their_std]},
+            **{"ddim": [mean, std], "data": list(_DATA), "error": error},
         },
         {} if case.config["timestep_spacing"] == "trailing" else {"timestep_spacing": "trailing"},
         advice="ddim.DDIMScheduler goes to the next level for every number of steps; in plain "
@@ -539,10 +522,8 @@ def _idle_thresholding(case: Case) -> Finding | None:
         consequence = "It is plain clipping to +-1, at the cost of a sort."
     else:
         message += "a threshold of at least 1 is cut to that."
-        consequence = (
-            "Each predicted image is clamped to that and divided by it: contrast grows at every "
-            "step."
-        )
+        effect = "contrast grows at every step"
+        consequence = f"Each predicted image is clamped to that and divided by it: {effect}."
     return Finding(
         "warning",
         message,
@@ -594,12 +575,15 @@ def _betas_length(case: Case) -> Finding | None:
     stated, given = case.config["num_train_timesteps"], len(case.schedule)
     if stated == given:
         return None
+    lost = (
+        "asks for levels that do not exist"
+        if given < stated
+        else "never visits the noisiest levels"
+    )
     return Finding(
         "error" if given < stated else "warning",
         f"trained_betas has {given} levels, and num_train_timesteps says {stated}.",
-        "Plain diffusers asks for levels that do not exist."
-        if given < stated
-        else "Plain diffusers never visits the noisiest levels.",
+        f"Plain diffusers {lost}.",
         {"trained_betas": given, "num_train_timesteps": stated},
         {"num_train_timesteps": given},
     )
@@ -644,9 +628,8 @@ def _other_training(case: Case) -> Finding | None:
     if training is None or there is None or len(there) != len(here):
         return None
     kind, trained_kind = case.config["prediction_type"], training["prediction_type"]
-    if kind == trained_kind and torch.allclose(
-        there.alphas_cumprod, here.alphas_cumprod, atol=1e-6
-    ):
+    is_same = torch.allclose(there.alphas_cumprod, here.alphas_cumprod, atol=1e-6)
+    if kind == trained_kind and is_same:
         return None
     oracle, pairs, first = GaussianOracle(there, *_DATA), step_pairs(case.levels), case.levels[0]
     right_mean, right_std = _mean_std(oracle.denoise, there, pairs, oracle, first)
@@ -654,13 +637,10 @@ def _other_training(case: Case) -> Finding | None:
     if kind != "epsilon" or bool((here.alpha_bar(torch.tensor(case.levels)) > 0).all()):
         mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
         mean, std = _mean_std(mixed, here, pairs, oracle, first)
-    keys = [*_SCHEDULE_KEYS, "prediction_type"]
-    keys = [key for key in keys if training[key] != case.config[key]]
-    denied = set()  # keys of which the network's own answers say otherwise
+    keys = [key for key in _TRAINED_KEYS if training[key] != case.config[key]]
+    denied = []  # keys of which the network's own answers say otherwise
     if case.probed not in (None, trained_kind):
-        denied = {"prediction_type"} | (
-            {"rescale_betas_zero_snr"} if case.probed == "epsilon" else set()
-        )
+        denied = ["prediction_type", *["rescale_betas_zero_snr"] * (case.probed == "epsilon")]
     return Finding(
         "error" if kind != trained_kind else _grade(math.hypot(mean - right_mean, std - right_std)),
         f"The model was trained with {', '.join(f'{k}={_short(training[k])}' for k in keys)}, and "
@@ -724,9 +704,8 @@ def _probed_end(case: Case) -> Finding | None:
     )
     following = evidence.get("brightness_following_noise")
     if following is not None:
-        message += (
-            f", and its brightness follows the noise's ({following:.2f} of the images' spread)"
-        )
+        share = f"{following:.2f} of the images' spread"
+        message += f", and its brightness follows the noise's ({share})"
     return Finding(
         "warning",
         f"{message}.",
@@ -782,16 +761,10 @@ def _mean_std(
     oracle: GaussianOracle,
     first: int,
 ) -> tuple[float, float]:
-    """Mean and std of the images that these steps make, starting from the distribution that the
-    oracle's data has at the first level."""
+    """Mean and std of the images that these steps make of the oracle's data at the first level."""
     start = oracle.mean * float(oracle.schedule.alpha_bar(first).sqrt())
-    mean, std = made_of_noise(
-        denoise,
-        schedule,
-        pairs,
-        mean=torch.tensor([start], dtype=torch.float64),
-        std=oracle.variance(first).sqrt().reshape(1),
-    )
+    mean, std = torch.tensor([start], dtype=torch.float64), oracle.variance(first).sqrt().reshape(1)
+    mean, std = made_of_noise(denoise, schedule, pairs, mean=mean, std=std)
     return float(mean), float(std)
 
 

@@ -34,11 +34,9 @@ _STEPS = 50  # the pipelines' default
 # The brightness of unknown images: dark and uneven as Fashion-MNIST's, so that a leak shows.
 _ASSUMED = Brightness(-0.43, 0.35, 64 * 64)
 
-# Of the one sampler of the family whose schedule is its own.
+# The one sampler of the family whose default schedule is its own.
 _COGVIDEO: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "snr_shift_scale": 3.0,
 }
 
@@ -50,7 +48,7 @@ class Diagnosis:
     Attributes:
         config: The configuration as it was given.
         findings: In the order of their codes.
-        summary: What was looked at, in numbers; empty for a scheduler that is not of DDIM's family.
+        summary: What was looked at, in numbers; empty for a scheduler of another family.
         asked: Keys whose values were asked for in place of the configuration's.
         after: The diagnosis of the corrected configuration; None if nothing is corrected.
     """
@@ -66,8 +64,7 @@ class Diagnosis:
         return any(f.severity == severity for f in self.findings)
 
     def fixed(self) -> dict[str, Any]:
-        """The configuration as it was asked for, with all fixes that need no training, and with the
-        fixes of what these fixes bring about."""
+        """The configuration as it was asked for, with all fixes that need no training."""
         return self.after.config if self.after else self.config
 
     @property
@@ -77,28 +74,21 @@ class Diagnosis:
             return ""
         here, after = self.summary, self.after.summary
         figures = []
-        # Changes below FAINT come from fewer or other steps.
-        if abs(after["brightness_bias"]) > abs(here["brightness_bias"]) + FAINT:
-            figures.append(
-                f"brightness bias from {here['brightness_bias']:+.3f} to "
-                f"{after['brightness_bias']:+.3f}"
-            )
-        if abs(after["brightness_spread"] - 1) > abs(here["brightness_spread"] - 1) + FAINT:
-            figures.append(
-                f"brightness spread from {here['brightness_spread']:.3f} to "
-                f"{after['brightness_spread']:.3f}"
-            )
+        for name, right, form in (("bias", 0, "+.3f"), ("spread", 1, ".3f")):
+            old, new = (summary[f"brightness_{name}"] for summary in (here, after))
+            if abs(new - right) > abs(old - right) + FAINT:  # smaller ones come from other steps
+                figures.append(f"brightness {name} from {old:{form}} to {new:{form}}")
         changed = {key for key, value in self.after.config.items() if self.config.get(key) != value}
         codes = [f.code for f in self.findings if f.fix.keys() & changed and not f.retrain]
         if not figures or not codes:
             return ""
         reason = f"what is mended is graver ({', '.join(codes)})"
-        has_lost_zero_snr = here["terminal_snr"] == 0 < after["terminal_snr"]
-        if has_lost_zero_snr and "rescale_betas_zero_snr" in changed:
-            reason = (
-                "zero terminal SNR is given up, because the weights predict epsilon, from which no "
-                "image can be told there"
-            )
+        if (
+            here["terminal_snr"] == 0 < after["terminal_snr"]
+            and "rescale_betas_zero_snr" in changed
+        ):
+            why = "the weights predict epsilon, from which no image can be told there"
+            reason = f"zero terminal SNR is given up, because {why}"
         return f"The fix makes what is predicted worse ({', '.join(figures)}): {reason}."
 
     def _corrected(self) -> dict[str, Any]:
@@ -123,8 +113,7 @@ def diagnose(
     brightness: Brightness | None = None,
     probe: Probe | None = None,
 ) -> Diagnosis:
-    """Diagnoses a scheduler's configuration, and then the configuration with all fixes, until there
-    is nothing more to fix.
+    """Diagnoses a scheduler's configuration, then that with all fixes, until nothing can be fixed.
 
     Args:
         config: As in ``scheduler_config.json``; absent keys have the values of diffusers' DDIM.
@@ -171,14 +160,12 @@ def _diagnose_once(
     brightness: Brightness | None,
     **used: Any,
 ) -> Diagnosis:
-    """One diagnosis without a correction; ``used`` holds further fields of :class:`Case`."""
+    """One diagnosis, without a correction; ``used`` are further fields of :class:`Case`."""
     given = dict(config)
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:
-        raise DDIMError(
-            f"this is the configuration of a {kind}, and not of a scheduler; give a "
-            "scheduler_config.json."
-        )
+        what = f"this is the configuration of a {kind}, and not of a scheduler"
+        raise DDIMError(f"{what}; give a scheduler_config.json.")
     reason = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
     if reason is not None:
         return Diagnosis(given, (foreign_finding(kind, reason),), {})
@@ -219,8 +206,8 @@ def _visited(
     timesteps: Sequence[int] | None,
     use_fitted: bool,
 ) -> tuple[Sequence[int] | None, list[int], list[int] | None]:
-    """The list of timesteps that is used in place of a spacing, if there is one; the levels that
-    this package visits; and those that plain diffusers visits, if it can."""
+    """The list of timesteps in place of a spacing, if there is one; the levels that this package
+    visits; and those that plain diffusers visits, if it can."""
     count = min(_STEPS, total) if asked is None else asked
     if isinstance(count, int):
         count = min(count, total)
@@ -252,9 +239,7 @@ def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
         "first_level": case.levels[0],
         "last_level": case.levels[-1],
         "brightness": {
-            "mean": case.brightness.mean,
-            "std": case.brightness.std,
-            "dimensions": case.brightness.dimensions,
+            **{name: getattr(case.brightness, name) for name in ("mean", "std", "dimensions")},
             "assumed": assumed,
             "whole_images": case.brightness.measured is not None,
         },
@@ -280,10 +265,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
         raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
     if not all(isinstance(t, int) for levels in fitted_lists(full) for t in levels):
-        raise DDIMError(
-            "fitted_timesteps must be a list of lists of levels, which are whole numbers; got "
-            f"{full['fitted_timesteps']!r}."
-        )
+        wanted = "a list of lists of levels, which are whole numbers"
+        raise DDIMError(f"fitted_timesteps must be {wanted}; got {full['fitted_timesteps']!r}.")
     betas = full["trained_betas"]
     for i, beta in enumerate(betas if isinstance(betas, (list, tuple)) else []):
         if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
@@ -293,20 +276,15 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The levels of a complete configuration; also those of CogVideoX, whose SNR is shifted before
-    it is rescaled.
-
-    Raises:
-        DDIMError: If the beta schedule is unknown, or adds no noise.
-    """
+    """The levels of a complete configuration; also of CogVideoX, whose SNR is shifted before it is
+    rescaled. A DDIMError refuses an unknown beta schedule, and one that adds no noise."""
     schedule = noise_schedule(config)
     shift = config.get("snr_shift_scale") if _is_cogvideo(config.get("_class_name")) else None
     if shift:
         table = noise_schedule({**config, "rescale_betas_zero_snr": False}).alphas_cumprod
         table = table / (shift + (1 - shift) * table)
-        schedule = noise_schedule(
-            {**config, "trained_betas": 1 - table / torch.cat([table.new_ones(1), table[:-1]])}
-        )
+        betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
+        schedule = noise_schedule({**config, "trained_betas": betas})
     if float(schedule.alphas_cumprod[-1]) == 1:
         raise DDIMError("the scheduler's configuration adds no noise: all its betas are 0.")
     return schedule

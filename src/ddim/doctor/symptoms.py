@@ -1,11 +1,10 @@
-r"""What a schedule and a list of timesteps do to images, in numbers: the measurements behind the
-doctor's findings.
+r"""Measures what a schedule and a list of timesteps do to images, for the doctor's findings.
 
 Everything is measured on Gaussian data, for which the best network is known
 (:class:`ddim.core.oracle.GaussianOracle`). On such data a DDIM run is an affine map of the noise it
-starts from, so two runs tell the mean and the spread of all images exactly. The bias of images that
-are no Gaussian is that of their covariance; their spread shrinks less, since a network makes
-images, not averages. Notation: :mod:`ddim.core.schedule`."""
+starts from, so two runs tell the mean and the spread of all images exactly. The bias of other
+images is that of their covariance; their spread shrinks less, since a network makes images, not
+averages. Notation: :mod:`ddim.core.schedule`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +44,7 @@ _COARSE = 32  # the covariance is taken of images of at most this side
 
 class Modes(NamedTuple):
     """Directions in which images vary independently, and what each adds to the mean grey level;
-    each [K], float64.
-
-    Noise has variance 1 along each.
-    """
+    [K], float64. Noise has variance 1 along each."""
 
     mean: Tensor
     std: Tensor
@@ -62,10 +58,9 @@ class Brightness:
     Attributes:
         mean: Mean over all images.
         std: Standard deviation between images.
-        dimensions: The number of values in an image, C H W: the more, the less noise hides
-            brightness.
-        measured: How the rest of the image varies with it, if images were at hand
-            (:meth:`of_images`); None: brightness is taken to be independent of the rest.
+        dimensions: C H W: the more values in an image, the less noise hides its brightness.
+        measured: How the rest of the image varies with it, by :meth:`of_images`; None if it is
+            taken to be independent of the rest.
     """
 
     mean: float
@@ -76,10 +71,8 @@ class Brightness:
     @classmethod
     def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
         """The brightness of images whose mean colours are known."""
-        count = len(prior.mean)
-        return cls(
-            sum(prior.mean) / count, sum(map(sum, prior.covariance)) ** 0.5 / count, dimensions
-        )
+        count, std = len(prior.mean), sum(map(sum, prior.covariance)) ** 0.5
+        return cls(sum(prior.mean) / count, std / count, dimensions)
 
     @classmethod
     def of_images(cls, images: Tensor) -> "Brightness":
@@ -94,44 +87,34 @@ class Brightness:
             DDIMError: If there are fewer than two images.
         """
         if len(images) < 2:
-            raise DDIMError(
-                f"the brightness of images needs at least 2 of them; got {len(images)}."
-            )
+            raise DDIMError(f"the brightness of images needs at least 2; got {len(images)}.")
         fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
         # Times fold, so that noise keeps variance 1.
         rows = torch.nn.functional.avg_pool2d(images.double(), fold).mul(fold).flatten(1)
         weights = torch.full(rows.shape[1:], 1 / (rows.shape[1] * fold), dtype=torch.float64)
         mean = rows.mean(0)
-        # What no image deviates along is left out: there the best prediction is the mean, whatever
-        # the noise.
+        # Along directions in which no image deviates the mean is the best prediction.
         _, singular, basis = torch.linalg.svd(rows - mean, full_matrices=False)
         std = singular / (len(images) - 1) ** 0.5
         bright = rows @ weights
-        return cls(
-            float(bright.mean()),
-            float(bright.std()),
-            images[0].numel(),
-            Modes(basis @ mean, std, basis @ weights),
-        )
+        modes = Modes(basis @ mean, std, basis @ weights)
+        return cls(float(bright.mean()), float(bright.std()), images[0].numel(), modes)
 
     @property
     def modes(self) -> Modes:
-        """The directions that brightness depends on; without images, the constant component
-        alone."""
+        """The directions that brightness depends on: without images, the constant one alone."""
         if self.measured is not None:
             return self.measured
         root = self.dimensions**0.5
-        return Modes(
-            *torch.tensor([[self.mean * root], [self.std * root], [1 / root]], dtype=torch.float64)
-        )
+        numbers = ([self.mean * root], [self.std * root], [1 / root])
+        return Modes(*torch.tensor(numbers, dtype=torch.float64))
 
     def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
         """The exact denoiser along the modes, of samples [K, ...]."""
         return GaussianOracle(schedule, self.modes.mean, self.modes.std)
 
     def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
-        """The bias, and the factor on the spread, of images whose modes have these means and
-        spreads, each [K]."""
+        """The bias, and the factor on the spread, of images with these means and spreads [K]."""
         weight = self.modes.weight
         made = float((weight * std).norm())
         return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
@@ -149,18 +132,10 @@ def made_of_noise(
 def predict_brightness(
     schedule: NoiseSchedule, pairs: Sequence[Pair], brightness: Brightness
 ) -> tuple[float, float]:
-    """How sampling from N(0, I) over these pairs changes brightness.
-
-    Returns:
-        The bias of the mean grey level, and the factor by which the spread between images changes:
-        (0, 1) is correct.
-    """
-    zero = torch.zeros_like(brightness.modes.mean)
-    return brightness.change(
-        *made_of_noise(
-            brightness.oracle(schedule).denoise, schedule, pairs, mean=zero, std=zero + 1
-        )
-    )
+    """How sampling from N(0, I) over these pairs changes brightness: the bias of the mean grey
+    level, and the factor on its spread between images; (0, 1) is correct."""
+    zero, denoise = torch.zeros_like(brightness.modes.mean), brightness.oracle(schedule).denoise
+    return brightness.change(*made_of_noise(denoise, schedule, pairs, mean=zero, std=zero + 1))
 
 
 def leaked_brightness(
@@ -185,7 +160,7 @@ def leaked_brightness(
 
 
 def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
-    """The list that plain diffusers makes, which can hold -1 or T, or N + 1 entries."""
+    """The list of plain diffusers, which can hold -1 or T, or N + 1 entries."""
     return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
 
 
@@ -215,20 +190,13 @@ def stock_flaws(total: int, spacing: str, *, steps_offset: int = 0) -> tuple[lis
 
 
 def stock_pairs(timesteps: Sequence[int], total: int, count: int) -> list[Pair]:
-    """The steps that plain diffusers takes from each of its timesteps: to t - T // N. Its -1 reads
-    the table's last entry."""
+    """The steps of plain diffusers: to t - T // N. Its -1 reads the table's last entry."""
     return [(min(t, total - 1) % total, max(t - total // count, CLEAN)) for t in timesteps]
 
 
 def stock_nan_levels(config: Mapping[str, Any], pairs: Sequence[Pair], eta: float) -> list[int]:
-    """The levels from which a step of plain diffusers gives NaN at this eta: its float32
-    arithmetic, operation by operation.
-
-    Args:
-        config: A complete scheduler configuration.
-        pairs: Its steps, from :func:`stock_pairs`.
-        eta: A number.
-    """
+    """The levels from which a step of plain diffusers (:func:`stock_pairs`) gives NaN at this eta,
+    by its float32 arithmetic, for a complete configuration."""
     table = _stock_table(config)
     final = torch.tensor(1.0) if config["set_alpha_to_one"] else table[0]
     found = []
@@ -242,8 +210,7 @@ def stock_nan_levels(config: Mapping[str, Any], pairs: Sequence[Pair], eta: floa
 
 
 def _stock_table(config: Mapping[str, Any]) -> Tensor:
-    """alpha_bar as diffusers computes it, float32: the last bit decides whether a radicand rounds
-    below 0."""
+    """alpha_bar as diffusers computes it, whose last bit decides if a radicand rounds below 0."""
     first, last, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)

@@ -1,5 +1,4 @@
-"""Extractors: they turn images into the features that are compared. The name of a metric ends with
-the name of its extractor.
+"""Extractors, which turn images into the features that are compared; metrics end with their names.
 
 ``fashion`` and ``pixels`` come with the package. Other networks are opened through the library that
 provides them, if its weights are on this machine: nothing is downloaded here, and a library is
@@ -67,14 +66,11 @@ def load_extractor(
         CheckpointError: If its library or weights are missing; the message says where to get them.
     """
     if name not in EXTRACTORS:
-        raise DDIMError(
-            f"there is no extractor {name!r}; the extractors are {', '.join(EXTRACTORS)}."
-        )
+        known = ", ".join(EXTRACTORS)
+        raise DDIMError(f"there is no extractor {name!r}; the extractors are {known}.")
     if weights is not None and name in ("fashion", "pixels"):
-        raise DDIMError(
-            f"the extractor {name} takes no weights: "
-            f"{'its own lie in the package' if name == 'fashion' else 'it has none'}."
-        )
+        why = "its own lie in the package" if name == "fashion" else "it has none"
+        raise DDIMError(f"the extractor {name} takes no weights: {why}.")
     if weights is not None and not weights.exists():
         raise CheckpointError(f"there are no weights of {name} at {weights}; check the path.")
     return EXTRACTORS[name](image_shape, weights, torch.device(device))
@@ -86,10 +82,10 @@ def _pixels(shape: Shape, weights: Path | None, device: torch.device) -> Extract
 
 def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     if shape != (1, 28, 28):
+        got = f"{'grey' if shape[0] == 1 else 'colour'} ones of {shape[1]}x{shape[2]}"
         raise DataError(
-            "the extractor fashion takes grey images of 28x28; got "
-            f"{'grey' if shape[0] == 1 else 'colour'} ones of {shape[1]}x{shape[2]}. Name metrics "
-            "of another extractor, such as kid-pixels."
+            f"the extractor fashion takes grey images of 28x28; got {got}. Name metrics of another "
+            "extractor, such as kid-pixels."
         )
     network, card = load_classifier()
     embed, head = _on_device(network.features, network, device), network.head
@@ -169,23 +165,17 @@ def _dinov2(shape: Shape, weights: Path | None, device: torch.device) -> Extract
     network = library.Dinov2Model.from_pretrained(
         folder, use_safetensors=True, local_files_only=True
     )
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    )
+    imagenet = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in imagenet)
 
     def features(images: Tensor) -> Tensor:
         pixels = _resized(images, 224) / 2 + 0.5
-        result: Tensor = network(
-            (pixels - mean.to(pixels.device)) / std.to(pixels.device)
-        ).last_hidden_state[:, 0]
+        scaled = (pixels - mean.to(pixels.device)) / std.to(pixels.device)
+        result: Tensor = network(scaled).last_hidden_state[:, 0]
         return result
 
-    return Extractor(
-        "dinov2",
-        int(network.config.hidden_size),
-        _on_device(features, network, device),
-        file_hash(files),
-    )
+    size, embed = int(network.config.hidden_size), _on_device(features, network, device)
+    return Extractor("dinov2", size, embed, file_hash(files))
 
 
 EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] = {
@@ -201,8 +191,7 @@ EXTRACTORS: dict[str, Callable[[Shape, Path | None, torch.device], Extractor]] =
 def _on_device(
     features: Callable[[Tensor], Tensor], network: nn.Module, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Moves the network to the device; the result takes images from the CPU and returns features
-    there."""
+    """Moves the network to the device; the result takes images and returns features on the CPU."""
     network.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -217,18 +206,16 @@ def _library(module: str, advice: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         missing = (error.name or module).partition(".")[0]
-        raise CheckpointError(
-            f"this extractor needs {missing}, which is not installed; run: {advice}."
-        ) from error
+        what = f"this extractor needs {missing}, which is not installed"
+        raise CheckpointError(f"{what}; run: {advice}.") from error
 
 
 def _read_weights(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{path} holds no weights that can be read safely; copy or download it again."
-        ) from error
+        what = "holds no weights that can be read safely"
+        raise CheckpointError(f"{path} {what}; copy or download it again.") from error
 
 
 def _colour(images: Tensor) -> Tensor:
@@ -236,6 +223,5 @@ def _colour(images: Tensor) -> Tensor:
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
-    return nn.functional.interpolate(
-        _colour(images), (size, size), mode="bicubic", antialias=True
-    ).clamp(-1, 1)
+    resize, images = nn.functional.interpolate, _colour(images)
+    return resize(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)

@@ -34,11 +34,7 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> float:
 
     .. math:: k(x, y) = (x \cdot y / D + 1)^3
 
-    Its mean does not depend on N and M; it can be negative if the sets are alike.
-
-    Args:
-        samples: [N, D], N > 1.
-        reference: [M, D], M > 1.
+    Its mean does not depend on N and M, both above 1; it can be negative if the sets are alike.
 
     References:
         Binkowski et al. Demystifying MMD GANs. 2018. Eq. 4 and Sec. 3.
@@ -97,11 +93,8 @@ def nearest_distances(samples: Tensor, reference: Tensor) -> Tensor:
 
 def project(features: Tensor, *, directions: int = 128, seed: int = 0) -> Tensor:
     """Projects features [N, D] on fixed random unit vectors: [N, directions], float32."""
-    drawn = torch.randn(
-        (features.shape[1], directions),
-        generator=torch.Generator().manual_seed(seed),
-        dtype=torch.float64,
-    )
+    size, generator = (features.shape[1], directions), torch.Generator().manual_seed(seed)
+    drawn = torch.randn(size, generator=generator, dtype=torch.float64)
     projected: Tensor = features.double() @ (drawn / drawn.norm(dim=0))
     return projected.float()
 
@@ -127,8 +120,7 @@ def class_histogram(classes: Tensor, *, count: int) -> list[int]:
 
 
 def total_variation(samples: list[int], reference: list[int]) -> float:
-    """The total variation distance of two histograms, in [0, 1]: the fraction of images that have
-    the wrong class."""
+    """The total variation distance of two histograms: the fraction of images of a wrong class."""
     x, y = (torch.tensor(h, dtype=torch.float64) / sum(h) for h in (samples, reference))
     return float((x - y).abs().sum() / 2)
 

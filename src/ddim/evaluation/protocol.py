@@ -57,8 +57,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """What an extractor leaves of some images. The sketches of two sets add up to that of their
-    union."""
+    """What an extractor leaves of some images; two sets add up to their union."""
 
     count: int = 0
     statistics: Statistics | None = None
@@ -165,8 +164,7 @@ class Panel:
         return METRICS[metric], self.extractors[extractor]
 
     def fitting(self, count: int, available: int) -> "Panel | None":
-        """The metrics that this many samples and reference images are enough for, and their
-        extractors; None if there is none."""
+        """The metrics that this many samples and reference images are enough for; None if none."""
         possible, extractors = [], {}
         for name in self.metrics:
             metric, extractor = self.parts(name)
@@ -188,19 +186,15 @@ class Panel:
             if smallest < needed:
                 raise DDIMError(f"{name} needs at least {needed} images; got {smallest}.")
             if available < 2 * needed:
-                raise DataError(
-                    f"{name} needs a reference of at least {2 * needed} images, for its floor too; "
-                    f"got {available}."
-                )
+                wanted = f"a reference of at least {2 * needed} images, for its floor too"
+                raise DataError(f"{name} needs {wanted}; got {available}.")
         if available < largest:
-            raise DataError(
-                f"{largest} samples need a reference of as many images, and it holds {available}; "
-                f"use at most {available}."
-            )
+            need = f"{largest} samples need a reference of as many images"
+            raise DataError(f"{need}, and it holds {available}; use at most {available}.")
 
 
 def default_metrics(image_shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """The metrics that are measured by default for images of shape (C, H, W)."""
+    """The default metrics for images of shape (C, H, W)."""
     names: tuple[str, ...] = ("kid", "precision", "recall", "nearest")
     extractor = "pixels" if image_shape[0] == 1 else "efficientnet-lite0"
     if image_shape == (1, 28, 28):
@@ -278,17 +272,9 @@ class Collected:
 
 
 def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> Collected:
-    """Passes a stream of images through the extractors. The result does not depend on how the
-    stream is divided into batches.
-
-    Args:
-        images: Batches [B, C, H, W] in [-1, 1].
-        panel: What is to be measured.
-        cuts: Indices of images at which a set begins or ends.
-
-    Returns:
-        Sketches between the cuts.
-    """
+    """Passes a stream of batches [B, C, H, W] in [-1, 1] through the extractors, and returns
+    sketches between the cuts, the indices at which a set begins or ends. They do not depend on how
+    the stream is divided into batches."""
     needs = {
         e: {metric.needs for metric, x in map(panel.parts, panel.metrics) if x.name == e}
         for e in panel.extractors
@@ -369,14 +355,8 @@ def collect_reference(
 
 
 def measure(samples: Collected, reference: Reference, panel: Panel, *, count: int) -> list[Result]:
-    """The panel's numbers for the first ``count`` samples.
-
-    Args:
-        samples: Collected with the cuts of :func:`sample_cuts`.
-        reference: Collected for the same panel and count.
-        panel: What is measured.
-        count: N.
-    """
+    """The panel's numbers for the first ``count`` samples, which were collected with the cuts of
+    :func:`sample_cuts`; the reference was collected for the same panel and count."""
     results, third = [], count // 3
     for name in panel.metrics:
         metric, extractor = panel.parts(name)
@@ -385,9 +365,8 @@ def measure(samples: Collected, reference: Reference, panel: Panel, *, count: in
         if third >= metric.minimum(extractor):
             spread = stdev(value(i * third, (i + 1) * third) for i in range(3)) / math.sqrt(3)
         floor, floor_count = reference.floors[name, count]
-        results.append(
-            Result(name, extractor.name, value(0, count), floor, spread, count, floor_count)
-        )
+        whole = value(0, count)
+        results.append(Result(name, extractor.name, whole, floor, spread, count, floor_count))
     return results
 
 
@@ -406,8 +385,7 @@ def _value(
 
 
 def over_repeats(repeats: Sequence[Sequence[Result]]) -> list[Result]:
-    """One list of results of several runs with other seeds: the mean value, and its spread where
-    there are two or more."""
+    """One list of results of runs with other seeds: the mean, and the spread of two or more."""
     if len(repeats) == 1:
         return list(repeats[0])
     groups = [[r.value for r in same] for same in zip(*repeats, strict=True)]

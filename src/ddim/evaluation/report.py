@@ -126,13 +126,8 @@ def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
     ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
     records = []
     for cell in _sorted(cells):
-        record: dict[str, Any] = {
-            "eta": cell.eta,
-            "steps": cell.steps,
-            "evaluations": cell.evaluations,
-            "count": cell.count,
-            "seconds": cell.seconds,
-        }
+        fields = ("eta", "steps", "evaluations", "count", "seconds")
+        record: dict[str, Any] = {name: getattr(cell, name) for name in fields}
         for result in cell.results:
             name = result.metric
             record |= {name: result.value, f"{name}_floor": result.floor, f"{name}_std": result.std}
@@ -166,26 +161,17 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def to_markdown(
     cells: Sequence[Cell], *, levels: int, title: str, protocol: str, reference: str
 ) -> str:
-    """The table as a document: each metric by eta and steps, time, ratios to DDPM, and the paper's
-    numbers.
-
-    Args:
-        cells: What was measured.
-        levels: T, the steps of DDPM.
-        title: Title of the document.
-        protocol: What was done, in sentences.
-        reference: The data that the samples were compared with. The document says if it is a data
-            set of the paper's.
-    """
+    """The table as a document: each metric by eta and steps, time, ratios to DDPM of ``levels``
+    steps, and the paper's numbers. ``protocol`` says what was done, in sentences; the document says
+    if ``reference``, the data that was compared with, is a data set of the paper's."""
     parts = [f"# {title}\n", f"{protocol}\n"]
     most = max(cell.count for cell in cells)
     for i, result in enumerate(cells[0].results):
         better = "Higher" if _metric(result.metric).higher_is_better else "Lower"
         # Rounded, since machines differ in the last digits.
         floors = {(c.results[i].floor_count, _number(c.results[i].floor)) for c in cells}
-        listed = " and ".join(
-            f"{floor} on {count} images" for count, floor in sorted(floors, reverse=True)
-        )
+        ordered = sorted(floors, reverse=True)
+        listed = " and ".join(f"{floor} on {count} images" for count, floor in ordered)
         parts += [
             f"## {result.metric}\n",
             f"{better} is better; real images against real ones: {listed}.\n",
@@ -205,15 +191,11 @@ def _timing_text(cells: Sequence[Cell]) -> str:
     """How the seconds were measured, and whether they can be compared."""
     rounds = {c.timing_rounds for c in cells}
     if rounds == {0}:
-        return (
-            "Of all images of a cell, each when it was measured: on a machine that does other "
-            "work, or on several, they do not compare."
-        )
+        where = "on a machine that does other work, or on several, they do not compare"
+        return f"Of all images of a cell, each when it was measured: {where}."
     if len(rounds) > 1:
-        return (
-            "Not all of them taken in turn: they do not compare. `--timing-rounds` takes all of "
-            "them again."
-        )
+        advice = "`--timing-rounds` takes all of them again"
+        return f"Not all of them taken in turn: they do not compare. {advice}."
     return f"Batches of all cells drawn in turn, the median of {rounds.pop()} each."
 
 
@@ -239,11 +221,8 @@ def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
     name = "".join(c for c in reference.lower() if c.isalnum())
     own = next((data for data, pattern in _NAMES.items() if re.search(pattern, name)), None)
     data = own or "CIFAR-10"
-    relation = (
-        "the data of this table."
-        if own
-        else "for orientation: other data, so compare orders, not values."
-    )
+    other = "for orientation: other data, so compare orders, not values."
+    relation = "the data of this table." if own else other
     rows = [["eta", *(f"S={s}" for s in PAPER[data][0.0])]]
     rows += [[_eta(eta), *(f"{v:.2f}" for v in row.values())] for eta, row in PAPER[data].items()]
     parts = [
@@ -262,8 +241,7 @@ def _beside_paper(cells: Sequence[Cell], reference: str) -> list[str]:
 def _order_text(
     cells: Sequence[Cell], steps: int, paper: Mapping[float | str, Mapping[int, float]]
 ) -> str:
-    """A line that compares the order of the etas at these steps with the paper's; empty if there
-    are fewer than two."""
+    """A line that compares the order of two or more etas at these steps with the paper's."""
     column = [c for c in cells if c.steps == steps and c.eta in paper]
     there = {c.eta: paper[c.eta][steps] for c in column if steps in paper[c.eta]}
     if len(there) < 2:
@@ -282,30 +260,20 @@ def _order_text(
 
 
 def check_plots() -> None:
-    """Checks that plots can be drawn, before hours are spent on what they would show.
-
-    Raises:
-        DDIMError: If matplotlib is missing.
-    """
+    """Checks that matplotlib is there, before hours are spent on what plots would show."""
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise DDIMError(
-            "plots need matplotlib, which is not installed; run: pip install 'ddim[plot]'."
-        ) from error
+        advice = "run: pip install 'ddim[plot]'"
+        raise DDIMError(f"plots need matplotlib, which is not installed; {advice}.") from error
 
 
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by file name; all on
     equally many images."""
-    return {
-        "quality-evaluations.png": _plot_quality(
-            cells, lambda cell: cell.evaluations, "network evaluations an image"
-        ),
-        "quality-seconds.png": _plot_quality(
-            cells, lambda cell: cell.seconds_per_image, "seconds an image"
-        ),
-    }
+    by_calls = _plot_quality(cells, lambda c: c.evaluations, "network evaluations an image")
+    by_time = _plot_quality(cells, lambda c: c.seconds_per_image, "seconds an image")
+    return {"quality-evaluations.png": by_calls, "quality-seconds.png": by_time}
 
 
 def _plot_quality(cells: Sequence[Cell], x: Callable[[Cell], float], label: str) -> "Figure":
@@ -369,8 +337,7 @@ def save_lines(
 
 
 def _label_plainly(axes: Any) -> None:
-    """Writes plain numbers along both axes, since measurements span few powers of ten, and more of
-    them if the span is small."""
+    """Writes plain numbers along both axes, and more of them if they span few powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()

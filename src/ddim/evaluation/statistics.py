@@ -1,8 +1,4 @@
-r"""Count, mean and covariance of features, from sums that add up across batches and processes, in
-float64.
-
-The covariance is the unbiased one, divided by :math:`N - 1`.
-"""
+r"""Count, mean and unbiased covariance of features, by float64 sums that add up across batches."""
 
 from dataclasses import dataclass
 
@@ -14,8 +10,7 @@ __all__ = ["Statistics", "frechet_distance"]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The statistics of a set of features that a Frechet distance needs. The statistics of two sets
-    add up to those of their union.
+    """What a Frechet distance needs of a set of features; two sets add up to their union.
 
     Attributes:
         count: N, the number of images.
@@ -55,14 +50,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}\left(A + B - 2 (A^{1/2} B A^{1/2})^{1/2}\right)
 
     Both roots are of symmetric matrices, so two eigen-decompositions give them, for singular
-    covariances too.
-
-    Args:
-        a: Statistics of one set, N > 1.
-        b: Statistics of the other, N > 1.
-
-    Returns:
-        The distance; 0 up to rounding if the sets are equal.
+    covariances too. Each set needs N > 1; the distance of equal sets is 0 up to rounding.
 
     References:
         Dowson, Landau. The Frechet Distance between Multivariate Normal Distributions. 1982.

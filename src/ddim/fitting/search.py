@@ -1,5 +1,4 @@
-r"""The search for levels: where few evaluations of a model come nearest to the flow that many
-follow.
+"""The search for levels at which few evaluations of a model come nearest to the flow of many.
 
 At order 2 the difference r of finished images from the exact ones is nearly linear in the levels,
 so few walks tell where the levels should be: the derivatives of r by each level are measured, and
@@ -8,6 +7,7 @@ a line: such steps move few places first, and levels that slide along a few smoo
 beside them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
@@ -34,11 +34,11 @@ __all__ = [
 
 POWERS = (1.0, 1.25, 1.5, 1.75, 2.0)
 LEAST_ERROR = 1e-14
-"""An image's smallest error: float32's rounding, so that logarithms and ratios exist."""
+"""The smallest error of an image, float32's rounding, so that logarithms and ratios exist."""
 
 
 class SamplingProblem(NamedTuple):
-    """A denoiser (labels and guidance are inside it), and the x_T [B, ...] that it is to finish."""
+    """A denoiser (labels and guidance are inside it), and the x_T [B, ...] that it finishes."""
 
     denoise: Denoiser
     x_t: Tensor
@@ -62,24 +62,19 @@ class Walk(NamedTuple):
         return float(self.errors.mean())
 
 
+@dataclass
 class Walks:
-    """Walks from one noise, counted in calls of the network; what a path has in common with a known
-    one is not evaluated again."""
+    """Walks from one noise, counted in calls of the network."""
 
-    def __init__(
-        self,
-        problem: SamplingProblem,
-        exact: Tensor,
-        *,
-        schedule: NoiseSchedule,
-        order: int,
-        bound: float | None,
-    ) -> None:
-        self.problem, self.exact, self.schedule = problem, exact, schedule
-        self.order, self.bound, self.calls = order, bound, 0
+    problem: SamplingProblem
+    exact: Tensor
+    schedule: NoiseSchedule
+    order: int
+    bound: float | None
+    calls: int = 0
 
     def __call__(self, levels: list[int], known: Walk | None = None) -> Walk:
-        """Walks a path; ``known`` is another walk, whose beginning may be the same."""
+        """Walks a path; what it has in common with a known one is not evaluated again."""
         states = [] if known is None else known.states
         agree = (state.t == level for state, level in zip(states, levels, strict=False))
         same = sum(takewhile(bool, agree))
@@ -103,9 +98,8 @@ class Walks:
 
 def scaled_difference(x: Tensor, exact: Tensor, *, bound: float | None) -> Tensor:
     """Finished samples less exact ones [B, D], float64, both clamped to +-bound and scaled so that
-    the sum of squares of a row is an image's mean square in a range of 1.
-
-    With None, for latents, nothing is clamped or scaled."""
+    the sum of squares of a row is an image's mean square in a range of 1; None for latents does
+    neither."""
     difference = x - exact
     if bound is not None:
         difference = (x.clamp(-bound, bound) - exact.clamp(-bound, bound)) / (2 * bound)
@@ -126,7 +120,7 @@ def search_timesteps(
     """Finds levels, falling, at which the geometric mean of the ODE error is small in both halves
     of a batch.
 
-    Begins with the best of :func:`power_timesteps` and of the :func:`shortest_path` along a
+    It begins with the best of :func:`power_timesteps` and of the :func:`shortest_path` along a
     teacher, moves levels as long as both halves gain, and goes on with the next best while
     evaluations are left.
 
@@ -182,8 +176,8 @@ def power_timesteps(num_train_timesteps: int, num_steps: int, power: float) -> l
 
 
 def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
-    """Moves all levels along one shape after the other, each for as long as that helps; strides
-    that help neither way are halved."""
+    """Moves all levels along one shape after the other while that helps; strides that help neither
+    way are halved."""
     total, steps = len(walks.schedule), len(best.levels)
     u = torch.linspace(0, 1, steps, dtype=torch.float64)
     place = torch.tensor(best.levels, dtype=torch.float64)
@@ -214,10 +208,8 @@ def _slide(walks: Walks, best: Walk, evaluations: int) -> Walk:
 
 
 def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
-    """Moves all levels by Gauss-Newton steps; two in a row that do not help end it.
-
-    Where a step does not help the next one is shorter (Levenberg), and what came of either corrects
-    the derivatives (Broyden)."""
+    """Moves all levels by Gauss-Newton steps until two in a row do not help; after one of these the
+    next is shorter (Levenberg), and each corrects the derivatives (Broyden)."""
     total = len(walks.schedule)
     reach = _reach(best.levels, total if walks.order == 2 else torch.inf) @ hats.T / hats.sum(1)
     slopes, rows = torch.zeros(len(hats), *best.difference.shape), torch.linalg.pinv(hats)
@@ -252,8 +244,7 @@ def _descend(walks: Walks, best: Walk, hats: Tensor, evaluations: int) -> Walk:
 
 
 def _both_gain(before: Walk, after: Walk) -> bool:
-    """Whether the error fell in both halves of the images: few of them would otherwise find levels
-    that suit them alone."""
+    """Whether the error fell in both halves of the images, so that levels do not suit few alone."""
     return all(float(half.mean()) < 0 for half in (after.errors - before.errors).chunk(2))
 
 
@@ -265,8 +256,8 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
         \min_\delta \frac{1}{B} \sum_b \log \|r_b + \textstyle\sum_k \delta_k J_{kb}\|^2
             + \sum_k \lambda_k \delta_k^2
 
-    by weighted least squares: the weight of an image is the inverse of its error, and is brought up
-    to date with every solution.
+    by weighted least squares: the weight of an image is the inverse of its error, by the last
+    solution.
 
     Args:
         difference: r, shape [B, D].
@@ -285,7 +276,7 @@ def best_move(difference: Tensor, slopes: Tensor, damping: Tensor) -> Tensor:
 
 
 def _hats(steps: int, places: int) -> Tensor:
-    """How far each level [places, steps] goes along with each place that is moved: all the way
+    """How far each level goes along with each place that is moved, [places, steps]: all the way
     there, and in proportion between two."""
     knots = torch.linspace(0, steps - 1, places, dtype=torch.float64).round()
     if places == 1:
@@ -300,11 +291,8 @@ def _hats(steps: int, places: int) -> Tensor:
 
 
 def _reach(levels: Sequence[int], above: float) -> Tensor:
-    """From each level to the nearer of its neighbours; clean data are below the last, and ``above``
-    is above the first.
-
-    With T there the first level hardly moves from T-1, which order 2 wants; DDIM's steps are often
-    better begun far below."""
+    """The distance of each level to its nearer neighbour, of which the first has ``above``. With T
+    there it hardly moves from T-1, as order 2 wants; DDIM's steps often better begin far below."""
     edged = torch.tensor([above, *levels, CLEAN], dtype=torch.float64)
     return torch.minimum(edged[:-2] - edged[1:-1], edged[1:-1] - edged[2:])
 
@@ -314,7 +302,7 @@ def _between(levels: Sequence[int], path: Sequence[int]) -> Tensor:
 
 
 def _moved(levels: Sequence[float], move: Tensor, total: int) -> list[int] | None:
-    """The levels after a move, inside [0, T); None where they would not fall any more."""
+    """The levels after a move, inside [0, T); None if they would not fall any more."""
     reached = (round(level + by) for level, by in zip(levels, move.tolist(), strict=True))
     path = [min(max(level, 0), total - 1) for level in reached]
     return path if _falling(path) else None
@@ -343,10 +331,7 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
     """
     count = len(teacher)
     if not 1 <= steps <= count:
-        raise DDIMError(
-            f"a path of {steps} steps cannot be chosen among the {count} of the teacher; record "
-            "more of them."
-        )
+        raise DDIMError(f"no path of {steps} steps can be chosen among the teacher's {count}.")
     # [i, j]: from the i-th level to the j-th, of which the last is clean data.
     cost = torch.full((count, count + 1), torch.inf, dtype=torch.float64)
     for i, state in enumerate(teacher):
@@ -367,9 +352,7 @@ def shortest_path(teacher: Sequence[State], steps: int, *, schedule: NoiseSchedu
 
 
 def teach(problem: SamplingProblem, *, schedule: NoiseSchedule, steps: int) -> list[State]:
-    """A trajectory that stands for the flow: the multistep on many quadratic levels.
-
-    Trailing levels err twice as much at order 2 on the embedded model, and fitted levels would
-    inherit their error."""
+    """A trajectory that stands for the flow: the multistep on many quadratic levels, since trailing
+    ones err twice as much on the embedded model, and fitted levels would inherit that."""
     pairs = step_pairs(select_timesteps(len(schedule), min(steps, len(schedule)), "quadratic"))
     return list(trajectory(problem.denoise, problem.x_t, pairs, schedule=schedule, order=2))

@@ -1,5 +1,4 @@
-r"""Timesteps fitted to a model: the levels at which few evaluations come nearest to the flow that
-many would follow.
+"""Fits timesteps to a model: levels at which few evaluations come nearest to the flow of many.
 
 The **ODE error** of an image is the mean squared error per dimension, pixels in [0, 1], between the
 finished image and the one that the same x_T becomes in many steps. It is what few steps cost, and
@@ -85,20 +84,15 @@ class Fit:
 
 
 def ode_error(x: Tensor, exact: Tensor, *, bound: float | None = 1.0) -> Tensor:
-    """The mean squared error of each image per dimension, both clamped to +-bound and scaled to a
-    range of 1; shape [B], float64, at least 1e-14 (float32's rounding).
-
-    Args:
-        x: Finished samples, shape [B, ...].
-        exact: Those of many steps from the same x_T, same shape.
-        bound: None for latents, which have none: then nothing is clamped or scaled.
-    """
+    """The mean squared error per dimension of finished samples x [B, ...] from those of many steps
+    of the same x_T, both clamped to +-bound (None for latents) and scaled to a range of 1; shape
+    [B], float64, at least 1e-14 (float32's rounding)."""
     return scaled_difference(x, exact, bound=bound).square().sum(1).clamp(min=LEAST_ERROR)
 
 
 def geometric_mean(values: Tensor) -> Interval:
-    """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm; of
-    a single value the bounds are nan."""
+    """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm;
+    nan bounds for a single value."""
     logarithms = values.double().log()
     mean, margin = logarithms.mean(), torch.tensor(torch.nan)
     if len(values) > 1:
@@ -147,10 +141,8 @@ def fit_timesteps(
         errors = ode_errors(part, exact, paths, schedule=schedule, order=order, bound=bound)
         parts.append(errors | ode_errors(part, exact, {MANY: many}, schedule=schedule, bound=bound))
     if not parts:
-        raise DDIMError(
-            "fitted timesteps are judged on noise that the search has not seen; give at least one "
-            "held-out batch."
-        )
+        what = "fitted timesteps are judged on noise that the search has not seen"
+        raise DDIMError(f"{what}; give at least one held-out batch.")
     errors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     name = min(paths, key=lambda n: geometric_mean(errors[n]).mean)
     return Fit(paths[name], name, paths, errors)
@@ -168,16 +160,11 @@ def ode_errors(
 ) -> dict[str, Tensor]:
     """The :func:`ode_error` [B] of a batch by the name of each list of levels; ``exact`` [B, ...]
     is where many steps end."""
-
-    def finished(levels: Sequence[int]) -> Tensor:
-        return sample(
-            problem.denoise, problem.x_t, step_pairs(levels), schedule=schedule, order=order
-        )
-
-    return {
-        name: ode_error(finished(levels), exact, bound=bound).cpu()
-        for name, levels in paths.items()
-    }
+    errors = {}
+    for name, levels in paths.items():
+        x = sample(*problem, step_pairs(levels), schedule=schedule, order=order)
+        errors[name] = ode_error(x, exact, bound=bound).cpu()
+    return errors
 
 
 @torch.no_grad()
@@ -188,21 +175,18 @@ def estimate_eps_mean_square(
     schedule: NoiseSchedule,
     seed: int = 0,
 ) -> dict[int, float]:
-    r"""Measures what the analytic variance needs, :math:`\Gamma_t = E\,\|\hat\epsilon(x_t, t)\|^2 /
-    d`, in one pass over data.
+    r"""Measures what the analytic variance needs, in one pass over data.
+
+    .. math:: \Gamma_t = E\,\|\hat\epsilon(x_t, t)\|^2 / d, \quad \text{clamped to } [0, 1]
 
     The drawn noise, whose mean square is 1, is measured on the same images: both vary together, so
     that the difference 1 - Gamma, which is what counts, is exact where they nearly agree.
 
     Args:
-        data: Batches of clean images [B, ...], each with the denoiser that fits it (its labels, its
-            size).
+        data: Batches of clean images [B, ...], each with the denoiser of its labels and size.
         timesteps: The levels, in [0, T), at which the network is evaluated on every image.
         schedule: The levels.
         seed: The seed of the first image's noise; the next image has the next one.
-
-    Returns:
-        The mean square at each level, clamped to [0, 1].
 
     Raises:
         DDIMError: If there are no images.

@@ -37,29 +37,14 @@ __all__ = [
 _ZOO = Path(__file__).parents[1] / "zoo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 STABLE_DIFFUSION = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "TextToImagePipeline",
-    "ImageToImagePipeline",
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    *("TextToImagePipeline", "ImageToImagePipeline"),
 )
 """Classes of checkpoints in Stable Diffusion's format."""
 
-_PARTS = (
-    "unet",
-    "scheduler",
-    "vae",
-    "vqvae",
-    "movq",
-    "text_encoder",
-    "tokenizer",
-    "transformer",
-    "safety_checker",
-)
+_PARTS = "unet scheduler vae vqvae movq text_encoder tokenizer transformer safety_checker".split()
 _NOT_FOUND = (
-    "RepositoryNotFoundError",
-    "GatedRepoError",
-    "EntryNotFoundError",
-    "RevisionNotFoundError",
+    "RepositoryNotFoundError GatedRepoError EntryNotFoundError RevisionNotFoundError".split()
 )
 _UNCONDITIONAL = ("DDIMPipeline", "DDPMPipeline", "UnconditionalPipeline", "PNDMPipeline")
 
@@ -70,13 +55,8 @@ def embedded_models() -> list[str]:
 
 
 def resolve_model(model: str | Path) -> Path | str:
-    """Looks a model's name up: among the embedded models, then among folders, else it is a hub id.
-
-    Args:
-        model: A name, path or hub id. ``./NAME`` is always a path.
-
-    Returns:
-        The folder, or the hub id as it was given.
+    """Looks a model's name up: among the embedded models, then among folders (``./NAME`` is always
+    one), else as a hub id, which is returned as it is.
 
     Raises:
         CheckpointError: If it is none of the three.
@@ -89,9 +69,8 @@ def resolve_model(model: str | Path) -> Path | str:
         return path
     ours = f"the embedded models are: {', '.join(known)}" if known else "no model is embedded"
     if path.exists():
-        raise CheckpointError(
-            f"{name!r} is a file, and a model is a folder in diffusers format; {ours}."
-        )
+        what = "a file, and a model is a folder in diffusers format"
+        raise CheckpointError(f"{name!r} is {what}; {ours}.")
     if _HUB_ID.fullmatch(name):
         return name
     close = get_close_matches(name, known, n=1)
@@ -103,12 +82,8 @@ def resolve_model(model: str | Path) -> Path | str:
 
 
 def fetch_model(hub_id: str, **options: Any) -> Path:
-    """Downloads a pipeline from the hub into Hugging Face's cache, and returns the folder there.
-
-    Args:
-        hub_id: OWNER/NAME.
-        **options: Options of ``diffusers.DiffusionPipeline.download``: revision, token, cache_dir,
-            variant, local_files_only, ...
+    """Downloads a pipeline OWNER/NAME from the hub into Hugging Face's cache, by the options of
+    ``diffusers.DiffusionPipeline.download``, and returns the folder there.
 
     Raises:
         CheckpointError: If the hub cannot be reached, or holds no such pipeline.
@@ -119,12 +94,10 @@ def fetch_model(hub_id: str, **options: Any) -> Path:
         return Path(diffusers.DiffusionPipeline.download(hub_id, **options))
     except Exception as error:
         known = ", ".join(embedded_models()) or "none"
-        reason = (
-            "the hub has no model of that name that can be read without a login"
-            if type(error).__name__ in _NOT_FOUND
-            else "the hub cannot be reached, or holds no pipeline there; check the name and the "
-            "connection"
-        )
+        reason = "the hub has no model of that name that can be read without a login"
+        if type(error).__name__ not in _NOT_FOUND:
+            place = "the hub cannot be reached, or holds no pipeline there"
+            reason = f"{place}; check the name and the connection"
         raise CheckpointError(
             f"{hub_id!r} is neither an embedded model ({known}) nor an existing folder, and "
             f"{reason}."
@@ -132,22 +105,14 @@ def fetch_model(hub_id: str, **options: Any) -> Path:
 
 
 def find_model(model: str | Path, **options: Any) -> Path:
-    """The folder of an embedded model, a path or a hub id, which is downloaded if needed with the
-    options of :func:`fetch_model`.
-
-    Raises:
-        CheckpointError: If there is no such model.
-    """
+    """The folder of an embedded model, a path, or a hub id (:func:`fetch_model`); a CheckpointError
+    says that there is no such model."""
     found = resolve_model(model)
     return found if isinstance(found, Path) else fetch_model(found, **options)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: If it is missing, not JSON, or not an object.
-    """
+    """A JSON object from a file; a CheckpointError refuses anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,8 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
-    """The pipeline's index: its class, and the class of each part. A folder of a network alone
-    reads as an index of that.
+    """The pipeline's index: its class, and the class of each part, perhaps of a network alone.
 
     Raises:
         CheckpointError: If the folder is no model.
@@ -172,20 +136,16 @@ def read_model_index(folder: Path) -> dict[str, Any]:
         for name in _PARTS:
             value = index.get(name)
             if value is not None and not (isinstance(value, list) and len(value) == 2):
-                raise CheckpointError(
-                    f"{path} must name the library and the class of {name} in a list of two; got "
-                    f"{value!r}."
-                )
+                wanted = f"the library and the class of {name} in a list of two"
+                raise CheckpointError(f"{path} must name {wanted}; got {value!r}.")
         return index
     if (folder / "config.json").is_file():
         return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
     unfinished = sorted(p for p in folder.glob("checkpoints/*") if p.name.isdigit())
-    hint = (
-        f"it is a training run that has not finished: take {unfinished[-1]}"
-        if unfinished
-        else "a model in diffusers format has that file; the embedded models are: "
-        f"{', '.join(embedded_models()) or 'none'}"
-    )
+    known = ", ".join(embedded_models()) or "none"
+    hint = f"a model in diffusers format has that file; the embedded models are: {known}"
+    if unfinished:
+        hint = f"it is a training run that has not finished: take {unfinished[-1]}"
     raise CheckpointError(f"{folder} is a folder without model_index.json; {hint}.")
 
 
@@ -208,14 +168,11 @@ def read_guidance(folder: Path) -> dict[str, float]:
 
 def is_unconditional(index: Mapping[str, Any]) -> bool:
     """Whether an index (:func:`read_model_index`) lists a network and a scheduler only."""
-    parts = {
-        name
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[:1] != [None]
-    }
-    return index.get("_class_name") in _UNCONDITIONAL or (
-        parts <= {"unet", "scheduler"} and (index.get("unet") or [None, None])[1] == "UNet2DModel"
-    )
+    lists = {name: value for name, value in index.items() if isinstance(value, list)}
+    parts = {name for name, value in lists.items() if name[0] != "_" and value[:1] != [None]}
+    is_plain = (index.get("unet") or [None, None])[1] == "UNet2DModel"
+    is_pipeline = index.get("_class_name") in _UNCONDITIONAL
+    return is_pipeline or (parts <= {"unet", "scheduler"} and is_plain)
 
 
 def has_scheduler(folder: Path) -> bool:
@@ -264,10 +221,8 @@ def load_network(
     name = (index.get("unet") or [None, None])[1]
     kind = getattr(diffusers, str(name), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
-        raise CheckpointError(
-            f"{folder} has no network that diffusers knows: its index says unet = {name!r}, and "
-            "UNet2DModel would do."
-        )
+        found = f"its index says unet = {name!r}, and UNet2DModel would do"
+        raise CheckpointError(f"{folder} has no network that diffusers knows: {found}.")
     place = _part(folder, "unet")
     read_json(place / "config.json")
     for path in _weight_files(folder, variant=variant):
@@ -312,10 +267,8 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
     for name, value in index.items():
         present = isinstance(value, list) and value[:1] != [None] and name not in options
         if present and not name.startswith("_") and not (folder / name).is_dir():
-            raise CheckpointError(
-                f"{folder} has no {name}, and its model_index.json lists one; copy or download the "
-                "checkpoint again."
-            )
+            index_says = "its model_index.json lists one; copy or download the checkpoint again"
+            raise CheckpointError(f"{folder} has no {name}, and {index_says}.")
     if "torch_dtype" in options:  # the older name, which makes diffusers warn
         options["dtype"] = options.pop("torch_dtype")
     try:
@@ -326,9 +279,8 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
             f"({_first_line(error)})."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be opened as a {kind} ({_first_line(error)})."
-        ) from error
+        why = _first_line(error)
+        raise CheckpointError(f"{folder} cannot be opened as a {kind} ({why}).") from error
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:
@@ -346,12 +298,11 @@ def weight_hash(folder: Path, *, variant: str | None = None) -> str:
 
 
 def _part(folder: Path, name: str) -> Path:
-    """The folder of a pipeline's part: its own, or the pipeline's in the oldest checkpoints."""
+    """The folder of a part: its own, or the pipeline's in the oldest checkpoints."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
-    """The files of the network's weights."""
     place = _part(folder, "unet")
     stem = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
     if found := _files_of(place, stem):
@@ -375,9 +326,8 @@ def _check_weights(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is only a pointer of git-lfs; run `git lfs pull` where the model was cloned."
-        )
+        advice = "run `git lfs pull` where the model was cloned"
+        raise CheckpointError(f"{path} is only a pointer of git-lfs; {advice}.")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
@@ -389,7 +339,6 @@ def _check_weights(path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first sentence of an error's text; the rest is about arguments that our users do not
-    pass."""
+    """The first sentence of an error's text; more is about arguments that users do not pass."""
     lines = str(error).strip().splitlines()
     return re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ") if lines else type(error).__name__

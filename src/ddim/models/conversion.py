@@ -1,5 +1,5 @@
-"""Checkpoints of other codebases into diffusers format: the weights renamed, the architecture read
-from their shapes.
+"""Converts checkpoints of other codebases into diffusers format: renames the weights, and reads the
+architecture from their shapes.
 
 Two layouts are the same networks as :class:`diffusers.UNet2DModel` under other names: those of
 Song's ``ddim`` (and Ho's models in PyTorch) and of OpenAI's ``improved-diffusion``. What a state
@@ -68,12 +68,10 @@ def read_state_dict(path: Path) -> State:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         needs_code = re.search(r"Unsupported (global|class)|GLOBAL", str(error))
-        why = (
-            "it holds more than tensors, and reading that would run code out of the file; save its "
-            "state_dict alone"
-            if needs_code
-            else f"it is damaged or no file of weights ({type(error).__name__})"
-        )
+        why = f"it is damaged or no file of weights ({type(error).__name__})"
+        if needs_code:
+            risk = "reading that would run code out of the file"
+            why = f"it holds more than tensors, and {risk}; save its state_dict alone"
         raise CheckpointError(f"{path} cannot be read: {why}.") from error
     if isinstance(content, (list, tuple)):
         content = content[4] if len(content) == 5 else content[0] if content else None
@@ -82,14 +80,11 @@ def read_state_dict(path: Path) -> State:
         if isinstance(content.get(name), dict):
             content = content[name]
             break
-    weights = {
-        re.sub(r"^module\.", "", str(k)): v for k, v in content.items() if isinstance(v, Tensor)
-    }
+    found = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    weights = {name.removeprefix("module."): value for name, value in found.items()}
     if not weights:
-        raise CheckpointError(
-            f"{path} holds no weights by name; a state dict, or a training checkpoint with one, is "
-            "needed."
-        )
+        wanted = "a state dict, or a training checkpoint with one, is needed"
+        raise CheckpointError(f"{path} holds no weights by name; {wanted}.")
     return weights
 
 
@@ -128,9 +123,7 @@ def convert(
     unet, rules = read_architecture(state, layout, num_heads=num_heads or 4)
     unet["sample_size"] = sample_size or unet["sample_size"]
     if unet["sample_size"] is None:
-        raise CheckpointError(
-            "the weights do not tell the size of the images; give it (--sample-size)."
-        )
+        raise CheckpointError("the weights do not tell the images' size; give it (--sample-size).")
     renamed: State = {}
     names: dict[str, str] = {}
     for key, weight in state.items():
@@ -174,26 +167,19 @@ def _check(converted: Converted, expected: Mapping[str, Tensor]) -> None:
     for name, weight in converted.state.items():
         key = converted.names[name]
         if name not in expected:
-            raise CheckpointError(
-                f"the weight {key} has no place in a UNet2DModel; the checkpoint is of another "
-                "architecture."
-            )
-        if weight.shape != expected[name].shape:
-            raise CheckpointError(
-                f"the weight {key} must have shape {list(expected[name].shape)}; got "
-                f"{list(weight.shape)}."
-            )
+            other = "the checkpoint is of another architecture"
+            raise CheckpointError(f"the weight {key} has no place in a UNet2DModel; {other}.")
+        wanted, got = list(expected[name].shape), list(weight.shape)
+        if wanted != got:
+            raise CheckpointError(f"the weight {key} must have shape {wanted}; got {got}.")
     missing = sorted(set(expected) - set(converted.state))
     if missing:
-        raise CheckpointError(
-            f"the checkpoint is not complete: it has nothing for {missing[0]} (and "
-            f"{len(missing) - 1} more)."
-        )
+        lost = f"nothing for {missing[0]} (and {len(missing) - 1} more)"
+        raise CheckpointError(f"the checkpoint is not complete: it has {lost}.")
 
 
 def _thin(betas: Tensor) -> Tensor:
-    """Betas of 1000 levels out of T: those at which t * 1000 / T, which the network is given, is a
-    whole number."""
+    """Betas of the 1000 levels out of T at which the network's t * 1000 / T is a whole number."""
     if len(betas) % _MOST_LEVELS:
         raise CheckpointError(
             f"improved-diffusion gives its networks t * {_MOST_LEVELS} / T, which at "

@@ -34,9 +34,6 @@ def to_diffusers(obj: _Converted) -> _Converted:
         obj: One of our schedulers, or a pipeline that holds one; other schedulers are returned as
             they are. Models are shared, and the given pipeline keeps its scheduler.
 
-    Returns:
-        A new scheduler or pipeline.
-
     Raises:
         DDIMError: If the spacing is quadratic, which diffusers does not know, or ``obj`` is neither
             scheduler nor pipeline.
@@ -61,16 +58,12 @@ def _export(scheduler: DDIMScheduler | DDIMInverseScheduler) -> Any:
     is_inverse = isinstance(scheduler, DDIMInverseScheduler)
     known = ("leading", "trailing") if is_inverse else ("leading", "linspace", "trailing")
     if spacing not in known:
-        raise DDIMError(
-            f"diffusers has no {spacing!r} timesteps for this scheduler; "
-            f"set timestep_spacing to one of {', '.join(known)} before the export."
-        )
+        advice = f"set timestep_spacing to one of {', '.join(known)} before the export"
+        raise DDIMError(f"diffusers has no {spacing!r} timesteps for this scheduler; {advice}.")
     tables = scheduler._read_levels()
     if not torch.equal(tables.schedule.alphas_cumprod, tables.exact.alphas_cumprod):
-        warnings.warn(
-            "The replaced alphas_cumprod is not part of the configuration, and is not exported.",
-            stacklevel=3,
-        )
+        lost = "is not part of the configuration, and is not exported"
+        warnings.warn(f"The replaced alphas_cumprod {lost}.", stacklevel=3)
     if config["trained_betas"] is None and (betas := spelled_betas(config)) is not None:
         config |= {"trained_betas": betas, "beta_schedule": "linear"}
     for name, default in (("solver_order", 1), ("fitted_timesteps", None)):
@@ -89,11 +82,8 @@ def _warn_of_other_steps(scheduler: DDIMScheduler | DDIMInverseScheduler, stock:
     levels, stride = scheduler.timesteps.tolist(), len(scheduler) // count
     falling = levels[::-1] if isinstance(scheduler, DDIMInverseScheduler) else levels
     if stock.timesteps.tolist() != levels:
-        warnings.warn(
-            "The timesteps that are set are not part of the configuration, and diffusers would "
-            "choose others.",
-            stacklevel=4,
-        )
+        lost = "are not part of the configuration, and diffusers would choose others"
+        warnings.warn(f"The timesteps that are set {lost}.", stacklevel=4)
     elif any(max(t - stride, CLEAN) != s for t, s in step_pairs(falling)):
         warnings.warn(
             f"diffusers steps to t - {stride} whatever the next timestep is, so at {count} steps "

@@ -56,18 +56,13 @@ class FoundModel:
         Raises:
             DDIMError: If the model does not know it, or if it is required and missing.
         """
+        span = f"from 0 to {self.classes - 1}"
         if given is not None and not 0 <= given < self.classes:
-            allowed = (
-                f"must be from 0 to {self.classes - 1}"
-                if self.classes
-                else f"has no effect: {self.name} was trained without classes"
-            )
-            raise DDIMError(f"--class {allowed}; got {given}.")
+            none = f"has no effect: {self.name} was trained without classes"
+            raise DDIMError(f"--class {f'must be {span}' if self.classes else none}; got {given}.")
         if given is None and required and self.classes:
-            raise DDIMError(
-                "the model is class-conditional: name the images' class with --class, from 0 to "
-                f"{self.classes - 1}."
-            )
+            what = "name the images' class with --class"
+            raise DDIMError(f"the model is class-conditional: {what}, {span}.")
 
     def labels_of(self, seeds: Iterable[int], given: int | None = None) -> list[int] | None:
         """The classes of the images of seeds: the given one for all, else the seed modulo the
@@ -111,11 +106,7 @@ class FoundModel:
 
 
 def read_model(name: str) -> FoundModel:
-    """Reads what a model's configuration files say.
-
-    Raises:
-        CheckpointError: If there is no such model.
-    """
+    """Reads what a model's configuration files say; a CheckpointError says that there is none."""
     folder = find_model(name)
     is_text = read_model_index(folder).get("_class_name") in STABLE_DIFFUSION
     place = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -123,10 +114,8 @@ def read_model(name: str) -> FoundModel:
     classes = unet.get("num_class_embeds")
     kind = unet.get("class_embed_type")
     if not is_text and kind is not None and not classes:
-        raise DDIMError(
-            f"{name} is conditioned on {kind} embeddings, not on numbered classes; give its "
-            "class_labels from Python."
-        )
+        what = f"conditioned on {kind} embeddings, not on numbered classes"
+        raise DDIMError(f"{name} is {what}; give its class_labels from Python.")
     count = classes if type(classes) is int else 0
     return FoundModel(name, folder, is_text, count, has_scheduler(folder))
 
@@ -176,9 +165,7 @@ def _scheduler_file(folder: Path) -> Path:
         if place.is_file():
             return place
     read_model_index(folder)  # says what else the folder may be
-    raise CheckpointError(
-        f"{folder} holds no scheduler/{_CONFIG}, so there is no noise schedule to look at."
-    )
+    raise CheckpointError(f"{folder} holds no scheduler/{_CONFIG}, so no noise schedule to see.")
 
 
 def _facts(folder: Path, latent: bool, training: dict[str, Any] | None) -> ModelFacts:
@@ -220,7 +207,6 @@ def _fetch_configurations(hub_id: str) -> Path:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(
-            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and the hub "
-            "has nothing of that name that can be read from here; check the name and the "
-            "connection."
+            f"{hub_id!r} is neither an embedded model nor an existing file or folder, and cannot "
+            "be read from the hub; check the name and the connection."
         ) from error

@@ -37,9 +37,8 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """Turns images in [-1, 1], [B, C, H, W], into bytes [B, H, W, C]; values outside are clamped,
     halves round up."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise DDIMError(
-            f"images must have shape [B, C, H, W] with 1 or 3 channels; got {list(images.shape)}."
-        )
+        wanted = "shape [B, C, H, W] with 1 or 3 channels"
+        raise DDIMError(f"images must have {wanted}; got {list(images.shape)}.")
     scaled = (images.detach().float().clamp(-1, 1) + 1).mul(127.5).add(0.5).floor().clamp(0, 255)
     pixels = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     result: NDArray[np.uint8] = pixels.cpu().numpy()
@@ -74,10 +73,8 @@ def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = Fa
     channels, height, width = shape
     if isinstance(images, Tensor):
         if tuple(images.shape[1:]) != shape:
-            raise DDIMError(
-                f"a tensor of images must have shape [B, {channels}, {height}, {width}]; got "
-                f"{list(images.shape)}."
-            )
+            wanted = f"shape [B, {channels}, {height}, {width}]"
+            raise DDIMError(f"a tensor of images must have {wanted}; got {list(images.shape)}.")
         in_range = images.numel() == 0 or float(images.abs().max()) <= 1 + 1e-3
         if not images.is_floating_point() or not in_range:
             raise DDIMError(
@@ -110,9 +107,8 @@ def picture_size(images: Any) -> tuple[int, int]:
     """
     if isinstance(images, Tensor):
         if images.ndim != 4:
-            raise DDIMError(
-                f"a tensor of images must have shape [B, C, H, W]; got {list(images.shape)}."
-            )
+            got = list(images.shape)
+            raise DDIMError(f"a tensor of images must have shape [B, C, H, W]; got {got}.")
         return int(images.shape[2]), int(images.shape[3])
     listed = _listed(images)
     return (listed[0].height, listed[0].width) if listed else (0, 0)
@@ -122,9 +118,8 @@ def _listed(images: Any) -> list[Image.Image]:
     """One picture, a list of them, or an array of them, as a list of Pillow images."""
     pictures = []
     is_batch = isinstance(images, np.ndarray) and images.ndim == 4
-    for number, image in enumerate(
-        images if is_batch or isinstance(images, (list, tuple)) else [images]
-    ):
+    several = images if is_batch or isinstance(images, (list, tuple)) else [images]
+    for number, image in enumerate(several):
         if isinstance(image, np.ndarray):
             channels = image.shape[2:]  # none in a grey image [H, W]
             if image.dtype != np.uint8 or image.ndim < 2 or channels not in ((), (1,), (3,), (4,)):
@@ -144,15 +139,11 @@ def _listed(images: Any) -> list[Image.Image]:
 
 def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     """Converts a picture of any mode to grey (1 channel) or colour (3): it is laid over white if it
-    has an alpha channel, and 16 bits are cut to their upper 8.
-
-    Raises:
-        DataError: If its pixels are floating-point, whose range is unknown.
-    """
+    has an alpha channel, and 16 bits are cut to their upper 8. A DataError refuses floating-point
+    pixels, whose range is unknown."""
     if picture.mode == "F":
-        raise DataError(
-            "the image has floating-point pixels of unknown range; convert it to 8 bits."
-        )
+        what = "floating-point pixels of unknown range"
+        raise DataError(f"the image has {what}; convert it to 8 bits.")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         # convert("L") would cut 16 bits off at 255.
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
@@ -180,11 +171,7 @@ def crop_square(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(path: Path | str) -> Image.Image:
-    """Reads a picture file whole, turned upright as viewers show it.
-
-    Raises:
-        DataError: If there is no such file, or it is no picture.
-    """
+    """Reads a picture file, turned upright as viewers show it; a DataError refuses other files."""
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)  # a copy
@@ -213,14 +200,10 @@ def make_grid(
     padding: int = 2,
     background: int = 255,
 ) -> NDArray[np.uint8]:
-    """Lays images [B, H, W, C] out in rows: one picture [H', W', C].
+    """Lays images [B, H, W, C], at least one, out in rows: one picture [H', W', C].
 
-    Args:
-        images: At least one.
-        columns: Images a row. Default: about as many as there are rows.
-        padding: Pixels between and around images.
-        background: Grey level of the padding and of empty places.
-    """
+    ``columns`` are by default about as many as rows. ``padding`` pixels of grey level
+    ``background`` lie between and around images, and fill empty places."""
     count, height, width, channels = images.shape
     if count == 0:
         raise DDIMError("a grid needs at least one image; got none.")

@@ -34,11 +34,7 @@ class Renaming:
 
 
 def tell_layout(state: Mapping[str, Tensor]) -> Layout:
-    """The layout that the names of the weights tell.
-
-    Raises:
-        CheckpointError: If it is none of :data:`LAYOUTS`.
-    """
+    """The layout that the names of the weights tell; a CheckpointError refuses others."""
     if "temb.dense.0.weight" in state:
         return "ddim"
     if "input_blocks.0.0.weight" in state:
@@ -60,12 +56,7 @@ def read_architecture(
     state: Mapping[str, Tensor], layout: Layout, *, num_heads: int
 ) -> tuple[dict[str, Any], Renaming]:
     """The configuration of a ``UNet2DModel``, whose ``sample_size`` is None if it cannot be told,
-    and how the weights are renamed.
-
-    Args:
-        state: The weights.
-        layout: Their layout.
-        num_heads: Heads of attention of improved-diffusion.
+    and how the weights are renamed. ``num_heads`` is for improved-diffusion.
 
     Raises:
         CheckpointError: If a weight is missing or misshapen, or the architecture is another one.
@@ -88,10 +79,8 @@ def rename(key: str, weight: Tensor, rules: Renaming) -> State:
     if inner != "qkv":
         return {name: matrix}
     if not matrix.ndim or matrix.shape[0] % (3 * rules.num_heads):
-        raise CheckpointError(
-            f"the weight {key} must have rows for q, k and v of {rules.num_heads} heads; got "
-            f"{list(weight.shape)}."
-        )
+        wanted = f"rows for q, k and v of {rules.num_heads} heads"
+        raise CheckpointError(f"the weight {key} must have {wanted}; got {list(weight.shape)}.")
     # q, k and v of each head follow one another.
     split = matrix.reshape(rules.num_heads, 3, -1, *matrix.shape[1:]).unbind(1)
     return {
@@ -101,14 +90,11 @@ def rename(key: str, weight: Tensor, rules: Renaming) -> State:
 
 
 def _size(state: Mapping[str, Tensor], key: str, axis: int = 0) -> int:
-    """One size of a weight."""
     if key not in state:
         raise CheckpointError(f"the checkpoint is not complete: it has no {key}.")
     if state[key].ndim <= axis:
-        raise CheckpointError(
-            f"the weight {key} must have more than {axis} dimensions; got shape "
-            f"{list(state[key].shape)}."
-        )
+        got = f"got shape {list(state[key].shape)}"
+        raise CheckpointError(f"the weight {key} must have more than {axis} dimensions; {got}.")
     return state[key].shape[axis]
 
 
@@ -116,10 +102,8 @@ def _level_width(state: Mapping[str, Tensor], key: str) -> int:
     """The channels of a level, which the norms divide into 32 groups."""
     width = _size(state, key)
     if not width or width % 32:
-        raise CheckpointError(
-            f"the weight {key} must have a multiple of 32 rows, the groups of the norms; got "
-            f"{list(state[key].shape)}."
-        )
+        wanted = "a multiple of 32 rows, the groups of the norms"
+        raise CheckpointError(f"the weight {key} must have {wanted}; got {list(state[key].shape)}.")
     return width
 
 
@@ -152,10 +136,8 @@ def _read_ddim(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Renaming]:
     if not levels or not blocks:
         raise CheckpointError("the checkpoint is not complete: it has no down.0.block.0.")
     if levels > 1 and "down.0.downsample.conv.weight" not in state:
-        raise CheckpointError(
-            "a network with resamp_with_conv=False, which halves its images by averaging, has no "
-            "equal in UNet2DModel."
-        )
+        what = "a network with resamp_with_conv=False, which halves its images by averaging"
+        raise CheckpointError(f"{what}, has no equal in UNet2DModel.")
     attention = [f"down.{level}.attn.0.q.weight" in state for level in range(levels)]
     names = {
         "temb.dense.0": "time_embedding.linear_1",
@@ -280,10 +262,8 @@ def _read_input_blocks(
             names[f"{place}.0"] = f"down_blocks.{level}.downsamplers.0"
             level, block = level + 1, 0
         else:
-            raise CheckpointError(
-                f"{place} is neither a residual block nor a strided convolution, so no "
-                "UNet2DModel has it."
-            )
+            what = "neither a residual block nor a strided convolution"
+            raise CheckpointError(f"{place} is {what}, so no UNet2DModel has it.")
     if not channels:
         raise CheckpointError("the checkpoint is not complete: it has no input_blocks.1.0.")
     return channels, attention, layers, names
