@@ -22,7 +22,12 @@ ROOMS = [
 """A room, or a file beside the rooms, imports only what stands in an earlier set."""
 
 ROOM_OF = {
-    **{"errors": "ground", "files": "ground", "scheduling": "scheduler", "scheduler": "scheduler"},
+    **{
+        "errors": "ground",
+        "files": "ground",
+        "scheduler_base": "scheduler",
+        "scheduler": "scheduler",
+    },
     "__main__": "cli",
 }
 """Files beside the rooms that count as a room's."""
@@ -39,9 +44,9 @@ FILES = {
     "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [{"symptoms"}, {"checks"}, {"report"}, {"plot"}],
-    "scheduler": [{"scheduling"}, {"scheduler"}],
+    "scheduler": [{"scheduler_base"}, {"scheduler"}],
     "runs": [
-        {"options", "values", "record"},
+        {"rules", "values", "record"},
         {"requests", "engine"},
         {"model"},
         {"measuring", "text"},
@@ -49,17 +54,11 @@ FILES = {
         | {"codes", "fit_steps", "diagnose"},
     ],
     "models": [{"images", "checkpoints", "layouts"}, {"conversion", "export", "facts"}],
-    "evaluation": [
-        {"classifier", "metrics", "statistics"},
-        {"features"},
-        {"protocol"},
-        {"report"},
-        {"latents"},
-    ],
+    "evaluation": [{"classifier", "metrics"}, {"features"}, {"protocol"}, {"report"}, {"latents"}],
     "data": [
         {"captions", "dataset", "fashion_text"},
         {"folders", "arrays", "batches"},
-        {"tables"},
+        {"parquet"},
         {"named"},
         {"sources"},
         {"pictures"},
@@ -74,13 +73,13 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "counting", "routing", "pictures"},
+        {"networks", "network_calls", "routing", "pictures"},
         {"base", "inputs"},
         {"coding", "prompts"},
         {"unconditional", "latent", "calls"},
         {"text_codes"},
         {"text_to_image"},
-        {"opening"},
+        {"diffusion_pipeline"},
     ],
 }
 """The same within a room: the files that stand in one set do not import one another."""

@@ -98,7 +98,7 @@ from .models.conversion import (
     write_model as write_model,
 )
 from .models.export import to_diffusers as to_diffusers
-from .pipelines.opening import DiffusionPipeline as DiffusionPipeline
+from .pipelines.diffusion_pipeline import DiffusionPipeline as DiffusionPipeline
 from .pipelines.text_to_image import (
     ImageToImagePipeline as ImageToImagePipeline,
     TextToImagePipeline as TextToImagePipeline,

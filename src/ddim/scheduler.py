@@ -33,7 +33,7 @@ from ddim.core.schedule import CLEAN, BetaSchedule
 from ddim.core.step import Eta, step_coefficients
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.scheduling import GridScheduler, log_once
+from ddim.scheduler_base import GridScheduler, log_once
 
 # SchedulerMixin is not used here, but diffusers' pipeline loader looks for it in the module that
 # defines a scheduler.

@@ -14,6 +14,7 @@ from ddim.errors import CheckpointError, DataError, DDIMError
 from ddim.evaluation import metrics
 from ddim.evaluation.classifier import FOLDER, load_classifier
 from ddim.evaluation.features import EXTRACTORS, load_extractor
+from ddim.evaluation.metrics import Statistics, frechet_distance
 from ddim.evaluation.protocol import (
     METRICS,
     collect,
@@ -24,7 +25,6 @@ from ddim.evaluation.protocol import (
     over_repeats,
     sample_cuts,
 )
-from ddim.evaluation.statistics import Statistics, frechet_distance
 from ddim.files import file_hash
 from ddim.models.checkpoints import embedded_models
 from ddim.models.images import from_uint8

@@ -5,7 +5,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ddim.evaluation.statistics import Statistics, frechet_distance
+from ddim.evaluation.metrics import Statistics, frechet_distance
 
 
 def features(count, dimensions, *, seed=0, shift=0.0, scale=1.0):

@@ -21,8 +21,8 @@ from ddim.core.timesteps import SPACINGS
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures
+from ddim.pipelines.diffusion_pipeline import DiffusionPipeline
 from ddim.pipelines.networks import weights_of
-from ddim.pipelines.opening import DiffusionPipeline
 from ddim.pipelines.pictures import encode_images
 from ddim.pipelines.prompts import PromptWarning
 from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline

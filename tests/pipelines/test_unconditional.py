@@ -10,7 +10,7 @@ from ddim.core.denoiser import Clip
 from ddim.core.noise import make_generators, seeded_randn
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import weight_hash
-from ddim.pipelines.opening import DiffusionPipeline
+from ddim.pipelines.diffusion_pipeline import DiffusionPipeline
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.scheduler import DDIMScheduler
 

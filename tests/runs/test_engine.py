@@ -10,9 +10,9 @@ import pytest
 
 from ddim.errors import DDIMError, OutputError
 from ddim.runs.engine import Control, FileJob, Job, Made, Stopped, execute
-from ddim.runs.options import Options, Range, check_request, option_of
 from ddim.runs.record import claim, read_run
 from ddim.runs.requests import InterpolateRequest, SampleRequest, TableRequest
+from ddim.runs.rules import Options, Range, check_request, option_of
 from ddim.runs.sample import SampleJob
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.scheduler.helpers import randn, tiny_unet
 
 import ddim.scheduler
-import ddim.scheduling
+import ddim.scheduler_base
 from ddim.errors import DDIMError
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 

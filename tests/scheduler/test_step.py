@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tests.scheduler.helpers import distance, exact, finish, pair, randn, stock
 
 import ddim.scheduler
-import ddim.scheduling
+import ddim.scheduler_base
 from ddim.core.noise import make_generators
 from ddim.core.oracle import GaussianOracle
 from ddim.errors import DDIMError

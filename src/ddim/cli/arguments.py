@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddim.errors import DDIMError
-from ddim.runs.options import is_positional, option_of
+from ddim.runs.rules import is_positional, option_of
 from ddim.runs.values import primitive, read_number, split_list
 
 __all__ = ["option_names", "parse"]

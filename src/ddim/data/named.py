@@ -9,7 +9,7 @@ import numpy as np
 from ddim.data.arrays import open_idx_folder
 from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
 from ddim.data.fashion_text import FashionText
-from ddim.data.tables import open_hub
+from ddim.data.parquet import open_hub
 from ddim.errors import DataError
 
 __all__ = ["FASHION_MNIST_CLASSES", "FASHION_MNIST_FOLDER", "NAMED", "open_fashion_mnist"]

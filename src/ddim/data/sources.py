@@ -12,7 +12,7 @@ from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
 from ddim.data.folders import SUFFIXES, ImageFiles, open_folder
 from ddim.data.named import NAMED, open_fashion_mnist
-from ddim.data.tables import files_of_split, open_hub, open_parquet
+from ddim.data.parquet import files_of_split, open_hub, open_parquet
 from ddim.errors import DataError
 
 __all__ = ["check_source", "load_images", "load_test_images"]

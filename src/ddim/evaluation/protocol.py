@@ -26,7 +26,9 @@ from ddim.errors import DataError, DDIMError
 from ddim.evaluation.features import EXTRACTORS, Extractor, load_extractor
 from ddim.evaluation.metrics import (
     NEIGHBOURS,
+    Statistics,
     class_histogram,
+    frechet_distance,
     kernel_distance,
     nearest_distances,
     precision,
@@ -35,7 +37,6 @@ from ddim.evaluation.metrics import (
     sliced_wasserstein,
     total_variation,
 )
-from ddim.evaluation.statistics import Statistics, frechet_distance
 
 __all__ = [
     "METRICS",

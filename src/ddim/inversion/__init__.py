@@ -1,2 +1,1 @@
-"""Images to latent codes and back: the encoders, the exactly reversible samplers, and the files of
-codes."""
+"""Images to latent codes and back: encoders, exactly reversible samplers, and code files."""

@@ -1,2 +1,1 @@
-"""Networks with their schedulers, called to make images: one file a kind of pipeline, and what
-makes networks fast."""
+"""Networks with their schedulers, called to make images: one file a kind of pipeline."""

@@ -1,1 +1,1 @@
-"""One engine for every run: a request, its protocol, work items, files written whole or not at all, and the record."""
+"""One engine for runs: a request, its protocol, work items, whole files, and the record."""

@@ -15,8 +15,8 @@ from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.report import check_plots
 from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
 from ddim.models.facts import ScheduleSource, read_source
-from ddim.runs.options import check_request
 from ddim.runs.requests import DoctorRequest
+from ddim.runs.rules import check_request
 
 __all__ = ["Examination", "examine"]
 

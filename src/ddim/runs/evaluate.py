@@ -17,9 +17,9 @@ from ddim.models.facts import read_model
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import BATCH, MeasuringJob
 from ddim.runs.model import find_device, spacing_of
-from ddim.runs.options import Options
 from ddim.runs.record import RunRecord, read_run
 from ddim.runs.requests import EvaluateRequest
+from ddim.runs.rules import Options
 
 __all__ = ["EvaluateJob"]
 

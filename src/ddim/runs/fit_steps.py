@@ -17,9 +17,9 @@ from ddim.fitting.timesteps import Fit, SamplingProblem, fit_timesteps, geometri
 from ddim.models.checkpoints import weight_hash
 from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import ModelJob, enough_memory
-from ddim.runs.options import Options
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import FitStepsRequest
+from ddim.runs.rules import Options
 from ddim.runs.text import read_text
 
 __all__ = ["FitStepsJob"]

@@ -18,8 +18,8 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
 from ddim.models.checkpoints import weight_hash
 from ddim.models.facts import FoundModel, read_model
-from ddim.pipelines.counting import NetworkCalls
-from ddim.pipelines.opening import text_pipeline
+from ddim.pipelines.diffusion_pipeline import text_pipeline
+from ddim.pipelines.network_calls import NetworkCalls
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.engine import Job
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from ddim.runs.options import Choices, Needs, Range
+from ddim.runs.rules import Choices, Needs, Range
 from ddim.runs.values import Eta, Etas, Levels
 
 __all__ = [

@@ -24,9 +24,9 @@ from ddim.models.checkpoints import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
-from ddim.runs.options import Options
 from ddim.runs.record import IDENTITY, RunRecord
 from ddim.runs.requests import SampleRequest
+from ddim.runs.rules import Options
 from ddim.runs.text import Item, TextOptions, read_text
 from ddim.runs.values import FittedLevels
 

@@ -15,7 +15,7 @@ from ddim.models.facts import FoundModel
 from ddim.models.images import open_picture
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import Guidance, Prompts
-from ddim.runs.options import Options
+from ddim.runs.rules import Options
 
 __all__ = ["Item", "TextOptions", "read_text"]
 

@@ -20,7 +20,7 @@ CONFIG = """
 [mypy]
 follow_imports = skip
 ignore_missing_imports = true
-[mypy-ddim,ddim.pipelines.opening]
+[mypy-ddim,ddim.pipelines.diffusion_pipeline]
 follow_imports = silent
 """
 
@@ -35,7 +35,7 @@ def test_an_opened_pipeline_is_a_protocol_to_mypy_and_not_any(tmp_path):
         text=True,
     )
     lines = [line.partition(": ")[2] for line in run.stdout.splitlines() if "snippet" in line]
-    kind = "ddim.pipelines.opening.Pipeline"
+    kind = "ddim.pipelines.diffusion_pipeline.Pipeline"
     expected = [f'note: Revealed type is "{what}"' for what in (kind, kind, "None", "Any", "Any")]
     assert lines[:5] == expected, run.stdout + run.stderr
     assert "error: Missing positional argument" in lines[5]
