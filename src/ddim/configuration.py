@@ -97,7 +97,8 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
             "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
             "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    if others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY:
+    is_other = others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY
+    if is_other:
         why = "has no noise schedule of discrete betas for DDIM to follow"
         return f"a {name}, which {why}; use diffusers' own pipeline for it."
     return None

@@ -640,7 +640,9 @@ def _other_training(case: Case) -> Finding | None:
     keys = [key for key in _TRAINED_KEYS if training[key] != case.config[key]]
     denied = []  # keys of which the network's own answers say otherwise
     if case.probed not in (None, trained_kind):
-        denied = ["prediction_type", *["rescale_betas_zero_snr"] * (case.probed == "epsilon")]
+        denied.append("prediction_type")
+        if case.probed == "epsilon":
+            denied.append("rescale_betas_zero_snr")
     return Finding(
         "error" if kind != trained_kind else _grade(math.hypot(mean - right_mean, std - right_std)),
         f"The model was trained with {', '.join(f'{k}={_short(training[k])}' for k in keys)}, and "
