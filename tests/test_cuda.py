@@ -30,7 +30,13 @@ from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 from ddim.training.config import TrainConfig
 from ddim.training.trainer import train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # of the check for waits
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # which is left off on purpose
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of other versions of torch
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 QUIET = {"progress": False, "output_type": "pt"}
 PROMPT = "a red square on a black background"
