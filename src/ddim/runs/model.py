@@ -44,8 +44,8 @@ def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> An
     pipe = UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
     if (channels := pipe.image_shape[0]) not in (1, 3):
         raise DDIMError(
-            f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample it "
-            "from Python."
+            f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample "
+            "it from Python."
         )
     return pipe
 
@@ -220,8 +220,8 @@ class PixelJob(ModelJob):
         if self.model.is_text:
             raise CheckpointError(
                 f"{self.model.name} makes images of prompts, and this command takes models without "
-                f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder `ddim "
-                "evaluate` measures, or encode images from Python with pipe.encode."
+                f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder "
+                "`ddim evaluate` measures, or encode images from Python with pipe.encode."
             )
         super().open()
 

@@ -89,7 +89,7 @@ class ReconstructJob(PixelJob):
         began, unsolved, done = time.perf_counter(), 0, 0
         encoding, decoding = self.counted(), self.counted()
         pipe, size = self.pipe, self.request.batch_size
-        walk: dict[str, Any] = {"timesteps": self.timesteps[cell.steps], "batch_size": size}
+        walk: dict[str, Any] = {"timesteps": self.timesteps[cell.steps], "method": cell.method}
         back = torch.empty(0)
 
         def keep(state: State) -> None:
@@ -101,7 +101,7 @@ class ReconstructJob(PixelJob):
             done += len(x0)
             try:
                 with encoding, collect_unsolved() as unsolved_here:
-                    code = pipe.encode(x0, method=cell.method, class_labels=labels, **walk)  # type: ignore[arg-type]
+                    code = pipe.encode(x0, class_labels=labels, batch_size=size, **walk)
                 back = code.states[-1]  # where the pair of a single step holds the data already
                 with decoding:  # the last state is measured before float32 rounds it
                     pipe.decode(code, batch_size=size, output_type="pt", callback=keep)
