@@ -91,8 +91,8 @@ class MeasuringJob(PixelJob):
             sizes = [f"{width}x{height}" for height, width in (size, data.resolution)]
             raise DataError(
                 f"{name} has images of {sizes[0]} and the reference {request.reference} of "
-                f"{sizes[1]} (width x height), and only equal sizes compare; give --resize to bring "
-                "the reference to the size of the samples."
+                f"{sizes[1]} (width x height), and only equal sizes compare; give --resize to "
+                "bring the reference to the size of the samples."
             )
         return data
 
