@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ddim.cli import COMMANDS, main
-from ddim.cli.arguments import option_names
+from ddim.runs.rules import option_names
 
 TRAIN = [
     "train",
@@ -168,9 +168,9 @@ def test_help_and_import_need_neither_torch_nor_diffusers():
 def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    told = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
     command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Request
-    assert set(option_names(command)) == set(told)
+    assert set(option_names(command)) == set(listed)
 
 
 def test_float32_is_float32_once_a_command_has_its_device():

@@ -378,7 +378,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
     model, reference, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        table, "_begin_worker", len
+        table, "_start_worker", len
     )  # fails in the process, for it takes one argument
     assert run(model, reference, tmp_path, "--processes", 2) == 2
     assert (

@@ -70,8 +70,7 @@ OTHER = {
 
 
 def parsed(words):
-    default, rest = defaults(words)
-    command = parse(Request, name="train", arguments=rest, default=default)
+    command = parse(Request, name="train", arguments=words, default=defaults(words))
     return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
 
 

@@ -2,8 +2,8 @@
 
 A command's module holds ``Request``, the dataclass whose field docstrings are its help;
 ``run(request)``, which may return an exit code; and, where there are presets,
-``defaults(arguments)``, which takes them off the arguments. Only the module of the command that was
-asked for is loaded."""
+``defaults(arguments)``, the request that a preset stands for. Only the module of the command that
+was asked for is loaded."""
 
 import difflib
 import importlib
@@ -31,13 +31,12 @@ COMMANDS = {
     "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 
-
 _OPTIONS = {
     "num_inference_steps": "--steps",
     "timestep_spacing": "--spacing",
     "guidance_rescale": "--guidance-rescale",
 }
-"""What Python calls some options, and what the command line does."""
+"""The options that Python calls otherwise than the command line."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,21 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     module: Any = None
     try:
         if given[0] not in COMMANDS:
-            near = difflib.get_close_matches(given[0], COMMANDS, 1)
-            told = (
-                f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
-            )
-            raise DDIMError(f"there is no command {given[0]!r}; {told}")
+            near, names = difflib.get_close_matches(given[0], COMMANDS, 1), ", ".join(COMMANDS)
+            hint = f"did you mean {near[0]}?" if near else f"the commands are {names}."
+            raise DDIMError(f"there is no command {given[0]!r}; {hint}")
         module = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
         with warnings.catch_warnings():
             _print_warnings()
             code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
-        return _fail(
-            str(error)
-            if module is None or isinstance(error, CheckpointError)
-            else _as_options(str(error), module, given[1:])
-        )
+        is_of_options = module is not None and not isinstance(error, CheckpointError)
+        return _fail(_as_options(str(error), module, given[1:]) if is_of_options else str(error))
     except OSError as error:
         where = f"cannot read or write {error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
@@ -102,19 +96,14 @@ def _print_warnings() -> None:
 def _parse(module: Any, name: str, arguments: list[str]) -> object:
     from ddim.cli.arguments import parse
 
-    default = None
-    if hasattr(module, "defaults"):
-        default, arguments = module.defaults(arguments)
+    default = module.defaults(arguments) if hasattr(module, "defaults") else None
     return parse(module.Request, name=name, arguments=arguments, default=default)
 
 
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
-    """Names options in a message as the command line does, if they are what the message is about.
-
-    They are if they were given, or if the message names ``num_inference_steps``, which no file of a
-    model holds.
-    """
-    from ddim.cli.arguments import option_names
+    """Names options in a message as the command line does, if they were given, or if the message
+    names ``num_inference_steps``, which no file of a model holds."""
+    from ddim.runs.rules import option_names
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     named = set(_OPTIONS.values()) if "num_inference_steps" in message else given

@@ -15,10 +15,10 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddim.errors import DDIMError
-from ddim.runs.rules import is_positional, option_of
+from ddim.runs.rules import option_names
 from ddim.runs.values import primitive, read_number, split_list
 
-__all__ = ["option_names", "parse"]
+__all__ = ["parse"]
 
 R = TypeVar("R")
 
@@ -33,19 +33,11 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
     errors = io.StringIO()
     asks_for_help = any(a in ("-h", "--help") for a in arguments)
     options: dict[str, Any] = {} if default is None else {"default": default}
+    options |= {"registry": _registry(), "config": (tyro.conf.FlagCreatePairsOff,)}
+    width = contextlib.nullcontext() if asks_for_help else _unwrapped()
     try:
-        with (
-            contextlib.redirect_stderr(errors),
-            contextlib.nullcontext() if asks_for_help else _unwrapped(),
-        ):
-            parsed: R = tyro.cli(
-                kind,
-                prog=f"ddim {name}",
-                args=arguments,
-                registry=_registry(),
-                config=(tyro.conf.FlagCreatePairsOff,),
-                **options,
-            )
+        with contextlib.redirect_stderr(errors), width:
+            parsed: R = tyro.cli(kind, prog=f"ddim {name}", args=arguments, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -53,12 +45,6 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
         unknown = _unknown_option(kind, name, arguments)
         raise DDIMError(unknown or _one_sentence(errors.getvalue(), name)) from None
     return parsed
-
-
-def option_names(kind: Any) -> list[str]:
-    """The options of a request, as they are given."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    return [option_of(kind, name) for name in names if not is_positional(kind, name)]
 
 
 def _unknown_option(kind: type, name: str, arguments: Sequence[str]) -> str | None:
@@ -146,21 +132,17 @@ def _registry() -> ConstructorRegistry:
         kinds = get_args(info.type)
         if get_origin(info.type) is not tuple or kinds[1:] != (...,) or kinds[0] not in convert:
             return None
-        read = convert[kinds[0]]
-        return primitive(
-            lambda word: tuple(read(part) for part in split_list(word)),
-            metavar=f"{metavars[kinds[0]]},...",
-        )
+        read, metavar = convert[kinds[0]], f"{metavars[kinds[0]]},..."
+        return primitive(lambda word: tuple(map(read, split_list(word))), metavar=metavar)
 
     @registry.primitive_rule
     def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         """``X | None`` is read as X; leaving the option out is how to say None."""
         kinds = get_args(info.type)
-        is_union = get_origin(info.type) in (Union, UnionType)
-        if not is_union or NoneType not in kinds or len(kinds) != 2:
+        inner = [kind for kind in kinds if kind is not NoneType]
+        if get_origin(info.type) not in (Union, UnionType) or len(inner) != 1 or len(kinds) != 2:
             return None
-        inner = next(kind for kind in kinds if kind is not NoneType)
-        made = PrimitiveTypeInfo.make(inner, info.markers)
+        made = PrimitiveTypeInfo.make(inner[0], info.markers)
         spec: Any = ConstructorRegistry.get_primitive_spec(made)
         if not isinstance(spec, PrimitiveConstructorSpec):
             return None

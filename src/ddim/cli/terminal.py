@@ -63,7 +63,7 @@ def _columns() -> int | None:
 
 
 def unsolved_note(steps: Sequence[str]) -> str:
-    """A sentence about what :func:`ddim.inversion.ddim.collect_unsolved` collected; empty for nothing."""
+    """A sentence about what ``collect_unsolved`` collected; empty for nothing."""
     if not steps:
         return ""
     count = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"

@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -30,9 +31,8 @@ class Request(TrainConfig):
     )
 
 
-def defaults(arguments: list[str]) -> tuple[Request | None, list[str]]:
-    """What a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME, and the
-    arguments.
+def defaults(arguments: list[str]) -> Request | None:
+    """The request that a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME.
 
     Raises:
         DDIMError: If the preset's name is missing or unknown.
@@ -44,33 +44,27 @@ def defaults(arguments: list[str]) -> tuple[Request | None, list[str]]:
             if name not in PRESETS:
                 raise DDIMError(f"--preset must be one of {', '.join(PRESETS)}; got {name!r}.")
     if name is None:
-        return None, arguments
+        return None
     options: dict[str, Any] = {"out": f"runs/{name}", **PRESETS[name].options}
-    return Request(**options), arguments
+    return Request(**options)
 
 
 def run(request: Request) -> None:
     """Trains, reports progress on standard output, and says how to sample the result."""
 
     def show(progress: "Progress") -> None:
-        left = (
-            time.strftime("%H:%M:%S", time.gmtime(progress.seconds_left))
-            if progress.seconds_left < 86400
-            else f"{progress.seconds_left / 86400:.1f} days"
-        )
-        held = (
-            "" if progress.validation_loss is None else f"  held out {progress.validation_loss:.4f}"
-        )
+        seconds, loss = progress.seconds_left, progress.validation_loss
+        left = f"{seconds / 86400:.1f} days"
+        if seconds < 86400:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds))
+        held = "" if loss is None else f"  held out {loss:.4f}"
         print(
             f"step {progress.step}/{progress.steps}  {progress.images} images  loss "
-            f"{progress.loss:.4f}{held}  "
-            f"{progress.images_per_second:.1f} images/s  {left} left",
+            f"{progress.loss:.4f}{held}  {progress.images_per_second:.1f} images/s  {left} left",
             flush=True,
         )
 
-    config = TrainConfig(
-        **{field.name: getattr(request, field.name) for field in fields(TrainConfig)}
-    )
+    config = TrainConfig(**{f.name: getattr(request, f.name) for f in fields(TrainConfig)})
     try:
         from ddim.runs.model import quiet_libraries
         from ddim.training.record import code_revision
@@ -78,26 +72,19 @@ def run(request: Request) -> None:
 
         if request.base is not None:
             quiet_libraries(text=True)
-        result = train(
-            config,
-            on_progress=show,
-            on_note=lambda note: print(f"ddim: {note}", file=sys.stderr),
-            revision=code_revision(),
-        )
+        note = partial(print, "ddim:", file=sys.stderr)
+        result = train(config, on_progress=show, on_note=note, revision=code_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(
             f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'."
         ) from error
     if not result.is_main_process:
         return
+    out, step = result.out, result.step
     if result.finished:
-        prompt = " --prompt '...'" if (result.out / "text_encoder").is_dir() else ""
+        prompt = " --prompt '...'" if (out / "text_encoder").is_dir() else ""
         if result.was_finished:
-            print(
-                f"The run was finished already, after {result.step} steps, and nothing was trained."
-            )
-        print(f"The model is in {result.out}; sample it with: ddim sample {result.out}{prompt}")
+            print(f"The run was finished already, after {step} steps, and nothing was trained.")
+        print(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")
     else:
-        print(
-            f"Stopped at step {result.step} with a checkpoint; the same command goes on from there."
-        )
+        print(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")

@@ -39,33 +39,22 @@ class EncodeJob(FileJob, PixelJob):
             )
         check_images(request.images, request.data)
         self.open()
-        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
-        self.timesteps = self.pipe.select_timesteps(request.steps, **walk)
+        self.timesteps = self.asked_levels(request.steps)
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         self.code: Code | None = None
         self.unsolved = list[str]()
-        count = len(self.pictures.x0)
-        self.protocol = {
-            **self.describe(clip=self.pipe.select_clip("none")),
-            "timesteps": self.timesteps,
-            "eta": 0.0,
-            "data": {**self.pictures.data, "method": request.method},
-        }
-        self.execution = {"count": count, **self.executed("batch_size")}
+        data = {**self.pictures.data, "method": request.method}
+        self.protocol = self.deterministic(self.timesteps, data=data)
+        self.execution = {"count": len(self.pictures.x0), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
         request, pipe, (x0, labels, _) = self.request, self.pipe, self.pictures
+        walk: dict[str, Any] = {"timesteps": self.timesteps, "batch_size": request.batch_size}
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(x0))
             began = time.perf_counter()
             with self.counted() as calls, collect_unsolved() as self.unsolved:
-                code = pipe.encode(
-                    x0,
-                    timesteps=self.timesteps,
-                    method=request.method,
-                    class_labels=labels,
-                    batch_size=request.batch_size,
-                )
+                code = pipe.encode(x0, method=request.method, class_labels=labels, **walk)
         self.code, self.calls = code, calls.each(len(code))
         self.protocol["timesteps"] = list(code.timesteps)
         self.note_levels(self.timesteps, code.timesteps)
@@ -116,13 +105,9 @@ class DecodeJob(PixelJob):
             )
         self.items = range(first, first + len(code))
         self.folder = Path(request.out)
-        self.protocol = {
-            **self.describe(clip=self.pipe.select_clip("none")),
-            "sampler": code.method if code.is_exact else "ddim",
-            "timesteps": self.timesteps,
-            "eta": 0.0,
-            "data": {"code": fingerprint(whole.states), "method": code.method},
-        }
+        sampler = code.method if code.is_exact else "ddim"
+        data = {"code": fingerprint(whole.states), "method": code.method}
+        self.protocol = self.deterministic(self.timesteps, sampler=sampler, data=data)
         self.execution = {"count": len(code), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[int]) -> Generator[Made]:

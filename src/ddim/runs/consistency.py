@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,23 +51,19 @@ class ConsistencyJob(PixelJob):
         self.sheet: list[NDArray[np.uint8]] = []
         self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
         self.folder = self.out()
-        self.protocol = {
-            **self.describe(clip=self.pipe.select_clip("none")),
-            "timesteps": {"spacing": self.spacing, "steps": numbers},
-            "eta": 0.0,
-            "sampler": list(request.sampler),
-            "steps": numbers,
-            "count": request.count,
-            "seed": request.seed,
-        }
+        self.protocol = self.deterministic(
+            {"spacing": self.spacing, "steps": numbers},
+            sampler=list(request.sampler),
+            steps=numbers,
+            count=request.count,
+            seed=request.seed,
+        )
         self.execution = self.executed("batch_size", "compile")
 
     def _route(self, item: Trajectory) -> Route:
-        spacing, name = self.request.spacing, item.sampler
-        levels = self.pipe.select_timesteps(item.steps, timestep_spacing=spacing, order=1)
-        order = {"ddim": 1, "ddim-2": 2}.get(name)
-        sampler = "ddim" if order else name
-        return self.pipe.route(timesteps=levels, order=order, clip="none", sampler=sampler)  # type: ignore[arg-type]
+        levels, order = self.asked_levels(item.steps), {"ddim": 1, "ddim-2": 2}.get(item.sampler)
+        sampler: Any = "ddim" if order else item.sampler
+        return self.pipe.route(timesteps=levels, order=order, clip="none", sampler=sampler)
 
     def results(self, rows: list[Row]) -> list[Row]:
         return rows[-len(self.items) :] if len(rows) >= len(self.items) else rows
@@ -87,17 +83,14 @@ class ConsistencyJob(PixelJob):
                 error = reconstruction_error(reference, images)
                 many = len(error) > 1
                 row = {
-                    "sampler": item.sampler,
-                    "steps": item.steps,
+                    **item._asdict(),
                     "mse": float(error.mean()),
                     "mse_error": float(error.std()) / len(error) ** 0.5 if many else None,
                     "evaluations": sampling_evaluations(self.pipe, self.routes[item]),
                 }
                 self.sheet.append(to_uint8(images[:SHOWN].float()))
-                text = (
-                    f"{item.sampler}, {item.steps} steps: {row['mse']:.2e} from "
-                    f"{self.longest.steps} steps of ddim"
-                )
+                text = f"{item.sampler}, {item.steps} steps: {row['mse']:.2e} from "
+                text += f"{self.longest.steps} steps of ddim"
                 yield Made(item, row, time.perf_counter() - began, text)
                 began = time.perf_counter()
 

@@ -73,11 +73,8 @@ class Control:
         self.emit(Event("note", text=text))
 
     def step(self, state: object = None) -> None:
-        """Counts a step of a walk. A pipeline takes this method as its ``callback``.
-
-        Raises:
-            Stopped: If the run is to stop.
-        """
+        """Counts a step of a walk, and leaves the run as :meth:`check` does. A pipeline takes this
+        method as its ``callback``."""
         self._walked += 1
         self.emit(Event("step", done=self._walked, total=self.steps))
         self.check()
@@ -119,11 +116,7 @@ class Job:
     calls = 0.0
 
     def __init__(self, request: Any, control: Control) -> None:
-        """Checks what the request declares.
-
-        Raises:
-            DDIMError: If an option is out of range, or lacks another that it needs.
-        """
+        """Checks the options as the request declares them; raises a DDIMError."""
         self.began = time.perf_counter()
         self.request, self.control = request, control
         check_request(request)

@@ -127,8 +127,5 @@ def _is_model(name: str) -> bool:
     machine."""
     path = Path(name).expanduser()
     marks = ("model_index.json", "config.json", "checkpoints")
-    return (
-        name in embedded_models()
-        or not path.exists()
-        or (path.is_dir() and any((path / mark).exists() for mark in marks))
-    )
+    is_folder_of_one = any((path / mark).exists() for mark in marks)
+    return name in embedded_models() or not path.exists() or is_folder_of_one

@@ -35,9 +35,8 @@ class FitStepsJob(FileJob, ModelJob):
         super().__init__(request, control)
         always = "model device seed count held_out steps order out exact evaluations batch_size"
         options = Options(request, *always.split())
-        last = request.count
-        seeds = check_seeds(range(request.seed, request.seed + last + request.held_out))
-        self.seeds = seeds
+        last, first = request.count, request.seed
+        self.seeds = seeds = check_seeds(range(first, first + last + request.held_out))
         self.fit: Fit | None = None
         self.find()
         model = self.model
@@ -70,12 +69,10 @@ class FitStepsJob(FileJob, ModelJob):
         size = request.batch_size
         with enough_memory(self.device, max(request.count, size)):
             began = time.perf_counter()
+            batches = [judged[n : n + size] for n in range(0, len(judged), size)]
             self.fit = fit_timesteps(
                 self._problem(found),
-                [
-                    self._problem(judged[first : first + size])
-                    for first in range(0, len(judged), size)
-                ],
+                [self._problem(batch) for batch in batches],
                 schedule=self.pipe.noise_schedule,
                 steps=request.steps,
                 order=self.protocol["order"],
@@ -131,5 +128,4 @@ class FitStepsJob(FileJob, ModelJob):
 
     def save(self, record: RunRecord) -> None:
         if self.fit is not None:
-            content = {"timesteps": self.fit.timesteps, **asdict(record)}
-            write_json(self.folder, content)
+            write_json(self.folder, {"timesteps": self.fit.timesteps, **asdict(record)})

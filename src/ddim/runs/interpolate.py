@@ -38,10 +38,8 @@ class InterpolateJob(PixelJob):
             check_images(request.images, None)
         self.open()
         self.model.check_class(request.class_, required=True)
-        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
         encodable = request.images is not None
-        route = self.pipe.route(request.steps, **walk, clip="none", encodable=encodable)
-        self.timesteps = route.timesteps
+        self.timesteps = self.checked_levels(request.steps, encodable=encodable)
         if request.seeds is not None:
             x_T = seeded_randn(self.pipe.image_shape, check_seeds(request.seeds)).double()
             labels = None if request.class_ is None else torch.full((needed,), request.class_)
@@ -49,21 +47,16 @@ class InterpolateJob(PixelJob):
             self.ends = Code(x_T.unsqueeze(0), "ddim", levels, 0, labels=labels)
             data: dict[str, Any] = {"seeds": list(request.seeds)}
         else:
-            asked = self.pipe.select_timesteps(request.steps, **walk)
-            self.note_levels(asked, self.timesteps)
+            self.note_levels(self.asked_levels(request.steps), self.timesteps)
             self.ends = read_images(Selection.of(request), self.pipe.image_shape, self.model)
             data = {**self.ends.data, "method": request.method}
         self.rms, self.unsolved = list[float](), list[str]()
         self.items = ["grid.png" if request.grid else "strip.png"]
         self.folder = self.out()
-        self.protocol = {
-            **self.describe(clip=self.pipe.select_clip("none")),
-            "timesteps": self.timesteps,
-            "eta": 0.0,
-            "count": request.count,
-            "interpolation": {"kind": request.interpolation, "grid": request.grid},
-            "data": data,
-        }
+        how = {"kind": request.interpolation, "grid": request.grid}
+        self.protocol = self.deterministic(
+            self.timesteps, count=request.count, interpolation=how, data=data
+        )
         self.execution = self.executed("batch_size")
 
     def _check_ends(self) -> int:

@@ -87,11 +87,12 @@ class MeasuringJob(PixelJob):
             resolution=size if request.resize else None,
         )
         if data.resolution != size:
+            name = self._option("model", None)
             sizes = [f"{width}x{height}" for height, width in (size, data.resolution)]
             raise DataError(
-                f"{self.request.model} has images of {sizes[0]} and the reference "  # type: ignore[attr-defined]
-                f"{request.reference} of {sizes[1]} (width x height), and only equal sizes compare; "
-                "give --resize to bring the reference to the size of the samples."
+                f"{name} has images of {sizes[0]} and the reference {request.reference} of "
+                f"{sizes[1]} (width x height), and only equal sizes compare; give --resize to "
+                "bring the reference to the size of the samples."
             )
         return data
 

@@ -2,6 +2,7 @@
 protocol records of it."""
 
 import contextlib
+import importlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +30,13 @@ __all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of
 
 def quiet_libraries(*, text: bool = False) -> None:
     """Silences the progress bars and remarks of diffusers, and with ``text`` of transformers."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    libraries: list[Any] = [diffusers]
     if text:
         with contextlib.suppress(ImportError):  # whatever needs it says so in a sentence
-            import transformers
-
-            transformers.utils.logging.set_verbosity_error()
-            transformers.utils.logging.disable_progress_bar()
+            libraries.append(importlib.import_module("transformers"))
+    for library in libraries:
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
@@ -44,8 +44,8 @@ def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> An
     pipe = UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
     if (channels := pipe.image_shape[0]) not in (1, 3):
         raise DDIMError(
-            f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample it "
-            "from Python."
+            f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample "
+            "it from Python."
         )
     return pipe
 
@@ -73,11 +73,7 @@ def spacing_of(pipe: Any, timesteps: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
-    """Says what to do where the accelerator's memory ends.
-
-    Raises:
-        DDIMError: If it does.
-    """
+    """Turns the end of the accelerator's memory into a DDIMError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -90,17 +86,11 @@ def enough_memory(device: torch.device, batch_size: int) -> Iterator[None]:
 def draw(
     items: Sequence[Any], make: Callable[[list[Any]], Any], *, batch_size: int, fill: bool
 ) -> Iterator[tuple[list[Any], Any, float]]:
-    """Makes images batch by batch.
+    """Makes the images of items, such as seeds, batch by batch: yields the items of a batch, their
+    images, and the seconds that they took.
 
-    Args:
-        items: One for each image, such as seeds.
-        make: Returns the images of a batch of items.
-        batch_size: Images of a batch.
-        fill: Whether a short last batch is filled up, and the surplus dropped: a compiled network
-            is compiled for one size.
-
-    Yields:
-        The items of a batch, their images, and the seconds that they took.
+    With ``fill`` a short last batch is filled up, and the surplus dropped, since a compiled network
+    is compiled for one size.
     """
     size = min(batch_size, len(items))
     for first in range(0, len(items), max(1, size)):
@@ -111,20 +101,13 @@ def draw(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name. From now on float32 is computed in float32 on it.
-
-    Raises:
-        DDIMError: If there is none.
-    """
+    """The device of that name, or a DDIMError. From now on float32 is computed in float32 on it."""
     # By default torch lets GPUs convolve float32 numbers in TF32, which has 10 bits of mantissa:
     # the images of a seed would differ from those of a CPU.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -135,9 +118,8 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()  # a device without numbers, such as meta, is no use
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DDIMError(
-            f"--device {name} cannot be used here ({reason}); try auto or cpu."
-        ) from None
+        message = f"--device {name} cannot be used here ({reason}); try auto or cpu."
+        raise DDIMError(message) from None
     return device
 
 
@@ -164,17 +146,13 @@ class ModelJob(Job):
     pipe: Any
 
     def find(self) -> None:
-        """Finds the device, and reads what the files of the model say.
-
-        Raises:
-            CheckpointError: If there is no such model.
-            DDIMError: If there is no such device.
-        """
+        """Finds the device, and reads what the model's files say; where there is no such model or
+        device, a DDIMError says so."""
         self.device = find_device(self.request.device)
         self.model = read_model(self.request.model)
 
     def open(self, *, has_picture: bool = False) -> None:
-        """Opens the pipeline of the model; ``has_picture`` asks for image-to-image."""
+        """Opens the model's pipeline; ``has_picture`` asks for image-to-image."""
         dtype = getattr(torch, self._option("dtype", "float32"))
         load = _open_text if self.model.is_text else _open_pixels
         self.pipe = load(self.model, dtype, has_picture).to(self.device)
@@ -242,10 +220,26 @@ class PixelJob(ModelJob):
         if self.model.is_text:
             raise CheckpointError(
                 f"{self.model.name} makes images of prompts, and this command takes models without "
-                f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder `ddim "
-                "evaluate` measures, or encode images from Python with pipe.encode."
+                f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder "
+                "`ddim evaluate` measures, or encode images from Python with pipe.encode."
             )
         super().open()
+
+    def asked_levels(self, steps: int | None) -> list[int]:
+        """The levels that the spacing gives a first-order walk of so many steps."""
+        spacing: Any = self.request.spacing
+        return self.pipe.select_timesteps(steps, timestep_spacing=spacing, order=1)
+
+    def checked_levels(self, steps: int | None, *, encodable: bool) -> list[int]:
+        """Those levels, once it is known that the walk can be made; ``encodable`` moves a level of
+        zero SNR to the one below."""
+        walk: dict[str, Any] = {"timestep_spacing": self.request.spacing, "order": 1}
+        return self.pipe.route(steps, **walk, clip="none", encodable=encodable).timesteps
+
+    def deterministic(self, timesteps: object, **more: Any) -> dict[str, Any]:
+        """The protocol of walks without noise and clipping; ``more`` are its other keys."""
+        described = self.describe(clip=self.pipe.select_clip("none"))
+        return {**described, "timesteps": timesteps, "eta": 0.0, **more}
 
     def note_levels(self, asked: Sequence[int], used: Sequence[int]) -> None:
         """Says where codes lie, if that is not the first level that was asked for."""

@@ -48,24 +48,15 @@ class ReconstructJob(PixelJob):
         check_plots()
         check_images(None, request.data)
         self.open()
-        walk: dict[str, Any] = {"timestep_spacing": request.spacing, "order": 1}
-        self.asked = {
-            s: self.pipe.select_timesteps(s, **walk) for s in dict.fromkeys(request.steps)
-        }
-        # A level of zero SNR is moved to the one below.
-        routes = {s: self.pipe.route(s, **walk, clip="none", encodable=True) for s in self.asked}
-        self.timesteps = {steps: route.timesteps for steps, route in routes.items()}
+        self.asked = {steps: self.asked_levels(steps) for steps in dict.fromkeys(request.steps)}
+        self.timesteps = {s: self.checked_levels(s, encodable=True) for s in self.asked}
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
         self.folder = self.out()
-        self.protocol = {
-            **self.describe(clip=self.pipe.select_clip("none")),
-            "timesteps": request.spacing or self.pipe.scheduler.config.timestep_spacing,
-            "eta": 0.0,
-            "data": self.pictures.data,
-            "count": request.count,
-        }
+        spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
+        data = self.pictures.data
+        self.protocol = self.deterministic(spacing, data=data, count=request.count)
         self.execution = self.executed("batch_size")
 
     def there(self, record: RunRecord | None) -> set[Cell]:
@@ -97,7 +88,8 @@ class ReconstructJob(PixelJob):
         errors, rms, residuals = [], [], []
         began, unsolved, done = time.perf_counter(), 0, 0
         encoding, decoding = self.counted(), self.counted()
-        pipe, size, levels = self.pipe, self.request.batch_size, self.timesteps[cell.steps]
+        pipe, size = self.pipe, self.request.batch_size
+        walk: dict[str, Any] = {"timesteps": self.timesteps[cell.steps], "method": cell.method}
         back = torch.empty(0)
 
         def keep(state: State) -> None:
@@ -109,13 +101,7 @@ class ReconstructJob(PixelJob):
             done += len(x0)
             try:
                 with encoding, collect_unsolved() as unsolved_here:
-                    code = pipe.encode(
-                        x0,
-                        timesteps=levels,
-                        method=cell.method,  # type: ignore[arg-type]
-                        class_labels=labels,
-                        batch_size=size,
-                    )
+                    code = pipe.encode(x0, class_labels=labels, batch_size=size, **walk)
                 back = code.states[-1]  # where the pair of a single step holds the data already
                 with decoding:  # the last state is measured before float32 rounds it
                     pipe.decode(code, batch_size=size, output_type="pt", callback=keep)

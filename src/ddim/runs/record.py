@@ -16,16 +16,8 @@ from ddim import __version__
 from ddim.errors import OutputError
 from ddim.files import locked, remove_partial, write_json
 
-__all__ = [
-    "IDENTITY",
-    "NAME",
-    "RunRecord",
-    "check_protocol",
-    "claim",
-    "read_run",
-    "versions",
-    "write_run",
-]
+__all__ = ["IDENTITY", "NAME", "RunRecord"]
+__all__ += ["claim", "read_run", "versions", "write_run"]
 
 NAME = "run.json"
 """The record's name in a folder of results."""
@@ -124,34 +116,24 @@ def claim(
                 "were made; use another --out, or delete that folder."
             )
         if record is not None:
-            record = check_protocol(folder, protocol, is_empty=is_empty(record))
+            before, asked = record.protocol, json.loads(json.dumps(protocol))
+            if is_empty(record) and before.get("command") == asked.get("command"):
+                record = None
+            else:
+                _check_protocol(folder, before, asked)
         yield record
 
 
-def check_protocol(
-    folder: Path, protocol: Mapping[str, Any], *, is_empty: bool
-) -> RunRecord | None:
-    """The record of an earlier run of the same protocol in a folder, or None.
-
-    Raises:
-        OutputError: If the folder holds results of another protocol; the message says what differs.
-    """
-    record = read_run(folder)
-    if record is None:
-        return None
-    before, asked = record.protocol, json.loads(json.dumps(protocol))
-    if is_empty and before.get("command") == asked.get("command"):
-        return None
+def _check_protocol(folder: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
     changed = [key for key in IDENTITY if before.get(key) != asked.get(key)]
-    if not changed:
-        return record
-    differences = "; ".join(
-        f"{k} is {_brief(before.get(k))} there and {_brief(asked.get(k))} here" for k in changed
-    )
-    raise OutputError(
-        f"{folder} holds results of another protocol: {differences}. Use another --out, or delete "
-        "that folder."
-    )
+    if changed:
+        differences = "; ".join(
+            f"{k} is {_brief(before.get(k))} there and {_brief(asked.get(k))} here" for k in changed
+        )
+        raise OutputError(
+            f"{folder} holds results of another protocol: {differences}. Use another --out, or "
+            "delete that folder."
+        )
 
 
 def _brief(value: object) -> str:

@@ -12,19 +12,9 @@ import tyro
 from ddim.runs.rules import Choices, Needs, Range
 from ddim.runs.values import Eta, Etas, Levels
 
-__all__ = [
-    "ConsistencyRequest",
-    "ConvertRequest",
-    "DecodeRequest",
-    "DoctorRequest",
-    "EncodeRequest",
-    "EvaluateRequest",
-    "FitStepsRequest",
-    "InterpolateRequest",
-    "ReconstructRequest",
-    "SampleRequest",
-    "TableRequest",
-]
+__all__ = ["ConsistencyRequest", "ConvertRequest", "DecodeRequest", "DoctorRequest"]
+__all__ += ["EncodeRequest", "EvaluateRequest", "FitStepsRequest", "InterpolateRequest"]
+__all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
 
 MOST_IMAGES = 1_000_000
 """Images of one run: each is a row of its record."""

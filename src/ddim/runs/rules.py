@@ -23,17 +23,8 @@ import tyro
 
 from ddim.errors import DDIMError
 
-__all__ = [
-    "Choices",
-    "ModelKind",
-    "Needs",
-    "Options",
-    "Range",
-    "check_request",
-    "given_options",
-    "is_positional",
-    "option_of",
-]
+__all__ = ["Choices", "ModelKind", "Needs", "Options", "Range"]
+__all__ += ["check_request", "given_options", "option_names"]
 
 ModelKind = Literal["text", "pixels", "classes"]
 _KINDS: dict[ModelKind, str] = {
@@ -58,9 +49,8 @@ class Range:
         low, high = f"{self.low:.0f}", f"{self.high:.0f}"
         if self.high <= 1000 and self.low > -math.inf:
             return f"must be from {low} to {high}; got {value}."
-        return (
-            f"must be {f'at most {high}' if value > self.high else f'at least {low}'}; got {value}."
-        )
+        bound = f"at most {high}" if value > self.high else f"at least {low}"
+        return f"must be {bound}; got {value}."
 
 
 @dataclass(frozen=True)
@@ -95,11 +85,12 @@ def _declarations(kind: Any) -> dict[str, Declared]:
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         marks = list(_marks(hint))
         spelled = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
+        by_type = {type(mark): mark for mark in reversed(marks)}  # the outermost of a type holds
         found[name] = Declared(
             f"--{spelled.replace('_', '-')}",
-            next((mark for mark in marks if isinstance(mark, Range)), Range()),
-            next((mark for mark in marks if isinstance(mark, Choices)), None),
-            next((mark for mark in marks if isinstance(mark, Needs)), Needs()),
+            by_type.get(Range, Range()),
+            by_type.get(Choices),
+            by_type.get(Needs, Needs()),
             any(mark is tyro.conf.Positional for mark in marks),
         )
     return found
@@ -112,25 +103,21 @@ def _marks(hint: Any) -> Iterator[Any]:
         yield from _marks(part)
 
 
-def option_of(kind: type, field: str) -> str:
-    """A field's option on the command line, such as ``--batch-size``."""
-    return _declarations(kind)[field].option
-
-
-def is_positional(kind: type, field: str) -> bool:
-    """Whether a field is given on the command line without an option's name."""
-    return _declarations(kind)[field].is_positional
+def option_names(kind: type) -> list[str]:
+    """A request's options on the command line, such as ``--batch-size``; none for positional
+    fields."""
+    return [field.option for field in _declarations(kind).values() if not field.is_positional]
 
 
 def given_options(request: Any) -> list[str]:
     """The fields of a request that differ from their defaults."""
-    missing = dataclasses.MISSING
-    return [
-        f.name
-        for f in dataclasses.fields(request)
-        if getattr(request, f.name)
-        != (f.default if f.default_factory is missing else f.default_factory())
-    ]
+
+    def default(field: dataclasses.Field[Any]) -> Any:
+        made = field.default_factory
+        return field.default if made is dataclasses.MISSING else made()
+
+    fields = dataclasses.fields(request)
+    return [field.name for field in fields if getattr(request, field.name) != default(field)]
 
 
 def check_request(request: Any) -> None:

@@ -71,9 +71,10 @@ class SampleJob(ModelJob):
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
         if is_ddpm and options.eta is not None:
-            raise DDIMError(
+            message = (
                 "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
             )
+            raise DDIMError(message)
         walk = {
             "num_inference_steps": options.steps,
             "timestep_spacing": options.spacing,
@@ -158,18 +159,16 @@ class SampleJob(ModelJob):
 
             def pictures(batch: list[Item]) -> Any:
                 seeds = [item.seed for item in batch]
-                asked: dict[str, Any]
+                asked: dict[str, Any] = {"progress": False, "callback": self.control.step}
                 if text is None:
-                    asked = {"class_labels": self.model.labels_of(seeds, request.class_)}
-                    asked |= {"prior": self.prior}
+                    labels = self.model.labels_of(seeds, request.class_)
+                    asked |= {"class_labels": labels, "prior": self.prior}
                 else:
-                    asked = text.draw_options(batch)
-                return self.pipe.draw(
-                    route, seeds=seeds, progress=False, callback=self.control.step, **asked
-                ).images
+                    asked |= text.draw_options(batch)
+                return self.pipe.draw(route, seeds=seeds, **asked).images
 
-            drawing = draw(missing, pictures, batch_size=size, fill=request.compile)
-            for batch, images, took in drawing:
+            drawn = draw(missing, pictures, batch_size=size, fill=request.compile)
+            for batch, images, took in drawn:
                 for item, image in zip(batch, images, strict=True):
                     save_png(image, self.folder / item.file)
                     yield Made(item, seconds=took / len(batch))
@@ -182,12 +181,12 @@ class SampleJob(ModelJob):
         shown = [self.items[place] for place in places[:SHOWN]]
         loaded = [load_image(self.folder / item.file) for item in shown]
         usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
-        for item, picture in zip(shown, loaded, strict=True):
-            if picture.shape != usual:
-                raise OutputError(
-                    f"{self.folder / item.file} has another size than the pictures beside it; "
-                    "delete it, and run again."
-                )
+        pairs = zip(shown, loaded, strict=True)
+        if odd := [item.file for item, picture in pairs if picture.shape != usual]:
+            raise OutputError(
+                f"{self.folder / odd[0]} has another size than the pictures beside it; delete it, "
+                "and run again."
+            )
         pictures = np.stack(loaded)
         scale, grid = sheet_scale(pictures), self.folder / "grid.png"
         if self.text is None or prompts == 1:
@@ -214,8 +213,7 @@ class SampleJob(ModelJob):
 
         schedule = self.pipe.noise_schedule
         measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
-        content = {"gamma": measured, "protocol": identity}
-        write_json(path, content)
+        write_json(path, {"gamma": measured, "protocol": identity})
         return measured
 
     def _note_configuration(self) -> None:
@@ -224,9 +222,8 @@ class SampleJob(ModelJob):
         last, first = len(self.pipe.noise_schedule) - 1, route.timesteps[0]
         clips = request.clip is None and request.sampler == "ddim" and route.clip.kind != "none"
         is_chosen = request.spacing or request.timesteps or request.image
-        late = (
-            first != last and spacing_of(self.pipe, route.timesteps) != "fitted" and not is_chosen
-        )
+        is_fitted = spacing_of(self.pipe, route.timesteps) == "fitted"
+        late = first != last and not is_fitted and not is_chosen
         if not self.model.has_scheduler:
             self.control.note(
                 f"{self.model.name} comes without a scheduler; it is taken for a model of "
@@ -236,8 +233,8 @@ class SampleJob(ModelJob):
             does = [f"clips predicted images ({route.clip.kind})"] * clips
             does += [f"starts at level {first}, not at {last}"] * late
             instead = " ".join(["--clip none"] * clips + ["--spacing trailing"] * late)
-            does_so = " and ".join(does)
-            self.control.note(f"the model's configuration {does_so}; {instead} would not.")
+            joined = " and ".join(does)
+            self.control.note(f"the model's configuration {joined}; {instead} would not.")
 
     def _note_fitted(self) -> None:
         """Says that levels from a file were fitted to another model or order than this."""
@@ -250,10 +247,8 @@ class SampleJob(ModelJob):
             if key in fitted and fitted[key] != self.protocol[key]
         ]
         if other:
-            self.control.note(
-                f"these timesteps were fitted to {fitted.get('model')} ({'; '.join(other)}); `ddim "
-                "fit-steps` fits others."
-            )
+            found = f"fitted to {fitted.get('model')} ({'; '.join(other)})"
+            self.control.note(f"these timesteps were {found}; `ddim fit-steps` fits others.")
 
 
 def _open_data(source: str, pipe: Any) -> ImageData:

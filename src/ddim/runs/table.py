@@ -75,6 +75,7 @@ class TableJob(MeasuringJob):
         against = self.open_metrics(self.pipe.image_shape, request.counts)
         self._reference: Reference | None = None
         self._is_warm = False
+        self.levels = len(self.pipe.noise_schedule)
         config = self.pipe.scheduler.config
         self.fitted = [] if request.spacing else fitted_lists(config)
         spacing: Any = request.spacing or config.timestep_spacing
@@ -93,11 +94,6 @@ class TableJob(MeasuringJob):
         self.execution = self.executed("batch_size", "compile", "processes")
 
     @property
-    def levels(self) -> int:
-        """Levels of the model's schedule."""
-        return len(self.pipe.noise_schedule)
-
-    @property
     def batch_size(self) -> int:
         """Images drawn together, the same in every cell."""
         return min(self.request.batch_size, *self.request.counts)
@@ -105,9 +101,8 @@ class TableJob(MeasuringJob):
     def route(self, item: Item) -> Route:
         """The walk of a cell, of this request or of an earlier one."""
         if item not in self.routes:
-            how: dict[str, Any] = {"eta": item.eta, "clip": self.request.clip}
-            spacing = self.request.spacing
-            self.routes[item] = self.pipe.route(item.steps, timestep_spacing=spacing, **how)
+            walk: dict[str, Any] = {"timestep_spacing": self.request.spacing, "eta": item.eta}
+            self.routes[item] = self.pipe.route(item.steps, **walk, clip=self.request.clip)
         return self.routes[item]
 
     def there(self, record: RunRecord | None) -> set[Item]:
@@ -117,7 +112,7 @@ class TableJob(MeasuringJob):
         return not any((self.folder / "cells").glob("*.json"))
 
     def cells(self) -> list[Cell]:
-        """All finished cells of the folder."""
+        """The finished cells of the folder."""
         return [read_cell(path) for path in sorted((self.folder / "cells").glob("*.json"))]
 
     def results(self, rows: list[Row]) -> list[Row]:
@@ -132,26 +127,19 @@ class TableJob(MeasuringJob):
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
         (self.folder / "cells").mkdir(exist_ok=True)
         is_divided = self.request.processes > 1 and len(missing) > 1
-        for item in _in_processes(self, missing) if is_divided else self._in_turn(missing):
+        for item in _in_processes(self, missing) if is_divided else map(self.make_cell, missing):
             self._write_tables()
             cell = read_cell(self._file(item))
             quality = cell.results[0]
-            text = (
-                f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, "
-                f"{cell.seconds:.1f} s for {cell.count} images"
-            )
-            yield Made(item, {}, text=text)
+            text = f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, "
+            yield Made(item, {}, text=f"{text}{cell.seconds:.1f} s for {cell.count} images")
         if self.request.timing_rounds:
             self._time_in_turn()
 
-    def _in_turn(self, missing: Sequence[Item]) -> Iterator[Item]:
-        for item in missing:
-            self.make_cell(item)
-            yield item
-
-    def make_cell(self, item: Item) -> None:
+    def make_cell(self, item: Item) -> Item:
         """Measures a cell, and writes its file."""
         write_cell(self._file(item), self.measure(item))
+        return item
 
     def finish(self, rows: list[Row]) -> None:
         self._write_tables()
@@ -175,8 +163,7 @@ class TableJob(MeasuringJob):
             seconds.append(sum(took))
         timesteps = self.route(item).timesteps
         return Cell(
-            eta=item.eta,
-            steps=item.steps,
+            **item._asdict(),
             timesteps=tuple(timesteps),
             evaluations=len(timesteps),
             seconds=sum(seconds) / len(seconds),
@@ -206,9 +193,7 @@ class TableJob(MeasuringJob):
     def _time_batch(self, cell: Cell) -> float:
         """Seconds an image of the first batch of a cell."""
         took: list[float] = []
-        item, seeds = Item(cell.eta, cell.steps), self.seeds[: self.batch_size]
-        for _ in self._draw(item, seeds, took):
-            pass
+        list(self._draw(Item(cell.eta, cell.steps), self.seeds[: self.batch_size], took))
         return sum(took) / self.batch_size
 
     def _warm_once(self) -> None:
@@ -223,33 +208,23 @@ class TableJob(MeasuringJob):
         """Writes the table in Markdown and CSV, as far as there are cells."""
         if cells := self.cells():
             write_text(self.folder / "table.csv", to_csv(flat_records(cells, levels=self.levels)))
-            text = to_markdown(
-                cells,
-                levels=self.levels,
-                title=f"{self.request.model}: eta and steps",
-                protocol=self._described(),
-                reference=self.request.reference,
-            )
-            write_text(self.folder / "table.md", text)
+            title, reference = f"{self.request.model}: eta and steps", self.request.reference
+            words = {"title": title, "protocol": self._described(), "reference": reference}
+            write_text(self.folder / "table.md", to_markdown(cells, levels=self.levels, **words))
 
     def _described(self) -> str:
         """What was done, in sentences."""
         request, protocol = self.request, self.protocol
-        networks = ", ".join(
-            f"{name} ({code})" if code else name for name, code in protocol["extractors"].items()
-        )
+        extractors = protocol["extractors"].items()
+        networks = ", ".join(f"{name} ({code})" if code else name for name, code in extractors)
         spacing = protocol["timesteps"]
         if self.fitted:
             numbers = ", ".join(map(str, sorted(len(levels) for levels in self.fitted)))
             spacing = f"{spacing['otherwise']} timesteps, at {numbers} steps the model's fitted"
         count, long = request.counts
         fewer = f" ({long} above {LONG} steps)" if long < count else ""
-        spread = (
-            f"over {request.repeats} repeats"
-            if request.repeats > 1
-            else "from disjoint thirds of the images"
-        )
-        compiled = "compiled" if request.compile else "not compiled"
+        repeats, compiled = request.repeats, "compiled" if request.compile else "not compiled"
+        spread = f"over {repeats} repeats" if repeats > 1 else "from disjoint thirds of the images"
         return (
             f"DDIM of order {protocol['order']}, {spacing} timesteps, clipping "
             f"{protocol['clip']['kind']}, float32, weights {protocol['weight_hash']}; {count} "
@@ -270,18 +245,13 @@ def _longest_first(items: Sequence[Item], counts: tuple[int, int]) -> list[Item]
 def _in_processes(job: TableJob, missing: Sequence[Item]) -> Iterator[Item]:
     """Has processes measure cells and write their files; yields each that is there."""
     count, others = min(job.request.processes, len(missing)), set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(
-        count,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin_worker,
-        initargs=(job.request, count),
-    )
+    spawn, given = multiprocessing.get_context("spawn"), (job.request, count)
+    executor = ProcessPoolExecutor(count, spawn, _start_worker, given)
     try:
         items = _longest_first(missing, job.request.counts)
-        futures = {executor.submit(_measure_in_worker, p, job.folder): p for p in items}
+        futures = [executor.submit(_measure_in_worker, item, job.folder) for item in items]
         for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+            yield future.result()
     except BrokenProcessPool:
         raise DDIMError(
             "a process ended before its cell, perhaps for want of memory; finished cells are kept, "
@@ -298,21 +268,19 @@ _worker_job: TableJob | None = None
 """The job of a worker process, which does nothing else; None in every other process."""
 
 
-def _begin_worker(request: TableRequest, processes: int) -> None:
+def _start_worker(request: TableRequest, processes: int) -> None:
     """Prepares a worker: its share of the cores, and its end when the run ends in whatever way."""
     global _worker_job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's process answers, and ends this one
     parent = multiprocessing.parent_process()
     assert parent is not None
-    sentinel = parent.sentinel
-    threading.Thread(
-        target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True
-    ).start()
+    ended = [parent.sentinel]
+    threading.Thread(target=lambda: connection.wait(ended) and os._exit(1), daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _worker_job = TableJob(request, Control())
 
 
-def _measure_in_worker(item: Item, folder: Path) -> None:
+def _measure_in_worker(item: Item, folder: Path) -> Item:
     assert _worker_job is not None
     _worker_job.folder = folder
-    _worker_job.make_cell(item)
+    return _worker_job.make_cell(item)
