@@ -151,7 +151,9 @@ def measure(options: Options, out: Path, began: float) -> None:
     """Measures the cells that the folder lacks, and writes what all cells amount to."""
     bench = Bench(options, find_models(options, out))
     cells = out / "cells"
-    check_protocol(out, bench.protocol, is_empty=not any(cells.glob("*")))
+    before = read_run(out)
+    if before is not None and (any(cells.glob("*")) or before.protocol.get("command") != "flaws"):
+        check_protocol(out, before.protocol, bench.protocol)
     cells.mkdir(exist_ok=True)
     work = bench.work()
 

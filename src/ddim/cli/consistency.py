@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Draws and measures, and says where the table is."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.consistency import ConsistencyJob
 
-    outcome = run_request(ConsistencyJob, request, show_items=True)
+    outcome = run_request("consistency.ConsistencyJob", request, show_items=True)
     print(
         f"{outcome.made} trajectories of {request.count} latents; the table is "
         f"{outcome.job.folder / 'table.md'}, beside a plot and a sheet."

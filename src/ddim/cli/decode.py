@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Decodes the code, and says where the pictures are."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.codes import DecodeJob
 
-    outcome = run_request(DecodeJob, request)
+    outcome = run_request("codes.DecodeJob", request)
     out = outcome.job.folder
     print(
         f"{outcome.made} images decoded in {outcome.record.seconds:.1f} s; they are in {out}, "

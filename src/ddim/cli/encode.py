@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Encodes the images, and says how well that went."""
     from ddim.cli.terminal import run_request, unsolved_note
-    from ddim.runs.codes import EncodeJob
 
-    outcome = run_request(EncodeJob, request)
+    outcome = run_request("codes.EncodeJob", request)
     job, record = outcome.job, outcome.record
     rms = [row["rms"] for row in record.results]
     residuals = [row["residual"] for row in record.results if "residual" in row]

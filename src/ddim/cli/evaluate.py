@@ -10,9 +10,8 @@ def run(request: Request) -> None:
     from ddim.cli.terminal import run_request
     from ddim.evaluation.protocol import Result
     from ddim.evaluation.report import spread_text, text_table
-    from ddim.runs.evaluate import EvaluateJob
 
-    outcome = run_request(EvaluateJob, request)
+    outcome = run_request("evaluate.EvaluateJob", request)
     job = outcome.job
     rows = [["metric", "value", "spread", "real images"]]
     for row in outcome.record.results:

@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Fits, prints the comparison, and says how to draw with the result."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.fit_steps import FitStepsJob
 
-    outcome = run_request(FitStepsJob, request)
+    outcome = run_request("fit_steps.FitStepsJob", request)
     job, fit, out = outcome.job, outcome.job.fit, outcome.job.folder
     print(f"{'timesteps':10s} {'ODE error':>10s}   {fit.name} / this one, with its 95 % interval")
     for row in outcome.record.results:

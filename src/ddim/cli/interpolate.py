@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Draws the path, and says where it is and how the latents on it compare with noise."""
     from ddim.cli.terminal import run_request, unsolved_note
-    from ddim.runs.interpolate import InterpolateJob
 
-    outcome = run_request(InterpolateJob, request)
+    outcome = run_request("interpolate.InterpolateJob", request)
     job = outcome.job
     print(
         f"{len(job.rms)} pictures in {outcome.record.seconds:.1f} s; they are in "

@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Measures what is missing in the folder, and says where the table is."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.reconstruct import ReconstructJob
 
-    outcome = run_request(ReconstructJob, request, show_items=True)
+    outcome = run_request("reconstruct.ReconstructJob", request, show_items=True)
     there = outcome.there + outcome.beside
     print(
         f"{outcome.made} cells measured, {there} were there; the table is "

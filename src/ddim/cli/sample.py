@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Draws what is missing in the folder, and says where the images are."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.sample import SampleJob
 
-    outcome = run_request(SampleJob, request)
+    outcome = run_request("sample.SampleJob", request)
     job, out = outcome.job, outcome.job.folder
     others = "seeds" if job.text is None else "seeds or prompts"
     beside = f" {outcome.beside} of other {others} are there too, and not in the grid."

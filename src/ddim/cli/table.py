@@ -8,9 +8,8 @@ __all__ = ["Request", "run"]
 def run(request: Request) -> None:
     """Measures the cells that are missing in the folder, and says where the table is."""
     from ddim.cli.terminal import run_request
-    from ddim.runs.table import TableJob
 
-    outcome = run_request(TableJob, request, show_items=True)
+    outcome = run_request("table.TableJob", request, show_items=True)
     job = outcome.job
     if job.timed:
         rounds = request.timing_rounds

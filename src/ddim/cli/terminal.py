@@ -1,6 +1,7 @@
 """A run on a terminal: its notes and items as lines, its steps as a bar on standard error."""
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,18 +9,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddim.runs.engine import Control, Event, Job, Outcome, execute
+from ddim.runs.engine import Control, Event, Outcome, execute
 
 __all__ = ["run_request", "unsolved_note"]
 
 
-def run_request(
-    job: Callable[[Any, Control], Job], request: object, *, show_items: bool = False
-) -> Outcome:
+def run_request(job: str, request: object, *, show_items: bool = False) -> Outcome:
     """Resolves a request to a job and runs it; with ``show_items`` each finished item is a line.
 
+    ``job`` names a class below ``ddim.runs``, such as ``sample.SampleJob``. It is imported here,
+    since the seconds of a record include the imports.
+
     Raises:
-        DDIMError: As ``job`` and :func:`ddim.runs.engine.execute`.
+        DDIMError: As the job and :func:`ddim.runs.engine.execute`.
     """
     with _bar() as step:
 
@@ -31,7 +33,10 @@ def run_request(
             elif event.state == "step":
                 step(event)
 
-        return execute(job(request, Control(emit=show)))
+        control = Control(emit=show)
+        module, name = job.split(".")
+        kind = getattr(importlib.import_module(f"ddim.runs.{module}"), name)
+        return execute(kind(request, control))
 
 
 @contextlib.contextmanager

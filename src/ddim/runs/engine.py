@@ -61,11 +61,13 @@ class Control:
         stopping: Asked between two steps. If it returns True, the run stops there, and what is
             written stays.
         steps: How many steps the run will walk, for ``step`` events; None where nobody knows.
+        began: When the request was made, in seconds of :func:`time.perf_counter`.
     """
 
     emit: Callable[[Event], None] = lambda event: None
     stopping: Callable[[], bool] = lambda: False
     steps: int | None = None
+    began: float = field(default_factory=time.perf_counter)
     _walked: int = field(default=0, init=False)
 
     def note(self, text: str) -> None:
@@ -117,7 +119,6 @@ class Job:
 
     def __init__(self, request: Any, control: Control) -> None:
         """Checks the options as the request declares them; raises a DDIMError."""
-        self.began = time.perf_counter()
         self.request, self.control = request, control
         check_request(request)
 
@@ -223,7 +224,7 @@ def execute(job: Job) -> Outcome:
                 protocol=job.protocol,
                 results=results,
                 seconds=job.seconds(drawn, before),
-                seconds_total=time.perf_counter() - job.began,
+                seconds_total=time.perf_counter() - job.control.began,
                 evaluations=job.evaluations(results),
                 execution=job.execution,
                 versions=versions(),

@@ -16,7 +16,16 @@ from ddim import __version__
 from ddim.errors import OutputError
 from ddim.files import locked, remove_partial, write_json
 
-__all__ = ["IDENTITY", "NAME", "RunRecord"]
+__all__ = [
+    "IDENTITY",
+    "NAME",
+    "RunRecord",
+    "check_protocol",
+    "claim",
+    "read_run",
+    "versions",
+    "write_run",
+]
 __all__ += ["claim", "read_run", "versions", "write_run"]
 
 NAME = "run.json"
@@ -116,15 +125,21 @@ def claim(
                 "were made; use another --out, or delete that folder."
             )
         if record is not None:
-            before, asked = record.protocol, json.loads(json.dumps(protocol))
-            if is_empty(record) and before.get("command") == asked.get("command"):
+            before = record.protocol
+            if is_empty(record) and before.get("command") == protocol["command"]:
                 record = None
             else:
-                _check_protocol(folder, before, asked)
+                check_protocol(folder, before, protocol)
         yield record
 
 
-def _check_protocol(folder: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+    """Checks that a folder's protocol is the one that is asked for, in the keys of ``IDENTITY``.
+
+    Raises:
+        OutputError: If it is another; the message says what differs.
+    """
+    asked = json.loads(json.dumps(protocol))
     changed = [key for key in IDENTITY if before.get(key) != asked.get(key)]
     if changed:
         differences = "; ".join(
