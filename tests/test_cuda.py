@@ -207,7 +207,7 @@ def test_a_compiled_network_gives_the_images_and_states_that_stay(mode, options,
         expected, found = (
             [],
             [],
-            # the states are looked at when all are there: a graph of kernels writes to the same memory
+            # looked at when all are there: a graph of kernels writes to the same memory
             # each time
         )
         images = []

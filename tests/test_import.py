@@ -31,7 +31,10 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
 
 
 def test_import_and_help_load_nothing_heavy():
-    code = "import sys, ddim, ddim.cli; assert ddim.cli.main(['--help']) == 0; print(sorted({n.split('.')[0] for n in sys.modules}))"
+    code = (
+        "import sys, ddim, ddim.cli; assert ddim.cli.main(['--help']) == 0;"
+        "print(sorted({n.split('.')[0] for n in sys.modules}))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout

@@ -85,7 +85,8 @@ FILES = {
 """The same within a room: the files that stand in one set do not import one another."""
 
 TORCH_ONLY = {"ground", "core", "configuration", "inversion", "fitting", "doctor"}
-"""Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as safetensors, and ``doctor`` draws."""
+"""Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as
+safetensors, and ``doctor`` draws."""
 ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock", "matplotlib"}
 
 

@@ -1,4 +1,4 @@
-"""The public names of ``ddim``, each with the module it lives in. This stub is the only list of them."""
+"""The public names of ``ddim``, each with its module. This stub is the only list of them."""
 
 from .core.denoiser import Clip as Clip, Denoiser as Denoiser, ModelDenoiser as ModelDenoiser
 from .core.guidance import guide as guide, guided as guided

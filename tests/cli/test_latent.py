@@ -363,7 +363,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
             "--out",
             out,
         ],
-        f"the images of {tmp_path / 'large'} are 16x16 and the model's images 8x8 (width x height); give --resize": [
+        "are 16x16 and the model's images 8x8 (width x height); give --resize": [
             *("encode", tiny, "--data", tmp_path / "large", "--out", out)
         ],
         "there is no data at './nowhere'; check the path": [

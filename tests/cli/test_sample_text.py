@@ -171,10 +171,7 @@ def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            (),
-            "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one prompt a line",
-        ),
+        ((), "makes images of prompts: give --prompt TEXT, or --prompt FILE.txt with one prompt"),
         (("--prompt", "a", "--class", "1"), "--class is for class-conditional models, and"),
         (("--prompt", "a", "--prior", "data"), "--prior is for models without text, and"),
         (("--prompt", "a", "--variance", "analytic"), "--variance is for models without text, and"),

@@ -130,7 +130,8 @@ def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_sampl
     assert trained.returncode == 0, trained.stderr
     assert (
         trained.stderr.splitlines()[-1]
-        == f"ddim: 1 of 20 captions are longer than the 12 tokens that {tiny_text} reads, and are cut there."
+        == f"ddim: 1 of 20 captions are longer than the 12 tokens that {tiny_text} reads, and are "
+        "cut there."
     )
     assert trained.stdout.startswith("step 2/4  8 images  loss ")
     assert trained.stdout.endswith(f"sample it with: ddim sample {out} --prompt '...'\n")
@@ -401,7 +402,8 @@ def recorded(network, x0, **options):
 
 loop.training_loss = recorded
 code = main(sys.argv[2:])
-np.savez(f"{sys.argv[1]}/rank-{os.environ['RANK']}.npz", x0=[x for x, _ in drawn], noise=[n for _, n in drawn])
+x0, noise = zip(*drawn)
+np.savez(f"{sys.argv[1]}/rank-{os.environ['RANK']}.npz", x0=x0, noise=noise)
 sys.exit(code)
 """
 

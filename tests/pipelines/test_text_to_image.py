@@ -906,7 +906,8 @@ def test_what_is_saved_is_plain_diffusers(pipe, edit, tmp_path, both):
 import sys, numpy, diffusers, torch
 pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
-images = pipe("a red square", generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+options = {"num_inference_steps": 4, "output_type": "np"}
+images = pipe("a red square", generator=torch.Generator().manual_seed(3), **options).images
 numpy.save(sys.argv[1] + "/images.npy", images)
 assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
 """
@@ -1350,10 +1351,11 @@ def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
 def test_without_transformers_one_sentence_says_what_to_install(tiny_text, tiny):
     code = """
 import sys
-sys.modules["transformers"] = sys.modules["peft"] = None  # as where they are not installed; peft needs the other
+sys.modules["transformers"] = sys.modules["peft"] = None  # as if not installed
 import ddim
 assert ddim.DiffusionPipeline.from_pretrained(sys.argv[2]).unet is not None
-for act in (lambda: ddim.DiffusionPipeline.from_pretrained(sys.argv[1]), lambda: ddim.TextToImagePipeline):
+opened = lambda: ddim.DiffusionPipeline.from_pretrained(sys.argv[1])
+for act in (opened, lambda: ddim.TextToImagePipeline):
     try:
         act()
     except (ImportError, ddim.DDIMError) as error:

@@ -313,7 +313,8 @@ import sys, numpy, diffusers
 pipe = diffusers.DDIMPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 import torch
-images = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=10, output_type="np").images
+options = {"num_inference_steps": 10, "output_type": "np"}
+images = pipe(generator=torch.Generator().manual_seed(3), **options).images
 numpy.save(sys.argv[1] + "/images.npy", images)
 assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
 """

@@ -1,4 +1,4 @@
-"""The engine: what is missing is made, what happens is told, and a run stops where it is asked to."""
+"""The engine: what is missing is made, what happens is told, and a run stops when asked."""
 
 import json
 import subprocess
