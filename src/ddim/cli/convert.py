@@ -9,6 +9,7 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Reads, renames, writes, and says how to sample the result."""
+    from ddim.files import locked_file
     from ddim.models.conversion import convert, read_state_dict, write_model
 
     converted = convert(
@@ -22,7 +23,8 @@ def run(request: Request) -> None:
         beta_start=request.beta_start,
         beta_end=request.beta_end,
     )
-    write_model(converted, Path(request.out))
+    with locked_file(Path(request.out)):
+        write_model(converted, Path(request.out))
     count = sum(weight.numel() for weight in converted.state.values())
     unet, levels = converted.unet, converted.scheduler["num_train_timesteps"]
     asked, layout = request.num_train_timesteps, converted.layout
