@@ -17,6 +17,7 @@ from torch import Tensor
 from ddim.core.denoiser import Clip
 from ddim.core.prediction import PREDICTION_TYPES
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.step import ORDERS
 from ddim.core.timesteps import SPACINGS, Spacing, check_timesteps, select_timesteps
 from ddim.errors import DDIMError
 
@@ -32,6 +33,7 @@ __all__ = [
     "foreign_family",
     "given_options",
     "noise_schedule",
+    "own_options",
     "select_clip",
     "spelled_betas",
     "unknown_options",
@@ -137,6 +139,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("clip_sample_range", "sample_max_value"), _POSITIVE),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
+    "multistep_order": ("1 or 2", lambda value: _is_whole(value) and value in ORDERS),
 }
 
 
@@ -232,6 +235,17 @@ def select_clip(
         kind = "dynamic" if config["thresholding"] else "static" if is_static else "none"
     ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
     return Clip(kind, config["clip_sample_range"], ratio, max(1.0, largest))
+
+
+def own_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with our options under their names of today: files of ours used to say
+    ``solver_order``, which other multisteps read, for ``multistep_order``."""
+    names = ("DDIMScheduler", "DDIMInverseScheduler")
+    is_ours = config.get("_class_name") in names and "solver_type" not in config
+    if not is_ours or "solver_order" not in config:
+        return config
+    others = {name: value for name, value in config.items() if name != "solver_order"}
+    return {"multistep_order": config["solver_order"], **others}
 
 
 def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:

@@ -62,10 +62,10 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     first level's noise in the finished sample. ``thresholding`` at the default ``sample_max_value``
     of 1.0 is clipping. diffusers passes over the two options that are ours:
 
-    ``solver_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`), for
-    eta = 0: more accurate at the same cost. It keeps the prediction of the step before until the
-    next ``set_timesteps``, so one scheduler walks one batch at a time through the list. The first
-    step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
+    ``multistep_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`),
+    for eta = 0: more accurate at the same cost. It keeps the prediction of the step before until
+    the next ``set_timesteps``, so one scheduler walks one batch at a time through the list. The
+    first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
 
     ``fitted_timesteps`` are lists of levels that were fitted to the model at that order
     (:mod:`ddim.fitting.timesteps`); a list of N levels is visited when N steps are asked for.
@@ -80,7 +80,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
 
     _step_options = operator.attrgetter(
         *("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"),
-        *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "solver_order"),
+        *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "multistep_order"),
     )
     final_alpha_cumprod = GridScheduler._clean_alpha_cumprod
 
@@ -102,14 +102,14 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         sample_max_value: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
-        solver_order: Literal[1, 2] = 1,
+        multistep_order: Literal[1, 2] = 1,
         fitted_timesteps: list[list[int]] | None = None,
     ) -> None:
         # not super().__init__(): it would make float32 tables, and refuse two of the schedules
         self._set_up()
 
-    def _solver_order(self) -> int:
-        order: int = self.config.solver_order
+    def _order_of_steps(self) -> int:
+        order: int = self.config.multistep_order
         return order
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -184,8 +184,8 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         DDIMParallelScheduler; the caller adds the noise that eta takes from the direction."""
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
-        if self.config.solver_order != 1:
-            raise DDIMError("parallel samples have no step before them; use solver_order=1.")
+        if self.config.multistep_order != 1:
+            raise DDIMError("parallel samples have no step before them; use multistep_order=1.")
         plan, table = self._find_plan(eta, use_clipped_model_output, sample)
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 

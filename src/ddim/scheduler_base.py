@@ -19,6 +19,7 @@ from ddim.configuration import (
     configured_timesteps,
     foreign_family,
     given_options,
+    own_options,
     select_clip,
     unknown_options,
 )
@@ -143,7 +144,7 @@ class GridScheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers', without the ``solver_order`` of another multistep scheduler.
+        """As diffusers'; files of ours that say ``solver_order`` are read as ``multistep_order``.
 
         A DDIMError refuses the configuration of another family (flow matching, EDM); a warning
         names a keyword that no scheduler of the family knows and that is not returned as unused.
@@ -153,8 +154,9 @@ class GridScheduler:
             known = kind is not None and kind != cls.__name__ and hasattr(diffusers, str(kind))
             if reason := foreign_family({**config, "_class_name": kind if known else None}):
                 raise DDIMError(f"DDIM cannot take over this configuration: it is {reason}")
-            if "solver_type" in config and kind != cls.__name__:
-                config = {name: value for name, value in config.items() if name != "solver_order"}
+            if "solver_order" in options:
+                log_once("solver_order is another scheduler's; DDIM's order is multistep_order.")
+            config = own_options(config)
             names = () if return_unused_kwargs else set(options) - set(cls._deprecated_kwargs)
             family = diffusers.DDIMScheduler._get_compatibles
             for message in unknown_options(sorted(names), cls, family):
@@ -276,7 +278,7 @@ class GridScheduler:
                 prediction_type=config.prediction_type,
                 inverse=self._inverse,
                 clip=self._clip(),
-                order=self._solver_order(),
+                order=self._order_of_steps(),
                 refuses_zero_snr=tables.is_valid,
             )
         self._planned = (self._step_options(config), count)
@@ -290,7 +292,7 @@ class GridScheduler:
                 plan.table(*key)
         return plan
 
-    def _solver_order(self) -> int:
+    def _order_of_steps(self) -> int:
         return 1
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:

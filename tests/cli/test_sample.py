@@ -392,7 +392,7 @@ def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_
     tiny, tmp_path, capsys
 ):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
-    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
+    pipe.scheduler.register_to_config(multistep_order=2, fitted_timesteps=[[900, 700, 100]])
     pipe.save_pretrained(tmp_path / "model")
     for options, timesteps, spacing in (
         (("--steps", 3), [900, 700, 100], "fitted"),

@@ -260,9 +260,9 @@ def correct(
         now, last = int(t), int(last_t)
         if now <= last != int(plan.multistep[1, now]) and len(plan.listed) > 1:
             raise DDIMError(
-                f"solver_order=2 goes on from the step before, and t={now} does not follow "
+                f"multistep_order=2 goes on from the step before, and t={now} does not follow "
                 f"t={last} in the list of timesteps; call set_timesteps before each image, take "
-                "one scheduler for each batch, or use solver_order=1."
+                "one scheduler for each batch, or use multistep_order=1."
             )
     weight, above = gather(table.multistep, t, x0)
     last_t = last_t.to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
