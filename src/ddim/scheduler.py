@@ -254,8 +254,8 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
     With the prediction held fixed it is the exact inverse of :meth:`DDIMScheduler.step`. The first
     step starts from clean data.
 
-    Options are those of :class:`DDIMScheduler` without thresholding, which is accepted and ignored,
-    as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
+    Options are those of :class:`DDIMScheduler` without thresholding and the second order, which are
+    accepted and ignored, as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
     diffusers: turn it off to encode latents.
 
     References:
@@ -281,6 +281,7 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
         clip_sample_range: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
+        fitted_timesteps: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:

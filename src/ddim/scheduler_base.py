@@ -23,8 +23,8 @@ from ddim.configuration import (
     select_clip,
     unknown_options,
 )
-from ddim.core.plan import Plan, Table, advance, make_plan, whole
-from ddim.core.schedule import NoiseSchedule
+from ddim.core.plan import Plan, Table, advance, make_plan
+from ddim.core.schedule import NoiseSchedule, whole
 from ddim.core.step import Eta
 from ddim.core.tables import Tables, gather
 from ddim.core.timesteps import as_levels, check_timesteps

@@ -16,6 +16,7 @@ from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.models.export import to_diffusers
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
+from ddim.scheduler_base import _logged
 
 OPTIONS = {"timestep_spacing": "trailing", "clip_sample": False}
 
@@ -248,6 +249,10 @@ def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
     inverse = DDIMInverseScheduler.from_config(ours.config)
     inverse.set_timesteps(3)
     assert inverse.timesteps.tolist() == fitted[1][::-1]
+    named = DDIMInverseScheduler(fitted_timesteps=fitted)
+    assert not any("fitted_timesteps" in line for line in _logged)
+    named.set_timesteps(2)
+    assert named.timesteps.tolist() == fitted[0][::-1]
 
 
 def test_fitted_timesteps_that_are_none_are_refused():

@@ -10,10 +10,9 @@ coefficients are rows of one table over the T levels,
 so a step with a tensor timestep gathers a row and combines it: no host reads a device, and
 ``torch.compile`` sees one graph."""
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from ddim.core.tables import gather
 from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
 
-__all__ = ["Plan", "Table", "advance", "correct", "make_plan", "whole"]
+__all__ = ["Plan", "Table", "advance", "correct", "make_plan"]
 
 _Mode = Literal["folded", "split", "rederived"]
 """How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped
@@ -267,11 +266,3 @@ def correct(
     weight, above = gather(table.multistep, t, x0)
     last_t = last_t.to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
     x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - last_x0))
-
-
-def whole(t: Any) -> int:
-    """A timestep that is no tensor, as an int."""
-    try:
-        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
-    except TypeError:
-        raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.") from None

@@ -214,7 +214,7 @@ class Sampling:
         if isinstance(generator, torch.Generator):
             generator = [generator] * count
         if generator is None:
-            drawn = torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
+            drawn = torch.randint(2**32, (count,)).tolist() if seeds is None else seeds
             sources: Sequence[Any] = check_seeds(drawn)
         else:
             sources = list(generator)
