@@ -12,6 +12,7 @@ since pipelines rewrite it; compiled code keeps those of the last ``set_timestep
 
 import functools
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -25,9 +26,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import deprecate
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ddim.configuration import given_options, select_clip
-from ddim.core.plan import correct
+from ddim.core.plan import Before, Plan, Table, correct
 from ddim.core.prediction import PredictionType, clip_static
 from ddim.core.schedule import CLEAN, BetaSchedule
 from ddim.core.step import Eta, step_coefficients
@@ -158,7 +160,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an
                 int t lies outside [0, T), eta is negative or too large, or both noise and a
                 generator are given; at order 2, if eta is not 0, or t neither follows the last one
-                in the list nor starts a new image. Tensors of timesteps on a device are not
+                in the list nor starts a new image, or two threads walk at once. Tensors of timesteps on a device are not
                 checked, since that would wait for it: a fraction is cut off there.
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
@@ -166,11 +168,21 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         noise = None if eta == 0 else _draw(model_output, sample, generator, variance_noise)
         x_s, x0 = self._transition(plan, table, model_output, timestep, sample, eta, noise)
         if plan.multistep is not None:
-            t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
-            if self._before is not None:
-                correct(plan, table, t, x_s, x0, self._before)
-            self._before = (t, x0)
+            self._go_on(plan, table, timestep, x_s, x0)
         return _result(x_s, x0) if return_dict else (x_s, x0)
+
+    def _go_on(
+        self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor
+    ) -> None:
+        """Makes x_s second order, in place, by the step before, and keeps this one."""
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+        before, left = self._before, self._left
+        if not is_compiling() and (last := before or left) and len(plan.listed) > 1:
+            last.refuse_other_walk(t, is_kept=last is before)
+        if before is not None:
+            correct(plan, table, t, x_s, x0, before)
+        self._left = None
+        self._before = Before(t, x0, None if is_compiling() else threading.get_ident())
 
     def batch_step_no_noise(
         self,

@@ -3,6 +3,7 @@ steps follow, and the plan made of all three."""
 
 import dataclasses
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from ddim.configuration import (
     select_clip,
     unknown_options,
 )
-from ddim.core.plan import Plan, Table, advance, make_plan
+from ddim.core.plan import Before, Plan, Table, advance, make_plan
 from ddim.core.schedule import NoiseSchedule, whole
 from ddim.core.step import Eta
 from ddim.core.tables import Tables, gather
@@ -76,7 +77,8 @@ class GridScheduler:
         self._plan: Plan | None = None
         self._planned: tuple[Any, ...] = ()  # the options that _plan is of, and its step count
         self._config_seen: dict[str, Any] = {}  # all that config said when _plan was looked up
-        self._before: tuple[Tensor, Tensor] | None = None  # order 2: t and x0 of the step before
+        self._before: Before | None = None  # order 2: the step before
+        self._left: Before | None = None  # that of a walk that another thread has replaced
         self._read_levels()
         self._grid: list[int] = []  # the listed levels, falling in both directions
         self._timesteps = self._as_timesteps(list(range(len(self)))[::-1], None)
@@ -176,6 +178,7 @@ class GridScheduler:
         if not isinstance(timesteps, Tensor):
             timesteps = torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
         self._timesteps = timesteps
+        self._begin_walk()
         levels = self._timesteps.tolist()[:: -1 if self._inverse else 1]
         start = self._grid.index(levels[0]) if levels and levels[0] in self._grid else 0
         if self._grid[start : start + len(levels)] != levels:
@@ -226,11 +229,22 @@ class GridScheduler:
             raise DDIMError("give either num_inference_steps or a list of timesteps.")
         self.num_inference_steps, self._grid = len(grid), grid
         self._timesteps = self._as_timesteps(grid, device)
+        self._begin_walk()
         self._remake_plan()
 
     def _as_timesteps(self, grid: list[int], device: str | torch.device | None) -> Tensor:
         levels = np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)
         return torch.from_numpy(levels).to(device)
+
+    def _begin_walk(self) -> None:
+        last, self._before = self._before or self._left, None
+        is_own = last is None or last.thread in (None, threading.get_ident())
+        self._left = None if is_own else last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy goes on from the step before, in any thread."""
+        before = None if self._before is None else self._before._replace(thread=None)
+        return {**self.__dict__, "_before": before, "_left": None}
 
     # --- plan
 
@@ -268,7 +282,7 @@ class GridScheduler:
         return plan
 
     def _remake_plan(self) -> Plan:
-        old, self._plan, self._before = self._plan, None, None
+        old, self._plan = self._plan, None
         config, tables, count = self.config, self._read_levels(), self.num_inference_steps or 1
         with torch.device("cpu"), torch.inference_mode(False):
             plan = make_plan(
@@ -281,6 +295,8 @@ class GridScheduler:
                 order=self._order_of_steps(),
                 refuses_zero_snr=tables.is_valid,
             )
+        if plan.multistep is None:
+            self._before = self._left = None
         self._planned = (self._step_options(config), count)
         self._plan, self._config_seen = plan, dict(vars(config))
         # What was in use is made at once, so that the first step of the next image does not wait,

@@ -3,6 +3,8 @@ what that state cannot serve."""
 
 import copy
 import json
+import pickle
+import threading
 
 import diffusers
 import pytest
@@ -16,7 +18,6 @@ from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.models.export import to_diffusers
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
-from ddim.scheduler_base import _logged
 
 OPTIONS = {"timestep_spacing": "trailing", "clip_sample": False}
 
@@ -232,7 +233,7 @@ def test_the_order_is_kept_by_files_and_not_taken_from_other_multisteps(tmp_path
     assert DDIMScheduler.from_pretrained(tmp_path).config.multistep_order == 2
 
 
-def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
+def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path, said):
     fitted = [[900, 40], [950, 600, 20]]
     scheduler(fitted_timesteps=fitted).save_pretrained(tmp_path)
     ours = DDIMScheduler.from_pretrained(tmp_path)
@@ -250,7 +251,7 @@ def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
     inverse.set_timesteps(3)
     assert inverse.timesteps.tolist() == fitted[1][::-1]
     named = DDIMInverseScheduler(fitted_timesteps=fitted)
-    assert not any("fitted_timesteps" in line for line in _logged)
+    assert not any("fitted_timesteps" in line for line in said)
     named.set_timesteps(2)
     assert named.timesteps.tolist() == fitted[0][::-1]
 
@@ -292,3 +293,69 @@ def test_the_order_is_ours_alone(tmp_path):
     # diffusers' own class, which was put in DPM-Solver's place
     path.write_text(json.dumps({**before, "solver_order": 2, "solver_type": "midpoint"}))
     assert DDIMScheduler.from_pretrained(tmp_path).config.multistep_order == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda ours: pickle.loads(pickle.dumps(ours)),
+        lambda ours: setattr(ours, "alphas_cumprod", ours.alphas_cumprod.clone()),
+        lambda ours: setattr(ours, "final_alpha_cumprod", ours.final_alpha_cumprod.clone()),
+        lambda ours: ours.alphas_cumprod.mul_(1),
+        lambda ours: ours.register_to_config(trained_betas=make_betas().tolist()),
+        lambda ours: ours.register_to_config(beta_start=1e-4),
+    ],
+)
+def test_what_changes_nothing_in_the_middle_of_a_walk_keeps_the_step_before(change):
+    expected = walk(scheduler(), x_t())
+    ours = scheduler()
+    x = walk(ours, x_t(), ours.timesteps[:4])
+    changed = change(ours)
+    ours = changed if isinstance(changed, DDIMScheduler) else ours
+    torch.testing.assert_close(walk(ours, x, ours.timesteps[4:]), expected, rtol=1e-6, atol=1e-6)
+
+
+def in_a_thread(action):
+    caught = []
+
+    def run():
+        try:
+            action()
+        except DDIMError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if caught:
+        raise caught[0]
+
+
+def test_two_threads_that_walk_at_once_are_refused():
+    ours, message = scheduler(), "another thread has taken a step or set the timesteps"
+    grid = ours.timesteps
+    walk(ours, x_t(), grid[:2])
+    with pytest.raises(DDIMError, match=message):
+        in_a_thread(lambda: walk(ours, x_t(), grid[2:3]))  # as if this thread's walk were its own
+    in_a_thread(lambda: walk(ours, x_t(), grid[:2]))  # a new image, which may begin
+    with pytest.raises(DDIMError, match=message):
+        walk(ours, x_t(), grid[2:3])
+    ours.set_timesteps(10)
+    walk(ours, x_t(), grid[:2])
+    in_a_thread(lambda: ours.set_timesteps(10))
+    with pytest.raises(DDIMError, match=message):
+        walk(ours, x_t(), grid[2:3])
+    walk(ours, x_t(), grid)  # a new image may begin
+
+
+def test_threads_one_after_the_other_may_use_one_scheduler():
+    ours = scheduler()
+    expected, found = walk(ours, x_t()), []
+    in_a_thread(lambda: (ours.set_timesteps(10), found.append(walk(ours, x_t()))))
+    ours.set_timesteps(10)
+    in_a_thread(lambda: found.append(walk(ours, x_t())))
+    ours.set_timesteps(10)
+    found.append(walk(ours, x_t()))
+    assert all(torch.equal(each, expected) for each in found)

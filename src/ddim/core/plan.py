@@ -10,9 +10,10 @@ coefficients are rows of one table over the T levels,
 so a step with a tensor timestep gathers a row and combines it: no host reads a device, and
 ``torch.compile`` sees one graph."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ddim.core.tables import gather
 from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
 
-__all__ = ["Plan", "Table", "advance", "correct", "make_plan"]
+__all__ = ["Before", "Plan", "Table", "advance", "correct", "make_plan"]
 
 _Mode = Literal["folded", "split", "rederived"]
 """How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped
@@ -247,12 +248,33 @@ def advance(
     return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
 
 
-def correct(
-    plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: tuple[Tensor, Tensor]
-) -> None:
-    """Makes DDIM's x_s second order, in place, if the step ``before``, its (t, x0), was that of the
-    neighbour above; a DDIMError refuses a t that neither follows it nor starts a new image."""
-    last_t, last_x0 = before
+class Before(NamedTuple):
+    """What order 2 keeps of a step: its timestep and x0, and the thread that took it, or None."""
+
+    t: Tensor
+    x0: Tensor
+    thread: int | None
+
+    def refuse_other_walk(self, t: Tensor, *, is_kept: bool) -> None:
+        """Refuses, by a DDIMError, that two threads walk at once: this thread goes on at t from
+        this step of another's (``is_kept``), or from its own that another's new walk replaced."""
+        is_own, is_known = self.thread == threading.get_ident(), t.device.type == "cpu"
+        if is_kept and not is_own and self.thread is not None:
+            is_bad = not (is_known and int(t.min()) > int(self.t.max()))  # a new image is none
+        else:
+            is_bad = not is_kept and is_own and is_known and int(t.max()) < int(self.t.min())
+        if is_bad:
+            raise DDIMError(
+                "multistep_order=2 goes on from the step before, and another thread has taken a "
+                "step or set the timesteps of this scheduler since; take one scheduler for each "
+                "thread, or use multistep_order=1."
+            )
+
+
+def correct(plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: Before) -> None:
+    """Makes DDIM's x_s second order, in place, if the step ``before`` was that of the neighbour
+    above; a DDIMError refuses a t that neither follows it nor starts a new image."""
+    last_t, last_x0, _ = before
     if last_x0.shape != x0.shape or plan.multistep is None or table.multistep is None:
         return
     if t.numel() == last_t.numel() == 1 and t.device.type == "cpu" and not is_compiling():
