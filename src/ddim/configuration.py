@@ -28,6 +28,7 @@ __all__ = [
     "check_options",
     "configured_betas",
     "configured_timesteps",
+    "did_you_mean",
     "fitted_lists",
     "fitted_timesteps",
     "foreign_family",
@@ -117,9 +118,9 @@ def _is_fraction(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_betas(value: Any) -> bool:
+def _is_betas(value: Any, fits: Callable[[Any], bool] = _is_fraction) -> bool:
     is_list = isinstance(value, (list, tuple)) and len(value) > 0
-    return value is None or (is_list and all(map(_is_fraction, value)))
+    return value is None or (is_list and all(map(fits, value)))
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
@@ -143,13 +144,31 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses invalid values of DDIM's options, as a file may hold them, with a DDIMError."""
-    for name, (what, fits) in _RULES.items():
+_ANY_NUMBER: _Rule = ("a finite number", _is_number)
+_OF_DIFFUSERS: dict[str, _Rule] = {  # what its schedulers take in memory, sound or not
+    **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), _ANY_NUMBER),
+    "trained_betas": ("null or a list of finite numbers", lambda b: _is_betas(b, _is_number)),
+}
+
+
+def check_options(config: Mapping[str, Any], *, as_diffusers: bool = False) -> None:
+    """Refuses invalid values of DDIM's options, as a file may hold them, with a DDIMError;
+    ``as_diffusers`` lets pass betas that are no schedule, as its schedulers in memory do."""
+    for name, (what, fits) in (_RULES | _OF_DIFFUSERS if as_diffusers else _RULES).items():
         if name in config and not fits(value := config[name]):
             text = "null" if value is None else repr(value)
             short = text if len(text) <= 80 else f"{text[:77]}..."
-            raise DDIMError(f"{name} must be {what}; got {short}.")
+            known = {"prediction_type": PREDICTION_TYPES, "timestep_spacing": SPACINGS}
+            hint = did_you_mean(value, known.get(name, ()))
+            raise DDIMError(f"{name} must be {what}; got {short}{hint or '.'}")
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """The end of a sentence that proposes the name that was meant; empty if there is none."""
+    names = list(known) if isinstance(given, str) and given else []
+    begun = [name for name in names if name.startswith(str(given))]
+    near = begun or difflib.get_close_matches(str(given), names, 1, 0.55)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def configured_betas(config: Mapping[str, Any]) -> Tensor:
@@ -276,7 +295,6 @@ def unknown_options(
     others = {name for kind in family() for name in inspect.signature(kind).parameters}
     sentences = []
     for name in (name for name in strange if name not in others):
-        near = difflib.get_close_matches(name, own, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, own) or "."
         sentences.append(f"{scheduler.__name__} has no option {name!r} and ignores it{hint}")
     return sentences

@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.configuration import given_options, select_clip
+from ddim.configuration import did_you_mean, given_options, select_clip
 from ddim.core.plan import Before, Plan, Table, correct
 from ddim.core.prediction import PredictionType, clip_static
 from ddim.core.schedule import CLEAN, BetaSchedule
@@ -302,7 +302,11 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
             self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         ignored = sorted(set(kwargs) - {"set_alpha_to_zero"})
         if ignored:
-            log_once(f"DDIMInverseScheduler ignores: {', '.join(ignored)}.")
+            known = DDIMInverseScheduler._get_init_keys(DDIMInverseScheduler)
+            log_once(
+                f"DDIMInverseScheduler ignores: {', '.join(ignored)}"
+                f"{did_you_mean(ignored[0], known) or '.'}"
+            )
         self._set_up()
 
     def step(

@@ -2,6 +2,7 @@
 steps follow, and the plan made of all three."""
 
 import dataclasses
+import inspect
 import operator
 import threading
 import warnings
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ddim.configuration import (
+    check_options,
     configured_betas,
     configured_timesteps,
+    did_you_mean,
     foreign_family,
     given_options,
     own_options,
@@ -67,6 +70,15 @@ class GridScheduler:
     num_inference_steps: int | None
     betas: Tensor
     alphas: Tensor
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuses options that there are not, with the name that was meant."""
+        parameters = inspect.signature(cls).parameters
+        strange = [name for name in options if name not in parameters]
+        if strange and "kwargs" not in parameters:
+            hint = did_you_mean(strange[0], parameters) or f"; it has {', '.join(parameters)}."
+            raise TypeError(f"{cls.__name__} has no option {strange[0]!r}{hint}")
+        return super().__new__(cls)
 
     def _set_up(self) -> None:
         """The end of both constructors; ``config`` is registered by then."""
@@ -134,9 +146,11 @@ class GridScheduler:
         self.betas, self.alphas = self._tables.betas, self._tables.alphas
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Changes options; where they define the levels, the public tables follow at once."""
-        if isinstance(betas := kwargs.get("trained_betas"), (Tensor, np.ndarray)):
-            kwargs["trained_betas"] = betas.tolist()  # as a file holds them
+        """Changes options, all checked; the public tables follow those of the levels at once."""
+        for name, value in kwargs.items():
+            if isinstance(value, (Tensor, np.ndarray, np.generic)):
+                kwargs[name] = value.tolist()  # as a file holds it
+        check_options(kwargs, as_diffusers=True)
         kwargs = given_options({**getattr(self, "_internal_dict", {}), **kwargs}, type(self))
         super().register_to_config(**kwargs)  # type: ignore[misc]
         if "_made_of" in self.__dict__:
