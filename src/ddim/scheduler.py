@@ -177,7 +177,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         """Makes x_s second order, in place, by the step before, and keeps this one."""
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
         before, left = self._before, self._left
-        if not is_compiling() and (last := before or left) and len(plan.listed) > 1:
+        if not is_compiling() and (last := before or left) and len(plan.ends) > 1:
             last.refuse_other_walk(t, is_kept=last is before)
         if before is not None:
             correct(plan, table, t, x_s, x0, before)

@@ -1,6 +1,7 @@
 """What both schedulers share: options read at each step, public tables, a list of timesteps that
 steps follow, and the plan made of all three."""
 
+import contextlib
 import dataclasses
 import inspect
 import operator
@@ -42,10 +43,10 @@ _logger = logging.get_logger("diffusers.ddim")
 _logged: set[str] = set()
 
 
-def log_once(message: str) -> None:
-    """Logs what is odd but accepted by diffusers, at its first occurrence."""
-    if message not in _logged:
-        _logged.add(message)
+def log_once(message: str, kind: str = "") -> None:
+    """Logs what is odd but accepted by diffusers, at its first occurrence, or that of its kind."""
+    if (kind or message) not in _logged:
+        _logged.add(kind or message)
         _logger.warning(message)
 
 
@@ -90,6 +91,7 @@ class GridScheduler:
         self._planned: tuple[Any, ...] = ()  # the options that _plan is of, and its step count
         self._config_seen: dict[str, Any] = {}  # all that config said when _plan was looked up
         self._before: Before | None = None  # order 2: the step before
+        self._reached: int | None = None  # the level, by a step whose timestep the host knows
         self._left: Before | None = None  # that of a walk that another thread has replaced
         self._read_levels()
         self._grid: list[int] = []  # the listed levels, falling in both directions
@@ -235,7 +237,9 @@ class GridScheduler:
             grid = check_timesteps(grid[::-1] if is_rising else grid, len(self))
         elif timesteps is None and num_inference_steps is not None:
             count = num_inference_steps
-            if isinstance(count, (int, np.integer)) and count > len(self):
+            with contextlib.suppress(DDIMError):  # which select_timesteps says in its own words
+                count = whole(count)
+            if isinstance(count, int) and count > len(self):
                 most = f"{len(self)}, the levels of training (config.num_train_timesteps)"
                 raise DDIMError(f"`num_inference_steps`: {count} cannot be larger than {most}.")
             grid = configured_timesteps(vars(self.config), count)
@@ -251,6 +255,7 @@ class GridScheduler:
         return torch.from_numpy(levels).to(device)
 
     def _begin_walk(self) -> None:
+        self._reached = None
         last, self._before = self._before or self._left, None
         is_own = last is None or last.thread in (None, threading.get_ident())
         self._left = None if is_own else last
@@ -343,21 +348,44 @@ class GridScheduler:
         """The step of either direction: (x_s, x0)."""
         if output.shape != x.shape:
             output = _mean_of(output, x)
-        if isinstance(timestep, Tensor):
-            at = gather(table.columns, timestep, x)
-        elif is_compiling():
+        if is_compiling():
             # As an index of a tensor an int stays symbolic: one graph for all timesteps.
-            at = table.columns.narrow(1, timestep, 1).unbind(0)
+            at = (
+                gather(table.columns, timestep, x)
+                if isinstance(timestep, Tensor)
+                else table.columns.narrow(1, timestep, 1).unbind(0)
+            )
+        elif type(timestep) is int:
+            at = self._look_up(plan, table, timestep, eta)
+        elif not isinstance(timestep, Tensor):
+            at = self._look_up(plan, table, whole(timestep), eta)
+        elif timestep.dtype == torch.int64 and timestep.ndim == 0 and timestep.is_cpu:
+            at = self._look_up(plan, table, int(timestep), eta)
         else:
-            t = timestep if type(timestep) is int else whole(timestep)
-            found = table.at.get(t)
-            if found is None:
-                if not plan.check_level(t, eta):
-                    off = "A timestep was asked for that is not in the list of set_timesteps"
-                    log_once(f"{off}; its step goes to t - T // N, as in diffusers.")
-                found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
-            at = found
+            at = gather(table.columns, timestep, x)
         return advance(plan, table.mode, at, output, x, noise)
+
+    def _look_up(self, plan: Plan, table: Table, t: int, eta: Eta) -> tuple[Tensor, ...]:
+        """The coefficients of a level that the host knows, and a line in the log if it leaves out
+        levels of the list."""
+        found = table.at.get(t)
+        if found is None:
+            if not plan.check_level(t, eta):
+                off = "A timestep was asked for that is not in the list of set_timesteps"
+                log_once(f"{off}; its step goes to t - T // N, as in diffusers.")
+            columns = table.columns.narrow(1, t, 1).unbind(0)
+            found = table.at[t] = (columns, *plan.ends.get(t, (t, None)))
+        at, left, reached = found
+        last, self._reached = self._reached, reached
+        if left != last and last is not None and (left > last) == self._inverse:
+            log_once(
+                f"A step leaves level {left}, and the step before reached level {last}: levels of "
+                "the list of timesteps were left out, so the network is told another amount of "
+                "noise than there is. Visit the whole list; set_timesteps(timesteps=[...]) takes a "
+                "list of your own.",
+                "levels left out",
+            )
+        return at
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Returns the sample: a network of this family takes it as it is."""

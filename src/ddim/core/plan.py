@@ -11,7 +11,7 @@ so a step with a tensor timestep gathers a row and combines it: no host reads a 
 ``torch.compile`` sees one graph."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -36,12 +36,12 @@ x0 implies."""
 @dataclass(frozen=True, eq=False)
 class Table:
     """The coefficients (a, b, c, d, e, f) of all levels, [6, T] without trailing rows of 0;
-    the plan's multistep; and the columns that integers have asked for."""
+    the plan's multistep; and the columns that integers have asked for, with :attr:`Plan.ends`."""
 
     mode: _Mode
     columns: Tensor
     multistep: Tensor | None = None
-    at: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    at: dict[int, tuple[tuple[Tensor, ...], int, int | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Plan:
         prediction_type: What the model predicts.
         inverse: Whether steps go up to t, from the level below it in the list.
         clip: What happens to x0.
-        listed: The timesteps of the list.
+        ends: For each timestep of the list, the level that its step leaves and the one it reaches.
         source: alpha_bar of the level that each t steps from, shape [T], float64.
         target: alpha_bar of the level that it steps to, same shape.
         multistep: For order 2, the weight of x0 - x0_previous at each t, and the level before t;
@@ -66,7 +66,7 @@ class Plan:
     prediction_type: PredictionType
     inverse: bool
     clip: Callable[[Tensor], Tensor] | None
-    listed: frozenset[int]
+    ends: Mapping[int, tuple[int, int]]
     source: Tensor
     target: Tensor
     multistep: Tensor | None = None
@@ -113,7 +113,7 @@ class Plan:
         if not 0 <= t < len(self.schedule):
             allowed = f"[0, {len(self.schedule)}), the levels the model was trained on"
             raise DDIMError(f"a timestep must lie in {allowed}; got {t}.")
-        if t in self.listed:
+        if t in self.ends:
             return True
         self._check_solvable(t)
         if isinstance(eta, float) and eta > 1:
@@ -170,14 +170,14 @@ def make_plan(
         prediction_type,
         inverse,
         clip,
-        frozenset(t for t, _ in pairs),
+        {t: (s, t) if inverse else (t, s) for t, s in pairs},
         source=lower if inverse else upper,
         target=upper if inverse else lower,
         multistep=multistep,
         refuses_zero_snr=refuses_zero_snr,
     )
     for t in (plan.source == 0).nonzero().flatten().tolist():
-        if t in plan.listed:
+        if t in plan.ends:
             plan._check_solvable(t)
     return plan
 
@@ -200,7 +200,7 @@ def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
     source, target = plan.source, plan.target
     if isinstance(eta, float) and eta > 1:
         # A level that no step leaves may not admit this eta, and must not refuse it.
-        listed = torch.tensor([t in plan.listed for t in range(len(source))])
+        listed = torch.tensor([t in plan.ends for t in range(len(source))])
         target = torch.where(listed, target, source)
     weights, found = step_coefficients(source, target, eta=eta), _solution(plan)
     none = torch.zeros_like(source)
@@ -279,7 +279,7 @@ def correct(plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before
         return
     if t.numel() == last_t.numel() == 1 and t.device.type == "cpu" and not is_compiling():
         now, last = int(t), int(last_t)
-        if now <= last != int(plan.multistep[1, now]) and len(plan.listed) > 1:
+        if now <= last != int(plan.multistep[1, now]) and len(plan.ends) > 1:
             raise DDIMError(
                 f"multistep_order=2 goes on from the step before, and t={now} does not follow "
                 f"t={last} in the list of timesteps; call set_timesteps before each image, take "

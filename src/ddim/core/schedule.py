@@ -9,6 +9,7 @@ Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data
 Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
 sample."""
 
+import contextlib
 import itertools
 import math
 import operator
@@ -190,13 +191,13 @@ class NoiseSchedule:
 
 
 def whole(t: Any) -> int:
-    """A level that is no tensor, as an int; a DDIMError refuses fractions, bool and what is no
-    number."""
+    """A level as an int, of a number or an array of one; a DDIMError refuses fractions, bool and
+    what is no number."""
+    if getattr(t, "size", None) == 1:  # NumPy
+        t = t.item()
     if not isinstance(t, bool):
-        if hasattr(t, "__index__"):
-            return operator.index(t)
-        if hasattr(t, "is_integer") and t.is_integer():  # a float, of Python or NumPy
-            return int(t)
+        with contextlib.suppress(TypeError):
+            return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
     raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.")
 
 
