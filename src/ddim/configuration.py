@@ -84,9 +84,11 @@ _FAMILY = frozenset(f"{name}Scheduler" for name in _FAMILY_NAMES.split())
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
     """Says, as the end of a sentence, what a scheduler is that DDIM cannot follow; None for DDIM's
-    family. Without a ``_class_name``, as in memory, the options tell."""
+    family. The options tell it too: without a ``_class_name``, as in memory, or beside the name of
+    a scheduler that serves several families."""
     kind = None if config.get("_class_name") is None else str(config["_class_name"])
     name = kind or "scheduler"
+    in_memory = "_use_default_values" in config  # where diffusers lists every option
     marks = ("shift", "sigma_data", "sigma_min", "beta_max")
     others = [] if "beta_schedule" in config else [mark for mark in marks if mark in config]
     is_flow = (
@@ -100,10 +102,35 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
             "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
             "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    if others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY:
+    is_other = others or "snr_shift_scale" in config or (in_memory and "beta_start" not in config)
+    if is_other if kind is None else kind not in _FAMILY:
         why = "has no noise schedule of discrete betas for DDIM to follow"
         return f"a {name}, which {why}; use diffusers' own pipeline for it."
+    if (option := _continuous_levels(config)) is not None:
+        return (
+            f"a {name} of a model of continuous noise levels ({option}), whose network is not told "
+            "the timesteps that DDIM visits; use diffusers' own pipeline for it."
+        )
     return None
+
+
+def _continuous_levels(config: Mapping[str, Any]) -> str | None:
+    """The option that tells a model of continuous noise levels: their kind, or a range of sigmas
+    that its betas do not have; None for other models. What is a class's default tells nothing."""
+    unset = config.get("_use_default_values", ())
+    config = {name: value for name, value in config.items() if name not in unset}
+    if config.get("timestep_type") == "continuous":
+        return "timestep_type continuous"
+    if config.get("sigma_data") is not None:
+        return f"sigma_data {config['sigma_data']}"
+    given = {n: config[n] for n in ("sigma_min", "sigma_max") if _is_number(config.get(n))}
+    if not given:
+        return None
+    alpha_bar = (1 - configured_betas(config)).cumprod(0)
+    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
+    lowest, highest = 0.9 * float(sigmas[0]), 1.1 * float(sigmas[-1])
+    outside = [f"{name} {value}" for name, value in given.items() if not lowest <= value <= highest]
+    return outside[0] if outside else None
 
 
 def _is_number(value: object) -> bool:
@@ -258,7 +285,12 @@ def select_clip(
 
 def own_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration with our options under their names of today: files of ours used to say
-    ``solver_order``, which other multisteps read, for ``multistep_order``."""
+    ``solver_order``, which other multisteps read, for ``multistep_order``. What diffusers lists as
+    another class's defaults counts as given where it describes the model: LCM's betas, say."""
+    if (unset := config.get("_use_default_values")) is not None:
+        model = {*LEVEL_OPTIONS, "prediction_type", "clip_sample"} & set(config)
+        own = {name for name in model if config[name] != DEFAULTS[name]}
+        config = {**config, "_use_default_values": [name for name in unset if name not in own]}
     names = ("DDIMScheduler", "DDIMInverseScheduler")
     is_ours = config.get("_class_name") in names and "solver_type" not in config
     if not is_ours or "solver_order" not in config:
