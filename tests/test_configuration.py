@@ -18,7 +18,7 @@ from ddim.configuration import (
 )
 from ddim.core.schedule import make_betas
 from ddim.errors import DDIMError
-from ddim.scheduler import DDIMScheduler
+from ddim.scheduler import DDIMScheduler, as_ddim
 
 FILES = sorted((Path(__file__).parent / "data" / "scheduler_configs").glob("*.json"))
 FOREIGN = ("FlowMatch", "EDM", "Wuerstchen", "CogVideoX")
@@ -157,3 +157,59 @@ def test_betas_are_spelled_where_diffusers_does_not_know_their_schedule():
     assert spelled_betas({"trained_betas": (0.1, 0.2)}) == [0.1, 0.2]
     spelled = spelled_betas({"beta_schedule": "sigmoid", "num_train_timesteps": 5})
     assert spelled == make_betas("sigmoid", 5).tolist()
+
+
+EULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timestep_type": "continuous"},
+        {"sigma_data": 0.5},
+        {"sigma_min": 0.002, "sigma_max": 700.0},
+        {"sigma_max": 80.0, "beta_start": 0.00085, "beta_end": 0.012},
+    ],
+)
+def test_continuous_levels_are_told_by_the_options_of_a_familiar_class(options):
+    name, value = next(iter(options.items()))
+    for config in (options, {**EULER, **options}):
+        config = {"beta_schedule": "linear", **config}
+        assert f"of continuous noise levels ({name} {value})" in foreign_family(config)
+        with pytest.raises(DDIMError, match="of continuous noise levels"):
+            DDIMScheduler.from_config(config)
+
+
+def test_options_of_samplers_for_discrete_levels_are_no_other_family():
+    stable = {**EULER, "beta_start": 0.00085, "beta_end": 0.012, "timestep_type": "discrete"}
+    for options in ({}, {"sigma_min": None}, {"sigma_min": 0.0292, "sigma_max": 14.6146}):
+        assert foreign_family({**stable, **options}) is None
+
+
+@pytest.mark.parametrize("name", ["IPNDM", "UnCLIP", "DDPMWuerstchen", "ScoreSdeVe", "SCM"])
+def test_a_scheduler_in_memory_without_betas_is_of_another_family(name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")()
+    assert "no noise schedule of discrete betas" in foreign_family(scheduler.config)
+    for use in (as_ddim, lambda scheduler: DDIMScheduler.from_config(scheduler.config)):
+        with pytest.raises(DDIMError, match="no noise schedule of discrete betas"):
+            use(scheduler)
+
+
+def test_rectified_flow_is_told_by_a_class_that_diffusers_does_not_have():
+    config = {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000}
+    with pytest.raises(DDIMError, match="of a flow-matching model"):
+        DDIMScheduler.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["LCM", "TCD", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DDPM"]
+)
+@pytest.mark.parametrize("convert", [as_ddim, lambda s: DDIMScheduler.from_config(s.config)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # classes of diffusers make it
+def test_a_scheduler_in_memory_keeps_its_own_levels(name, convert):
+    theirs = getattr(diffusers, f"{name}Scheduler")()
+    ours = convert(theirs)
+    for option in ("beta_start", "beta_end", "beta_schedule", "prediction_type"):
+        assert ours.config[option] == theirs.config[option]
+    assert ours.config.clip_sample == theirs.config.get("clip_sample", True)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)

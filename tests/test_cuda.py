@@ -88,7 +88,7 @@ OPTIONS = [
         "clip_sample": False,
     },
     {"thresholding": True, "sample_max_value": 2.0},
-    {"solver_order": 2, "clip_sample": False},
+    {"multistep_order": 2, "clip_sample": False},
 ]
 
 
@@ -98,7 +98,7 @@ OPTIONS = [
 def test_fifty_steps_of_the_scheduler_are_those_of_the_cpu_and_wait_for_nothing(
     options, eta, dtype
 ):
-    if eta and options.get("solver_order") == 2:
+    if eta and options.get("multistep_order") == 2:
         pytest.skip("order 2 draws no noise")
     ends = {}
     for device in ("cpu", "cuda"):
@@ -107,7 +107,7 @@ def test_fifty_steps_of_the_scheduler_are_those_of_the_cpu_and_wait_for_nothing(
         noise = z if eta else None
         scheduler.set_timesteps(50, device=device)
         scheduler.step(m, scheduler.timesteps[0], x, eta, variance_noise=noise)  # makes the tables
-        if options.get("solver_order") == 2:
+        if options.get("multistep_order") == 2:
             scheduler.set_timesteps(50, device=device)
         with no_wait() if device == "cuda" else contextlib.nullcontext():
             for t in scheduler.timesteps:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddim.core.denoiser import Clip
 from ddim.core.prediction import PREDICTION_TYPES
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
+from ddim.core.step import ORDERS
 from ddim.core.timesteps import SPACINGS, Spacing, check_timesteps, select_timesteps
 from ddim.errors import DDIMError
 
@@ -27,11 +28,13 @@ __all__ = [
     "check_options",
     "configured_betas",
     "configured_timesteps",
+    "did_you_mean",
     "fitted_lists",
     "fitted_timesteps",
     "foreign_family",
     "given_options",
     "noise_schedule",
+    "own_options",
     "select_clip",
     "spelled_betas",
     "unknown_options",
@@ -81,9 +84,11 @@ _FAMILY = frozenset(f"{name}Scheduler" for name in _FAMILY_NAMES.split())
 
 def foreign_family(config: Mapping[str, Any]) -> str | None:
     """Says, as the end of a sentence, what a scheduler is that DDIM cannot follow; None for DDIM's
-    family. Without a ``_class_name``, as in memory, the options tell."""
+    family. The options tell it too: without a ``_class_name``, as in memory, or beside the name of
+    a scheduler that serves several families."""
     kind = None if config.get("_class_name") is None else str(config["_class_name"])
     name = kind or "scheduler"
+    in_memory = "_use_default_values" in config  # where diffusers lists every option
     marks = ("shift", "sigma_data", "sigma_min", "beta_max")
     others = [] if "beta_schedule" in config else [mark for mark in marks if mark in config]
     is_flow = (
@@ -97,11 +102,36 @@ def foreign_family(config: Mapping[str, Any]) -> str | None:
             "data; DDIM needs a model trained on a noise schedule (DDPM, DDIM, Stable Diffusion 1 "
             "and 2, ...), so use diffusers' own pipeline for this one."
         )
-    is_other = others or "snr_shift_scale" in config if kind is None else kind not in _FAMILY
-    if is_other:
+    is_bare = in_memory and "beta_start" not in config
+    is_other = others or "snr_shift_scale" in config or is_bare
+    if is_other if kind is None else kind not in _FAMILY:
         why = "has no noise schedule of discrete betas for DDIM to follow"
         return f"a {name}, which {why}; use diffusers' own pipeline for it."
+    if (option := _continuous_levels(config)) is not None:
+        return (
+            f"a {name} of a model of continuous noise levels ({option}), whose network is not told "
+            "the timesteps that DDIM visits; use diffusers' own pipeline for it."
+        )
     return None
+
+
+def _continuous_levels(config: Mapping[str, Any]) -> str | None:
+    """The option that tells a model of continuous noise levels: their kind, or a range of sigmas
+    that its betas do not have; None for other models. What is a class's default tells nothing."""
+    unset = config.get("_use_default_values", ())
+    config = {name: value for name, value in config.items() if name not in unset}
+    if config.get("timestep_type") == "continuous":
+        return "timestep_type continuous"
+    if config.get("sigma_data") is not None:
+        return f"sigma_data {config['sigma_data']}"
+    given = {n: config[n] for n in ("sigma_min", "sigma_max") if _is_number(config.get(n))}
+    if not given:
+        return None
+    alpha_bar = (1 - configured_betas(config)).cumprod(0)
+    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
+    lowest, highest = 0.9 * float(sigmas[0]), 1.1 * float(sigmas[-1])
+    outside = [f"{name} {value}" for name, value in given.items() if not lowest <= value <= highest]
+    return outside[0] if outside else None
 
 
 def _is_number(value: object) -> bool:
@@ -116,9 +146,9 @@ def _is_fraction(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_betas(value: Any) -> bool:
+def _is_betas(value: Any, fits: Callable[[Any], bool] = _is_fraction) -> bool:
     is_list = isinstance(value, (list, tuple)) and len(value) > 0
-    return value is None or (is_list and all(map(_is_fraction, value)))
+    return value is None or (is_list and all(map(fits, value)))
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
@@ -138,16 +168,35 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("clip_sample_range", "sample_max_value"), _POSITIVE),
     "prediction_type": (f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
+    "multistep_order": ("1 or 2", lambda value: _is_whole(value) and value in ORDERS),
 }
 
 
-def check_options(config: Mapping[str, Any]) -> None:
-    """Refuses invalid values of DDIM's options, as a file may hold them, with a DDIMError."""
-    for name, (what, fits) in _RULES.items():
+_ANY_NUMBER: _Rule = ("a finite number", _is_number)
+_OF_DIFFUSERS: dict[str, _Rule] = {  # what its schedulers take in memory, sound or not
+    **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), _ANY_NUMBER),
+    "trained_betas": ("null or a list of finite numbers", lambda b: _is_betas(b, _is_number)),
+}
+
+
+def check_options(config: Mapping[str, Any], *, as_diffusers: bool = False) -> None:
+    """Refuses invalid values of DDIM's options, as a file may hold them, with a DDIMError;
+    ``as_diffusers`` lets pass betas that are no schedule, as its schedulers in memory do."""
+    for name, (what, fits) in (_RULES | _OF_DIFFUSERS if as_diffusers else _RULES).items():
         if name in config and not fits(value := config[name]):
             text = "null" if value is None else repr(value)
             short = text if len(text) <= 80 else f"{text[:77]}..."
-            raise DDIMError(f"{name} must be {what}; got {short}.")
+            known = {"prediction_type": PREDICTION_TYPES, "timestep_spacing": SPACINGS}
+            hint = did_you_mean(value, known.get(name, ()))
+            raise DDIMError(f"{name} must be {what}; got {short}{hint or '.'}")
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """The end of a sentence that proposes the name that was meant; empty if there is none."""
+    names = list(known) if isinstance(given, str) and given else []
+    begun = [name for name in names if name.startswith(str(given))]
+    near = begun or difflib.get_close_matches(str(given), names, 1, 0.55)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def configured_betas(config: Mapping[str, Any]) -> Tensor:
@@ -235,6 +284,22 @@ def select_clip(
     return Clip(kind, config["clip_sample_range"], ratio, max(1.0, largest))
 
 
+def own_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with our options under their names of today: files of ours used to say
+    ``solver_order``, which other multisteps read, for ``multistep_order``. What diffusers lists as
+    another class's defaults counts as given where it describes the model: LCM's betas, say."""
+    if (unset := config.get("_use_default_values")) is not None:
+        model = {*LEVEL_OPTIONS, "prediction_type", "clip_sample"} & set(config)
+        own = {name for name in model if config[name] != DEFAULTS[name]}
+        config = {**config, "_use_default_values": [name for name in unset if name not in own]}
+    names = ("DDIMScheduler", "DDIMInverseScheduler")
+    is_ours = config.get("_class_name") in names and "solver_type" not in config
+    if not is_ours or "solver_order" not in config:
+        return config
+    others = {name: value for name, value in config.items() if name != "solver_order"}
+    return {"multistep_order": config["solver_order"], **others}
+
+
 def given_options(config: Mapping[str, Any], scheduler: type) -> dict[str, Any]:
     """The configuration of a scheduler of that class, in which only what is at its default counts
     as not given: diffusers' list of what another class does not take over also holds options that
@@ -263,7 +328,6 @@ def unknown_options(
     others = {name for kind in family() for name in inspect.signature(kind).parameters}
     sentences = []
     for name in (name for name in strange if name not in others):
-        near = difflib.get_close_matches(name, own, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, own) or "."
         sentences.append(f"{scheduler.__name__} has no option {name!r} and ignores it{hint}")
     return sentences

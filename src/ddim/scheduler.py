@@ -12,6 +12,7 @@ since pipelines rewrite it; compiled code keeps those of the last ``set_timestep
 
 import functools
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -25,9 +26,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import deprecate
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ddim.configuration import given_options, select_clip
-from ddim.core.plan import correct
+from ddim.configuration import did_you_mean, given_options, select_clip
+from ddim.core.plan import Before, Plan, Table, correct
 from ddim.core.prediction import PredictionType, clip_static
 from ddim.core.schedule import CLEAN, BetaSchedule
 from ddim.core.step import Eta, step_coefficients
@@ -62,10 +64,10 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     first level's noise in the finished sample. ``thresholding`` at the default ``sample_max_value``
     of 1.0 is clipping. diffusers passes over the two options that are ours:
 
-    ``solver_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`), for
-    eta = 0: more accurate at the same cost. It keeps the prediction of the step before until the
-    next ``set_timesteps``, so one scheduler walks one batch at a time through the list. The first
-    step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
+    ``multistep_order=2`` is the second-order multistep (:func:`ddim.core.step.multistep_weight`),
+    for eta = 0: more accurate at the same cost. It keeps the prediction of the step before until
+    the next ``set_timesteps``, so one scheduler walks one batch at a time through the list. The
+    first step, wherever in the list, and the step to clean data are DDIM's. Order 1 keeps no state.
 
     ``fitted_timesteps`` are lists of levels that were fitted to the model at that order
     (:mod:`ddim.fitting.timesteps`); a list of N levels is visited when N steps are asked for.
@@ -80,7 +82,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
 
     _step_options = operator.attrgetter(
         *("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"),
-        *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "solver_order"),
+        *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "multistep_order"),
     )
     final_alpha_cumprod = GridScheduler._clean_alpha_cumprod
 
@@ -102,14 +104,14 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         sample_max_value: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
-        solver_order: Literal[1, 2] = 1,
+        multistep_order: Literal[1, 2] = 1,
         fitted_timesteps: list[list[int]] | None = None,
     ) -> None:
         # not super().__init__(): it would make float32 tables, and refuse two of the schedules
         self._set_up()
 
-    def _solver_order(self) -> int:
-        order: int = self.config.solver_order
+    def _order_of_steps(self) -> int:
+        order: int = self.config.multistep_order
         return order
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -158,7 +160,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an
                 int t lies outside [0, T), eta is negative or too large, or both noise and a
                 generator are given; at order 2, if eta is not 0, or t neither follows the last one
-                in the list nor starts a new image. Tensors of timesteps on a device are not
+                in the list nor starts a new image, or two threads walk at once. Tensors of timesteps on a device are not
                 checked, since that would wait for it: a fraction is cut off there.
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
@@ -166,11 +168,21 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         noise = None if eta == 0 else _draw(model_output, sample, generator, variance_noise)
         x_s, x0 = self._transition(plan, table, model_output, timestep, sample, eta, noise)
         if plan.multistep is not None:
-            t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
-            if self._before is not None:
-                correct(plan, table, t, x_s, x0, self._before)
-            self._before = (t, x0)
+            self._go_on(plan, table, timestep, x_s, x0)
         return _result(x_s, x0) if return_dict else (x_s, x0)
+
+    def _go_on(
+        self, plan: Plan, table: Table, timestep: int | Tensor, x_s: Tensor, x0: Tensor
+    ) -> None:
+        """Makes x_s second order, in place, by the step before, and keeps this one."""
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+        before, left = self._before, self._left
+        if not is_compiling() and (last := before or left) and len(plan.ends) > 1:
+            last.refuse_other_walk(t, is_kept=last is before)
+        if before is not None:
+            correct(plan, table, t, x_s, x0, before)
+        self._left = None
+        self._before = Before(t, x0, None if is_compiling() else threading.get_ident())
 
     def batch_step_no_noise(
         self,
@@ -184,8 +196,8 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         DDIMParallelScheduler; the caller adds the noise that eta takes from the direction."""
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
-        if self.config.solver_order != 1:
-            raise DDIMError("parallel samples have no step before them; use solver_order=1.")
+        if self.config.multistep_order != 1:
+            raise DDIMError("parallel samples have no step before them; use multistep_order=1.")
         plan, table = self._find_plan(eta, use_clipped_model_output, sample)
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
@@ -254,8 +266,8 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
     With the prediction held fixed it is the exact inverse of :meth:`DDIMScheduler.step`. The first
     step starts from clean data.
 
-    Options are those of :class:`DDIMScheduler` without thresholding, which is accepted and ignored,
-    as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
+    Options are those of :class:`DDIMScheduler` without thresholding and the second order, which are
+    accepted and ignored, as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
     diffusers: turn it off to encode latents.
 
     References:
@@ -281,6 +293,7 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
         clip_sample_range: float = 1.0,
         timestep_spacing: Spacing = "leading",
         rescale_betas_zero_snr: bool = False,
+        fitted_timesteps: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("set_alpha_to_zero") is not None:
@@ -289,7 +302,11 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
             self.register_to_config(set_alpha_to_one=kwargs["set_alpha_to_zero"])
         ignored = sorted(set(kwargs) - {"set_alpha_to_zero"})
         if ignored:
-            log_once(f"DDIMInverseScheduler ignores: {', '.join(ignored)}.")
+            known = DDIMInverseScheduler._get_init_keys(DDIMInverseScheduler)
+            log_once(
+                f"DDIMInverseScheduler ignores: {', '.join(ignored)}"
+                f"{did_you_mean(ignored[0], known) or '.'}"
+            )
         self._set_up()
 
     def step(

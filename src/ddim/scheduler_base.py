@@ -1,8 +1,11 @@
 """What both schedulers share: options read at each step, public tables, a list of timesteps that
 steps follow, and the plan made of all three."""
 
+import contextlib
 import dataclasses
+import inspect
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,15 +18,18 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ddim.configuration import (
+    check_options,
     configured_betas,
     configured_timesteps,
+    did_you_mean,
     foreign_family,
     given_options,
+    own_options,
     select_clip,
     unknown_options,
 )
-from ddim.core.plan import Plan, Table, advance, make_plan, whole
-from ddim.core.schedule import NoiseSchedule
+from ddim.core.plan import Before, Plan, Table, advance, make_plan
+from ddim.core.schedule import NoiseSchedule, whole
 from ddim.core.step import Eta
 from ddim.core.tables import Tables, gather
 from ddim.core.timesteps import as_levels, check_timesteps
@@ -37,10 +43,10 @@ _logger = logging.get_logger("diffusers.ddim")
 _logged: set[str] = set()
 
 
-def log_once(message: str) -> None:
-    """Logs what is odd but accepted by diffusers, at its first occurrence."""
-    if message not in _logged:
-        _logged.add(message)
+def log_once(message: str, kind: str = "") -> None:
+    """Logs what is odd but accepted by diffusers, at its first occurrence, or that of its kind."""
+    if (kind or message) not in _logged:
+        _logged.add(kind or message)
         _logger.warning(message)
 
 
@@ -66,6 +72,15 @@ class GridScheduler:
     betas: Tensor
     alphas: Tensor
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Refuses options that there are not, with the name that was meant."""
+        parameters = inspect.signature(cls).parameters
+        strange = [name for name in options if name not in parameters]
+        if strange and "kwargs" not in parameters:
+            hint = did_you_mean(strange[0], parameters) or f"; it has {', '.join(parameters)}."
+            raise TypeError(f"{cls.__name__} has no option {strange[0]!r}{hint}")
+        return super().__new__(cls)
+
     def _set_up(self) -> None:
         """The end of both constructors; ``config`` is registered by then."""
         self.init_noise_sigma = 1.0
@@ -75,7 +90,9 @@ class GridScheduler:
         self._plan: Plan | None = None
         self._planned: tuple[Any, ...] = ()  # the options that _plan is of, and its step count
         self._config_seen: dict[str, Any] = {}  # all that config said when _plan was looked up
-        self._before: tuple[Tensor, Tensor] | None = None  # order 2: t and x0 of the step before
+        self._before: Before | None = None  # order 2: the step before
+        self._reached: int | None = None  # the level, by a step whose timestep the host knows
+        self._left: Before | None = None  # that of a walk that another thread has replaced
         self._read_levels()
         self._grid: list[int] = []  # the listed levels, falling in both directions
         self._timesteps = self._as_timesteps(list(range(len(self)))[::-1], None)
@@ -131,9 +148,11 @@ class GridScheduler:
         self.betas, self.alphas = self._tables.betas, self._tables.alphas
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Changes options; where they define the levels, the public tables follow at once."""
-        if isinstance(betas := kwargs.get("trained_betas"), (Tensor, np.ndarray)):
-            kwargs["trained_betas"] = betas.tolist()  # as a file holds them
+        """Changes options, all checked; the public tables follow those of the levels at once."""
+        for name, value in kwargs.items():
+            if isinstance(value, (Tensor, np.ndarray, np.generic)):
+                kwargs[name] = value.tolist()  # as a file holds it
+        check_options(kwargs, as_diffusers=True)
         kwargs = given_options({**getattr(self, "_internal_dict", {}), **kwargs}, type(self))
         super().register_to_config(**kwargs)  # type: ignore[misc]
         if "_made_of" in self.__dict__:
@@ -143,18 +162,20 @@ class GridScheduler:
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
     ) -> Any:
-        """As diffusers', without the ``solver_order`` of another multistep scheduler.
+        """As diffusers'; files of ours that say ``solver_order`` are read as ``multistep_order``.
 
         A DDIMError refuses the configuration of another family (flow matching, EDM); a warning
         names a keyword that no scheduler of the family knows and that is not returned as unused.
         """
         if isinstance(config, Mapping):
             kind = config.get("_class_name")
-            known = kind is not None and kind != cls.__name__ and hasattr(diffusers, str(kind))
+            # A class that diffusers does not have is judged by its options, unless its name tells.
+            known = hasattr(diffusers, str(kind)) or "Flow" in str(kind)
             if reason := foreign_family({**config, "_class_name": kind if known else None}):
                 raise DDIMError(f"DDIM cannot take over this configuration: it is {reason}")
-            if "solver_type" in config and kind != cls.__name__:
-                config = {name: value for name, value in config.items() if name != "solver_order"}
+            if "solver_order" in options:
+                log_once("solver_order is another scheduler's; DDIM's order is multistep_order.")
+            config = own_options(config)
             names = () if return_unused_kwargs else set(options) - set(cls._deprecated_kwargs)
             family = diffusers.DDIMScheduler._get_compatibles
             for message in unknown_options(sorted(names), cls, family):
@@ -174,6 +195,7 @@ class GridScheduler:
         if not isinstance(timesteps, Tensor):
             timesteps = torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
         self._timesteps = timesteps
+        self._begin_walk()
         levels = self._timesteps.tolist()[:: -1 if self._inverse else 1]
         start = self._grid.index(levels[0]) if levels and levels[0] in self._grid else 0
         if self._grid[start : start + len(levels)] != levels:
@@ -216,7 +238,9 @@ class GridScheduler:
             grid = check_timesteps(grid[::-1] if is_rising else grid, len(self))
         elif timesteps is None and num_inference_steps is not None:
             count = num_inference_steps
-            if isinstance(count, (int, np.integer)) and count > len(self):
+            with contextlib.suppress(DDIMError):  # which select_timesteps says in its own words
+                count = whole(count)
+            if isinstance(count, int) and count > len(self):
                 most = f"{len(self)}, the levels of training (config.num_train_timesteps)"
                 raise DDIMError(f"`num_inference_steps`: {count} cannot be larger than {most}.")
             grid = configured_timesteps(vars(self.config), count)
@@ -224,11 +248,23 @@ class GridScheduler:
             raise DDIMError("give either num_inference_steps or a list of timesteps.")
         self.num_inference_steps, self._grid = len(grid), grid
         self._timesteps = self._as_timesteps(grid, device)
+        self._begin_walk()
         self._remake_plan()
 
     def _as_timesteps(self, grid: list[int], device: str | torch.device | None) -> Tensor:
         levels = np.array(grid[::-1] if self._inverse else grid, dtype=np.int64)
         return torch.from_numpy(levels).to(device)
+
+    def _begin_walk(self) -> None:
+        self._reached = None
+        last, self._before = self._before or self._left, None
+        is_own = last is None or last.thread in (None, threading.get_ident())
+        self._left = None if is_own else last
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy goes on from the step before, in any thread."""
+        before = None if self._before is None else self._before._replace(thread=None)
+        return {**self.__dict__, "_before": before, "_left": None}
 
     # --- plan
 
@@ -266,7 +302,7 @@ class GridScheduler:
         return plan
 
     def _remake_plan(self) -> Plan:
-        old, self._plan, self._before = self._plan, None, None
+        old, self._plan = self._plan, None
         config, tables, count = self.config, self._read_levels(), self.num_inference_steps or 1
         with torch.device("cpu"), torch.inference_mode(False):
             plan = make_plan(
@@ -276,9 +312,11 @@ class GridScheduler:
                 prediction_type=config.prediction_type,
                 inverse=self._inverse,
                 clip=self._clip(),
-                order=self._solver_order(),
+                order=self._order_of_steps(),
                 refuses_zero_snr=tables.is_valid,
             )
+        if plan.multistep is None:
+            self._before = self._left = None
         self._planned = (self._step_options(config), count)
         self._plan, self._config_seen = plan, dict(vars(config))
         # What was in use is made at once, so that the first step of the next image does not wait,
@@ -290,7 +328,7 @@ class GridScheduler:
                 plan.table(*key)
         return plan
 
-    def _solver_order(self) -> int:
+    def _order_of_steps(self) -> int:
         return 1
 
     def _clip(self) -> Callable[[Tensor], Tensor] | None:
@@ -311,21 +349,44 @@ class GridScheduler:
         """The step of either direction: (x_s, x0)."""
         if output.shape != x.shape:
             output = _mean_of(output, x)
-        if isinstance(timestep, Tensor):
-            at = gather(table.columns, timestep, x)
-        elif is_compiling():
+        if is_compiling():
             # As an index of a tensor an int stays symbolic: one graph for all timesteps.
-            at = table.columns.narrow(1, timestep, 1).unbind(0)
+            at = (
+                gather(table.columns, timestep, x)
+                if isinstance(timestep, Tensor)
+                else table.columns.narrow(1, timestep, 1).unbind(0)
+            )
+        elif type(timestep) is int:
+            at = self._look_up(plan, table, timestep, eta)
+        elif not isinstance(timestep, Tensor):
+            at = self._look_up(plan, table, whole(timestep), eta)
+        elif timestep.dtype == torch.int64 and timestep.ndim == 0 and timestep.is_cpu:
+            at = self._look_up(plan, table, int(timestep), eta)
         else:
-            t = timestep if type(timestep) is int else whole(timestep)
-            found = table.at.get(t)
-            if found is None:
-                if not plan.check_level(t, eta):
-                    off = "A timestep was asked for that is not in the list of set_timesteps"
-                    log_once(f"{off}; its step goes to t - T // N, as in diffusers.")
-                found = table.at[t] = table.columns.narrow(1, t, 1).unbind(0)
-            at = found
+            at = gather(table.columns, timestep, x)
         return advance(plan, table.mode, at, output, x, noise)
+
+    def _look_up(self, plan: Plan, table: Table, t: int, eta: Eta) -> tuple[Tensor, ...]:
+        """The coefficients of a level that the host knows, and a line in the log if it leaves out
+        levels of the list."""
+        found = table.at.get(t)
+        if found is None:
+            if not plan.check_level(t, eta):
+                off = "A timestep was asked for that is not in the list of set_timesteps"
+                log_once(f"{off}; its step goes to t - T // N, as in diffusers.")
+            columns = table.columns.narrow(1, t, 1).unbind(0)
+            found = table.at[t] = (columns, *plan.ends.get(t, (t, None)))
+        at, left, reached = found
+        last, self._reached = self._reached, reached
+        if left != last and last is not None and (left > last) == self._inverse:
+            log_once(
+                f"A step leaves level {left}, and the step before reached level {last}: levels of "
+                "the list of timesteps were left out, so the network is told another amount of "
+                "noise than there is. Visit the whole list; set_timesteps(timesteps=[...]) takes a "
+                "list of your own.",
+                "levels left out",
+            )
+        return at
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Returns the sample: a network of this family takes it as it is."""

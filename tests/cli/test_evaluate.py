@@ -282,7 +282,7 @@ def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, caps
 
 def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference, tmp_path):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
-    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
+    pipe.scheduler.register_to_config(multistep_order=2, fitted_timesteps=[[900, 700, 100]])
     pipe.save_pretrained(tmp_path / "model")
     found = {}
     for steps, spacing, timesteps in (

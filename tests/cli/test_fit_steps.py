@@ -217,7 +217,7 @@ def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_
         (("--held-out", "1"), "--held-out must be at least 2; got 1."),
         (("--count", "0"), "--count must be at least 1; got 0."),
         (("--evaluations", "-1"), "--evaluations must be at least 0; got -1."),
-        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
+        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^32 - 1; got -1."),
         (
             ("--out", "there.json"),
             "there.json is there already; use another --out, or delete that file.",

@@ -392,7 +392,7 @@ def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_
     tiny, tmp_path, capsys
 ):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
-    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=[[900, 700, 100]])
+    pipe.scheduler.register_to_config(multistep_order=2, fitted_timesteps=[[900, 700, 100]])
     pipe.save_pretrained(tmp_path / "model")
     for options, timesteps, spacing in (
         (("--steps", 3), [900, 700, 100], "fitted"),
@@ -429,7 +429,7 @@ def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
         (("--count", "0"), "--count must be at least 1; got 0."),
         (("--count", "1000000000000"), "--count must be at most 1000000; got 1000000000000."),
         (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
-        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^63 - 1; got -1."),
+        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^32 - 1; got -1."),
         (("--eta", "-0.5"), "eta must be at least 0 and finite; got -0.5."),
         (("--eta", "3"), "eta=3.0 would draw more noise than the level can hold"),
         (("--eta", "nan"), "eta must be at least 0 and finite; got nan."),

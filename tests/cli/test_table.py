@@ -317,7 +317,7 @@ def test_fitted_timesteps_and_the_order_of_a_configuration_are_used_and_said(
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     path = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text()) | {"solver_order": 2, "fitted_timesteps": [[18, 9, 2]]}
+    config = json.loads(path.read_text()) | {"multistep_order": 2, "fitted_timesteps": [[18, 9, 2]]}
     path.write_text(json.dumps(config))
     out = tmp_path / "out"
     assert run(folder, reference, out, "--eta", 0, "--steps", "2,3") == 0

@@ -78,7 +78,10 @@ def test_min_snr_is_one_weighting_of_x0_whatever_is_predicted():
 def test_weights_are_finite_at_zero_snr_and_the_floor_keeps_the_terminal_level(kind):
     weights = loss_weights(ZERO, LEVELS, prediction_type=kind, weighting="min-snr", floor=0.01)
     assert torch.isfinite(weights).all()
-    assert float(weights.min()) >= 0.01
+    plain = loss_weights(ZERO, LEVELS, prediction_type=kind, weighting="min-snr")
+    has_signal = ZERO.snr(LEVELS) > 0
+    assert torch.equal(weights[has_signal], plain[has_signal])  # the paper's, however small
+    assert float(weights[~has_signal].min()) >= 0.01
     if kind == "v_prediction":
         assert (
             float(

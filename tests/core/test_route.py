@@ -7,8 +7,8 @@ from ddim import DDIMError, DDIMScheduler, NoiseSchedule, UnconditionalPipeline,
 from ddim.core.denoiser import Clip
 from ddim.core.route import make_route
 from ddim.core.sampler import trajectory, walk
-from ddim.core.step import step_coefficients
-from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.core.step import ddim_step, step_coefficients
+from ddim.core.timesteps import reverse_pairs, select_timesteps, step_pairs
 
 SCHEDULE = NoiseSchedule.from_betas(make_betas("linear"))
 PAIRS = step_pairs(select_timesteps(1000, 5))
@@ -109,3 +109,18 @@ def test_encoders_and_image_to_image_have_routes_too(tiny):
     assert route.timesteps == [998, 749, 499, 249]
     half = pipe.route(4, timestep_spacing="trailing", strength=0.5)
     assert half.timesteps == [499, 249]
+
+
+def test_noise_is_drawn_only_on_the_way_down():
+    schedule = NoiseSchedule.from_betas(make_betas())
+    up = reverse_pairs(step_pairs([900, 500, 100]))
+    assert len(make_route(schedule, up)) == 3
+    for eta in (0.5, "sigma-hat"):
+        with pytest.raises(DDIMError, match="a step to a noisier level draws no noise"):
+            make_route(schedule, up, eta=eta)
+        levels = {"alpha_bar_t": schedule.alpha_bar(100), "alpha_bar_s": schedule.alpha_bar(500)}
+        x = torch.zeros(1, 2)
+        with pytest.raises(DDIMError, match="a step to a noisier level draws no noise"):
+            ddim_step(x, x, **levels, eta=eta, noise=x)
+    with pytest.raises(DDIMError, match="these pairs go up"):
+        make_route(schedule, up, analytic=True)

@@ -1,6 +1,7 @@
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddim
@@ -163,3 +164,17 @@ def test_one_coefficient_stays_on_the_cpu_since_sending_it_would_wait_for_the_de
     assert (many.device.type, many.dtype, many.shape) == ("meta", dtype, (3, 1))
     assert (one * x).device.type == (many * x).device.type == "meta"
     assert (one * x).dtype == dtype
+
+
+@pytest.mark.parametrize("level", [3.7, True, float("nan"), None, np.array([1.5])])
+def test_a_level_that_is_no_whole_number_is_refused(level):
+    with pytest.raises(DDIMError, match="whole number|must be integers"):
+        NoiseSchedule.from_betas(make_betas()).alpha_bar(level)
+
+
+def test_a_level_may_be_a_whole_number_of_any_type():
+    schedule = NoiseSchedule.from_betas(make_betas())
+    expected = float(schedule.alpha_bar(3))
+    for level in (3.0, np.int64(3), np.float32(3), torch.tensor(3, dtype=torch.uint8)):
+        assert float(schedule.alpha_bar(level)) == expected
+    assert torch.equal(schedule.alpha_bar([3, -1]), schedule.alpha_bar(torch.tensor([3, -1])))

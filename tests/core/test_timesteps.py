@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import diffusers
@@ -216,3 +217,22 @@ def test_other_errors():
         ):
             assert [type(t) for t in check_timesteps(levels, 3)] == [int, int]
             assert check_timesteps(levels, 3) == [2, 1]
+
+
+def test_the_strength_that_a_refusal_advises_is_taken():
+    for count in [*range(1, 300), 1000, 4000]:
+        levels = list(range(count))[::-1]
+        with pytest.raises(DDIMError, match="use a strength of at least") as caught:
+            truncate_timesteps(levels, 1e-9)
+        advised = float(re.search(r"at least (\S+), or", str(caught.value))[1])
+        assert len(truncate_timesteps(levels, advised)) == 1
+
+
+def test_pairs_are_whole_levels():
+    assert as_pairs([(3.0, np.int64(1)), (1, -1)]) == [(3, 1), (1, -1)]
+    for pairs, message in (
+        ([(3.7, 1)], "a timestep must be a whole number or a tensor; got 3.7"),
+        ([(True, -1)], "a timestep must be a whole number or a tensor; got True"),
+    ):
+        with pytest.raises(DDIMError, match=message):
+            as_pairs(pairs)

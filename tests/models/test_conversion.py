@@ -8,13 +8,14 @@ import runpy
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ddim.core.schedule import NoiseSchedule, make_betas
+from ddim.configuration import noise_schedule
 from ddim.errors import CheckpointError
 from ddim.models.conversion import _check, convert, read_state_dict, write_model
 from ddim.pipelines.unconditional import UnconditionalPipeline
@@ -419,15 +420,39 @@ def test_classes_of_improved_diffusion_are_kept():
     assert difference(theirs, built(converted), 16, torch.tensor([0, 4])) < 1e-5
 
 
-def test_a_schedule_of_4000_levels_is_thinned_to_those_that_the_network_is_told_whole():
-    state = Open().state_dict()
+def named_betas_of_improved_diffusion(name, count):
+    """``get_named_beta_schedule`` of improved-diffusion's ``gaussian_diffusion.py``."""
+    if name == "linear":
+        scale = 1000 / count
+        return np.linspace(scale * 0.0001, scale * 0.02, count, dtype=np.float64)
+
+    def alpha_bar(t):
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [1 - alpha_bar((i + 1) / count) / alpha_bar(i / count) for i in range(count)]
+    return np.minimum(betas, 0.999)
+
+
+@pytest.mark.parametrize("count", [1000, 2000, 4000])
+@pytest.mark.parametrize(("ours", "theirs"), [("linear",) * 2, ("squaredcos_cap_v2", "cosine")])
+def test_the_named_schedules_are_those_of_improved_diffusion(ours, theirs, count):
+    """Of T levels those are kept that the network is told as whole numbers, t * 1000 / T."""
     converted = convert(
-        state, sample_size=16, num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"
+        Open().state_dict(), sample_size=16, num_train_timesteps=count, beta_schedule=ours
     )
     assert converted.scheduler["num_train_timesteps"] == 1000
-    full = NoiseSchedule.from_betas(make_betas("squaredcos_cap_v2", 4000)).alphas_cumprod
-    thin = NoiseSchedule.from_betas(converted.scheduler["trained_betas"]).alphas_cumprod
-    assert torch.allclose(thin, full[::4], rtol=1e-9)
+    full = np.cumprod(1 - named_betas_of_improved_diffusion(theirs, count))
+    found = noise_schedule(converted.scheduler).alphas_cumprod
+    np.testing.assert_allclose(found, full[:: count // 1000], rtol=1e-9)
+
+
+def test_song_and_ho_do_not_scale_linear_betas():
+    converted = convert(Song((1, 2), 32).state_dict(), num_train_timesteps=500)
+    assert (converted.scheduler["beta_start"], converted.scheduler["beta_end"]) == (1e-4, 0.02)
+
+
+def test_levels_that_the_network_is_not_told_whole_are_refused():
+    state = Open().state_dict()
     with pytest.raises(CheckpointError, match="only multiples of 1000 levels"):
         convert(state, sample_size=16, num_train_timesteps=1500)
 

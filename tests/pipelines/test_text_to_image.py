@@ -527,7 +527,7 @@ def test_the_second_order_of_a_guided_network_is_dpm_solvers(options, both):
         "set_alpha_to_one": True,
         "clip_sample": False,
     }
-    pipe.scheduler = DDIMScheduler.from_config(config, solver_order=2)
+    pipe.scheduler = DDIMScheduler.from_config(config, multistep_order=2)
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     stock = {name: pipe.scheduler.config[name] for name in names}
     theirs.scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -546,7 +546,7 @@ def test_the_second_order_of_a_guided_network_is_dpm_solvers(options, both):
 def test_the_second_order_takes_guidance_and_rescale_at_zero_snr_in_both_loops(both):
     pipe, theirs = both
     config = {**theirs.scheduler.config, **VELOCITY, "rescale_betas_zero_snr": True}
-    pipe.scheduler = theirs.scheduler = DDIMScheduler.from_config(config, solver_order=2)
+    pipe.scheduler = theirs.scheduler = DDIMScheduler.from_config(config, multistep_order=2)
     asked = {
         "num_inference_steps": 5,
         "guidance_scale": 7.5,
@@ -563,7 +563,7 @@ def test_the_second_order_takes_guidance_and_rescale_at_zero_snr_in_both_loops(b
 def test_a_saved_pipeline_visits_its_fitted_timesteps_at_their_number_of_steps(tiny_text, tmp_path):
     fitted, seen = [[920, 610, 90]], []
     pipe = TextToImagePipeline.from_pretrained(tiny_text)
-    pipe.scheduler.register_to_config(solver_order=2, fitted_timesteps=fitted)
+    pipe.scheduler.register_to_config(multistep_order=2, fitted_timesteps=fitted)
     pipe.save_pretrained(tmp_path)
 
     def watch(state):

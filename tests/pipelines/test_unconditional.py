@@ -171,7 +171,7 @@ def test_the_order_is_the_configurations_unless_the_call_says_another(tiny):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
     first, second = draw(pipe, seeds=[0]), draw(pipe, seeds=[0], order=2)
     assert (first - second).abs().max() > 1e-3
-    pipe.scheduler.register_to_config(solver_order=2)
+    pipe.scheduler.register_to_config(multistep_order=2)
     assert torch.equal(draw(pipe, seeds=[0]), second)
     assert torch.equal(draw(pipe, seeds=[0], order=1), first)
     with pytest.raises(
@@ -305,7 +305,7 @@ def test_nan_is_an_error_not_a_black_image(tiny):
 
 
 def test_what_is_saved_is_plain_diffusers(tiny, tmp_path, pipe):
-    pipe.scheduler.register_to_config(solver_order=2)
+    pipe.scheduler.register_to_config(multistep_order=2)
     pipe.save_pretrained(tmp_path / "saved")
     assert weight_hash(tmp_path / "saved") == weight_hash(tiny)
     code = """
@@ -323,7 +323,7 @@ assert not any(name.split(".")[0] == "ddim" for name in sys.modules)
     )
     again = UnconditionalPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(again.scheduler, DDIMScheduler)
-    assert again.scheduler.config["solver_order"] == 2
+    assert again.scheduler.config["multistep_order"] == 2
     images = draw(
         again, seeds=[3], order=1, num_inference_steps=10, output_type="np"
     )  # diffusers passes over the order
@@ -472,7 +472,7 @@ def test_a_scheduler_of_another_family_is_refused(scheduler, pipe):
 
 def test_a_scheduler_that_is_put_in_later_is_taken_or_refused(pipe):
     made = UnconditionalPipeline(
-        pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, solver_order=1)
+        pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config, multistep_order=1)
     )
     expected = draw(made, seeds=[0])
     made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)

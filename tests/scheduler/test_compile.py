@@ -17,8 +17,9 @@ FAST = [
 
 @pytest.mark.parametrize("options", FAST, ids=str)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("levels", [500, [500], [500, 40]], ids=str)
-def test_a_tensor_timestep_is_never_read_by_the_host(options, eta, levels):
+@pytest.mark.parametrize("levels", [[500], [500, 40]], ids=str)
+def test_a_vector_of_timesteps_is_never_read_by_the_host(options, eta, levels):
+    """Nor is a scalar on a device; one on the CPU costs no wait, and is faster to look up."""
     scheduler, t = DDIMScheduler(**options), torch.tensor(levels)
     scheduler.set_timesteps(50)
     x, m, z = (randn(2, 3, 8, 8, seed=s) for s in range(3))

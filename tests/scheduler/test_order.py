@@ -1,8 +1,10 @@
-"""``solver_order=2``: the drop-in agrees with the sampler, keeps one step of state, and refuses
+"""``multistep_order=2``: the drop-in agrees with the sampler, keeps one step of state, and refuses
 what that state cannot serve."""
 
 import copy
 import json
+import pickle
+import threading
 
 import diffusers
 import pytest
@@ -21,7 +23,7 @@ OPTIONS = {"timestep_spacing": "trailing", "clip_sample": False}
 
 
 def scheduler(count=10, **options):
-    made = DDIMScheduler(**{"solver_order": 2, **OPTIONS, **options})
+    made = DDIMScheduler(**{"multistep_order": 2, **OPTIONS, **options})
     made.set_timesteps(count)
     return made
 
@@ -79,7 +81,7 @@ def test_it_keeps_the_samples_dtype(dtype):
 
 
 def test_order_one_is_ddim_to_the_bit_and_keeps_nothing():
-    default, one = DDIMScheduler(**OPTIONS), scheduler(solver_order=1)
+    default, one = DDIMScheduler(**OPTIONS), scheduler(multistep_order=1)
     default.set_timesteps(10)
     assert torch.equal(walk(default, x_t()), walk(one, x_t()))
     assert one._before is None
@@ -150,7 +152,7 @@ def test_a_timestep_a_sample_takes_each_samples_own_step_before():
 
 
 def test_a_sample_that_skips_a_timestep_takes_ddims_step():
-    ours, one, x = scheduler(), scheduler(solver_order=1), x_t()
+    ours, one, x = scheduler(), scheduler(multistep_order=1), x_t()
     first = ours.step(curved(x, torch.tensor(899)), torch.tensor([899, 899]), x).prev_sample
     t = torch.tensor([699, 799])
     second = ours.step(curved(first, t), t, first).prev_sample
@@ -178,14 +180,14 @@ def test_what_the_state_cannot_serve_is_refused_in_a_sentence():
         ):
             ours.step(x, 699, x, eta=eta)
     with pytest.raises(
-        DDIMError, match="parallel samples have no step before them; use solver_order=1"
+        DDIMError, match="parallel samples have no step before them; use multistep_order=1"
     ):
         ours.batch_step_no_noise(x, [699, 699], x)
-    with pytest.raises(DDIMError, match="order of the solver must be 1 .* or 2 .*; got 3"):
-        scheduler(solver_order=3)
-    ours.register_to_config(solver_order=1)
+    with pytest.raises(DDIMError, match="multistep_order must be 1 or 2; got 3"):
+        scheduler(multistep_order=3)
+    ours.register_to_config(multistep_order=1)
     ours.step(x, 299, x, eta=1.0, generator=torch.Generator().manual_seed(0))
-    ours.register_to_config(solver_order=2)
+    ours.register_to_config(multistep_order=2)
     ours.set_timesteps(5)  # the tables that were in use for noise are no reason to refuse
 
 
@@ -215,23 +217,23 @@ def test_the_gradient_goes_through_both_steps():
 
 def test_the_order_is_kept_by_files_and_not_taken_from_other_multisteps(tmp_path):
     scheduler().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "scheduler_config.json").read_text())["solver_order"] == 2
-    assert DDIMScheduler.from_pretrained(tmp_path).config.solver_order == 2
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["multistep_order"] == 2
+    assert DDIMScheduler.from_pretrained(tmp_path).config.multistep_order == 2
     stock = to_diffusers(scheduler(timestep_spacing="leading"))
     assert type(stock) is diffusers.DDIMScheduler
-    assert DDIMScheduler.from_config(stock.config).config.solver_order == 2
-    assert "solver_order" not in to_diffusers(scheduler(solver_order=1)).config
+    assert DDIMScheduler.from_config(stock.config).config.multistep_order == 2
+    assert "multistep_order" not in to_diffusers(scheduler(multistep_order=1)).config
     multistep = diffusers.DPMSolverMultistepScheduler(solver_order=3)
     multistep.save_pretrained(tmp_path)
     for config in (multistep.config, tmp_path):
         load = DDIMScheduler.from_pretrained if config is tmp_path else DDIMScheduler.from_config
-        assert load(config).config.solver_order == 1
-        assert load(config, solver_order=2).config.solver_order == 2
-    DDIMScheduler.from_config(multistep.config, solver_order=2).save_pretrained(tmp_path)
-    assert DDIMScheduler.from_pretrained(tmp_path).config.solver_order == 2
+        assert load(config).config.multistep_order == 1
+        assert load(config, multistep_order=2).config.multistep_order == 2
+    DDIMScheduler.from_config(multistep.config, multistep_order=2).save_pretrained(tmp_path)
+    assert DDIMScheduler.from_pretrained(tmp_path).config.multistep_order == 2
 
 
-def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
+def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path, said):
     fitted = [[900, 40], [950, 600, 20]]
     scheduler(fitted_timesteps=fitted).save_pretrained(tmp_path)
     ours = DDIMScheduler.from_pretrained(tmp_path)
@@ -248,6 +250,10 @@ def test_fitted_timesteps_are_visited_at_their_own_step_count(tmp_path):
     inverse = DDIMInverseScheduler.from_config(ours.config)
     inverse.set_timesteps(3)
     assert inverse.timesteps.tolist() == fitted[1][::-1]
+    named = DDIMInverseScheduler(fitted_timesteps=fitted)
+    assert not any("fitted_timesteps" in line for line in said)
+    named.set_timesteps(2)
+    assert named.timesteps.tolist() == fitted[0][::-1]
 
 
 def test_fitted_timesteps_that_are_none_are_refused():
@@ -257,3 +263,99 @@ def test_fitted_timesteps_that_are_none_are_refused():
         scheduler(fitted_timesteps=[999, 3])
     with pytest.raises(DDIMError, match="timesteps must fall from noise to data; got 9 after 3"):
         scheduler(2, fitted_timesteps=[[3, 9]])
+
+
+def test_the_order_is_ours_alone(tmp_path):
+    """Other multisteps keep their own order, on the way here and on the way back."""
+    scheduler().save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    saved = json.loads(path.read_text())
+    assert "solver_order" not in saved
+    family = (
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.DPMSolverSinglestepScheduler,
+        diffusers.UniPCMultistepScheduler,
+        diffusers.DEISMultistepScheduler,
+    )
+    for kind in family:
+        own = kind().config.solver_order
+        assert kind.from_pretrained(tmp_path).config.solver_order == own
+        assert kind.from_config(scheduler().config).config.solver_order == own
+        there = DDIMScheduler.from_config(kind(solver_order=own + 1).config, solver_order=2)
+        assert there.config.multistep_order == 1
+        assert kind.from_config(there.config).config.solver_order == own + 1
+
+    before = {name: value for name, value in saved.items() if name != "multistep_order"}
+    path.write_text(json.dumps({**before, "solver_order": 2}))  # as ours used to be written
+    old = DDIMScheduler.from_pretrained(tmp_path)
+    assert old.config.multistep_order == 2
+    assert "solver_order" not in old.config
+    # diffusers' own class, which was put in DPM-Solver's place
+    path.write_text(json.dumps({**before, "solver_order": 2, "solver_type": "midpoint"}))
+    assert DDIMScheduler.from_pretrained(tmp_path).config.multistep_order == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda ours: pickle.loads(pickle.dumps(ours)),
+        lambda ours: setattr(ours, "alphas_cumprod", ours.alphas_cumprod.clone()),
+        lambda ours: setattr(ours, "final_alpha_cumprod", ours.final_alpha_cumprod.clone()),
+        lambda ours: ours.alphas_cumprod.mul_(1),
+        lambda ours: ours.register_to_config(trained_betas=make_betas().tolist()),
+        lambda ours: ours.register_to_config(beta_start=1e-4),
+    ],
+)
+def test_what_changes_nothing_in_the_middle_of_a_walk_keeps_the_step_before(change):
+    expected = walk(scheduler(), x_t())
+    ours = scheduler()
+    x = walk(ours, x_t(), ours.timesteps[:4])
+    changed = change(ours)
+    ours = changed if isinstance(changed, DDIMScheduler) else ours
+    torch.testing.assert_close(walk(ours, x, ours.timesteps[4:]), expected, rtol=1e-6, atol=1e-6)
+
+
+def in_a_thread(action):
+    caught = []
+
+    def run():
+        try:
+            action()
+        except DDIMError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if caught:
+        raise caught[0]
+
+
+def test_two_threads_that_walk_at_once_are_refused():
+    ours, message = scheduler(), "another thread has taken a step or set the timesteps"
+    grid = ours.timesteps
+    walk(ours, x_t(), grid[:2])
+    with pytest.raises(DDIMError, match=message):
+        in_a_thread(lambda: walk(ours, x_t(), grid[2:3]))  # as if this thread's walk were its own
+    in_a_thread(lambda: walk(ours, x_t(), grid[:2]))  # a new image, which may begin
+    with pytest.raises(DDIMError, match=message):
+        walk(ours, x_t(), grid[2:3])
+    ours.set_timesteps(10)
+    walk(ours, x_t(), grid[:2])
+    in_a_thread(lambda: ours.set_timesteps(10))
+    with pytest.raises(DDIMError, match=message):
+        walk(ours, x_t(), grid[2:3])
+    walk(ours, x_t(), grid)  # a new image may begin
+
+
+def test_threads_one_after_the_other_may_use_one_scheduler():
+    ours = scheduler()
+    expected, found = walk(ours, x_t()), []
+    in_a_thread(lambda: (ours.set_timesteps(10), found.append(walk(ours, x_t()))))
+    ours.set_timesteps(10)
+    in_a_thread(lambda: found.append(walk(ours, x_t())))
+    ours.set_timesteps(10)
+    found.append(walk(ours, x_t()))
+    assert all(torch.equal(each, expected) for each in found)

@@ -1,6 +1,9 @@
 """What cannot work is refused in words, and what is odd is mentioned."""
 
+import re
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 from tests.scheduler.helpers import distance, randn
@@ -30,9 +33,9 @@ def test_a_step_says_what_is_wrong():
             ),
         ):
             scheduler.step(x, t, x)
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(DDIMError, match="a timestep must lie in .* got 1000"):
         scheduler.step(x, torch.tensor(1000), x)
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(DDIMError, match="a timestep must lie in .* got -3"):
         scheduler.step(x, torch.tensor(-3), x)
     with pytest.raises(DDIMError, match="a timestep must be a whole number.* got 2.5"):
         scheduler.step(x, 2.5, x)
@@ -51,7 +54,7 @@ def test_a_step_says_what_is_wrong():
             scheduler.step(x, 900, x, 1.0, generator=make_generators(generators))
     with pytest.raises(ValueError, match="Cannot pass both generator and variance_noise"):
         scheduler.step(x, 900, x, 1.0, generator=torch.Generator(), variance_noise=x)
-    scheduler.register_to_config(prediction_type="flow")
+    scheduler.config.prediction_type = "flow"  # as pipelines write
     with pytest.raises(
         DDIMError, match="prediction_type must be one of epsilon, sample, v_prediction; got 'flow'"
     ):
@@ -93,12 +96,12 @@ def test_setting_timesteps_says_what_is_wrong(cls):
             "timestep_spacing must be one of leading, linspace, trailing, quadratic; got 'karras'"
         ),
     ):
-        cls(timestep_spacing="karras").set_timesteps(10)
+        cls(timestep_spacing="karras")
     with pytest.raises(DDIMError, match="prediction_type must be one of .* got 'noise'"):
-        cls(prediction_type="noise").set_timesteps(10)
+        cls(prediction_type="noise")
     with pytest.raises(DDIMError, match="beta_schedule must be one of .* got 'cosine'"):
         cls(beta_schedule="cosine")
-    with pytest.raises(DDIMError, match="num_train_timesteps must be at least 1"):
+    with pytest.raises(DDIMError, match="num_train_timesteps must be a whole number from 1"):
         cls(0)
 
 
@@ -131,3 +134,56 @@ def test_what_is_odd_but_accepted_by_diffusers_works_and_is_mentioned(said):
     )
     for words in wanted:
         assert sum(words in line for line in said) == 1, words
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("timestep_spacing", "trail", "got 'trail'; did you mean 'trailing'?"),
+        ("timestep_spacing", "lead", "got 'lead'; did you mean 'leading'?"),
+        ("prediction_type", "v", "got 'v'; did you mean 'v_prediction'?"),
+        ("prediction_type", "v-prediction", "did you mean 'v_prediction'?"),
+        ("beta_start", "a", "beta_start must be a finite number; got 'a'."),
+        ("beta_end", float("nan"), "beta_end must be a finite number; got nan."),
+        ("trained_betas", 5, "trained_betas must be null or a list of finite numbers; got 5."),
+        ("rescale_betas_zero_snr", "false", "must be true or false; got 'false'."),
+        ("clip_sample_range", -1.0, "clip_sample_range must be a number above 0; got -1.0."),
+        ("steps_offset", 0.5, "steps_offset must be a whole number; got 0.5."),
+        ("num_train_timesteps", 10.5, "a whole number from 1 to 1000000; got 10.5."),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_when_it_is_set(cls, option, value, message):
+    for use in (
+        lambda: cls(**{option: value}),
+        lambda: cls.from_config({option: value}),
+        lambda: cls.from_config({}, **{option: value}),
+        lambda: cls().register_to_config(**{option: value}),
+    ):
+        with pytest.raises(DDIMError, match=re.escape(message)):
+            use()
+
+
+def test_values_of_numpy_and_torch_are_plain_ones():
+    made = DDIMScheduler(
+        np.int64(100), np.float64(0.001), torch.tensor(0.5), clip_sample=np.bool_(False)
+    )
+    assert (made.config.num_train_timesteps, made.config.beta_end) == (100, 0.5)
+    assert made.config.clip_sample is False
+    DDIMScheduler(beta_end=2)  # no schedule, as diffusers takes it
+
+
+def test_an_option_that_there_is_not_is_refused_with_the_one_that_was_meant(said):
+    for option, meant in (
+        ("timestep_spaceing", "timestep_spacing"),
+        ("clip_samples", "clip_sample"),
+        ("solver_order", "multistep_order"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"DDIMScheduler has no option '{option}'; did you mean '{meant}'"
+        ):
+            DDIMScheduler(**{option: 2})
+    with pytest.raises(TypeError, match="DDIMScheduler has no option 'qqq'; it has num_train_time"):
+        DDIMScheduler(qqq=1)
+    DDIMInverseScheduler(clip_samples=False)  # taken, as in diffusers
+    assert said == ["DDIMInverseScheduler ignores: clip_samples; did you mean 'clip_sample'?"]

@@ -9,7 +9,7 @@ from tests.scheduler.helpers import LATENT, distance, exact, finished, randn
 from ddim.core.oracle import GaussianOracle
 from ddim.core.timesteps import check_timesteps, select_timesteps
 from ddim.errors import DDIMError
-from ddim.scheduler import DDIMScheduler
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, tuple])
@@ -79,3 +79,52 @@ def test_custom_lists_are_checked_by_the_core():
     with pytest.raises(DDIMError) as core:
         check_timesteps([3, 5], 1000)
     assert str(ours.value) == str(core.value)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_a_loop_that_leaves_out_levels_is_told_so_once(cls, as_tensors, said):
+    x = torch.zeros(1, 1, 2, 2)
+
+    def walk(scheduler, chosen):
+        for t in (
+            scheduler.timesteps[chosen] if as_tensors else scheduler.timesteps[chosen].tolist()
+        ):
+            scheduler.step(x, t, x)
+
+    ours = cls()
+    ours.set_timesteps(10)
+    for chosen in (slice(None), slice(None), slice(0, 5)):
+        walk(ours, chosen)
+    ours.set_timesteps(10)
+    walk(ours, slice(4, None))  # image to image
+    ours.step(x, ours.timesteps[-1], x)  # a level visited again
+    assert not said
+    walk(ours, slice(None, None, 2))
+    walk(ours, slice(None, None, 3))
+    assert len(said) == 1
+    assert "levels of the list of timesteps were left out" in said[0]
+    numbers = (700, 800) if cls is DDIMScheduler else (100, 0)
+    assert (
+        f"A step leaves level {numbers[0]}, and the step before reached level {numbers[1]}"
+        in said[0]
+    )
+
+
+def test_a_loop_over_timesteps_on_a_device_is_not_read(said):
+    ours = DDIMScheduler()
+    ours.set_timesteps(10, device="meta")
+    x = torch.zeros(1, 1, 2, 2, device="meta")
+    for t in ours.timesteps[::2]:
+        ours.step(x, t, x)
+    assert not said
+
+
+def test_numbers_of_numpy_and_torch_are_taken_as_by_diffusers():
+    ours, x = DDIMScheduler(), randn(1, 1, 2, 2)
+    for count in (10.0, np.array(10), np.int64(10), np.float32(10), torch.tensor(10)):
+        ours.set_timesteps(count)
+        assert len(ours.timesteps) == 10
+    expected = ours.step(x, 900, x).prev_sample
+    for t in (900.0, np.array(900), np.array([900]), np.int64(900), torch.tensor([900])):
+        assert torch.equal(ours.step(x, t, x).prev_sample, expected)

@@ -23,7 +23,7 @@ from ddim.core.prediction import (
     to_eps,
     to_x0_eps,
 )
-from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor
+from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor, whole
 from ddim.errors import DDIMError
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
@@ -112,6 +112,7 @@ class ModelDenoiser:
         if isinstance(t, Tensor):
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
         else:
+            t = t if type(t) is int else whole(t)
             levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
         output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))

@@ -14,11 +14,12 @@ from ddim.errors import DDIMError
 
 __all__ = ["SeededNoise", "check_seeds", "make_generators", "randn_each", "seeded_randn"]
 
-_LARGEST_SEED = 2**63 - 1
+_LARGEST_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """Returns seeds as plain integers; a DDIMError refuses all but whole numbers in 0..2^63 - 1."""
+    """Returns seeds as plain integers; a DDIMError refuses all but whole numbers in 0..2^32 - 1:
+    a larger seed would give the image of another."""
     if not hasattr(seeds, "__iter__"):
         raise DDIMError(f"seeds must be a list of whole numbers, one an image; got {seeds!r}.")
     return [_check_seed(seed) for seed in seeds]
@@ -31,7 +32,7 @@ def _check_seed(seed: object) -> int:
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
-        raise DDIMError(f"a seed must be a whole number from 0 to 2^63 - 1; got {seed!r}.")
+        raise DDIMError(f"a seed must be a whole number from 0 to 2^32 - 1; got {seed!r}.")
     return int(value)
 
 

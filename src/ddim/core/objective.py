@@ -33,8 +33,8 @@ def loss_weights(
 
     Min-SNR weights the error of x0 by min(SNR, gamma). In terms of what is predicted that is
     min(SNR, gamma) for ``sample``, min(gamma / SNR, 1) for ``epsilon`` and min(SNR, gamma) / (SNR +
-    1) for ``v_prediction``. The last is 0 at zero terminal SNR, where the first step of every image
-    would then never be trained: ``floor`` keeps it alive.
+    1) for ``v_prediction``. The last two are 0 at zero terminal SNR, where the first step of every
+    image would then never be trained: ``floor`` is the weight there, and nowhere else.
 
     Args:
         schedule: The levels.
@@ -42,7 +42,7 @@ def loss_weights(
         prediction_type: What the network predicts.
         weighting: ``uniform`` (all 1, as in both papers) or ``min-snr``.
         gamma: The SNR at which min-SNR saturates, above 0.
-        floor: The smallest weight, at least 0.
+        floor: The smallest weight where the SNR is 0, at least 0.
 
     Returns:
         Shape [B], float64, finite.
@@ -67,7 +67,7 @@ def loss_weights(
         weights = torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
     else:
         weights = saturated if prediction_type == "sample" else saturated / (snr + 1)
-    return weights.clamp(min=floor)
+    return torch.where(snr == 0, weights.clamp(min=floor), weights)
 
 
 def draw_timesteps(

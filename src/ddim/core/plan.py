@@ -10,10 +10,10 @@ coefficients are rows of one table over the T levels,
 so a step with a tensor timestep gathers a row and combines it: no host reads a device, and
 ``torch.compile`` sees one graph."""
 
-import operator
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ddim.core.tables import gather
 from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
 
-__all__ = ["Plan", "Table", "advance", "correct", "make_plan", "whole"]
+__all__ = ["Before", "Plan", "Table", "advance", "correct", "make_plan"]
 
 _Mode = Literal["folded", "split", "rederived"]
 """How x_s is put together: from x_t and m; from x0 and eps; or from x0 and the eps that a clipped
@@ -36,12 +36,12 @@ x0 implies."""
 @dataclass(frozen=True, eq=False)
 class Table:
     """The coefficients (a, b, c, d, e, f) of all levels, [6, T] without trailing rows of 0;
-    the plan's multistep; and the columns that integers have asked for."""
+    the plan's multistep; and the columns that integers have asked for, with :attr:`Plan.ends`."""
 
     mode: _Mode
     columns: Tensor
     multistep: Tensor | None = None
-    at: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    at: dict[int, tuple[tuple[Tensor, ...], int, int | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Plan:
         prediction_type: What the model predicts.
         inverse: Whether steps go up to t, from the level below it in the list.
         clip: What happens to x0.
-        listed: The timesteps of the list.
+        ends: For each timestep of the list, the level that its step leaves and the one it reaches.
         source: alpha_bar of the level that each t steps from, shape [T], float64.
         target: alpha_bar of the level that it steps to, same shape.
         multistep: For order 2, the weight of x0 - x0_previous at each t, and the level before t;
@@ -66,7 +66,7 @@ class Plan:
     prediction_type: PredictionType
     inverse: bool
     clip: Callable[[Tensor], Tensor] | None
-    listed: frozenset[int]
+    ends: Mapping[int, tuple[int, int]]
     source: Tensor
     target: Tensor
     multistep: Tensor | None = None
@@ -113,7 +113,7 @@ class Plan:
         if not 0 <= t < len(self.schedule):
             allowed = f"[0, {len(self.schedule)}), the levels the model was trained on"
             raise DDIMError(f"a timestep must lie in {allowed}; got {t}.")
-        if t in self.listed:
+        if t in self.ends:
             return True
         self._check_solvable(t)
         if isinstance(eta, float) and eta > 1:
@@ -170,14 +170,14 @@ def make_plan(
         prediction_type,
         inverse,
         clip,
-        frozenset(t for t, _ in pairs),
+        {t: (s, t) if inverse else (t, s) for t, s in pairs},
         source=lower if inverse else upper,
         target=upper if inverse else lower,
         multistep=multistep,
         refuses_zero_snr=refuses_zero_snr,
     )
     for t in (plan.source == 0).nonzero().flatten().tolist():
-        if t in plan.listed:
+        if t in plan.ends:
             plan._check_solvable(t)
     return plan
 
@@ -200,7 +200,7 @@ def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
     source, target = plan.source, plan.target
     if isinstance(eta, float) and eta > 1:
         # A level that no step leaves may not admit this eta, and must not refuse it.
-        listed = torch.tensor([t in plan.listed for t in range(len(source))])
+        listed = torch.tensor([t in plan.ends for t in range(len(source))])
         target = torch.where(listed, target, source)
     weights, found = step_coefficients(source, target, eta=eta), _solution(plan)
     none = torch.zeros_like(source)
@@ -248,30 +248,43 @@ def advance(
     return (x_s if x_s.dtype == x.dtype else x_s.to(x.dtype)), x0
 
 
-def correct(
-    plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: tuple[Tensor, Tensor]
-) -> None:
-    """Makes DDIM's x_s second order, in place, if the step ``before``, its (t, x0), was that of the
-    neighbour above; a DDIMError refuses a t that neither follows it nor starts a new image."""
-    last_t, last_x0 = before
+class Before(NamedTuple):
+    """What order 2 keeps of a step: its timestep and x0, and the thread that took it, or None."""
+
+    t: Tensor
+    x0: Tensor
+    thread: int | None
+
+    def refuse_other_walk(self, t: Tensor, *, is_kept: bool) -> None:
+        """Refuses, by a DDIMError, that two threads walk at once: this thread goes on at t from
+        this step of another's (``is_kept``), or from its own that another's new walk replaced."""
+        is_own, is_known = self.thread == threading.get_ident(), t.device.type == "cpu"
+        if is_kept and not is_own and self.thread is not None:
+            is_bad = not (is_known and int(t.min()) > int(self.t.max()))  # a new image is none
+        else:
+            is_bad = not is_kept and is_own and is_known and int(t.max()) < int(self.t.min())
+        if is_bad:
+            raise DDIMError(
+                "multistep_order=2 goes on from the step before, and another thread has taken a "
+                "step or set the timesteps of this scheduler since; take one scheduler for each "
+                "thread, or use multistep_order=1."
+            )
+
+
+def correct(plan: Plan, table: Table, t: Tensor, x_s: Tensor, x0: Tensor, before: Before) -> None:
+    """Makes DDIM's x_s second order, in place, if the step ``before`` was that of the neighbour
+    above; a DDIMError refuses a t that neither follows it nor starts a new image."""
+    last_t, last_x0, _ = before
     if last_x0.shape != x0.shape or plan.multistep is None or table.multistep is None:
         return
     if t.numel() == last_t.numel() == 1 and t.device.type == "cpu" and not is_compiling():
         now, last = int(t), int(last_t)
-        if now <= last != int(plan.multistep[1, now]) and len(plan.listed) > 1:
+        if now <= last != int(plan.multistep[1, now]) and len(plan.ends) > 1:
             raise DDIMError(
-                f"solver_order=2 goes on from the step before, and t={now} does not follow "
+                f"multistep_order=2 goes on from the step before, and t={now} does not follow "
                 f"t={last} in the list of timesteps; call set_timesteps before each image, take "
-                "one scheduler for each batch, or use solver_order=1."
+                "one scheduler for each batch, or use multistep_order=1."
             )
     weight, above = gather(table.multistep, t, x0)
     last_t = last_t.to(x0.device, non_blocking=True).reshape(-1, *[1] * (x0.ndim - 1))
     x_s.add_(torch.where(above == last_t, weight, 0.0) * (x0 - last_x0))
-
-
-def whole(t: Any) -> int:
-    """A timestep that is no tensor, as an int."""
-    try:
-        return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
-    except TypeError:
-        raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.") from None

@@ -21,6 +21,7 @@ from ddim.core.step import (
     check_eta,
     check_order,
     multistep_weight,
+    refuse_noise_upwards,
     step_coefficients,
 )
 from ddim.core.timesteps import Pair, as_pairs
@@ -113,11 +114,15 @@ def make_route(
 
     Raises:
         DDIMError: If eta or order is invalid or does not fit these levels, if ``eps_mean_square``
-            lacks a level, or if ``pairs`` is not a list of (t, s).
+            lacks a level, if ``pairs`` is not a walk of steps (t, s), or noise is to be drawn going up.
     """
     pairs = as_pairs(pairs)
     analytic = analytic or eps_mean_square is not None
     check_eta(eta)
+    goes_up = any(s > t for t, s in pairs)
+    refuse_noise_upwards(eta, goes_up=goes_up)
+    if analytic and goes_up:
+        raise DDIMError("the analytic variance is of steps to less noise; these pairs go up.")
     check_order(order, eta=eta, analytic=analytic)
     alpha_bar_t, alpha_bar_s = (
         schedule.alpha_bar(torch.tensor([pair[i] for pair in pairs], dtype=torch.int64))

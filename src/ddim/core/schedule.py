@@ -9,11 +9,13 @@ Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data
 Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
 sample."""
 
+import contextlib
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ __all__ = [
     "as_factor",
     "rescale_zero_terminal_snr",
     "velocity",
+    "whole",
 ]
 
 CLEAN = -1
@@ -164,10 +167,12 @@ class NoiseSchedule:
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         """Looks up alpha_bar at integers t in [-1, T), where -1 is clean data; shape of t, float64
         on the CPU."""
-        dtype = t.dtype if isinstance(t, Tensor) else torch.int64
-        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-            raise DDIMError(f"timesteps must be integers; got a tensor of {dtype}.")
-        levels = torch.as_tensor(t, dtype=torch.int64, device="cpu")
+        if not hasattr(t, "__len__"):  # neither a tensor, nor an array or a list of levels
+            t = whole(t)
+        levels = torch.as_tensor(t, device="cpu")
+        if levels.dtype.is_floating_point or levels.dtype.is_complex or levels.dtype == torch.bool:
+            raise DDIMError(f"timesteps must be integers; got a tensor of {levels.dtype}.")
+        levels = levels.long()
         if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
             allowed = f"[-1, {len(self)}), where -1 is clean data"
             raise DDIMError(f"timesteps must lie in {allowed}; got {levels.tolist()}.")
@@ -183,6 +188,17 @@ class NoiseSchedule:
         r"""Natural logarithm of the signal-to-noise ratio; -inf at zero terminal SNR."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+
+def whole(t: Any) -> int:
+    """A level as an int, of a number or an array of one; a DDIMError refuses fractions, bool and
+    what is no number."""
+    if getattr(t, "size", None) == 1:  # NumPy
+        t = t.item()
+    if not isinstance(t, bool):
+        with contextlib.suppress(TypeError):
+            return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
+    raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.")
 
 
 def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:

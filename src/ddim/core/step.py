@@ -37,6 +37,7 @@ __all__ = [
     "fold",
     "linear_step",
     "multistep_weight",
+    "refuse_noise_upwards",
     "step_coefficients",
 ]
 
@@ -112,6 +113,12 @@ def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
         advice = "use order 1, or leave out eps_mean_square"
         raise DDIMError(f"{flow}, and the analytic variance draws noise; {advice}.")
     return order
+
+
+def refuse_noise_upwards(eta: Eta, *, goes_up: bool) -> None:
+    """Refuses eta above 0 in a step to a noisier level, which has no variance, by a DDIMError."""
+    if goes_up and eta != 0:
+        raise DDIMError(f"a step to a noisier level draws no noise; got eta={eta}, so use eta=0.")
 
 
 def step_coefficients(
@@ -215,8 +222,9 @@ def ddim_step(
         noise: Standard normal z, shape [B, ...]. Needed if eta is not 0 or the variance analytic.
 
     Raises:
-        DDIMError: If eta is invalid, or noise is missing.
+        DDIMError: If eta is invalid or not 0 in a step up, or noise is missing.
     """
+    refuse_noise_upwards(eta, goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
     if eta == 0 and eps_mean_square is None:
         return weights.apply(x0, eps)
@@ -231,6 +239,7 @@ def linear_step(
 ) -> LinearStep:
     """Folds conversion and step (:func:`step_coefficients`) into one linear map of (x_t, model
     output, z), valid where nothing is clipped; not finite where the conversion has no solution."""
+    refuse_noise_upwards(eta, goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
     return fold(weights, solve(prediction_type, alpha_bar_t))
 

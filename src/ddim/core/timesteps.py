@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from ddim.core.schedule import CLEAN
+from ddim.core.schedule import CLEAN, whole
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -157,13 +157,14 @@ def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[P
 def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     """Returns a list of steps (t, s); a DDIMError refuses anything else, such as levels."""
     try:
-        return [(t, s) for t, s in pairs]
+        given = [(t, s) for t, s in pairs]
     except (TypeError, ValueError):
         text = repr(pairs)
         raise DDIMError(
             "pairs must be steps (t, s) from a level to the next, which step_pairs([999, 500, 0]) "
             f"makes of timesteps; got {text if len(text) <= 60 else text[:57] + '...'}."
         ) from None
+    return [(whole(t), whole(s)) for t, s in given]
 
 
 def reverse_pairs(pairs: Sequence[Pair]) -> list[Pair]:
@@ -183,8 +184,10 @@ def truncate_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
         raise DDIMError(f"strength must lie in (0, 1]; got {strength}.")
     kept = int(len(timesteps) * strength)
     if kept == 0:
+        count = len(timesteps)
+        scale = 10 ** (3 + len(str(count)))  # rounded up: a strength that is advised is taken
         raise DDIMError(
-            f"strength {strength} of {len(timesteps)} steps keeps none; use a strength of at least "
-            f"{1 / len(timesteps):.4g}, or more steps."
+            f"strength {strength} of {count} steps keeps none; use a strength of at least "
+            f"{-(-scale // max(count, 1)) / scale:.9g}, or more steps."
         )
     return [int(t) for t in timesteps[len(timesteps) - kept :]]

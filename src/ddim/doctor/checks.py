@@ -63,7 +63,7 @@ solver_p solver_type tau_func time_shift_type timestep_scaling timestep_type use
 use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas
 variance_type
 predict_epsilon tensor_format timestep_values
-fitted_timesteps
+fitted_timesteps multistep_order
 """
 OTHER_KEYS = frozenset(_OTHER_KEYS.split())
 """Known keys that not every scheduler of the family has: of diffusers' other schedulers, of

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import DEFAULTS, check_options, fitted_lists, foreign_family, noise_schedule
+from ddim.configuration import (
+    DEFAULTS,
+    check_options,
+    fitted_lists,
+    foreign_family,
+    noise_schedule,
+    own_options,
+)
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_eta
 from ddim.core.timesteps import select_timesteps, step_pairs
@@ -161,7 +168,7 @@ def _diagnose_once(
     **used: Any,
 ) -> Diagnosis:
     """One diagnosis, without a correction; ``used`` are further fields of :class:`Case`."""
-    given = dict(config)
+    given = dict(own_options(config))
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:
         what = f"this is the configuration of a {kind}, and not of a scheduler"
@@ -291,12 +298,11 @@ def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _read_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """The keys of other schedulers that are read: CogVideoX reads its shift, our scheduler fitted
-    lists and the order, unless that is another solver's."""
+    """The keys beyond diffusers' DDIM that are read: CogVideoX reads its shift, our scheduler fitted
+    lists and the order."""
     if _is_cogvideo(config["_class_name"]):
         return frozenset({"snr_shift_scale"})
-    another = "solver_type" in config and config["_class_name"] != "DDIMScheduler"
-    return frozenset({"fitted_timesteps"} if another else {"fitted_timesteps", "solver_order"})
+    return frozenset({"fitted_timesteps", "multistep_order"})
 
 
 def _is_cogvideo(kind: object) -> bool:

@@ -111,7 +111,8 @@ def convert(
         prediction_type: What the network predicts.
         num_train_timesteps: T. improved-diffusion gives its networks t * 1000 / T; above 1000
             levels every (T / 1000)th is kept, at which that is a whole number.
-        beta_schedule: The schedule of training, with beta_start and beta_end.
+        beta_schedule: The schedule of training, with beta_start and beta_end. improved-diffusion
+            scales both ends of ``linear`` by 1000 / T, and so they are here for its layout.
         beta_start: First beta.
         beta_end: Last beta.
 
@@ -129,6 +130,10 @@ def convert(
     for key, weight in state.items():
         for target, tensor in rename(key, weight, rules).items():
             renamed[target], names[target] = tensor, key
+    if layout == "improved-diffusion" and beta_schedule == "linear":
+        # Its get_named_beta_schedule keeps the sum of the betas for every T.
+        scale = _MOST_LEVELS / num_train_timesteps
+        beta_start, beta_end = scale * beta_start, scale * beta_end
     named: dict[str, Any] = {
         **{"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end},
         "num_train_timesteps": num_train_timesteps,

@@ -24,7 +24,7 @@ def to_diffusers(obj: _Converted) -> _Converted:
     """Returns the same scheduler, or the same pipeline, with diffusers' own class: its files load
     without this package.
 
-    Sigmoid and laplace betas are exported as ``trained_betas``. ``solver_order`` and
+    Sigmoid and laplace betas are exported as ``trained_betas``. ``multistep_order`` and
     ``fitted_timesteps`` stay in the configuration, and diffusers, whose DDIM is of order 1, passes
     over them. Timesteps are not part of a configuration: set them again. Where diffusers would then
     step to other levels (``linspace``, and ``trailing`` where N does not divide T), a warning says
@@ -66,7 +66,7 @@ def _export(scheduler: DDIMScheduler | DDIMInverseScheduler) -> Any:
         warnings.warn(f"The replaced alphas_cumprod {lost}.", stacklevel=3)
     if config["trained_betas"] is None and (betas := spelled_betas(config)) is not None:
         config |= {"trained_betas": betas, "beta_schedule": "linear"}
-    for name, default in (("solver_order", 1), ("fitted_timesteps", None)):
+    for name, default in (("multistep_order", 1), ("fitted_timesteps", None)):
         if name in config and config[name] == default:
             del config[name]  # it says nothing, and diffusers would warn of an unknown key
     config["_use_default_values"] = []

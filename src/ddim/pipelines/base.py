@@ -158,8 +158,9 @@ class Sampling:
 
     def select_order(self, order: int | None = None) -> int:
         """The order of the solver that a call uses. Default: as the configuration says."""
-        if order is None:  # another class's solver_order is not DDIM's
-            order = self._options.solver_order if isinstance(self.scheduler, DDIMScheduler) else 1
+        if order is None:  # other schedulers have no such option
+            ours = isinstance(self.scheduler, DDIMScheduler)
+            order = self._options.multistep_order if ours else 1
         return check_order(order)
 
     def select_clip(self, clip: ClipOption = None) -> Clip:
@@ -213,7 +214,7 @@ class Sampling:
         if isinstance(generator, torch.Generator):
             generator = [generator] * count
         if generator is None:
-            drawn = torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
+            drawn = torch.randint(2**32, (count,)).tolist() if seeds is None else seeds
             sources: Sequence[Any] = check_seeds(drawn)
         else:
             sources = list(generator)

@@ -154,8 +154,8 @@ class TrainConfig:
     snr_gamma: float = 5.0
     """SNR at which min-snr saturates."""
     weight_floor: float = 0.01
-    """Smallest weight under min-snr, so that the terminal level of a zero-SNR schedule is still
-    trained."""
+    """Smallest weight under min-snr at a level without signal, so that the terminal level of a
+    zero-SNR schedule is still trained; elsewhere the weights are the paper's."""
 
     images: int = 300_000
     """Length of the run, as the number of images seen, repetitions included."""
@@ -242,8 +242,8 @@ class TrainConfig:
                 raise DDIMError(f"{field.name} must be finite; got {value}.")
         if (levels := self.num_train_timesteps or 0) > 1_000_000:  # as `ddim sample` takes it
             raise DDIMError(f"num_train_timesteps must be at most 1000000; got {levels}.")
-        if self.seed >= 2**63:
-            raise DDIMError(f"seed must lie in 0..2**63 - 1; got {self.seed}.")
+        if self.seed >= 2**32:
+            raise DDIMError(f"seed must lie in 0..2**32 - 1; got {self.seed}.")
         start = 1e-4 if self.beta_start is None else self.beta_start
         end = 0.02 if self.beta_end is None else self.beta_end
         if not 0 < start <= end < 1:
