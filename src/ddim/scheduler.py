@@ -78,6 +78,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
 
+    _exported = diffusers.DDIMScheduler
     _step_options = operator.attrgetter(
         *("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"),
         *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "solver_order"),
@@ -264,6 +265,7 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
     """
 
     _inverse = True
+    _exported = diffusers.DDIMInverseScheduler
     initial_alpha_cumprod = GridScheduler._clean_alpha_cumprod
 
     @register_to_config  # type: ignore[untyped-decorator]
