@@ -76,7 +76,7 @@ FILES = {
         {"networks", "network_calls", "routing", "pictures"},
         {"base", "inputs"},
         {"coding", "prompts"},
-        {"unconditional", "latent", "calls"},
+        {"unconditional", "latent", "calls", "adopted"},
         {"text_codes"},
         {"text_to_image"},
         {"diffusion_pipeline"},

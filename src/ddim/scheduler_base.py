@@ -171,9 +171,9 @@ class GridScheduler:
         which diffusers reads."""
         saved: Any = self
         if self.config.trained_betas is None and (betas := spelled_betas(vars(self.config))):
-            spelled = {"trained_betas": betas, "beta_schedule": "linear"}
+            spelled: dict[str, Any] = {"trained_betas": betas, "beta_schedule": "linear"}
             saved = type(self).from_config(self.config, **spelled)
-        super(GridScheduler, saved).save_config(save_directory, push_to_hub, **options)
+        diffusers.ConfigMixin.save_config(saved, save_directory, push_to_hub, **options)
 
     # --- timesteps
 

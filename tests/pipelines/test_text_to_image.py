@@ -979,7 +979,7 @@ def test_other_kinds_keep_diffusers_pipeline_with_our_scheduler(theirs, tmp_path
         **parts, requires_safety_checker=False
     ).save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
-    assert type(pipe) is diffusers.StableDiffusionInpaintPipeline
+    assert isinstance(pipe, diffusers.StableDiffusionInpaintPipeline)
     assert type(pipe.scheduler) is DDIMScheduler
     with pytest.raises(
         CheckpointError,

@@ -414,7 +414,7 @@ def dit(tmp_path_factory):
 
 def test_other_checkpoints_open_as_diffusers_pipeline_with_our_scheduler(dit):
     pipe = DiffusionPipeline.from_pretrained(dit)
-    assert type(pipe) is diffusers.DiTPipeline
+    assert isinstance(pipe, diffusers.DiTPipeline)
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
