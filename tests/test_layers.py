@@ -73,7 +73,7 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "network_calls", "routing", "pictures"},
+        {"networks", "network_calls", "routing", "pictures", "foreign"},
         {"base", "inputs"},
         {"coding", "prompts"},
         {"unconditional", "latent", "calls", "adopted"},

@@ -122,7 +122,7 @@ def test_spacing_and_order_act_for_their_call_alone(pipe):
     assert dict(pipe.scheduler.config) == before
     draw(pipe, seeds=[1])
     assert pipe.scheduler.timesteps.tolist() == [900, 500, 100]
-    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     draw(pipe, seeds=[1], timestep_spacing="trailing")
     assert pipe.scheduler.timesteps[0] == 999
     with pytest.raises(DDIMError, match="order is ddim.DDIMScheduler's, and the scheduler is a"):

@@ -95,7 +95,7 @@ class Sampling:
         self.unet.compile(**options)
         return self
 
-    def _warm_up(self, denoise: Denoiser, x: Tensor) -> None:
+    def _warm_up(self, denoise: Callable[[Tensor, int], Any], x: Tensor) -> None:
         """Has the network do at x what it does only in its first calls, and waits for it."""
         for _ in range(3 if x.is_cuda and is_compiled(self.unet) else 1):  # compile; record; replay
             denoise(x, 0)
@@ -108,15 +108,13 @@ class Sampling:
 
     @property
     def _options(self) -> Any:
-        """The scheduler's configuration as it is now; a DDIMError refuses one without DDIM's
-        options, which those of clipping tell."""
-        config = self.scheduler.config
-        is_ddim = isinstance(self.scheduler, diffusers.DDIMScheduler)
-        if is_ddim or (hasattr(config, "thresholding") and hasattr(config, "clip_sample")):
-            return config
+        """The scheduler's configuration as it is now; a DDIMError refuses another than DDIM's,
+        whose options may have the same names and mean something else."""
+        if isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return self.scheduler.config
         name = type(self.scheduler).__name__
         raise DDIMError(
-            f"this pipeline samples with DDIM, and its scheduler was replaced by a {name}; set "
+            f"this is DDIM's alone, and the pipeline's scheduler was replaced by a {name}; set "
             "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config), or use "
             "diffusers' own pipeline with that scheduler."
         )

@@ -15,6 +15,7 @@ from ddim.core.noise import make_generators
 from ddim.core.timesteps import truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.pipelines.base import Source
+from ddim.pipelines.foreign import check_scheduler
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import (
     Guidance,
@@ -91,12 +92,7 @@ def _draw_elsewhere(
 def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
     """The argument or the part, if any, that our loop does not know: diffusers' own does."""
     pipe._require("unet", "scheduler")
-    if not hasattr(pipe.scheduler, "init_noise_sigma"):
-        raise DDIMError(
-            f"a {type(pipe.scheduler).__name__} walks no noise schedule of DDIM's family, so this "
-            "pipeline cannot use it; set pipe.scheduler to a ddim.DDIMScheduler, or to another "
-            "scheduler of diffusers for such models."
-        )
+    check_scheduler(pipe.scheduler)
     if others:
         known = {*inspect.signature(pipe._exported.__call__).parameters, "callback_steps"}
         if (unknown := min(set(others) - known, default=None)) is None:

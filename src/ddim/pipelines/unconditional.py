@@ -11,6 +11,7 @@ from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ddim.core.denoiser import ModelDenoiser
+from ddim.core.noise import SeededNoise
 from ddim.core.prior import DataPrior
 from ddim.core.route import Route
 from ddim.core.step import Eta
@@ -29,6 +30,7 @@ from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
 from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators, Source
 from ddim.pipelines.coding import Coding
+from ddim.pipelines.foreign import foreign_states, set_levels, step_options, take_levels
 from ddim.pipelines.inputs import (
     Labels,
     as_labels,
@@ -39,7 +41,7 @@ from ddim.pipelines.inputs import (
     takes_labels,
 )
 from ddim.pipelines.networks import prepare_layers
-from ddim.pipelines.routing import ClipOption, Sampler
+from ddim.pipelines.routing import ClipOption, Sampler, reconfigured
 from ddim.scheduler import as_ddim
 
 __all__ = ["UnconditionalPipeline"]
@@ -140,8 +142,9 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """Evaluates the network and drops the result, so that allocations and a compilation happen
         here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        label = 0 if takes_labels(self.unet) else None
-        self._warm_up(self.denoiser(batch_size, class_labels=label, clip="none"), x)
+        labels = self._labels(0 if takes_labels(self.unet) else None, batch_size)
+        network, level = as_network(self.unet, labels), torch.zeros(len(x), dtype=torch.int64)
+        self._warm_up(lambda x, _: network(x.to(self.unet.dtype), level.to(x.device)), x)
 
     @torch.no_grad()
     def __call__(
@@ -197,8 +200,13 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
 
         Raises:
             DDIMError: If options do not fit each other or the network, or its output is not finite.
+
+        Where another scheduler than DDIM's was put into the pipeline, its own loop makes the
+        images, without what is DDIM's alone: order, sampler, clip, prior and eps_mean_square.
         """
         options = {name: value for name, value in locals().items() if name != "self"}
+        if not isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return self._draw_elsewhere(options)
         route = self._take_route(options)
         return self.draw(route, **options)
 
@@ -219,17 +227,10 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         return_dict: bool = True,
     ) -> Any:
         """Makes images along a route of :meth:`route`; other arguments are those of a call."""
-        self._check_output_type(output_type)
         given = {"seeds": seeds, "generator": generator, "latents": latents}
-        count = count_images(batch_size, **given, class_labels=class_labels)
+        self._check_output_type(output_type)
+        count, x, noise = self._prepare(batch_size, class_labels, **given)
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
-        if latents is not None:
-            channels, sizes = int(self.unet.config.in_channels), list(latents.shape)
-            if len(sizes) != 4 or sizes[1] != channels:
-                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
-            check_sides(self.unet, sizes[2], sizes[3], "the latents' size")
-        shape = self.image_shape if latents is None else latents.shape[1:]
-        x, noise = self._start(count, shape, self._place(), Source(seeds, generator), latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError(
@@ -238,6 +239,41 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             x = prior.start(x, route.schedule.alpha_bar(route.timesteps[0]))
         states = self._states(denoise, x, route, noise)
         x = self._walk(states, x, len(route), callback, progress)
+        return self._output(x, output_type, return_dict)
+
+    def _prepare(
+        self, batch_size: int | None, class_labels: Labels, **given: Any
+    ) -> tuple[int, Tensor, SeededNoise]:
+        """How many images a call makes, their x_T, and the stream of later noise."""
+        latents = given["latents"]
+        count = count_images(batch_size, **given, class_labels=class_labels)
+        as_network(self.unet, self._labels(class_labels, count))
+        if latents is not None:
+            channels, sizes = int(self.unet.config.in_channels), list(latents.shape)
+            if len(sizes) != 4 or sizes[1] != channels:
+                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
+            check_sides(self.unet, sizes[2], sizes[3], "the latents' size")
+        shape = self.image_shape if latents is None else latents.shape[1:]
+        source = Source(given["seeds"], given["generator"])
+        return count, *self._start(count, shape, self._place(), source, latents)
+
+    def _draw_elsewhere(self, options: dict[str, Any]) -> Any:
+        """Makes images by the loop of a scheduler that is not DDIM's."""
+        self._check_output_type(options["output_type"])
+        steps, timesteps, spacing = take_levels(self.scheduler, options)
+        names = ("batch_size", "class_labels", "seeds", "generator", "latents")
+        count, x, noise = self._prepare(**{name: options[name] for name in names})
+        labels, place = self._labels(options["class_labels"], count), self._place()
+        given = step_options(self.scheduler, options["eta"], noise.generators)
+        with reconfigured([self.scheduler], spacing, None):
+            set_levels(self.scheduler, steps, timesteps, place.device)
+        network = as_network(self.unet, labels)
+        states = foreign_states(self.scheduler, network, x, place.dtype, given)
+        total = len(self.scheduler.timesteps)
+        x = self._walk(states, x, total, options["callback"], options["progress"])
+        return self._output(x, options["output_type"], options["return_dict"])
+
+    def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
