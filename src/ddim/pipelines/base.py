@@ -33,6 +33,7 @@ from ddim.scheduler import DDIMScheduler
 
 __all__ = [
     "HUB_OPTIONS",
+    "LOADING_OPTIONS",
     "Callback",
     "Generators",
     "Place",
@@ -44,6 +45,10 @@ __all__ = [
 _HUB = "cache_dir force_download local_files_only proxies revision token use_safetensors variant"
 HUB_OPTIONS = tuple(_HUB.split())
 """Options of ``from_pretrained`` that say what is downloaded."""
+
+_LOADING = "device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage"
+LOADING_OPTIONS = (*_LOADING.split(), "quantization_config", "disable_mmap", "use_flashpack")
+"""Options of ``from_pretrained`` that say how weights are loaded."""
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[State], bool | None]
@@ -66,7 +71,9 @@ class Place(NamedTuple):
 def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     """The folder of a model, downloaded as the options of ``from_pretrained`` say; a
     CheckpointError if there is none."""
-    return find_model(name, **{k: options[k] for k in HUB_OPTIONS if k in options})
+    return find_model(
+        name, **{k: v for k, v in options.items() if k in HUB_OPTIONS and v is not None}
+    )
 
 
 class Sampling:

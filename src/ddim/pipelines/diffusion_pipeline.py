@@ -67,7 +67,7 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         if cls is not DiffusionPipeline:  # a user's own pipeline
             pipe = load_pipeline(super().from_pretrained, folder, **options)
             replace_schedulers(pipe, options)
-        elif is_unconditional(index):
+        elif is_unconditional(index) and options.get("custom_pipeline") is None:
             pipe = UnconditionalPipeline.from_pretrained(folder, **options)
         elif kind in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
             pipe = text_pipeline(kind).from_pretrained(folder, **options)
@@ -132,18 +132,31 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         if not {"dtype", "torch_dtype"} & options.keys():  # diffusers' default is float32
             parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
             options["dtype"] = max((part.dtype for part in parts), key=attrgetter("itemsize"))
-        pipe = _kind_of({**pipeline.config, "_class_name": name}).from_pipe(pipeline, **options)
+        kind = _kind_of({**pipeline.config, "_class_name": name})
+        if kind is UnconditionalPipeline:  # whose network may be of any class
+            options = {"unet": pipeline.unet, **options}
+        pipe = kind.from_pipe(pipeline, **options)
         if not isinstance(pipe, Sampling):
             replace_schedulers(pipe, options)
         return pipe  # type: ignore[no-any-return]
 
     @classmethod
-    def from_config(cls, config: Any = None, *args: Any, **options: Any) -> Any:
-        """A pipeline of the kind that a pipeline's configuration says, made of given parts:
-        ``from_config(pipe.config, **pipe.components)``."""
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
+        """A pipeline of the kind that the configuration of a saved one says (``load_config``), made
+        of parts that are given by name; a DDIMError if one is missing."""
         if cls is not DiffusionPipeline or not isinstance(config, Mapping):
-            return super().from_config(config, *args, **options)
-        return _kind_of(config).from_config(config, *args, **options)
+            return super().from_config(config, return_unused_kwargs, **options)
+        parts = {k for k, v in config.items() if isinstance(v, (list, tuple)) and v[:1] != [None]}
+        missing = sorted(name for name in parts - set(options) if name[0] != "_")
+        if config.get("_class_name") is None or missing:
+            lacking = f"the parts {', '.join(missing)}" if missing else "the class of the pipeline"
+            raise DDIMError(
+                f"from_config does not know {lacking}; give the configuration of load_config and "
+                "all parts by name, or use from_pipe or from_pretrained."
+            )
+        return _kind_of(config).from_config(config, return_unused_kwargs, **options)
 
 
 # Every pipeline of ours, and of diffusers with our call, is an instance.

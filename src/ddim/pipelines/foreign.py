@@ -36,6 +36,7 @@ def take_levels(
     check_scheduler(scheduler)
     names = ("order", "clip", "prior", "eps_mean_square")
     refused = [name for name in names if options[name] is not None]
+    refused += ["use_clipped_model_output"] if options["use_clipped_model_output"] else []
     refused += ["sampler"] if options["sampler"] != "ddim" else []
     if refused:
         raise DDIMError(

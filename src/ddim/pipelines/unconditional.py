@@ -20,22 +20,29 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.codes import Code, EncodingMethod, check_code
 from ddim.inversion.encoding import Encoder
 from ddim.models.checkpoints import (
-    find_model,
     is_unconditional,
     load_network,
+    load_pipeline,
     read_model_index,
     read_scheduler_config,
 )
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
-from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators, Source
+from ddim.pipelines.base import (
+    HUB_OPTIONS,
+    LOADING_OPTIONS,
+    Callback,
+    Generators,
+    Source,
+    find_pretrained,
+)
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.foreign import foreign_states, set_levels, step_options, take_levels
 from ddim.pipelines.inputs import (
     Labels,
     as_labels,
     as_network,
-    check_sides,
+    check_latents,
     count_images,
     read_image_shape,
     takes_labels,
@@ -45,6 +52,8 @@ from ddim.pipelines.routing import ClipOption, Sampler, reconfigured
 from ddim.scheduler import as_ddim
 
 __all__ = ["UnconditionalPipeline"]
+
+Dtypes = torch.dtype | dict[str, torch.dtype] | None
 
 
 class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignore[misc]
@@ -76,33 +85,34 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtypes = None,
+        torch_dtype: Dtypes = None,
         unet: torch.nn.Module | None = None,
         scheduler: Any = None,
         variant: str | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> "UnconditionalPipeline":
         """Opens an unconditional model.
 
         Args:
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, a
                 network's own folder, or a hub id.
-            dtype: The network's. Default: float32.
+            dtype: The network's, or a dictionary with it as ``unet`` or ``default``. Default:
+                float32.
             torch_dtype: The same, under its older name.
             unet: A network to take in place of the checkpoint's.
             scheduler: A scheduler to take in place of the checkpoint's.
             variant: The weight files', such as ``fp16``.
-            **hub: cache_dir, force_download, local_files_only, proxies, revision, token,
-                use_safetensors.
+            **options: What is downloaded (:data:`ddim.pipelines.base.HUB_OPTIONS`), and how it is
+                loaded (:data:`ddim.pipelines.base.LOADING_OPTIONS`), such as ``device_map``.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, or is of another kind.
         """
-        if unknown := sorted(set(hub) - set(HUB_OPTIONS)):
+        if unknown := sorted(set(options) - {*HUB_OPTIONS, *LOADING_OPTIONS}):
             method = "UnconditionalPipeline.from_pretrained()"
             raise TypeError(f"{method} got an unexpected keyword argument {unknown[0]!r}")
-        folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
+        folder = find_pretrained(pretrained_model_name_or_path, {**options, "variant": variant})
         index = read_model_index(folder)
         if not is_unconditional(index):
             raise CheckpointError(
@@ -110,12 +120,20 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
                 "scheduler; open it with ddim.DiffusionPipeline.from_pretrained."
             )
         config = read_scheduler_config(folder) if scheduler is None else scheduler
+        dtype = dtype or torch_dtype
+        if isinstance(dtype, dict):
+            dtype = dtype.get("unet", dtype.get("default"))
+        if loading := {name: options[name] for name in LOADING_OPTIONS if name in options}:
+            parts = {"scheduler": as_ddim(config), **({} if unet is None else {"unet": unet})}
+            loading |= {"dtype": dtype, "variant": variant, **parts}
+            pipe = load_pipeline(super().from_pretrained, folder, **loading)
+        else:
+            network = unet or load_network(folder, dtype=dtype, variant=variant)
+            pipe = cls(network, config)
         if unet is None:
-            unet = load_network(folder, dtype=dtype or torch_dtype, variant=variant)
-            prepare_layers(unet)
-        pipe = cls(unet, config)
+            prepare_layers(pipe.unet)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
+        return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'
@@ -166,6 +184,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         sampler: Sampler = "ddim",
         callback: Callback | None = None,
         progress: bool = True,
+        use_clipped_model_output: bool | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
     ) -> Any:
@@ -195,6 +214,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             sampler: ``ddim``; or ``o-belm``, ``bdia`` or ``edict``, which are exactly invertible.
             callback: Called with the state after each step; True stops, with its ``x0``.
             progress: Whether to show a progress bar.
+            use_clipped_model_output: As in diffusers; True is what happens here in any case.
             output_type: ``pil``, or float32 in [0, 1]: ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
             return_dict: Whether to return an object with ``images``, or a tuple of them.
 
@@ -207,6 +227,14 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         options = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return self._draw_elsewhere(options)
+        if (
+            options.pop("use_clipped_model_output") is False
+            and self.select_clip(clip).kind != "none"
+        ):
+            raise DDIMError(
+                "this pipeline derives eps again from the clipped x0, and use_clipped_model_output "
+                "is False; leave it out, or turn clipping off with clip='none'."
+            )
         route = self._take_route(options)
         return self.draw(route, **options)
 
@@ -249,10 +277,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         count = count_images(batch_size, **given, class_labels=class_labels)
         as_network(self.unet, self._labels(class_labels, count))
         if latents is not None:
-            channels, sizes = int(self.unet.config.in_channels), list(latents.shape)
-            if len(sizes) != 4 or sizes[1] != channels:
-                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
-            check_sides(self.unet, sizes[2], sizes[3], "the latents' size")
+            check_latents(self.unet, latents)
         shape = self.image_shape if latents is None else latents.shape[1:]
         source = Source(given["seeds"], given["generator"])
         return count, *self._start(count, shape, self._place(), source, latents)
