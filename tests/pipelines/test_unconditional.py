@@ -99,6 +99,27 @@ def test_without_seeds_the_global_generator_says(pipe):
     assert not torch.equal(first[0], first[1])
 
 
+def test_a_call_says_its_seeds_so_that_each_image_can_be_drawn_again(pipe):
+    options = {"num_inference_steps": 4, "eta": 1.0, **QUIET}
+    first = pipe(3, **options)
+    assert len(set(first.seeds)) == 3
+    assert all(0 <= seed < 2**32 for seed in first.seeds)
+    again = pipe(seeds=first.seeds[1:], **options)
+    torch.testing.assert_close(again.images, first.images[1:])
+    assert again.seeds == first.seeds[1:]
+    assert set(first.keys()) == {"images"}
+    assert len(pipe(return_dict=False, **options)) == 1
+    assert pipe(generator=torch.Generator(), **options).seeds is None
+    x_T = seeded_randn((1, 8, 8), [5])
+    given = pipe(latents=x_T, **options)
+    torch.testing.assert_close(pipe(latents=x_T, seeds=given.seeds, **options).images, given.images)
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    del options["eta"]
+    first = made(2, **options)
+    torch.testing.assert_close(made(seeds=first.seeds, **options).images, first.images)
+
+
 def test_latents_may_have_another_size(pipe):
     assert draw(pipe, latents=torch.zeros(1, 1, 16, 12)).shape == (1, 1, 16, 12)
 

@@ -39,7 +39,9 @@ __all__ = [
     "Place",
     "Sampling",
     "Source",
+    "draw_seeds",
     "find_pretrained",
+    "with_seeds",
 ]
 
 _HUB = "cache_dir force_download local_files_only proxies revision token use_safetensors variant"
@@ -74,6 +76,20 @@ def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     return find_model(
         name, **{k: v for k, v in options.items() if k in HUB_OPTIONS and v is not None}
     )
+
+
+def draw_seeds(count: int) -> list[int]:
+    """Seeds from torch's global generator, of the 32 bits that its other generators keep."""
+    drawn: list[int] = torch.randint(2**32, (count,)).tolist()
+    return drawn
+
+
+def with_seeds(output: Any, seeds: Sequence[int] | None) -> Any:
+    """The output of a call, whose attribute ``seeds`` says the images' own, drawn or given; None
+    where generators were given. A tuple stays as it is."""
+    if not isinstance(output, tuple):
+        output.seeds = None if seeds is None else list(seeds)
+    return output
 
 
 class Sampling:
@@ -218,8 +234,7 @@ class Sampling:
         if isinstance(generator, torch.Generator):
             generator = [generator] * count
         if generator is None:
-            drawn = torch.randint(2**63 - 1, (count,)).tolist() if seeds is None else seeds
-            sources: Sequence[Any] = check_seeds(drawn)
+            sources: Sequence[Any] = check_seeds(draw_seeds(count) if seeds is None else seeds)
         else:
             sources = list(generator)
         dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
@@ -232,6 +247,6 @@ class Sampling:
         noise = self._noise(count, shape, place, source)
         if latents is None:
             return noise(), noise
-        if source.seeds is not None:  # the x_T of a seed, with that seed, gives its image
+        if source.generator is None:  # the x_T of a seed, with that seed, gives its image
             noise()
         return latents.to(noise.device, noise.dtype), noise

@@ -35,6 +35,7 @@ from ddim.pipelines.base import (
     Generators,
     Source,
     find_pretrained,
+    with_seeds,
 )
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.foreign import foreign_states, set_levels, step_options, take_levels
@@ -216,7 +217,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             progress: Whether to show a progress bar.
             use_clipped_model_output: As in diffusers; True is what happens here in any case.
             output_type: ``pil``, or float32 in [0, 1]: ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
-            return_dict: Whether to return an object with ``images``, or a tuple of them.
+            return_dict: Whether to return an object with ``images``, and with their ``seeds``,
+                drawn or given, unless generators were; or a tuple of images.
 
         Raises:
             DDIMError: If options do not fit each other or the network, or its output is not finite.
@@ -267,7 +269,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             x = prior.start(x, route.schedule.alpha_bar(route.timesteps[0]))
         states = self._states(denoise, x, route, noise)
         x = self._walk(states, x, len(route), callback, progress)
-        return self._output(x, output_type, return_dict)
+        return self._output(x, noise, output_type, return_dict)
 
     def _prepare(
         self, batch_size: int | None, class_labels: Labels, **given: Any
@@ -296,12 +298,14 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         states = foreign_states(self.scheduler, network, x, place.dtype, given)
         total = len(self.scheduler.timesteps)
         x = self._walk(states, x, total, options["callback"], options["progress"])
-        return self._output(x, options["output_type"], options["return_dict"])
+        return self._output(x, noise, options["output_type"], options["return_dict"])
 
-    def _output(self, x: Tensor, output_type: str, return_dict: bool) -> Any:
+    def _output(self, x: Tensor, noise: SeededNoise, output_type: str, return_dict: bool) -> Any:
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return with_seeds(ImagePipelineOutput(images=images), noise.seeds)
 
     @torch.no_grad()
     def encode(
