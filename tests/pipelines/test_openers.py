@@ -107,12 +107,6 @@ def test_a_configuration_and_parts_make_the_pipeline_of_its_kind(tiny_text, tiny
             DiffusionPipeline.from_config(pipe.config, **pipe.components)
 
 
-def test_plain_diffusers_gets_its_own_class_back(tiny_text):
-    pipe = DiffusionPipeline.from_pretrained(tiny_text)
-    assert type(ddim.to_diffusers(pipe)) is diffusers.StableDiffusionPipeline
-    assert type(pipe) is TextToImagePipeline
-
-
 def test_a_single_file_is_opened_by_the_kind_of_its_configuration(tiny_text, tmp_path):
     """Parts are given: diffusers translates the names of networks of full size only."""
     pipe, path = DiffusionPipeline.from_pretrained(tiny_text), tmp_path / "model.safetensors"

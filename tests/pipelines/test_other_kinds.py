@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -153,6 +154,25 @@ def test_opened_pipelines_are_copied_pickled_and_known_by_name(pipe):
         np.testing.assert_allclose(draw(other, seeds=[1]), expected, rtol=0, atol=1e-5)
     theirs = inspect.signature(diffusers.LDMPipeline.__call__)
     assert inspect.signature(type(pipe).__call__) == theirs
+
+
+def test_a_scale_that_older_files_lack_is_the_one_of_their_time(latent_model, tmp_path):
+    """diffusers would divide the latents of such a file by 0.18215."""
+    old = tmp_path / "old"
+    shutil.copytree(latent_model, old)
+    path = old / "vqvae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["scaling_factor"]
+    path.write_text(json.dumps(config))
+    stated, opened = (DiffusionPipeline.from_pretrained(folder) for folder in (latent_model, old))
+    assert opened.vqvae.config.scaling_factor == stated.vqvae.config.scaling_factor == 1.0
+    np.testing.assert_allclose(draw(opened, seeds=[1]), draw(stated, seeds=[1]), atol=1e-5)
+    opened.save_pretrained(tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "vqvae" / "config.json").read_text())
+    assert written["scaling_factor"] == 1.0
+    given = diffusers.VQModel.from_pretrained(old / "vqvae")
+    kept = DiffusionPipeline.from_pretrained(old, vqvae=given).vqvae.config.scaling_factor
+    assert kept == 0.18215
 
 
 def pipelines():

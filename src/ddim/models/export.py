@@ -44,7 +44,6 @@ def to_diffusers(obj: _Converted) -> _Converted:
     if isinstance(obj, diffusers.DiffusionPipeline):
         parts = {name: part for name, part in obj.components.items() if isinstance(part, _OURS)}
         exported = copy.copy(obj)
-        exported.__class__ = getattr(obj, "_exported", type(obj))
         exported.register_modules(**{name: _export(part) for name, part in parts.items()})
         return exported
     if isinstance(obj, SchedulerMixin):

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
+
 from ddim.configuration import given_options
 from ddim.core.noise import check_seeds, make_generators
 from ddim.errors import DDIMError
 from ddim.pipelines.routing import RouteOptions, reconfigured
 from ddim.scheduler import DDIMInverseScheduler, as_ddim
 
-__all__ = ["Adopted", "adopt", "adopted", "replace_schedulers"]
+__all__ = ["Adopted", "adopt", "adopted", "read_as_written", "replace_schedulers"]
 
 _ACTING = ("seeds", "timestep_spacing", "order")
 _REFUSED = {*RouteOptions.__annotations__, "prior", "callback", "progress", "guidance_batched"}
@@ -49,6 +51,19 @@ def replace_schedulers(pipe: Any, given: Mapping[str, Any]) -> None:
         options = given_options(inverse.config, type(inverse))
         named = {**options, "_class_name": type(inverse).__name__}
         pipe.inverse_scheduler = DDIMInverseScheduler.from_config(named)
+
+
+def read_as_written(pipe: Any, given: Mapping[str, Any]) -> None:
+    """Gives options that a checkpoint's files lack the meaning that they had when such files were
+    written, where diffusers' default is another today.
+
+    LDMPipeline decoded latents as they are until the scale of its VQ model became an option, of
+    0.18215 by default. Elsewhere pipelines scaled by that number from the beginning."""
+    codebook = getattr(pipe, "vqvae", None)
+    if not isinstance(pipe, diffusers.LDMPipeline) or "vqvae" in given:
+        return
+    if "scaling_factor" in codebook.config.get("_use_default_values", ()):
+        codebook.register_to_config(scaling_factor=1.0)
 
 
 @functools.cache

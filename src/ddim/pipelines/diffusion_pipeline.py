@@ -17,7 +17,7 @@ from ddim.models.checkpoints import (
     load_pipeline,
     read_model_index,
 )
-from ddim.pipelines.adopted import Adopted, adopt, adopted, replace_schedulers
+from ddim.pipelines.adopted import Adopted, adopt, adopted, read_as_written, replace_schedulers
 from ddim.pipelines.base import Sampling, find_pretrained
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
@@ -74,6 +74,7 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             replace_schedulers(adopt(pipe), options)
+            read_as_written(pipe, options)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe  # type: ignore[no-any-return]
 
