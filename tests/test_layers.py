@@ -73,10 +73,10 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "network_calls", "routing", "pictures"},
+        {"networks", "network_calls", "routing", "pictures", "foreign"},
         {"base", "inputs"},
         {"coding", "prompts"},
-        {"unconditional", "latent", "calls"},
+        {"unconditional", "latent", "calls", "adopted"},
         {"text_codes"},
         {"text_to_image"},
         {"diffusion_pipeline"},

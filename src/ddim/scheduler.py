@@ -80,6 +80,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
 
+    _exported = diffusers.DDIMScheduler
     _step_options = operator.attrgetter(
         *("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range"),
         *("thresholding", "dynamic_thresholding_ratio", "sample_max_value", "multistep_order"),
@@ -160,8 +161,9 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, t is a fraction, an
                 int t lies outside [0, T), eta is negative or too large, or both noise and a
                 generator are given; at order 2, if eta is not 0, or t neither follows the last one
-                in the list nor starts a new image, or two threads walk at once. Tensors of timesteps on a device are not
-                checked, since that would wait for it: a fraction is cut off there.
+                in the list nor starts a new image, or two threads walk at once. Tensors of
+                timesteps on a device are not checked, since that would wait for it: a fraction is
+                cut off there.
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
         plan, table = self._find_plan(eta, use_clipped_model_output, sample)
@@ -267,7 +269,8 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
     step starts from clean data.
 
     Options are those of :class:`DDIMScheduler` without thresholding and the second order, which are
-    accepted and ignored, as unknown ones are, with a line in the log. ``clip_sample`` is True by default, as in
+    accepted and ignored, as unknown ones are, with a line in the log. ``clip_sample`` is True by
+    default, as in
     diffusers: turn it off to encode latents.
 
     References:
@@ -276,6 +279,7 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
     """
 
     _inverse = True
+    _exported = diffusers.DDIMInverseScheduler
     initial_alpha_cumprod = GridScheduler._clean_alpha_cumprod
 
     @register_to_config  # type: ignore[untyped-decorator]

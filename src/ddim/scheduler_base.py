@@ -26,6 +26,7 @@ from ddim.configuration import (
     given_options,
     own_options,
     select_clip,
+    spelled_betas,
     unknown_options,
 )
 from ddim.core.plan import Before, Plan, Table, advance, make_plan
@@ -55,6 +56,8 @@ class GridScheduler:
 
     order = 1
     _inverse = False
+    _exported: type
+    """The class of diffusers that is written into a saved folder."""
     # One call of these reads all options of its kind from a config, as attributes: that is where
     # pipelines write them.
     _level_options = operator.attrgetter(
@@ -83,6 +86,8 @@ class GridScheduler:
 
     def _set_up(self) -> None:
         """The end of both constructors; ``config`` is registered by then."""
+        # Saving a pipeline reads it of the object: the file then opens without this package.
+        self.__module__ = self._exported.__module__
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self._tables: Tables
@@ -181,6 +186,15 @@ class GridScheduler:
             for message in unknown_options(sorted(names), cls, family):
                 warnings.warn(message, stacklevel=2)
         return super().from_config(config, return_unused_kwargs, **options)  # type: ignore[misc]
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """As diffusers'; a schedule that only this package knows by name is written as its betas,
+        which diffusers reads."""
+        saved: Any = self
+        if self.config.trained_betas is None and (betas := spelled_betas(vars(self.config))):
+            spelled: dict[str, Any] = {"trained_betas": betas, "beta_schedule": "linear"}
+            saved = type(self).from_config(self.config, **spelled)
+        diffusers.ConfigMixin.save_config(saved, save_directory, push_to_hub, **options)
 
     # --- timesteps
 

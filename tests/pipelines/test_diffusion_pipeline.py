@@ -25,7 +25,7 @@ follow_imports = silent
 """
 
 
-def test_an_opened_pipeline_is_a_protocol_to_mypy_and_not_any(tmp_path):
+def test_an_opened_pipeline_is_known_to_mypy_and_not_any(tmp_path):
     (tmp_path / "snippet.py").write_text(SNIPPET)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     run = subprocess.run(
@@ -35,7 +35,7 @@ def test_an_opened_pipeline_is_a_protocol_to_mypy_and_not_any(tmp_path):
         text=True,
     )
     lines = [line.partition(": ")[2] for line in run.stdout.splitlines() if "snippet" in line]
-    kind = "ddim.pipelines.diffusion_pipeline.Pipeline"
+    kind = "ddim.pipelines.diffusion_pipeline.DiffusionPipeline"
     expected = [f'note: Revealed type is "{what}"' for what in (kind, kind, "None", "Any", "Any")]
     assert lines[:5] == expected, run.stdout + run.stderr
     assert "error: Missing positional argument" in lines[5]

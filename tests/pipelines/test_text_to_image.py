@@ -454,6 +454,18 @@ def cheap(x_t, t, condition, **options):
     return (torch.tanh(x_t + 40 * shift) - 0.3 * x_t,)
 
 
+def test_a_call_says_its_seeds_in_either_loop(pipe, edit, tiny_text):
+    theirs = TextToImagePipeline.from_pretrained(tiny_text)
+    theirs.scheduler = diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
+    for made, options in ((pipe, {}), (edit, {"image": picture()}), (theirs, {})):
+        given = {"num_inference_steps": 3, "progress": False, "output_type": "pt", **options}
+        first = made(["a", "red"], **given)
+        assert len(set(first.seeds)) == 2
+        again = made(["a", "red"], seeds=first.seeds, **given)
+        torch.testing.assert_close(again.images, first.images)
+        assert len(first.to_tuple()) <= 2
+
+
 def test_nothing_is_nan_for_any_count_eta_guidance_rescale_and_precision(tiny_text):
     pipe = TextToImagePipeline.from_pretrained(tiny_text)
     pipe.scheduler = DDIMScheduler.from_config(
@@ -980,7 +992,7 @@ def test_other_kinds_keep_diffusers_pipeline_with_our_scheduler(theirs, tmp_path
         **parts, requires_safety_checker=False
     ).save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
-    assert type(pipe) is diffusers.StableDiffusionInpaintPipeline
+    assert isinstance(pipe, diffusers.StableDiffusionInpaintPipeline)
     assert type(pipe.scheduler) is DDIMScheduler
     with pytest.raises(
         CheckpointError,

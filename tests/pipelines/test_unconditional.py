@@ -11,6 +11,7 @@ from ddim.core.noise import make_generators, seeded_randn
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import weight_hash
 from ddim.pipelines.diffusion_pipeline import DiffusionPipeline
+from ddim.pipelines.foreign import step_options
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.scheduler import DDIMScheduler
 
@@ -98,6 +99,27 @@ def test_without_seeds_the_global_generator_says(pipe):
     assert not torch.equal(first[0], first[1])
 
 
+def test_a_call_says_its_seeds_so_that_each_image_can_be_drawn_again(pipe):
+    options = {"num_inference_steps": 4, "eta": 1.0, **QUIET}
+    first = pipe(3, **options)
+    assert len(set(first.seeds)) == 3
+    assert all(0 <= seed < 2**32 for seed in first.seeds)
+    again = pipe(seeds=first.seeds[1:], **options)
+    torch.testing.assert_close(again.images, first.images[1:])
+    assert again.seeds == first.seeds[1:]
+    assert set(first.keys()) == {"images"}
+    assert len(pipe(return_dict=False, **options)) == 1
+    assert pipe(generator=torch.Generator(), **options).seeds is None
+    x_T = seeded_randn((1, 8, 8), [5])
+    given = pipe(latents=x_T, **options)
+    torch.testing.assert_close(pipe(latents=x_T, seeds=given.seeds, **options).images, given.images)
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    del options["eta"]
+    first = made(2, **options)
+    torch.testing.assert_close(made(seeds=first.seeds, **options).images, first.images)
+
+
 def test_latents_may_have_another_size(pipe):
     assert draw(pipe, latents=torch.zeros(1, 1, 16, 12)).shape == (1, 1, 16, 12)
 
@@ -162,7 +184,7 @@ def test_timesteps_are_those_asked_for(pipe, capsys):
 def test_the_scheduler_is_read_at_call_time(tiny):
     pipe = UnconditionalPipeline.from_pretrained(tiny)
     before = draw(pipe, seeds=[0])
-    pipe.scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    pipe.scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     assert pipe.select_clip().kind == "static"
     assert (draw(pipe, seeds=[0]) - before).abs().max() > 1e-3
 
@@ -415,7 +437,7 @@ def dit(tmp_path_factory):
 
 def test_other_checkpoints_open_as_diffusers_pipeline_with_our_scheduler(dit):
     pipe = DiffusionPipeline.from_pretrained(dit)
-    assert type(pipe) is diffusers.DiTPipeline
+    assert isinstance(pipe, diffusers.DiTPipeline)
     assert type(pipe.scheduler) is DDIMScheduler
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
@@ -477,19 +499,70 @@ def test_a_scheduler_that_is_put_in_later_is_taken_or_refused(pipe):
     expected = draw(made, seeds=[0])
     made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
     assert torch.equal(draw(made, seeds=[0]), expected)
-    for scheduler in (
-        diffusers.EulerDiscreteScheduler(),
-        diffusers.FlowMatchEulerDiscreteScheduler(),
+    made.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(DDIMError, match="FlowMatchEulerDiscreteScheduler walks no noise schedule"):
+        draw(made, seeds=[0])
+
+
+OTHERS = (
+    *("DDPMScheduler", "PNDMScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+    *("EulerAncestralDiscreteScheduler", "DDIMParallelScheduler", "DPMSolverSinglestepScheduler"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_scheduler_of_another_family_samples_by_its_own_loop(name, pipe):
+    kind = getattr(diffusers, name)
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler = kind.from_config(pipe.scheduler.config)
+    states, noise = [], seeded_randn((1, 8, 8), [3, 4])
+    images = draw(made, num_inference_steps=6, seeds=[3, 4], callback=states.append)
+    own, generators = kind.from_config(pipe.scheduler.config), make_generators([3, 4])
+    own.set_timesteps(6)
+    x = noise * own.init_noise_sigma
+    for generator in generators:
+        torch.randn((1, 1, 8, 8), generator=generator)  # x_T
+    options = step_options(own, 0.0, generators)
+    with torch.no_grad():
+        for t in own.timesteps:
+            output = pipe.unet(own.scale_model_input(x, t), t).sample
+            x = own.step(output, t, x, **options).prev_sample
+    expected = (x / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert [state.t for state in states] == [int(t) for t in own.timesteps]
+    torch.testing.assert_close((states[-1].x_s / 2 + 0.5).clamp(0, 1), images)
+    stopped = draw(made, num_inference_steps=6, seeds=[3, 4], callback=lambda state: True)
+    torch.testing.assert_close(stopped, (states[0].x0 / 2 + 0.5).clamp(0, 1))
+
+
+def test_what_is_ddims_alone_is_refused_with_another_scheduler(pipe):
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    for options, message in (
+        ({"order": 1}, "DDPMScheduler samples by its own loop, which does not know order"),
+        ({"sampler": "o-belm"}, "does not know sampler"),
+        ({"clip": "none"}, "does not know clip"),
+        ({"eta": 0.5}, "the step of a DDPMScheduler cannot take eta=0.5"),
+        ({"timesteps": [9, 1]}, "leave out num_inference_steps and timestep_spacing"),
+        ({"timestep_spacing": "x"}, "timestep_spacing must be one of"),
     ):
-        made.scheduler = scheduler
-        with pytest.raises(
-            DDIMError,
-            match=(
-                rf"its scheduler was replaced by a {type(scheduler).__name__}; set pipe\.scheduler "
-                r"= ddim"
-            ),
-        ):
-            draw(made, seeds=[0])
+        with pytest.raises(DDIMError, match=message):
+            draw(made, seeds=[0], **options)
+    given = {"num_inference_steps": None, "timesteps": [900, 500, 100], "seeds": [0]}
+    draw(made, **given)
+    assert made.scheduler.timesteps.tolist() == [900, 500, 100]
+    assert draw(made, seeds=[0], timestep_spacing="leading").shape == (1, 1, 8, 8)
+    assert made.scheduler.timesteps.tolist() == [750, 500, 250, 0]
+    assert made.scheduler.config.timestep_spacing == "trailing"
+    made.warm_up()
+    made.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(DDIMError, match="PNDMScheduler takes no timesteps"):
+        draw(made, **given)
+    with pytest.raises(DDIMError, match=r"replaced by a PNDMScheduler; set pipe\.scheduler = ddim"):
+        made.encode(torch.zeros(1, 1, 8, 8), 4)
 
 
 def test_an_attribute_of_the_configuration_that_is_changed_is_read(pipe):

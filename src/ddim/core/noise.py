@@ -78,6 +78,8 @@ class SeededNoise:
         held = [g for g in given if isinstance(g, torch.Generator)]
         if held and len(held) != len(given):
             raise DDIMError("seeds and generators cannot be mixed; give every image the same kind.")
+        self.seeds = None if held else check_seeds(given)
+        """Whose noise it is; None where generators were given."""
         self.generators = held or make_generators(given)
         self.shape = tuple(shape)
         self.device, self.dtype = torch.device(device), dtype

@@ -114,7 +114,8 @@ def make_route(
 
     Raises:
         DDIMError: If eta or order is invalid or does not fit these levels, if ``eps_mean_square``
-            lacks a level, if ``pairs`` is not a walk of steps (t, s), or noise is to be drawn going up.
+            lacks a level, if ``pairs`` is not a walk of steps (t, s), or noise is to be drawn going
+            up.
     """
     pairs = as_pairs(pairs)
     analytic = analytic or eps_mean_square is not None

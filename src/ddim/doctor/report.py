@@ -298,8 +298,8 @@ def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _read_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """The keys beyond diffusers' DDIM that are read: CogVideoX reads its shift, our scheduler fitted
-    lists and the order."""
+    """The keys beyond diffusers' DDIM that are read: CogVideoX reads its shift, our scheduler
+    fitted lists and the order."""
     if _is_cogvideo(config["_class_name"]):
         return frozenset({"snr_shift_scale"})
     return frozenset({"fitted_timesteps", "multistep_order"})

@@ -33,17 +33,24 @@ from ddim.scheduler import DDIMScheduler
 
 __all__ = [
     "HUB_OPTIONS",
+    "LOADING_OPTIONS",
     "Callback",
     "Generators",
     "Place",
     "Sampling",
     "Source",
+    "draw_seeds",
     "find_pretrained",
+    "with_seeds",
 ]
 
 _HUB = "cache_dir force_download local_files_only proxies revision token use_safetensors variant"
 HUB_OPTIONS = tuple(_HUB.split())
 """Options of ``from_pretrained`` that say what is downloaded."""
+
+_LOADING = "device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage"
+LOADING_OPTIONS = (*_LOADING.split(), "quantization_config", "disable_mmap", "use_flashpack")
+"""Options of ``from_pretrained`` that say how weights are loaded."""
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[State], bool | None]
@@ -66,7 +73,23 @@ class Place(NamedTuple):
 def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     """The folder of a model, downloaded as the options of ``from_pretrained`` say; a
     CheckpointError if there is none."""
-    return find_model(name, **{k: options[k] for k in HUB_OPTIONS if k in options})
+    return find_model(
+        name, **{k: v for k, v in options.items() if k in HUB_OPTIONS and v is not None}
+    )
+
+
+def draw_seeds(count: int) -> list[int]:
+    """Seeds from torch's global generator, of the 32 bits that its other generators keep."""
+    drawn: list[int] = torch.randint(2**32, (count,)).tolist()
+    return drawn
+
+
+def with_seeds(output: Any, seeds: Sequence[int] | None) -> Any:
+    """The output of a call, whose attribute ``seeds`` says the images' own, drawn or given; None
+    where generators were given. A tuple stays as it is."""
+    if not isinstance(output, tuple):
+        output.seeds = None if seeds is None else list(seeds)
+    return output
 
 
 class Sampling:
@@ -95,7 +118,7 @@ class Sampling:
         self.unet.compile(**options)
         return self
 
-    def _warm_up(self, denoise: Denoiser, x: Tensor) -> None:
+    def _warm_up(self, denoise: Callable[[Tensor, int], Any], x: Tensor) -> None:
         """Has the network do at x what it does only in its first calls, and waits for it."""
         for _ in range(3 if x.is_cuda and is_compiled(self.unet) else 1):  # compile; record; replay
             denoise(x, 0)
@@ -108,15 +131,13 @@ class Sampling:
 
     @property
     def _options(self) -> Any:
-        """The scheduler's configuration as it is now; a DDIMError refuses one without DDIM's
-        options, which those of clipping tell."""
-        config = self.scheduler.config
-        is_ddim = isinstance(self.scheduler, diffusers.DDIMScheduler)
-        if is_ddim or (hasattr(config, "thresholding") and hasattr(config, "clip_sample")):
-            return config
+        """The scheduler's configuration as it is now; a DDIMError refuses another than DDIM's,
+        whose options may have the same names and mean something else."""
+        if isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return self.scheduler.config
         name = type(self.scheduler).__name__
         raise DDIMError(
-            f"this pipeline samples with DDIM, and its scheduler was replaced by a {name}; set "
+            f"this is DDIM's alone, and the pipeline's scheduler was replaced by a {name}; set "
             "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config), or use "
             "diffusers' own pipeline with that scheduler."
         )
@@ -214,8 +235,7 @@ class Sampling:
         if isinstance(generator, torch.Generator):
             generator = [generator] * count
         if generator is None:
-            drawn = torch.randint(2**32, (count,)).tolist() if seeds is None else seeds
-            sources: Sequence[Any] = check_seeds(drawn)
+            sources: Sequence[Any] = check_seeds(draw_seeds(count) if seeds is None else seeds)
         else:
             sources = list(generator)
         dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
@@ -228,6 +248,6 @@ class Sampling:
         noise = self._noise(count, shape, place, source)
         if latents is None:
             return noise(), noise
-        if source.seeds is not None:  # the x_T of a seed, with that seed, gives its image
+        if source.generator is None:  # the x_T of a seed, with that seed, gives its image
             noise()
         return latents.to(noise.device, noise.dtype), noise

@@ -14,7 +14,8 @@ from ddim.core.guidance import check_rescale, is_guided
 from ddim.core.noise import make_generators
 from ddim.core.timesteps import truncate_timesteps
 from ddim.errors import DDIMError
-from ddim.pipelines.base import Source
+from ddim.pipelines.base import Source, draw_seeds, with_seeds
+from ddim.pipelines.foreign import check_scheduler
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import (
     Guidance,
@@ -84,19 +85,14 @@ def _draw_elsewhere(
             f"{reason} is sampled by diffusers' own loop, which does not know "
             f"{', '.join(refused)}; leave out one or the other."
         )
-    with _arguments(pipe, given | others, **translated) as arguments:
-        return theirs(pipe, **arguments)
+    with _arguments(pipe, given | others, **translated) as (arguments, seeds):
+        return with_seeds(theirs(pipe, **arguments), seeds)
 
 
 def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
     """The argument or the part, if any, that our loop does not know: diffusers' own does."""
     pipe._require("unet", "scheduler")
-    if not hasattr(pipe.scheduler, "init_noise_sigma"):
-        raise DDIMError(
-            f"a {type(pipe.scheduler).__name__} walks no noise schedule of DDIM's family, so this "
-            "pipeline cannot use it; set pipe.scheduler to a ddim.DDIMScheduler, or to another "
-            "scheduler of diffusers for such models."
-        )
+    check_scheduler(pipe.scheduler)
     if others:
         known = {*inspect.signature(pipe._exported.__call__).parameters, "callback_steps"}
         if (unknown := min(set(others) - known, default=None)) is None:
@@ -117,9 +113,9 @@ def _why_elsewhere(pipe: Any, others: Mapping[str, Any]) -> str | None:
 @contextmanager
 def _arguments(
     pipe: Any, options: dict[str, Any], *, seeds: Any, progress: bool, callback: Any = None
-) -> Iterator[dict[str, Any]]:
-    """Checks what diffusers' own call would not, and yields the arguments of that call; while held,
-    its bar is shown as asked."""
+) -> Iterator[tuple[dict[str, Any], list[int] | None]]:
+    """Checks what diffusers' own call would not, and yields the arguments of that call and the
+    images' seeds; while held, its bar is shown as asked."""
     if "strength" in options:  # image to image, where diffusers would cut off in silence
         prepare_images(pipe, options["image"])
         steps, levels = options["num_inference_steps"] or 50, options["timesteps"]
@@ -131,7 +127,10 @@ def _arguments(
     away = [options[name] for name in ("negative_prompt", "negative_prompt_embeds")]
     if any(value is not None for value in away) and not is_guided(options["guidance_scale"]):
         warn_of_no_guidance(options["guidance_scale"])
-    each = count_images(prompts.count, None, options["num_images_per_prompt"], lengths)[1]
+    per_prompt = options["num_images_per_prompt"]
+    groups, each = count_images(prompts.count, None, per_prompt, lengths)
+    if seeds is None and options["generator"] is None:
+        seeds = draw_seeds(groups * each)
     changed = {
         "num_inference_steps": options["num_inference_steps"] or 50,
         "num_images_per_prompt": each,
@@ -143,6 +142,6 @@ def _arguments(
     if not progress:
         pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
-        yield options | changed
+        yield options | changed, seeds
     finally:
         pipe.set_progress_bar_config(**before)

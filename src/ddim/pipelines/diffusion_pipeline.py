@@ -1,61 +1,61 @@
 """The one opener of all checkpoints: each as the pipeline that fits it."""
 
+import re
+from abc import ABCMeta
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import diffusers
+from torch import nn
 
-from ddim.errors import DDIMError
+from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
     is_unconditional,
     load_pipeline,
     read_model_index,
 )
-from ddim.pipelines.base import find_pretrained
+from ddim.pipelines.adopted import Adopted, adopt, adopted, read_as_written, replace_schedulers
+from ddim.pipelines.base import Sampling, find_pretrained
 from ddim.pipelines.unconditional import UnconditionalPipeline
-from ddim.scheduler import as_ddim
 
-__all__ = ["DiffusionPipeline", "Pipeline", "text_pipeline"]
-
-
-class Pipeline(Protocol):
-    """What every opened pipeline has; the rest depends on its kind."""
-
-    scheduler: Any
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Makes images."""
-
-    def to(self, *args: Any, **options: Any) -> Self:
-        """Moves the parts to a device or a dtype, and returns the pipeline."""
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes the pipeline to a folder."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Any other attribute of the pipeline's own kind."""
+__all__ = ["DiffusionPipeline", "text_pipeline"]
 
 
-class DiffusionPipeline:
-    """Opens any checkpoint of the DDIM family as the pipeline that fits it."""
+class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type: ignore[misc]
+    """Opens any checkpoint of the DDIM family as the pipeline that fits it.
+
+    Each method returns an :class:`UnconditionalPipeline` for a network and a scheduler; a
+    ``TextToImagePipeline`` or ``ImageToImagePipeline`` (:mod:`ddim.pipelines.text_to_image`) for
+    Stable Diffusion's format; else diffusers' own pipeline with our schedulers in it, whose call
+    takes ``seeds``, ``timestep_spacing`` and ``order`` too. All are instances of this class."""
+
+    if TYPE_CHECKING:  # what every opened pipeline has; the rest depends on its kind
+        scheduler: Any
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            """Makes images."""
+
+        def to(self, *args: Any, **options: Any) -> Self:
+            """Moves the parts to a device or a dtype, and returns the pipeline."""
+
+        def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+            """Writes the pipeline to a folder."""
+
+        def __getattr__(self, name: str) -> Any:
+            """Any other attribute of the pipeline's own kind."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Pipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Opens a model.
 
         Args:
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format,
                 or a hub id.
-            **options: Those of :meth:`UnconditionalPipeline.from_pretrained`, or of diffusers' for
-                other kinds of checkpoints.
-
-        Returns:
-            An :class:`UnconditionalPipeline` for a network and a scheduler; a
-            ``TextToImagePipeline`` or ``ImageToImagePipeline``
-            (:mod:`ddim.pipelines.text_to_image`) for Stable Diffusion's format; else diffusers' own
-            pipeline with a :class:`ddim.scheduler.DDIMScheduler` in it, unless ``scheduler=`` was
-            given.
+            **options: diffusers' ones: dtype (or torch_dtype), variant, device_map, parts by name.
+                A ``scheduler`` that is given stays as it is in a pipeline of diffusers.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, or its scheduler is not of the
@@ -64,16 +64,117 @@ class DiffusionPipeline:
         folder = find_pretrained(pretrained_model_name_or_path, options)
         index = read_model_index(folder)
         kind = index.get("_class_name")
-        if is_unconditional(index):
-            pipe: Pipeline = UnconditionalPipeline.from_pretrained(folder, **options)
+        if cls is not DiffusionPipeline:  # a user's own pipeline
+            pipe = load_pipeline(super().from_pretrained, folder, **options)
+            replace_schedulers(pipe, options)
+        elif is_unconditional(index) and options.get("custom_pipeline") is None:
+            pipe = UnconditionalPipeline.from_pretrained(folder, **options)
         elif kind in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
             pipe = text_pipeline(kind).from_pretrained(folder, **options)
         else:
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
-            if options.get("scheduler") is None:
-                pipe.scheduler = as_ddim(pipe.scheduler)
+            replace_schedulers(adopt(pipe), options)
+            read_as_written(pipe, options)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
+        return pipe  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
+        """Opens a checkpoint in one file, as diffusers' pipelines do.
+
+        Args:
+            pretrained_model_link_or_path: The file, or its address on the hub.
+            **options: diffusers' ones. ``config`` is a folder in diffusers format, or a hub id, of
+                a model of the same kind; without it, diffusers asks the hub for one.
+
+        Raises:
+            CheckpointError: If the file cannot be opened.
+        """
+        link, config = str(pretrained_model_link_or_path), options.get("config")
+        try:
+            if config is None:
+                from diffusers.loaders import single_file_utils as files
+
+                found = files.fetch_diffusers_config(files.load_single_file_checkpoint(link))
+                config = found["pretrained_model_name_or_path"]
+            index = diffusers.DiffusionPipeline.load_config(config)
+            pipe = _kind_of(index).from_single_file(link, **options)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{link} cannot be opened as a checkpoint in one file ({error}); give config=, a "
+                "folder in diffusers format of a model of the same kind."
+            ) from error
+        if not isinstance(pipe, Sampling):
+            replace_schedulers(pipe, options)
+        return pipe  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """A pipeline that shares the parts of another.
+
+        Args:
+            pipeline: Any pipeline, ours or diffusers'.
+            **options: Parts in place of its own, such as a ``controlnet``, which makes it
+                diffusers' pipeline with one; or ``dtype``, by default the widest of the
+                pipeline's.
+
+        Raises:
+            DDIMError: If there is no such pipeline.
+        """
+        if cls is not DiffusionPipeline:
+            return super().from_pipe(pipeline, **options)  # type: ignore[no-any-return]
+        name = getattr(pipeline, "_exported", type(pipeline)).__name__
+        if options.get("controlnet") is not None and "ControlNet" not in name:
+            name = re.sub(r"^StableDiffusion(XL)?", r"\g<0>ControlNet", name)
+            if "ControlNet" not in name:
+                raise DDIMError(
+                    f"a {name} has no form with a controlnet; give a Stable Diffusion pipeline."
+                )
+        if not {"dtype", "torch_dtype"} & options.keys():  # diffusers' default is float32
+            parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+            options["dtype"] = max((part.dtype for part in parts), key=attrgetter("itemsize"))
+        kind = _kind_of({**pipeline.config, "_class_name": name})
+        if kind is UnconditionalPipeline:  # whose network may be of any class
+            options = {"unet": pipeline.unet, **options}
+        pipe = kind.from_pipe(pipeline, **options)
+        if not isinstance(pipe, Sampling):
+            replace_schedulers(pipe, options)
+        return pipe  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **options: Any
+    ) -> Any:
+        """A pipeline of the kind that the configuration of a saved one says (``load_config``), made
+        of parts that are given by name; a DDIMError if one is missing."""
+        if cls is not DiffusionPipeline or not isinstance(config, Mapping):
+            return super().from_config(config, return_unused_kwargs, **options)
+        parts = {k for k, v in config.items() if isinstance(v, (list, tuple)) and v[:1] != [None]}
+        missing = sorted(name for name in parts - set(options) if name[0] != "_")
+        if config.get("_class_name") is None or missing:
+            lacking = f"the parts {', '.join(missing)}" if missing else "the class of the pipeline"
+            raise DDIMError(
+                f"from_config does not know {lacking}; give the configuration of load_config and "
+                "all parts by name, or use from_pipe or from_pretrained."
+            )
+        return _kind_of(config).from_config(config, return_unused_kwargs, **options)
+
+
+# Every pipeline of ours, and of diffusers with our call, is an instance.
+DiffusionPipeline.register(Sampling)
+DiffusionPipeline.register(Adopted)
+
+
+def _kind_of(index: Mapping[str, Any]) -> Any:
+    """The class of pipeline for an index (:func:`ddim.models.checkpoints.read_model_index`)."""
+    name = str(index.get("_class_name"))
+    if is_unconditional(index):
+        return UnconditionalPipeline
+    if name in STABLE_DIFFUSION:
+        return text_pipeline(name)
+    if (kind := getattr(diffusers, name, None)) is None:
+        raise DDIMError(f"diffusers has no pipeline {name}; open the checkpoint as a folder.")
+    return adopted(kind)
 
 
 def text_pipeline(kind: str) -> Any:

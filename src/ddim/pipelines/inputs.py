@@ -15,6 +15,7 @@ __all__ = [
     "Labels",
     "as_labels",
     "as_network",
+    "check_latents",
     "check_sides",
     "count_images",
     "read_image_shape",
@@ -70,6 +71,14 @@ def check_sides(unet: Any, height: int, width: int, what: str) -> None:
             f"the network needs images whose sides are multiples of {factor}; {what} is "
             f"{width}x{height} (width x height)."
         )
+
+
+def check_latents(unet: Any, latents: Tensor) -> None:
+    """Refuses latents that are no x_T of a network."""
+    channels, sizes = int(unet.config.in_channels), list(latents.shape)
+    if len(sizes) != 4 or sizes[1] != channels:
+        raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
+    check_sides(unet, sizes[2], sizes[3], "the latents' size")
 
 
 def takes_labels(unet: Any) -> bool:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.guidance import guided
+from ddim.core.noise import SeededNoise
 from ddim.core.route import Route
 from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_index
 from ddim.models.export import to_diffusers
-from ddim.pipelines.base import Callback, Place, find_pretrained
+from ddim.pipelines.base import Callback, Place, find_pretrained, with_seeds
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.networks import copy_if_replayed, prepare_layers
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
@@ -220,7 +221,7 @@ class StableDiffusion(Coding):
         self,
         route: Route,
         x: Tensor,
-        noise: Callable[[], Tensor],
+        noise: SeededNoise,
         prompts: Prompts,
         guidance: Guidance,
         place: Place,
@@ -245,7 +246,8 @@ class StableDiffusion(Coding):
         callback, progress = options.get("callback"), options.get("progress", True)
         x = self._walk(states, x, len(route), callback, progress)
         output_type = options.get("output_type", "pil")
-        return self._finish(x, output_type, options.get("return_dict", True))
+        finished = self._finish(x, output_type, options.get("return_dict", True))
+        return with_seeds(finished, noise.seeds)
 
     def _check_step_end(
         self, on_step_end: StepEnd, inputs: Sequence[str], route: Route

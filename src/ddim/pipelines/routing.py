@@ -1,6 +1,7 @@
 """Options of a call and the configuration of a scheduler, resolved to a route."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -11,15 +12,18 @@ from ddim.core.prediction import to_x0_eps
 from ddim.core.route import Route, make_route
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta, check_order
-from ddim.core.timesteps import Spacing, check_timesteps, step_pairs, truncate_timesteps
+from ddim.core.timesteps import SPACINGS, Spacing, check_timesteps, step_pairs, truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.inversion.ddim import encodable_timesteps
 from ddim.inversion.reversible import Reversible, ReversibleSampler, check_start
+from ddim.scheduler import DDIMScheduler
+from ddim.scheduler_base import GridScheduler
 
 __all__ = [
     "ClipOption",
     "RouteOptions",
     "Sampler",
+    "reconfigured",
     "resolve_clip",
     "resolve_route",
     "resolve_timesteps",
@@ -133,6 +137,40 @@ def resolve_timesteps(
 def resolve_clip(config: Any, clip: ClipOption = None) -> Clip:
     """How the predicted x0 is kept in range, by a call's option or else by the configuration."""
     return clip if isinstance(clip, Clip) else select_clip(vars(config), clip)
+
+
+@contextmanager
+def reconfigured(
+    schedulers: Sequence[Any], spacing: Spacing | None, order: int | None
+) -> Iterator[None]:
+    """While held, the configurations of schedulers say this spacing and order, for a loop that is
+    not ours; a DDIMError refuses what a scheduler has not."""
+    if spacing is not None and spacing not in SPACINGS:
+        raise DDIMError(f"timestep_spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
+    changes: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
+    for scheduler in schedulers:
+        changed: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
+        if order is not None and isinstance(scheduler, DDIMScheduler):
+            changed["solver_order"] = check_order(order)
+        elif order is not None and not isinstance(scheduler, GridScheduler):
+            kind = type(scheduler).__name__
+            raise DDIMError(f"order is ddim.DDIMScheduler's, and the scheduler is a {kind}.")
+        config = dict(scheduler.config)
+        if unknown := [name for name in changed if name not in config]:
+            kind = type(scheduler).__name__
+            raise DDIMError(f"a {kind} has no {unknown[0]}; leave it out.")
+        is_own = spacing is None and all(config[name] == changed[name] for name in changed)
+        if not is_own and config.get("fitted_timesteps"):
+            changed["fitted_timesteps"] = None
+        kept = [name for name in (*changed, "_use_default_values") if changed and name in config]
+        changes.append((scheduler, changed, {name: config[name] for name in kept}))
+    try:
+        for scheduler, changed, _ in changes:
+            scheduler.register_to_config(**changed)
+        yield
+    finally:
+        for scheduler, _, before in changes:
+            scheduler.register_to_config(**before)
 
 
 def _check_exact(route: Route, order: int | None) -> None:

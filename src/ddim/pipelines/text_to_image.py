@@ -119,8 +119,8 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             ip_adapter_image_embeds: For diffusers' own call alone.
             output_type: ``pil``; float32 in [0, 1] as ``np`` [B, H, W, C] or ``pt`` [B, C, H, W];
                 or ``latent``, as the network knows them.
-            return_dict: Whether to return an object with ``images`` and ``nsfw_content_detected``,
-                or a tuple of both.
+            return_dict: Whether to return an object with ``images``, ``nsfw_content_detected`` and
+                the images' ``seeds``, drawn or given, or a tuple of the first two.
             cross_attention_kwargs: For the network's attention, such as ``scale`` of LoRA weights.
             guidance_rescale: How far guided predictions get the spread of unguided ones, in [0, 1].
             clip_skip: Layers of the text encoder that are left out at its end.

@@ -11,6 +11,7 @@ from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ddim.core.denoiser import ModelDenoiser
+from ddim.core.noise import SeededNoise
 from ddim.core.prior import DataPrior
 from ddim.core.route import Route
 from ddim.core.step import Eta
@@ -19,30 +20,41 @@ from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.codes import Code, EncodingMethod, check_code
 from ddim.inversion.encoding import Encoder
 from ddim.models.checkpoints import (
-    find_model,
     is_unconditional,
     load_network,
+    load_pipeline,
     read_model_index,
     read_scheduler_config,
 )
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures, to_pil, to_uint8
-from ddim.pipelines.base import HUB_OPTIONS, Callback, Generators, Source
+from ddim.pipelines.base import (
+    HUB_OPTIONS,
+    LOADING_OPTIONS,
+    Callback,
+    Generators,
+    Source,
+    find_pretrained,
+    with_seeds,
+)
 from ddim.pipelines.coding import Coding
+from ddim.pipelines.foreign import foreign_states, set_levels, step_options, take_levels
 from ddim.pipelines.inputs import (
     Labels,
     as_labels,
     as_network,
-    check_sides,
+    check_latents,
     count_images,
     read_image_shape,
     takes_labels,
 )
 from ddim.pipelines.networks import prepare_layers
-from ddim.pipelines.routing import ClipOption, Sampler
+from ddim.pipelines.routing import ClipOption, Sampler, reconfigured
 from ddim.scheduler import as_ddim
 
 __all__ = ["UnconditionalPipeline"]
+
+Dtypes = torch.dtype | dict[str, torch.dtype] | None
 
 
 class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignore[misc]
@@ -74,33 +86,34 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: Dtypes = None,
+        torch_dtype: Dtypes = None,
         unet: torch.nn.Module | None = None,
         scheduler: Any = None,
         variant: str | None = None,
-        **hub: Any,
+        **options: Any,
     ) -> "UnconditionalPipeline":
         """Opens an unconditional model.
 
         Args:
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format, a
                 network's own folder, or a hub id.
-            dtype: The network's. Default: float32.
+            dtype: The network's, or a dictionary with it as ``unet`` or ``default``. Default:
+                float32.
             torch_dtype: The same, under its older name.
             unet: A network to take in place of the checkpoint's.
             scheduler: A scheduler to take in place of the checkpoint's.
             variant: The weight files', such as ``fp16``.
-            **hub: cache_dir, force_download, local_files_only, proxies, revision, token,
-                use_safetensors.
+            **options: What is downloaded (:data:`ddim.pipelines.base.HUB_OPTIONS`), and how it is
+                loaded (:data:`ddim.pipelines.base.LOADING_OPTIONS`), such as ``device_map``.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, or is of another kind.
         """
-        if unknown := sorted(set(hub) - set(HUB_OPTIONS)):
+        if unknown := sorted(set(options) - {*HUB_OPTIONS, *LOADING_OPTIONS}):
             method = "UnconditionalPipeline.from_pretrained()"
             raise TypeError(f"{method} got an unexpected keyword argument {unknown[0]!r}")
-        folder = find_model(pretrained_model_name_or_path, variant=variant, **hub)
+        folder = find_pretrained(pretrained_model_name_or_path, {**options, "variant": variant})
         index = read_model_index(folder)
         if not is_unconditional(index):
             raise CheckpointError(
@@ -108,12 +121,20 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
                 "scheduler; open it with ddim.DiffusionPipeline.from_pretrained."
             )
         config = read_scheduler_config(folder) if scheduler is None else scheduler
+        dtype = dtype or torch_dtype
+        if isinstance(dtype, dict):
+            dtype = dtype.get("unet", dtype.get("default"))
+        if loading := {name: options[name] for name in LOADING_OPTIONS if name in options}:
+            parts = {"scheduler": as_ddim(config), **({} if unet is None else {"unet": unet})}
+            loading |= {"dtype": dtype, "variant": variant, **parts}
+            pipe = load_pipeline(super().from_pretrained, folder, **loading)
+        else:
+            network = unet or load_network(folder, dtype=dtype, variant=variant)
+            pipe = cls(network, config)
         if unet is None:
-            unet = load_network(folder, dtype=dtype or torch_dtype, variant=variant)
-            prepare_layers(unet)
-        pipe = cls(unet, config)
+            prepare_layers(pipe.unet)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
+        return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'
@@ -140,8 +161,9 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """Evaluates the network and drops the result, so that allocations and a compilation happen
         here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
-        label = 0 if takes_labels(self.unet) else None
-        self._warm_up(self.denoiser(batch_size, class_labels=label, clip="none"), x)
+        labels = self._labels(0 if takes_labels(self.unet) else None, batch_size)
+        network, level = as_network(self.unet, labels), torch.zeros(len(x), dtype=torch.int64)
+        self._warm_up(lambda x, _: network(x.to(self.unet.dtype), level.to(x.device)), x)
 
     @torch.no_grad()
     def __call__(
@@ -163,6 +185,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         sampler: Sampler = "ddim",
         callback: Callback | None = None,
         progress: bool = True,
+        use_clipped_model_output: bool | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         return_dict: bool = True,
     ) -> Any:
@@ -192,13 +215,28 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             sampler: ``ddim``; or ``o-belm``, ``bdia`` or ``edict``, which are exactly invertible.
             callback: Called with the state after each step; True stops, with its ``x0``.
             progress: Whether to show a progress bar.
+            use_clipped_model_output: As in diffusers; True is what happens here in any case.
             output_type: ``pil``, or float32 in [0, 1]: ``np`` [B, H, W, C] or ``pt`` [B, C, H, W].
-            return_dict: Whether to return an object with ``images``, or a tuple of them.
+            return_dict: Whether to return an object with ``images``, and with their ``seeds``,
+                drawn or given, unless generators were; or a tuple of images.
 
         Raises:
             DDIMError: If options do not fit each other or the network, or its output is not finite.
+
+        Where another scheduler than DDIM's was put into the pipeline, its own loop makes the
+        images, without what is DDIM's alone: order, sampler, clip, prior and eps_mean_square.
         """
         options = {name: value for name, value in locals().items() if name != "self"}
+        if not isinstance(self.scheduler, diffusers.DDIMScheduler):
+            return self._draw_elsewhere(options)
+        if (
+            options.pop("use_clipped_model_output") is False
+            and self.select_clip(clip).kind != "none"
+        ):
+            raise DDIMError(
+                "this pipeline derives eps again from the clipped x0, and use_clipped_model_output "
+                "is False; leave it out, or turn clipping off with clip='none'."
+            )
         route = self._take_route(options)
         return self.draw(route, **options)
 
@@ -219,17 +257,10 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         return_dict: bool = True,
     ) -> Any:
         """Makes images along a route of :meth:`route`; other arguments are those of a call."""
-        self._check_output_type(output_type)
         given = {"seeds": seeds, "generator": generator, "latents": latents}
-        count = count_images(batch_size, **given, class_labels=class_labels)
+        self._check_output_type(output_type)
+        count, x, noise = self._prepare(batch_size, class_labels, **given)
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
-        if latents is not None:
-            channels, sizes = int(self.unet.config.in_channels), list(latents.shape)
-            if len(sizes) != 4 or sizes[1] != channels:
-                raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
-            check_sides(self.unet, sizes[2], sizes[3], "the latents' size")
-        shape = self.image_shape if latents is None else latents.shape[1:]
-        x, noise = self._start(count, shape, self._place(), Source(seeds, generator), latents)
         if prior is not None:
             if latents is not None:
                 raise DDIMError(
@@ -238,9 +269,43 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             x = prior.start(x, route.schedule.alpha_bar(route.timesteps[0]))
         states = self._states(denoise, x, route, noise)
         x = self._walk(states, x, len(route), callback, progress)
+        return self._output(x, noise, output_type, return_dict)
+
+    def _prepare(
+        self, batch_size: int | None, class_labels: Labels, **given: Any
+    ) -> tuple[int, Tensor, SeededNoise]:
+        """How many images a call makes, their x_T, and the stream of later noise."""
+        latents = given["latents"]
+        count = count_images(batch_size, **given, class_labels=class_labels)
+        as_network(self.unet, self._labels(class_labels, count))
+        if latents is not None:
+            check_latents(self.unet, latents)
+        shape = self.image_shape if latents is None else latents.shape[1:]
+        source = Source(given["seeds"], given["generator"])
+        return count, *self._start(count, shape, self._place(), source, latents)
+
+    def _draw_elsewhere(self, options: dict[str, Any]) -> Any:
+        """Makes images by the loop of a scheduler that is not DDIM's."""
+        self._check_output_type(options["output_type"])
+        steps, timesteps, spacing = take_levels(self.scheduler, options)
+        names = ("batch_size", "class_labels", "seeds", "generator", "latents")
+        count, x, noise = self._prepare(**{name: options[name] for name in names})
+        labels, place = self._labels(options["class_labels"], count), self._place()
+        given = step_options(self.scheduler, options["eta"], noise.generators)
+        with reconfigured([self.scheduler], spacing, None):
+            set_levels(self.scheduler, steps, timesteps, place.device)
+        network = as_network(self.unet, labels)
+        states = foreign_states(self.scheduler, network, x, place.dtype, given)
+        total = len(self.scheduler.timesteps)
+        x = self._walk(states, x, total, options["callback"], options["progress"])
+        return self._output(x, noise, options["output_type"], options["return_dict"])
+
+    def _output(self, x: Tensor, noise: SeededNoise, output_type: str, return_dict: bool) -> Any:
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return with_seeds(ImagePipelineOutput(images=images), noise.seeds)
 
     @torch.no_grad()
     def encode(

@@ -415,7 +415,7 @@ class ConvertRequest:
     )
     """Noise schedule it was trained with; improved-diffusion's cosine is squaredcos_cap_v2."""
     beta_start: float = 1e-4
-    """First beta of linear, scaled_linear and sigmoid; as improved-diffusion does, both betas of its
-    linear schedule are scaled by 1000 over the number of levels."""
+    """First beta of linear, scaled_linear and sigmoid; as improved-diffusion does, both betas of
+    its linear schedule are scaled by 1000 over the number of levels."""
     beta_end: float = 0.02
     """Last beta of linear, scaled_linear and sigmoid."""
