@@ -1,5 +1,5 @@
-"""What ddim.DiffusionPipeline takes beside diffusers': its openers, their options, and a list of what
-our classes lack."""
+"""What ddim.DiffusionPipeline takes beside diffusers': its openers, their options, and what our
+classes lack."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Pipelines that stay diffusers' own: our schedulers in them, and what of our calls acts in theirs."""
+"""Pipelines that stay diffusers' own, with our schedulers and with what acts of our calls."""
 
 import difflib
 import functools
@@ -59,7 +59,7 @@ def read_as_written(pipe: Any, given: Mapping[str, Any]) -> None:
 
     LDMPipeline decoded latents as they are until the scale of its VQ model became an option, of
     0.18215 by default. Elsewhere pipelines scaled by that number from the beginning."""
-    codebook = getattr(pipe, "vqvae", None)
+    codebook: Any = getattr(pipe, "vqvae", None)
     if not isinstance(pipe, diffusers.LDMPipeline) or "vqvae" in given:
         return
     if "scaling_factor" in codebook.config.get("_use_default_values", ()):
