@@ -125,7 +125,7 @@ def _continuous_levels(config: Mapping[str, Any]) -> str | None:
     if config.get("sigma_data") is not None:
         return f"sigma_data {config['sigma_data']}"
     given = {n: config[n] for n in ("sigma_min", "sigma_max") if _is_number(config.get(n))}
-    if not given:
+    if not given or not all(_is_number(config.get(n, 0.0)) for n in ("beta_start", "beta_end")):
         return None
     alpha_bar = (1 - configured_betas(config)).cumprod(0)
     sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()

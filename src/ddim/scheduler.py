@@ -166,7 +166,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
                 cut off there.
         """
         eta = eta if isinstance(eta, (float, str)) else float(eta)
-        plan, table = self._find_plan(eta, use_clipped_model_output, sample)
+        plan, table = self._find_plan(eta, use_clipped_model_output, model_output, sample)
         noise = None if eta == 0 else _draw(model_output, sample, generator, variance_noise)
         x_s, x0 = self._transition(plan, table, model_output, timestep, sample, eta, noise)
         if plan.multistep is not None:
@@ -200,7 +200,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
         if self.config.multistep_order != 1:
             raise DDIMError("parallel samples have no step before them; use multistep_order=1.")
-        plan, table = self._find_plan(eta, use_clipped_model_output, sample)
+        plan, table = self._find_plan(eta, use_clipped_model_output, model_output, sample)
         return self._transition(plan, table, model_output, t.flatten(), sample, eta)[0]
 
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
@@ -338,7 +338,7 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
             DDIMError: If ``set_timesteps`` was not called, shapes do not match, or an int t lies
                 outside [0, T).
         """
-        found = self._find_plan(0.0, False, sample)
+        found = self._find_plan(0.0, False, model_output, sample)
         x_t, x0 = self._transition(*found, model_output, timestep, sample)
         return _result(x_t, x0) if return_dict else (x_t, x0)
 

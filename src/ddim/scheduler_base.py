@@ -282,8 +282,10 @@ class GridScheduler:
 
     # --- plan
 
-    def _find_plan(self, eta: Eta, rederive: bool, x: Tensor) -> tuple[Plan, Table]:
+    def _find_plan(self, eta: Eta, rederive: bool, output: Any, x: Any) -> tuple[Plan, Table]:
         """The plan for the options of this moment, and its table for such a step."""
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+            _refuse_arguments(output, x)
         plan = self._plan
         if plan is None or not (is_compiling() or self._is_unchanged()):
             plan = self._update_plan()
@@ -363,6 +365,8 @@ class GridScheduler:
         """The step of either direction: (x_s, x0)."""
         if output.shape != x.shape:
             output = _mean_of(output, x)
+        if not x.is_floating_point():  # as diffusers computes
+            x, output = x.float(), output.float()
         if is_compiling():
             # As an index of a tensor an int stays symbolic: one graph for all timesteps.
             at = (
@@ -410,6 +414,20 @@ class GridScheduler:
         return int(self.config.num_train_timesteps)
 
 
+_ORDER = "The order is step(model_output, timestep, sample)."
+
+
+def _refuse_arguments(output: Any, x: Any) -> None:
+    """Says which argument of a step is no tensor."""
+    name, value = ("sample", x) if isinstance(output, Tensor) else ("model_output", output)
+    kind, advice = type(value).__name__, _ORDER
+    if hasattr(value, "sample") or isinstance(value, (tuple, Mapping)):
+        advice = "Take the tensor out of what the network returned: its .sample, or [0]."
+    elif isinstance(value, np.ndarray):
+        advice = "torch.from_numpy(...) makes one of an array."
+    raise DDIMError(f"{name} must be a tensor; got a {kind}. {advice}")
+
+
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
     """The mean's channels of a network that also predicts a variance."""
     if output.ndim == x.ndim >= 2 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
@@ -418,5 +436,5 @@ def _mean_of(output: Tensor, x: Tensor) -> Tensor:
         return output[:, : x.shape[1]]
     raise DDIMError(
         f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, "
-        f"a mean and a learned variance); got {list(output.shape)}."
+        f"a mean and a learned variance); got {list(output.shape)}. {_ORDER}"
     )

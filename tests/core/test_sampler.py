@@ -16,7 +16,7 @@ from ddim.core.sampler import sample, trajectory
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.core.step import SIGMA_HAT
 from ddim.core.timesteps import SPACINGS, reverse_pairs, select_timesteps, step_pairs
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, DivergenceError
 
 BETAS = {
     "linear": make_betas(),
@@ -406,3 +406,54 @@ def test_a_list_of_levels_in_place_of_steps_is_refused():
     oracle = GaussianOracle(SCHEDULES["linear"])
     with pytest.raises(DDIMError, match=r"pairs must be steps \(t, s\) .*; got \[999, 500, 0\]"):
         sample(oracle.denoise, torch.randn(1, 2), [999, 500, 0], schedule=oracle.schedule)
+
+
+def walk_of(denoise, x=None, noise=None, eta=0.0):
+    x = torch.zeros(1, 2) if x is None else x
+    pairs = step_pairs([900, 500])
+    return sample(denoise, x, pairs, schedule=SCHEDULE, eta=eta, noise=noise)
+
+
+class Network(torch.nn.Module):
+    def forward(self, x, t):
+        return x * t.to(x.dtype).reshape(-1, 1)
+
+
+SCHEDULE = NoiseSchedule.from_betas(make_betas())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x": np.zeros((1, 2))}, r"x_t must be a tensor; got a ndarray \(torch.as_tensor"),
+        ({"x": torch.zeros(1, 2).int()}, "x_t must be a tensor of floating-point numbers; got int"),
+        ({"noise": torch.zeros(1, 2)}, "noise must be a function that draws z .* got a Tensor"),
+        ({"noise": lambda: np.zeros((1, 2)), "eta": 1.0}, "noise must be a tensor; got a ndarray"),
+        ({"denoise": Network()}, "a network failed as one .* make one of a network by ModelDen"),
+        ({"denoise": 5}, "denoise must be a function; got a int"),
+        (
+            {"denoise": ModelDenoiser(Network(), NoiseSchedule.from_betas(make_betas("sigmoid")))},
+            r"the denoiser has another noise schedule \(1000 levels, .*\) than the walk \(1000 lev",
+        ),
+    ],
+)
+def test_what_is_no_walk_is_refused_at_its_beginning(given, message):
+    with pytest.raises(DDIMError, match=message):
+        walk_of(**{"denoise": ModelDenoiser(lambda x, t: x, SCHEDULE), **given})
+
+
+def test_an_equal_schedule_is_no_other():
+    same = NoiseSchedule.from_betas(make_betas())
+    assert walk_of(ModelDenoiser(lambda x, t: x, same)).isfinite().all()
+
+
+def test_nan_is_told_at_the_end_of_a_walk():
+    calls = []
+
+    def network(x, t):
+        calls.append(t)
+        return x / 0
+
+    with pytest.raises(DivergenceError, match="the walk ended in NaN or infinity"):
+        walk_of(ModelDenoiser(network, SCHEDULE))
+    assert len(calls) == 2  # it is looked for once, since that waits for a device

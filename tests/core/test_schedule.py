@@ -17,6 +17,7 @@ from ddim.core.schedule import (
     velocity,
 )
 from ddim.errors import DDIMError
+from ddim.scheduler import DDIMScheduler
 
 ALL = [(kind, rescaled) for kind in BETA_SCHEDULES for rescaled in (False, True)]
 
@@ -178,3 +179,33 @@ def test_a_level_may_be_a_whole_number_of_any_type():
     for level in (3.0, np.int64(3), np.float32(3), torch.tensor(3, dtype=torch.uint8)):
         assert float(schedule.alpha_bar(level)) == expected
     assert torch.equal(schedule.alpha_bar([3, -1]), schedule.alpha_bar(torch.tensor([3, -1])))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([0.2, 0.5, 0.9], "must fall from level to level; it rises at level 1"),
+        ([0.9, 0.5, 0.6], "must fall from level to level; it rises at level 2"),
+        ([5.0, 2.0], r"must lie in \[0, 1\]; got 5"),
+        ([0.5, -0.1], r"must lie in \[0, 1\]; got -0.1"),
+    ],
+)
+def test_a_table_that_is_no_schedule_is_refused_but_a_scheduler_takes_it(table, message):
+    with pytest.raises(DDIMError, match=message):
+        NoiseSchedule(torch.tensor(table))
+    scheduler = DDIMScheduler(len(table))
+    scheduler.alphas_cumprod = torch.tensor(table)  # as diffusers does
+    assert scheduler.noise_schedule.alphas_cumprod.tolist() == pytest.approx(table)
+
+
+def test_pixels_and_arrays_are_no_samples():
+    schedule, x = NoiseSchedule.from_betas(make_betas()), torch.zeros(1, 2)
+    for bad, message in (
+        (np.zeros((1, 2)), "must be a tensor; got a ndarray"),
+        (x.to(torch.uint8), "must be a tensor of floating-point numbers; got uint8"),
+    ):
+        for use in (add_noise, velocity):
+            with pytest.raises(DDIMError, match=f"x0 {message}"):
+                use(schedule, bad, x, 5)
+            with pytest.raises(DDIMError, match=f"noise {message}"):
+                use(schedule, x, bad, 5)

@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from tests.scheduler.helpers import distance, randn
 
 from ddim.core.noise import make_generators
@@ -187,3 +188,36 @@ def test_an_option_that_there_is_not_is_refused_with_the_one_that_was_meant(said
         DDIMScheduler(qqq=1)
     DDIMInverseScheduler(clip_samples=False)  # taken, as in diffusers
     assert said == ["DDIMInverseScheduler ignores: clip_samples; did you mean 'clip_sample'?"]
+
+
+def test_arguments_of_a_step_that_are_swapped_or_not_unpacked_are_told():
+    order = r"The order is step\(model_output, timestep, sample\)"
+    scheduler, m, t = DDIMScheduler(), torch.zeros(1, 2, 4, 4), torch.tensor(900)
+    inverse = DDIMInverseScheduler()
+    output = UNet2DOutput(sample=m)
+    for ours in (scheduler, inverse):
+        ours.set_timesteps(10)
+        for arguments, message in (
+            ((m, m, t), f"must have the sample's shape .* {order}"),
+            ((m, m, 900), f"sample must be a tensor; got a int. {order}"),
+            ((900, m, m), f"model_output must be a tensor; got a int. {order}"),
+            ((t, m, m), f"must have the sample's shape .* {order}"),
+            ((output, t, m), "got a UNet2DOutput. Take the tensor out of what the network return"),
+            (((m,), t, m), "got a tuple. Take the tensor out"),
+            ((m.numpy(), t, m), "got a ndarray. torch.from_numpy"),
+            ((m, t, m.numpy()), "sample must be a tensor; got a ndarray. torch.from_numpy"),
+        ):
+            with pytest.raises(DDIMError, match=message):
+                ours.step(*arguments)
+
+
+def test_an_integer_sample_is_computed_with_as_in_diffusers():
+    sample = torch.randint(-3, 4, (1, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    m = randn(1, 2, 4, 4)
+    for options in ({}, {"clip_sample": False}):
+        ours, theirs = DDIMScheduler(**options), diffusers.DDIMScheduler(**options)
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(10)
+        found, expected = (s.step(m, 500, sample).prev_sample for s in (ours, theirs))
+        assert found.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(found, expected)

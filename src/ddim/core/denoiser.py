@@ -24,7 +24,7 @@ from ddim.core.prediction import (
     to_x0_eps,
 )
 from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor, whole
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, first_line
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
 
@@ -156,14 +156,23 @@ class ModelDenoiser:
 
 def checked(denoise: Denoiser) -> Denoiser:
     """The denoiser, checked to return a pair: a batch of two images would pass for one."""
+    advice = "make one of a network by ModelDenoiser(network, schedule, prediction_type)"
+    if not callable(denoise):
+        raise DDIMError(f"denoise must be a function; got a {_kind(denoise)}: {advice}.")
 
     def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
-        found: Any = denoise(x_t, t)
-        if not isinstance(found, tuple) or len(found) != 2:
+        try:
+            found: Any = denoise(x_t, t)
+        except (AttributeError, TypeError) as error:  # of a level that is no tensor
+            if not isinstance(denoise, torch.nn.Module):
+                raise
+            got = f"failed as one ({first_line(error)})"
             raise DDIMError(
-                f"denoise must return (x0, eps), and returned a {_kind(found)}; make one of a "
-                "network by ModelDenoiser(network, schedule, prediction_type)."
-            )
+                f"denoise must return (x0, eps), and a network {got}; {advice}."
+            ) from error
+        if not isinstance(found, tuple) or len(found) != 2:
+            got = f"returned a {_kind(found)}"
+            raise DDIMError(f"denoise must return (x0, eps), and {got}; {advice}.")
         return Denoised(*found)
 
     return paired

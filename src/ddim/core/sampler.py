@@ -1,16 +1,17 @@
 """The sampling loop: a generator of states, and a function that runs it to the end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddim.core.denoiser import Denoiser, checked
 from ddim.core.route import Route, make_route
-from ddim.core.schedule import NoiseSchedule
+from ddim.core.schedule import NoiseSchedule, check_samples
 from ddim.core.step import Eta
 from ddim.core.timesteps import Pair
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, DivergenceError
 
 __all__ = ["State", "sample", "trajectory", "walk"]
 
@@ -66,7 +67,8 @@ def trajectory(
 
     Raises:
         DDIMError: If ``noise`` is missing, if eta or order is invalid, if ``eps_mean_square`` lacks
-            a level, if ``pairs`` is not a list of (t, s), or if ``denoise`` does not return a pair.
+            a level, if ``pairs`` is not a list of (t, s), if x_t or ``noise`` is of another kind, or
+            if ``denoise`` is of another schedule or does not return a pair.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
@@ -89,6 +91,8 @@ def walk(
 ) -> Iterator[State]:
     """Walks a route, as :func:`trajectory` does; a DDIMError also says if the analytic variance was
     not measured."""
+    check_samples(x_t=x_t)
+    _check_start(denoise, route.schedule, noise)
     denoise = checked(denoise)
     if route.analytic and route.eps_mean_square is None:
         raise DDIMError("the analytic variance of this route was not measured; see Route.measured.")
@@ -100,11 +104,33 @@ def walk(
     steps = zip(route.pairs, route.weights.rows(), route.multistep.tolist(), strict=True)
     for number, ((t, s), step, weight) in enumerate(steps):
         x0, eps = denoise(x_t, t)
-        x_t = step.apply(x0, eps, noise() if noise is not None and route.is_random else None)
+        z = noise() if noise is not None and route.is_random else None
+        if z is not None and number == 0:
+            check_samples(noise=z)
+        x_t = step.apply(x0, eps, z)
         if weight != 0 and previous is not None:
             x_t.add_(x0 - previous.x0, alpha=weight)
         previous = State(x_t, x0, eps, t, s, first + number)
         yield previous
+
+
+def _check_start(denoise: Any, schedule: NoiseSchedule, noise: object) -> None:
+    """Refuses noise that is no source of it, and a denoiser of another schedule."""
+    if noise is not None and not callable(noise):
+        what = "noise must be a function that draws z for a step, such as a SeededNoise"
+        raise DDIMError(f"{what}; got a {type(noise).__name__}.")
+    own = getattr(denoise, "schedule", None)
+    if own is None or own is schedule or not isinstance(own, NoiseSchedule):
+        return
+    if not torch.equal(own.alphas_cumprod, schedule.alphas_cumprod):
+        raise DDIMError(
+            f"the denoiser has another noise schedule ({_levels(own)}) than the walk "
+            f"({_levels(schedule)}); give both the schedule that the network was trained on."
+        )
+
+
+def _levels(schedule: NoiseSchedule) -> str:
+    return f"{len(schedule)} levels, the last alpha_bar {float(schedule.alphas_cumprod[-1]):.4g}"
 
 
 def sample(
@@ -119,8 +145,12 @@ def sample(
     eps_mean_square: Mapping[int, float] | None = None,
 ) -> Tensor:
     """Runs :func:`trajectory` to its end and returns the last sample [B, ...]; x_t itself if there
-    are no pairs. Autograd records it all, unless it runs under ``torch.no_grad()``."""
+    are no pairs. Autograd records it all, unless it runs under ``torch.no_grad()``. A
+    DivergenceError refuses a result that is NaN or infinite."""
     route = make_route(schedule, pairs, eta=eta, order=order, eps_mean_square=eps_mean_square)
     for state in walk(denoise, x_t, route, noise=noise):
         x_t = state.x_s
+    if not bool(torch.isfinite(x_t).all()):
+        why = "look whether the network, its schedule and its prediction_type belong together"
+        raise DivergenceError(f"the walk ended in NaN or infinity; {why}.")
     return x_t

@@ -30,6 +30,7 @@ __all__ = [
     "add_noise",
     "make_betas",
     "as_factor",
+    "check_samples",
     "rescale_zero_terminal_snr",
     "velocity",
     "whole",
@@ -130,7 +131,8 @@ class NoiseSchedule:
     """The table of alpha_bar over all levels, and the level of clean data below it.
 
     Attributes:
-        alphas_cumprod: alpha_bar_t for t = 0..T-1, shape [T], float64 on the CPU, in [0, 1].
+        alphas_cumprod: alpha_bar_t for t = 0..T-1, shape [T], float64 on the CPU, in [0, 1],
+            falling.
         final_alpha_cumprod: alpha_bar at :data:`CLEAN`.
     """
 
@@ -138,12 +140,32 @@ class NoiseSchedule:
     final_alpha_cumprod: float = 1.0
 
     def __post_init__(self) -> None:
-        table = self.alphas_cumprod
+        table = self._keep(torch.as_tensor(self.alphas_cumprod), self.final_alpha_cumprod)
+        if bool(((table < 0) | (table > 1)).any()):
+            outside = float(table[(table < 0) | (table > 1)][0])
+            raise DDIMError(f"alphas_cumprod must lie in [0, 1]; got {outside:.4g}.")
+        rises = (table.diff() > 1e-6).nonzero()  # float32 tables may rise by their rounding
+        if rises.numel():
+            t = int(rises[0]) + 1
+            what = f"alphas_cumprod must fall from level to level; it rises at level {t}"
+            raise DDIMError(f"{what}. Give the table from the least noise to the most.")
+
+    def _keep(self, table: Tensor, final: float) -> Tensor:
         if table.ndim != 1 or table.numel() == 0:
             raise DDIMError(f"alphas_cumprod must have shape [T]; got {list(table.shape)}.")
         if not bool(torch.isfinite(table).all()):
             raise DDIMError("alphas_cumprod must be finite; got NaN or infinity.")
-        object.__setattr__(self, "alphas_cumprod", table.detach().to("cpu", torch.float64))
+        table = table.detach().to("cpu", torch.float64)
+        object.__setattr__(self, "alphas_cumprod", table)
+        object.__setattr__(self, "final_alpha_cumprod", final)
+        return table
+
+    @classmethod
+    def unchecked(cls, alphas_cumprod: Tensor, final_alpha_cumprod: float) -> "NoiseSchedule":
+        """A finite table that may be no schedule, as diffusers' schedulers take it."""
+        made = cls.__new__(cls)
+        made._keep(alphas_cumprod, final_alpha_cumprod)
+        return made
 
     @classmethod
     def from_betas(
@@ -201,6 +223,19 @@ def whole(t: Any) -> int:
     raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.")
 
 
+def check_samples(**given: Any) -> None:
+    """Refuses, by a DDIMError, samples and noise that are no tensors of floating-point numbers."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            advice = "torch.as_tensor(...) makes one of an array"
+            raise DDIMError(f"{name} must be a tensor; got a {kind} ({advice}).")
+        if not value.is_floating_point():
+            advice = "pixels are to be scaled to [-1, 1], and noise is standard normal"
+            got = f"got {str(value.dtype).removeprefix('torch.')}"
+            raise DDIMError(f"{name} must be a tensor of floating-point numbers; {got} ({advice}).")
+
+
 def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
     """Rounds float64 coefficients, shape [] or [B], to the dtype of x [B, ...], in a shape and on a
     device where they can multiply it."""
@@ -227,6 +262,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tenso
         noise: Standard normal, shape [B, ...].
         t: One level, or one a sample, shape [B]; in [-1, T).
     """
+    check_samples(x0=x0, noise=noise)
     alpha_bar = schedule.alpha_bar(t)
     return as_factor(alpha_bar.sqrt(), x0) * x0 + as_factor((1 - alpha_bar).sqrt(), x0) * noise
 
@@ -239,5 +275,6 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor
         Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. App. D.
         https://arxiv.org/abs/2202.00512
     """
+    check_samples(x0=x0, noise=noise)
     alpha_bar = schedule.alpha_bar(t)
     return as_factor(alpha_bar.sqrt(), x0) * noise - as_factor((1 - alpha_bar).sqrt(), x0) * x0

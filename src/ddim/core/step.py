@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddim.core.prediction import PredictionType, Solution, solve
-from ddim.core.schedule import as_factor
+from ddim.core.schedule import as_factor, check_samples
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -225,6 +225,7 @@ def ddim_step(
         DDIMError: If eta is invalid or not 0 in a step up, or noise is missing.
     """
     refuse_noise_upwards(eta, goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
+    check_samples(x0=x0, eps=eps, **({} if noise is None else {"noise": noise}))
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
     if eta == 0 and eps_mean_square is None:
         return weights.apply(x0, eps)

@@ -48,7 +48,7 @@ class Tables:
         is_valid = bool(((betas >= 0) & (betas <= 1)).all())
         betas = rescale_zero_terminal_snr(betas) if rescale else betas
         levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
-        exact = NoiseSchedule(levels, 1.0 if set_alpha_to_one else float(levels[0]))
+        exact = NoiseSchedule.unchecked(levels, 1.0 if set_alpha_to_one else float(levels[0]))
         table = exact.alphas_cumprod.float()
         clean = torch.tensor(1.0) if set_alpha_to_one else table[0].clone()
         return cls(exact, is_valid, betas.float(), (1 - betas).float(), table, clean, exact)
@@ -62,7 +62,7 @@ class Tables:
         table = self.alphas_cumprod.detach().cpu()
         own_clean = torch.tensor(clean, dtype=torch.float64, device="cpu")
         is_own_clean = _is_rounded(self.clean.detach().cpu(), own_clean)
-        schedule = NoiseSchedule(
+        schedule = NoiseSchedule.unchecked(
             own if _is_rounded(table, own) else table, clean if is_own_clean else float(self.clean)
         )
         return replace(self, schedule=schedule, versions=versions, signals={})
