@@ -254,7 +254,7 @@ def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor
         if generator is not None:
             raise DDIMError("Cannot pass both generator and variance_noise; leave out one of them.")
         return given
-    if isinstance(generator, (list, tuple)) and len(generator) != x.shape[0]:
+    if isinstance(generator, (list, tuple)) and len(generator) not in (1, x.shape[0]):
         wanted = f"one for each of the {x.shape[0]} samples"
         raise DDIMError(f"a list of generators must have {wanted}; got {len(generator)}.")
     drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddim
 
+from ddim.core.denoiser import Clip
+from ddim.core.oracle import GaussianOracle
 from ddim.core.schedule import (
     BETA_SCHEDULES,
     CLEAN,
@@ -209,3 +211,18 @@ def test_pixels_and_arrays_are_no_samples():
                 use(schedule, bad, x, 5)
             with pytest.raises(DDIMError, match=f"noise {message}"):
                 use(schedule, x, bad, 5)
+
+
+def test_numbers_that_make_no_schedule_are_refused():
+    for use, message in (
+        (lambda: make_betas(beta_start=math.nan), "beta_start must be a finite number; got nan"),
+        (lambda: make_betas(beta_end=math.inf), "beta_end must be a finite number; got inf"),
+        (lambda: rescale_zero_terminal_snr(torch.zeros(3)), "needs betas that add noise"),
+        (lambda: Clip("static", -1), "the bound of clipping must be above 0; got -1"),
+        (
+            lambda: GaussianOracle(NoiseSchedule(torch.ones(1)), std=-1),
+            "std must be above 0; got -",
+        ),
+    ):
+        with pytest.raises(DDIMError, match=message):
+            use()

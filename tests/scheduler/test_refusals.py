@@ -48,7 +48,7 @@ def test_a_step_says_what_is_wrong():
     for shape in ((1, 3, 4), (2, 9, 4), (2, 3, 8), (2, 3)):
         with pytest.raises(DDIMError, match=r"must have the sample's shape \[2, 3, 4\].*got \["):
             scheduler.step(torch.zeros(shape), 900, x)
-    for generators in ([1], [1, 2, 3]):
+    for generators in ([], [1, 2, 3]):
         with pytest.raises(
             DDIMError, match=f"one for each of the 2 samples; got {len(generators)}"
         ):

@@ -289,3 +289,13 @@ def test_the_variance_of_a_step_is_diffusers():
     assert float(ours._get_variance(torch.tensor(420), torch.tensor(400))) == pytest.approx(
         0.14771, abs=1e-5
     )
+
+
+def test_one_generator_in_a_list_draws_for_the_batch_as_in_diffusers():
+    x, drawn = randn(2, 3, 4, 4), []
+    for cls in (DDIMScheduler, diffusers.DDIMScheduler):
+        scheduler = cls()
+        scheduler.set_timesteps(10)
+        generator = [torch.Generator().manual_seed(0)]
+        drawn.append(scheduler.step(x, 900, x, 1.0, generator=generator).prev_sample)
+    torch.testing.assert_close(*drawn)

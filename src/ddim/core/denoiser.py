@@ -59,6 +59,8 @@ class Clip:
     def __post_init__(self) -> None:
         if self.kind not in ("none", "static", "dynamic"):
             raise DDIMError(f"clip must be none, static or dynamic; got {self.kind!r}.")
+        if not self.bound > 0:
+            raise DDIMError(f"the bound of clipping must be above 0; got {self.bound}.")
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Returns x0 in range, shape [B, ...]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddim.core.prediction import Denoised, PredictionType, from_x0_eps
 from ddim.core.schedule import NoiseSchedule, as_factor
+from ddim.errors import DDIMError
 
 __all__ = ["GaussianOracle"]
 
@@ -30,6 +31,10 @@ class GaussianOracle:
     schedule: NoiseSchedule
     mean: float | Tensor = 0.0
     std: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        if not bool(torch.as_tensor(self.std > 0).all()):
+            raise DDIMError(f"std must be above 0; got {self.std}.")
 
     def variance(self, t: int | Tensor) -> Tensor:
         """V_t, the variance of a sample at level t; float64, shape of t."""

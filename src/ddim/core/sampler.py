@@ -67,8 +67,8 @@ def trajectory(
 
     Raises:
         DDIMError: If ``noise`` is missing, if eta or order is invalid, if ``eps_mean_square`` lacks
-            a level, if ``pairs`` is not a list of (t, s), if x_t or ``noise`` is of another kind, or
-            if ``denoise`` is of another schedule or does not return a pair.
+            a level, if ``pairs`` is not a list of (t, s), if x_t or ``noise`` is of another kind,
+            or if ``denoise`` is of another schedule or does not return a pair.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.

@@ -75,6 +75,9 @@ def make_betas(
     count = num_train_timesteps
     if count < 1:
         raise DDIMError(f"num_train_timesteps must be at least 1; got {count}.")
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not math.isfinite(value):
+            raise DDIMError(f"{name} must be a finite number; got {value}.")
     if kind == "linear":
         return torch.linspace(beta_start, beta_end, count, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -112,7 +115,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     in (0, 1), and returned in float64.
 
     Raises:
-        DDIMError: If there are fewer than two levels.
+        DDIMError: If there are fewer than two levels, or they do not differ.
 
     References:
         Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
@@ -121,6 +124,10 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     if betas.numel() < 2:
         raise DDIMError(f"zero terminal SNR needs at least 2 levels; got {betas.numel()}.")
     alpha = (1 - betas.double()).cumprod(0).sqrt()
+    if bool(alpha[0] == alpha[-1]):
+        raise DDIMError(
+            "zero terminal SNR needs betas that add noise; got a schedule of one level."
+        )
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     alpha_bar = alpha**2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
