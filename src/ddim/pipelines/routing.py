@@ -151,7 +151,7 @@ def reconfigured(
     for scheduler in schedulers:
         changed: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}
         if order is not None and isinstance(scheduler, DDIMScheduler):
-            changed["solver_order"] = check_order(order)
+            changed["multistep_order"] = check_order(order)
         elif order is not None and not isinstance(scheduler, GridScheduler):
             kind = type(scheduler).__name__
             raise DDIMError(f"order is ddim.DDIMScheduler's, and the scheduler is a {kind}.")
