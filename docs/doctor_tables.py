@@ -22,8 +22,8 @@ def tables() -> str:
         "2022 |"
     )
     rows["DDIM024"] = (
-        "| DDIM024 | `ddim.DDIMScheduler` refuses the steps, for a reason that no other check tells. "
-        "| `python -m pydoc ddim.scheduler` |"
+        "| DDIM024 | `ddim.DDIMScheduler` refuses the steps, for a reason that no other check "
+        "tells. | `python -m pydoc ddim.scheduler` |"
     )
     lines = [
         "| code | what is found | reference |",

@@ -827,7 +827,6 @@ def test_half_precision_promises_no_exact_round_trip_and_tells_what_it_cannot_so
         half.encode(garments[:1], 2, method="fixed-point", max_evaluations=6)
 
 
-@pytest.mark.filterwarnings("ignore::ddim.inversion.codes.CodeWarning")  # of random weights
 def test_the_pipeline_refuses_what_does_not_fit(pipe, garments, tiny_classes):
     code = pipe.encode(garments[:2], 4)
     for error, call in {
@@ -888,7 +887,6 @@ def test_the_pipeline_refuses_what_does_not_fit(pipe, garments, tiny_classes):
         changed.decode(code)
 
 
-@pytest.mark.filterwarnings("ignore::ddim.inversion.codes.CodeWarning")  # of random weights
 def test_classes_belong_to_a_code_and_resizing_is_asked_for(tiny_classes):
     pipe = UnconditionalPipeline.from_pretrained(tiny_classes)
     images = np.random.default_rng(0).integers(0, 256, (5, 12, 10), dtype=np.uint8)

@@ -28,11 +28,11 @@ def run(request: Request) -> int:
     from ddim.doctor.plot import plot_schedule
     from ddim.files import write_json
     from ddim.runs.diagnose import examine
-    from ddim.runs.show import ShowJob, show_request
+    from ddim.runs.show import show_request
 
     examination = examine(request)
     diagnosis, probe = examination.diagnosis, examination.probe
-    shown = None if request.show is None else show_request(request, examination.source)
+    shown = None if request.show is None else show_request(request, examination.source, diagnosis)
     declares = examination.source.declares
     if request.json:
         _print_json({"source": request.source, "declares": declares}, diagnosis, probe)
@@ -54,7 +54,7 @@ def run(request: Request) -> int:
     if shown is not None and not diagnosis.summary:
         print("There is nothing to show: this scheduler has no levels.", file=said)
     elif shown is not None:
-        run_request(lambda asked, control: ShowJob(asked, diagnosis, control), shown)
+        run_request("show.ShowJob", shown)
         print(f"The same seeds as configured and with each fix are in {request.show}.", file=said)
     return int(diagnosis.has("error") or (request.strict and diagnosis.has("warning")))
 

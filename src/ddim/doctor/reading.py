@@ -1,5 +1,5 @@
-"""A scheduler's configuration as the doctor reads it: complete, its levels, and whether this package
-samples with it."""
+"""A scheduler's configuration as the doctor reads it: complete, its levels, and whether this
+package samples with it."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -330,8 +330,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C,
                 H, W].
             num_inference_steps: N. Default: 50.
-            method: Default: ``o-belm``; ``bdia`` at zero terminal SNR, where the codes of
-                ``o-belm`` are no noise. Those two and ``edict`` come back exactly, ``fixed-point`` to its
+            method: Default: ``o-belm``; ``bdia`` at zero terminal SNR, where codes of ``o-belm``
+                are no noise. Those two and ``edict`` come back exactly, ``fixed-point`` to its
                 tolerance, ``ddim`` (the paper's) nearly. Encode and decode in float32: a network in
                 half precision may round otherwise on the way back.
             timestep_spacing: Default: as the scheduler's configuration says.

@@ -14,7 +14,7 @@ from ddim.runs.values import Eta, Etas, Levels
 
 __all__ = ["ConsistencyRequest", "ConvertRequest", "DecodeRequest", "DoctorRequest"]
 __all__ += ["EncodeRequest", "EvaluateRequest", "FitStepsRequest", "InterpolateRequest"]
-__all__ += ["ReconstructRequest", "SampleRequest", "ShowRequest", "TableRequest"]
+__all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
 
 MOST_IMAGES = 1_000_000
 """Images of one run: each is a row of its record."""
@@ -346,24 +346,6 @@ class FitStepsRequest(Text, Request):
     batch_size: AtLeastOne = 16
     out: str = "steps.json"
     """The file for the result; it must not exist."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowRequest(Text):
-    """The part of a :class:`DoctorRequest` that draws images."""
-
-    shared = (
-        *("device", "seed", "count", "steps", "timesteps", "eta", "prompt", "negative_prompt"),
-        *("guidance_scale", "guidance_rescale"),
-    )
-    model: str
-    out: str
-    device: str
-    seed: int
-    count: int
-    steps: int | None
-    timesteps: Levels
-    eta: Eta
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,41 @@ from ddim.models.facts import ScheduleSource
 from ddim.models.images import label_rows, save_png, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made
 from ddim.runs.model import ModelJob, enough_memory
-from ddim.runs.requests import DoctorRequest, ShowRequest
+from ddim.runs.requests import DoctorRequest, Text
 from ddim.runs.rules import Options
 from ddim.runs.text import Item, TextOptions, read_text
+from ddim.runs.values import Eta, Levels
 from ddim.scheduler import as_ddim
 
-__all__ = ["ShowJob", "show_request"]
+__all__ = ["ShowJob", "ShowRequest", "show_request"]
+
+_SHARED = "device seed count steps timesteps eta prompt negative_prompt guidance_scale"
 
 
-def show_request(request: DoctorRequest, source: ScheduleSource) -> ShowRequest:
+@dataclass(frozen=True, kw_only=True)
+class ShowRequest(Text):
+    """The part of a request to the doctor that draws images.
+
+    Attributes:
+        config: The scheduler's configuration, with what was asked in its place.
+        rows: The labels of the rows, and the keys that each changes.
+    """
+
+    model: str
+    out: str
+    config: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    device: str
+    seed: int
+    count: int
+    steps: int | None
+    timesteps: Levels
+    eta: Eta
+
+
+def show_request(
+    request: DoctorRequest, source: ScheduleSource, diagnosis: Diagnosis
+) -> ShowRequest:
     """What ``--show`` asks for, of the model that was examined.
 
     Raises:
@@ -38,7 +65,10 @@ def show_request(request: DoctorRequest, source: ScheduleSource) -> ShowRequest:
     return ShowRequest(
         model=str(source.folder) if is_file else request.source,
         out=str(request.show),
-        **{name: getattr(request, name) for name in ShowRequest.shared},
+        config=diagnosis.config | diagnosis.asked,
+        rows=_rows(diagnosis),
+        guidance_rescale=request.guidance_rescale,
+        **{name: getattr(request, name) for name in _SHARED.split()},
     )
 
 
@@ -50,29 +80,30 @@ class ShowJob(FileJob, ModelJob):
     command = "doctor"
     text: TextOptions | None = None
 
-    def __init__(self, request: ShowRequest, diagnosis: Diagnosis, control: Control) -> None:
+    def __init__(self, request: ShowRequest, control: Control) -> None:
         super().__init__(request, control)
-        self.config = diagnosis.config | diagnosis.asked
-        self.rows = _rows(diagnosis)
         self.seeds = check_seeds(range(request.seed, request.seed + request.count))
         self.find()
-        options = Options(request, *"model out device seed count steps timesteps eta".split())
+        options = Options(
+            request, *"model out config rows device seed count steps timesteps eta".split()
+        )
         if self.model.is_text:
             self.text = read_text(options, self.model)
         options.refuse_unread(self.model.name, self.model.kinds)
         self.open()
-        self.protocol = {"command": self.command, "rows": self.rows, "seeds": self.seeds}
+        self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
         self.execution = {}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
-        drawn = [self._draw(fix) for fix in self.rows.values()]
+        request = self.request
+        drawn = [self._draw(fix) for fix in request.rows.values()]
         shape = next((images.shape for images, _ in drawn if images is not None), (1, 64, 64, 1))
         shape = (len(self.seeds), *shape[1:])
         refused = np.full(shape, 128, np.uint8)
         pictures = np.concatenate([refused if p is None else p for p, _ in drawn])
         scale = sheet_scale(pictures)
         pictures = pictures.repeat(scale, 1).repeat(scale, 2)
-        labels = [f"{name}{told}" for name, (_, told) in zip(self.rows, drawn, strict=True)]
+        labels = [f"{name}{told}" for name, (_, told) in zip(request.rows, drawn, strict=True)]
         save_png(label_rows(pictures, labels), self.folder)
         yield Made(self.folder)
 
@@ -85,7 +116,7 @@ class ShowJob(FileJob, ModelJob):
         else:
             options |= self.text.draw_options([Item(None, seed) for seed in self.seeds])
         try:
-            pipe.scheduler = as_ddim({**self.config, **fix})
+            pipe.scheduler = as_ddim({**request.config, **fix})
             steps = None if request.timesteps else request.steps
             eta = 0.0 if request.eta is None else request.eta
             route = pipe.route(steps, timesteps=request.timesteps, eta=eta)
