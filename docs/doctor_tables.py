@@ -21,6 +21,10 @@ def tables() -> str:
         "| DDIM018 | The scheduler is not of DDIM's family. | Lipman et al. 2023; Karras et al. "
         "2022 |"
     )
+    rows["DDIM024"] = (
+        "| DDIM024 | `ddim.DDIMScheduler` refuses the steps, for a reason that no other check "
+        "tells. | `python -m pydoc ddim.scheduler` |"
+    )
     lines = [
         "| code | what is found | reference |",
         "|---|---|---|",

@@ -43,7 +43,14 @@ FILES = {
     ],
     "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
     "fitting": [{"search"}, {"timesteps"}],
-    "doctor": [{"symptoms"}, {"checks"}, {"report"}, {"plot"}],
+    "doctor": [
+        {"symptoms", "reading"},
+        {"findings"},
+        {"level_checks", "option_checks", "agreement", "verdict"},
+        {"checks"},
+        {"report"},
+        {"plot"},
+    ],
     "scheduler": [{"scheduler_base"}, {"scheduler"}],
     "runs": [
         {"rules", "values", "record"},
@@ -51,9 +58,12 @@ FILES = {
         {"model"},
         {"measuring", "text"},
         {"sample", "evaluate", "table", "reconstruct", "consistency", "interpolate"}
-        | {"codes", "fit_steps", "diagnose"},
+        | {"codes", "fit_steps", "diagnose", "show"},
     ],
-    "models": [{"images", "checkpoints", "layouts"}, {"conversion", "export", "facts"}],
+    "models": [
+        {"images", "checkpoints", "layouts", "single_file"},
+        {"conversion", "export", "facts"},
+    ],
     "evaluation": [{"classifier", "metrics"}, {"features"}, {"protocol"}, {"report"}, {"latents"}],
     "data": [
         {"captions", "dataset", "fashion_text"},

@@ -53,7 +53,7 @@ from .core.timesteps import (
     step_pairs as step_pairs,
     truncate_timesteps as truncate_timesteps,
 )
-from .doctor.checks import Finding as Finding, ModelFacts as ModelFacts
+from .doctor.findings import Finding as Finding, ModelFacts as ModelFacts
 from .doctor.report import Diagnosis as Diagnosis, diagnose as diagnose
 from .doctor.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
 from .errors import (
@@ -71,7 +71,12 @@ from .fitting.timesteps import (
     geometric_mean as geometric_mean,
     ode_error as ode_error,
 )
-from .inversion.codes import Code as Code, load_code as load_code, save_code as save_code
+from .inversion.codes import (
+    Code as Code,
+    CodeWarning as CodeWarning,
+    load_code as load_code,
+    save_code as save_code,
+)
 from .inversion.ddim import (
     ConvergenceWarning as ConvergenceWarning,
     encodable_timesteps as encodable_timesteps,

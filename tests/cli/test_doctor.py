@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from ddim.cli import main
@@ -54,6 +56,8 @@ def test_the_exit_code_tells_errors_and_strictly_warnings(config, capsys):
     assert code == 1
     (error,) = (f for f in content["findings"] if f["severity"] == "error")
     assert {"code", "severity", "message", "evidence", "fix"} <= set(error)
+    assert "(DDIM006)" in content["verdict"]
+    assert content["python"].endswith("rescale_betas_zero_snr=False)")
     assert error["code"] == "DDIM006"
     assert findings(capsys, config(), "--steps", 50, "--eta", "1.5")[0] == 1
 
@@ -61,6 +65,12 @@ def test_the_exit_code_tells_errors_and_strictly_warnings(config, capsys):
 def test_the_report_is_for_people(capsys):
     assert main(["doctor", str(SD), "--steps", "50"]) == 0
     told = capsys.readouterr().out
+    verdict, _, python = told.splitlines()[:3]
+    assert verdict.startswith("Dark pictures come out too bright, by about 47 of 255 grey levels")
+    assert python == (
+        "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config, "
+        "set_alpha_to_one=True, timestep_spacing='trailing')"
+    )
     assert "warning DDIM001  The terminal SNR is 0.004682, not 0" in told
     assert 'Fix: timestep_spacing="trailing"' in told
     assert "0 errors, 2 warnings, 2 notes." in told
@@ -372,3 +382,107 @@ def test_a_folder_without_a_scheduler_is_refused(tiny, tmp_path, capsys):
 def test_a_prior_that_is_missing_is_told_with_the_way_to_one(tiny, tmp_path, capsys):
     assert main(["sample", str(tiny), "--prior", "data", "--out", str(tmp_path)]) == 2
     assert "there is no prior at" in capsys.readouterr().err
+
+
+WEIGHTS = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}
+EMPTY = torch.zeros(0)
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "fix"),
+    [
+        (
+            ("v_pred", "ztsnr"),
+            {},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        ),
+        (("v_pred",), None, {"prediction_type": "v_prediction"}),
+        ((), {"v_pred": "true"}, {"prediction_type": "v_prediction"}),
+        (
+            (),
+            {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        ),
+    ],
+)
+def test_a_single_file_is_read_by_its_header(names, metadata, fix, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({**WEIGHTS, **dict.fromkeys(names, EMPTY)}, path, metadata=metadata)
+    code, content = findings(capsys, path, "--steps", 30)
+    (found,) = (f for f in content["findings"] if f["code"] == "DDIM019")
+    assert (code, found["fix"]) == (1, fix)
+    assert "declares prediction_type=v_prediction" in content["declares"]
+    assert "prediction_type='v_prediction'" in content["python"]
+    assert "DDIM019" in content["verdict"]
+    assert main(["doctor", str(path), "--steps", "30"]) == 1
+    assert "plain diffusers does not read that" in capsys.readouterr().out
+
+
+def test_files_that_declare_nothing_or_are_no_checkpoints_are_told_apart(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(WEIGHTS, path)
+    code, content = findings(capsys, path, "--steps", 30)
+    assert (code, content["summary"]["prediction_type"]) == (0, "epsilon")
+    assert "declares neither" in content["declares"]
+    safetensors.torch.save_file({**WEIGHTS, "edm_mean": EMPTY}, path)
+    assert [f["code"] for f in findings(capsys, path)[1]["findings"]] == ["DDIM018"]
+    safetensors.torch.save_file({"decoder.weight": EMPTY}, path)
+    assert main(["doctor", str(path)]) == 2
+    assert "weights that say nothing of a noise schedule" in capsys.readouterr().err
+    path.write_bytes(b"0123456789")
+    assert main(["doctor", str(path)]) == 2
+    assert "is damaged or cut off" in capsys.readouterr().err
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    assert main(["doctor", str(tmp_path / "model.ckpt")]) == 2
+    assert "is a pickled file" in capsys.readouterr().err
+
+
+def test_the_same_seeds_are_drawn_as_configured_and_with_each_fix(tmp_path, capsys):
+    """Of the embedded model with a planted flaw: a single leading step returns its noise."""
+    zoo = Path(__import__("ddim").__file__).parent / "zoo" / "fashion-mnist"
+    model, picture = tmp_path / "model", tmp_path / "before-after.png"
+    shutil.copytree(zoo, model)
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "timestep_spacing": "leading"}))
+    asked = ["doctor", str(model), "--steps", "1", "--count", "3", "--device", "cpu"]
+    assert main([*asked, "--show", str(picture)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("Your pictures are noise")
+    assert "The same seeds as configured and with each fix are in" in told
+    with Image.open(picture) as opened:
+        rows = np.asarray(opened.convert("L")).astype(int)
+    height = (rows.shape[0]) // 2  # two rows, each under its label
+    before, after = (rows[n * height + 20 : (n + 1) * height - 2, 4:260] for n in (0, 1))
+    # Noise is as bright as dark everywhere; of garments the edges are dark.
+    assert 115 < before.mean() < 140
+    assert before[:, :30].mean() > after[:, :30].mean() + 25
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("before")] == [picture.name]
+    assert main([*asked, "--show", str(picture)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((str(SD), "--show", "x.png"), "--show draws images, and"),
+        (("fashion-mnist", "--prompt", "a"), "--prompt acts only with --show"),
+        (("fashion-mnist", "--count", "3"), "--count acts only with --show"),
+        (("fashion-mnist", "--show", "x.png", "--count", "99"), "--count must be from 1 to 16"),
+        (("fashion-mnist", "--show", "x.png", "--prompt", "a"), "--prompt is for text-to-image"),
+    ],
+)
+def test_show_refuses_what_cannot_be_shown(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_models_are_shown_with_a_prompt(tiny_text, tmp_path, capsys):
+    picture = tmp_path / "x.png"
+    asked = ["doctor", str(tiny_text), "--steps", "2", "--count", "2", "--show", str(picture)]
+    assert main(asked) == 2
+    assert "give --prompt TEXT" in capsys.readouterr().err
+    assert main([*asked, "--prompt", "a red sneaker", "--device", "cpu"]) == 0
+    with Image.open(picture) as opened:
+        assert opened.size[0] > 100

@@ -3,10 +3,14 @@ match what really happens."""
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
+import itertools
 import json
 import math
+import re
 import runpy
+import types
 from pathlib import Path
 
 import diffusers
@@ -15,14 +19,17 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import ddim
 from ddim.configuration import _FAMILY
 from ddim.core.oracle import GaussianOracle
 from ddim.core.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.core.prior import DataPrior, fit_prior
 from ddim.core.schedule import NoiseSchedule, make_betas
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.doctor.checks import CHECKS, FAINT, OTHER_KEYS, ModelFacts
-from ddim.doctor.report import complete, diagnose, levels_of
+from ddim.doctor.checks import CHECKS
+from ddim.doctor.findings import FAINT, ModelFacts
+from ddim.doctor.reading import OTHER_KEYS, complete, levels_of
+from ddim.doctor.report import diagnose
 from ddim.doctor.symptoms import (
     Brightness,
     Probe,
@@ -138,6 +145,7 @@ PLANTED = [
         {"probe": Probe({**ERRORS, "sample": math.nan}, "epsilon", True, {})},
     ),
     ("DDIM022", "warning", SOUND, {"probe": Probe(ERRORS, "v_prediction", False, EPSILON_AT_END)}),
+    ("DDIM024", "error", {**SOUND, "timestep_spacing": "quadratic"}, {"steps": 50, "eta": 1.5}),
     ("DDIM023", "info", {**SOUND, "skip_prk_steps": True}, {}),
     ("DDIM023", "error", {**LEAKY, "predict_epsilon": False}, {}),
 ]
@@ -175,29 +183,209 @@ BAD = {
 
 @pytest.mark.parametrize("guided", [None, False, True])
 def test_a_fix_that_worsens_a_predicted_figure_says_so_and_why_and_plants_no_note(guided):
-    """Several flaws at once, of which zero terminal SNR with epsilon is mended at the cost of
-    brightness."""
-    before = diagnose(BAD, steps=30, model=ModelFacts(guided=guided))
+    """Zero terminal SNR with epsilon is mended at the cost of brightness."""
+    bad = {**BAD, "timestep_spacing": "trailing", "steps_offset": 0}
+    before = diagnose(bad, steps=30, model=ModelFacts(guided=guided))
     assert before.worse == (
-        "The fix makes what is predicted worse (brightness bias from +0.160 to +0.355, brightness "
-        "spread from 0.834 to 0.541): zero "
+        "The fix makes what is predicted worse (brightness bias from +0.000 to +0.355, brightness "
+        "spread from 0.847 to 0.541): zero "
         "terminal SNR is given up, because the weights predict epsilon, from which no image can be "
         "told there."
     )
-    offset = (
-        {"steps_offset": 0} if guided is False else {}
-    )  # what the spacing that is changed leaves behind
-    assert before.fixed() == {
-        **BAD,
-        "rescale_betas_zero_snr": False,
-        "timestep_spacing": "trailing",
-        **offset,
-    }
+    assert before.fixed() == {**bad, "rescale_betas_zero_snr": False}
     after = diagnose(before.fixed(), steps=30, model=ModelFacts(guided=guided))
     assert (after.after, after.worse) == (None, "")
     assert "DDIM014" not in [f.code for f in after.findings]
     wrong = {"model": ModelFacts(training={**LEAKY, "beta_end": 0.002})}
     assert "what is mended is graver (DDIM019)." in diagnose(LEAKY, steps=50, **wrong).worse
+
+
+def test_a_level_that_is_not_visited_makes_no_nan_and_no_fix_visits_it():
+    """Epsilon prediction on a zero-SNR schedule with leading timesteps, as it was trained."""
+    diagnosis = diagnose(BAD, steps=30)
+    found = {f.code: f for f in diagnosis.findings}
+    assert not diagnosis.has("error")
+    assert "level 999, which these 30 steps do not visit" in found["DDIM006"].message
+    assert "NaN" not in found["DDIM006"].message + found["DDIM006"].consequence
+    for code in ("DDIM002", "DDIM007"):
+        assert found[code].fix == {}
+        assert "timestep_spacing='trailing' is no fix here: epsilon" in found[code].advice
+    assert (diagnosis.fixed(), diagnosis.after) == (BAD, None)
+    # Steps that visit it are refused, and then the check says so and names it.
+    (error,) = (
+        f
+        for f in diagnose(BAD, steps=1000).findings
+        if f.severity == "error" and not f.diffusers_only
+    )
+    assert "divides by 0 at level 999, which is visited" in error.message
+    # What the network is known to predict goes along with the fix that needs it.
+    training = ModelFacts(training={**BAD, "prediction_type": "v_prediction"})
+    known = {f.code: f for f in diagnose(BAD, steps=30, model=training).findings}
+    assert known["DDIM002"].fix == {
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+    }
+
+
+def samples(config, steps):
+    """Whether our own scheduler samples with a configuration."""
+    try:
+        kind = (
+            ddim.DDIMInverseScheduler
+            if "Inverse" in config.get("_class_name", "")
+            else ddim.DDIMScheduler
+        )
+        scheduler = kind.from_config(config)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps[:100]:
+            x = scheduler.step(0.9 * x, t, x).prev_sample
+        return bool(x.isfinite().all())
+    except (DDIMError, RuntimeError):  # the second: trained_betas without the level
+        return False
+
+
+def check_agreement(config, options):
+    """No fix and no combination of fixes leads to a refusal or to a new error, and none contradicts
+    another."""
+    options = {"steps": diagnose(config, **options).summary.get("steps"), **options}
+    diagnosis = diagnose(config, **options)
+    if not diagnosis.summary:
+        return
+    config = {**diagnosis.config, **diagnosis.asked}
+    options = {**options, "spacing": None}
+    retrained = [f.fix for f in diagnosis.findings if f.fix and f.retrain]
+    fixes = [f.fix for f in diagnosis.findings if f.fix and not f.retrain]
+    fixes = [fix for n, fix in enumerate(fixes) if fix not in fixes[:n]]
+    together = [
+        subset for n in range(1, len(fixes) + 1) for subset in itertools.combinations(fixes, n)
+    ]
+    steps, is_asked = options["steps"], options.get("timesteps") is None
+    before = {f.code for f in diagnosis.findings if f.severity == "error"}
+    sampled = samples(config, steps)
+    for subset in together:
+        fixed = dict(config)
+        for fix in subset:
+            assert all(fixed.get(k) in (v, config.get(k)) for k, v in fix.items()), "contradiction"
+            fixed |= fix
+        if sampled and is_asked:
+            assert samples(fixed, min(steps, fixed.get("num_train_timesteps", 1000))), subset
+        after = diagnose(fixed, **options).findings
+        assert {f.code for f in after if f.severity == "error"} <= before, subset
+    if together and is_asked and not {"DDIM003", "DDIM016"} & before:
+        assert samples(diagnosis.fixed(), steps)
+    for fix in retrained:
+        assert not sampled or samples({**config, **fix}, steps)
+
+
+@pytest.mark.parametrize(("code", "severity", "config", "options"), PLANTED)
+def test_no_fix_and_no_combination_of_fixes_leads_to_a_refusal(code, severity, config, options):
+    check_agreement(config, options)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("steps", [1, 61])
+def test_findings_agree_whatever_is_combined(spacing, kind, rescale, steps):
+    config = {**BAD, "timestep_spacing": spacing, "prediction_type": kind}
+    config |= {"rescale_betas_zero_snr": rescale, "set_alpha_to_one": False}
+    for model in (ModelFacts(), ModelFacts(training={**config, "prediction_type": "v_prediction"})):
+        check_agreement(config, {"steps": steps, "model": model})
+    for found in PREDICTION_TYPES:
+        check_agreement(config, {"steps": steps, "probe": Probe(ERRORS, found, True, {})})
+
+
+def test_a_single_leading_step_returns_its_noise_and_that_is_an_error():
+    for spacing in ("leading", "linspace"):  # both visit level 0 alone
+        diagnosis = diagnose({**SD, "timestep_spacing": spacing}, steps=1)
+        (found,) = (f for f in diagnosis.findings if f.code == "DDIM002")
+        assert (found.severity, found.fix) == ("error", {"timestep_spacing": "trailing"})
+        assert "the images are noise" in found.consequence
+        assert diagnosis.verdict.startswith("Your pictures are noise")
+    assert not diagnose(LEAKY, steps=1).has("error")
+
+
+def test_a_fix_that_its_own_figures_call_useless_is_not_proposed():
+    dark = Brightness(-0.01, 0.1, 64)
+    (small,) = (
+        f for f in diagnose(LEAKY, steps=50, brightness=dark).findings if f.code == "DDIM001"
+    )
+    assert (small.fix, small.advice) == ({}, "This is too little to be seen.")
+    late = diagnose({**SD, "timestep_spacing": "leading"}, steps=500)  # 998 in place of 999
+    (found,) = (f for f in late.findings if f.code == "DDIM002")
+    assert found.fix == {}
+    assert "changes nothing that can be seen" in found.advice
+    (soon,) = (
+        f
+        for f in diagnose({**SD, "timestep_spacing": "leading"}, steps=10).findings
+        if f.code == "DDIM002"
+    )
+    assert soon.fix == {"timestep_spacing": "trailing"}
+    # 600 steps leave the grid of plain diffusers under every spacing.
+    (strides,) = (
+        f
+        for f in diagnose({**SD, "timestep_spacing": "linspace"}, steps=600).findings
+        if f.code == "DDIM004"
+    )
+    assert strides.fix == {}
+
+
+def test_defects_of_diffusers_are_told_as_such():
+    for code, _, config, options in PLANTED:
+        for found in diagnose(config, **options).findings:
+            is_theirs = found.code in ("DDIM004", "DDIM005") or "plain diffusers" in found.message
+            assert not found.diffusers_only or found.message.startswith("In plain diffusers,")
+            assert found.code in ("DDIM008", "DDIM020") or found.diffusers_only == is_theirs, code
+    sample = {**SOUND, "prediction_type": "sample", "_class_name": "DDIMInverseScheduler"}
+    (clean,) = (f for f in diagnose(sample, steps=50).findings if f.code == "DDIM011")
+    assert clean.diffusers_only
+    assert samples(sample, 50)
+
+
+def test_what_our_sampler_refuses_is_always_an_error():
+    for config, options in [
+        ({**SOUND, "timestep_spacing": "quadratic"}, {"steps": 50, "eta": 1.5}),
+        ({**SOUND, "_class_name": "DDIMScheduler", "solver_order": 2}, {"steps": 50, "eta": 1.0}),
+    ]:
+        (error,) = (f for f in diagnose(config, **options).findings if f.code == "DDIM024")
+        assert error.severity == "error"
+        assert error.message.startswith("ddim.DDIMScheduler refuses these steps: ")
+
+
+def test_references_are_installed_or_on_the_web():
+    codes = set()
+    for _, _, config, options in PLANTED:
+        for found in diagnose(config, **options).findings:
+            codes.add(found.code)
+            name = re.search(r"pydoc ([\w.]+)", found.reference)
+            assert "arXiv" in found.reference or name, found.reference
+            if name:
+                assert importlib.import_module(name[1]).__doc__
+    assert codes >= set(CHECKS)
+
+
+def test_the_verdict_is_one_sentence_and_the_line_of_python_does_what_is_proposed():
+    scheduler = ddim.DDIMScheduler.from_config({**SD, "timestep_spacing": "leading"})
+    diagnosis = diagnose(dict(scheduler.config), steps=10)
+    assert "too bright, by about" in diagnosis.verdict
+    assert diagnosis.verdict.count(".") == 1
+    assert diagnosis.python == (
+        "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config, "
+        "timestep_spacing='trailing')"
+    )
+    pipe = types.SimpleNamespace(scheduler=scheduler)
+    exec(diagnosis.python, {"pipe": pipe, "ddim": ddim})
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    sound = diagnose(SOUND, steps=50, eta=0.0)
+    assert sound.python == ""
+    assert "do not make your pictures dark" in sound.verdict
+    stock = diagnose(SOUND, steps=61, eta=0.0)  # right here, and wrong in plain diffusers
+    assert "Plain diffusers spoils your pictures (DDIM005)" in stock.verdict
+    assert stock.python.endswith("from_config(pipe.scheduler.config)")
+    assert diagnose({"_class_name": "FlowMatchEulerDiscreteScheduler"}).verdict.startswith(
+        "The doctor"
+    )
 
 
 def test_a_prior_is_advised_only_where_it_can_be_used():
@@ -259,7 +447,7 @@ def test_the_fixes_of_a_configuration_that_belongs_to_another_run_are_those_of_t
 
 
 def test_every_check_has_a_planted_flaw():
-    assert {code for code, *_ in PLANTED} == {*CHECKS, "DDIM018"}
+    assert {code for code, *_ in PLANTED} == {*CHECKS, "DDIM018", "DDIM024"}
 
 
 @pytest.mark.parametrize("steps", [n for n in range(1, 1001) if 1000 % n == 0])

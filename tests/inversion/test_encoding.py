@@ -22,10 +22,13 @@ from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.inversion.codes import (
     ENCODERS,
     Code,
+    CodeWarning,
     decoding_timesteps,
+    default_method,
     fingerprint,
     load_code,
     save_code,
+    warn_of_rms,
 )
 from ddim.inversion.ddim import (
     ConvergenceWarning,
@@ -1002,3 +1005,33 @@ def test_codes_can_be_differentiated_through_silently(method):
     finally:
         torch.set_warn_always(always)
     assert back.requires_grad
+
+
+@pytest.mark.parametrize("count", [20, 50])
+def test_the_default_encoder_gives_noise_at_zero_terminal_snr_and_others_are_warned_of(count):
+    sd = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    schedules = [NoiseSchedule.from_betas(b) for b in (sd, rescale_zero_terminal_snr(sd))]
+    x0 = -0.3 + 0.4 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    levels = select_timesteps(1000, count)
+    for schedule, method in zip(schedules, ("o-belm", "bdia"), strict=True):
+        oracle = GaussianOracle(schedule, -0.3, 0.4)
+        code = encode(oracle.denoise, x0, levels, schedule=schedule)
+        assert code.method == default_method(schedule) == method
+        assert torch.all((code.rms() > 0.7) & (code.rms() < 1.4))
+        back = decode(oracle.denoise, code, schedule=schedule)
+        assert torch.allclose(back, x0, atol=1e-10)
+    code = encode(oracle.denoise, x0, levels, schedule=schedule, method="o-belm")
+    assert float(code.rms().max()) > 5
+    with pytest.warns(CodeWarning, match="o-belm .* root mean square .* use method bdia") as told:
+        warn_of_rms(code)
+    assert len(told) == 1
+
+
+def test_a_pipeline_warns_once_of_codes_that_are_no_noise(garments):
+    pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    options = {"timesteps": [998, 700, 400, 100], "batch_size": 2}
+    with pytest.warns(CodeWarning, match="use method bdia, or more steps") as told:
+        pipe.encode(garments[:4], method="o-belm", **options)
+    assert len(told) == 1
+    assert pipe.encode(garments[:4], **options).method == "bdia"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ddim.runs.requests import DoctorRequest as Request
 
 if TYPE_CHECKING:
-    from ddim.doctor.checks import Finding, Severity
+    from ddim.doctor.findings import Finding, Severity
     from ddim.doctor.report import Diagnosis
     from ddim.doctor.symptoms import Probe
 
@@ -24,13 +24,20 @@ _COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 
 def run(request: Request) -> int:
     """Prints the findings, writes what was asked for, and returns the exit code."""
+    from ddim.cli.terminal import run_request
     from ddim.doctor.plot import plot_schedule
     from ddim.files import write_json
     from ddim.runs.diagnose import examine
+    from ddim.runs.show import show_request
 
     examination = examine(request)
     diagnosis, probe = examination.diagnosis, examination.probe
-    (_print_json if request.json else _report)(request.source, diagnosis, probe)
+    shown = None if request.show is None else show_request(request, examination.source, diagnosis)
+    declares = examination.source.declares
+    if request.json:
+        _print_json({"source": request.source, "declares": declares}, diagnosis, probe)
+    else:
+        _report(request.source, declares, diagnosis, probe)
     said = sys.stderr if request.json else sys.stdout
     if examination.prior is not None and request.prior:
         prior = {**asdict(examination.prior), "data": request.data}
@@ -44,20 +51,27 @@ def run(request: Request) -> int:
     elif request.plot is not None:
         plot_schedule(diagnosis, request.plot)
         print(f"The plot is in {request.plot}.", file=said)
+    if shown is not None and not diagnosis.summary:
+        print("There is nothing to show: this scheduler has no levels.", file=said)
+    elif shown is not None:
+        run_request("show.ShowJob", shown)
+        print(f"The same seeds as configured and with each fix are in {request.show}.", file=said)
     return int(diagnosis.has("error") or (request.strict and diagnosis.has("warning")))
 
 
-def _print_json(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
-    from ddim.doctor.checks import json_numbers
+def _print_json(source: dict[str, str], diagnosis: "Diagnosis", probe: "Probe | None") -> None:
+    from ddim.doctor.findings import json_numbers
 
-    content = {"source": source, **asdict(diagnosis), "fixed": diagnosis.fixed()}
+    first = {**source, "verdict": diagnosis.verdict, "python": diagnosis.python}
+    content = {**first, **asdict(diagnosis), "fixed": diagnosis.fixed()}
     content["probe"] = probe and asdict(probe)
     print(json.dumps(json_numbers(content), indent=2, allow_nan=False))
 
 
-def _report(source: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
-    """Prints the findings for people, in colour on a terminal."""
+def _report(source: str, declares: str, diagnosis: "Diagnosis", probe: "Probe | None") -> None:
+    """Prints the verdict and the line to paste, then the findings; in colour on a terminal."""
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n\n".join(filter(None, (diagnosis.verdict, diagnosis.python, declares))), end="\n\n")
     if summary := diagnosis.summary:
         known = summary["brightness"]
         assumed = ", assumed" if known["assumed"] else ""

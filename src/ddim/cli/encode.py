@@ -15,7 +15,7 @@ def run(request: Request) -> None:
     residuals = [row["residual"] for row in record.results if "residual" in row]
     worst = f" The worst step is solved to {max(residuals):.1e}." if residuals else ""
     print(
-        f"{len(rms)} images encoded by {request.method} in {record.evaluations:.4g} evaluations "
+        f"{len(rms)} images encoded by {job.method} in {record.evaluations:.4g} evaluations "
         f"each and {record.seconds:.1f} s; the root mean square of the codes is "
         f"{sum(rms) / len(rms):.2f} (noise: 1).{worst}{unsolved_note(job.unsolved)} The code is "
         f"{job.folder}."

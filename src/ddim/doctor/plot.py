@@ -6,7 +6,8 @@ from typing import get_args
 import torch
 
 from ddim.core.timesteps import Spacing, select_timesteps
-from ddim.doctor.report import Diagnosis, complete, levels_of
+from ddim.doctor.reading import complete, levels_of
+from ddim.doctor.report import Diagnosis
 from ddim.files import replacing
 
 __all__ = ["plot_schedule"]

@@ -6,46 +6,24 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
-import torch
-
-from ddim.configuration import (
-    DEFAULTS,
-    check_options,
-    fitted_lists,
-    foreign_family,
-    noise_schedule,
-    own_options,
-)
-from ddim.core.schedule import NoiseSchedule
+from ddim.configuration import fitted_lists, foreign_family, own_options
 from ddim.core.step import Eta, check_eta
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.doctor.checks import (
-    CHECKS,
-    FAINT,
-    OTHER_KEYS,
-    Case,
-    Finding,
-    ModelFacts,
-    Severity,
-    foreign_finding,
-)
+from ddim.doctor.agreement import agree
+from ddim.doctor.checks import CHECKS
+from ddim.doctor.findings import FAINT, Case, Finding, ModelFacts, Severity
+from ddim.doctor.reading import complete, is_cogvideo, levels_of, read_keys, refusal
 from ddim.doctor.symptoms import Brightness, Probe, predict_brightness, stock_timesteps
+from ddim.doctor.verdict import foreign_finding, give_verdict, refusal_finding
 from ddim.errors import DDIMError
 
-__all__ = ["Diagnosis", "complete", "diagnose", "levels_of"]
+__all__ = ["Diagnosis", "diagnose"]
 
 _STEPS = 50  # the pipelines' default
 # The brightness of unknown images: dark and uneven as Fashion-MNIST's, so that a leak shows.
 _ASSUMED = Brightness(-0.43, 0.35, 64 * 64)
-
-# The one sampler of the family whose default schedule is its own.
-_COGVIDEO: dict[str, Any] = {
-    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    "snr_shift_scale": 3.0,
-}
 
 
 @dataclass(frozen=True)
@@ -75,6 +53,30 @@ class Diagnosis:
         return self.after.config if self.after else self.config
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """The keys that the fixes change, with their new values."""
+        missing = object()
+        return {k: v for k, v in self.fixed().items() if self.config.get(k, missing) != v}
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for a person whose pictures are dark: is it the sampler, and what helps?"""
+        after = (self.after or self).summary
+        return give_verdict(self.findings, self.summary, after, changes=bool(self.python))
+
+    @property
+    def python(self) -> str:
+        """A line to paste that mends what needs no training, in a pipeline ``pipe``; empty if there
+        is nothing to mend, or this package cannot sample the configuration."""
+        is_ours = bool(self.summary) and not is_cogvideo(self.summary["scheduler"])
+        is_off = any(f.diffusers_only and f.severity != "info" for f in self.findings)
+        if not is_ours or not (self.changed or is_off):
+            return ""
+        kind = "DDIM" + "Inverse" * ("Inverse" in self.summary["scheduler"])
+        keys = "".join(f", {key}={value!r}" for key, value in self.changed.items())
+        return f"pipe.scheduler = ddim.{kind}Scheduler.from_config(pipe.scheduler.config{keys})"
+
+    @property
     def worse(self) -> str:
         """One sentence if the fix worsens a predicted figure: by how much, and why; else empty."""
         if self.after is None or not self.summary:
@@ -85,7 +87,7 @@ class Diagnosis:
             old, new = (summary[f"brightness_{name}"] for summary in (here, after))
             if abs(new - right) > abs(old - right) + FAINT:  # smaller ones come from other steps
                 figures.append(f"brightness {name} from {old:{form}} to {new:{form}}")
-        changed = {key for key, value in self.after.config.items() if self.config.get(key) != value}
+        changed = self.changed
         codes = [f.code for f in self.findings if f.fix.keys() & changed and not f.retrain]
         if not figures or not codes:
             return ""
@@ -156,53 +158,76 @@ def diagnose(
     return first if last is first else replace(first, after=last)
 
 
-def _diagnose_once(
-    config: Mapping[str, Any],
-    *,
-    asked: int | None,
-    spacing: str | None,
-    timesteps: Sequence[int] | None,
-    eta: Eta | None,
-    model: ModelFacts,
-    brightness: Brightness | None,
-    **used: Any,
-) -> Diagnosis:
-    """One diagnosis, without a correction; ``used`` are further fields of :class:`Case`."""
+def _diagnose_once(config: Mapping[str, Any], *, spacing: str | None, **options: Any) -> Diagnosis:
+    """One diagnosis, without a correction."""
     given = dict(own_options(config))
     kind = given.get("_class_name", "DDIMScheduler")
     if not isinstance(kind, str) or "Scheduler" not in kind:
         what = f"this is the configuration of a {kind}, and not of a scheduler"
         raise DDIMError(f"{what}; give a scheduler_config.json.")
-    reason = None if _is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
+    reason = None if is_cogvideo(kind) else foreign_family({**given, "_class_name": kind})
     if reason is not None:
         return Diagnosis(given, (foreign_finding(kind, reason),), {})
     replaced = {} if spacing is None else {"timestep_spacing": spacing}
-    full = complete({**given, "_class_name": kind, **replaced})
+    full = {**given, "_class_name": kind, **replaced}
+    case = _make_case(full, use_fitted=spacing is None, **options)
+
+    def look(fix: Mapping[str, Any]) -> tuple[str | None, set[str]]:
+        """With a fix: how this package refuses to sample, and the codes of errors."""
+        try:
+            fixed = _make_case({**full, **fix}, use_fitted=spacing is None, **options)
+        except DDIMError as error:
+            return str(error), set()
+        # Those two are never errors, and walk all steps or look at every number of them.
+        checks = (check for code, check in CHECKS.items() if code not in ("DDIM004", "DDIM020"))
+        found = filter(None, (check(fixed) for check in checks))
+        return fixed.refusal, {f.code for f in found if f.severity == "error"}
+
+    findings = agree([f for check in CHECKS.values() if (f := check(case))], look)
+    is_told = any(f.severity == "error" and not f.diffusers_only for f in findings)
+    if case.refusal is not None and not is_told:
+        findings.append(refusal_finding(case.refusal))
+    summary = _summary(case, assumed=options["brightness"] is None)
+    return Diagnosis(given, tuple(findings), summary, replaced)
+
+
+def _make_case(
+    config: Mapping[str, Any],
+    *,
+    use_fitted: bool,
+    asked: int | None,
+    timesteps: Sequence[int] | None,
+    eta: Eta | None,
+    model: ModelFacts,
+    brightness: Brightness | None,
+    **used: Any,
+) -> Case:
+    """What the checks look at; ``used`` are further fields of :class:`Case`."""
+    full = complete(config)
     schedule = levels_of(full)
     if eta is not None:
         check_eta(eta)
     custom, levels, stock = _visited(
-        full, len(schedule), asked=asked, timesteps=timesteps, use_fitted=spacing is None
+        full, len(schedule), asked=asked, timesteps=timesteps, use_fitted=use_fitted
     )
     training = None if model.training is None else complete(model.training)
     assumed = replace(_ASSUMED, dimensions=math.prod(model.shape or (_ASSUMED.dimensions,)))
-    case = Case(
+    return Case(
         config=full,
         schedule=schedule,
         model=model,
         brightness=brightness or assumed,
         asked=asked,
         custom=custom,
-        read=_read_keys(full),
+        read=read_keys(full),
         levels=levels,
         stock=stock,
         eta=eta,
         training=training,
         training_schedule=None if training is None else levels_of(training),
+        refusal=refusal(full, len(levels) if asked is None else asked, custom, eta),
         **used,
     )
-    findings = tuple(found for check in CHECKS.values() if (found := check(case)))
-    return Diagnosis(given, findings, _summary(case, assumed=brightness is None), replaced)
 
 
 def _visited(
@@ -253,57 +278,3 @@ def _summary(case: Case, *, assumed: bool) -> dict[str, Any]:
         "brightness_bias": bias,
         "brightness_spread": factor,
     }
-
-
-def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with diffusers' values for absent keys.
-
-    Raises:
-        DDIMError: If a key is unknown, or a value of the wrong kind or not finite.
-    """
-    for key in config:
-        if key not in DEFAULTS and key not in OTHER_KEYS and not key.startswith("_"):
-            close = get_close_matches(key, [*DEFAULTS, *sorted(OTHER_KEYS)], n=1)
-            otherwise = "no scheduler of this family has it; remove it."
-            hint = f"did you mean {close[0]!r}?" if close else otherwise
-            raise DDIMError(f"the scheduler's configuration has the unknown key {key!r}; {hint}")
-    full = {**DEFAULTS, **(_COGVIDEO if _is_cogvideo(config.get("_class_name")) else {}), **config}
-    shift = full.get("snr_shift_scale")
-    if shift is not None and not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
-        raise DDIMError(f"snr_shift_scale must be a finite number above 0; got {shift!r}.")
-    if not all(isinstance(t, int) for levels in fitted_lists(full) for t in levels):
-        wanted = "a list of lists of levels, which are whole numbers"
-        raise DDIMError(f"fitted_timesteps must be {wanted}; got {full['fitted_timesteps']!r}.")
-    betas = full["trained_betas"]
-    for i, beta in enumerate(betas if isinstance(betas, (list, tuple)) else []):
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:
-            raise DDIMError(f"trained_betas[{i}] must be a number from 0 to 1; got {beta!r}.")
-    check_options(full)
-    return full
-
-
-def levels_of(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The levels of a complete configuration; also of CogVideoX, whose SNR is shifted before it is
-    rescaled. A DDIMError refuses an unknown beta schedule, and one that adds no noise."""
-    schedule = noise_schedule(config)
-    shift = config.get("snr_shift_scale") if _is_cogvideo(config.get("_class_name")) else None
-    if shift:
-        table = noise_schedule({**config, "rescale_betas_zero_snr": False}).alphas_cumprod
-        table = table / (shift + (1 - shift) * table)
-        betas = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
-        schedule = noise_schedule({**config, "trained_betas": betas})
-    if float(schedule.alphas_cumprod[-1]) == 1:
-        raise DDIMError("the scheduler's configuration adds no noise: all its betas are 0.")
-    return schedule
-
-
-def _read_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """The keys beyond diffusers' DDIM that are read: CogVideoX reads its shift, our scheduler
-    fitted lists and the order."""
-    if _is_cogvideo(config["_class_name"]):
-        return frozenset({"snr_shift_scale"})
-    return frozenset({"fitted_timesteps", "multistep_order"})
-
-
-def _is_cogvideo(kind: object) -> bool:
-    return str(kind).startswith("CogVideoX")

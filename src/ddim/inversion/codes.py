@@ -6,6 +6,7 @@ steps too."""
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,19 +26,36 @@ from ddim.inversion.ddim import encodable_timesteps
 __all__ = [
     "ENCODERS",
     "Code",
+    "CodeWarning",
     "EncodingMethod",
     "check_code",
     "check_method",
     "check_origin",
+    "default_method",
     "decoding_timesteps",
     "fingerprint",
     "load_code",
     "save_code",
+    "warn_of_rms",
 ]
 
 EncodingMethod = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
 ENCODERS: tuple[str, ...] = get_args(EncodingMethod)
 _FORMAT = {"format": "ddim-code", "version": "1"}
+
+
+_NEAR = (0.25, 3.0)
+"""An RMS outside is far from that of noise; a few steps of a sound model stay inside."""
+
+
+class CodeWarning(UserWarning):
+    """A code is no noise: its root mean square is far from 1."""
+
+
+def default_method(schedule: NoiseSchedule) -> EncodingMethod:
+    """The encoder for a schedule where none is named: ``o-belm``; at zero terminal SNR, where its
+    last step extrapolates over a gap and its codes are no noise, ``bdia``, also exact."""
+    return "bdia" if float(schedule.alphas_cumprod[-1]) == 0 else "o-belm"
 
 
 def check_method(method: str) -> None:
@@ -170,6 +188,24 @@ class Code:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise DDIMError(f"the code's metadata is damaged ({error}).") from error
+
+
+def warn_of_rms(code: Code) -> None:
+    """Warns, once for all images of a code, if the RMS of one is far from 1."""
+    if len(code) == 0:
+        return
+    rms = code.rms()
+    low, high = float(rms.min()), float(rms.max())
+    if low < _NEAR[0] or high > _NEAR[1]:
+        other = "bdia" if code.method == "o-belm" else "fixed-point"
+        advice = "more steps" if code.method == other else f"method {other}, or more steps"
+        warnings.warn(
+            f"the codes of {code.method} have a root mean square from {low:.3g} to {high:.3g}, and "
+            "noise has 1: they come back as they were made, but paths between them and edits leave "
+            f"what the model knows; use {advice}.",
+            CodeWarning,
+            stacklevel=3,
+        )
 
 
 def check_code(code: Any) -> None:

@@ -3,12 +3,16 @@ r"""Images to codes and back, by one interface over all encoders.
 =============== ==================== ========= =================================================
 method          states of a code     calls     the way back
 =============== ==================== ========= =================================================
-``o-belm``      :math:`x_N, x_{N-1}` N         exact to rounding; the most accurate exact method
-``bdia``        :math:`x_N, x_{N-1}` N         exact to rounding
+``o-belm``      :math:`x_N, x_{N-1}` N         exact to rounding; the most accurate exact method,
+                                               but no noise at zero terminal SNR (RMS of 5 to 100)
+``bdia``        :math:`x_N, x_{N-1}` N         exact to rounding, at zero terminal SNR too
 ``edict``       two copies of x_N    2N        exact up to about 200 steps, and diverges beyond
 ``fixed-point`` :math:`x_N`          3N to 6N  exact to the tolerance
 ``ddim``        :math:`x_N`          N         an error of first order in 1/N: the paper's Table 2
 =============== ==================== ========= =================================================
+
+A code whose root mean square is far from 1 is no noise, and a pipeline's ``encode`` says so by one
+:class:`ddim.inversion.codes.CodeWarning`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +36,7 @@ from ddim.inversion.codes import (
     check_method,
     check_origin,
     decoding_timesteps,
+    default_method,
 )
 from ddim.inversion.ddim import encodable_timesteps, encode_explicit, encode_implicit
 from ddim.inversion.reversible import (
@@ -123,7 +128,7 @@ def encode(
     timesteps: Sequence[int],
     *,
     schedule: NoiseSchedule,
-    method: EncodingMethod = "o-belm",
+    method: EncodingMethod | None = None,
     gamma: float = 1.0,
     mixing: float = 0.93,
     tolerance: float = 1e-5,
@@ -147,7 +152,8 @@ def encode(
             level below (:func:`ddim.inversion.ddim.encodable_timesteps`); ``Code.timesteps`` says
             which were used.
         schedule: The levels.
-        method: See :class:`Encoder`, and so for its options.
+        method: See :class:`Encoder`, and so for its options. Default: ``o-belm``; ``bdia`` at zero
+            terminal SNR (:func:`ddim.inversion.codes.default_method`).
         gamma: For ``bdia``.
         mixing: For ``edict``.
         tolerance: For ``fixed-point``.
@@ -162,6 +168,7 @@ def encode(
         DDIMError: If the method is unknown.
         DivergenceError: If the code is not finite, or too large for float64 to bring the data back.
     """
+    method = method or default_method(schedule)
     encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
     return encoder.encode(denoise, x0, timesteps, schedule=schedule, labels=labels, origin=origin)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddim.core.prior import DataPrior
-from ddim.doctor.checks import ModelFacts
+from ddim.doctor.findings import ModelFacts
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
@@ -17,6 +17,7 @@ from ddim.models.checkpoints import (
     read_model_index,
     resolve_model,
 )
+from ddim.models.single_file import read_declaration
 
 __all__ = ["FoundModel", "ScheduleSource", "read_model", "read_source"]
 
@@ -122,19 +123,21 @@ def read_model(name: str) -> FoundModel:
 
 @dataclass(frozen=True)
 class ScheduleSource:
-    """A configuration, what is known of its network, and the model's folder if there is one."""
+    """A configuration, what is known of its network, the model's folder if there is one, and a
+    sentence about what a single file declares."""
 
     config: dict[str, Any]
     model: ModelFacts
     folder: Path | None
+    declares: str = ""
 
 
 def read_source(name: str, *, latent: bool = False) -> ScheduleSource:
     """Reads a scheduler's configuration, and what lies beside it about the model; no weights.
 
     Args:
-        name: A configuration file, a model's folder, name or hub id, or a training run's folder or
-            card.
+        name: A configuration file, a checkpoint in a single safetensors file, a model's folder,
+            name or hub id, or a training run's folder or card.
         latent: Whether the model is known to work on latents.
 
     Raises:
@@ -142,6 +145,9 @@ def read_source(name: str, *, latent: bool = False) -> ScheduleSource:
     """
     path, training = Path(name).expanduser(), None
     if path.is_file():
+        if (said := read_declaration(path)) is not None:
+            facts = ModelFacts(latent=True, guided=True, training=said.training)
+            return ScheduleSource(said.config, facts, None, said.message)
         content = read_json(path)
         training = _training_schedule(content)
         folder = path.parent.parent if path.parent.name == "scheduler" else path.parent

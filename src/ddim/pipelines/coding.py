@@ -9,7 +9,7 @@ from torch import Tensor
 from ddim.core.denoiser import Denoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.inversion.codes import Code, check_origin, decoding_timesteps, fingerprint
+from ddim.inversion.codes import Code, check_origin, decoding_timesteps, fingerprint, warn_of_rms
 from ddim.inversion.encoding import Encoder, decode_trajectory
 from ddim.pipelines.base import Callback, Sampling
 from ddim.pipelines.networks import weights_of
@@ -51,7 +51,9 @@ class Coding(Sampling):
             code = encoder.encode(denoise, x, timesteps, schedule=schedule, origin=origin)
             parts.append(code if labels is None else replace(code, labels=labels[chosen]))
         self.maybe_free_model_hooks()
-        return Code.join(parts)
+        code = Code.join(parts)
+        warn_of_rms(code)
+        return code
 
     def _decode(
         self,

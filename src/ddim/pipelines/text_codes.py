@@ -11,7 +11,7 @@ from torch import Tensor
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.inversion.codes import Code, EncodingMethod, check_code
+from ddim.inversion.codes import Code, EncodingMethod, check_code, default_method
 from ddim.inversion.encoding import Encoder
 from ddim.models.images import from_pictures, picture_size
 from ddim.pipelines.base import Callback
@@ -39,7 +39,7 @@ class TextCodes(StableDiffusion):
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
         guidance_batched: bool = True,
-        method: EncodingMethod = "o-belm",
+        method: EncodingMethod | None = None,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         resize: bool = False,
@@ -66,7 +66,8 @@ class TextCodes(StableDiffusion):
             negative_prompt_embeds: [P, L, D], in place of negative prompts.
             clip_skip: Layers of the text encoder that are left out at its end.
             guidance_batched: Whether the two predictions of guidance are one batch of the network.
-            method: One of the table in :mod:`ddim.inversion.encoding`.
+            method: One of the table in :mod:`ddim.inversion.encoding`. Default: ``o-belm``;
+                ``bdia`` at zero terminal SNR.
             timestep_spacing: Default: as the scheduler's configuration says.
             timesteps: The levels themselves, in place of N and a spacing.
             resize: Whether images are resized (shorter side) and cut to the network's size;
@@ -90,6 +91,7 @@ class TextCodes(StableDiffusion):
         if len(pictures) == 0:
             raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
+        method = method or default_method(self.noise_schedule)
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)

@@ -17,7 +17,7 @@ from ddim.core.route import Route
 from ddim.core.step import Eta
 from ddim.core.timesteps import Spacing
 from ddim.errors import CheckpointError, DDIMError
-from ddim.inversion.codes import Code, EncodingMethod, check_code
+from ddim.inversion.codes import Code, EncodingMethod, check_code, default_method
 from ddim.inversion.encoding import Encoder
 from ddim.models.checkpoints import (
     is_unconditional,
@@ -313,7 +313,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         images: Any,
         num_inference_steps: int | None = None,
         *,
-        method: EncodingMethod = "o-belm",
+        method: EncodingMethod | None = None,
         timestep_spacing: Spacing | None = None,
         timesteps: Sequence[int] | None = None,
         class_labels: Labels = None,
@@ -330,7 +330,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             images: Pillow images, bytes [B, H, W, C] or [H, W, C], or a tensor in [-1, 1], [B, C,
                 H, W].
             num_inference_steps: N. Default: 50.
-            method: ``o-belm``, ``bdia`` and ``edict`` come back exactly, ``fixed-point`` to its
+            method: Default: ``o-belm``; ``bdia`` at zero terminal SNR, where codes of ``o-belm``
+                are no noise. Those two and ``edict`` come back exactly, ``fixed-point`` to its
                 tolerance, ``ddim`` (the paper's) nearly. Encode and decode in float32: a network in
                 half precision may round otherwise on the way back.
             timestep_spacing: Default: as the scheduler's configuration says.
@@ -350,6 +351,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         Raises:
             DDIMError: If images or options do not fit the network, or the method diverges.
         """
+        method = method or default_method(self.noise_schedule)
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         x0 = from_pictures(images, self.image_shape, resize=resize)
         levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)

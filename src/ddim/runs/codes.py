@@ -9,7 +9,7 @@ import numpy as np
 
 from ddim.data.pictures import Selection, check_images, missing_images, read_images
 from ddim.errors import DDIMError
-from ddim.inversion.codes import Code, fingerprint, load_code, save_code
+from ddim.inversion.codes import Code, default_method, fingerprint, load_code, save_code
 from ddim.inversion.ddim import collect_unsolved
 from ddim.models.images import make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made, Row
@@ -41,9 +41,10 @@ class EncodeJob(FileJob, PixelJob):
         self.open()
         self.timesteps = self.asked_levels(request.steps)
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+        self.method = request.method or default_method(self.pipe.noise_schedule)
         self.code: Code | None = None
         self.unsolved = list[str]()
-        data = {**self.pictures.data, "method": request.method}
+        data = {**self.pictures.data, "method": self.method}
         self.protocol = self.deterministic(self.timesteps, data=data)
         self.execution = {"count": len(self.pictures.x0), **self.executed("batch_size")}
 
@@ -54,7 +55,7 @@ class EncodeJob(FileJob, PixelJob):
             self.warm_up(len(x0))
             began = time.perf_counter()
             with self.counted() as calls, collect_unsolved() as self.unsolved:
-                code = pipe.encode(x0, method=request.method, class_labels=labels, **walk)
+                code = pipe.encode(x0, method=self.method, class_labels=labels, **walk)
         self.code, self.calls = code, calls.each(len(code))
         self.protocol["timesteps"] = list(code.timesteps)
         self.note_levels(self.timesteps, code.timesteps)

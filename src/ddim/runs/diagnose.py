@@ -9,7 +9,8 @@ import torch
 from ddim.core.prior import DataPrior
 from ddim.data.batches import measure_prior, spread, stack_images
 from ddim.data.sources import load_images
-from ddim.doctor.report import Diagnosis, complete, diagnose, levels_of
+from ddim.doctor.reading import complete, levels_of
+from ddim.doctor.report import Diagnosis, diagnose
 from ddim.doctor.symptoms import Brightness, Probe, probe
 from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.report import check_plots
@@ -29,9 +30,11 @@ _PROBED = 64
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found; with --probe and --data also what those say, and with --fix its file."""
+    """What was found, and of what; with --probe and --data also what those say, and with --fix its
+    file."""
 
     diagnosis: Diagnosis
+    source: ScheduleSource
     probe: Probe | None
     prior: DataPrior | None
     fix: Path | None
@@ -49,7 +52,8 @@ def examine(request: DoctorRequest) -> Examination:
     fix = None if request.fix is None else Path(request.fix)
     if fix is not None and fix.is_dir():
         fix /= _CONFIG
-    for path in (fix, None if request.prior is None else Path(request.prior)):
+    written = [Path(name) for name in (request.prior, request.show) if name is not None]
+    for path in (fix, *written):
         if path is not None and path.exists():
             raise OutputError(
                 f"{path} is there already, and is not overwritten; give another name."
@@ -73,7 +77,7 @@ def examine(request: DoctorRequest) -> Examination:
         brightness=brightness,
         probe=answers,
     )
-    return Examination(diagnosis, answers, prior, fix)
+    return Examination(diagnosis, source, answers, prior, fix)
 
 
 def _check_brightness(request: DoctorRequest) -> None:

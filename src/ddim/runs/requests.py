@@ -297,8 +297,9 @@ class EncodeRequest(Pictures, Walk, Request):
     """A data set in place of files, as `ddim train --data` takes it."""
     count: AtLeastOne | None = None
     """How many images of the data set, from SEED on. Default: all."""
-    method: Encoder = "o-belm"
-    """o-belm, bdia and edict come back exactly, fixed-point nearly; ddim is the paper's own."""
+    method: Encoder | None = None
+    """o-belm, bdia and edict come back exactly, fixed-point nearly; ddim is the paper's own.
+    Default: o-belm; bdia at zero terminal SNR, where the codes of o-belm are no noise."""
     out: str = "code.safetensors"
     """The file to write; it must not exist."""
 
@@ -349,15 +350,15 @@ class FitStepsRequest(Text, Request):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorRequest:
-    """Examines a scheduler's configuration: every finding with its numbers, what it does to images,
-    and the keys that mend it.
+    """Examines a scheduler's configuration: a verdict in one sentence, a line of Python that mends
+    it, and every finding with its numbers and what it does to images.
 
     Needs no weights. Exits with 1 if there is an error.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A scheduler_config.json, a model's folder, an embedded model, a hub id, or the folder or
-    card.json of a training run."""
+    """A scheduler_config.json, a model's folder, a checkpoint in one safetensors file (its header
+    is read), an embedded model, a hub id, or the folder or card.json of a training run."""
     steps: int | None = None
     """Number of steps that you sample with. Default: 50, and a finding that says so."""
     spacing: Spacing | None = None
@@ -385,6 +386,21 @@ class DoctorRequest:
     it is."""
     plot: str | None = None
     """Draw log-SNR, visited levels and step sizes of each spacing into this PNG."""
+    show: str | None = None
+    """Draw the same seeds as the model is configured, and with each fix that needs no training,
+    into this new PNG. Needs the weights."""
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction, Needs(option="show", model="text")] = (
+        field(default_factory=list)
+    )
+    """What the images of --show show, for a text-to-image model."""
+    negative_prompt: Annotated[str | None, Needs(option="show", model="text")] = None
+    """What guidance leads away from. Default: the empty text."""
+    seed: Annotated[int, Range(0), Needs(option="show")] = 0
+    """Seed of the first image of --show."""
+    count: Annotated[int, Range(1, 16), Needs(option="show")] = 8
+    """How many seeds --show draws."""
+    device: Annotated[str, Needs(option="show")] = "auto"
+    """Where --show computes: cpu, cuda, ...; auto takes an accelerator where there is one."""
     json: bool = False
     """Print JSON on standard output in place of the report."""
     strict: bool = False

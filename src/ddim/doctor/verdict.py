@@ -1,0 +1,88 @@
+"""The verdict in one sentence, and the findings that are no answer to a question of the doctor."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ddim.doctor.findings import FAINT, GREY_LEVEL, Finding
+
+__all__ = ["foreign_finding", "give_verdict", "refusal_finding"]
+
+
+def foreign_finding(kind: str, reason: str) -> Finding:
+    """The finding about a scheduler that no check applies to; ``reason`` ends a sentence."""
+    return Finding(
+        "warning",
+        f"This is {reason}",
+        "No other check applies to it.",
+        {"scheduler": kind},
+        code="DDIM018",
+        reference="Lipman et al. 2023, arXiv 2210.02747; Karras et al. 2022, arXiv 2206.00364",
+    )
+
+
+def refusal_finding(reason: str) -> Finding:
+    """The finding that this package refuses to sample, for a reason that no check tells."""
+    return Finding(
+        "error",
+        f"ddim.DDIMScheduler refuses these steps: {reason}",
+        "Sampling is refused.",
+        {"refusal": reason},
+        code="DDIM024",
+        reference="`python -m pydoc ddim.scheduler`",
+    )
+
+
+def give_verdict(
+    findings: Sequence[Finding],
+    summary: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    changes: bool,
+) -> str:
+    """One sentence for a person whose pictures are dark or grey.
+
+    Args:
+        findings: Of the configuration as it is.
+        summary: Its figures; empty for a scheduler of another family.
+        after: The figures with all fixes that need no training.
+        changes: Whether there are such fixes, so that a line to paste follows.
+    """
+    if not summary:
+        return "The doctor cannot tell: this scheduler is not of DDIM's family (DDIM018)."
+    helps = "the line below mends it" if changes else "see below what helps"
+    errors = [f.code for f in findings if f.severity == "error"]
+    ours = [f.code for f in findings if f.severity == "error" and not f.diffusers_only]
+    if {"DDIM002", "DDIM007"} & set(ours):
+        return f"Your pictures are noise, since sampling starts at a level without it; {helps}."
+    if ours:
+        return (
+            f"Your pictures fail, because the configuration is wrong ({', '.join(ours)}); {helps}."
+        )
+    bias, left = summary["brightness_bias"], after["brightness_bias"]
+    if abs(bias) >= FAINT:
+        return f"{_grey(bias)}; {_remedy(findings, bias, left, changes)}."
+    if errors:
+        what = f"Plain diffusers spoils your pictures ({', '.join(errors)})"
+        return f"{what}, and ddim.DDIMScheduler does not; {helps}."
+    warnings = [f.code for f in findings if f.severity == "warning"]
+    fine = "The noise schedule and the sampler do not make your pictures dark or grey"
+    if warnings:
+        return f"{fine}, but something else costs quality ({', '.join(warnings)}); {helps}."
+    return f"{fine}; look for the cause elsewhere, such as the prompt, the guidance or the VAE."
+
+
+def _grey(bias: float) -> str:
+    way = "Dark pictures come out too bright" if bias > 0 else "Bright pictures come out too dark"
+    levels = round(abs(bias) * 127.5)
+    return f"{way}, by about {levels} of 255 grey levels, and all come out too grey and alike"
+
+
+def _remedy(findings: Sequence[Finding], bias: float, left: float, changes: bool) -> str:
+    trains = any(f.code == "DDIM001" and f.fix for f in findings)
+    training = "training with zero terminal SNR mends it (DDIM001)" if trains else ""
+    if abs(left) < FAINT:
+        return "the line below mends it"
+    if changes and abs(bias) - abs(left) >= GREY_LEVEL:
+        rest = f"; {training.replace('mends it', 'mends the rest')}" if trains else ""
+        return f"the line below leaves {round(abs(left) * 127.5)} of them{rest}"
+    return training or "no key of the configuration mends it"

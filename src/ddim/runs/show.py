@@ -1,0 +1,146 @@
+"""Draws the same seeds as a model is configured, and with each fix of the doctor."""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddim.core.noise import check_seeds
+from ddim.doctor.report import Diagnosis
+from ddim.errors import DDIMError
+from ddim.models.facts import ScheduleSource
+from ddim.models.images import label_rows, save_png, sheet_scale
+from ddim.runs.engine import Control, FileJob, Made
+from ddim.runs.model import ModelJob, enough_memory
+from ddim.runs.requests import DoctorRequest, Text
+from ddim.runs.rules import Options
+from ddim.runs.text import Item, TextOptions, read_text
+from ddim.runs.values import Eta, Levels
+from ddim.scheduler import as_ddim
+
+__all__ = ["ShowJob", "ShowRequest", "show_request"]
+
+_SHARED = "device seed count steps timesteps eta prompt negative_prompt guidance_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowRequest(Text):
+    """The part of a request to the doctor that draws images.
+
+    Attributes:
+        config: The scheduler's configuration, with what was asked in its place.
+        rows: The labels of the rows, and the keys that each changes.
+    """
+
+    model: str
+    out: str
+    config: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    device: str
+    seed: int
+    count: int
+    steps: int | None
+    timesteps: Levels
+    eta: Eta
+
+
+def show_request(
+    request: DoctorRequest, source: ScheduleSource, diagnosis: Diagnosis
+) -> ShowRequest:
+    """What ``--show`` asks for, of the model that was examined.
+
+    Raises:
+        DDIMError: If the source is no model, whose images could be drawn.
+    """
+    is_file = Path(request.source).expanduser().is_file()
+    if source.folder is None:
+        raise DDIMError(
+            f"--show draws images, and {request.source} is no model in diffusers format; give a "
+            "model's folder, name or hub id."
+        )
+    return ShowRequest(
+        model=str(source.folder) if is_file else request.source,
+        out=str(request.show),
+        config=diagnosis.config | diagnosis.asked,
+        rows=_rows(diagnosis),
+        guidance_rescale=request.guidance_rescale,
+        **{name: getattr(request, name) for name in _SHARED.split()},
+    )
+
+
+class ShowJob(FileJob, ModelJob):
+    """One picture: a row as the model is configured, one for each fix that needs no training, and
+    one with all of them."""
+
+    request: ShowRequest
+    command = "doctor"
+    text: TextOptions | None = None
+
+    def __init__(self, request: ShowRequest, control: Control) -> None:
+        super().__init__(request, control)
+        self.seeds = check_seeds(range(request.seed, request.seed + request.count))
+        self.find()
+        options = Options(
+            request, *"model out config rows device seed count steps timesteps eta".split()
+        )
+        if self.model.is_text:
+            self.text = read_text(options, self.model)
+        options.refuse_unread(self.model.name, self.model.kinds)
+        self.open()
+        self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
+        self.execution = {}
+
+    def make(self, missing: Sequence[Path]) -> Generator[Made]:
+        request = self.request
+        drawn = [self._draw(fix) for fix in request.rows.values()]
+        shape = next((images.shape for images, _ in drawn if images is not None), (1, 64, 64, 1))
+        shape = (len(self.seeds), *shape[1:])
+        refused = np.full(shape, 128, np.uint8)
+        pictures = np.concatenate([refused if p is None else p for p, _ in drawn])
+        scale = sheet_scale(pictures)
+        pictures = pictures.repeat(scale, 1).repeat(scale, 2)
+        labels = [f"{name}{told}" for name, (_, told) in zip(request.rows, drawn, strict=True)]
+        save_png(label_rows(pictures, labels), self.folder)
+        yield Made(self.folder)
+
+    def _draw(self, fix: Mapping[str, Any]) -> tuple[NDArray[np.uint8] | None, str]:
+        """The images with a fix; or None, and how they are refused."""
+        request, pipe = self.request, self.pipe
+        options: dict[str, Any] = {"seeds": self.seeds, "progress": False}
+        if self.text is None:
+            options["class_labels"] = self.model.labels_of(self.seeds)
+        else:
+            options |= self.text.draw_options([Item(None, seed) for seed in self.seeds])
+        try:
+            pipe.scheduler = as_ddim({**request.config, **fix})
+            steps = None if request.timesteps else request.steps
+            eta = 0.0 if request.eta is None else request.eta
+            route = pipe.route(steps, timesteps=request.timesteps, eta=eta)
+            with enough_memory(self.device, len(self.seeds)):
+                images = pipe.draw(route, callback=self.control.step, **options).images
+        except DDIMError as error:
+            return None, f" - refused: {error}"
+        return np.stack([np.atleast_3d(np.asarray(image)) for image in images]), ""
+
+
+def _rows(diagnosis: Diagnosis) -> dict[str, dict[str, Any]]:
+    """The labels of the rows, and what each changes."""
+    rows: dict[str, dict[str, Any]] = {"as it is configured": {}}
+    codes: dict[str, list[str]] = {}
+    for finding in diagnosis.findings:
+        if finding.fix and not finding.retrain:
+            codes.setdefault(json.dumps(finding.fix), []).append(finding.code)
+    for fix, found in codes.items():
+        rows[f"{_keys(json.loads(fix))} ({', '.join(found)})"] = json.loads(fix)
+    every = {key: diagnosis.fixed()[key] for key in diagnosis.changed}
+    if every and every not in rows.values():
+        rows[f"all fixes: {_keys(every)}"] = every
+    return rows
+
+
+def _keys(fix: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in fix.items())
