@@ -83,8 +83,8 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "network_calls", "routing", "pictures", "foreign"},
-        {"base", "inputs"},
+        {"networks", "network_calls", "routing", "foreign"},
+        {"base", "inputs", "pictures"},
         {"coding", "prompts"},
         {"unconditional", "latent", "calls", "adopted"},
         {"text_codes"},

@@ -2,21 +2,24 @@
 
 import copy
 import os
+import pickle
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddim import DiffusionPipeline, UnconditionalPipeline
 from ddim.models.checkpoints import find_model, weight_hash
 from ddim.pipelines import networks
-from ddim.pipelines.networks import prepare_for_compiling, prepare_layers
+from ddim.pipelines.networks import prepare_for_compiling
 
 
 def specialized(module):
@@ -342,7 +345,9 @@ def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(
     with torch.no_grad():
         laid_out = UnconditionalPipeline.from_pretrained("fashion-mnist").unet
         expected = usual(x, 500)[0]
-        torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
+        networks.prepare_walk(laid_out)
+        with networks.acting(laid_out):
+            torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
         kinds = [type(module) for module in laid_out.modules()]
         assert len(transposed) == kinds.count(networks._OnceUpsample2D) == 2
         assert (
@@ -478,12 +483,13 @@ FREED = """
 import resource, torch
 from ddim import UnconditionalPipeline
 
-network, x = UnconditionalPipeline.from_pretrained("fashion-mnist").unet, torch.zeros(16, 1, 28, 28)
+pipe, x = UnconditionalPipeline.from_pretrained("fashion-mnist"), torch.zeros(16, 1, 28, 28)
+denoise = pipe.denoiser(16)
 with torch.no_grad():
     for round in range(12):
         if round == 6:  # the first ones grow the heap
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        network(x, 5)
+        denoise(x, 5)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // 6)
 """
 
@@ -503,15 +509,103 @@ def test_memory_that_was_freed_is_not_cleared_again_for_each_layer():
     )  # bytes an evaluation; about 20 MiB where nothing is copy_if_replayed
 
 
-def test_weights_are_laid_out_channels_last_where_we_load_them(tiny, tiny_text):
-    network = UnconditionalPipeline.from_pretrained(tiny).unet
-    text = DiffusionPipeline.from_pretrained(tiny_text)
-    for module in (network, text.unet, text.vae):
-        weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-        assert len(weights) > 3
-        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+def laid_of(network):
+    return [m._laid[3] for m in network.modules() if getattr(m, "_laid", None) is not None]
+
+
+def test_loaded_weights_stay_contiguous_and_storable_after_a_walk(tiny, tiny_text, tmp_path):
+    pipe, text = (
+        UnconditionalPipeline.from_pretrained(tiny),
+        DiffusionPipeline.from_pretrained(tiny_text),
+    )
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    pipe(seeds=[0], num_inference_steps=2, progress=False)
+    text("a", seeds=[0], num_inference_steps=2, progress=False)
+    for network in (pipe.unet, text.unet, text.vae):
+        assert len(laid_of(network)) > 3
+        assert all(w.is_contiguous(memory_format=torch.channels_last) for w in laid_of(network))
+        assert all(weight.is_contiguous() for weight in network.parameters())
+        save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    stored = load_file(tmp_path / "weights.safetensors")
+    assert stored.keys() == text.vae.state_dict().keys()
+    after = pipe.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_outside_of_our_walks_a_loaded_network_is_the_plain_one(tiny):
+    plain = diffusers.UNet2DModel.from_pretrained(tiny / "unet").eval()
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    x = torch.randn(2, 1, 8, 8)
+    pipe(seeds=[0], num_inference_steps=2, progress=False)
+    for network in (pipe.unet, copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+        with torch.no_grad():
+            assert torch.equal(network(x, 5).sample, plain(x, 5).sample)
+    for other in (copy.deepcopy(pipe.unet), pickle.loads(pickle.dumps(pipe.unet))):
+        assert {type(m) for m in other.modules()} == {type(m) for m in plain.modules()}
+    pipe.unet(x, 5).sample.sum().backward()
+    plain(x, 5).sample.sum().backward()
+    for (name, ours), theirs in zip(pipe.unet.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+
+
+def test_a_gradient_goes_through_a_walk_to_the_weights(tiny):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    pipe.denoiser(1)(torch.randn(1, 1, 8, 8), 500).x0.sum().backward()
+    assert all(weight.grad is not None for weight in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: [w.data.mul_(1.5) for w in unet.parameters()],  # which no version tells
+        lambda unet: unet.load_state_dict({k: v * 1.5 for k, v in unet.state_dict().items()}),
+        lambda unet: unet.to(torch.float64).to(torch.float32).conv_in.weight.data.mul_(2),
+        lambda unet: setattr(unet, "conv_in", nn.Conv2d(1, 8, 3, padding=1)),
+    ],
+)
+def test_a_walk_sees_weights_that_changed(change, tiny):
+    torch.manual_seed(1)
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    options = {"seeds": [0], "num_inference_steps": 3, "progress": False, "output_type": "pt"}
+    before = pipe(**options).images
+    change(pipe.unet)
+    fresh = UnconditionalPipeline(copy.deepcopy(pipe.unet), pipe.scheduler)
+    expected = fresh(**options).images
+    torch.testing.assert_close(pipe(**options).images, expected)
+    assert (expected - before).abs().max() > 1e-3
+
+
+def test_a_change_in_mid_walk_is_seen_too(tiny):
+    options = {"seeds": [0], "num_inference_steps": 4, "progress": False, "output_type": "pt"}
+    images = []
+    for given in (None, diffusers.UNet2DModel.from_pretrained(tiny / "unet").eval()):
+        pipe = UnconditionalPipeline.from_pretrained(tiny, unet=given)
+
+        def double(state, unet=pipe.unet):
+            if state.number == 1:
+                with torch.no_grad():
+                    unet.conv_in.weight.mul_(2)
+
+        images.append(pipe(callback=double, **options).images)
+    torch.testing.assert_close(*images)
+
+
+def test_two_threads_may_walk_one_network(tiny):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    options = {"num_inference_steps": 5, "progress": False, "output_type": "pt"}
+    expected = [pipe(seeds=[seed], **options).images for seed in range(4)]
+    fresh = UnconditionalPipeline.from_pretrained(tiny)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: fresh(seeds=[seed], **options).images, range(4)))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_given_network_stays_as_it_is(tiny):
     given = diffusers.UNet2DModel.from_pretrained(tiny / "unet")
-    assert UnconditionalPipeline.from_pretrained(tiny, unet=given).unet is given
-    assert given.mid_block.resnets[0].conv1.weight.is_contiguous()  # yours stays as it is
-    prepare_layers(given)
-    assert not given.mid_block.resnets[0].conv1.weight.is_contiguous()
+    kinds = [type(module) for module in given.modules()]
+    pipe = UnconditionalPipeline.from_pretrained(tiny, unet=given)
+    assert pipe.unet is given
+    pipe(seeds=[0], num_inference_steps=2, progress=False)
+    assert [type(module) for module in given.modules()] == kinds

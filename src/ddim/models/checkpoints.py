@@ -203,7 +203,7 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
 def load_network(
     folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> Any:
-    """The network of a model, in evaluation mode on the CPU, with channels-last convolutions.
+    """The network of a model, in evaluation mode on the CPU.
 
     Args:
         folder: A pipeline's folder, or the network's own.
@@ -249,8 +249,7 @@ def load_network(
             f"the weights in {place} are not complete: {sorted(missing)[0]}{more} missing; "
             "config.json is of another network."
         )
-    # The same numbers up to rounding, and faster convolutions on the CPU and on GPUs.
-    return network.eval().to(memory_format=torch.channels_last)
+    return network.eval()
 
 
 def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddim.errors import DDIMError
-from ddim.pipelines.networks import copy_if_replayed
+from ddim.pipelines.networks import acting, copy_if_replayed, prepare_walk
 
 __all__ = [
     "Labels",
@@ -123,12 +123,14 @@ def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], T
             "returns as many as it takes, or twice as many where it predicts a variance too."
         )
     options: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+    prepare_walk(unet)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         # Contiguous at every step: a compiled network is compiled again for another layout,
         # and states have that of outputs.
         x_t = x_t.contiguous().flatten().view(x_t.shape)
-        output: Tensor = unet(x_t, t, return_dict=False, **options)[0]
+        with acting(unet):
+            output: Tensor = unet(x_t, t, return_dict=False, **options)[0]
         return copy_if_replayed(output[:, :channels], unet)
 
     return predict

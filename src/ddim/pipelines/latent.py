@@ -25,7 +25,7 @@ from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_
 from ddim.models.export import to_diffusers
 from ddim.pipelines.base import Callback, Place, find_pretrained, with_seeds
 from ddim.pipelines.coding import Coding
-from ddim.pipelines.networks import copy_if_replayed, prepare_layers
+from ddim.pipelines.networks import acting, copy_if_replayed, mark_loaded, prepare_walk
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
 from ddim.pipelines.routing import ClipOption
 from ddim.scheduler import as_ddim
@@ -111,7 +111,8 @@ class StableDiffusion(Coding):
                 "ddim.DiffusionPipeline."
             )
         pipe: Any = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
-        prepare_layers(*(getattr(pipe, name) for name in ("unet", "vae") if name not in options))
+        loaded = (getattr(pipe, name, None) for name in ("unet", "vae") if name not in options)
+        mark_loaded(*(part for part in loaded if part is not None))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return cast(Self, pipe)
 
@@ -201,8 +202,11 @@ class StableDiffusion(Coding):
         def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             # Contiguous at every step: a compiled network is compiled again for another layout,
             # and states have that of outputs.
-            return copy_if_replayed(unet(x_t.contiguous(), t, condition, **options)[0], unet)
+            with acting(unet):
+                output = unet(x_t.contiguous(), t, condition, **options)[0]
+            return copy_if_replayed(output, unet)
 
+        prepare_walk(unet)
         return guided(predict, *conditions, **vars(guidance))
 
     @torch.no_grad()
@@ -324,7 +328,9 @@ class StableDiffusion(Coding):
     def _pictures(self, latents: Tensor) -> Tensor:
         """The VAE's pictures of latents, float32, about [-1, 1]."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
+        prepare_walk(self.vae)
+        with acting(self.vae):
+            decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
         if not bool(torch.isfinite(decoded).all()):
             raise DivergenceError(
                 f"the VAE's picture became NaN or infinite in {self.vae.dtype}; keep the VAE in "

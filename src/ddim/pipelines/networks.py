@@ -1,8 +1,12 @@
 """What makes diffusers' networks faster and leaves what they compute, but for rounding; and their
 weights, wherever they lie."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -13,10 +17,12 @@ from torch import Tensor, nn
 from ddim.errors import DDIMError
 
 __all__ = [
+    "acting",
     "copy_if_replayed",
     "is_compiled",
+    "mark_loaded",
     "prepare_for_compiling",
-    "prepare_layers",
+    "prepare_walk",
     "weights_of",
 ]
 
@@ -37,28 +43,64 @@ LARGE, SMALL_MAP = 2**17, 1024
 SMALL_MAP pixels, where torch's kernel goes through the channels of a group one by one."""
 
 
-def prepare_layers(*modules: nn.Module) -> None:
-    """Prepares networks for a CPU, in place; parameters and their names stay.
+_loaded: WeakSet[nn.Module] = WeakSet()
+_thread = threading.local()
 
-    The weights of convolutions become channels-last. Nearest upsampling by 2 and its convolution
-    become one transposed convolution, of 16 multiplications an input in place of 36. Group norm
-    goes by rows where that is faster. The process keeps up to 64 MiB that layers free."""
+
+def mark_loaded(*networks: nn.Module) -> None:
+    """Says that networks were loaded here, so that our walks prepare them; a network that a user
+    gives is called as it is. The process keeps up to 64 MiB that layers free."""
     _keep_freed_memory()
-    for module in modules:
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            elif type(layer) is Upsample2D:
-                layer.__class__ = _OnceUpsample2D
-            elif type(layer) is nn.GroupNorm:
-                layer.__class__ = _RowsGroupNorm
+    _loaded.update(networks)
+
+
+def prepare_walk(network: nn.Module) -> None:
+    """Prepares a network that was loaded here for a walk on a CPU or GPU. What it computes outside
+    of :func:`acting`, its parameters and their layout stay.
+
+    Convolutions get a copy of their weights that lies channels-last, made at the first walk and
+    renewed at each: as much memory again as their weights take. Nearest upsampling by 2 and its
+    convolution become one transposed convolution, of 16 multiplications an input in place of 36.
+    Group norm goes by rows where that is faster. Two threads may walk at once."""
+    if network not in _loaded:
+        return
+    _swap_layers(network)
+    if is_compiled(network) or hasattr(network, "_hf_hook"):  # whose weights move at each call
+        return
+    for layer in network.modules():
+        if isinstance(layer, _LaidConv2d):
+            layer.renew()
+
+
+@contextmanager
+def acting(network: nn.Module) -> Iterator[None]:
+    """While held by a thread, the layers of a network that :func:`prepare_walk` prepared act in
+    their faster forms there."""
+    before = getattr(_thread, "acts", False)
+    _thread.acts = network in _loaded
+    try:
+        yield
+    finally:
+        _thread.acts = before
+
+
+def _swap_layers(network: nn.Module) -> None:
+    for layer in network.modules():
+        if (kind := _FASTER.get(type(layer))) is not None:
+            layer.__class__ = kind
 
 
 def prepare_for_compiling(network: nn.Module) -> None:
-    """Prepares a network for being compiled on a CPU, in place: by :func:`prepare_layers`, and by
-    attention of short sequences without the kernel that is made for long ones."""
-    prepare_layers(network)
+    """Prepares a network for being compiled on a CPU, in place, for all its calls: the weights of
+    convolutions become channels-last, layers take their faster forms, and attention of short
+    sequences goes without the kernel that is made for long ones."""
+    _keep_freed_memory()
+    _swap_layers(network)
     for module in network.modules():
+        if isinstance(module, _LaidConv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(module, _Faster):
+            module.always = True
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
             module.set_processor(_ShortAttnProcessor())
 
@@ -102,8 +144,59 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: held[name] for name in state}
 
 
-class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]
+class _Faster:
+    """A layer with a faster form. Copies of it, and its pickles, are of the plain class."""
+
+    always = False
+    """Whether the faster form acts in all calls."""
+    _plain: type
+
+    def _acts(self) -> bool:
+        return torch.compiler.is_compiling() or self.always or getattr(_thread, "acts", False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        ours = ("_laid", "always")
+        state = {name: value for name, value in vars(self).items() if name not in ours}
+        return object.__new__, (self._plain,), state
+
+
+class _LaidConv2d(_Faster, nn.Conv2d):
+    """A convolution by weights that lie channels-last."""
+
+    _plain = nn.Conv2d
+    _laid: tuple[Tensor, int, int, Tensor] | None = None
+    """The weight, its version and address when it was copied, and the copy."""
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Copies the weights again, since not every change of them can be seen."""
+        weight, before = self.weight, self._laid
+        if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
+            self._laid = None
+            return
+        copied = None if before is None else before[3]
+        kinds = [None if w is None else (w.shape, w.dtype, w.device) for w in (copied, weight)]
+        if copied is None or kinds[0] != kinds[1]:
+            copied = torch.empty_like(weight, memory_format=torch.channels_last)
+        if weight.stride() == copied.stride():  # as it should be already
+            self._laid = None
+            return
+        copied.copy_(weight)
+        self._laid = (weight, weight._version, weight.data_ptr(), copied)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        laid = None if torch.compiler.is_compiling() or not self._acts() else self._laid
+        if laid is not None and not (weight.requires_grad and torch.is_grad_enabled()):
+            is_same = laid[0] is weight and laid[1] == weight._version
+            weight = laid[3] if is_same and laid[2] == weight.data_ptr() else weight
+        result: Tensor = super()._conv_forward(input, weight, bias)
+        return result
+
+
+class _OnceUpsample2D(_Faster, Upsample2D):  # type: ignore[misc]
     """Upsampling and convolution at once, where they are what diffusers makes by default."""
+
+    _plain = Upsample2D
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **options: Any
@@ -112,7 +205,8 @@ class _OnceUpsample2D(Upsample2D):  # type: ignore[misc]
         count, _, height, width = hidden_states.shape
         doubled = output_size is None or tuple(output_size) == (2 * height, 2 * width)
         worth = doubled and count * height * width >= PIXELS and not (args or options)
-        if not (worth and self.interpolate and self.norm is None and _is_plain(conv)):
+        fits = self._acts() and self.interpolate and self.norm is None
+        if not (worth and fits and _is_plain(conv)):
             return super().forward(hidden_states, output_size, *args, **options)
         kernel = _upsampling_kernel(conv.weight)
         return F.conv_transpose2d(hidden_states, kernel, conv.bias, stride=2, padding=1)
@@ -122,7 +216,7 @@ def _is_plain(conv: Any) -> bool:
     """Whether a layer is no more than a 3x3 convolution, padded with zeros, of weights that are
     here, on a CPU, and whose sums do not round: no adapter, hook or method of its own stands in it.
     """
-    if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu":
+    if type(conv) not in (nn.Conv2d, _LaidConv2d) or conv.weight.device.type != "cpu":
         return False
     if conv.weight.dtype not in EXACT or torch.is_autocast_enabled("cpu"):  # half-precision sums
         return False
@@ -150,13 +244,15 @@ def _upsampling_kernel(weight: Tensor) -> Tensor:
     return summed.view(*weight.shape[:2], 4, 4).transpose(0, 1)
 
 
-class _RowsGroupNorm(nn.GroupNorm):
+class _RowsGroupNorm(_Faster, nn.GroupNorm):
     """Normalizes rows of all channels, which is what lies together channels-last: compiled, or
     where torch's kernel goes through groups of few channels by themselves."""
 
+    _plain = nn.GroupNorm
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         is_exact = input.device.type == "cpu" and input.dtype in EXACT
-        fits = is_exact and self.affine and input.ndim > 2
+        fits = self._acts() and is_exact and self.affine and input.ndim > 2
         if not fits or not (torch.compiler.is_compiling() or self._is_slow(input)):
             return super().forward(input)
         rows = input.flatten(2).transpose(1, 2)
@@ -186,6 +282,9 @@ class _RowsGroupNorm(nn.GroupNorm):
         if x.shape[2] * x.shape[3] >= SMALL_MAP:
             return False
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+_FASTER = {nn.Conv2d: _LaidConv2d, Upsample2D: _OnceUpsample2D, nn.GroupNorm: _RowsGroupNorm}
 
 
 class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddim.errors import DDIMError
 from ddim.models.images import convert_mode, to_pil
+from ddim.pipelines.networks import acting, prepare_walk
 
 __all__ = ["Posterior", "check_size", "encode_images", "prepare_images"]
 
@@ -121,7 +122,10 @@ def _pictures(image: NDArray[np.uint8]) -> list[Image.Image]:
 @torch.no_grad()
 def encode_images(pipe: Any, x: Tensor, device: torch.device) -> Posterior:
     """The VAE's latents of pictures [I, C, H, W] in [-1, 1], computed on a device."""
-    found, scale = pipe.vae.encode(x.to(device, pipe.vae.dtype)), pipe.vae.config.scaling_factor
+    prepare_walk(pipe.vae)
+    with acting(pipe.vae):
+        found = pipe.vae.encode(x.to(device, pipe.vae.dtype))
+    scale = pipe.vae.config.scaling_factor
     if hasattr(found, "latent_dist"):
         mean, std = found.latent_dist.mean.float(), found.latent_dist.std.float()
         return Posterior(mean * scale, std * scale)

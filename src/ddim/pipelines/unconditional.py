@@ -48,7 +48,7 @@ from ddim.pipelines.inputs import (
     read_image_shape,
     takes_labels,
 )
-from ddim.pipelines.networks import prepare_layers
+from ddim.pipelines.networks import mark_loaded
 from ddim.pipelines.routing import ClipOption, Sampler, reconfigured
 from ddim.scheduler import as_ddim
 
@@ -132,7 +132,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             network = unet or load_network(folder, dtype=dtype, variant=variant)
             pipe = cls(network, config)
         if unet is None:
-            prepare_layers(pipe.unet)
+            mark_loaded(pipe.unet)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe  # type: ignore[no-any-return]
 

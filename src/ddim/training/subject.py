@@ -139,7 +139,7 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
     if base is None or config.from_scratch:
         network = make_network(config, data, base)
     else:
-        network = load_network(base.folder).train()
+        network = load_network(base.folder).train().to(memory_format=torch.channels_last)
         check_network(network, data, classes, base)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
