@@ -49,7 +49,7 @@ FILES = {
         {"level_checks", "option_checks", "agreement", "verdict"},
         {"checks"},
         {"report"},
-        {"plot"},
+        {"plot", "text"},
     ],
     "scheduler": [{"scheduler_base"}, {"scheduler"}],
     "runs": [

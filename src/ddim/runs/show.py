@@ -1,6 +1,5 @@
 """Draws the same seeds as a model is configured, and with each fix of the doctor."""
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from ddim.core.noise import check_seeds
 from ddim.doctor.report import Diagnosis
+from ddim.doctor.text import fix_rows
 from ddim.errors import DDIMError
 from ddim.models.facts import ScheduleSource
 from ddim.models.images import label_rows, save_png, sheet_scale
@@ -29,12 +29,7 @@ _SHARED = "device seed count steps timesteps eta prompt negative_prompt guidance
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRequest(Text):
-    """The part of a request to the doctor that draws images.
-
-    Attributes:
-        config: The scheduler's configuration, with what was asked in its place.
-        rows: The labels of the rows, and the keys that each changes.
-    """
+    """What the doctor is asked to draw: a configuration, and rows of changes to it."""
 
     model: str
     out: str
@@ -66,7 +61,7 @@ def show_request(
         model=str(source.folder) if is_file else request.source,
         out=str(request.show),
         config=diagnosis.config | diagnosis.asked,
-        rows=_rows(diagnosis),
+        rows=fix_rows(diagnosis),
         guidance_rescale=request.guidance_rescale,
         **{name: getattr(request, name) for name in _SHARED.split()},
     )
@@ -84,9 +79,8 @@ class ShowJob(FileJob, ModelJob):
         super().__init__(request, control)
         self.seeds = check_seeds(range(request.seed, request.seed + request.count))
         self.find()
-        options = Options(
-            request, *"model out config rows device seed count steps timesteps eta".split()
-        )
+        always = "model out config rows device seed count steps timesteps eta"
+        options = Options(request, *always.split())
         if self.model.is_text:
             self.text = read_text(options, self.model)
         options.refuse_unread(self.model.name, self.model.kinds)
@@ -125,22 +119,3 @@ class ShowJob(FileJob, ModelJob):
         except DDIMError as error:
             return None, f" - refused: {error}"
         return np.stack([np.atleast_3d(np.asarray(image)) for image in images]), ""
-
-
-def _rows(diagnosis: Diagnosis) -> dict[str, dict[str, Any]]:
-    """The labels of the rows, and what each changes."""
-    rows: dict[str, dict[str, Any]] = {"as it is configured": {}}
-    codes: dict[str, list[str]] = {}
-    for finding in diagnosis.findings:
-        if finding.fix and not finding.retrain:
-            codes.setdefault(json.dumps(finding.fix), []).append(finding.code)
-    for fix, found in codes.items():
-        rows[f"{_keys(json.loads(fix))} ({', '.join(found)})"] = json.loads(fix)
-    every = {key: diagnosis.fixed()[key] for key in diagnosis.changed}
-    if every and every not in rows.values():
-        rows[f"all fixes: {_keys(every)}"] = every
-    return rows
-
-
-def _keys(fix: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in fix.items())
