@@ -221,7 +221,7 @@ def test_numbers_that_make_no_schedule_are_refused():
         (lambda: Clip("static", -1), "the bound of clipping must be above 0; got -1"),
         (
             lambda: GaussianOracle(NoiseSchedule(torch.ones(1)), std=-1),
-            "std must be above 0; got -",
+            "std must be at least 0; got",
         ),
     ):
         with pytest.raises(DDIMError, match=message):

@@ -25,7 +25,7 @@ class GaussianOracle:
     Attributes:
         schedule: The levels.
         mean: Of the data, a number; or one a sample, shape [B], float64.
-        std: Of the data, a number above 0; or one a sample.
+        std: Of the data, a number of at least 0; or one a sample.
     """
 
     schedule: NoiseSchedule
@@ -33,8 +33,8 @@ class GaussianOracle:
     std: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        if not bool(torch.as_tensor(self.std > 0).all()):
-            raise DDIMError(f"std must be above 0; got {self.std}.")
+        if not bool(torch.as_tensor(self.std >= 0).all()):
+            raise DDIMError(f"std must be at least 0; got {self.std}.")
 
     def variance(self, t: int | Tensor) -> Tensor:
         """V_t, the variance of a sample at level t; float64, shape of t."""
