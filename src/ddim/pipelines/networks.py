@@ -184,12 +184,12 @@ class _LaidConv2d(_Faster, nn.Conv2d):
         copied.copy_(weight)
         self._laid = (weight, weight._version, weight.data_ptr(), copied)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         laid = None if torch.compiler.is_compiling() or not self._acts() else self._laid
         if laid is not None and not (weight.requires_grad and torch.is_grad_enabled()):
             is_same = laid[0] is weight and laid[1] == weight._version
             weight = laid[3] if is_same and laid[2] == weight.data_ptr() else weight
-        result: Tensor = super()._conv_forward(input, weight, bias)
+        result: Tensor = super()._conv_forward(x, weight, bias)
         return result
 
 
