@@ -111,7 +111,8 @@ class Brightness:
 
     def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
         """The exact denoiser along the modes, of samples [K, ...]."""
-        return GaussianOracle(schedule, self.modes.mean, self.modes.std)
+        # Where no image deviates: a width that is nothing beside the noise, and still a Gaussian.
+        return GaussianOracle(schedule, self.modes.mean, self.modes.std.clamp(min=1e-12))
 
     def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
         """The bias, and the factor on the spread, of images with these means and spreads [K]."""
