@@ -137,15 +137,13 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'
-        ``save_pretrained``. A DDIMError refuses a configuration that diffusers does not know."""
+        """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'."""
         plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
         plain.save_pretrained(save_directory, **options)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the network was trained on; a DDIMError if its configuration
-        has no size, or one that it cannot take."""
+        """(C, H, W) of the images that the network was trained on."""
         return read_image_shape(self.unet)
 
     def denoiser(
@@ -158,8 +156,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
 
     @torch.no_grad()
     def warm_up(self, batch_size: int = 1) -> None:
-        """Evaluates the network and drops the result, so that allocations and a compilation happen
-        here."""
+        """Evaluates the network once, so that allocations and a compilation happen here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
         labels = self._labels(0 if takes_labels(self.unet) else None, batch_size)
         network, level = as_network(self.unet, labels), torch.zeros(len(x), dtype=torch.int64)

@@ -1,11 +1,7 @@
 """How an option is declared, once: its type, default and help, its range, and what it needs.
 
 A request is a frozen dataclass whose field docstrings are the help. A field's annotation may carry
-a :class:`Range` and a :class:`Needs`:
-
-.. code-block:: python
-
-    strength: Annotated[float | None, Range(0, 1), Needs(option="image")] = None
+what the option takes and needs: ``Annotated[float | None, Range(0, 1), Needs(option="image")]``.
 
 :func:`check_request` holds a request against these declarations before anything is loaded or
 written. An option that was given and that nothing read is refused by :meth:`Options.refuse_unread`.
