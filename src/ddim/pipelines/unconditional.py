@@ -137,7 +137,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes a folder that plain diffusers opens as a ``DDIMPipeline``; options as diffusers'."""
+        """Writes a ``DDIMPipeline`` that plain diffusers opens; options as diffusers'."""
         plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
         plain.save_pretrained(save_directory, **options)
 
