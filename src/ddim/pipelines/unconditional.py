@@ -229,10 +229,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         options = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return self._draw_elsewhere(options)
-        if (
-            options.pop("use_clipped_model_output") is False
-            and self.select_clip(clip).kind != "none"
-        ):
+        rederives = options.pop("use_clipped_model_output")
+        if rederives is False and self.select_clip(clip).kind != "none":
             raise DDIMError(
                 "this pipeline derives eps again from the clipped x0, and use_clipped_model_output "
                 "is False; leave it out, or turn clipping off with clip='none'."
