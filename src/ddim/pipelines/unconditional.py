@@ -226,10 +226,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         options = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(self.scheduler, diffusers.DDIMScheduler):
             return self._draw_elsewhere(options)
-        if (
-            options.pop("use_clipped_model_output") is False
-            and self.select_clip(clip).kind != "none"
-        ):
+        rederives = options.pop("use_clipped_model_output")
+        if rederives is False and self.select_clip(clip).kind != "none":
             raise DDIMError(
                 "this pipeline derives eps again from the clipped x0, and use_clipped_model_output "
                 "is False; leave it out, or turn clipping off with clip='none'."
@@ -291,18 +289,16 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         given = step_options(self.scheduler, options["eta"], noise.generators)
         with reconfigured([self.scheduler], spacing, None):
             set_levels(self.scheduler, steps, timesteps, place.device)
-        network = as_network(self.unet, labels)
+        network, total = as_network(self.unet, labels), len(self.scheduler.timesteps)
         states = foreign_states(self.scheduler, network, x, place.dtype, given)
-        total = len(self.scheduler.timesteps)
         x = self._walk(states, x, total, options["callback"], options["progress"])
         return self._output(x, noise, options["output_type"], options["return_dict"])
 
     def _output(self, x: Tensor, noise: SeededNoise, output_type: str, return_dict: bool) -> Any:
         self.maybe_free_model_hooks()
         images = self._finish(x, output_type)
-        if not return_dict:
-            return (images,)
-        return with_seeds(ImagePipelineOutput(images=images), noise.seeds)
+        output = ImagePipelineOutput(images=images) if return_dict else (images,)
+        return with_seeds(output, noise.seeds)
 
     @torch.no_grad()
     def encode(
