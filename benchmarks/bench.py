@@ -334,10 +334,8 @@ def bench_text(rows: list[list[str]]) -> None:
         pipes = {who: kind.from_pretrained(folder, **absent) for who, kind in kinds.items()}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    given = {
-        "prompt_embeds": torch.randn(1, 77, 64),
-        "negative_prompt_embeds": torch.randn(1, 77, 64),
-    }
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    given = {name: torch.randn(1, 77, 64) for name in names}
 
     def call(pipe: object, steps: int, **more: object) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
@@ -357,9 +355,8 @@ def bench_text(rows: list[list[str]]) -> None:
         }
         took = medians(calls, repeats=100, warm_up=2)
         a_step = {who: (took[who, 110] - took[who, 10]) / 100 for who in free}
-        name = "a step of text to image beside its network" + (
-            f", rescale {rescale}" if rescale else ""
-        )
+        told = f", rescale {rescale}" if rescale else ""
+        name = f"a step of text to image beside its network{told}"
         rows.append(ratio(name, a_step, "at most 0.50", unit="us"))
     took = medians(
         {who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()},
@@ -382,18 +379,8 @@ def bench_process(rows: list[list[str]]) -> None:
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         for count in (64, 1000):
-            out = [
-                sys.executable,
-                "-c",
-                code,
-                "sample",
-                "--steps",
-                "2",
-                "--count",
-                str(count),
-                "--out",
-                f"{folder}/{count}",
-            ]
+            words = f"sample --steps 2 --count {count} --out {folder}/{count}"
+            out = [sys.executable, "-c", code, *words.split()]
             printed = subprocess.run(out, check=True, capture_output=True, text=True).stdout
             peaks.append(int(printed.split()[-1]) / 1024)
     grown = f"{peaks[1] / peaks[0]:.2f}x"
