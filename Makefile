@@ -39,16 +39,9 @@ pytest: $(VENV)/installed
 test-all: PYTEST_OPTIONS = -m 'slow or not slow'
 test-all: test
 
-# The fast tests with the oldest versions, in an environment of their own. The oldest transformers
-# calls torch.jit.script, which warns, and draws other random weights, for which the encoder of one
-# test does not converge.
-OLDEST_OPTIONS = -W "ignore:\`torch.jit.script\` is deprecated:DeprecationWarning" \
-	--deselect "$(TEXT_TESTS)::$(UNSOLVED)[fixed-point-1e-06]"
-UNSOLVED = test_images_come_back_as_the_vae_has_them_and_other_prompts_edit
-TEXT_TESTS = tests/pipelines/test_text_to_image.py
+# The fast tests with the oldest versions, in an environment of their own.
 test-oldest:
-	$(MAKE) pytest VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt \
-		PYTEST_OPTIONS='$(OLDEST_OPTIONS)'
+	$(MAKE) pytest VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
