@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ddim.errors import CheckpointError, DDIMError, OutputError, first_line
-from ddim.files import locked, remove_partial, replacing_folder
+from ddim.files import locked, remove_partial, replacing_folder, write_json
 from ddim.training.loop import Run
-from ddim.training.package import PUBLISHED, save_model, write_json, writing
+from ddim.training.package import PUBLISHED, save_model, writing
 
 __all__ = ["hold", "latest_checkpoint", "load_training_state", "prune", "save_checkpoint"]
 
@@ -98,7 +98,7 @@ def save_checkpoint(root: Path, step: int, run: Run, record: dict[str, Any]) -> 
         weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
         safetensors.torch.save_file(weights, inner / "network.safetensors")
         torch.save(run.optimizer.optimizer.state_dict(), inner / "optimizer.pt")
-        write_json(inner / "record.json", record)
+        write_json(inner / "record.json", record, sort_keys=True)
         # Onto the disk before the folder gets its name, so that a power cut leaves no empty files.
         for path in partial.rglob("*.*"):
             with path.open("rb") as file:

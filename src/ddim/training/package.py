@@ -17,6 +17,7 @@ from torch import nn
 from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
 from ddim.core.prior import DataPrior
 from ddim.errors import DDIMError, OutputError, first_line
+from ddim.files import write_json
 from ddim.models.checkpoints import read_json, weight_hash
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
@@ -27,7 +28,6 @@ __all__ = [
     "make_scheduler",
     "publish",
     "save_model",
-    "write_json",
     "writing",
 ]
 
@@ -104,11 +104,6 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON with sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def save_model(
     folder: Path, network: nn.Module, package: Package, *, previous: Path | None = None
 ) -> None:
@@ -118,13 +113,13 @@ def save_model(
         part.save_pretrained(folder / name)
         config = read_json(folder / name / "config.json")
         if config.pop("_name_or_path", None) is not None:  # where the base lay on this machine
-            write_json(folder / name / "config.json", config)
+            write_json(folder / name / "config.json", config, sort_keys=True)
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)
     scheduler = {"scheduler": ["diffusers", "DDIMScheduler"]}
     index = {**package.index, "_diffusers_version": diffusers.__version__, **scheduler}
-    write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index, sort_keys=True)
     # Weights are created for this user alone, unlike the files beside them.
     for weights in folder.glob("*/*.safetensors"):
         shutil.copymode(folder / "model_index.json", weights)
@@ -171,7 +166,8 @@ def publish(
     ):
         partial = Path(name)
         save_model(partial, network, package)
-        write_json(partial / "card.json", card | {"weight_hash": weight_hash(partial)})
+        whole = card | {"weight_hash": weight_hash(partial)}
+        write_json(partial / "card.json", whole, sort_keys=True)
         if prior is not None:
             facts = json.dumps({**asdict(prior), "data": card["data"]["name"]}, sort_keys=True)
             (partial / "prior.json").write_text(facts + "\n")
