@@ -247,6 +247,42 @@ def test_latents_are_known_by_the_autoencoder(tiny, tmp_path, capsys):
     assert "this model works on latents" in capsys.readouterr().err
 
 
+def test_data_that_are_sorted_are_seen_from_end_to_end(tmp_path, capsys):
+    """1,024 dark images and then 1,023 light ones; the first 1,024 would be dark alone."""
+    levels = np.repeat([20, 220], [1024, 1023]).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=np.tile(levels[:, None, None], (1, 28, 28)))
+    data = ("--data", tmp_path / "a.npz")
+    code, content = findings(capsys, "fashion-mnist", "--steps", 50, *data)
+    brightness = content["summary"]["brightness"]
+    pixels = levels / 127.5 - 1
+    assert brightness["mean"] == pytest.approx(pixels.mean(), abs=0.05)
+    assert brightness["std"] == pytest.approx(pixels.std(), abs=0.01)
+
+
+def test_data_are_brought_to_the_shape_of_the_model(tiny, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    path = model / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": [16, 24]}))
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 48), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images)
+    prior = tmp_path / "prior.json"
+    data = ("--data", tmp_path / "a.npz", "--prior", prior)
+    assert findings(capsys, model, "--steps", 50, *data)[0] == 0
+    assert np.shape(json.loads(prior.read_text())["image"]) == (1, 16, 24)
+
+
+def test_labels_that_the_probed_network_does_not_know_are_refused(tiny_classes, tmp_path, capsys):
+    for labels, text in ((np.arange(5) + 1, "got 5"), (None, "has no labels")):
+        arrays = {"images": np.zeros((5, 8, 8), np.uint8)} | (
+            {} if labels is None else {"labels": labels}
+        )
+        np.savez(tmp_path / "a.npz", **arrays)
+        command = ["doctor", str(tiny_classes), "--data", str(tmp_path / "a.npz"), "--probe"]
+        assert main(command) == 2
+        assert text in capsys.readouterr().err
+
+
 def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     prior = tmp_path / "prior.json"
     code, content = findings(

@@ -15,6 +15,7 @@ from tests.conftest import on_a_terminal, pixels, record
 from ddim import cli
 from ddim.cli import main
 from ddim.errors import OutputError
+from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import weight_hash
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.record import IDENTITY, read_run
@@ -345,11 +346,9 @@ def test_the_analytic_variance_is_measured_once_and_draws_noise_at_eta_zero(
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(10) % 4)
     options = ("--variance", "analytic", "--data", tmp_path / "data.npz", "--clip", "none")
     assert sample(tiny_classes, tmp_path / "a", "--count", 3, *options) == 0
-    assert record(tmp_path / "a")["protocol"]["variance"] == {
-        "kind": "analytic",
-        "data": str(tmp_path / "data.npz"),
-        "images": 256,
-    }
+    variance = record(tmp_path / "a")["protocol"]["variance"]
+    assert len(variance.pop("hash")) == 16
+    assert variance == {"kind": "analytic", "data": str(tmp_path / "data.npz"), "images": 10}
     gamma = json.loads((tmp_path / "a" / "gamma.json").read_text())["gamma"]
     assert list(gamma) == ["999", "749", "499", "249"]
     assert all(0 <= value <= 1 for value in gamma.values())
@@ -386,6 +385,43 @@ def test_a_measured_gamma_is_used_again(tiny, tmp_path):
     assert (
         np.abs(pixels(tmp_path / "a" / "000000.png") - before).max() > 1
     )  # by the file, which says something else now
+
+
+def test_the_analytic_variance_is_measured_under_the_clip_of_the_run(foreign, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images)
+    pipe = UnconditionalPipeline.from_pretrained(foreign)
+    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for clip in ("none", "static"):
+        out = tmp_path / clip
+        options = ("--variance", "analytic", "--data", tmp_path / "data.npz", "--clip", clip)
+        options += ("--spacing", "trailing")
+        assert sample(foreign, out, "--count", 1, *options) == 0
+        content = json.loads((out / "gamma.json").read_text())
+        assert content["protocol"]["clip"]["kind"] == clip
+        levels, schedule = [999, 749, 499, 249], pipe.noise_schedule
+        batch = [(pipe.denoiser(5, clip=clip), x0)]
+        expected = estimate_eps_mean_square(batch, levels, schedule=schedule)
+        assert [content["gamma"][str(t)] for t in levels] == pytest.approx(list(expected.values()))
+    gammas = [json.loads((tmp_path / c / "gamma.json").read_text()) for c in ("none", "static")]
+    assert abs(gammas[0]["gamma"]["749"] - gammas[1]["gamma"]["749"]) > 1e-3
+
+
+def test_a_gamma_of_other_pictures_of_the_same_folder_is_not_used(tiny, tmp_path, capsys):
+    out, data = tmp_path / "out", tmp_path / "data.npz"
+    options = ("--count", 1, "--variance", "analytic", "--data", data)
+    gammas = []
+    for level in (0, 255):
+        np.savez(data, images=np.full((3, 8, 8), level, np.uint8))
+        assert sample(tiny, out, *options) == 0
+        gammas.append(json.loads((out / "gamma.json").read_text())["gamma"])
+        (out / "000000.png").unlink()
+    assert gammas[0] != gammas[1]
+    assert sample(tiny, out, *options) == 0
+    np.savez(data, images=np.full((3, 8, 8), 99, np.uint8))
+    capsys.readouterr()
+    assert sample(tiny, out, "--count", 2, *options[2:]) == 2  # it would mix both in one folder
+    assert "variance" in capsys.readouterr().err
 
 
 def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_order(

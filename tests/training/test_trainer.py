@@ -243,7 +243,7 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
     record = json.loads(path.read_text())
     del (
-        record["held_out"],
+        record["held_out_images"],
         record["revisions"],
         record["config"]["center_crop"],
         record["config"]["image_column"],
@@ -251,7 +251,7 @@ def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
     path.write_text(json.dumps(record | {"config": {**record["config"], "images": 16}}))
     train(config(tmp_path, images=16), revision="b")
     after = record_of(tmp_path / "checkpoints" / "0000004")
-    assert after["held_out"] == [1492, 1500, 1]
+    assert after["held_out_images"] == list(range(1492, 1500))
     assert after["revisions"] == [{"step": 2, "revision": "b"}]
 
 
@@ -515,8 +515,46 @@ def test_every_class_is_trained_and_held_out_where_images_are_sorted_by_class(tm
     train(
         config(tmp_path / "out", data=str(tmp_path / "sorted.npz"), validation_images=10, images=8)
     )
-    held = range(*record_of(tmp_path / "out" / "checkpoints" / "0000002")["held_out"])
-    assert np.bincount(labels[list(held)]).tolist() == [2] * 5
+    held = record_of(tmp_path / "out" / "checkpoints" / "0000002")["held_out_images"]
+    assert np.bincount(labels[held]).tolist() == [2] * 5
+
+
+def test_every_class_is_trained_and_held_out_where_images_are_in_periodic_order(tmp_path):
+    """Every tenth image would be all of class 0."""
+    labels = np.arange(1000) % 10
+    np.savez(tmp_path / "a.npz", images=np.zeros((1000, 8, 8), np.uint8), labels=labels)
+    options = {"data": str(tmp_path / "a.npz"), "validation_images": 512, "images": 8}
+    train(config(tmp_path / "out", class_conditional=True, **options))
+    held = record_of(tmp_path / "out" / "checkpoints" / "0000002")["held_out_images"]
+    assert np.bincount(labels[held]).tolist() == [10] * 10
+
+
+def test_a_stopped_run_goes_on_with_the_images_that_it_held_out(tmp_path, monkeypatch):
+    train(config(tmp_path, images=8))
+    path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
+    record = json.loads(path.read_text())
+    assert record["held_out_images"] != list(range(8))
+    del record["held_out_images"]  # as the version before has it: every so-many-th
+    path.write_text(json.dumps(record | {"held_out": [0, 8, 1]}))
+    record["config"]["images"] = 16
+    path.write_text(json.dumps(record | {"held_out": [0, 8, 1]}))
+    train(config(tmp_path, images=16))
+    after = record_of(tmp_path / "checkpoints" / "0000004")
+    assert after["held_out_images"] == list(range(8))
+
+
+def test_a_stopped_run_refuses_other_images_of_the_same_number(tmp_path):
+    rng = np.random.default_rng(0)
+    out, path = tmp_path / "out", tmp_path / "a.npz"
+    before, after = rng.integers(0, 256, (2, 40, 8, 8), dtype=np.uint8)
+    np.savez(path, images=before, labels=np.arange(40) % 2)
+    train(config(out, data=str(path), images=8))
+    for images, labels in ((after, np.arange(40) % 2), (before, np.arange(40) // 20)):
+        np.savez(path, images=images, labels=labels)
+        with pytest.raises(CheckpointError, match="began on other images or labels than .*a.npz"):
+            train(config(out, data=str(path), images=8, log_every=2))
+    np.savez_compressed(path, images=before, labels=np.arange(40) % 2)  # the same content
+    assert train(config(out, data=str(path), images=8)).was_finished
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ class ImageFiles:
         except Exception as error:
             raise _not_an_image(path, error) from error
 
+    def raw(self, index: int) -> bytes:
+        """The content of a file."""
+        return self.paths[index].read_bytes()
+
     def check_sizes(self, source: str, *, center_crop: bool) -> None:
         """Reads the header of every file, so that a stray size ends a run before it starts and not
         hours into it.

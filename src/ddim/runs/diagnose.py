@@ -3,16 +3,18 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddim.core.prior import DataPrior
-from ddim.data.batches import measure_prior, spread, stack_images
+from ddim.data.batches import measure_prior, pick, stack_images
+from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
 from ddim.doctor.reading import complete, levels_of
 from ddim.doctor.report import Diagnosis, diagnose
 from ddim.doctor.symptoms import Brightness, Probe, probe
-from ddim.errors import DDIMError, OutputError
+from ddim.errors import DataError, DDIMError, OutputError
 from ddim.evaluation.report import check_plots
 from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
 from ddim.models.facts import ScheduleSource, read_source
@@ -107,23 +109,36 @@ def _look_at_data(
             "--probe calls the network of an unconditional model; give the model's folder, not a "
             "configuration alone."
         )
-    channels, side = (model.shape[0], max(model.shape[1:])) if model.shape else (None, None)
-    data = load_images(request.data, channels=channels, resolution=side)
+    channels, size = (model.shape[0], model.shape[1:]) if model.shape else (None, None)
+    data = load_images(request.data, channels=channels, resolution=size)
     prior = measure_prior(data)
-    brightness = Brightness.of_images(stack_images(data, spread(len(data), _WHOLE)))
+    brightness = Brightness.of_images(
+        stack_images(data, pick(len(data), _WHOLE, labels=data.labels))
+    )
     if not request.probe or source.folder is None:
         return brightness, prior, None
     is_local = Path(request.source).exists()
     network = load_network(source.folder if is_local else find_model(request.source))
-    few, labels = spread(len(data), _PROBED), {}
+    few, labels = pick(len(data), _PROBED, labels=data.labels), {}
     if network.config.get("num_class_embeds"):
-        labels = {"class_labels": torch.tensor([data[i][1] for i in few])}
+        labels = {"class_labels": torch.tensor(_classes(data, few, network, request.source))}
     answers = probe(
         lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]],
         levels_of(complete(source.config)),
         stack_images(data, few),
     )
     return brightness, prior, answers
+
+
+def _classes(data: ImageData, chosen: list[int], network: Any, name: str) -> list[int]:
+    """The labels of these images, which the network must know."""
+    labels, known = [data[i][1] for i in chosen], int(network.config.num_class_embeds)
+    if min(labels) < 0 or max(labels) >= known:
+        got = "has no labels" if min(labels) < 0 else f"has others; got {max(labels)}"
+        raise DataError(
+            f"--probe needs labels in 0..{known - 1}, the classes of {name}, and {data.name} {got}."
+        )
+    return labels
 
 
 def _known_brightness(request: DoctorRequest, source: ScheduleSource) -> Brightness | None:

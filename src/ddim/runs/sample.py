@@ -14,7 +14,7 @@ from ddim.core.noise import check_seeds
 from ddim.core.prior import DataPrior
 from ddim.core.route import Route
 from ddim.core.step import SIGMA_HAT
-from ddim.data.batches import spread, stack_images
+from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
 from ddim.errors import DDIMError, OutputError
@@ -103,7 +103,10 @@ class SampleJob(ModelJob):
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route
         spacing = request.spacing or spacing_of(self.pipe, route.timesteps)
-        data = self.data
+        data, variance = self.data, None
+        if data is not None:
+            measured = {"images": min(MEASURED, len(data)), "hash": data_hash(data)}
+            variance = {"kind": "analytic", "data": data.name, **measured}
         return {
             **self.describe(clip=route.clip),
             "sampler": request.sampler,
@@ -112,7 +115,7 @@ class SampleJob(ModelJob):
             "timesteps": route.timesteps,
             "eta": route.eta,
             "order": route.order,
-            "variance": data and {"kind": "analytic", "data": data.name, "images": MEASURED},
+            "variance": variance,
             **({} if self.prior is None else {"prior": self.prior.describe()}),
             **({} if self.text is None else self.text.protocol),
         }
@@ -202,14 +205,15 @@ class SampleJob(ModelJob):
         identity = json.loads(json.dumps({name: self.protocol.get(name) for name in IDENTITY}))
         if path.is_file() and (content := read_json(path)).get("protocol") == identity:
             return {int(t): float(value) for t, value in content["gamma"].items()}
-        chosen, size = spread(len(data), MEASURED), self.request.batch_size
+        chosen = pick(len(data), MEASURED, labels=data.labels)
+        size = self.request.batch_size
 
         def batches() -> Iterator[tuple[Denoiser, Tensor]]:
             for first in range(0, len(chosen), size):
                 part = chosen[first : first + size]
                 x0 = stack_images(data, part).to(self.device)
                 labels = [data[i][1] for i in part] if self.model.classes else None
-                yield self.pipe.denoiser(len(x0), class_labels=labels), x0
+                yield self.pipe.denoiser(len(x0), class_labels=labels, clip=self.route.clip), x0
 
         schedule = self.pipe.noise_schedule
         measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
@@ -253,12 +257,4 @@ class SampleJob(ModelJob):
 
 def _open_data(source: str, pipe: Any) -> ImageData:
     channels, height, width = pipe.image_shape
-    side = height if height == width else None
-    images = load_images(source, channels=channels, resolution=side)
-    if tuple(images.resolution) != (height, width):
-        size = f"{images.resolution[1]}x{images.resolution[0]}"
-        raise DDIMError(
-            f"the model makes images of {width}x{height}, and those of {source} are {size} (width "
-            "x height); give others as --data."
-        )
-    return images
+    return load_images(source, channels=channels, resolution=(height, width))

@@ -113,8 +113,8 @@ class TrainConfig:
     class_conditional: bool = False
     """Train a class-conditional model on the data's labels."""
     validation_images: int = 512
-    """Number of images that are held out, spread over the data; at most a tenth of it. The loss on
-    them chooses the best checkpoint. 0: none."""
+    """Number of images that are held out, picked at random, of each class its share; at most a
+    tenth of the data. The loss on them chooses the best checkpoint. 0: none."""
 
     block_out_channels: tuple[int, ...] | None = None
     """Channels of a new network at each resolution, from full to lowest. Default: 32,64,128."""

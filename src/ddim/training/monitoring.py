@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class RunLog:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, indices: range) -> float:
+def validation_loss(run: Run, indices: Sequence[int]) -> float:
     """Returns the unweighted loss of the averaged network over held-out images, with the same noise
     and evenly spread timesteps every time."""
     schedule, device, kind = run.schedule, run.accelerator.device, run.prediction_type
@@ -122,7 +122,7 @@ class Follower:
         on_progress: Callable[[Progress], None] | None,
         started: float,
     ) -> None:
-        self.run, self.record, self.held_out = run, record, range(*record["held_out"])
+        self.run, self.record, self.held_out = run, record, record["held_out_images"]
         self.log, self.on_progress, self.started = log, on_progress, started
         self.out, self.root = Path(run.config.out), Path(run.config.out) / "checkpoints"
         self.losses: list[tuple[int, float]] = []

@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 
 from ddim.core.schedule import NoiseSchedule
+from ddim.data.batches import data_hash, hold_out
 from ddim.data.dataset import ImageData
 from ddim.errors import CheckpointError
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig, command_line
+from ddim.training.draws import mix
 from ddim.training.subject import Subject
 
 __all__ = ["code_revision", "card_guidance", "make_card", "new_record", "resume_record"]
@@ -54,14 +56,13 @@ def new_record(
     options = asdict(config) | resolved | (asdict(config.architecture) if base is None else {})
     options = json.loads(json.dumps(options))  # as a checkpoint gives it back
     del options["out"]
-    held_out = min(config.validation_images, len(data) // 10)
-    stride = len(data) // max(1, held_out)  # spread over the data, which may be sorted by class
-    shape = {"channels": data.channels, "resolution": list(data.resolution)}
+    facts = {"channels": data.channels, "resolution": list(data.resolution)}
+    facts |= {"hash": data_hash(data), **subject.facts}
     return {
         "config": options,
-        "data": {"name": data.name, "images": len(data), **shape, **subject.facts},
+        "data": {"name": data.name, "images": len(data), **facts},
         "base": {} if base is None else base.facts,
-        "held_out": [0, held_out * stride, stride],
+        "held_out_images": hold_out(data, config.validation_images, seed=mix(config.seed, 9)),
         **{"step": 0, "images_seen": 0, "seconds": 0.0},
         **dict.fromkeys(("loss", "validation_loss", "best", "scaler")),
         "parameters": sum(p.numel() for p in subject.network.parameters()),
@@ -92,6 +93,8 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
+            if name == "hash" and before is None:  # earlier versions did not record it
+                continue
             if name not in FREE_FIELDS and before != value:
                 raise _changed_option(group, name, before, value, record, config)
     if record.get("processes") != fresh["processes"]:
@@ -99,9 +102,11 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
             f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
             f"{fresh['processes']}; use the same number."
         )
-    if "held_out" not in record:  # the first version held out the end of the data
-        count = len(range(*fresh["held_out"]))
-        record["held_out"] = [fresh["data"]["images"] - count, fresh["data"]["images"], 1]
+    if "held_out_images" not in record:  # runs of earlier versions; the first held out the end
+        total = fresh["data"]["images"]
+        count = min(config.validation_images, total // 10)
+        record["held_out_images"] = list(range(*record.pop("held_out", (total - count, total))))
+    record["data"] = fresh["data"] | record["data"]
     part = fresh["revisions"][0] | {"step": record["step"]}
     revisions = record.get("revisions", [])
     if not revisions or revisions[-1]["revision"] != part["revision"]:
@@ -114,6 +119,11 @@ def _changed_option(
     group: str, name: str, before: Any, now: Any, record: dict[str, Any], config: TrainConfig
 ) -> CheckpointError:
     out = config.out
+    if name == "hash":
+        return CheckpointError(
+            f"{out} holds a run that began on other images or labels than {config.data} holds now; "
+            "use another --out, or the data as they were."
+        )
     if group != "config":
         what = f"data {config.data}" if group == "data" else f"base {config.base}"
         return CheckpointError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ddim.core.guidance import guided
+from ddim.data.batches import pick
 from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
@@ -145,10 +146,10 @@ class TextSubject:
     def preview(
         self, network: nn.Module, count: int, device: torch.device
     ) -> tuple[Predictor, list[str]]:
-        """Guides by captions that are spread over all there are."""
+        """Guides by captions that are picked from all there are."""
         total = len(self.captions.texts) - 1
-        spread = (i * total // count if count <= total else i % max(1, total) for i in range(count))
-        rows = torch.tensor([1 + place if total else _EMPTY for place in spread])
+        chosen = pick(total, count) or [_EMPTY - 1]  # the empty prompt, where there are no others
+        rows = torch.tensor([1 + chosen[i % len(chosen)] for i in range(count)])
 
         def conditioned(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return self.predictor(network, condition)(x_t, t)

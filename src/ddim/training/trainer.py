@@ -184,8 +184,9 @@ def train(
         finished = step >= run.steps
         if finished and main:
             # The brightness of latents is unknown, and that of one image has no spread.
-            is_pixels = subject.shape == (data.channels, *data.resolution)
-            prior = measure_prior(data) if is_pixels and len(data) > 1 else None
+            prior = None
+            if subject.shape == (data.channels, *data.resolution) and len(data) > 1:
+                prior = measure_prior(data, mirrored=config.horizontal_flip)
             card = make_card(record, config) | guidance
             publish(out, run.average.network, subject.package, card, prior)
         accelerator.wait_for_everyone()
@@ -222,7 +223,7 @@ def _take_and_follow(
     Returns (step, loss) of every step."""
     config, accelerator, out = run.config, run.accelerator, Path(run.config.out)
     started = time.perf_counter() - float(record["seconds"])
-    start, held_out = int(record["step"]), range(*record["held_out"])
+    start, held_out = int(record["step"]), set(record["held_out_images"])
     subject = run.subject.prepared(accelerator, out / "latents.bin")
     model, optimizer = accelerator.prepare(run.model, run.optimizer)
     run = replace(run, subject=subject, model=model, optimizer=optimizer)
