@@ -309,6 +309,20 @@ def test_data_tell_brightness_a_prior_and_what_the_network_is(tmp_path, capsys):
     assert "prior is" in capsys.readouterr().err
 
 
+def test_no_file_is_overwritten_nor_named_twice(config, tmp_path, capsys):
+    mine = tmp_path / "mine.png"
+    mine.write_text("mine")
+    for options, told in (
+        (("--plot", mine), "mine.png is there already, and is not overwritten"),
+        (("--show", mine), "mine.png is there already, and is not overwritten"),
+        (("--plot", tmp_path / "x", "--fix", tmp_path / "x"), "is named for two files"),
+        (("--plot", tmp_path / "none" / "x.png"), "there is no folder"),
+    ):
+        assert main(["doctor", config(), *map(str, options)]) == 2
+        assert told in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
 def test_a_plot_is_drawn_for_every_schedule(config, tmp_path, capsys):
     assert main(["doctor", config(), "--steps", "10", "--plot", str(tmp_path / "plot.png")]) == 0
     with Image.open(tmp_path / "plot.png") as plot:

@@ -48,6 +48,7 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
         "evaluations",
         "execution",
         "versions",
+        "files",
     }
     ours = {
         "sampler",
@@ -445,10 +446,43 @@ def test_fitted_timesteps_of_the_configuration_are_used_at_their_step_count_and_
     assert "note:" not in capsys.readouterr().out
 
 
-def test_the_folder_is_named_after_the_model(tiny, tmp_path, monkeypatch):
+def test_the_default_folder_is_of_one_protocol_so_no_two_requests_meet(
+    tiny, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", str(tiny), "--steps", "1", "--count", "1"]) == 0
-    assert (tmp_path / "out" / "sample-tiny" / "000000.png").exists()
+    for steps, count, told in ((1, 1, "1 images drawn, 0"), (2, 1, "1 images drawn, 0")):
+        assert main(["sample", str(tiny), "--steps", str(steps), "--count", str(count)]) == 0
+        assert told in capsys.readouterr().out
+    assert main(["sample", str(tiny), "--steps", "1", "--count", "2"]) == 0  # goes on
+    assert "1 images drawn, 1 were there" in capsys.readouterr().out
+    folders = names(tmp_path / "out")
+    assert len(folders) == 2
+    assert all(re.fullmatch(r"sample-tiny-[0-9a-f]{8}", name) for name in folders)
+
+
+def test_overwriting_starts_anew_and_keeps_what_is_not_listed(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sample(tiny, out, "--count", 3) == 0
+    (out / "mine.txt").write_text("mine")
+    assert sample(tiny, out, "--count", 1, "--eta", 1) == 2
+    assert "give --overwrite, which deletes those results." in capsys.readouterr().err
+    assert sample(tiny, out, "--count", 1, "--eta", 1, "--overwrite") == 0
+    assert names(out) == ["000000.png", "grid.png", "mine.txt", "run.json"]
+    assert record(out)["protocol"]["eta"] == 1
+
+
+def test_pictures_of_the_user_are_neither_counted_nor_overwritten(tiny, tmp_path, capsys):
+    assert sample(tiny, tmp_path, "--count", 1) == 0
+    before = (tmp_path / "000000.png").read_bytes()
+    (tmp_path / "000001.png").write_bytes(before)
+    (tmp_path / "000009.png").write_bytes(before)
+    for options in (("--count", 2), ("--count", 2, "--overwrite")):
+        assert sample(tiny, tmp_path, *options) == 2
+        assert "does not list it; use another --out" in capsys.readouterr().err
+    assert (tmp_path / "000000.png").read_bytes() == before
+    (tmp_path / "000001.png").unlink()
+    assert sample(tiny, tmp_path, "--count", 2) == 0
+    assert [row["seed"] for row in record(tmp_path)["results"]] == [0, 1]
 
 
 @pytest.mark.parametrize(

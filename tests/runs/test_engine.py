@@ -19,9 +19,10 @@ from ddim.runs.sample import SampleJob
 class Letters(Job):
     """Writes a file for each letter, of three steps each."""
 
-    def __init__(self, folder, letters="abc", *, control=None, protocol=None):
-        super().__init__(SampleRequest(), control or Control())
+    def __init__(self, folder, letters="abc", *, control=None, protocol=None, overwrite=False):
+        super().__init__(SampleRequest(overwrite=overwrite), control or Control())
         self.folder, self.items = folder, list(letters)
+        self.files = [f"{letter}.txt" for letter in letters]
         self.protocol = {"command": "sample", **(protocol or {})}
         self.execution = {}
 
@@ -145,6 +146,47 @@ def test_what_is_not_ours_is_not_mixed_with_and_debris_is_removed(tmp_path):
     (out / ".c.partial").mkdir()
     execute(Letters(out, "ab"))
     assert {p.name for p in out.iterdir()} == {"run.json", "a.txt", "b.txt"}
+
+
+def test_a_run_that_is_killed_while_it_adds_files_knows_them_again(tmp_path):
+    execute(Letters(tmp_path, "a"))
+
+    class Killed(Letters):
+        def make(self, missing):
+            yield from super().make(missing[:1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(Killed(tmp_path, "abc"))
+    assert read_run(tmp_path).files == ["a.txt", "b.txt", "c.txt"]
+    outcome = execute(Letters(tmp_path, "abc"))
+    assert (outcome.made, outcome.there) == (1, 2)
+
+
+def test_overwriting_leaves_alone_what_a_record_names_outside_of_its_folder(tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine.txt"
+    mine.write_text("mine")
+    execute(Letters(out, "a", protocol={"eta": 0.0}))
+    (out / "folder").mkdir()
+    (out / "link").symlink_to(tmp_path)
+    content = json.loads((out / "run.json").read_text())
+    content["files"] += [str(mine), "../mine.txt", "link/mine.txt", "folder", "..", "", "none/x"]
+    (out / "run.json").write_text(json.dumps(content))
+    assert execute(Letters(out, "b", protocol={"eta": 1.0}, overwrite=True)).made == 1
+    assert mine.read_text() == "mine"
+    assert {p.name for p in out.iterdir()} == {"run.json", "b.txt", "folder", "link"}
+    assert read_run(out).files == ["b.txt"]
+
+
+def test_a_record_of_an_older_version_is_gone_on_with_and_not_overwritten(tmp_path):
+    execute(Letters(tmp_path, "ab"))
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["files"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert execute(Letters(tmp_path, "abc")).there == 2
+    assert read_run(tmp_path).files is None
+    with pytest.raises(OutputError, match=r"a\.txt would be written by this run"):
+        execute(Letters(tmp_path, "abc", overwrite=True))
 
 
 def test_a_killed_process_lets_go_of_its_folder(tmp_path):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PAPER",
+    "PLOTS",
     "Cell",
     "check_plots",
     "flat_records",
@@ -57,6 +58,8 @@ PAPER = {
 }
 """FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021.
 Table 1. https://arxiv.org/abs/2010.02502"""
+
+PLOTS = ("quality-evaluations.png", "quality-seconds.png")
 
 _NAMES = {"CIFAR-10": r"cifar10(?!0)", "CelebA": r"celeba(?!hq|maskhq|spoof)"}
 """Patterns of the names of the paper's data sets; CIFAR-100 and CelebA-HQ are other data sets."""
@@ -273,7 +276,7 @@ def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     equally many images."""
     by_calls = _plot_quality(cells, lambda c: c.evaluations, "network evaluations an image")
     by_time = _plot_quality(cells, lambda c: c.seconds_per_image, "seconds an image")
-    return {"quality-evaluations.png": by_calls, "quality-seconds.png": by_time}
+    return dict(zip(PLOTS, (by_calls, by_time), strict=True))
 
 
 def _plot_quality(cells: Sequence[Cell], x: Callable[[Cell], float], label: str) -> "Figure":

@@ -31,6 +31,8 @@ class EncodeJob(FileJob, PixelJob):
     classes = "the data's"
 
     def __init__(self, request: EncodeRequest, control: Control) -> None:
+        self.record_name = f"{Path(request.out).name}.{NAME}"
+        self.files = [self.record_name]
         super().__init__(request, control)
         if request.images is not None and request.seed:
             raise DDIMError(
@@ -74,7 +76,7 @@ class EncodeJob(FileJob, PixelJob):
         """Writes the record, and then the code: a code without its record could not be made
         again."""
         if self.code is not None:
-            write_run(self.folder.parent, record, name=f"{self.folder.name}.{NAME}")
+            write_run(self.folder.parent, record, name=self.record_name)
             save_code(self.code, self.folder)
 
 
@@ -105,10 +107,11 @@ class DecodeJob(PixelJob):
                 f"{steps} levels are not below it."
             )
         self.items = range(first, first + len(code))
-        self.folder = Path(request.out)
+        self.files = [*(f"{number:06d}.png" for number in self.items), "grid.png"]
         sampler = code.method if code.is_exact else "ddim"
         data = {"code": fingerprint(whole.states), "method": code.method}
         self.protocol = self.deterministic(self.timesteps, sampler=sampler, data=data)
+        self.folder = self.out()
         self.execution = {"count": len(code), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[int]) -> Generator[Made]:

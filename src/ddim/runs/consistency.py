@@ -50,7 +50,7 @@ class ConsistencyJob(PixelJob):
         self.routes = {item: self._route(item) for item in [self.longest, *self.items]}
         self.sheet: list[NDArray[np.uint8]] = []
         self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
-        self.folder = self.out()
+        self.files = ["table.md", "distance.png", "sheet.png"]
         self.protocol = self.deterministic(
             {"spacing": self.spacing, "steps": numbers},
             sampler=list(request.sampler),
@@ -58,6 +58,7 @@ class ConsistencyJob(PixelJob):
             count=request.count,
             seed=request.seed,
         )
+        self.folder = self.out()
         self.execution = self.executed("batch_size", "compile")
 
     def _route(self, item: Trajectory) -> Route:

@@ -54,12 +54,8 @@ def examine(request: DoctorRequest) -> Examination:
     fix = None if request.fix is None else Path(request.fix)
     if fix is not None and fix.is_dir():
         fix /= _CONFIG
-    written = [Path(name) for name in (request.prior, request.show) if name is not None]
-    for path in (fix, *written):
-        if path is not None and path.exists():
-            raise OutputError(
-                f"{path} is there already, and is not overwritten; give another name."
-            )
+    named = (request.prior, request.show, request.plot)
+    _check_new([*([] if fix is None else [fix]), *(Path(n) for n in named if n is not None)])
     if request.plot is not None:
         check_plots()
     _check_brightness(request)
@@ -80,6 +76,18 @@ def examine(request: DoctorRequest) -> Examination:
         probe=answers,
     )
     return Examination(diagnosis, source, answers, prior, fix)
+
+
+def _check_new(paths: list[Path]) -> None:
+    """Checks that the files can be written, each a new one."""
+    for path in paths:
+        if path.exists():
+            message = f"{path} is there already, and is not overwritten; give another name."
+            raise OutputError(message)
+        if paths.count(path) > 1:
+            raise OutputError(f"{path} is named for two files; give each its own name.")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no folder {path.parent}.")
 
 
 def _check_brightness(request: DoctorRequest) -> None:

@@ -109,12 +109,15 @@ class Job:
         protocol: Every option that can change a result, resolved, with the weight hash.
         execution: What may differ between runs of one protocol.
         items: The work items of the request, in order; any hashable values.
+        files: What the run writes into the folder, beside the record; later, also what earlier runs
+            wrote there, or None if an older one did not list it.
     """
 
     folder: Path
     protocol: dict[str, Any]
     execution: dict[str, Any]
     items: Sequence[Any]
+    files: Sequence[str] | None = ()
     calls = 0.0
 
     def __init__(self, request: Any, control: Control) -> None:
@@ -124,7 +127,9 @@ class Job:
 
     def claim(self) -> AbstractContextManager[RunRecord | None]:
         """Holds the place of the results, and gives the record of an earlier run there."""
-        return claim(self.folder, self.protocol, self.is_empty)
+        overwrite = getattr(self.request, "overwrite", False)
+        described = (self.folder, self.protocol, self.is_empty)
+        return claim(*described, files=self.files or (), overwrite=overwrite)
 
     def is_empty(self, record: RunRecord) -> bool:
         """Whether the folder of an earlier record holds no result."""
@@ -160,7 +165,7 @@ class Job:
 
 
 class FileJob(Job):
-    """A job that makes one new file; ``folder`` is its path."""
+    """A job that makes one new file; ``folder`` is its path, and ``files`` are others beside it."""
 
     def __init__(self, request: Any, control: Control) -> None:
         """Refuses to overwrite a file, before anything is loaded."""
@@ -180,10 +185,10 @@ class FileJob(Job):
         """Writes the file with its record, once it is made."""
 
     def _refuse_existing(self) -> None:
-        if self.folder.exists():
-            raise OutputError(
-                f"{self.folder} is there already; use another --out, or delete that file."
-            )
+        for path in (self.folder, *(self.folder.parent / name for name in self.files or ())):
+            if path.exists():
+                message = f"{path} is there already; use another --out, or delete that file."
+                raise OutputError(message)
 
 
 class Outcome(NamedTuple):
@@ -213,6 +218,7 @@ def execute(job: Job) -> Outcome:
     """
     emit = job.control.emit
     with job.claim() as before:
+        job.files = files = _all_files(job, before)
         there = job.there(before)
         missing = [item for item in job.items if item not in there]
         rows = [] if before is None else list(before.results)
@@ -228,10 +234,14 @@ def execute(job: Job) -> Outcome:
                 evaluations=job.evaluations(results),
                 execution=job.execution,
                 versions=versions(),
+                files=files,
             )
 
         if before is None:
             job.save(record())
+        elif before.files != files:  # before they are there, as a run may end at any moment
+            before = replace(before, files=files)
+            job.save(before)
         emit(Event("started", done=done, total=len(job.items)))
         started = time.perf_counter()
         try:
@@ -256,3 +266,11 @@ def execute(job: Job) -> Outcome:
             job.finish(now.results)
     emit(Event("finished" if finished else "stopped", done + made, len(job.items)))
     return Outcome(job, now, made, done, len(there - set(job.items)), finished)
+
+
+def _all_files(job: Job, before: RunRecord | None) -> list[str] | None:
+    """The files of this run and of earlier ones; None where an older record did not list them."""
+    if before is not None and before.files is None:
+        return None
+    earlier = () if before is None else before.files or ()
+    return sorted({*earlier, *(job.files or ())})

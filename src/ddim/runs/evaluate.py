@@ -40,15 +40,16 @@ class EvaluateJob(MeasuringJob):
     def __init__(self, request: EvaluateRequest, control: Control) -> None:
         super().__init__(request, control)
         self.device, self.took = find_device(request.device), []
-        always = "model reference split resize metrics weights out device count"
+        always = "model reference split resize metrics weights out overwrite device count"
         is_model = _is_model(request.model)
         acts = " batch_size compile" if is_model else ""
         options = Options(request, *(always + acts).split())
         shape, samples = (self._draw_model if is_model else self._read_images)(options)
         against = self.open_metrics(shape, [self.count])
         self.rows: list[Row] = []
-        self.items, self.folder = ["metrics"], self.out()
+        self.items = ["metrics"]
         self.protocol = {"command": self.command, **samples, **against, "count": self.count}
+        self.folder = self.out()
         self.execution = self.executed("batch_size", "compile")
 
     def _draw_model(self, options: Options) -> tuple[tuple[int, int, int], dict[str, Any]]:

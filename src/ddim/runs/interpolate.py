@@ -52,11 +52,12 @@ class InterpolateJob(PixelJob):
             data = {**self.ends.data, "method": request.method}
         self.rms, self.unsolved = list[float](), list[str]()
         self.items = ["grid.png" if request.grid else "strip.png"]
-        self.folder = self.out()
+        self.files = [*self.items, *(["path.gif"] if request.gif else [])]
         how = {"kind": request.interpolation, "grid": request.grid}
         self.protocol = self.deterministic(
             self.timesteps, count=request.count, interpolation=how, data=data
         )
+        self.folder = self.out()
         self.execution = self.executed("batch_size")
 
     def _check_ends(self) -> int:

@@ -23,6 +23,7 @@ from ddim.pipelines.diffusion_pipeline import text_pipeline
 from ddim.pipelines.network_calls import NetworkCalls
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.engine import Job
+from ddim.runs.record import protocol_hash
 
 __all__ = ["ModelJob", "PixelJob", "draw", "enough_memory", "find_device"]
 __all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
@@ -191,8 +192,9 @@ class ModelJob(Job):
         }
 
     def out(self) -> Path:
-        """The folder of the request, or the default one of the command."""
-        return Path(self.request.out or f"out/{self.command}-{short_name(self.request.model)}")
+        """The folder of the request, or the default one of the protocol."""
+        name = f"{self.command}-{short_name(self.request.model)}-{protocol_hash(self.protocol)}"
+        return Path(self.request.out or f"out/{name}")
 
     def counted(self) -> NetworkCalls:
         """Counts network calls while it is held, each of them a step of the run."""

@@ -53,10 +53,11 @@ class ReconstructJob(PixelJob):
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
-        self.folder = self.out()
+        self.files = ["table.md", "reconstruction.png", "sheet.png"]
         spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
         data = self.pictures.data
         self.protocol = self.deterministic(spacing, data=data, count=request.count)
+        self.folder = self.out()
         self.execution = self.executed("batch_size")
 
     def there(self, record: RunRecord | None) -> set[Cell]:

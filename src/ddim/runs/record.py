@@ -4,9 +4,10 @@ docs/run-json.md describes the keys.
 """
 
 import contextlib
+import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,12 @@ __all__ = [
     "RunRecord",
     "check_protocol",
     "claim",
+    "identity",
+    "protocol_hash",
     "read_run",
     "versions",
     "write_run",
 ]
-__all__ += ["claim", "read_run", "versions", "write_run"]
 
 NAME = "run.json"
 """The record's name in a folder of results."""
@@ -59,12 +61,27 @@ class RunRecord:
     """What may differ between runs of one protocol: count, batch size, device, compile."""
     versions: dict[str, str]
     """The versions of this package and of those that compute."""
+    files: list[str] | None = None
+    """What runs write into the folder, beside the record; None if an older version wrote it."""
 
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
     computing = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     return {"python": platform.python_version(), "ddim": __version__, **computing}
+
+
+def identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a protocol in which two runs must agree to share a folder, as JSON keeps it."""
+    kept = {key: protocol[key] for key in IDENTITY if protocol.get(key) is not None}
+    result: dict[str, Any] = json.loads(json.dumps(kept))
+    return result
+
+
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that tell the protocols of folders apart."""
+    text = json.dumps(identity(protocol), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_run(folder: Path) -> RunRecord | None:
@@ -78,6 +95,8 @@ def read_run(folder: Path) -> RunRecord | None:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(record.protocol, dict) or not isinstance(record.results, list):
             raise TypeError("its protocol is no object, or its results are no list")
+        if not all(isinstance(name, str) for name in record.files or ()):
+            raise TypeError("its files are no list of names")
         return record
     except FileNotFoundError:
         return None
@@ -95,11 +114,17 @@ def write_run(folder: Path, record: RunRecord, *, name: str = NAME) -> None:
 
 @contextlib.contextmanager
 def claim(
-    folder: Path, protocol: Mapping[str, Any], is_empty: Callable[[RunRecord], bool]
+    folder: Path,
+    protocol: Mapping[str, Any],
+    is_empty: Callable[[RunRecord], bool],
+    *,
+    files: Collection[str] = (),
+    overwrite: bool = False,
 ) -> Iterator[RunRecord | None]:
     """Holds a folder for runs of one protocol, from the first look at it to the last write.
 
-    What a killed run left half-written is removed.
+    What a killed run left half-written is removed, and with ``overwrite`` the files that the
+    record of an earlier run lists.
 
     Args:
         folder: Where results are put; it is created if needed.
@@ -107,39 +132,69 @@ def claim(
         is_empty: Whether the folder of an earlier record holds no result. Such a record is
             forgotten if it is of the same command, so a run that was killed at its start does not
             keep the folder.
+        files: What the run will write, from the folder.
+        overwrite: Whether the results of an earlier run, of any protocol, give way to this one's.
 
     Yields:
         The record of an earlier run of the same protocol, or None.
 
     Raises:
-        OutputError: If another run holds the folder, or if it holds files without a record, or
-            results of another protocol; the message says what differs.
+        OutputError: If another run holds the folder; if it holds files without a record, or results
+            of another protocol; or if a file that the run would write is not the program's own.
     """
     with locked(folder):
-        remove_partial(folder)
         record = read_run(folder)
-        files = [p for p in folder.iterdir() if p.name != NAME and not p.name.startswith(".")]
-        if record is None and files:
+        there = [p for p in folder.iterdir() if p.name != NAME and not p.name.startswith(".")]
+        if record is None and there:
             raise OutputError(
-                f"{folder} holds files such as {files[0].name}, and no {NAME} that says how they "
+                f"{folder} holds files such as {there[0].name}, and no {NAME} that says how they "
                 "were made; use another --out, or delete that folder."
             )
-        if record is not None:
+        remove_partial(folder)
+        listed = [] if record is None else record.files
+        if record is not None and not overwrite:
             before = record.protocol
             if is_empty(record) and before.get("command") == protocol["command"]:
                 record = None
             else:
-                check_protocol(folder, before, protocol)
+                advice = "give --overwrite, which deletes those results"
+                check_protocol(folder, before, protocol, advice=advice)
+        foreign = set() if listed is None and not overwrite else set(files) - set(listed or ())
+        if kept := sorted(name for name in foreign if (folder / name).exists()):
+            raise OutputError(
+                f"{folder / kept[0]} would be written by this run, and the {NAME} beside it does "
+                "not list it; use another --out, or move that file away."
+            )
+        if overwrite and record is not None:
+            _remove_listed(folder, listed or ())
+            record = None
         yield record
 
 
-def check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+def _remove_listed(folder: Path, files: Collection[str]) -> None:
+    """Removes files that a record lists, and the record; nothing outside of the folder."""
+    for path in (folder / name for name in files):
+        if path.parent.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
+            path.unlink(missing_ok=True)
+            if path.parent != folder and path.parent.is_dir():
+                with contextlib.suppress(OSError):  # other files stay, and so does their folder
+                    path.parent.rmdir()
+    (folder / NAME).unlink()
+
+
+def check_protocol(
+    folder: Path,
+    before: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    *,
+    advice: str = "delete that folder",
+) -> None:
     """Checks that a folder's protocol is the one that is asked for, in the keys of ``IDENTITY``.
 
     Raises:
         OutputError: If it is another; the message says what differs.
     """
-    asked = json.loads(json.dumps(protocol))
+    asked = identity(protocol)
     changed = [key for key in IDENTITY if before.get(key) != asked.get(key)]
     if changed:
         differences = "; ".join(
@@ -147,7 +202,7 @@ def check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[st
         )
         raise OutputError(
             f"{folder} holds results of another protocol: {differences}. Use another --out, or "
-            "delete that folder."
+            f"{advice}."
         )
 
 

@@ -87,7 +87,10 @@ class Folder:
     """Results in a folder."""
 
     out: str | None = None
-    """Folder for the results. Default: out/COMMAND-MODEL."""
+    """Folder for the results. Default: out/COMMAND-MODEL-HASH, of the options that the results
+    depend on: the same command goes on there, and no other."""
+    overwrite: bool = False
+    """Start anew in a folder of earlier results; the files that its run.json lists are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +308,7 @@ class EncodeRequest(Pictures, Walk, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest(Walk, Request):
+class DecodeRequest(Walk, Folder, Request):
     """Turns a code file back into pictures: a file for each image, and a grid of the first 64."""
 
     code: str = "code.safetensors"
@@ -314,8 +317,6 @@ class DecodeRequest(Walk, Request):
     """Number of the first image of the code, counted from 0."""
     count: AtLeastOne | None = None
     """How many images, from SEED on. Default: all."""
-    out: str = "out/decode"
-    """Folder for the pictures."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network, as it was for encoding. The states are always float64."""
 

@@ -1,6 +1,5 @@
 """Draws the images of seeds, and of prompts, into a folder."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -24,7 +23,7 @@ from ddim.models.checkpoints import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
-from ddim.runs.record import IDENTITY, RunRecord
+from ddim.runs.record import RunRecord, identity
 from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
 from ddim.runs.text import Item, TextOptions, read_text
@@ -59,15 +58,17 @@ class SampleJob(ModelJob):
         self._resolve()
         items = [Item(None, seed) for seed in seeds]
         self.items = items if self.text is None else self.text.items(seeds)
-        self.folder = self.out()
         self.protocol = self._protocol()
+        self.folder = self.out()
+        measured = ["gamma.json"] if self.route.analytic else []
+        self.files = [*(item.file for item in self.items), "grid.png", *measured]
         self.execution = self.executed("count", "batch_size", "compile")
         self._note_configuration()
         self._note_fitted()
 
     def _resolve(self) -> None:
         """Resolves the options, and then opens the model."""
-        always = "device seed count model batch_size compile out dtype"
+        always = "device seed count model batch_size compile out overwrite dtype"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
         if is_ddpm and options.eta is not None:
@@ -121,11 +122,16 @@ class SampleJob(ModelJob):
         }
 
     def there(self, record: RunRecord | None) -> set[Item]:
+        drawn, listed = self._drawn(), None if self.files is None else set(self.files)
+        return drawn if listed is None else {item for item in drawn if item.file in listed}
+
+    def _drawn(self) -> set[Item]:
+        """The items whose pictures are in the folder, of whomever."""
         found = (Item.of(path.stem) for path in self.folder.glob("*.png"))
         return {item for item in found if item is not None}
 
     def is_empty(self, record: RunRecord) -> bool:
-        return not self.there(record)
+        return not self._drawn()
 
     def results(self, rows: list[Row]) -> list[Row]:
         return [self._row(item) for item in sorted(self.there(None), key=lambda item: item.file)]
@@ -202,8 +208,8 @@ class SampleJob(ModelJob):
         """What the analytic variance needs at each level: from gamma.json where that file is of the
         same protocol, else measured."""
         path = self.folder / "gamma.json"
-        identity = json.loads(json.dumps({name: self.protocol.get(name) for name in IDENTITY}))
-        if path.is_file() and (content := read_json(path)).get("protocol") == identity:
+        described = identity(self.protocol)
+        if path.is_file() and (content := read_json(path)).get("protocol") == described:
             return {int(t): float(value) for t, value in content["gamma"].items()}
         chosen = pick(len(data), MEASURED, labels=data.labels)
         size = self.request.batch_size
@@ -217,7 +223,7 @@ class SampleJob(ModelJob):
 
         schedule = self.pipe.noise_schedule
         measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
-        write_json(path, {"gamma": measured, "protocol": identity})
+        write_json(path, {"gamma": measured, "protocol": described})
         return measured
 
     def _note_configuration(self) -> None:

@@ -22,6 +22,7 @@ from ddim.core.route import Route
 from ddim.errors import DDIMError
 from ddim.evaluation.protocol import Reference, collect, measure, over_repeats, sample_cuts
 from ddim.evaluation.report import (
+    PLOTS,
     Cell,
     check_plots,
     flat_records,
@@ -79,7 +80,6 @@ class TableJob(MeasuringJob):
         config = self.pipe.scheduler.config
         self.fitted = [] if request.spacing else fitted_lists(config)
         spacing: Any = request.spacing or config.timestep_spacing
-        self.folder = self.out()
         self.protocol = {
             **self.describe(clip=first.clip),
             "sampler": "ddim",
@@ -91,6 +91,8 @@ class TableJob(MeasuringJob):
             "repeats": request.repeats,
             "seed": request.seed,
         }
+        self.folder = self.out()
+        self.files = ["table.md", "table.csv", *PLOTS, *map(_cell_name, self.items)]
         self.execution = self.executed("batch_size", "compile", "processes")
 
     @property
@@ -202,7 +204,7 @@ class TableJob(MeasuringJob):
             self._is_warm = True
 
     def _file(self, item: Item) -> Path:
-        return self.folder / "cells" / f"eta-{item.eta}-steps-{item.steps}.json"
+        return self.folder / _cell_name(item)
 
     def _write_tables(self) -> None:
         """Writes the table in Markdown and CSV, as far as there are cells."""
@@ -234,6 +236,10 @@ class TableJob(MeasuringJob):
             f"{self.execution['device']}, batches of {request.batch_size}, {request.processes} at "
             f"once, {compiled}."
         )
+
+
+def _cell_name(item: Item) -> str:
+    return f"cells/eta-{item.eta}-steps-{item.steps}.json"
 
 
 def _longest_first(items: Sequence[Item], counts: tuple[int, int]) -> list[Item]:
