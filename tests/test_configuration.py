@@ -7,9 +7,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from tests.conftest import tiny_unet
 
 from ddim.configuration import (
     DEFAULTS,
+    check_levels,
     check_options,
     foreign_family,
     given_options,
@@ -17,7 +19,8 @@ from ddim.configuration import (
     spelled_betas,
 )
 from ddim.core.schedule import make_betas
-from ddim.errors import DDIMError
+from ddim.errors import CheckpointError, DDIMError
+from ddim.models.checkpoints import read_scheduler_config
 from ddim.scheduler import DDIMScheduler, as_ddim
 
 FILES = sorted((Path(__file__).parent / "data" / "scheduler_configs").glob("*.json"))
@@ -98,6 +101,9 @@ def test_the_family_in_memory_is_accepted_and_so_is_a_part_of_a_configuration():
         ("trained_betas", ["x" * 200], "got ['xxx"),
         ("steps_offset", "1", "steps_offset must be a whole number; got '1'."),
         ("steps_offset", 0.5, "steps_offset must be a whole number; got 0.5."),
+        ("steps_offset", 5000, "steps_offset must lie in [0, 1000], the levels of num_train_"),
+        ("steps_offset", -1, "steps_offset must lie in [0, 1000]"),
+        ("fitted_timesteps", "abc", "fitted_timesteps must be a list of lists of levels"),
         ("clip_sample", "yes", "clip_sample must be true or false; got 'yes'."),
         ("set_alpha_to_one", None, "set_alpha_to_one must be true or false; got null."),
         ("clip_sample_range", 0, "clip_sample_range must be a number above 0; got 0."),
@@ -126,6 +132,25 @@ def test_values_that_cannot_be_meant_are_refused(option, value, message):
         check_options({option: value, "unknown": "anything"})
     assert message in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def test_betas_that_lack_levels_are_refused_where_a_model_is_opened(tmp_path):
+    message = (
+        "trained_betas has 2 levels, and num_train_timesteps says 1000: levels that are not there "
+        "would be visited; set num_train_timesteps to 2."
+    )
+    short = {"trained_betas": [0.1, 0.3]}
+    for use in (check_levels, as_ddim, lambda c: as_ddim(diffusers.DDPMScheduler(**c))):
+        with pytest.raises(DDIMError, match=message):
+            use(short)
+    check_levels({**short, "num_train_timesteps": 2})
+    assert len(as_ddim({**short, "num_train_timesteps": 2})) == 2
+    check_levels({"trained_betas": [0.1] * 1001})
+    diffusers.DDIMPipeline(tiny_unet(), diffusers.DDIMScheduler()).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **short}))
+    with pytest.raises(CheckpointError, match=f"cannot be used: {message} Correct that file"):
+        read_scheduler_config(tmp_path)
 
 
 def test_an_option_that_is_not_at_its_default_was_given():

@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULTS",
     "LEVEL_OPTIONS",
     "PIXEL_MODEL",
+    "check_levels",
     "check_options",
     "configured_betas",
     "configured_timesteps",
@@ -189,6 +190,25 @@ def check_options(config: Mapping[str, Any], *, as_diffusers: bool = False) -> N
             known = {"prediction_type": PREDICTION_TYPES, "timestep_spacing": SPACINGS}
             hint = did_you_mean(value, known.get(name, ()))
             raise DDIMError(f"{name} must be {what}; got {short}{hint or '.'}")
+    total = config.get("num_train_timesteps", DEFAULTS["num_train_timesteps"])
+    if not 0 <= (offset := config.get("steps_offset", 0)) <= total:
+        raise DDIMError(
+            f"steps_offset must lie in [0, {total}], the levels of num_train_timesteps; got "
+            f"{offset}."
+        )
+    fitted_lists(config)
+
+
+def check_levels(config: Mapping[str, Any]) -> None:
+    """Refuses ``trained_betas`` without all of the levels that timesteps are chosen of, with a
+    DDIMError; diffusers' schedulers in memory accept them, and fail at a step."""
+    betas = config.get("trained_betas")
+    total = config.get("num_train_timesteps", DEFAULTS["num_train_timesteps"])
+    if betas is not None and len(betas) < total:
+        raise DDIMError(
+            f"trained_betas has {len(betas)} levels, and num_train_timesteps says {total}: levels "
+            f"that are not there would be visited; set num_train_timesteps to {len(betas)}."
+        )
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.configuration import did_you_mean, given_options, select_clip
+from ddim.configuration import check_levels, did_you_mean, given_options, select_clip
 from ddim.core.plan import Before, Plan, Table, correct
 from ddim.core.prediction import PredictionType, clip_static
 from ddim.core.schedule import CLEAN, BetaSchedule
@@ -345,9 +345,11 @@ class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # ty
 
 def as_ddim(scheduler: Any) -> DDIMScheduler:
     """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration; a
-    DDIMError refuses another family, such as flow matching."""
+    DDIMError refuses another family, such as flow matching, and ``trained_betas`` that lack levels.
+    """
     if isinstance(scheduler, SchedulerMixin):
         kind = type(scheduler)
         scheduler = {**given_options(scheduler.config, kind), "_class_name": kind.__name__}
     made: DDIMScheduler = DDIMScheduler.from_config(scheduler)
+    check_levels(made.config)
     return made

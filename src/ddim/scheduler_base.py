@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ddim.configuration import (
+    check_levels,
     check_options,
     configured_betas,
     configured_timesteps,
@@ -157,9 +158,9 @@ class GridScheduler:
         for name, value in kwargs.items():
             if isinstance(value, (Tensor, np.ndarray, np.generic)):
                 kwargs[name] = value.tolist()  # as a file holds it
-        check_options(kwargs, as_diffusers=True)
-        kwargs = given_options({**getattr(self, "_internal_dict", {}), **kwargs}, type(self))
-        super().register_to_config(**kwargs)  # type: ignore[misc]
+        options = {**getattr(self, "_internal_dict", {}), **kwargs}
+        check_options(options, as_diffusers=True)
+        super().register_to_config(**given_options(options, type(self)))  # type: ignore[misc]
         if "_made_of" in self.__dict__:
             self._read_levels()
 
@@ -239,8 +240,8 @@ class GridScheduler:
                 instead of N. The inverse takes the same list, and visits it from data to noise.
 
         Raises:
-            DDIMError: If N or the list is invalid, the spacing or prediction type is unknown, or
-                epsilon is predicted at a level whose SNR is 0.
+            DDIMError: If N or the list is invalid, ``trained_betas`` lack a level, the spacing or
+                prediction type is unknown, or epsilon is predicted at a level whose SNR is 0.
 
         References:
             Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2.
@@ -260,6 +261,8 @@ class GridScheduler:
             grid = configured_timesteps(vars(self.config), count)
         else:
             raise DDIMError("give either num_inference_steps or a list of timesteps.")
+        if grid[0] >= len(self._read_levels().schedule):
+            check_levels(vars(self.config))
         self.num_inference_steps, self._grid = len(grid), grid
         self._timesteps = self._as_timesteps(grid, device)
         self._begin_walk()

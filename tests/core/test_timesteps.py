@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from ddim.core.schedule import CLEAN
+from ddim.core.oracle import GaussianOracle
+from ddim.core.route import make_route
+from ddim.core.sampler import sample, trajectory
+from ddim.core.schedule import CLEAN, NoiseSchedule, make_betas
 from ddim.core.timesteps import (
     SPACINGS,
     as_pairs,
@@ -192,6 +195,19 @@ def test_a_list_of_levels_is_none_of_steps(pairs):
         as_pairs(pairs)
     assert len(str(caught.value)) < 250
     assert as_pairs([(999, 500), [500, CLEAN]]) == [(999, 500), (500, CLEAN)]
+
+
+@pytest.mark.parametrize("pairs", [[(999, 500), (400, 0)], [(0, 400), (500, 999)], [(9, 5)] * 2])
+def test_steps_that_are_no_walk_are_refused_wherever_pairs_are_taken(pairs):
+    oracle, x = GaussianOracle(NoiseSchedule.from_betas(make_betas())), torch.zeros(1, 2)
+    for use in (
+        as_pairs,
+        lambda pairs: make_route(oracle.schedule, pairs),
+        lambda pairs: list(trajectory(oracle.denoise, x, pairs, schedule=oracle.schedule)),
+        lambda pairs: sample(oracle.denoise, x, pairs, schedule=oracle.schedule),
+    ):
+        with pytest.raises(DDIMError, match=r"one walk, each .* got \(.*\) after \(.*\)\. step_pa"):
+            use(pairs)
 
 
 def test_other_errors():

@@ -13,7 +13,7 @@ from tests.scheduler.helpers import randn, tiny_unet
 import ddim.scheduler
 import ddim.scheduler_base
 from ddim.errors import DDIMError
-from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
+from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler, as_ddim
 
 
 def test_it_is_diffusers_class_and_keeps_its_place():
@@ -51,6 +51,17 @@ def test_a_configuration_survives_files_and_foreign_classes(tmp_path):
         back = DDIMScheduler.from_config(foreign.config)
         assert {k: v for k, v in back.config.items() if k in options} == options
         back.set_timesteps(10)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_other_schedulers_are_not_told_of_our_options_that_say_nothing(cls, monkeypatch):
+    told = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", told.append)
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"):
+        other = getattr(diffusers, name)
+        for config in (cls(beta_end=0.01).config, as_ddim({"beta_end": 0.01}).config):
+            assert other.from_config(config).config.beta_end == 0.01
+    assert told == []
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])

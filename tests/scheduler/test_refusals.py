@@ -109,7 +109,9 @@ def test_setting_timesteps_says_what_is_wrong(cls):
 def test_what_is_odd_but_accepted_by_diffusers_works_and_is_mentioned(said):
     x = randn(1, 3, 2, 2)
     short = DDIMScheduler(trained_betas=[0.1, 0.3])
-    short.set_timesteps(50)
+    with pytest.raises(DDIMError, match="trained_betas has 2 levels, and num_train_timesteps says"):
+        short.set_timesteps(50)
+    short.set_timesteps(timesteps=[1, 0])
     assert torch.isfinite(short.step(x, 1, x).prev_sample).all()
     with pytest.raises(DDIMError, match=r"timestep must lie in \[0, 2\)"):
         short.step(x, 980, x)
@@ -151,6 +153,8 @@ def test_what_is_odd_but_accepted_by_diffusers_works_and_is_mentioned(said):
         ("rescale_betas_zero_snr", "false", "must be true or false; got 'false'."),
         ("clip_sample_range", -1.0, "clip_sample_range must be a number above 0; got -1.0."),
         ("steps_offset", 0.5, "steps_offset must be a whole number; got 0.5."),
+        ("steps_offset", 5000, "steps_offset must lie in [0, 1000], the levels of num_train_time"),
+        ("fitted_timesteps", [9, 5], "must be a list of lists of levels, such as [[999, 500], [99"),
         ("num_train_timesteps", 10.5, "a whole number from 1 to 1000000; got 10.5."),
     ],
 )

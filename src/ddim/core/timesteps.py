@@ -155,7 +155,8 @@ def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[P
 
 
 def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """Returns a list of steps (t, s); a DDIMError refuses anything else, such as levels."""
+    """Returns a list of steps (t, s), each from where the one before ended; a DDIMError refuses
+    anything else, such as levels."""
     try:
         given = [(t, s) for t, s in pairs]
     except (TypeError, ValueError):
@@ -164,7 +165,14 @@ def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
             "pairs must be steps (t, s) from a level to the next, which step_pairs([999, 500, 0]) "
             f"makes of timesteps; got {text if len(text) <= 60 else text[:57] + '...'}."
         ) from None
-    return [(whole(t), whole(s)) for t, s in given]
+    steps = [(whole(t), whole(s)) for t, s in given]
+    for before, after in itertools.pairwise(steps):
+        if before[1] != after[0]:
+            raise DDIMError(
+                "pairs must be one walk, each step from the level that the one before reached; got "
+                f"{after} after {before}. step_pairs makes such pairs of timesteps."
+            )
+    return steps
 
 
 def reverse_pairs(pairs: Sequence[Pair]) -> list[Pair]:

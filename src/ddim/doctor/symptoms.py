@@ -125,8 +125,11 @@ def made_of_noise(
     denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and std, each [K], of the images that DDIM makes of noise N(mean, std^2), for a denoiser
-    that is affine in x_t [K, ...]."""
-    x = sample(denoise, torch.stack([mean, mean + std], dim=1), pairs, schedule=schedule)
+    that is affine in x_t [K, ...]. A step may begin at another level than the one before reached,
+    as diffusers' do."""
+    x = torch.stack([mean, mean + std], dim=1)
+    for pair in pairs:
+        x = sample(denoise, x, [pair], schedule=schedule)
     return x[:, 0], x[:, 1] - x[:, 0]
 
 

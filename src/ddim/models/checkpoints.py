@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import PIXEL_MODEL, check_options, foreign_family
+from ddim.configuration import PIXEL_MODEL, check_levels, check_options, foreign_family
 from ddim.errors import CheckpointError, DDIMError
 from ddim.files import file_hash
 
@@ -195,6 +195,7 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is {reason}")
     try:
         check_options(config)
+        check_levels(config)
     except DDIMError as error:
         raise CheckpointError(f"{path} cannot be used: {error} Correct that file.") from error
     return config

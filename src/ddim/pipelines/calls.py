@@ -20,7 +20,7 @@ from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import (
     Guidance,
     Prompts,
-    count_images,
+    count_groups,
     given_lengths,
     warn_of_no_guidance,
 )
@@ -128,7 +128,7 @@ def _arguments(
     if any(value is not None for value in away) and not is_guided(options["guidance_scale"]):
         warn_of_no_guidance(options["guidance_scale"])
     per_prompt = options["num_images_per_prompt"]
-    groups, each = count_images(prompts.count, None, per_prompt, lengths)
+    groups, each = count_groups(prompts.count, None, per_prompt, lengths)
     if seeds is None and options["generator"] is None:
         seeds = draw_seeds(groups * each)
     changed = {

@@ -28,7 +28,7 @@ __all__ = [
     "Prompt",
     "PromptWarning",
     "Prompts",
-    "count_images",
+    "count_groups",
     "encode_prompts",
     "given_lengths",
     "warn_of_no_guidance",
@@ -172,7 +172,7 @@ def _check_embeds(pipe: Any, name: str, embeds: object) -> None:
         )
 
 
-def count_images(
+def count_groups(
     prompts: int, images: int | None, per_prompt: int | None, lengths: Mapping[str, int]
 ) -> tuple[int, int]:
     """Settles how many (prompt, image) groups there are, one prompt or image standing for all, and
@@ -207,7 +207,7 @@ def count_images(
 
 
 def given_lengths(source: Source, latents: Tensor | None = None) -> dict[str, int]:
-    """How many there are of what is given one an image, for :func:`count_images`; a DDIMError
+    """How many there are of what is given one an image, for :func:`count_groups`; a DDIMError
     refuses seeds that are no list of seeds, and latents that are no tensor."""
     listed: dict[str, Any] = {**source._asdict(), "latents": latents}
     if source.seeds is not None:

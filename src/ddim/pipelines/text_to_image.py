@@ -31,7 +31,7 @@ if not is_transformers_available():
 from ddim.pipelines.calls import resolved
 from ddim.pipelines.latent import StepEnd, WalkOptions
 from ddim.pipelines.pictures import check_size, encode_images, prepare_images
-from ddim.pipelines.prompts import GUIDANCE, Guidance, Prompt, Prompts, count_images, given_lengths
+from ddim.pipelines.prompts import GUIDANCE, Guidance, Prompt, Prompts, count_groups, given_lengths
 from ddim.pipelines.text_codes import TextCodes
 
 __all__ = ["ImageToImagePipeline", "TextToImagePipeline"]
@@ -166,7 +166,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
         self._check_output_type(options.get("output_type", "pil"))
         source = Source(seeds, generator)
         lengths = given_lengths(source, latents)
-        groups, each = count_images(prompts.count, None, num_images_per_prompt, lengths)
+        groups, each = count_groups(prompts.count, None, num_images_per_prompt, lengths)
         shape, place = self._latent_shape(height, width, latents), self._place()
         x, noise = self._start(groups * each, shape, place, source, latents)
         return self._draw(route, x, noise, prompts, guidance, place, **options)
@@ -301,7 +301,7 @@ class ImageToImagePipeline(
         images = prepare_images(self, image)
         place, source = self._place(), Source(seeds, generator)
         lengths = given_lengths(source)
-        groups, each = count_images(prompts.count, len(images), num_images_per_prompt, lengths)
+        groups, each = count_groups(prompts.count, len(images), num_images_per_prompt, lengths)
         x0, noise = self._first_latents(images, groups * each, place, source)
         x = add_noise(route.schedule, x0, noise(), route.timesteps[0])
         return self._draw(route, x, noise, prompts, guidance, place, **options)
