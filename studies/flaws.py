@@ -36,13 +36,8 @@ from ddim.data.sources import load_images
 from ddim.errors import DDIMError, OutputError
 from ddim.evaluation.classifier import load_classifier
 from ddim.files import locked, write_text
-from ddim.models.checkpoints import (
-    find_model,
-    is_unconditional,
-    read_json,
-    read_model_index,
-    weight_hash,
-)
+from ddim.models.checkpoints import find_model, is_unconditional, read_model_index, weight_hash
+from ddim.models.folder import read_json
 from ddim.models.images import load_image, make_grid, save_png, to_uint8
 from ddim.runs.model import find_device
 from ddim.runs.record import RunRecord, check_protocol, read_run, versions, write_run

@@ -61,7 +61,8 @@ FILES = {
         | {"codes", "fit_steps", "diagnose", "show"},
     ],
     "models": [
-        {"images", "checkpoints", "layouts", "single_file"},
+        {"images", "folder", "layouts", "single_file"},
+        {"checkpoints"},
         {"conversion", "export", "facts"},
     ],
     "evaluation": [{"classifier", "metrics"}, {"features"}, {"protocol"}, {"report"}, {"latents"}],

@@ -16,6 +16,7 @@ __all__ = [
     "file_hash",
     "locked",
     "locked_file",
+    "parse_json",
     "remove_partial",
     "replacing",
     "replacing_folder",
@@ -67,6 +68,21 @@ def write_json(path: Path | str, content: Any, *, sort_keys: bool = False) -> No
     """Writes a JSON file, whole or not at all. NaN and infinity are refused with a ValueError."""
     text = json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def parse_json(text: str) -> Any:
+    """The content of a JSON text; a ValueError says what is wrong with it, also where it is nested
+    too deeply, or holds a whole number of more than 40 digits."""
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 40:  # tokenizers have 10**30 for no bound
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def remove_partial(folder: Path) -> None:

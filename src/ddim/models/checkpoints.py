@@ -3,6 +3,7 @@
 Weights are read from safetensors; if there are none, from a ``.bin`` file by ``torch.load`` with
 ``weights_only=True``, which runs no code out of it."""
 
+import hashlib
 import json
 import math
 import re
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from ddim.configuration import PIXEL_MODEL, check_levels, check_options, foreign_family
-from ddim.errors import CheckpointError, DDIMError
+from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.files import file_hash
+from ddim.models.folder import check_files, check_index, part_names, read_json
 
 __all__ = [
     "STABLE_DIFFUSION",
+    "configuration_hash",
     "embedded_models",
     "fetch_model",
     "find_model",
@@ -27,7 +30,6 @@ __all__ = [
     "load_network",
     "load_pipeline",
     "read_guidance",
-    "read_json",
     "read_model_index",
     "read_scheduler_config",
     "resolve_model",
@@ -42,7 +44,8 @@ STABLE_DIFFUSION = (
 )
 """Classes of checkpoints in Stable Diffusion's format."""
 
-_PARTS = "unet scheduler vae vqvae movq text_encoder tokenizer transformer safety_checker".split()
+_STEM = "diffusion_pytorch_model"
+_PICTURED = ("unet", "text_encoder", "tokenizer", "vae")
 _NOT_FOUND = (
     "RepositoryNotFoundError GatedRepoError EntryNotFoundError RevisionNotFoundError".split()
 )
@@ -111,36 +114,25 @@ def find_model(model: str | Path, **options: Any) -> Path:
     return found if isinstance(found, Path) else fetch_model(found, **options)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a CheckpointError refuses anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the model's folder is not complete.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({_first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; got {type(content).__name__}.")
-    return content
+def read_model_index(folder: Path, *, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The pipeline's index: its class, and the class of each part, perhaps of a network alone. All
+    that opens a folder reads it here first, since :mod:`ddim.models.folder` checks the folder.
 
-
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """The pipeline's index: its class, and the class of each part, perhaps of a network alone.
+    Args:
+        folder: The model's.
+        given: The options of ``from_pretrained``, by which a user may answer for other code.
 
     Raises:
-        CheckpointError: If the folder is no model.
+        CheckpointError: If the folder is no model, or names what is not opened.
     """
-    path = folder / "model_index.json"
-    if path.is_file():
-        index = read_json(path)
-        for name in _PARTS:
-            value = index.get(name)
-            if value is not None and not (isinstance(value, list) and len(value) == 2):
-                wanted = f"the library and the class of {name} in a list of two"
-                raise CheckpointError(f"{path} must name {wanted}; got {value!r}.")
+    path, config = folder / "model_index.json", folder / "config.json"
+    if path.is_file() or config.is_file():
+        is_network = not path.is_file()
+        kind = read_json(config).get("_class_name") if is_network else None
+        index = {"unet": ["diffusers", kind]} if is_network else read_json(path)
+        check_index(index, config if is_network else path, given=given)
+        check_files(folder, index, given=given)
         return index
-    if (folder / "config.json").is_file():
-        return {"unet": ["diffusers", read_json(folder / "config.json").get("_class_name")]}
     unfinished = sorted(p for p in folder.glob("checkpoints/*") if p.name.isdigit())
     known = ", ".join(embedded_models()) or "none"
     hint = f"a model in diffusers format has that file; the embedded models are: {known}"
@@ -242,8 +234,8 @@ def load_network(
     except Exception as error:
         raise CheckpointError(
             f"the network in {place} cannot be loaded: weights and config.json do not fit "
-            f"({_first_line(error)})."
-        ) from error
+            f"({_reason(error)})."
+        ) from shown_cause(error)
     if missing := report["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -260,41 +252,67 @@ def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any
         CheckpointError: If a part is missing, the scheduler's family is not DDIM's, or diffusers
             cannot open it.
     """
-    index = read_model_index(folder)
+    index = read_model_index(folder, given=options)
     kind = index.get("_class_name")
     if options.get("scheduler") is None:
         read_scheduler_config(folder)  # refuses another family before gigabytes are read
-    for name, value in index.items():
-        present = isinstance(value, list) and value[:1] != [None] and name not in options
-        if present and not name.startswith("_") and not (folder / name).is_dir():
+    for name in part_names(index):
+        if name not in options and not (folder / name).is_dir():
             index_says = "its model_index.json lists one; copy or download the checkpoint again"
             raise CheckpointError(f"{folder} has no {name}, and {index_says}.")
     if "torch_dtype" in options:  # the older name, which makes diffusers warn
         options["dtype"] = options.pop("torch_dtype")
+    if folder.parent.name != "snapshots":  # it was named as a folder, so no hub is asked for more
+        options.setdefault("local_files_only", True)
     try:
         return load(folder, **options)
     except ImportError as error:
         raise CheckpointError(
             f"opening a {kind} needs more than is installed; run: pip install 'ddim[text]' "
-            f"({_first_line(error)})."
+            f"({_reason(error)})."
         ) from error
-    except (OSError, ValueError) as error:
-        why = _first_line(error)
-        raise CheckpointError(f"{folder} cannot be opened as a {kind} ({why}).") from error
+    except Exception as error:  # its parts are opened by many libraries, each with its own errors
+        for path in (file for name in part_names(index) for file in (folder / name).glob("*.*")):
+            _check_weights(path)
+        why = _reason(error)
+        raise CheckpointError(f"{folder} cannot be opened as a {kind} ({why}).") from shown_cause(
+            error
+        )
 
 
 def weight_hash(folder: Path, *, variant: str | None = None) -> str:
-    """First 16 hex digits of the SHA-256 of a model's weight files, shards in the order of their
-    names: those of the network, then of a text model's text encoder and autoencoder.
+    """First 16 hex digits of the SHA-256 of the weight files that are loaded, shards in the order
+    of their names: those of the network, then of a text model's text encoder and autoencoder.
 
     Raises:
         CheckpointError: If the network has no weights.
     """
-    end = f".{variant}" if variant else ""
     files = _weight_files(folder, variant=variant)
-    for part, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
-        files += _files_of(folder / part, f"{stem}{end}") or _files_of(folder / part, stem)
+    for part, stem in (("text_encoder", "model"), ("vae", _STEM)):
+        place = folder / part
+        files += _files_of(place, stem, variant) or _files_of(place, stem, None)
     return file_hash(files)
+
+
+def configuration_hash(folder: Path) -> str:
+    """First 16 hex digits of a SHA-256 of what makes a picture beside weights and schedule: the
+    configurations of network, text encoder and autoencoder, and the tokenizer's files."""
+    digest = hashlib.sha256()
+    for name in _PICTURED:
+        place = _part(folder, name) if name == "unet" else folder / name
+        named = ("config.json",) if name != "tokenizer" else ("*.json", "*.txt", "*.model")
+        for path in sorted(file for pattern in named for file in place.glob(pattern)):
+            content = path.read_bytes()
+            if path.name in ("config.json", "tokenizer_config.json"):
+                content = json.dumps(_lasting(read_json(path)), sort_keys=True).encode()
+            digest.update(f"{name}/{path.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's configuration without what says where it lay, and which version wrote it."""
+    passing = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -304,18 +322,24 @@ def _part(folder: Path, name: str) -> Path:
 
 def _weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     place = _part(folder, "unet")
-    stem = f"diffusion_pytorch_model{'.' + variant if variant else ''}"
-    if found := _files_of(place, stem):
+    if found := _files_of(place, _STEM, variant):
         return found
+    stem = f"{_STEM}{'.' + variant if variant else ''}"
     raise CheckpointError(f"{place} holds no weights: {stem}.safetensors is missing.")
 
 
-def _files_of(place: Path, stem: str) -> list[Path]:
-    """The weight files of that name: safetensors, whole or in shards, else pickled ones."""
-    for kind in ("safetensors", "bin"):
-        for pattern in (f"{stem}.{kind}", f"{stem}-*-of-*.{kind}"):
-            if found := sorted(place.glob(pattern)):
-                return found
+def _files_of(place: Path, stem: str, variant: str | None) -> list[Path]:
+    """The weight files of that name, as the libraries choose them: safetensors, whole or in shards,
+    else pickled ones. diffusers prefers shards, and transformers a whole file."""
+    end, is_diffusers = f".{variant}" if variant else "", stem == _STEM
+    for name, kind in ((stem, "safetensors"), (stem if is_diffusers else "pytorch_model", "bin")):
+        path, index = place / f"{name}{end}.{kind}", place / f"{name}.{kind}.index{end}.json"
+        named = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        shards = sorted({place / str(file) for file in named.values()})
+        whole = [path] if path.is_file() else []
+        lone = sorted(place.glob(f"{name}{end}-*-of-*.{kind}"))
+        if found := (shards or whole if is_diffusers else whole or shards) or lone:
+            return found
     return []
 
 
@@ -334,11 +358,10 @@ def _check_weights(path: Path) -> None:
                 pass
         except SafetensorError as error:
             raise CheckpointError(
-                f"{path} is damaged or cut off ({_first_line(error)}); copy or download it again."
+                f"{path} is damaged or cut off ({_reason(error)}); copy or download it again."
             ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """The first sentence of an error's text; more is about arguments that users do not pass."""
-    lines = str(error).strip().splitlines()
-    return re.split(r"\. (?=[A-Z])", lines[0])[0].rstrip(".: ") if lines else type(error).__name__
+    return re.split(r"\. (?=[A-Z])", first_line(error))[0].rstrip(".: ")

@@ -6,7 +6,6 @@ Song's ``ddim`` (and Ho's models in PyTorch) and of OpenAI's ``improved-diffusio
 dict cannot tell is an option of :func:`convert`. Files are read from safetensors, or by
 ``torch.load`` with ``weights_only=True``, which runs no code out of them."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ddim.configuration import PIXEL_MODEL, configured_betas, spelled_betas
 from ddim.core.schedule import BetaSchedule, NoiseSchedule
-from ddim.errors import CheckpointError
+from ddim.errors import CheckpointError, needs_code, shown_cause
 from ddim.files import replacing_folder
 from ddim.models.layouts import Layout, State, read_architecture, rename, tell_layout
 
@@ -67,12 +66,11 @@ def read_state_dict(path: Path) -> State:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        needs_code = re.search(r"Unsupported (global|class)|GLOBAL", str(error))
         why = f"it is damaged or no file of weights ({type(error).__name__})"
-        if needs_code:
+        if needs_code(error):
             risk = "reading that would run code out of the file"
             why = f"it holds more than tensors, and {risk}; save its state_dict alone"
-        raise CheckpointError(f"{path} cannot be read: {why}.") from error
+        raise CheckpointError(f"{path} cannot be read: {why}.") from shown_cause(error)
     if isinstance(content, (list, tuple)):
         content = content[4] if len(content) == 5 else content[0] if content else None
     content = content if isinstance(content, dict) else {}

@@ -13,10 +13,10 @@ from ddim.models.checkpoints import (
     find_model,
     has_scheduler,
     is_unconditional,
-    read_json,
     read_model_index,
     resolve_model,
 )
+from ddim.models.folder import read_json
 from ddim.models.single_file import read_declaration
 
 __all__ = ["FoundModel", "ScheduleSource", "read_model", "read_source"]

@@ -18,9 +18,10 @@ from ddim.core.sampler import State, walk
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import check_order
 from ddim.core.timesteps import Spacing
-from ddim.errors import DDIMError, DivergenceError
+from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_trajectory
-from ddim.models.checkpoints import find_model
+from ddim.models.checkpoints import find_model, read_model_index
+from ddim.models.folder import check_index
 from ddim.pipelines.networks import is_compiled, prepare_for_compiling
 from ddim.pipelines.routing import (
     ClipOption,
@@ -41,6 +42,7 @@ __all__ = [
     "Source",
     "draw_seeds",
     "find_pretrained",
+    "read_single_index",
     "with_seeds",
 ]
 
@@ -76,6 +78,26 @@ def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     return find_model(
         name, **{k: v for k, v in options.items() if k in HUB_OPTIONS and v is not None}
     )
+
+
+def read_single_index(link: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of the model whose ``config`` a checkpoint in one file is opened with.
+
+    Raises:
+        CheckpointError: If it names code that is not run, or the checkpoint is no regular file.
+    """
+    if (path := Path(link)).exists() and not path.is_file():
+        raise CheckpointError(f"{link} is no regular file, so no checkpoint in one file.")
+    if (config := options.get("config")) is None:
+        from diffusers.loaders import single_file_utils as files
+
+        found = files.fetch_diffusers_config(files.load_single_file_checkpoint(link))
+        config = found["pretrained_model_name_or_path"]
+    if (folder := Path(config)).is_dir():
+        return read_model_index(folder, given=options)
+    index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(config)
+    check_index(index, str(config), given=options)
+    return index
 
 
 def draw_seeds(count: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import diffusers
 from torch import nn
 
-from ddim.errors import CheckpointError, DDIMError
+from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
     is_unconditional,
@@ -18,7 +18,7 @@ from ddim.models.checkpoints import (
     read_model_index,
 )
 from ddim.pipelines.adopted import Adopted, adopt, adopted, read_as_written, replace_schedulers
-from ddim.pipelines.base import Sampling, find_pretrained
+from ddim.pipelines.base import Sampling, find_pretrained, read_single_index
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["DiffusionPipeline", "text_pipeline"]
@@ -55,23 +55,31 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
             pretrained_model_name_or_path: An embedded model's name, a folder in diffusers format,
                 or a hub id.
             **options: diffusers' ones: dtype (or torch_dtype), variant, device_map, parts by name.
-                A ``scheduler`` that is given stays as it is in a pipeline of diffusers.
+                A ``scheduler`` that is given stays as it is in a pipeline of diffusers. Code that
+                comes with a model is run only where ``trust_remote_code=True`` says so.
 
         Raises:
             CheckpointError: If the model cannot be found or opened, or its scheduler is not of the
                 DDIM family (flow matching).
         """
         folder = find_pretrained(pretrained_model_name_or_path, options)
-        index = read_model_index(folder)
+        index = read_model_index(folder, given=options)
         kind = index.get("_class_name")
+        is_custom = options.get("custom_pipeline") is not None or not isinstance(kind, str | None)
+        is_foreign = (index.get("unet") or ["diffusers"])[0] != "diffusers"
         if cls is not DiffusionPipeline:  # a user's own pipeline
             pipe = load_pipeline(super().from_pretrained, folder, **options)
             replace_schedulers(pipe, options)
-        elif is_unconditional(index) and options.get("custom_pipeline") is None:
+        elif (
+            is_unconditional(index) and not is_custom and not (is_foreign and "unet" not in options)
+        ):
+            options.pop("trust_remote_code", None)
             pipe = UnconditionalPipeline.from_pretrained(folder, **options)
-        elif kind in STABLE_DIFFUSION and options.get("custom_pipeline") is None:
+        elif kind in STABLE_DIFFUSION and not is_custom:
             pipe = text_pipeline(kind).from_pretrained(folder, **options)
         else:
+            if not is_custom:
+                _kind_of(index)  # refuses what is no pipeline of diffusers
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             replace_schedulers(adopt(pipe), options)
             read_as_written(pipe, options)
@@ -90,20 +98,16 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         Raises:
             CheckpointError: If the file cannot be opened.
         """
-        link, config = str(pretrained_model_link_or_path), options.get("config")
+        link = str(pretrained_model_link_or_path)
         try:
-            if config is None:
-                from diffusers.loaders import single_file_utils as files
-
-                found = files.fetch_diffusers_config(files.load_single_file_checkpoint(link))
-                config = found["pretrained_model_name_or_path"]
-            index = diffusers.DiffusionPipeline.load_config(config)
-            pipe = _kind_of(index).from_single_file(link, **options)
-        except (OSError, ValueError, AttributeError) as error:
+            pipe = _kind_of(read_single_index(link, options)).from_single_file(link, **options)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the libraries that read such files have errors of their own
             raise CheckpointError(
-                f"{link} cannot be opened as a checkpoint in one file ({error}); give config=, a "
-                "folder in diffusers format of a model of the same kind."
-            ) from error
+                f"{link} cannot be opened as a checkpoint in one file ({first_line(error)}); give "
+                "config=, a folder in diffusers format of a model of the same kind."
+            ) from shown_cause(error)
         if not isinstance(pipe, Sampling):
             replace_schedulers(pipe, options)
         return pipe  # type: ignore[no-any-return]
@@ -172,8 +176,9 @@ def _kind_of(index: Mapping[str, Any]) -> Any:
         return UnconditionalPipeline
     if name in STABLE_DIFFUSION:
         return text_pipeline(name)
-    if (kind := getattr(diffusers, name, None)) is None:
-        raise DDIMError(f"diffusers has no pipeline {name}; open the checkpoint as a folder.")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise CheckpointError(f"diffusers has no pipeline {name}; update it, or open another.")
     return adopted(kind)
 
 

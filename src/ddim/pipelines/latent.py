@@ -23,7 +23,7 @@ from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_index
 from ddim.models.export import to_diffusers
-from ddim.pipelines.base import Callback, Place, find_pretrained, with_seeds
+from ddim.pipelines.base import Callback, Place, find_pretrained, read_single_index, with_seeds
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.networks import acting, copy_if_replayed, mark_loaded, prepare_walk
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
@@ -104,7 +104,7 @@ class StableDiffusion(Coding):
                 part.
         """
         folder = find_pretrained(pretrained_model_name_or_path, options)
-        kind = read_model_index(folder).get("_class_name")
+        kind = read_model_index(folder, given=options).get("_class_name")
         if kind not in STABLE_DIFFUSION:
             raise CheckpointError(
                 f"{folder} is a {kind}, not in Stable Diffusion's format; open it with "
@@ -115,6 +115,15 @@ class StableDiffusion(Coding):
         mark_loaded(*(part for part in loaded if part is not None))
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return cast(Self, pipe)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
+        """Opens a checkpoint in one file; arguments as of diffusers' method. A CheckpointError
+        refuses a ``config`` that names code."""
+        link = str(pretrained_model_link_or_path)
+        if options.get("config") is not None:
+            read_single_index(link, options)
+        return cast(Self, super().from_single_file(link, **options))  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers'

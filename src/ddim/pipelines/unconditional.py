@@ -114,7 +114,9 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             method = "UnconditionalPipeline.from_pretrained()"
             raise TypeError(f"{method} got an unexpected keyword argument {unknown[0]!r}")
         folder = find_pretrained(pretrained_model_name_or_path, {**options, "variant": variant})
-        index = read_model_index(folder)
+        parts = {"unet": unet, "scheduler": scheduler}
+        given = {name: part for name, part in parts.items() if part is not None}
+        index = read_model_index(folder, given=given)
         if not is_unconditional(index):
             raise CheckpointError(
                 f"{folder} is a {index.get('_class_name')}, which needs more than a network and a "

@@ -16,8 +16,9 @@ from ddim.doctor.report import Diagnosis, diagnose
 from ddim.doctor.symptoms import Brightness, Probe, probe
 from ddim.errors import DataError, DDIMError, OutputError
 from ddim.evaluation.report import check_plots
-from ddim.models.checkpoints import find_model, load_network, read_guidance, read_json
+from ddim.models.checkpoints import find_model, load_network, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
+from ddim.models.folder import read_json
 from ddim.runs.requests import DoctorRequest
 from ddim.runs.rules import check_request
 

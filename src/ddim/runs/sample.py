@@ -19,7 +19,7 @@ from ddim.data.sources import load_images
 from ddim.errors import DDIMError, OutputError
 from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
-from ddim.models.checkpoints import read_json
+from ddim.models.folder import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of

@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.errors import CheckpointError, DDIMError, first_line
+from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.models.checkpoints import (
     find_model,
     is_unconditional,
     read_guidance,
-    read_json,
     read_model_index,
     read_scheduler_config,
     weight_hash,
 )
+from ddim.models.folder import check_links, read_json
 
 __all__ = ["Base", "has_plain_weights", "load_part", "open_base"]
 
-# The parts of Stable Diffusion 1 and 2: the class, and what the part is.
+# The parts of Stable Diffusion 1 and 2: the library, the class, and what the part is.
 _PARTS = {
-    "unet": ("UNet2DConditionModel", "the network"),
-    "vae": ("AutoencoderKL", "the autoencoder"),
-    "text_encoder": ("CLIPTextModel", "the text encoder"),
-    "tokenizer": ("CLIPTokenizer", "the tokenizer"),
-    "scheduler": ("", "the noise schedule"),
+    "unet": ("diffusers", "UNet2DConditionModel", "the network"),
+    "vae": ("diffusers", "AutoencoderKL", "the autoencoder"),
+    "text_encoder": ("transformers", "CLIPTextModel", "the text encoder"),
+    "tokenizer": ("transformers", "CLIPTokenizer", "the tokenizer"),
+    "scheduler": ("", "", "the noise schedule"),
 }
 
 
@@ -67,6 +67,7 @@ def open_base(name: str) -> Base:
     """
     folder = find_model(name)
     index = read_model_index(folder)
+    check_links(folder)
     is_text = not is_unconditional(index)
     if is_text:
         _check_parts(name, folder, index)
@@ -89,16 +90,18 @@ def _check_parts(name: str, folder: Path, index: Mapping[str, Any]) -> None:
                 f"{name} is a {index.get('_class_name')} with a {part}, and only Stable Diffusion "
                 "1 and 2 can be trained; train it with diffusers' own scripts."
             )
-    for part, (kind, what) in _PARTS.items():
+    for part, (library, kind, what) in _PARTS.items():
         found = _class_of(index, part)
         if found is None or not (folder / part).is_dir():
             raise CheckpointError(
                 f"{name} has no {part} ({what}), which a text model needs; complete the folder, or "
                 "take another base."
             )
-        if kind and found.removesuffix("Fast") != kind:
+        source = index[part][0]
+        if kind and (source, found.removesuffix("Fast")) != (library, kind):
+            given = found if source == library else f"{source}.{found}"
             raise CheckpointError(
-                f"the {part} of {name} is a {found}, and only {kind} can be trained; train it with "
+                f"the {part} of {name} is a {given}, and only {kind} can be trained; train it with "
                 "diffusers' own scripts."
             )
     for part in ("vae", "text_encoder"):
@@ -117,7 +120,7 @@ def has_plain_weights(folder: Path) -> bool:
 def load_part(base: Base, part: str) -> Any:
     """Loads the autoencoder, text encoder or tokenizer of a text model. Raises a CheckpointError if
     its files are damaged, and a DDIMError if transformers is not installed."""
-    library, kind = base.index[part]
+    library, kind = _PARTS[part][0], base.index[part][1]
     try:
         module = importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -128,4 +131,4 @@ def load_part(base: Base, part: str) -> Any:
         return getattr(module, kind).from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:
         reason = f"cannot be loaded ({first_line(error)}); check {base.folder / part}."
-        raise CheckpointError(f"the {part} of {base.name} {reason}") from error
+        raise CheckpointError(f"the {part} of {base.name} {reason}") from shown_cause(error)

@@ -18,7 +18,8 @@ from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
 from ddim.core.prior import DataPrior
 from ddim.errors import DDIMError, OutputError, first_line
 from ddim.files import write_json
-from ddim.models.checkpoints import read_json, weight_hash
+from ddim.models.checkpoints import weight_hash
+from ddim.models.folder import read_json
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
 
 __all__ = [

@@ -21,6 +21,7 @@ from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
 from ddim.models.checkpoints import load_network
+from ddim.models.folder import part_names
 from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
@@ -267,11 +268,12 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
     }
     frozen: dict[str, Path] = {}
     notes: tuple[str, ...] = ()
+    listed = part_names(base.index)
     for name, value in base.index.items():
         folder = base.folder / name
         if name.startswith("_") or name == "scheduler":
             continue
-        is_part = isinstance(value, (list, tuple)) and name not in trained
+        is_part = name in listed and name not in trained
         is_pickled = any(folder.glob("*.bin")) and not has_plain_weights(folder)
         if is_part and is_pickled:
             notes += (f"the {name} of {base.name} has pickled weights alone, and is left out.",)
