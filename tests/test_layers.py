@@ -25,6 +25,7 @@ ROOM_OF = {
     **{
         "errors": "ground",
         "files": "ground",
+        "options": "ground",
         "scheduler_base": "scheduler",
         "scheduler": "scheduler",
     },
@@ -33,7 +34,7 @@ ROOM_OF = {
 """Files beside the rooms that count as a room's."""
 
 FILES = {
-    "ground": [{"errors"}, {"files"}],
+    "ground": [{"errors"}, {"files", "options"}],
     "core": [
         {"schedule"},
         {"prediction", "timesteps", "guidance", "noise", "prior"},

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ddim.cli import COMMANDS, main
-from ddim.runs.rules import option_names
+from ddim.options import option_names
 
 TRAIN = [
     "train",
@@ -124,7 +124,7 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         (["convert", "x"], "OUT must be given"),
         (["sample", "nowhere"], "'nowhere' is neither an embedded model nor an existing folder"),
         (["sample", "--count", "0"], "must be at least 1; got 0"),
-        (["sample", "--seed", "-1"], "a seed must be a whole number"),
+        (["sample", "--seed", "-1"], "--seed must be at least 0; got -1."),
         (["sample", "--eta", "-1"], "eta must be at least 0"),
         (["sample", "--eta", "much"], "--eta: it must be a number or sigma-hat; got 'much'"),
         (["sample", "--steps", "1001"], "from 1 to 1000"),

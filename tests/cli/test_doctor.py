@@ -406,11 +406,11 @@ def test_a_damaged_configuration_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--brightness", "nan,0.1"), "--brightness must be MEAN,STD"),
+        (("--brightness", "nan,0.1"), "--brightness must be a finite number; got nan."),
         (("--probe",), "--probe acts only with --data"),
         (("--prior", "x.json"), "--prior acts only with --data"),
         (("--brightness", "0.1"), "--brightness must be MEAN,STD"),
-        (("--steps", "0"), "from 1 to 1000"),
+        (("--steps", "0"), "--steps must be at least 1; got 0."),
         (("--eta", "-1"), "eta must be at least 0"),
         (("--data", FASHION, "--probe"), "--probe calls the network of an unconditional model"),
     ],

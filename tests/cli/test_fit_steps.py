@@ -168,21 +168,11 @@ def test_guided_models_of_text_are_fitted_on_their_latents(tiny_text, tmp_path, 
 
 
 def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_text, tmp_path):
-    options = (
-        "--prompt",
-        "a cat",
-        "--guidance-scale",
-        3,
-        "--guidance-rescale",
-        0.5,
-        "--exact",
-        "--held-out",
-        2,
-    )
+    options = ("--prompt", "a cat", "--guidance-scale", 3, "--guidance-rescale", 0.5, "--exact")
     model = with_fewer_levels(tiny_text, tmp_path / "model")
     assert fit(model, tmp_path / "steps.json", *options) == 0
     content = json.loads((tmp_path / "steps.json").read_text())
-    pipe, seeds = TextToImagePipeline.from_pretrained(model), range(1_000_004, 1_000_006)
+    pipe, seeds = TextToImagePipeline.from_pretrained(model), range(1_000_004, 1_000_010)
 
     def ends(**steps):
         asked = {
@@ -191,7 +181,7 @@ def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_
             "output_type": "latent",
             "progress": False,
         }
-        return pipe(["a cat"] * 2, seeds=seeds, **asked, **steps).images
+        return pipe(["a cat"] * 6, seeds=seeds, **asked, **steps).images
 
     exact = ends(num_inference_steps=250, timestep_spacing="trailing")
     for row in content["results"][:2]:
@@ -217,7 +207,7 @@ def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_
         (("--held-out", "1"), "--held-out must be at least 2; got 1."),
         (("--count", "0"), "--count must be at least 1; got 0."),
         (("--evaluations", "-1"), "--evaluations must be at least 0; got -1."),
-        (("--seed", "-1"), "a seed must be a whole number from 0 to 2^32 - 1; got -1."),
+        (("--seed", "-1"), "--seed must be at least 0; got -1."),
         (
             ("--out", "there.json"),
             "there.json is there already; use another --out, or delete that file.",

@@ -155,17 +155,8 @@ def test_seed_and_count_name_the_images_that_are_taken(tiny, tmp_path, capsys):
 
 def test_reconstruct_measures_each_method_and_goes_on(tiny, tmp_path, capsys):
     _, _ = pictures(tmp_path / "in", 6)
-    options = [
-        "reconstruct",
-        tiny,
-        "--data",
-        tmp_path / "in",
-        "--count",
-        6,
-        "--out",
-        tmp_path / "out",
-    ]
-    assert run(*options, "--steps", "4,8", "--method", "o-belm,ddim", "--batch-size", 4) == 0
+    options = ["reconstruct", tiny, "--data", tmp_path / "in", "--out", tmp_path / "out", "--count"]
+    assert run(*options, 6, "--steps", "4,8", "--method", "o-belm,ddim", "--batch-size", 4) == 0
     told = capsys.readouterr().out
     assert "4 cells measured, 0 were there" in told
     results = record(tmp_path / "out")["results"]
@@ -178,7 +169,7 @@ def test_reconstruct_measures_each_method_and_goes_on(tiny, tmp_path, capsys):
     assert all(r["mse"] < 1e-12 for r in results[:2])
     assert all(r["mse"] > 1e-6 for r in results[2:])
     assert [r["evaluations"] for r in results] == [4, 8, 4, 8]
-    assert run(*options, "--steps", "4,8", "--method", "fixed-point,ddim") == 0
+    assert run(*options, 6, "--steps", "4,8", "--method", "fixed-point,ddim") == 0
     assert "2 cells measured, 4 were there" in capsys.readouterr().out
     results = record(tmp_path / "out")["results"]
     assert [r["method"] for r in results] == [
@@ -195,7 +186,7 @@ def test_reconstruct_measures_each_method_and_goes_on(tiny, tmp_path, capsys):
     assert "The rows of sheet.png are the originals, then fixed-point, ddim at 4 steps." in text
     assert read(tmp_path / "out" / "sheet.png").shape[1] > 6 * 96
     assert read(tmp_path / "out" / "reconstruction.png").ndim == 3
-    assert run(*options, "--steps", "4", "--count", 5) == 2
+    assert run(*options, 5, "--steps", "4") == 2
     assert "holds results of another protocol: data is" in capsys.readouterr().err
 
 
@@ -422,7 +413,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
             "--out",
             out,
         ],
-        "--seed counts the images of --data": [
+        "--seed acts only with --data; give both, or leave out --seed.": [
             "encode",
             tiny,
             "--images",
@@ -472,7 +463,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
             out,
         ],
         "as --seeds 3,17 or as --images": ["interpolate", tiny, "--out", out],
-        "--count must be at least 2": [
+        "--count must be from 2 to 1000; got 1.": [
             "interpolate",
             tiny,
             "--seeds",
@@ -482,7 +473,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
             "--out",
             out,
         ],
-        "a seed must be a whole number from 0": [
+        "--seeds must be at least 0; got -2.": [
             "interpolate",
             tiny,
             "--seeds",
@@ -502,7 +493,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
         ],
         "--sampler must name some of": ["consistency", tiny, "--sampler", "euler", "--out", out],
         "from 1 to 1000": ["consistency", tiny, "--steps", "1001", "--out", out],
-        "o-belm is deterministic, and needs eta 0; got eta=1.0": [
+        "--eta acts only with --sampler ddim; give both": [
             "sample",
             tiny,
             "--sampler",
@@ -512,7 +503,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tiny_classes, tmp_pa
             "--out",
             out,
         ],
-        "o-belm is a solver of its own": [
+        "--order acts only with --sampler ddim or ddpm; give both": [
             "sample",
             tiny,
             "--sampler",

@@ -186,7 +186,7 @@ def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
         (("--prompt", "EMPTY"), "the file holds no prompt; write one in a line"),
         (
             ("--prompt", "a", "--guidance-rescale", "2"),
-            "--guidance-rescale must lie in [0, 1], where 0 is off; got 2.0",
+            "--guidance-rescale must be from 0 to 1; got 2.0.",
         ),
         (("--prompt", "a", "--image", "none.png"), "there is no picture at none.png"),
         (
@@ -195,7 +195,7 @@ def test_an_image_to_begin_with(tiny_text, tmp_path, pipe, capsys):
         ),
         (
             ("--prompt", "a", "--image", "GOOD", "--strength", "1.5"),
-            "strength must lie in (0, 1]; got 1.5",
+            "--strength must be above 0 and at most 1; got 1.5.",
         ),
         (
             ("--prompt", "a", "--image", "GOOD", "--strength", "0.1"),

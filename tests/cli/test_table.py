@@ -391,8 +391,8 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
     ("options", "message"),
     [
         (("--count", "0"), "--count must be at least 1; got 0."),
-        (("--processes", "0"), "--processes must be at least 1; got 0."),
-        (("--repeats", "0"), "--repeats must be at least 1; got 0."),
+        (("--processes", "0"), "--processes must be from 1 to 1000; got 0."),
+        (("--repeats", "0"), "--repeats must be from 1 to 1000; got 0."),
         (
             ("--count", "10", "--long-count", "11"),
             "--long-count must be from 1 to --count, 10; got 11.",
@@ -405,7 +405,7 @@ def test_a_process_that_dies_is_told_and_finished_cells_are_kept(
         (("--eta", ","), "--eta must name at least one value."),
         (("--eta", "0,big"), "--eta: it must be a number or sigma-hat; got 'big'."),
         (("--eta", "0,9"), "eta=9.0 would draw more noise than the level can hold"),
-        (("--timing-rounds", "-1"), "--timing-rounds must be at least 0; got -1"),
+        (("--timing-rounds", "-1"), "--timing-rounds must be from 0 to 1000; got -1"),
         (("--steps", "21"), "ddim: --steps must be a whole number from 1 to 20"),
         (("--metrics", "kid-moon"), "'kid-moon' is no metric"),
     ],

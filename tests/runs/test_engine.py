@@ -9,10 +9,11 @@ import filelock
 import pytest
 
 from ddim.errors import DDIMError, OutputError
+from ddim.options import Range, check_request, option_names
 from ddim.runs.engine import Control, FileJob, Job, Made, Stopped, execute
 from ddim.runs.record import claim, read_run
 from ddim.runs.requests import InterpolateRequest, SampleRequest, TableRequest
-from ddim.runs.rules import Options, Range, check_request, option_names
+from ddim.runs.rules import Options
 from ddim.runs.sample import SampleJob
 
 
@@ -243,11 +244,14 @@ def test_stopping_is_no_error_of_the_job():
         (SampleRequest(count=0), "--count must be at least 1; got 0."),
         (SampleRequest(count=1_000_001), "--count must be at most 1000000; got 1000001."),
         (SampleRequest(batch_size=-3), "--batch-size must be at least 1; got -3."),
-        (TableRequest(reference="x", timing_rounds=-1), "--timing-rounds must be at least 0"),
+        (
+            TableRequest(reference="x", timing_rounds=-1),
+            "--timing-rounds must be from 0 to 1000; got -1.",
+        ),
         (SampleRequest(strength=0.5), "--strength acts only with --image; give both, or leave"),
         (SampleRequest(data="x"), "--data acts only with --variance analytic; give both"),
         (InterpolateRequest(resize=True), "--resize acts only with --images; give both"),
-        (InterpolateRequest(count=1), "--count must be at least 2; got 1."),
+        (InterpolateRequest(count=1), "--count must be from 2 to 1000; got 1."),
     ],
 )
 def test_ranges_and_needs_are_declared_with_the_option(request_, message):

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from ddim.cli.arguments import parse
-from ddim.cli.train import Request, defaults
+from ddim.cli.train import Request, configuration, defaults
 from ddim.errors import DDIMError
 from ddim.training.config import PRESETS, TrainConfig, command_line
 
@@ -104,6 +104,14 @@ def test_options_replace_those_of_a_preset():
     assert parsed(["--batch-size=3", "--preset=digits"]) == expected
 
 
+def test_an_option_of_a_preset_without_effect_falls_back_and_a_given_one_is_refused():
+    words = ["--preset", "fashion-text", "--beta-schedule", "squaredcos_cap_v2"]
+    request = parse(Request, name="train", arguments=words, default=defaults(words))
+    assert (request.beta_start, configuration(request).beta_start) == (0.00085, None)
+    with pytest.raises(DDIMError, match="--beta-end acts only with --beta-schedule linear"):
+        parse(Request, name="train", arguments=[*words, "--beta-end", "0.01"], default=request)
+
+
 @pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "mars"]])
 def test_a_preset_that_does_not_exist(words):
     with pytest.raises(DDIMError, match=f"--preset must be one of {', '.join(PRESETS)}; got"):
@@ -113,76 +121,72 @@ def test_a_preset_that_does_not_exist(words):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"images": 0}, "images must be at least 1; got 0"),
-        ({"block_out_channels": (8, 0)}, r"block_out_channels must be at least 1; got \(8, 0\)"),
-        ({"block_out_channels": ()}, r"block_out_channels must be at least 1; got \(\)"),
+        ({"images": 0}, "--images must be at least 1; got 0"),
+        ({"block_out_channels": (8, 0)}, "--block-out-channels must be at least 1; got 0"),
+        ({"block_out_channels": ()}, "--block-out-channels must name at least one value"),
         (
             {"block_out_channels": (8, 12)},
-            "block_out_channels must be multiples of norm_num_groups=8; got 12",
+            "--block-out-channels must be multiples of --norm-num-groups, which is 8; got 12",
         ),
-        ({"norm_num_groups": 0}, "norm_num_groups must be at least 1; got 0"),
-        ({"layers_per_block": 0}, "layers_per_block must be at least 1; got 0"),
-        ({"attention_head_dim": 0}, "attention_head_dim must be at least 1; got 0"),
-        ({"preview_steps": 0}, "preview_steps must be at least 1; got 0"),
+        ({"norm_num_groups": 0}, "--norm-num-groups must be at least 1; got 0"),
+        ({"layers_per_block": 0}, "--layers-per-block must be from 1 to 100; got 0"),
+        ({"attention_head_dim": 0}, "--attention-head-dim must be at least 1; got 0"),
+        ({"preview_steps": 0, "preview_every": 1}, "--preview-steps must be at least 1; got 0"),
         (
             {"attention_head_dim": 33, "attention_levels": 9},
             (
-                "attention_head_dim must be at most 32, the fewest channels that have attention; "
+                "--attention-head-dim must be at most 32, the fewest channels that have attention; "
                 "got 33"
             ),
         ),
         (
             {"attention_head_dim": 129, "attention_levels": 0},
-            "attention_head_dim must be at most 128, .*; got 129",
+            "--attention-head-dim must be at most 128, .*; got 129",
         ),
         (
             {"num_train_timesteps": 3 * 10**9},
-            "num_train_timesteps must be at most 1000000; got 3000000000",
+            "--num-train-timesteps must be at most 1000000; got 3000000000",
         ),
-        ({"seed": 2**32}, r"seed must lie in 0\.\.2\*\*32 - 1; got 4294967296"),
-        ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
-        ({"gradient_clip": float("inf")}, "gradient_clip must be finite; got inf"),
-        ({"out": ""}, "out must name a folder; got an empty name"),
-        ({"seed": -1}, "seed must be at least 0; got -1"),
-        ({"weight_decay": float("nan")}, "weight_decay must be at least 0; got nan"),
-        ({"learning_rate": 0.0}, r"learning_rate must be above 0; got 0\.0"),
-        ({"snr_gamma": float("nan")}, "snr_gamma must be above 0; got nan"),
-        (
-            {"beta_start": 0.0},
-            r"betas must rise within \(0, 1\); got beta_start=0\.0, beta_end=0\.02",
-        ),
-        ({"beta_end": 1e-5}, "betas must rise within"),
-        ({"beta_end": 1.0}, "betas must rise within"),
-        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\); got 1\.0"),
-        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\); got -0\.1"),
-        (
-            {"beta_start": 0.03},
-            r"betas must rise within \(0, 1\); got beta_start=0\.03, beta_end=0\.02",
-        ),
-        ({"caption_dropout": 1.5, "base": "x"}, r"caption_dropout must lie in \[0, 1\]; got 1\.5"),
-        ({"offset_noise": -0.1}, r"offset_noise must be at least 0; got -0\.1"),
-        (
-            {"from_scratch": True},
-            "from_scratch needs a model whose configuration is taken; name it by --base",
-        ),
-        (
-            {"train_text_encoder": True},
-            "train_text_encoder is for text models; name one by --base, or leave it out",
-        ),
-        ({"cache_latents": "disk"}, "cache_latents is for text models; name one by --base"),
-        ({"caption_dropout": 0.2}, "caption_dropout is for text models; name one by --base"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295; got 4294967296"),
+        ({"learning_rate": float("inf")}, "--learning-rate must be a finite number; got inf"),
+        ({"gradient_clip": float("inf")}, "--gradient-clip must be a finite number; got inf"),
+        ({"out": ""}, "--out must not be empty"),
+        ({"seed": -1}, "--seed must be at least 0; got -1"),
+        ({"weight_decay": float("nan")}, "--weight-decay must be a finite number; got nan"),
+        ({"learning_rate": 0.0}, r"--learning-rate must be above 0; got 0\.0"),
+        ({"snr_gamma": float("nan")}, "--snr-gamma must be a finite number; got nan"),
+        ({"beta_start": 0.0}, r"--beta-start must be above 0 and below 1; got 0\.0"),
+        ({"beta_end": 1e-5}, "betas must rise; got --beta-start"),
+        ({"beta_end": 1.0}, "--beta-end must be above 0 and below 1"),
+        ({"ema_decay": 1.0}, r"--ema-decay must be at least 0 and below 1; got 1\.0"),
+        ({"dropout": -0.1}, r"--dropout must be at least 0 and below 1; got -0\.1"),
+        ({"beta_start": 0.03}, r"betas must rise; got --beta-start 0\.03, --beta-end 0\.02"),
+        ({"caption_dropout": 1.5, "base": "x"}, r"--caption-dropout must be from 0 to 1; got 1\.5"),
+        ({"offset_noise": -0.1}, r"--offset-noise must be at least 0; got -0\.1"),
+        ({"from_scratch": True}, "--from-scratch acts only with --base; give both"),
+        ({"train_text_encoder": True}, "--train-text-encoder acts only with --base; give both"),
+        ({"cache_latents": "disk"}, "--cache-latents acts only with --base"),
+        ({"caption_dropout": 0.2}, "--caption-dropout acts only with --base"),
         (
             {"base": "x", "layers_per_block": 2},
-            "layers_per_block is for a new network, and the base has one; add --from-scratch",
+            "--layers-per-block is for a new network, and the base has one; add --from-scratch",
         ),
         (
             {"base": "x", "from_scratch": True, "block_out_channels": (8, 12)},
-            "must be multiples of norm_num_groups=8; got 12",
+            "must be multiples of --norm-num-groups, which is 8; got 12",
         ),
         (
             {"prediction_type": "epsilon", "rescale_betas_zero_snr": True, "base": "x"},
             "epsilon prediction cannot be trained at zero",
         ),
+        ({"snr_gamma": 3.0}, "--snr-gamma acts only with --weighting min-snr; give both"),
+        ({"weight_floor": 0.1}, "--weight-floor acts only with --weighting min-snr"),
+        (
+            {"beta_start": 0.01, "beta_schedule": "squaredcos_cap_v2"},
+            "--beta-start acts only with --beta-schedule linear, scaled_linear or sigmoid",
+        ),
+        ({"label_column": "x"}, "--label-column acts only with --class-conditional"),
+        ({"preview_count": 3}, "--preview-count acts only with --preview-every"),
         (
             {"rescale_betas_zero_snr": True},
             "epsilon prediction cannot be trained at zero terminal SNR",

@@ -403,6 +403,7 @@ def test_previews_are_drawn_under_captions(tmp_path, tiny_text, squares):
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_a_preview_is_what_a_pipeline_draws(tmp_path, tiny_text, squares, scale):
     options = {
+        "preview_every": 1,
         "preview_guidance_scale": scale,
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
@@ -773,7 +774,7 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
         ),
         (
             {"train_text_encoder": True},
-            "train_text_encoder is for text models, and .* has no text encoder",
+            "--train-text-encoder is for text models, and .* has no text encoder",
         ),
     ],
 )

@@ -31,6 +31,9 @@ COMMANDS = {
     "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 
+_RESUMED = ("sample", "train", "reconstruct", "table")
+"""The commands that keep what an interrupted run has finished."""
+
 _OPTIONS = {
     "num_inference_steps": "--steps",
     "timestep_spacing": "--spacing",
@@ -75,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"cannot read or write {error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from what is there.")
+        then = "goes on from what is there" if given[0] in _RESUMED else "begins anew"
+        _fail(f"interrupted; the same command {then}.")
         return 130
     return code or 0
 
@@ -103,7 +107,7 @@ def _parse(module: Any, name: str, arguments: list[str]) -> object:
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
     """Names options in a message as the command line does, if they were given, or if the message
     names ``num_inference_steps``, which no file of a model holds."""
-    from ddim.runs.rules import option_names
+    from ddim.options import option_names
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     named = set(_OPTIONS.values()) if "num_inference_steps" in message else given

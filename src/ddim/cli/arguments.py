@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddim.errors import DDIMError
-from ddim.runs.rules import option_names
+from ddim.options import check_request, declarations, option_names
 from ddim.runs.values import primitive, read_number, split_list
 
 __all__ = ["parse"]
@@ -24,10 +24,10 @@ R = TypeVar("R")
 
 
 def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None = None) -> R:
-    """Reads the arguments of ``ddim NAME`` into a request.
+    """Reads the arguments of ``ddim NAME`` into a request, and checks it.
 
     Raises:
-        DDIMError: One sentence, if they are not right.
+        DDIMError: One sentence, if they are not right, or an option that was given has no effect.
         SystemExit: With code 0, after ``--help``.
     """
     errors = io.StringIO()
@@ -44,14 +44,25 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
         # tyro mentions a missing argument first, although a mistyped option may have taken it.
         unknown = _unknown_option(kind, name, arguments)
         raise DDIMError(unknown or _one_sentence(errors.getvalue(), name)) from None
+    given = [_option(argument) for argument in arguments if argument.startswith("--")]
+    declared = {field.option: name for name, field in declarations(kind).items()}
+    for option in given:
+        is_list = isinstance(getattr(parsed, declared[option]), list)
+        if given.count(option) > 1 and not is_list:
+            raise DDIMError(f"{option} is given {given.count(option)} times; give it once.")
+    check_request(parsed, {declared[option] for option in given})
     return parsed
+
+
+def _option(argument: str) -> str:
+    return argument.partition("=")[0].replace("_", "-")
 
 
 def _unknown_option(kind: type, name: str, arguments: Sequence[str]) -> str | None:
     """The sentence about the first option that the command does not have; None if it has all."""
     known = option_names(kind)
     for argument in arguments:
-        option = argument.partition("=")[0].replace("_", "-")
+        option = _option(argument)
         if option.startswith("--") and len(option) > 2 and option not in known:
             near = difflib.get_close_matches(option, known, 1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else _see(name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ddim.errors import DDIMError
+from ddim.options import given_options, unmet
 from ddim.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Request(TrainConfig):
         None
     )
 
+    def __post_init__(self) -> None:
+        """Leaves the checks to the configuration that the request stands for."""
+
 
 def defaults(arguments: list[str]) -> Request | None:
     """The request that a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME.
@@ -49,6 +53,18 @@ def defaults(arguments: list[str]) -> Request | None:
     return Request(**options)
 
 
+def configuration(request: Request) -> TrainConfig:
+    """What a request stands for. An option of a preset whose need was taken away has no effect, and
+    falls back to its default; one that was given is refused before.
+
+    Raises:
+        DDIMError: If options do not fit together.
+    """
+    names = [field.name for field in fields(TrainConfig)]
+    acting = set(names) - set(unmet(request, given_options(request)))
+    return TrainConfig(**{name: getattr(request, name) for name in names if name in acting})
+
+
 def run(request: Request) -> None:
     """Trains, reports progress on standard output, and says how to sample the result."""
 
@@ -64,7 +80,7 @@ def run(request: Request) -> None:
             flush=True,
         )
 
-    config = TrainConfig(**{f.name: getattr(request, f.name) for f in fields(TrainConfig)})
+    config = configuration(request)
     try:
         from ddim.runs.model import quiet_libraries
         from ddim.training.record import code_revision

@@ -34,11 +34,6 @@ class EncodeJob(FileJob, PixelJob):
         self.record_name = f"{Path(request.out).name}.{NAME}"
         self.files = [self.record_name]
         super().__init__(request, control)
-        if request.images is not None and request.seed:
-            raise DDIMError(
-                "--seed counts the images of --data, and files are all taken; leave it out; got "
-                f"{request.seed}."
-            )
         check_images(request.images, request.data)
         self.open()
         self.timesteps = self.asked_levels(request.steps)

@@ -19,8 +19,8 @@ from ddim.evaluation.report import check_plots
 from ddim.models.checkpoints import find_model, load_network, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.models.folder import read_json
+from ddim.options import check_request
 from ddim.runs.requests import DoctorRequest
-from ddim.runs.rules import check_request
 
 __all__ = ["Examination", "examine"]
 

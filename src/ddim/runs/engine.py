@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from ddim.errors import OutputError
 from ddim.files import locked_file
+from ddim.options import check_request
 from ddim.runs.record import NAME, RunRecord, claim, versions, write_run
-from ddim.runs.rules import check_request
 
 __all__ = ["Control", "Event", "FileJob", "Job", "Made", "Outcome", "Row", "Stopped", "execute"]
 

@@ -9,8 +9,9 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from ddim.runs.rules import Choices, Needs, Range
+from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.values import Eta, Etas, Levels
+from ddim.training.config import Beta
 
 __all__ = ["ConsistencyRequest", "ConvertRequest", "DecodeRequest", "DoctorRequest"]
 __all__ += ["EncodeRequest", "EvaluateRequest", "FitStepsRequest", "InterpolateRequest"]
@@ -18,22 +19,33 @@ __all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
 
 MOST_IMAGES = 1_000_000
 """Images of one run: each is a row of its record."""
+MOST_LEVELS = 1_000_000
+"""Levels of a noise schedule."""
+
+SEEDS = Range(0, 2**32 - 1)
 
 Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 Encoder = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
 ENCODERS: tuple[str, ...] = get_args(Encoder)
 SAMPLERS = ("ddim", "ddim-2", "o-belm", "bdia", "edict")
 Count = Annotated[int, Range(1, MOST_IMAGES)]
-AtLeastOne = Annotated[int, Range(1)]
+Steps = Annotated[int, Range(1, MOST_LEVELS), Needs(without="timesteps")]
+StepNumbers = Annotated[tuple[int, ...], Range(1, MOST_LEVELS)]
+Seed = Annotated[int, SEEDS]
+First = Annotated[int, Range(0, MOST_IMAGES), Needs(option="data")]
+Scale = Annotated[float | None, Range(0), Needs(model="text")]
+Rescale = Annotated[float | None, Range(0, 1), Needs(model="text")]
 ModelName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
-Class = Annotated[int | None, tyro.conf.arg(name="class"), Needs(model="classes")]
+Class = Annotated[
+    int | None, tyro.conf.arg(name="class"), Range(0, MOST_LEVELS), Needs(model="classes")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computed:
     """Where and how a run computes."""
 
-    batch_size: AtLeastOne = 64
+    batch_size: Count = 64
     """Images that are computed together. It changes images by rounding only: at most one grey level
     in float32, a few in half precision."""
     device: str = "auto"
@@ -52,7 +64,7 @@ class Request(Computed):
 class Seeds:
     """Images by their seeds."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first image."""
     compile: bool = False
     """Compile the network first: this takes a minute, and then each step is faster."""
@@ -62,7 +74,7 @@ class Seeds:
 class Spaced:
     """How levels are chosen."""
 
-    spacing: Spacing | None = None
+    spacing: Annotated[Spacing | None, Needs(without="timesteps")] = None
     """How the levels are spaced. Default: as the model's configuration says, fitted ones first."""
 
 
@@ -70,7 +82,7 @@ class Spaced:
 class Walk(Spaced):
     """Which levels a trajectory visits."""
 
-    steps: int | None = None
+    steps: Steps | None = None
     """Number of steps, which is the number of network evaluations an image. Default: 50."""
 
 
@@ -78,7 +90,7 @@ class Walk(Spaced):
 class Noisy(Walk):
     """A trajectory that may draw noise."""
 
-    eta: Eta = None
+    eta: Annotated[Eta, Needs(option="sampler", value="ddim")] = None
     """0 is deterministic (the default), 1 DDPM's posterior, sigma-hat DDPM's larger noise."""
 
 
@@ -101,11 +113,11 @@ class Text:
         default_factory=list
     )
     """What the images show. Give it again for more prompts, or FILE.txt with one prompt a line."""
-    negative_prompt: Annotated[str | None, Needs(model="text")] = None
+    negative_prompt: Annotated[str | None, Blank(), Needs(model="text")] = None
     """What guidance leads away from. Default: the empty text."""
-    guidance_scale: Annotated[float | None, Needs(model="text")] = None
-    """Strength of guidance; 1 is off. Default: the model card's, else 7.5."""
-    guidance_rescale: Annotated[float | None, Needs(model="text")] = None
+    guidance_scale: Scale = None
+    """Strength of guidance; 1 or less is off. Default: the model card's, else 7.5."""
+    guidance_rescale: Rescale = None
     """How far the contrast of guided predictions is brought back to that of unguided ones, from 0
     to 1. Default: the model card's, else 0."""
 
@@ -114,9 +126,9 @@ class Text:
 class Pictures:
     """Images of a data set that are encoded."""
 
-    split: str | None = None
+    split: Annotated[str | None, Needs(option="data")] = None
     """Split of the data set. Default: test where there is one, else train."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: First = 0
     """Number of the first image of the data set, counted from 0."""
     resize: bool = False
     """Resize images of another size (shorter side) and crop them in the centre."""
@@ -137,7 +149,7 @@ class SampleRequest(Text, Noisy, Folder, Seeds, Request):
 
     count: Count = 16
     """How many images: the seeds SEED to SEED+COUNT-1."""
-    order: Literal[1, 2] | None = None
+    order: Annotated[Literal[1, 2] | None, Needs(option="sampler", value=("ddim", "ddpm"))] = None
     """Order of the solver: 1 is DDIM; 2, its multistep method, is more accurate at the same cost.
     Default: as the model's configuration says."""
     variance: Annotated[Literal["eta", "analytic"], Needs(model="pixels")] = "eta"
@@ -157,11 +169,13 @@ class SampleRequest(Text, Noisy, Folder, Seeds, Request):
     from the model's prior.json; or a FILE.json that `ddim doctor --prior` wrote."""
     image: Annotated[str | None, Needs(model="text")] = None
     """A picture to start from, in place of noise."""
-    strength: Annotated[float | None, Needs(option="image", model="text")] = None
+    strength: Annotated[
+        float | None, Range(0, 1, above=True), Needs(option="image", model="text")
+    ] = None
     """Share of the steps walked from --image; 1 keeps little or nothing of it. Default: 0.8."""
     class_: Class = None
     """Class of all images. Default: the seed modulo the number of classes."""
-    batch_size: AtLeastOne = 16
+    batch_size: Count = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network. The image between the steps is always float32."""
 
@@ -191,7 +205,7 @@ class EvaluateRequest(Noisy, Seeds, Measured, Computed):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SAMPLES_OR_MODEL")]
     """A folder of pictures (such as `ddim sample` writes), a .npz, or a model: embedded, a
     diffusers folder, or a hub id; no text-to-image model."""
-    count: AtLeastOne | None = None
+    count: Count | None = None
     """How many samples are measured. Default: all images of a folder, 2048 of a model."""
 
 
@@ -206,20 +220,20 @@ class TableRequest(Measured, Spaced, Seeds, Request):
 
     eta: Etas = (0.0, 0.2, 0.5, 1.0, "sigma-hat")
     """0 is deterministic, 1 is DDPM's posterior, sigma-hat the larger noise of DDPM."""
-    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    steps: StepNumbers = (10, 20, 50, 100, 1000)
     """Numbers of steps, which are network evaluations an image."""
     clip: Literal["none", "static", "dynamic"] | None = None
     """How predicted images are kept in range. Default: as the model's configuration says."""
-    count: AtLeastOne = 2048
+    count: Count = 2048
     """Images of a cell: the seeds SEED to SEED+COUNT-1, the same in every cell."""
-    long_count: int | None = None
+    long_count: Count | None = None
     """Images of the cells of more than 100 steps. Every cell is measured on that many too, for the
     ratios. Default: COUNT."""
-    repeats: AtLeastOne = 1
+    repeats: Annotated[int, Range(1, 1000)] = 1
     """How often each cell is drawn, from other seeds; from 2 on, the spread is over these."""
-    processes: AtLeastOne = 1
+    processes: Annotated[int, Range(1, 1000)] = 1
     """Processes that measure cells side by side; each gets its share of the cores."""
-    timing_rounds: Annotated[int, Range(0)] = 0
+    timing_rounds: Annotated[int, Range(0, 1000)] = 0
     """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be
     compared; 0 keeps the cells' own times."""
 
@@ -239,9 +253,9 @@ class ReconstructRequest(Pictures, Spaced, Folder, Request):
 
     data: str
     """Images: a folder, a .npz, IDX files, parquet, digits, fashion-mnist, or a hub dataset id."""
-    count: AtLeastOne = 256
+    count: Count = 256
     """How many images, from SEED on."""
-    steps: tuple[int, ...] = (10, 20, 50, 100)
+    steps: StepNumbers = (10, 20, 50, 100)
     """Numbers of steps, the same each way."""
     method: Annotated[tuple[str, ...], Choices(ENCODERS)] = ("ddim", "fixed-point", "o-belm")
     """Encoders: ddim, fixed-point, o-belm, bdia, edict."""
@@ -258,7 +272,7 @@ class ConsistencyRequest(Spaced, Folder, Seeds, Request):
 
     count: Count = 8
     """How many latents: the seeds SEED to SEED+COUNT-1."""
-    steps: tuple[int, ...] = (10, 20, 50, 100, 1000)
+    steps: StepNumbers = (10, 20, 50, 100, 1000)
     """Numbers of steps. The others are compared with DDIM of the largest."""
     sampler: Annotated[tuple[str, ...], Choices(SAMPLERS)] = ("ddim",)
     """ddim, ddim-2 (its second order), o-belm, bdia, edict."""
@@ -268,11 +282,11 @@ class ConsistencyRequest(Spaced, Folder, Seeds, Request):
 class InterpolateRequest(Walk, Folder, Request):
     """Draws the path between two seeds or two images, or with --grid the square between four."""
 
-    seeds: tuple[int, ...] | None = None
+    seeds: Annotated[tuple[int, ...] | None, SEEDS, Needs(without="images")] = None
     """Two seeds; four with --grid: top left, top right, bottom left, bottom right."""
     images: tuple[str, ...] | None = None
     """As many picture files, in place of seeds; they are encoded first."""
-    count: Annotated[int, Range(2)] = 11
+    count: Annotated[int, Range(2, 1000)] = 11
     """Pictures of the path, or of each side of a grid, the ends included."""
     grid: bool = False
     """A square between four corners in place of a path."""
@@ -285,7 +299,7 @@ class InterpolateRequest(Walk, Folder, Request):
     """Class of all pictures, for a class-conditional model."""
     resize: Annotated[bool, Needs(option="images")] = False
     """Resize images of another size (shorter side) and crop them in the centre."""
-    gif: bool = False
+    gif: Annotated[bool, Needs(without="grid")] = False
     """Write the path as an animation, there and back, too."""
 
 
@@ -294,11 +308,11 @@ class EncodeRequest(Pictures, Walk, Request):
     """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says
     how it was made."""
 
-    images: tuple[str, ...] | None = None
+    images: Annotated[tuple[str, ...] | None, Needs(without="data")] = None
     """Picture files."""
     data: str | None = None
     """A data set in place of files, as `ddim train --data` takes it."""
-    count: AtLeastOne | None = None
+    count: Annotated[Count | None, Needs(option="data")] = None
     """How many images of the data set, from SEED on. Default: all."""
     method: Encoder | None = None
     """o-belm, bdia and edict come back exactly, fixed-point nearly; ddim is the paper's own.
@@ -313,9 +327,9 @@ class DecodeRequest(Walk, Folder, Request):
 
     code: str = "code.safetensors"
     """The file that `ddim encode` wrote."""
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, MOST_IMAGES)] = 0
     """Number of the first image of the code, counted from 0."""
-    count: AtLeastOne | None = None
+    count: Count | None = None
     """How many images, from SEED on. Default: all."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network, as it was for encoding. The states are always float64."""
@@ -329,22 +343,22 @@ class FitStepsRequest(Text, Request):
     The result goes into a JSON file for `ddim sample --timesteps`. No data is needed.
     """
 
-    steps: AtLeastOne = 10
+    steps: Steps = 10
     """How many levels to choose, which are network evaluations an image."""
     order: Literal[1, 2] | None = None
     """1 is DDIM, 2 its multistep method. Default: as the model's configuration says."""
-    count: AtLeastOne = 32
+    count: Count = 32
     """Images that the search looks at."""
-    held_out: Annotated[int, Range(2)] = 32
+    held_out: Annotated[int, Range(2, MOST_IMAGES)] = 32
     """Other images, on which the result is compared with every spacing."""
     exact: bool = False
     """Measure the held-out errors against DDIM at all of the model's levels, which is their
     definition, instead of 100 steps of order 2, which are nearly the same and ten times as fast."""
-    evaluations: Annotated[int, Range(0)] = 300
+    evaluations: Annotated[int, Range(0, 1_000_000)] = 300
     """About how many network evaluations on all COUNT images the search may make."""
-    seed: int = 1_000_000
+    seed: Seed = 1_000_000
     """Seed of the first image; far from the seeds that images are drawn and measured with."""
-    batch_size: AtLeastOne = 16
+    batch_size: Count = 16
     out: str = "steps.json"
     """The file for the result; it must not exist."""
 
@@ -360,23 +374,23 @@ class DoctorRequest:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A scheduler_config.json, a model's folder, a checkpoint in one safetensors file (its header
     is read), an embedded model, a hub id, or the folder or card.json of a training run."""
-    steps: int | None = None
+    steps: Steps | None = None
     """Number of steps that you sample with. Default: 50, and a finding that says so."""
-    spacing: Spacing | None = None
+    spacing: Annotated[Spacing | None, Needs(without="timesteps")] = None
     """How the levels are spaced. Default: as the configuration says."""
     timesteps: Levels = None
     """The levels themselves, in place of --steps and --spacing."""
     eta: Eta = None
     """The eta that you sample with."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float | None, Range(0)] = None
     """The guidance that you sample with. Default: the model card's."""
-    guidance_rescale: float | None = None
+    guidance_rescale: Annotated[float | None, Range(0, 1)] = None
     """The rescale of guidance that you sample with. Default: the model card's, else 0."""
     latent: bool = False
     """The model works on latents. A model's folder says this by itself."""
     data: str | None = None
     """Training data, as of `ddim train`: brightness is predicted for these images."""
-    brightness: tuple[float, ...] | None = None
+    brightness: Annotated[tuple[float, ...] | None, Needs(without="data")] = None
     """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
     prior: Annotated[str | None, Needs(option="data")] = None
     """Write the mean colours of --data into this file, for `ddim sample --prior`."""
@@ -394,9 +408,9 @@ class DoctorRequest:
         field(default_factory=list)
     )
     """What the images of --show show, for a text-to-image model."""
-    negative_prompt: Annotated[str | None, Needs(option="show", model="text")] = None
+    negative_prompt: Annotated[str | None, Blank(), Needs(option="show", model="text")] = None
     """What guidance leads away from. Default: the empty text."""
-    seed: Annotated[int, Range(0), Needs(option="show")] = 0
+    seed: Annotated[Seed, Needs(option="show")] = 0
     """Seed of the first image of --show."""
     count: Annotated[int, Range(1, 16), Needs(option="show")] = 8
     """How many seeds --show draws."""
@@ -419,20 +433,22 @@ class ConvertRequest:
     """Folder for the model; it must not exist."""
     layout: Literal["ddim", "improved-diffusion"] | None = None
     """Where the checkpoint is from. Default: told by the names of its weights."""
-    sample_size: int | None = None
+    sample_size: Annotated[int | None, Range(1, 16384)] = None
     """Side of the images. Default: told by the attention at 16x16, for ddim only."""
-    num_heads: int | None = None
+    num_heads: Annotated[
+        int | None, Range(1, 1024), Needs(option="layout", value=("improved-diffusion", None))
+    ] = None
     """Heads of attention of improved-diffusion. Default: 4."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     """What the network predicts."""
-    num_train_timesteps: int = 1000
+    num_train_timesteps: Annotated[int, Range(1, MOST_LEVELS)] = 1000
     """Levels of the noise schedule it was trained with."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = (
         "linear"
     )
     """Noise schedule it was trained with; improved-diffusion's cosine is squaredcos_cap_v2."""
-    beta_start: float = 1e-4
+    beta_start: Beta = 1e-4
     """First beta of linear, scaled_linear and sigmoid; as improved-diffusion does, both betas of
     its linear schedule are scaled by 1000 over the number of levels."""
-    beta_end: float = 0.02
+    beta_end: Beta = 0.02
     """Last beta of linear, scaled_linear and sigmoid."""

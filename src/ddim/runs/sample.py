@@ -16,7 +16,7 @@ from ddim.core.step import SIGMA_HAT
 from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
-from ddim.errors import DDIMError, OutputError
+from ddim.errors import OutputError
 from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.folder import read_json
@@ -71,11 +71,6 @@ class SampleJob(ModelJob):
         always = "device seed count model batch_size compile out overwrite dtype"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
-        if is_ddpm and options.eta is not None:
-            message = (
-                "--sampler ddpm fixes the noise at sigma-hat; leave out --eta, or the sampler."
-            )
-            raise DDIMError(message)
         walk = {
             "num_inference_steps": options.steps,
             "timestep_spacing": options.spacing,

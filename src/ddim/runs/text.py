@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from ddim.core.guidance import is_guided
 from ddim.data.captions import read_prompts
 from ddim.errors import DataError, DDIMError
 from ddim.files import file_hash
@@ -117,6 +118,14 @@ def read_text(options: Options, model: FoundModel, *, image: bool = False) -> Te
     scale = card.get("guidance_scale", 7.5) if scale is None else scale
     rescale = card.get("guidance_rescale", 0.0) if rescale is None else rescale
     guidance = Guidance(scale, rescale)
+    if not is_guided(scale):
+        for name in ("guidance_rescale", "negative_prompt"):
+            if getattr(options, name):
+                spelled = f"--{name.replace('_', '-')}"
+                raise DDIMError(
+                    f"{spelled} acts only with guidance, and --guidance-scale {scale:g} turns it "
+                    f"off; give a scale above 1, or leave out {spelled}."
+                )
     prompts = tuple(read_prompts(options.prompt))
     picture = strength = described = None
     if image and options.image is not None:

@@ -1,11 +1,14 @@
 """The values of options that are more than a number or a name: eta, and levels from a file."""
 
 import json
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
+
+from ddim.options import Range
 
 __all__ = ["Eta", "Etas", "FittedLevels", "Levels", "primitive", "read_number", "split_list"]
 
@@ -42,7 +45,7 @@ def read_number(kind: type[int] | type[float], word: str) -> int | float:
         return kind(word)
     except ValueError:
         whole = "whole " if kind is int else ""
-        raise ValueError(f"it must be a {whole}number; got {word!r}.") from None
+        raise ValueError(f"it must be a {whole}number; got {reprlib.repr(word)}.") from None
 
 
 def split_list(word: str) -> list[str]:
@@ -54,7 +57,7 @@ def _read_eta(word: str) -> float | str:
     try:
         return word if word == "sigma-hat" else float(word)
     except ValueError:
-        raise ValueError(f"it must be a number or sigma-hat; got {word!r}.") from None
+        raise ValueError(f"it must be a number or sigma-hat; got {reprlib.repr(word)}.") from None
 
 
 def _read_levels(word: str) -> tuple[int, ...]:
@@ -82,9 +85,13 @@ def _read_etas(word: str) -> tuple[float | str, ...]:
 
 
 Eta = Annotated[
-    float | Literal["sigma-hat"] | None, primitive(_read_eta, metavar="NUMBER|sigma-hat")
+    float | Literal["sigma-hat"] | None, Range(0), primitive(_read_eta, metavar="NUMBER|sigma-hat")
 ]
 Etas = Annotated[
-    tuple[float | Literal["sigma-hat"], ...], primitive(_read_etas, metavar="NUMBER|sigma-hat,...")
+    tuple[float | Literal["sigma-hat"], ...],
+    Range(0),
+    primitive(_read_etas, metavar="NUMBER|sigma-hat,..."),
 ]
-Levels = Annotated[tuple[int, ...] | None, primitive(_read_levels, metavar="INT,...|FILE.json")]
+Levels = Annotated[
+    tuple[int, ...] | None, Range(0, 999_999), primitive(_read_levels, metavar="INT,...|FILE.json")
+]

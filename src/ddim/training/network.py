@@ -93,7 +93,7 @@ def _check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> Non
         usable = max(factor, round(size[0] / factor) * factor) * unit
         raise DDIMError(
             f"images of {size[0] * unit}x{size[1] * unit} cannot be halved {levels - 1} times, as "
-            f"{levels} entries of block_out_channels ask; use --resolution {usable}, or fewer "
+            f"{levels} entries of --block-out-channels ask; use --resolution {usable}, or fewer "
             "entries."
         )
 

@@ -25,7 +25,7 @@ from ddim.data.sources import load_images
 from ddim.errors import DDIMError
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import hold, latest_checkpoint, load_training_state
-from ddim.training.config import TrainConfig
+from ddim.training.config import TrainConfig, spelled
 from ddim.training.draws import load_batches
 from ddim.training.loop import EMA, Run, take_steps
 from ddim.training.monitoring import Follower, Progress, RunLog
@@ -114,8 +114,8 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
     is_text = base is not None and base.is_text
     if base is not None and not is_text and config.text_options:
         raise DDIMError(
-            f"{config.text_options[0]} is for text models, and {config.base} has no text encoder; "
-            "leave it out, or take another --base."
+            f"{spelled(config.text_options[0])} is for text models, and {config.base} has no text "
+            "encoder; leave it out, or take another --base."
         )
     data = load_images(
         config.data,
