@@ -92,6 +92,27 @@ def test_many_prompts_from_arguments_and_files_are_taken_up_again(
     assert "another protocol: prompt is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("unet/config.json", {"norm_eps": 0.1}),
+        ("vae/config.json", {"scaling_factor": 0.2}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 5}),
+    ],
+)
+def test_a_folder_is_of_one_configuration_of_the_model(file, keys, card, tmp_path, capsys):
+    options = ("--prompt", "a red square", "--steps", 1, "--count")
+    assert sample(card, tmp_path / "out", *options, 1) == 0
+    run = record(tmp_path / "out")
+    changed = card / file
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), **keys}))
+    assert sample(card, tmp_path / "out", *options, 2) == 2
+    assert "another protocol: configuration_hash is" in capsys.readouterr().err
+    del run["protocol"]["configuration_hash"]  # as earlier versions wrote it
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    assert sample(card, tmp_path / "out", *options, 2) == 0
+
+
 def test_guidance_is_the_cards_unless_it_is_given(card, tmp_path, pipe):
     assert (
         sample(

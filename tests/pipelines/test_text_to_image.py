@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -763,6 +764,37 @@ def test_codes_that_do_not_fit_are_refused(pipe, tiny_text):
         other.decode(code, PROMPT)
 
 
+def another_encoder(pipe):
+    next(pipe.text_encoder.parameters()).data += 1
+
+
+def another_autoencoder(pipe):
+    pipe.vae.decoder.conv_out.bias.data += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (another_encoder, "text encoder"),
+        (lambda p: setattr(p.text_encoder.config, "hidden_act", "gelu"), "text encoder"),
+        (another_autoencoder, "autoencoder"),
+        (lambda p: p.vae.register_to_config(scaling_factor=0.4), "autoencoder"),
+        (lambda p: p.unet.register_to_config(norm_eps=0.1), "network configuration"),
+        (lambda p: setattr(p.tokenizer, "model_max_length", 11), "tokenizer"),
+    ],
+)
+def test_a_code_belongs_to_all_that_makes_its_picture(change, name, pipe, tiny_text, tmp_path):
+    code = pipe.encode(picture(), PROMPT, 2)
+    pipe.save_pretrained(tmp_path)
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    again.decode(code, PROMPT)  # what is stored and opened is the same model
+    change(again)
+    with pytest.raises(DDIMError, match=f"the code was made with another {name} "):
+        again.decode(code, PROMPT)
+    older = replace(code, origin={n: code.origin[n] for n in ("dtype", "network", "schedule")})
+    again.decode(older, PROMPT)  # whose file does not say the rest
+
+
 # --- what goes to diffusers' own call
 
 
@@ -1363,6 +1395,7 @@ def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
 def test_without_transformers_one_sentence_says_what_to_install(tiny_text, tiny):
     code = """
 import sys
+from dataclasses import replace
 sys.modules["transformers"] = sys.modules["peft"] = None  # as if not installed
 import ddim
 assert ddim.DiffusionPipeline.from_pretrained(sys.argv[2]).unet is not None

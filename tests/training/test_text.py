@@ -21,7 +21,7 @@ from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.files import file_hash
-from ddim.models.checkpoints import weight_hash
+from ddim.models.checkpoints import configuration_hash, weight_hash
 from ddim.training import loop, text, trainer
 from ddim.training.base import open_base
 from ddim.training.config import TrainConfig
@@ -122,6 +122,7 @@ def test_one_command_makes_a_zero_snr_v_model_of_an_epsilon_one(tmp_path, tiny_t
     assert card["base"] == {
         "base_class": "StableDiffusionPipeline",
         "base_weights": weight_hash(tiny_text),
+        "base_configuration": configuration_hash(tiny_text),
     }
     assert card["data"]["captions"] == 6
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)

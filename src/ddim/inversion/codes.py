@@ -79,8 +79,8 @@ class Code:
         residual: For ``fixed-point``: how far the worst step is from its solution, shape [B]; None
             for the others.
         labels: Classes of the images, shape [B], int64; None without.
-        origin: Fingerprints by name (``dtype``, ``network``, ``schedule``), which a decoder must
-            share; empty: anything goes.
+        origin: Fingerprints by name (``dtype``, ``network``, ``schedule``, and of a pipeline also
+            its other parts), which a decoder must share; empty: anything goes.
     """
 
     states: Tensor

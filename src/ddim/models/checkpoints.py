@@ -17,7 +17,7 @@ import torch
 from ddim.configuration import PIXEL_MODEL, check_levels, check_options, foreign_family
 from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.files import file_hash
-from ddim.models.folder import check_files, check_index, part_names, read_json
+from ddim.models.folder import check_files, check_index, lasting_options, part_names, read_json
 
 __all__ = [
     "STABLE_DIFFUSION",
@@ -304,15 +304,9 @@ def configuration_hash(folder: Path) -> str:
         for path in sorted(file for pattern in named for file in place.glob(pattern)):
             content = path.read_bytes()
             if path.name in ("config.json", "tokenizer_config.json"):
-                content = json.dumps(_lasting(read_json(path)), sort_keys=True).encode()
+                content = json.dumps(lasting_options(read_json(path)), sort_keys=True).encode()
             digest.update(f"{name}/{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:16]
-
-
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's configuration without what says where it lay, and which version wrote it."""
-    passing = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
-    return {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
 
 
 def _part(folder: Path, name: str) -> Path:

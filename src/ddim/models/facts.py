@@ -10,11 +10,13 @@ from ddim.doctor.findings import ModelFacts
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.checkpoints import (
     STABLE_DIFFUSION,
+    configuration_hash,
     find_model,
     has_scheduler,
     is_unconditional,
     read_model_index,
     resolve_model,
+    weight_hash,
 )
 from ddim.models.folder import read_json
 from ddim.models.single_file import read_declaration
@@ -50,6 +52,13 @@ class FoundModel:
         """What options may need of it."""
         kinds = {"text" if self.is_text else "pixels"}
         return kinds | {"classes"} if self.classes and not self.is_text else kinds
+
+    def hashes(self) -> dict[str, str]:
+        """What tells it from other models, in a protocol."""
+        return {
+            "weight_hash": weight_hash(self.folder),
+            "configuration_hash": configuration_hash(self.folder),
+        }
 
     def check_class(self, given: int | None, *, required: bool = False) -> None:
         """Checks a class that was given for all images.

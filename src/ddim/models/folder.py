@@ -13,7 +13,14 @@ from typing import Any
 from ddim.errors import CheckpointError, first_line
 from ddim.files import parse_json
 
-__all__ = ["check_files", "check_index", "check_links", "part_names", "read_json"]
+__all__ = [
+    "check_files",
+    "check_index",
+    "check_links",
+    "lasting_options",
+    "part_names",
+    "read_json",
+]
 
 _LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
 _WEIGHTS = (".safetensors", ".bin")
@@ -165,6 +172,13 @@ def check_links(folder: Path) -> None:
                     f"{path} is a link to {target}, out of the model's folder, and is not followed "
                     "when a model is copied; put the file itself there."
                 )
+
+
+def lasting_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's configuration without what says where it lay, in what type its weights were, and
+    which version wrote it."""
+    passing = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in passing}
 
 
 def _check_file(path: Path, *, is_part: bool, trusts: bool) -> None:

@@ -1,7 +1,11 @@
 """Codes of images by a pipeline: batch by batch, under the network that a code belongs to."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code, check_origin, decoding_timesteps, fingerprint, warn_of_rms
 from ddim.inversion.encoding import Encoder, decode_trajectory
+from ddim.models.folder import lasting_options
 from ddim.pipelines.base import Callback, Sampling
 from ddim.pipelines.networks import weights_of
 from ddim.pipelines.routing import RouteOptions
@@ -105,4 +110,46 @@ class Coding(Sampling):
             "dtype": str(self.unet.dtype).removeprefix("torch."),
             "network": fingerprint(weights_of(self.unet)),
             "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
+            "network configuration": _settings(self.unet),
+            **self._further_origin(),
         }
+
+    def _further_origin(self) -> dict[str, str]:
+        """What a code depends on beside the network and its schedule."""
+        parts = {"autoencoder": "vae", "text encoder": "text_encoder"}
+        held = {name: getattr(self, attribute, None) for name, attribute in parts.items()}
+        origin = {
+            name: f"{fingerprint(weights_of(part))} {_settings(part)}"
+            for name, part in held.items()
+            if part is not None
+        }
+        if (tokenizer := getattr(self, "tokenizer", None)) is not None:
+            read = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+            origin["tokenizer"] = _hash(read)
+        return origin
+
+
+# What the shapes of a text encoder's weights do not tell of it.
+_OF_TEXT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+
+
+def _settings(part: Any) -> str:
+    """The fingerprint of a part's configuration: of a network of diffusers, what is not at its
+    default, since later versions have further options."""
+    config = getattr(part, "config", None)
+    if isinstance(config, Mapping):
+        known = inspect.signature(type(part).__init__).parameters
+        defaults = {name: _text(option.default) for name, option in known.items()}
+        options = lasting_options(config).items()
+        given = {name: value for name, value in options if defaults.get(name) != _text(value)}
+    else:
+        given = {name: getattr(config, name, None) for name in _OF_TEXT}
+    return _hash(given)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(_text(content).encode()).hexdigest()[:16]
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, default=str)

@@ -14,7 +14,6 @@ from ddim.core.sampler import sample
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.files import write_json
 from ddim.fitting.timesteps import Fit, SamplingProblem, fit_timesteps, geometric_mean
-from ddim.models.checkpoints import weight_hash
 from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import ModelJob, enough_memory
 from ddim.runs.record import RunRecord
@@ -49,7 +48,7 @@ class FitStepsJob(FileJob, ModelJob):
         self.protocol = {
             "command": self.command,
             "model": request.model,
-            "weight_hash": weight_hash(model.folder),
+            **model.hashes(),
             "steps": request.steps,
             "order": pipe.select_order(request.order),
             "clip": asdict(pipe.select_clip()),

@@ -17,7 +17,6 @@ from ddim.core.denoiser import Clip
 from ddim.core.route import Route
 from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
-from ddim.models.checkpoints import weight_hash
 from ddim.models.facts import FoundModel, read_model
 from ddim.pipelines.diffusion_pipeline import text_pipeline
 from ddim.pipelines.network_calls import NetworkCalls
@@ -175,7 +174,7 @@ class ModelJob(Job):
         return {
             "command": self.command,
             "model": self.model.name,
-            "weight_hash": weight_hash(self.model.folder),
+            **self.model.hashes(),
             "schedule": {key: config[key] for key in keys.split()},
             "clip": {"kind": clip.kind, **bounds[clip.kind]},
             "prior": "standard",

@@ -34,11 +34,14 @@ NAME = "run.json"
 """The record's name in a folder of results."""
 
 IDENTITY = tuple(
-    "command weight_hash schedule sampler timesteps eta order variance clip prior prompt "
-    "negative_prompt guidance_scale guidance_rescale image strength dtype class data interpolation "
-    "samples reference metrics extractors count long_count repeats seed".split()
+    "command weight_hash configuration_hash schedule sampler timesteps eta order variance clip "
+    "prior prompt negative_prompt guidance_scale guidance_rescale image strength dtype class data "
+    "interpolation samples reference metrics extractors count long_count repeats seed".split()
 )
 """The keys of a protocol in which two runs must agree to share a folder. An absent key is null."""
+
+_LATER = ("configuration_hash",)
+"""Keys that the first records do not have; their runs go on without them."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ def check_protocol(
         OutputError: If it is another; the message says what differs.
     """
     asked = identity(protocol)
-    changed = [key for key in IDENTITY if before.get(key) != asked.get(key)]
+    compared = [key for key in IDENTITY if key not in _LATER or before.get(key) is not None]
+    changed = [key for key in compared if before.get(key) != asked.get(key)]
     if changed:
         differences = "; ".join(
             f"{k} is {_brief(before.get(k))} there and {_brief(asked.get(k))} here" for k in changed

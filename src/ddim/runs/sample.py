@@ -37,6 +37,8 @@ SHOWN = 64
 MEASURED = 256
 """Images of the data that the analytic variance is measured on."""
 
+_FITTED_TO = {"weight_hash": "weights", "configuration_hash": "configuration", "order": "order"}
+
 
 class SampleJob(ModelJob):
     """The pictures of a request. Those in the folder are kept."""
@@ -248,7 +250,7 @@ class SampleJob(ModelJob):
         fitted = self.request.timesteps.protocol
         other = [
             f"{what} {fitted[key]}, not {self.protocol[key]}"
-            for key, what in (("weight_hash", "weights"), ("order", "order"))
+            for key, what in _FITTED_TO.items()
             if key in fitted and fitted[key] != self.protocol[key]
         ]
         if other:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.models.checkpoints import (
+    configuration_hash,
     find_model,
     is_unconditional,
     read_guidance,
@@ -54,8 +55,11 @@ class Base:
     @property
     def facts(self) -> dict[str, Any]:
         """What the record of a run says about its base."""
-        kind, weights = self.index.get("_class_name"), weight_hash(self.folder)
-        return {"base_class": kind, "base_weights": weights}
+        return {
+            "base_class": self.index.get("_class_name"),
+            "base_weights": weight_hash(self.folder),
+            "base_configuration": configuration_hash(self.folder),
+        }
 
 
 def open_base(name: str) -> Base:
