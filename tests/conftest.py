@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 
@@ -115,6 +116,23 @@ def no_hub(monkeypatch):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+
+
+@pytest.fixture
+def no_socket(monkeypatch):
+    """Fails a test that looks up a host or connects to one, also where the error is swallowed."""
+    tried = []
+
+    def refuse(*arguments, **options):
+        tried.append(arguments)
+        raise OSError("no connection is allowed here")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    yield
+    assert tried == []
 
 
 @pytest.fixture(scope="session")

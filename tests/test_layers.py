@@ -68,9 +68,9 @@ FILES = {
     ],
     "evaluation": [{"classifier", "metrics"}, {"features"}, {"protocol"}, {"report"}, {"latents"}],
     "data": [
-        {"captions", "dataset", "fashion_text"},
+        {"captions", "dataset", "fashion_text", "splits"},
         {"folders", "arrays", "batches"},
-        {"parquet"},
+        {"parquet", "survey"},
         {"named"},
         {"sources"},
         {"pictures"},

@@ -1,6 +1,11 @@
 """Arrays in ``.npz`` and IDX files come back as they were written; damage is named."""
 
 import gzip
+import io
+import os
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +181,46 @@ def test_idx_images_must_have_three_dimensions(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", LABELS.astype(np.uint8))
     with pytest.raises(DataError, match=r"must be uint8 of shape .*; got uint8 of shape \[6\]"):
         load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("claim", [(1 << 40, 28, 28), (4000, 28, 28)])
+def test_a_header_that_claims_more_than_the_file_can_hold_takes_no_memory(tmp_path, claim):
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": claim}
+    )
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("images.npy", head.getvalue() + bytes(100))
+    packed = struct.pack(">4B3I", 0, 0, 8, 3, claim[0] % 2**32 or 2**31, *claim[1:])
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(packed + bytes(100)))
+    tracemalloc.start()
+    for name in ("a.npz", "train-images-idx3-ubyte.gz"):
+        with pytest.raises(DataError, match="is damaged: its header promises"):
+            load_images(str(tmp_path / name))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_numbers_that_do_not_fit_this_machine_are_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((500, 28, 28), np.uint8))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((500, 28, 28), np.uint8))
+    monkeypatch.setattr("ddim.data.arrays._memory", lambda: 100_000)
+    for name in ("a.npz", "train-images-idx3-ubyte.gz"):
+        with pytest.raises(DataError, match="of numbers, and this machine has"):
+            load_images(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.parquet", "train-images-idx3-ubyte", "a"])
+def test_a_pipe_in_place_of_a_data_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="is neither a folder nor a regular file"):
+        load_images(str(tmp_path / name))
+
+
+def test_arrays_that_are_not_read_are_told(tmp_path):
+    np.savez(tmp_path / "b.npz", GREY, np.linspace(0, 1, 6))
+    np.savez(tmp_path / "c.npz", images=GREY, labels=LABELS)
+    assert load_images(str(tmp_path / "b.npz")).notes == (
+        f"{tmp_path / 'b.npz'} also holds arr_1, which is not read.",
+    )
+    assert load_images(str(tmp_path / "c.npz")).notes == ()

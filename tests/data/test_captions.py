@@ -1,11 +1,13 @@
 """Captions come from folders, tables and arrays, each with the image it was written for."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from tests.data.conftest import COLOUR, GREY, LABELS, stack, write_parquet, write_png
 
+from ddim.data.captions import read_prompts
 from ddim.data.dataset import Source
 from ddim.data.named import NAMED
 from ddim.data.sources import load_images
@@ -168,3 +170,38 @@ def test_a_named_source_may_have_captions(monkeypatch):
     assert captions_of("drawn") == list("uvwxyz")
     assert load_images("drawn").captions is None
     assert np.array_equal(stack(load_images("drawn")), COLOUR.transpose(0, 3, 1, 2))
+
+
+def test_the_first_caption_of_a_picture_is_taken_and_the_others_are_told(tmp_path):
+    three(tmp_path, "a.png", "deep/b.png")
+    row = '{{"file_name": "{}", "text": "{}"}}\n'
+    first = [("a.png", "one"), ("a.png", "two"), ("a.png", "three"), ("deep/b.png", "b")]
+    (tmp_path / "metadata.jsonl").write_text("".join(row.format(*r) for r in first))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,four\nnone.png,five\n")
+    (tmp_path / "deep" / "metadata.jsonl").write_text(row.format("b.png", "six"))
+    data = load_images(str(tmp_path), captions=True)
+    assert list(data.captions) == ["one", "b"]
+    assert "4 rows name an image again; its first caption is taken." in data.notes[0]
+    assert "1 rows name an image that is not there, and are left out." in data.notes[1]
+
+
+def test_a_caption_file_of_several_lines_is_its_first_line(tmp_path):
+    three(tmp_path)
+    for name, text in (("a", "one\ntwo\n"), ("b", "\nthree\r\nfour"), ("c", "")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = load_images(str(tmp_path), captions=True)
+    assert list(data.captions) == ["one", "three", ""]
+    assert "2 captions of" in data.notes[0]
+
+
+def test_nested_metadata_are_refused_in_a_sentence(tmp_path):
+    three(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_images(str(tmp_path), captions=True)
+
+
+def test_a_pipe_of_prompts_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="it is a folder, a pipe or a device"):
+        read_prompts([str(tmp_path / "a.txt")])

@@ -142,3 +142,32 @@ def test_a_loader_batches_it():
     images, targets = next(iter(DataLoader(load_images(str(NPZ)), batch_size=8)))
     assert (images.shape, images.dtype) == ((8, 1, 28, 28), torch.uint8)
     assert targets.tolist() == labels(load_images(str(NPZ)))[:8]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
+def test_whole_numbers_of_unknown_range_are_refused(tmp_path, dtype):
+    """A 32-bit picture of 0..255 would be black."""
+    write_png(tmp_path / "0.tif", GREY[0].astype(dtype))
+    with pytest.raises(DataError, match=r"0\.tif: the image has whole numbers from \d+ to \d+"):
+        load_images(str(tmp_path))[0]
+    write_png(tmp_path / "0.tif", GREY[0].astype(dtype) * 257)
+    assert np.array_equal(stack(load_images(str(tmp_path)))[0, 0], GREY[0])
+
+
+def test_labels_that_are_numbers_in_words_are_sorted_as_numbers(tmp_path):
+    words = [str(i % 12) for i in range(24)]
+    np.savez(tmp_path / "a.npz", images=GREY[[0] * 24], labels=words)
+    data = load_images(str(tmp_path / "a.npz"))
+    assert data.class_names == tuple(map(str, range(12)))
+    assert labels(data) == [i % 12 for i in range(24)]
+
+
+def test_a_crop_is_drawn_by_its_seed_from_all_places(tmp_path):
+    picture = np.arange(6 * 9, dtype=np.uint8).reshape(6, 9)
+    write_png(tmp_path / "0.png", picture)
+    data = load_images(str(tmp_path), center_crop=True)
+    cut = [data.crop(0, seed)[0][0].numpy() for seed in range(60)]
+    assert {int(image[0, 0]) for image in cut} == {0, 1, 2, 3}
+    assert all(np.array_equal(image, picture[:, image[0, 0] :][:, :6]) for image in cut)
+    assert torch.equal(data.crop(0, 5)[0], data.crop(0, 5)[0])
+    assert int(data[0][0][0, 0, 0]) == 1

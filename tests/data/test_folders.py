@@ -1,14 +1,16 @@
 """Folders of images: classes, splits, files that do not belong."""
 
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.conftest import COLOUR, GREY, RNG, labels, stack, write_png
+from tests.data.conftest import COLOUR, GREY, RNG, claiming_png, labels, stack, write_png
 
 import ddim
+from ddim.data.dataset import in_order
 from ddim.data.folders import SHEETS
 from ddim.data.sources import load_images
 from ddim.errors import DataError
@@ -141,3 +143,89 @@ def test_a_picture_on_its_side_is_told_when_it_is_read(tmp_path):
         ),
     ):
         load_images(str(tmp_path))[1]
+
+
+def test_a_class_folder_that_is_a_link_is_followed_and_told(tmp_path):
+    write_png(tmp_path / "data" / "ant" / "0.png", GREY[0])
+    write_png(tmp_path / "else" / "1.png", GREY[1])
+    (tmp_path / "data" / "bee").symlink_to(tmp_path / "else")
+    data = load_images(str(tmp_path / "data"))
+    assert (data.class_names, labels(data)) == (("ant", "bee"), [0, 1])
+    (note,) = data.notes
+    assert "bee is a link to the folder" in note
+    assert "and is followed" in note
+
+
+@pytest.mark.parametrize("target", ["ant", ".", "..", "/"])
+def test_a_link_to_a_folder_that_is_read_already_has_no_loop(tmp_path, target):
+    write_png(tmp_path / "data" / "ant" / "0.png", GREY[0])
+    write_png(tmp_path / "data" / "bee" / "1.png", GREY[1])
+    (tmp_path / "data" / "again").symlink_to(target)
+    data = load_images(str(tmp_path / "data"))
+    assert (data.class_names, len(data)) == (("ant", "bee"), 2)
+    assert "which is read already, and is left out" in data.notes[0]
+
+
+def test_two_links_that_lead_to_one_another_have_an_end(tmp_path):
+    for here, there in (("a", "b"), ("b", "a")):
+        write_png(tmp_path / here / "0.png", GREY[0])
+        (tmp_path / here / "on").symlink_to(tmp_path / there)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "in").symlink_to(tmp_path / "a")
+    assert len(load_images(str(tmp_path / "data"))) == 2
+
+
+def test_class_folders_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    for number in range(12):
+        write_png(tmp_path / str(number) / "0.png", GREY[0] // 2 + number)
+    data = load_images(str(tmp_path))
+    assert data.class_names == tuple(map(str, range(12)))
+    assert [int(data[i][0][0, 0, 0]) - GREY[0, 0, 0] // 2 for i in range(12)] == labels(data)
+
+
+def test_names_are_sorted_as_people_count():
+    assert in_order(["x10", "x9", "a", "x09", "9" * 5000, "2", "10"]) == (
+        *("2", "10", "9" * 5000, "a", "x09", "x9", "x10"),
+    )
+
+
+def test_what_pillow_opens_is_read_and_other_files_are_counted(tmp_path):
+    for i, end in enumerate(("png", "pgm", "ppm", "jfif", "avif", "tga", "jp2")):
+        kind = {"jfif": "JPEG"}.get(end)
+        Image.fromarray(COLOUR[0] if end == "ppm" else GREY[0]).save(tmp_path / f"{i}.{end}", kind)
+    for name in ("a.svg", "b.heic", "c.heic", "notes.txt", "metadata.json"):
+        (tmp_path / name).write_text("words")
+    data = load_images(str(tmp_path))
+    assert len(data) == 7
+    assert "3 files of " in data.notes[0]
+    assert data.notes[0].endswith("are no pictures: 2 .heic, 1 .svg.")
+
+
+@pytest.mark.parametrize("resolution", [None, 5])
+def test_one_coloured_picture_makes_all_coloured_and_is_told(tmp_path, resolution):
+    write_png(tmp_path / "0.png", GREY[0])
+    write_png(tmp_path / "1.png", COLOUR[0])
+    data = load_images(str(tmp_path), resolution=resolution)
+    assert (data.channels, len(set(data[1][0][:, 0, 0].tolist()))) == (3, 3)
+    assert data.notes == (
+        f"1 images of {tmp_path} are grey and 1 coloured; all are read in colour.",
+    )
+    assert load_images(str(tmp_path), channels=1).notes == ()
+
+
+def test_a_pipe_in_place_of_a_picture_or_a_record_is_passed_by(tmp_path):
+    write_png(tmp_path / "0.png", GREY[0])
+    for name in ("1.png", "run.json", "metadata.jsonl", "0.txt"):
+        os.mkfifo(tmp_path / name)
+    assert len(load_images(str(tmp_path))) == 1
+    with pytest.raises(DataError, match="has no captions"):
+        load_images(str(tmp_path), captions=True)
+
+
+def test_a_picture_that_claims_more_pixels_than_there_can_be_is_refused(tmp_path):
+    write_png(tmp_path / "0.png", GREY[0])
+    (tmp_path / "1.png").write_bytes(claiming_png(60_000, 60_000))
+    with pytest.raises(DataError, match=r"1\.png is not an image that can be read \(Image size"):
+        load_images(str(tmp_path))
+    with pytest.raises(DataError, match=r"1\.png is not an image that can be read \(Image size"):
+        load_images(str(tmp_path), resolution=8)[1]

@@ -1,10 +1,23 @@
 """Parquet files and data sets of the hub."""
 
+import json
+import os
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from tests.data.conftest import COLOUR, GREY, LABELS, encode, labels, stack, write_parquet
+from tests.data.conftest import (
+    COLOUR,
+    GREY,
+    LABELS,
+    encode,
+    labels,
+    stack,
+    write_parquet,
+    write_png,
+)
 
 from ddim.data.sources import load_images
 from ddim.errors import DataError
@@ -88,11 +101,86 @@ def test_rows_without_a_usable_image(tmp_path, datasets):
     write_parquet(
         datasets, tmp_path / "a.parquet", image_bytes=[encode(GREY[0]), None, b"no image"]
     )
-    data = load_images(str(tmp_path / "a.parquet"), image_column="image_bytes")
+    options = {"image_column": "image_bytes"}
     with pytest.raises(DataError, match="image 1 of .* is empty; remove its row"):
-        data[1]
+        load_images(str(tmp_path / "a.parquet"), **options)
+    data = load_images(str(tmp_path / "a.parquet"), channels=1, resolution=4, **options)
     with pytest.raises(DataError, match="image 2 of .* cannot be decoded"):
         data[2]
+
+
+def test_a_table_of_several_sizes_is_told_at_once(tmp_path, datasets):
+    images = [encode(a) for a in (*GREY, GREY[0, :4])]
+    write_parquet(datasets, tmp_path / "a.parquet", image=images)
+    with pytest.raises(DataError, match="image 6 of .* is 7x4 and the first image of .* 7x5"):
+        load_images(str(tmp_path / "a.parquet"))
+
+
+def named_rows(path, *values):
+    """A table of ``datasets``' images with these rows, of which none is opened."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"info": {"features": {"image": {"_type": "Image"}}}}
+    schema = pa.schema([("image", kind)], metadata={"huggingface": json.dumps(features)})
+    pq.write_table(pa.table({"image": list(values)}, schema=schema), path)
+
+
+@pytest.mark.parametrize(
+    "place", ["{}/secret.png", "ftp://host/a.png", "hf://datasets/a/b/c.png", "https://host/a.png"]
+)
+def test_a_row_that_names_a_picture_in_place_of_holding_it_is_refused(
+    tmp_path, datasets, place, no_socket
+):
+    write_png(tmp_path / "secret.png", GREY[0])
+    place, path = place.format(tmp_path), tmp_path / "a.parquet"
+    named_rows(path, {"bytes": encode(GREY[0]), "path": place})  # the name says nothing here
+    assert np.array_equal(stack(load_images(str(path)))[0, 0], GREY[0])
+    message = "1 rows of .* hold a path or an address in place of a picture, such as"
+    named_rows(path, {"bytes": encode(GREY[0]), "path": None}, {"bytes": None, "path": place})
+    for options in ({}, {"channels": 1, "resolution": 5}):
+        with pytest.raises(DataError, match=message):
+            load_images(str(path), **options)
+    pq.write_table(pa.table({"image": [place], "label": [0]}), path)
+    with pytest.raises(DataError, match=message):
+        load_images(str(path))
+    pq.write_table(pa.table({"image": [encode(GREY[0])], "label": [place]}), path)
+    assert load_images(str(path)).class_names == (place,)
+
+
+def test_a_set_of_the_hub_reads_what_was_fetched_and_no_other_file(datasets, monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    inside, outside = write_png(cache / "a.png", GREY[0]), write_png(tmp_path / "b.png", GREY[1])
+    (cache / "link.png").symlink_to(outside)
+    for path in (inside, outside, cache / "link.png", cache / ".." / "b.png"):
+        table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]})
+        table = table.cast_column("image", datasets.Image())
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, table=table, **o: table)
+        if path == inside:
+            assert np.array_equal(stack(load_images("owner/set"))[0, 0], GREY[0])
+        else:
+            with pytest.raises(DataError, match="image 0 of owner/set is no picture but the name"):
+                load_images("owner/set")
+
+
+def test_a_parquet_with_an_old_time_is_read_anew(tmp_path, datasets):
+    path = tmp_path / "a.parquet"
+    for images in (GREY[:3], GREY[3:]):
+        write_parquet(datasets, path, image=images)
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+        assert np.array_equal(stack(load_images(str(path)))[:, 0], images)
+
+
+def test_a_card_beside_tables_chooses_no_data(tmp_path, datasets, no_socket):
+    write_parquet(datasets, tmp_path / "set" / "train-0.parquet", image=GREY)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: https://host/x.parquet\n---\n"
+    (tmp_path / "set" / "README.md").write_text(card)
+    assert len(load_images(str(tmp_path / "set"))) == 6
+
+
+@pytest.mark.parametrize("name", ["a[1].parquet", "a*.parquet", "x::y.parquet"])
+def test_a_name_that_is_a_pattern_or_a_chain_of_addresses_is_refused(tmp_path, datasets, name):
+    write_parquet(datasets, tmp_path / "a.parquet", image=GREY).rename(tmp_path / name)
+    with pytest.raises(DataError, match="in its name; rename it"):
+        load_images(str(tmp_path / name))
 
 
 def test_damaged_parquet(tmp_path, datasets):

@@ -1,14 +1,24 @@
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.data.conftest import claiming_png
 
 from ddim.errors import DataError, DDIMError
 from ddim.files import write_text
-from ddim.models.images import from_uint8, load_image, make_grid, save_png, to_pil, to_uint8
+from ddim.models.images import (
+    from_uint8,
+    load_image,
+    make_grid,
+    open_picture,
+    save_png,
+    to_pil,
+    to_uint8,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -97,3 +107,15 @@ def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
         write(path)
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
     assert path.read_text() == "before"
+
+
+def test_what_is_no_picture_file_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "large.png").write_bytes(claiming_png(60_000, 60_000))
+    for name in ("pipe.png", ".", "large.png"):
+        with pytest.raises(DataError, match="is not a picture"):
+            open_picture(tmp_path / name)
+    with pytest.raises(DataError, match="is not a picture"):
+        open_picture("/dev/zero")
+    with pytest.raises(DataError, match="there is no picture at"):
+        open_picture(tmp_path / "none.png")

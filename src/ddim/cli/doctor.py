@@ -36,6 +36,8 @@ def run(request: Request) -> int:
         about = request.source, declares, diagnosis, probe
         print(report_text(*about, is_coloured=is_coloured))
     said = sys.stderr if request.json else sys.stdout
+    for note in examination.notes:
+        print(note, file=said)
     if examination.prior is not None and request.prior:
         prior = {**asdict(examination.prior), "data": request.data}
         write_json(request.prior, prior, sort_keys=True)

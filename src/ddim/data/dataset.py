@@ -1,5 +1,7 @@
 """What a data set is: images, labels and captions by index, all of one size and mode."""
 
+import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 from ddim.errors import DataError
 from ddim.models.images import convert_mode, crop_square, fit_picture
 
-__all__ = ["Columns", "ImageData", "NoSuchSplit", "Source", "no_such_split", "one_size_advice"]
+__all__ = ["Columns", "Header", "ImageData", "MixedSizes", "Source", "in_order", "mixed_sizes"]
 
 # A larger label is an identity or damage, and would make as many class names.
 _MOST_CLASSES = 100_000
@@ -30,6 +32,22 @@ class ImageItems(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Header(NamedTuple):
+    """What a picture says before its pixels are decoded."""
+
+    size: tuple[int, int]
+    """Width and height, as stored: EXIF may turn it on its side."""
+    is_grey: bool
+
+    @classmethod
+    def of(cls, picture: Any) -> "Header":
+        """Reads an open Pillow image."""
+        mode = picture.mode
+        return cls(
+            picture.size, mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
+        )
+
+
 class Source(NamedTuple):
     """The content of one split of a source, before it is brought to one size. Every function that
     opens a kind of source returns one, or raises :class:`~ddim.errors.DataError`."""
@@ -42,6 +60,8 @@ class Source(NamedTuple):
     """One per image; they may be computed on access."""
     paths: Sequence[Path] | None = None
     """The file of each image, which error messages name."""
+    notes: tuple[str, ...] = ()
+    """Sentences that say what was left out or assumed."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +75,42 @@ class Columns:
     """Whether captions are wanted at all: reading them may open a file for each image."""
 
 
-class NoSuchSplit(DataError):
-    """The data has no split of that name."""
+class MixedSizes(DataError):
+    """Images are of several sizes."""
+
+    what: str
+    """The sentence, without what to do."""
+    size: tuple[int, int]
+    """Height and width of the first image."""
 
 
-def no_such_split(source: str, splits: Iterable[str], split: str) -> NoSuchSplit:
-    """The error for a source that has other splits, or none at all."""
-    names = ", ".join(sorted(splits))
-    has = f"it has {names}" if names else "it is not divided into splits, so leave out --split"
-    return NoSuchSplit(f"{source} has no split {split!r}; {has}.")
-
-
-def one_size_advice(side: int) -> str:
-    """What a message advises for images of several sizes."""
+def mixed_sizes(what: str, size: tuple[int, int]) -> MixedSizes:
+    """The error for images of several sizes, the first of which has this height and width."""
     resize = "with --resize where a command has it"
-    return f"bring all to one size: {resize}, in training with --resolution {side}"
+    advice = f"bring all to one size: {resize}, in training with --resolution {min(size)}"
+    error = MixedSizes(f"{what}; {advice}.")
+    error.what, error.size = what, size
+    return error
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sorts names as people count: the numbers in them as numbers, so that 2 is before 10."""
+
+    def key(name: str) -> tuple[list[Any], str]:
+        parts = re.split("([0-9]+)", name)  # digits stand at odd places
+        for place in range(1, len(parts), 2):
+            parts[place] = parts[place].lstrip("0")
+        return [(len(p), p) if i % 2 else p for i, p in enumerate(parts)], name
+
+    return tuple(sorted(names, key=key))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """A map-style data set of (uint8 image [C, H, W], label), all of one size and mode. The label
-    is -1 if there are no labels."""
+    is -1 if there are no labels.
+
+    ``data[index]`` cuts out the centre where images are cut; :meth:`crop` cuts elsewhere."""
 
     name: str
     """The source, as the user named it."""
@@ -91,6 +126,8 @@ class ImageData:
     """Height and width."""
     resize: bool
     center_crop: bool
+    notes: tuple[str, ...] = ()
+    """Sentences that say what was found, left out and assumed, for a person to read once."""
 
     @classmethod
     def of_source(
@@ -115,19 +152,27 @@ class ImageData:
             grey = first.ndim == 2 or first.shape[2] == 1
         else:
             width, height = first.size
-            grey = first.mode in ("1", "L", "LA", "I", "F") or first.mode.startswith("I;16")
+            grey = Header.of(first).is_grey
         if isinstance(resolution, tuple):
             height, width = resolution
         elif resolution or center_crop:
             height = width = resolution or min(height, width)
         channels, size, resize = channels or (1 if grey else 3), (height, width), bool(resolution)
         facts = (labels, class_names, captions, source.paths, channels, size)
-        return cls(name, items, *facts, resize=resize, center_crop=center_crop)
+        return cls(name, items, *facts, resize=resize, center_crop=center_crop, notes=source.notes)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._item(index, None)
+
+    def crop(self, index: int, seed: int) -> tuple[Tensor, int]:
+        """Returns an image as ``data[index]`` does, cut at a place that follows from the seed."""
+        draw = random.Random(seed)
+        return self._item(index, (draw.random(), draw.random()))
+
+    def _item(self, index: int, place: tuple[float, float] | None) -> tuple[Tensor, int]:
         image = self.items[index]
         label = -1 if self.labels is None else int(self.labels[index])
         if isinstance(image, np.ndarray):
@@ -135,12 +180,14 @@ class ImageData:
             if image.shape == (*self.resolution, self.channels):
                 return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
             image = image[..., 0] if image.shape[2] == 1 else image
-        return torch.from_numpy(self._fitted(image, index)), label
+        return torch.from_numpy(self._fitted(image, index, place)), label
 
     def _describe(self, index: int) -> str:
         return f"image {index} of {self.name}" if self.paths is None else str(self.paths[index])
 
-    def _fitted(self, image: Any, index: int) -> NDArray[np.uint8]:
+    def _fitted(
+        self, image: Any, index: int, place: tuple[float, float] | None
+    ) -> NDArray[np.uint8]:
         """Converts mode and size with Pillow, into a new array [C, H, W]."""
         from PIL import Image
 
@@ -151,13 +198,14 @@ class ImageData:
             raise DataError(f"{self._describe(index)}: {error}") from None
         height, width = self.resolution
         if self.resize:
-            picture = fit_picture(picture, height, width)
+            picture = fit_picture(picture, height, width, place=place)
         elif self.center_crop:
-            picture = crop_square(picture)
+            picture = crop_square(picture, place=place)
         if picture.size != (width, height):
-            raise DataError(
+            raise mixed_sizes(
                 f"{self._describe(index)} is {picture.width}x{picture.height} and the first is "
-                f"{width}x{height} (width x height); {one_size_advice(min(height, width))}."
+                f"{width}x{height} (width x height)",
+                (height, width),
             )
         array = np.array(picture, dtype=np.uint8)
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
@@ -178,7 +226,8 @@ def _number_labels(
         raise DataError(_COUNTS.format(name, count, len(array), "label"))
     if array.ndim == 1 and array.dtype.kind == "U":
         words, array = np.unique(array, return_inverse=True)
-        class_names = tuple(str(w) for w in words)
+        class_names = in_order(map(str, words))
+        array = np.array([class_names.index(str(word)) for word in words], np.int64)[array]
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise DataError(
             f"labels of {name} must be whole numbers, one per image; got {array.dtype} of shape "

@@ -1,24 +1,32 @@
 """Image files in folders; subfolders are splits or classes."""
 
 import json
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddim.data.captions import captions_of_files
-from ddim.data.dataset import Columns, Source, no_such_split, one_size_advice
+from ddim.data.dataset import Columns, Header, Source, in_order
+from ddim.data.splits import choose_split, family, no_such_split, split_of
 from ddim.errors import DataError
 
-__all__ = ["SHEETS", "SPLITS", "SUFFIXES", "ImageFiles", "open_folder"]
+__all__ = ["SHEETS", "SUFFIXES", "ImageFiles", "open_folder"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-SPLITS = ("train", "test", "val", "valid", "validation")
-"""Names of subfolders that are splits and not classes."""
+SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .pbm .pgm .ppm .pnm .pfm"
+    " .avif .avifs .jp2 .j2k .jpx .tga .pcx .qoi .sgi .rgb .ico .icns .psd".split()
+)
+"""Endings of pictures that Pillow opens by itself."""
 
 _PICTURES = "grid strip path sheet distance reconstruction flaws"
 SHEETS = frozenset(f"{_PICTURES} quality-evaluations quality-seconds".split())
 """Names of the grids and plots that this program's commands write beside their ``run.json``."""
+
+_TEXTS = {"", ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml"}
+_TEXTS |= {".log", ".py", ".lock", ".partial"}
+"""Endings of files that nobody takes for pictures; all others that are left out are told."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,69 +52,123 @@ class ImageFiles:
         """The content of a file."""
         return self.paths[index].read_bytes()
 
-    def check_sizes(self, source: str, *, center_crop: bool) -> None:
-        """Reads the header of every file, so that a stray size ends a run before it starts and not
-        hours into it.
-
-        Raises:
-            DataError: If a file has another size than the first.
-        """
+    def header(self, index: int) -> Header:
+        """Reads what a file says before its pixels."""
         from PIL import Image
 
-        first: list[int] | None = None
-        for index, path in enumerate(self.paths):
-            try:
-                with Image.open(path) as picture:  # sorted: EXIF may turn it on its side
-                    size = [min(picture.size)] if center_crop else sorted(picture.size)
-            except Exception as error:
-                raise _not_an_image(path, error) from error
-            first = first or size
-            if size != first:
-                sizes = ["x".join(map(str, self[number].size)) for number in (index, 0)]
-                raise DataError(
-                    f"{path} is {sizes[0]} and the first image of {source} {sizes[1]} (width x "
-                    f"height); {one_size_advice(min(first))}."
-                )
+        path = self.paths[index]
+        try:
+            with Image.open(path) as picture:
+                return Header.of(picture)
+        except Exception as error:
+            raise _not_an_image(path, error) from error
 
 
 def _not_an_image(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is not an image that can be read ({error}); remove or replace it.")
 
 
+class _Found(NamedTuple):
+    """A file, and its place below the folder, by the names of links."""
+
+    path: Path
+    parts: tuple[str, ...]
+
+
 def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Source:
     """Finds the images of a folder, sorted by path."""
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES]
-    ours = {parent for parent in {p.parent for p in found} if _holds_results(parent)}
-    files = sorted(
-        (path, path.relative_to(folder).parts)
-        for path in found
-        if (path.parent not in ours or path.stem not in SHEETS)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    every, notes = _walk(folder)
+    results = {parent for parent in {found.path.parent for found in every} if _is_ours(parent)}
+    files = [
+        found
+        for found in every
+        if found.path.suffix.lower() in SUFFIXES
+        and (found.path.parent not in results or found.path.stem not in SHEETS)
+    ]
+    other = Counter(f.path.suffix.lower() for f in every if f.path.suffix.lower() not in SUFFIXES)
+    if odd := {suffix: count for suffix, count in sorted(other.items()) if suffix not in _TEXTS}:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in odd.items())
+        notes += (f"{sum(odd.values())} files of {source} are no pictures: {kinds}.",)
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
-    tops = {parts[0] if len(parts) > 1 else "" for _, parts in files}
-    if tops <= set(SPLITS):
-        if split not in tops:
-            raise no_such_split(source, tops, split)
-        files = [(p, parts[1:]) for p, parts in files if parts[0] == split]
-        tops = {parts[0] if len(parts) > 1 else "" for _, parts in files}
-    elif split != "train":
-        raise no_such_split(source, [], split)
-    class_names = None if "" in tops else tuple(sorted(tops))
-    labels = None if class_names is None else [class_names.index(parts[0]) for _, parts in files]
-    paths, captions = [p for p, _ in files], None
+    files, left_out = _of_split(source, files, split)
+    if left_out:
+        notes += (
+            f"{len(left_out)} pictures of {source} lie in no split and are left out, such as "
+            f"{left_out[0].path}.",
+        )
+    tops = {found.parts[0] if len(found.parts) > 1 else "" for found in files}
+    class_names = None if "" in tops else in_order(tops)
+    numbers = {name: number for number, name in enumerate(class_names or ())}
+    labels = None if class_names is None else [numbers[found.parts[0]] for found in files]
+    paths, captions = [found.path for found in files], None
     if columns.captions:
-        captions = captions_of_files(source, folder, paths, columns.caption)
-    return Source(ImageFiles(paths), labels, class_names, captions, paths)
+        beside = [found.path for found in every]
+        captions, told = captions_of_files(source, beside, paths, columns.caption)
+        notes += told
+    return Source(ImageFiles(paths), labels, class_names, captions, paths, notes)
 
 
-def _holds_results(folder: Path) -> bool:
+def _walk(folder: Path) -> tuple[list[_Found], tuple[str, ...]]:
+    """Lists the regular files below a folder, sorted, without hidden ones. Links to folders are
+    followed, each folder once, so that no loop is without end."""
+    found: list[_Found] = []
+    seen: set[str] = set()
+    notes: tuple[str, ...] = ()
+    waiting = [folder]
+    while waiting:
+        start = waiting.pop(0)
+        if start != folder:
+            real = os.path.realpath(start)
+            is_read = real in seen or Path(os.path.realpath(folder)).is_relative_to(real)
+            what = "which is read already, and is left out" if is_read else "and is followed"
+            notes += (f"{start} is a link to the folder {real}, {what}.",)
+            if is_read:
+                continue
+        for current, names, files in os.walk(start):
+            place = Path(current)
+            shown = sorted(name for name in names if not name.startswith("."))
+            seen.add(os.path.realpath(current))
+            waiting += [place / name for name in shown if (place / name).is_symlink()]
+            names[:] = [n for n in shown if os.path.realpath(place / n) not in seen]
+            paths = (place / name for name in files if not name.startswith("."))
+            # A pipe or a device would be read without end.
+            found += [_Found(p, p.relative_to(folder).parts) for p in paths if p.is_file()]
+    return sorted(found), notes
+
+
+def _of_split(source: str, files: list[_Found], split: str) -> tuple[list[_Found], list[_Found]]:
+    """Returns the files of a split, their places without its folder, and the files of no split."""
+    for depth in range(max(len(found.parts) for found in files) - 1):
+        inside = [found for found in files if len(found.parts) > depth + 1]
+        names = {found.parts[depth] for found in inside}
+        kinds = family(names)
+        if len(set(kinds.values())) > 1 or (depth == 0 and kinds and len(kinds) == len(names)):
+            chosen = choose_split(source, kinds, split) or []
+            mine = [f for f in inside if f.parts[depth] in chosen]
+            rest = [f for f in files if len(f.parts) < depth + 2 or f.parts[depth] not in kinds]
+            return [_Found(f.path, f.parts[:depth] + f.parts[depth + 1 :]) for f in mine], rest
+        if depth == 0 and (named := sorted(name for name in names if split_of(name))):
+            others = ", ".join(sorted(names - {named[0]})[:3])
+            raise DataError(
+                f"{source} has a folder {named[0]} beside {others}, so it may be a split or a "
+                f"class; name {Path(source) / named[0]} as the data, or rename that folder."
+            )
+    kinds = family({found.path.stem for found in files})
+    if len(set(kinds.values())) > 1 and all(found.path.stem in kinds for found in files):
+        chosen = choose_split(source, kinds, split) or []
+        return [found for found in files if found.path.stem in chosen], []
+    if split != "train":
+        raise no_such_split(source, [], split)
+    return files, []
+
+
+def _is_ours(folder: Path) -> bool:
     """Whether this program's commands wrote the folder; their grids and plots are not data."""
+    path = folder / "run.json"
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return False
     protocol = record.get("protocol") if isinstance(record, dict) else None
     return isinstance(protocol, dict) and "command" in protocol

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ddim.data.arrays import open_idx_folder
-from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
+from ddim.data.dataset import Columns, ImageData, Source
 from ddim.data.fashion_text import FashionText
 from ddim.data.parquet import open_hub
+from ddim.data.splits import NoSuchSplit
 from ddim.errors import DataError
 
 __all__ = ["FASHION_MNIST_CLASSES", "FASHION_MNIST_FOLDER", "NAMED", "open_fashion_mnist"]

@@ -1,15 +1,18 @@
 """Images in the columns of a table: parquet files, and data sets of the hub."""
 
 import contextlib
+import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddim.data.captions import CAPTION_COLUMNS, one_caption
-from ddim.data.dataset import Columns, NoSuchSplit, Source, no_such_split
-from ddim.data.folders import SPLITS
+from ddim.data.dataset import Columns, Header, Source
+from ddim.data.splits import NoSuchSplit, choose_split, split_of
 from ddim.errors import DataError, first_line
+from ddim.files import file_hash
 
 __all__ = ["files_of_split", "open_hub", "open_parquet"]
 
@@ -18,46 +21,105 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """Decodes the images of a table of ``datasets`` on access."""
+    """Decodes the images of a table of ``datasets`` on access.
+
+    A row holds the bytes of a picture. A row that names a file or an address instead could name any
+    file of this machine or have any host asked; it is read only where it names a file that
+    ``datasets`` itself fetched for a set of the hub."""
 
     name: str
     table: Any
     column: str
+    hub_id: str | None
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int, /) -> Any:
+        from PIL import Image, ImageOps
+
         try:
-            picture = self.table[index][self.column]
-        except IndexError:
+            with Image.open(io.BytesIO(self.raw(index))) as picture:
+                return ImageOps.exif_transpose(picture)
+        except (DataError, IndexError):
             raise
         except Exception as error:
-            raise DataError(
-                f"image {index} of {self.name} cannot be decoded ({error}); remove or replace it."
-            ) from error
-        if picture is None:
+            raise self._undecodable(index, error) from error
+
+    def header(self, index: int) -> Header:
+        """Reads what a picture says before its pixels."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.raw(index))) as picture:
+                return Header.of(picture)
+        except DataError:
+            raise
+        except Exception as error:
+            raise self._undecodable(index, error) from error
+
+    def raw(self, index: int) -> bytes:
+        """The encoded picture of a row."""
+        value = self.table[index][self.column] or {}
+        content, path = value.get("bytes"), value.get("path")
+        if content is not None:
+            return bytes(content)
+        if path is None:
             raise DataError(f"image {index} of {self.name} is empty; remove its row.")
-        return picture
+        if self.hub_id is None or not _is_fetched(path, self.hub_id):
+            raise DataError(
+                f"image {index} of {self.name} is no picture but the name {path!r}; a table must "
+                "hold the pictures themselves."
+            )
+        if not path.startswith("hf://"):
+            return Path(path).read_bytes()
+        import huggingface_hub
+
+        return bytes(huggingface_hub.HfFileSystem().read_bytes(path))
+
+    def _undecodable(self, index: int, error: Exception) -> DataError:
+        what = f"image {index} of {self.name} cannot be decoded"
+        return DataError(f"{what} ({first_line(error)}); remove or replace it.")
 
 
-def files_of_split(source: str, tables: list[Path], split: str) -> list[Path]:
-    """Picks the parquet files of a split by the start of their names, as the hub writes them
-    (``test-00000-of-00001.parquet``)."""
-    starts = {p: p.stem.split("-")[0] for p in tables}
-    chosen = [p for p in tables if starts[p] == split]
-    splits = set(starts.values()) & set(SPLITS)
-    if not chosen and (splits or split != "train"):
-        raise no_such_split(source, splits, split)
-    return chosen or tables
+def _is_fetched(path: str, hub_id: str) -> bool:
+    """Whether a path is in the data set of the hub, or in the caches where its files lie."""
+    import datasets
+    from huggingface_hub import constants
+
+    if path.startswith("hf://"):
+        return path.startswith((f"hf://datasets/{hub_id}@", f"hf://datasets/{hub_id}/"))
+    caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(cache)) for cache in caches)
+
+
+def files_of_split(
+    source: str, tables: list[Path], split: str
+) -> tuple[list[Path], tuple[str, ...]]:
+    """Picks the parquet files of a split by their names, and says which are of none."""
+    chosen = choose_split(source, [path.stem for path in tables], split)
+    if chosen is None:
+        return tables, ()
+    other = [path for path in tables if split_of(path.stem) is None and path.stem not in chosen]
+    told = f"{len(other)} tables of {source} are of no split and are left out, such as "
+    notes = (f"{told}{other[0].name}.",) if other else ()
+    return [path for path in tables if path.stem in chosen], notes
 
 
 def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
-    """Opens parquet files as one table."""
+    """Opens parquet files as one table, which is kept in the cache of ``datasets`` under the hash
+    of their bytes: its own key is their time, which a file that is copied keeps."""
+    datasets = _import_datasets(source)
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path} is no regular file; give a .parquet.")
+        if set(str(path)) & set("*?[]") or "::" in str(path):  # a pattern, or a chain of addresses
+            raise DataError(f"{path} has one of * ? [ ] :: in its name; rename it.")
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "ddim" / file_hash(files)
     try:
-        table = _load_dataset("parquet", source, data_files=[str(p) for p in files], split="train")
-    except DataError:
-        raise
+        names = [str(path.absolute()) for path in files]
+        table = datasets.Dataset.from_parquet(names, cache_dir=str(cache))
     except Exception as error:
         reason = f"cannot be read as parquet ({first_line(error.__cause__ or error)})"
         raise DataError(f"{source} {reason}; check the file, or write it again.") from error
@@ -66,15 +128,13 @@ def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
 
 def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:
     """Opens a data set of the hub, which the user called ``name``."""
-    unreachable = None
+    datasets, unreachable = _import_datasets(name), None
     try:
         with _without_retries(hub_id) as unreachable:
-            table = _load_dataset(hub_id, name, split=split)
-    except DataError:
-        raise
+            table = datasets.load_dataset(hub_id, split=split)
     except Exception as error:
         raise _hub_error(name, hub_id, split, error, unreachable) from error
-    return _open_columns(name, table, columns)
+    return _open_columns(name, table, columns, hub_id)
 
 
 def _hub_error(
@@ -102,7 +162,7 @@ def _hub_error(
     return DataError(f"the hub data set {hub_id} cannot be opened ({reason}); see its page there.")
 
 
-def _load_dataset(kind: str, source: str, **options: Any) -> Any:
+def _import_datasets(source: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -110,7 +170,7 @@ def _load_dataset(kind: str, source: str, **options: Any) -> Any:
             f"{source} needs datasets, which is not installed; run: pip install 'ddim[train]'."
         )
         raise DataError(message) from error
-    return datasets.load_dataset(kind, **options)
+    return datasets
 
 
 def _is_unreachable(error: Exception) -> bool:
@@ -137,28 +197,35 @@ def _without_retries(hub_id: str) -> Iterator[Exception | None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _open_columns(name: str, table: Any, columns: Columns) -> Source:
+def _open_columns(name: str, table: Any, columns: Columns, hub_id: str | None = None) -> Source:
     import datasets
 
     names, features = list(table.column_names), table.features
     for asked in (columns.image, columns.label, columns.caption):
         if asked is not None and asked not in names:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(names)}.")
-    images = _open_images(name, table, columns.image)
+    images = _open_images(name, table, columns.image, hub_id)
     usual = (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c]))
     label, labels, class_names, captions = columns.label or next(usual, None), None, None, None
     if label is not None:
-        labels = table[label][:]
+        labels = _plain(table, label)
         is_class = isinstance(features[label], datasets.ClassLabel)
         class_names = tuple(features[label].names) if is_class else None
     caption = columns.caption or next((c for c in CAPTION_COLUMNS if c in names), None)
     if columns.captions and caption is not None:
         where = f"column {caption!r} of {name}"
-        captions = [one_caption(v, f"row {i} of {where}") for i, v in enumerate(table[caption][:])]
+        rows = enumerate(_plain(table, caption))
+        captions = [one_caption(value, f"row {i} of {where}") for i, value in rows]
     return Source(images, labels, class_names, captions)
 
 
-def _open_images(name: str, table: Any, column: str | None) -> _Column:
+def _plain(table: Any, column: str) -> list[Any]:
+    """The values of a column as they are stored: nothing that they may name is opened."""
+    values: list[Any] = table.with_format("arrow")[column][:].to_pylist()
+    return values
+
+
+def _open_images(name: str, table: Any, column: str | None, hub_id: str | None) -> _Column:
     """Opens the named column, or the first that holds images."""
     import datasets
 
@@ -171,14 +238,30 @@ def _open_images(name: str, table: Any, column: str | None) -> _Column:
             f"{name} has columns {', '.join(names)}, and none is called image or is of datasets' "
             "Image type; name it."
         )
-    pictures = table.select_columns([column])
-    if column not in typed:
-        try:
-            pictures = pictures.cast_column(column, datasets.Image())
-        except Exception as error:
-            reason = f"does not hold images ({first_line(error)})"
-            raise DataError(f"column {column!r} of {name} {reason}; name another.") from error
-    return _Column(name, pictures, column)
+    try:
+        stored = datasets.Image(decode=False)
+        pictures = table.select_columns([column]).cast_column(column, stored)
+    except Exception as error:
+        reason = f"does not hold images ({first_line(error)})"
+        raise DataError(f"column {column!r} of {name} {reason}; name another.") from error
+    found = _Column(name, pictures, column, hub_id)
+    if hub_id is None:
+        _check_bytes(found)
+    return found
+
+
+def _check_bytes(images: _Column) -> None:
+    """Refuses a table some row of which names a picture in place of holding it."""
+    import pyarrow.compute as pc
+
+    cells = images.table.data.column(images.column)
+    content, path = (pc.struct_field(cells, name) for name in ("bytes", "path"))
+    names = path.filter(pc.and_(pc.is_null(content), pc.is_valid(path)))
+    if len(names):
+        raise DataError(
+            f"{len(names)} rows of {images.name} hold a path or an address in place of a picture, "
+            f"such as {names[0].as_py()!r}; write the pictures themselves into the table."
+        )
 
 
 def _is_scalar(feature: Any) -> bool:

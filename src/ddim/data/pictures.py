@@ -25,6 +25,8 @@ class Pictures(NamedTuple):
     """Their classes, where the model knows classes."""
     data: dict[str, Any]
     """What a protocol says of them: where they are from, and the hash of their pixels."""
+    notes: tuple[str, ...] = ()
+    """What a person should read of them."""
 
     def part(self, first: int, count: int) -> "Pictures":
         """Some of them, from number ``first`` on."""
@@ -86,6 +88,7 @@ def read_images(chosen: Selection, shape: tuple[int, int, int], model: FoundMode
         DDIMError: If an image does not fit, or a class is missing.
     """
     labels = None
+    notes: tuple[str, ...] = ()
     source: dict[str, Any] = {}
     if chosen.files is not None:
         singles = [_read_file(file, shape, resize=chosen.resize) for file in chosen.files]
@@ -108,11 +111,12 @@ def read_images(chosen: Selection, shape: tuple[int, int, int], model: FoundMode
         places = range(first, len(found) if count is None else first + count)
         x0 = stack_images(found, places)
         labels = [found[i][1] for i in places] if found.class_names else None
-        source = {"name": data, "split": split}
+        source, notes = {"name": data, "split": split}, found.notes
     model.check_class(chosen.label, required=labels is None)
     if chosen.label is not None:
         labels = [chosen.label] * len(x0)
-    return Pictures(x0, labels if model.classes else None, {**source, "images": fingerprint(x0)})
+    labels = labels if model.classes else None
+    return Pictures(x0, labels, {**source, "images": fingerprint(x0)}, notes)
 
 
 def _read_file(file: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor:

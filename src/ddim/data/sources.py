@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
-from ddim.data.dataset import Columns, ImageData, NoSuchSplit, Source
-from ddim.data.folders import SUFFIXES, ImageFiles, open_folder
+from ddim.data.dataset import Columns, ImageData, Source
+from ddim.data.folders import SUFFIXES, open_folder
 from ddim.data.named import NAMED, open_fashion_mnist
 from ddim.data.parquet import files_of_split, open_hub, open_parquet
+from ddim.data.splits import NoSuchSplit, no_such_split, split_of
+from ddim.data.survey import survey_colour, survey_sizes
 from ddim.errors import DataError
 
 __all__ = ["check_source", "load_images", "load_test_images"]
@@ -41,11 +43,12 @@ def load_images(
             them, ``digits``, ``fashion-mnist``, ``fashion-text`` (:mod:`ddim.data.fashion_text`),
             or a hub dataset id. Write ``./digits`` for a folder that has the name of a set. Grids
             and plots of this program that lie beside its ``run.json`` are left out.
-        split: ``train``, ``test``, or whatever the source has: subfolders of these names, arrays
-            ``test_images``, files ``test-*.parquet``. A source without splits is all ``train``.
+        split: ``train``, ``test``, or whatever the source has. A word of a name says it, in any
+            case: subfolders ``Train``, arrays ``test_images``, files ``test-*.parquet``. A source
+            without splits is all ``train``.
         resolution: An int resizes the shorter side to it and cuts out the centre square; (height,
             width) is covered, and the centre cut out. None: all images must have one size.
-        channels: 1 for grey, 3 for colour (transparency over white). None: as the first image.
+        channels: 1 for grey, 3 for colour (transparency over white). None: colour if an image is.
         center_crop: Cut out the centre square without resizing; ``resolution`` crops anyway.
         image_column: Column of parquet or hub data. None: the first one that holds images.
         label_column: Column of labels. None: ``label``, ``labels``, ``fine_label`` or ``class`` if
@@ -65,8 +68,11 @@ def load_images(
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
     opened = _open(source, split, Columns(image_column, label_column, caption_column, captions))
-    if resolution is None and isinstance(opened.images, ImageFiles):
-        opened.images.check_sizes(source, center_crop=center_crop)
+    if resolution is None:
+        survey_sizes(source, opened, center_crop=center_crop)
+    if channels is None:
+        channels, notes = survey_colour(source, opened)
+        opened = opened._replace(notes=opened.notes + notes)
     if not captions:
         opened = opened._replace(captions=None)
     data = ImageData.of_source(
@@ -90,12 +96,17 @@ def _open(source: str, split: str, columns: Columns) -> Source:
         return open_hub(source, source, split, columns)
     if path.is_dir():
         if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-            return open_parquet(source, files_of_split(source, tables, split), columns)
+            chosen, notes = files_of_split(source, tables, split)
+            return open_parquet(source, chosen, columns)._replace(notes=notes)
         if next(path.glob("*idx3-ubyte*"), None):
             return open_idx_folder(source, path, split)
         return open_folder(source, path, split, columns)
+    if not path.is_file():  # a pipe or a device would be read without end
+        raise DataError(f"{source} is neither a folder nor a regular file; give one of these.")
     if path.suffix == ".npz":
         return open_npz(source, path, split)
+    if split != "train" and split_of(path.name.replace("t10k", "test")) != split:
+        raise no_such_split(source, [], split)
     if "idx3-ubyte" in path.name:
         return open_idx(source, path)
     if path.suffix == ".parquet":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ddim.errors import DataError, DDIMError
@@ -139,46 +139,61 @@ def _listed(images: Any) -> list[Image.Image]:
 
 def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     """Converts a picture of any mode to grey (1 channel) or colour (3): it is laid over white if it
-    has an alpha channel, and 16 bits are cut to their upper 8. A DataError refuses floating-point
-    pixels, whose range is unknown."""
+    has an alpha channel, and 16 bits are cut to their upper 8. A DataError refuses pixels whose
+    range is unknown: floating-point ones, and whole numbers that are not of 16 bits."""
     if picture.mode == "F":
         what = "floating-point pixels of unknown range"
         raise DataError(f"the image has {what}; convert it to 8 bits.")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        # convert("L") would cut 16 bits off at 255.
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+        values = np.asarray(picture)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535 or 0 < high < 256:
+            raise DataError(
+                f"the image has whole numbers from {low} to {high}, and 16 bits reach from 0 to "
+                "65535, so its white is unknown; convert it to 8 bits."
+            )
+        picture = Image.fromarray((values // 256).astype(np.uint8))  # convert("L") would cut off
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def fit_picture(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """Resizes a picture so that it covers height x width, and cuts out the centre."""
+def fit_picture(
+    picture: Image.Image, height: int, width: int, *, place: tuple[float, float] | None = None
+) -> Image.Image:
+    """Resizes a picture so that it covers height x width, and cuts out the centre; or what lies at
+    a ``place`` (x, y) from (0, 0), the upper left, to below (1, 1), the lower right."""
     if picture.size == (width, height):
         return picture
     scale = max(height / picture.height, width / picture.width)
     grown = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
     picture = picture.resize(grown, Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    left, top = picture.width - width, picture.height - height
+    if place is None:
+        left, top = left // 2, top // 2
+    else:
+        left, top = int(place[0] * (left + 1)), int(place[1] * (top + 1))
     return picture.crop((left, top, left + width, top + height))
 
 
-def crop_square(picture: Image.Image) -> Image.Image:
-    """Cuts the largest square out of a picture's centre."""
+def crop_square(picture: Image.Image, *, place: tuple[float, float] | None = None) -> Image.Image:
+    """Cuts the largest square out of a picture's centre, or at a place (:func:`fit_picture`)."""
     side = min(picture.size)
-    return fit_picture(picture, side, side)
+    return fit_picture(picture, side, side, place=place)
 
 
 def open_picture(path: Path | str) -> Image.Image:
     """Reads a picture file, turned upright as viewers show it; a DataError refuses other files."""
+    if not Path(path).is_file():  # a pipe or a device would be read without end
+        if not Path(path).exists():
+            raise DataError(f"there is no picture at {path}.")
+        raise DataError(f"{path} is not a picture, but no regular file; give a PNG or JPEG file.")
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)  # a copy
-    except FileNotFoundError:
-        raise DataError(f"there is no picture at {path}.") from None
-    # Pillow reports a damaged PNG as a SyntaxError.
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    # Pillow reports a damaged PNG as a SyntaxError, and refuses what claims too many pixels.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{path} is not a picture, or is damaged ({str(error).splitlines()[0]}); give a PNG or "
             "JPEG file."

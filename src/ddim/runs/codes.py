@@ -38,6 +38,7 @@ class EncodeJob(FileJob, PixelJob):
         self.open()
         self.timesteps = self.asked_levels(request.steps)
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+        self.note_all(self.pictures.notes)
         self.method = request.method or default_method(self.pipe.noise_schedule)
         self.code: Code | None = None
         self.unsolved = list[str]()
@@ -46,7 +47,7 @@ class EncodeJob(FileJob, PixelJob):
         self.execution = {"count": len(self.pictures.x0), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
-        request, pipe, (x0, labels, _) = self.request, self.pipe, self.pictures
+        request, pipe, (x0, labels, *_) = self.request, self.pipe, self.pictures
         walk: dict[str, Any] = {"timesteps": self.timesteps, "batch_size": request.batch_size}
         with enough_memory(self.device, request.batch_size):
             self.warm_up(len(x0))

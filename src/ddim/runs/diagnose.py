@@ -41,6 +41,8 @@ class Examination:
     probe: Probe | None
     prior: DataPrior | None
     fix: Path | None
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, and assumed of them."""
 
 
 def examine(request: DoctorRequest) -> Examination:
@@ -61,7 +63,7 @@ def examine(request: DoctorRequest) -> Examination:
         check_plots()
     _check_brightness(request)
     source = read_source(request.source, latent=request.latent)
-    brightness, prior, answers = _look_at_data(request, source)
+    brightness, prior, answers, notes = _look_at_data(request, source)
     card = {} if source.folder is None else read_guidance(source.folder)
     scale, rescale = request.guidance_scale, request.guidance_rescale
     diagnosis = diagnose(
@@ -76,7 +78,7 @@ def examine(request: DoctorRequest) -> Examination:
         brightness=brightness,
         probe=answers,
     )
-    return Examination(diagnosis, source, answers, prior, fix)
+    return Examination(diagnosis, source, answers, prior, fix, notes)
 
 
 def _check_new(paths: list[Path]) -> None:
@@ -104,11 +106,11 @@ def _check_brightness(request: DoctorRequest) -> None:
 
 def _look_at_data(
     request: DoctorRequest, source: ScheduleSource
-) -> tuple[Brightness | None, DataPrior | None, Probe | None]:
-    """What the images say: their brightness, the prior, and the network's answers."""
+) -> tuple[Brightness | None, DataPrior | None, Probe | None, tuple[str, ...]]:
+    """What the images say: their brightness, the prior, the network's answers, and notes."""
     model = source.model
     if request.data is None:
-        return _known_brightness(request, source), None, None
+        return _known_brightness(request, source), None, None, ()
     if model.latent:
         raise DDIMError(
             "--data tells the brightness of pixels, and this model works on latents; leave it out."
@@ -125,7 +127,7 @@ def _look_at_data(
         stack_images(data, pick(len(data), _WHOLE, labels=data.labels))
     )
     if not request.probe or source.folder is None:
-        return brightness, prior, None
+        return brightness, prior, None, data.notes
     is_local = Path(request.source).exists()
     network = load_network(source.folder if is_local else find_model(request.source))
     few, labels = pick(len(data), _PROBED, labels=data.labels), {}
@@ -136,7 +138,7 @@ def _look_at_data(
         levels_of(complete(source.config)),
         stack_images(data, few),
     )
-    return brightness, prior, answers
+    return brightness, prior, answers, data.notes
 
 
 def _classes(data: ImageData, chosen: list[int], network: Any, name: str) -> list[int]:

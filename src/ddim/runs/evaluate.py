@@ -93,6 +93,7 @@ class EvaluateJob(MeasuringJob):
                 f"{absent[0]}; draw them again."
             )
         data = load_images(name)
+        self.note_all(data.notes)
         self.count = count = options.count or len(data)
         if count > len(data):
             raise DataError(f"{name} holds {len(data)} images; got --count {count}.")

@@ -89,7 +89,7 @@ class InterpolateJob(PixelJob):
             encoding, decoding = self.counted(), self.counted()
             with encoding, collect_unsolved() as unsolved:
                 if isinstance(self.ends, Pictures):
-                    x0, classes, _ = self.ends
+                    x0, classes, *_ = self.ends
                     code = pipe.encode(x0, method=request.method, class_labels=classes, **walk)
                 else:
                     code = self.ends

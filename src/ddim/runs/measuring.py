@@ -56,6 +56,7 @@ class MeasuringJob(PixelJob):
         """
         request, self.shape, self.counts = self.request, shape, counts
         self.real = data = self._open_real()
+        self.note_all(data.notes)
         pairs = [item.partition("=") for item in request.weights]
         if wrong := [name for name, _, path in pairs if not path]:
             raise DDIMError(

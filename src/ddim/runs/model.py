@@ -5,7 +5,7 @@ import contextlib
 import importlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,11 @@ class ModelJob(Job):
         """The folder of the request, or the default one of the protocol."""
         name = f"{self.command}-{short_name(self.request.model)}-{protocol_hash(self.protocol)}"
         return Path(self.request.out or f"out/{name}")
+
+    def note_all(self, notes: Iterable[str]) -> None:
+        """Tells a person, such as what was left out of data, and assumed of them."""
+        for note in notes:
+            self.control.note(note)
 
     def counted(self) -> NetworkCalls:
         """Counts network calls while it is held, each of them a step of the run."""

@@ -51,6 +51,7 @@ class ReconstructJob(PixelJob):
         self.asked = {steps: self.asked_levels(steps) for steps in dict.fromkeys(request.steps)}
         self.timesteps = {s: self.checked_levels(s, encodable=True) for s in self.asked}
         self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+        self.note_all(self.pictures.notes)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
         self.files = ["table.md", "reconstruction.png", "sheet.png"]
@@ -98,7 +99,7 @@ class ReconstructJob(PixelJob):
             back = state.x_s
 
         for first in range(0, len(self.pictures.x0), size):
-            x0, labels, _ = self.pictures.part(first, size)
+            x0, labels, *_ = self.pictures.part(first, size)
             done += len(x0)
             try:
                 with encoding, collect_unsolved() as unsolved_here:
@@ -148,7 +149,7 @@ class ReconstructJob(PixelJob):
 
     def _write_sheet(self, timesteps: list[int]) -> None:
         """Originals in the first row, then a row for each method at the fewest steps."""
-        x0, labels, _ = self.pictures.part(0, SHOWN)
+        x0, labels, *_ = self.pictures.part(0, SHOWN)
         rows = [to_uint8(x0)]
         walk: dict[str, Any] = {"timesteps": timesteps, "class_labels": labels}
         for method in self.request.method:

@@ -97,6 +97,7 @@ class SampleJob(ModelJob):
         self.route = self.pipe.route(**walk, clip=clip)
         if self.route.analytic:
             self.data = _open_data(given or model.trained_on(), self.pipe)
+            self.note_all(self.data.notes)
 
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route

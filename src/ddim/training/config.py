@@ -99,7 +99,8 @@ class TrainConfig:
     center_crop: bool = False
     """Cut out the centre square without resizing. With a resolution this happens anyway."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour. Default: as the base or, without one, the first image."""
+    """1 for grey, 3 for colour. Default: as the base or, without one, colour if an
+    image is coloured."""
     horizontal_flip: bool = False
     """Mirror a random half of the images."""
     image_column: str | None = None

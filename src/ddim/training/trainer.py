@@ -170,7 +170,7 @@ def train(
         base = None if config.base is None else open_base(config.base)
         data, subject = make_subject(config, base)
         if on_note is not None and main:
-            for note in subject.notes:
+            for note in (*data.notes, *subject.notes):
                 on_note(note)
         schedule = noise_schedule(subject.package.scheduler.config)  # the levels it samples with
         guidance = card_guidance(config, base, schedule)
