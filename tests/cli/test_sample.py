@@ -76,7 +76,6 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
     assert set(run["versions"]) == {"python", "ddim", "torch", "diffusers", "numpy"}
     told = capsys.readouterr().out
     assert f"3 images drawn, 0 were there; they are in {out}" in told
-    assert "all 1000 steps would have taken" in told
 
 
 @pytest.mark.parametrize(

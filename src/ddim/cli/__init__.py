@@ -12,6 +12,7 @@ import sys
 import warnings
 from typing import Any
 
+from ddim.cli.streams import may_close
 from ddim.errors import CheckpointError, DDIMError
 
 __all__ = ["COMMANDS", "main"]
@@ -50,11 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
         written; 130 where the user interrupts. One sentence on standard error says what happened.
         Anything else is a bug, and shows its traceback.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with may_close():
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
+    except OSError as error:
+        where = f"cannot read or write {error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
+
+
+def _run(given: list[str]) -> int:
+    """Runs one command; a file that cannot be read or written is an OSError."""
     if not given or given[0] in ("-h", "--help"):
         print("usage: ddim COMMAND [OPTIONS]\n")
         print("\n".join(f"  {name:11s} {what}" for name, what in COMMANDS.items()))
         print("\nddim COMMAND --help tells a command's options.")
+        print("ddim --completion SHELL prints what lets bash, zsh or fish complete them.")
         return 0
     if given[0] == "--version":
         from ddim import __version__
@@ -63,25 +74,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     module: Any = None
     try:
+        if given[0] == "--completion":
+            from ddim.cli.arguments import completion
+
+            requests = {name: _command(name).Request for name in COMMANDS}
+            print(completion(requests, shell="".join(given[1:])))
+            return 0
         if given[0] not in COMMANDS:
             near, names = difflib.get_close_matches(given[0], COMMANDS, 1), ", ".join(COMMANDS)
             hint = f"did you mean {near[0]}?" if near else f"the commands are {names}."
             raise DDIMError(f"there is no command {given[0]!r}; {hint}")
-        module = importlib.import_module(f"ddim.cli.{given[0].replace('-', '_')}")
+        module = _command(given[0])
         with warnings.catch_warnings():
             _print_warnings()
             code: int | None = module.run(_parse(module, given[0], given[1:]))
     except DDIMError as error:
         is_of_options = module is not None and not isinstance(error, CheckpointError)
         return _fail(_as_options(str(error), module, given[1:]) if is_of_options else str(error))
-    except OSError as error:
-        where = f"cannot read or write {error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}; nothing is left half-written.")
     except KeyboardInterrupt:
         then = "goes on from what is there" if given[0] in _RESUMED else "begins anew"
         _fail(f"interrupted; the same command {then}.")
         return 130
     return code or 0
+
+
+def _command(name: str) -> Any:
+    return importlib.import_module(f"ddim.cli.{name.replace('-', '_')}")
 
 
 def _print_warnings() -> None:

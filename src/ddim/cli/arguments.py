@@ -4,21 +4,29 @@ sentence."""
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
+import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructTypeInfo,
+)
 
+from ddim.cli.streams import plain_where_asked
 from ddim.errors import DDIMError
 from ddim.options import check_request, declarations, option_names
 from ddim.runs.values import primitive, read_number, split_list
 
-__all__ = ["parse"]
+__all__ = ["completion", "parse"]
 
 R = TypeVar("R")
 
@@ -33,11 +41,10 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
     errors = io.StringIO()
     asks_for_help = any(a in ("-h", "--help") for a in arguments)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    options |= {"registry": _registry(), "config": (tyro.conf.FlagCreatePairsOff,)}
     width = contextlib.nullcontext() if asks_for_help else _unwrapped()
     try:
-        with contextlib.redirect_stderr(errors), width:
-            parsed: R = tyro.cli(kind, prog=f"ddim {name}", args=arguments, **options)
+        with contextlib.redirect_stderr(errors), plain_where_asked(), width:
+            parsed: R = tyro.cli(kind, prog=f"ddim {name}", args=arguments, **options, **_reading())
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -56,6 +63,27 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
 
 def _option(argument: str) -> str:
     return argument.partition("=")[0].replace("_", "-")
+
+
+def completion(requests: Mapping[str, type], *, shell: str) -> str:
+    """The script with which a shell completes the commands and their options.
+
+    Raises:
+        DDIMError: If there is none for that shell.
+    """
+    if shell not in (shells := ("bash", "zsh", "fish")):
+        raise DDIMError(f"--completion must be one of {', '.join(shells)}; got {shell!r}.")
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in requests.items()]
+    commands: Any = functools.reduce(operator.or_, named)
+    script, asked = io.StringIO(), ["--tyro-print-completion", shell]
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(commands, prog="ddim", args=asked, **_reading())
+    return script.getvalue()
+
+
+def _reading() -> dict[str, Any]:
+    """How tyro reads requests."""
+    return {"registry": _registry(), "config": (tyro.conf.FlagCreatePairsOff,)}
 
 
 def _unknown_option(kind: type, name: str, arguments: Sequence[str]) -> str | None:
@@ -125,7 +153,27 @@ def _one_sentence(box: str, name: str) -> str:
 
 
 def _registry() -> ConstructorRegistry:
-    registry = ConstructorRegistry()
+    registry, is_asking = ConstructorRegistry(), False
+    untold: Any = tyro.conf.arg(help_behavior_hint="")
+
+    @registry.struct_rule
+    def helps(info: StructTypeInfo) -> Any:
+        """Leaves the default out of an option's help where it is None, since the help then says in
+        words what happens; and breaks lines where the terminal ends, not where the code does."""
+        nonlocal is_asking
+        if is_asking or not dataclasses.is_dataclass(info.type):
+            return None
+        is_asking = True  # tyro's own rule is asked; this one is among those that it tries
+        spec: Any = ConstructorRegistry.get_struct_spec(info)
+        is_asking = False
+
+        def told(field: Any) -> Any:
+            text = field.helptext() if callable(field.helptext) else field.helptext
+            kind = Annotated[field.type, untold] if field.default is None else field.type
+            return dataclasses.replace(field, type=kind, helptext=" ".join((text or "").split()))
+
+        return dataclasses.replace(spec, fields=tuple(map(told, spec.fields)))
+
     convert: dict[Any, Callable[[str], Any]] = {
         int: lambda word: read_number(int, word),
         float: lambda word: read_number(float, word),
@@ -160,7 +208,7 @@ def _registry() -> ConstructorRegistry:
         return dataclasses.replace(
             spec,
             is_instance=lambda x: x is None or spec.is_instance(x),
-            str_from_instance=lambda x: ["unset"] if x is None else spec.str_from_instance(x),
+            str_from_instance=lambda x: [] if x is None else spec.str_from_instance(x),
         )
 
     return registry

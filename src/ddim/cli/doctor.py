@@ -32,7 +32,7 @@ def run(request: Request) -> int:
     if request.json:
         _print_json({"source": request.source, "declares": declares}, diagnosis, probe)
     else:
-        is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         about = request.source, declares, diagnosis, probe
         print(report_text(*about, is_coloured=is_coloured))
     said = sys.stderr if request.json else sys.stdout

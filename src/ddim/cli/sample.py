@@ -2,7 +2,7 @@
 
 from ddim.runs.requests import SampleRequest as Request
 
-__all__ = ["Request", "run"]
+__all__ = ["Request", "run", "savings"]
 
 
 def run(request: Request) -> None:
@@ -20,7 +20,15 @@ def run(request: Request) -> None:
     if outcome.made:
         steps, seconds, total = len(job.route), outcome.record.seconds, len(job.pipe.noise_schedule)
         each = "" if job.batches == 1 else f"in each of {job.batches} batches "
+        more = savings(seconds, steps=steps, total=total) if request.image is None else ""
         print(
             f"{steps} steps {each}took {seconds:.1f} s, {1000 * seconds / job.batches / steps:.1f} "
-            f"ms a step; all {total} steps would have taken {seconds / steps * total:.0f} s."
+            f"ms a step{more}."
         )
+
+
+def savings(seconds: float, *, steps: int, total: int) -> str:
+    """What all steps would have taken, if that is 10 seconds more at least, and twice the time."""
+    whole = seconds / steps * total
+    is_worth_it = 2 * steps <= total and whole >= seconds + 10
+    return f"; all {total} steps would have taken {whole:.0f} s" if is_worth_it else ""

@@ -27,9 +27,9 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
 
         def show(event: Event) -> None:
             if event.state == "note":
-                print(f"note: {event.text}", flush=True)
+                _say(f"note: {event.text}")
             elif event.state == "item" and show_items:
-                print(event.text, flush=True)
+                _say(str(event.text))
             elif event.state == "step":
                 step(event)
 
@@ -37,6 +37,12 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
         module, name = job.split(".")
         kind = getattr(importlib.import_module(f"ddim.runs.{module}"), name)
         return execute(kind(request, control))
+
+
+def _say(text: str) -> None:
+    """Prints a line at once, above a bar where there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -50,7 +56,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
         if not is_terminal:
             return
         if bar is None:
-            bar = tqdm(total=event.total, initial=event.done - 1, ncols=_columns())
+            bar = tqdm(total=event.total, initial=event.done - 1, **_size())
         bar.update()
 
     try:
@@ -60,11 +66,13 @@ def _bar() -> Iterator[Callable[[Event], None]]:
             bar.close()
 
 
-def _columns() -> int | None:
-    """80 where a terminal says that it has no width, as below `script`; else tqdm finds it."""
+def _size() -> dict[str, Any]:
+    """The usual size where a terminal says that it has none, as below `script`; else tqdm finds
+    it."""
     with contextlib.suppress(OSError):
-        return 80 if os.get_terminal_size(sys.stderr.fileno()).columns == 0 else None
-    return None
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            return {"ncols": 80, "nrows": 24}
+    return {}
 
 
 def unsolved_note(steps: Sequence[str]) -> str:

