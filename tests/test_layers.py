@@ -55,6 +55,7 @@ FILES = {
     "scheduler": [{"scheduler_base"}, {"scheduler"}],
     "runs": [
         {"rules", "values", "record"},
+        {"shared_options"},
         {"requests", "engine"},
         {"model"},
         {"measuring", "text"},

@@ -22,7 +22,7 @@ from ddim.evaluation.protocol import (
 )
 from ddim.models.images import from_uint8
 from ddim.runs.model import PixelJob, enough_memory
-from ddim.runs.requests import Measured
+from ddim.runs.shared_options import Measured
 
 __all__ = ["BATCH", "MeasuringJob"]
 

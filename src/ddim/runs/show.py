@@ -16,8 +16,9 @@ from ddim.models.facts import ScheduleSource
 from ddim.models.images import label_rows, save_png, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made
 from ddim.runs.model import ModelJob, enough_memory
-from ddim.runs.requests import DoctorRequest, Text
+from ddim.runs.requests import DoctorRequest
 from ddim.runs.rules import Options
+from ddim.runs.shared_options import Text
 from ddim.runs.text import Item, TextOptions, read_text
 from ddim.runs.values import Eta, Levels
 from ddim.scheduler import as_ddim
