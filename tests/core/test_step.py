@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from ddim.core.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule, make_betas, rescale_zero_terminal_snr
@@ -70,6 +71,28 @@ def test_sigma_hat_draws_more_but_keeps_the_direction():
     assert torch.isfinite(
         torch.stack(step_coefficients(level(0.0), level(0.1), eta=SIGMA_HAT))
     ).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0, SIGMA_HAT])
+def test_a_step_to_clean_data_is_its_mean(eta):
+    levels = torch.arange(len(LINEAR))
+    weights = step_coefficients(LINEAR.alpha_bar(levels), torch.ones(1000).double(), eta=eta)
+    assert weights.noise.eq(0).all()
+    assert weights.eps.eq(0).all()
+    assert weights.x0.eq(1).all()
+
+
+@pytest.mark.parametrize("t", [999, 500, 1, 0])
+@pytest.mark.parametrize(("eta", "variance"), [(1.0, "fixed_small"), (SIGMA_HAT, "fixed_large")])
+def test_one_level_at_a_time_it_is_the_step_of_ddpm(eta, variance, t):
+    ddpm = DDPMScheduler(variance_type=variance, clip_sample=False)
+    x_t, eps = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3))
+    theirs = ddpm.step(eps, t, x_t, generator=torch.Generator().manual_seed(3)).prev_sample
+    levels = {"alpha_bar_t": LINEAR.alpha_bar(t), "alpha_bar_s": LINEAR.alpha_bar(t - 1)}
+    x0 = (x_t - (1 - levels["alpha_bar_t"]).sqrt() * eps) / levels["alpha_bar_t"].sqrt()
+    ours = ddim_step(x0.float(), eps, **levels, eta=eta, noise=noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)

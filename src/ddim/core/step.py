@@ -7,7 +7,8 @@ r"""One transition of the DDIM family, from a level t to any other level s.
         \sqrt{1 - \frac{\bar\alpha_t}{\bar\alpha_s}}
 
 with noise = std for a number eta. The paper's ``sigma-hat`` keeps std(1) in the direction and draws
-:math:`\hat\sigma = \sqrt{1 - \bar\alpha_t / \bar\alpha_s}` instead.
+:math:`\hat\sigma = \sqrt{1 - \bar\alpha_t / \bar\alpha_s}` instead, but none in the step to clean
+data, as DDPM.
 
 :func:`step_coefficients` computes the weights, in float64, and :meth:`StepCoefficients.apply` takes
 the step. Everything that steps uses both; the scheduler gathers the same weights from a table
@@ -138,8 +139,7 @@ def step_coefficients(
             same shape, in [0, 1] (:func:`ddim.fitting.timesteps.estimate_eps_mean_square`).
 
     Returns:
-        Three float64 tensors. A step to clean data (alpha_bar_s = 1) draws no noise, unless eta is
-        ``"sigma-hat"``.
+        Three float64 tensors. A step to clean data (alpha_bar_s = 1) draws no noise.
 
     Raises:
         DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s; if
@@ -148,6 +148,8 @@ def step_coefficients(
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16; Sec. 5
         (sigma-hat). https://arxiv.org/abs/2010.02502
+        Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. Algorithm 2 (the last
+        step, which draws none). https://arxiv.org/abs/2006.11239
     """
     check_eta(eta)
     if eps_mean_square is not None:
@@ -168,8 +170,9 @@ def step_coefficients(
             f"eta={eta} would draw more noise than the level can hold (its direction would be the "
             f"root of a negative number); use at most {float(largest):.4g} for these timesteps."
         )
-    noise = added.sqrt() if eta == SIGMA_HAT else variance.sqrt()
-    return StepCoefficients(alpha_bar_s.sqrt(), remainder.clamp(min=0).sqrt(), noise)
+    # A number eta comes to 0 at clean data by itself. Of sigma-hat the finished image is the mean.
+    drawn = torch.where(alpha_bar_s < 1, added, 0.0) if eta == SIGMA_HAT else variance
+    return StepCoefficients(alpha_bar_s.sqrt(), remainder.clamp(min=0).sqrt(), drawn.sqrt())
 
 
 def _analytic(
