@@ -69,6 +69,10 @@ OTHER = {
 }
 
 
+# These have no effect together with some of the others.
+CROPPED = {"center_crop": False, "random_crop": True, "cache_latents": "no", "resolution": "24x16"}
+
+
 def parsed(words):
     command = parse(Request, name="train", arguments=words, default=defaults(words))
     return {field.name: getattr(command, field.name) for field in fields(TrainConfig)}
@@ -76,7 +80,12 @@ def parsed(words):
 
 @pytest.mark.parametrize(
     "options",
-    [OTHER, {"data": "digits", "out": "x"}, *[{"out": "x", **p.options} for p in PRESETS.values()]],
+    [
+        OTHER,
+        OTHER | CROPPED,
+        {"data": "digits", "out": "x"},
+        *[{"out": "x", **p.options} for p in PRESETS.values()],
+    ],
 )
 def test_the_command_line_of_a_configuration_gives_that_configuration(options):
     config = TrainConfig(**options)
@@ -86,9 +95,27 @@ def test_the_command_line_of_a_configuration_gives_that_configuration(options):
 
 
 def test_every_option_is_tried():
-    assert {
-        field.name for field in fields(TrainConfig) if OTHER[field.name] != field.default
-    } == set(OTHER)
+    every = {"random_crop": True, **OTHER}
+    tried = {field.name for field in fields(TrainConfig) if every[field.name] != field.default}
+    assert tried == set(every)
+
+
+def test_a_resolution_is_a_side_or_width_and_height():
+    sizes = [TrainConfig("a", "b", resolution=value).size for value in (None, 16, "24x16")]
+    assert sizes == [None, 16, (16, 24)]
+    words = ["--data", "a", "--out", "b", "--resolution"]
+    assert parse(Request, name="train", arguments=[*words, "24x16"]).resolution == "24x16"
+    assert parse(Request, name="train", arguments=[*words, "24"]).resolution == 24
+    for wrong in ("24x", "x16", "24x16x3", "0x16", "24x99999", "wide", "-4x4", "24X16", "9" * 30):
+        with pytest.raises(DDIMError, match="--resolution must be"):
+            TrainConfig("a", "b", resolution=int(wrong) if wrong.isdigit() else wrong)
+
+
+def test_crops_that_cannot_be_are_refused():
+    with pytest.raises(DDIMError, match="--random-crop has no effect with --center-crop"):
+        TrainConfig("a", "b", random_crop=True, center_crop=True)
+    with pytest.raises(DDIMError, match="--random-crop cuts an image elsewhere each time"):
+        TrainConfig("a", "b", base="c", random_crop=True, cache_latents="memory")
 
 
 def test_several_processes_are_launched_by_torchrun():

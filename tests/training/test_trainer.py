@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -576,6 +577,69 @@ def test_the_images_held_out_are_as_many_as_asked_and_never_trained(
         train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), validation_images=asked))
     assert len(seen[0]) == count - expected
     assert seen[0] <= set(range(count))
+
+
+def pictures(folder, *sizes):
+    """A coloured picture of each size (width, height)."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("model", ["new", "deep", "base", "wide base"])
+def test_the_hint_for_images_of_several_sizes_works_at_the_first_try(tmp_path, model):
+    folder = pictures(tmp_path / "data", (50, 30), (30, 50), (41, 30))
+    options = {"data": folder, "images": 4, "log_every": 1}
+    if model == "deep":
+        options["block_out_channels"] = (8, 8, 8, 8)
+    elif "base" in model:
+        size = "24x16" if model == "wide base" else 16
+        train(config(tmp_path / "base", **options, resolution=size))
+        options |= {"base": str(tmp_path / "base"), "block_out_channels": None}
+    with pytest.raises(DataError, match=r"bring all to one size with --resolution \S+\.$") as told:
+        train(config(tmp_path / "out", **options))
+    hint = re.search(r"--resolution (\w+)", str(told.value))[1]
+    hint = int(hint) if hint.isdigit() else hint
+    assert hint == {"new": 30, "deep": 32, "base": 16, "wide base": "24x16"}[model]
+    assert train(config(tmp_path / "out", **options, resolution=hint)).finished
+
+
+def test_the_hint_for_images_that_cannot_be_halved_keeps_their_shape(tmp_path):
+    options = {"data": pictures(tmp_path / "data", (25, 17), (25, 17)), "images": 4}
+    with pytest.raises(DDIMError, match="images of 25x17 cannot be .*; use --resolution 24x16,"):
+        train(config(tmp_path / "out", **options))
+    assert train(config(tmp_path / "out", **options, resolution="24x16")).finished
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
+    assert tuple(unet.config.sample_size) == (16, 24)
+    prior = json.loads((tmp_path / "out" / "prior.json").read_text())
+    assert np.shape(prior["image"]) == (3, 16, 24)
+
+
+def test_random_crops_follow_from_the_seed_and_the_step(tmp_path, monkeypatch):
+    """Stopped and started again, a run cuts as it would have without a stop."""
+    seen = []
+    usual = subject.PixelSubject.clean
+
+    def clean(self, batch, device, draws):
+        if draws is not None:
+            seen.append(batch[0].clone())
+        return usual(self, batch, device, draws)
+
+    monkeypatch.setattr(subject.PixelSubject, "clean", clean)
+    options = {"data": pictures(tmp_path / "data", (20, 8), (30, 12)), "log_every": 1}
+    options |= {"images": 16, "random_crop": True, "resolution": 8}
+    train(config(tmp_path / "a", **options))
+    whole, seen = seen, []
+    monkeypatch.setattr(subject.PixelSubject, "clean", clean)
+    train(config(tmp_path / "b", **options, workers=1))
+    assert len({image.numpy().tobytes() for batch in whole for image in batch}) > 8
+    assert torch.equal(torch.cat(whole), torch.cat(seen))
+    order = draws.BatchOrder([0, 1], config(tmp_path, **options), start=0, stop=4, rank=0, world=1)
+    later = draws.BatchOrder([0, 1], config(tmp_path, **options), start=2, stop=4, rank=0, world=1)
+    assert list(draws.CropOrder(order))[2:] == list(draws.CropOrder(later))
 
 
 def test_every_image_is_seen_once_an_epoch_and_shared_between_processes(tmp_path):

@@ -2,9 +2,12 @@
 
 This module imports nothing heavy, since the command line reads its fields to print its help."""
 
+import re
 import shlex
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from ddim.errors import DDIMError
 from ddim.options import Needs, Range, check_request, declarations
@@ -13,6 +16,17 @@ __all__ = ["PRESETS", "Preset", "TrainConfig", "command_line", "spelled"]
 
 AtLeastOne = Annotated[int, Range(1, 10**12)]
 Size = Annotated[int, Range(1, 16384)]
+Resolution = Annotated[
+    int | str | None,
+    Range(1, 16384),
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIDE|WIDTHxHEIGHT",
+        instance_from_str=lambda words: int(words[0]) if words[0].isdecimal() else words[0],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [] if value is None else [str(value)],
+    ),
+]
 Interval = Annotated[int, Range(0, 10**12)]
 Fraction = Annotated[float, Range(0, 1, below=True)]
 Beta = Annotated[
@@ -93,14 +107,17 @@ class TrainConfig:
 
     split: str = "train"
     """Split of the data set to train on."""
-    resolution: Size | None = None
-    """Resize the shorter side to this and cut out the centre square (never a random one). Default:
-    all images must have one size already."""
+    resolution: Resolution = None
+    """Side of a square, such as 64, or WIDTHxHEIGHT, such as 96x64. Images are resized to cover it,
+    and the centre is cut out. Default: all images must have one size already."""
     center_crop: bool = False
     """Cut out the centre square without resizing. With a resolution this happens anyway."""
+    random_crop: Annotated[bool, Needs(without="center_crop")] = False
+    """Cut images at a random place, drawn anew each time, instead of the centre; without a
+    resolution, the largest square. Held-out images are cut in the centre."""
     channels: Literal[1, 3] | None = None
-    """1 for grey, 3 for colour. Default: as the base or, without one, colour if an
-    image is coloured."""
+    """1 for grey, 3 for colour. Default: as the base or, without one, colour if an image is
+    coloured."""
     horizontal_flip: bool = False
     """Mirror a random half of the images."""
     image_column: str | None = None
@@ -203,6 +220,20 @@ class TrainConfig:
     """Processes that load images. 0: the training process itself."""
 
     @property
+    def size(self) -> int | tuple[int, int] | None:
+        """The resolution as a side, or as height and width; raises a DDIMError if it is neither."""
+        if not isinstance(self.resolution, str):
+            return self.resolution
+        found = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", self.resolution)
+        width, height = (int(side) for side in found.groups()) if found else (0, 0)
+        if not 1 <= min(width, height) <= max(width, height) <= 16384:
+            raise DDIMError(
+                "--resolution must be a side such as 64, or WIDTHxHEIGHT such as 96x64, from 1 to "
+                f"16384; got {self.resolution!r}."
+            )
+        return height, width
+
+    @property
     def shape_options(self) -> list[str]:
         """The options that were given for the shape of a new network."""
         return [f.name for f in fields(Architecture) if getattr(self, f.name) is not None]
@@ -227,6 +258,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_request(self)
+        _ = self.size
+        if self.random_crop and self.cache_latents != "no":
+            raise DDIMError(
+                "--random-crop cuts an image elsewhere each time, and --cache-latents encodes it "
+                "once; leave out one of the two."
+            )
         start = 1e-4 if self.beta_start is None else self.beta_start
         end = 0.02 if self.beta_end is None else self.beta_end
         if start > end:

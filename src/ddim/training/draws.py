@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
 
-__all__ = ["BatchOrder", "Draws", "Place", "load_batches", "mix"]
+__all__ = ["BatchOrder", "CropOrder", "Draws", "Place", "load_batches", "mix"]
 
 Place = tuple[int, int, int]
 """Optimiser step, forward pass within it, process."""
@@ -74,16 +74,35 @@ class BatchOrder(Sampler[list[int]]):
             yield chosen
 
 
+@dataclass(frozen=True, eq=False)
+class CropOrder(Sampler[list[tuple[int, int]]]):
+    """The same batches, each image with the seed of the place where it is cut."""
+
+    order: BatchOrder
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed, first = (
+            self.order.config.seed,
+            self.order.start * self.order.config.gradient_accumulation,
+        )
+        for number, batch in enumerate(self.order, first):
+            places = (mix(seed, 10, self.order.rank, number, place) for place in range(len(batch)))
+            yield list(zip(batch, places, strict=True))
+
+
 class _Loadable(Dataset[tuple[Tensor, int]]):
-    """Examples by lists of indices. An error is returned as a value: if it were raised in a worker,
-    its message would be a traceback."""
+    """Examples by lists of indices, or of indices and the seeds of their crops. An error is
+    returned as a value: if it were raised in a worker, its message would be a traceback."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]] | DDIMError:
+    def __getitems__(
+        self, indices: list[int] | list[tuple[int, int]]
+    ) -> list[tuple[Tensor, int]] | DDIMError:
+        read = self.examples
         try:
-            return [self.examples[i] for i in indices]
+            return [read.crop(*i) if isinstance(i, tuple) else read[i] for i in indices]
         except DDIMError as error:
             return error
 
@@ -104,9 +123,10 @@ def load_batches(
     """Loads the batches of this process for the steps from ``start`` to before ``stop``, out of the
     images with these indices. A batch that cannot be read is a :class:`DDIMError`."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    order = BatchOrder(images, config, start, stop, rank, world)
     loader: DataLoader[Any] = DataLoader(
         _Loadable(examples),
-        batch_sampler=BatchOrder(images, config, start, stop, rank, world),
+        batch_sampler=CropOrder(order) if config.random_crop else order,
         num_workers=config.workers,
         collate_fn=_collate,
         pin_memory=accelerator.device.type == "cuda",

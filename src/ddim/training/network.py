@@ -7,10 +7,12 @@ import diffusers
 
 from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError, first_line
+from ddim.models.folder import read_json
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig
 
-__all__ = ["Ends", "check_network", "check_text_network", "make_network", "make_text_network"]
+__all__ = ["Ends", "as_resolution", "check_network", "check_text_network", "make_network"]
+__all__ += ["make_text_network", "resolution_for"]
 
 
 class Ends(NamedTuple):
@@ -22,6 +24,34 @@ class Ends(NamedTuple):
     """Pixels of an image along a side of one latent."""
     width: int
     """Channels of a caption's tokens."""
+
+
+def resolution_for(config: TrainConfig, base: Base | None, size: tuple[int, int]) -> str:
+    """What --resolution must say for images of about this height and width, so that the run begins:
+    the base's own size, or what the network can halve."""
+    factor, shape = 1, {} if base is None else base.network_config
+    if base is not None and base.is_text:
+        vae = read_json(base.folder / "vae" / "config.json")
+        factor = 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
+    if base is not None and not config.from_scratch and (own := shape.get("sample_size")):
+        height, width = (own, own) if isinstance(own, int) else own
+        return as_resolution(height * factor, width * factor)
+    is_new = base is None or config.shape_options
+    channels = config.architecture.block_out_channels if is_new else shape["block_out_channels"]
+    return _halved(size, len(channels), unit=factor)
+
+
+def as_resolution(height: int, width: int) -> str:
+    """A size as --resolution takes it."""
+    return str(height) if height == width else f"{width}x{height}"
+
+
+def _halved(size: tuple[int, int], levels: int, *, unit: int = 1) -> str:
+    """The nearest size of which latents of ``unit`` pixels can be halved as often as a network has
+    resolutions."""
+    factor = 2 ** (levels - 1) * unit
+    height, width = (max(factor, round(side / factor) * factor) for side in size)
+    return as_resolution(height, width)
 
 
 def make_network(config: TrainConfig, data: ImageData, base: Base | None = None) -> Any:
@@ -88,13 +118,12 @@ def _shape(config: TrainConfig, *, down: str, up: str) -> dict[str, Any]:
 def _check_halvings(size: tuple[int, int], levels: int, *, unit: int = 1) -> None:
     """Checks that a size, in units of ``unit`` pixels, can be halved as often as a network has
     resolutions."""
-    factor = 2 ** (levels - 1)
+    factor, (height, width) = 2 ** (levels - 1), (side * unit for side in size)
     if size[0] % factor or size[1] % factor:
-        usable = max(factor, round(size[0] / factor) * factor) * unit
+        usable = _halved((height, width), levels, unit=unit)
         raise DDIMError(
-            f"images of {size[0] * unit}x{size[1] * unit} cannot be halved {levels - 1} times, as "
-            f"{levels} entries of --block-out-channels ask; use --resolution {usable}, or fewer "
-            "entries."
+            f"images of {width}x{height} cannot be halved {levels - 1} times, as {levels} entries "
+            f"of --block-out-channels ask; use --resolution {usable}, or fewer entries."
         )
 
 
@@ -112,10 +141,11 @@ def check_network(network: Any, data: ImageData, classes: int | None, base: Base
             "images have 1 or 3 each way; take another --base."
         )
     if (channels, height, width) != (data.channels, *data.resolution):
-        resolution = "" if (height, width) == data.resolution else f" --resolution {height}"
+        size, theirs = as_resolution(height, width), data.resolution
+        resolution = "" if (height, width) == theirs else f" --resolution {size}"
         raise DDIMError(
-            f"{base.name} is for {height}x{width} images with {channels} channel(s), and "
-            f"{data.name} has {data.resolution[0]}x{data.resolution[1]} with {data.channels}; use "
+            f"{base.name} is for {width}x{height} images with {channels} channel(s), and "
+            f"{data.name} has {theirs[1]}x{theirs[0]} with {data.channels}; use "
             f"--channels {channels}{resolution}."
         )
     theirs = network.config.get("num_class_embeds")
@@ -151,5 +181,6 @@ def check_text_network(unet: Any, base: Base, ends: Ends) -> None:
         raise DDIMError(
             f"{base.name} makes images of {wanted[1] * factor}x{wanted[0] * factor}, and those of "
             f"the data are {width * factor}x{height * factor} (width x height); use --resolution "
-            f"{wanted[0] * factor}, or --from-scratch for a network of that size."
+            f"{as_resolution(wanted[0] * factor, wanted[1] * factor)}, or --from-scratch for a "
+            "network of that size."
         )

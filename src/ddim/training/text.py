@@ -25,7 +25,7 @@ from ddim.models.folder import part_names
 from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
-from ddim.training.network import Ends, check_text_network, make_text_network
+from ddim.training.network import Ends, check_text_network, make_text_network, resolution_for
 from ddim.training.package import Package, make_scheduler
 from ddim.training.subject import Predictor, mirror, to_float
 
@@ -74,6 +74,11 @@ class _Indexed:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         item = self.items[index]
         return item if isinstance(item, Tensor) else item[0], index
+
+    def crop(self, index: int, seed: int) -> tuple[Tensor, int]:
+        """An image, cut at a place that follows from the seed."""
+        assert isinstance(self.items, ImageData)  # the configuration refuses both
+        return self.items.crop(index, seed)[0], index
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +236,7 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     vae, text_encoder, tokenizer = (load_part(base, name) for name in names)
     vae.requires_grad_(False).eval()
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
-    shape = _latent_shape(data, base, vae)
+    shape = _latent_shape(config, data, base, vae)
     torch.manual_seed(config.seed)  # for initial weights and dropout; the run owns its process
     ends = Ends(shape, _factor(vae), int(text_encoder.config.hidden_size))
     is_new = config.from_scratch
@@ -297,7 +302,9 @@ def _factor(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _latent_shape(data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]:
+def _latent_shape(
+    config: TrainConfig, data: ImageData, base: Base, vae: Any
+) -> tuple[int, int, int]:
     factor, (height, width) = _factor(vae), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
@@ -305,7 +312,7 @@ def _latent_shape(data: ImageData, base: Base, vae: Any) -> tuple[int, int, int]
             f"images have {data.channels}; use --channels {vae.config.in_channels}."
         )
     if height % factor or width % factor:
-        usable = max(factor, round(min(height, width) / factor) * factor)
+        usable = resolution_for(config, base, data.resolution)
         raise DDIMError(
             f"images of {width}x{height} (width x height) cannot be made into latents: the "
             f"autoencoder of {base.name} divides by {factor}; use --resolution {usable}."

@@ -20,15 +20,16 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from ddim.configuration import noise_schedule
 from ddim.core.schedule import NoiseSchedule
 from ddim.data.batches import measure_prior
-from ddim.data.dataset import ImageData
+from ddim.data.dataset import ImageData, MixedSizes
 from ddim.data.sources import load_images
-from ddim.errors import DDIMError
+from ddim.errors import DataError, DDIMError
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import hold, latest_checkpoint, load_training_state
 from ddim.training.config import TrainConfig, spelled
 from ddim.training.draws import load_batches
 from ddim.training.loop import EMA, Run, take_steps
 from ddim.training.monitoring import Follower, Progress, RunLog
+from ddim.training.network import resolution_for
 from ddim.training.package import is_published, publish
 from ddim.training.record import card_guidance, make_card, new_record, resume_record
 from ddim.training.subject import Subject, pixel_subject
@@ -117,17 +118,24 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
             f"{spelled(config.text_options[0])} is for text models, and {config.base} has no text "
             "encoder; leave it out, or take another --base."
         )
-    data = load_images(
-        config.data,
-        split=config.split,
-        resolution=config.resolution,
-        channels=config.channels or (None if base is None else base.channels),
-        center_crop=config.center_crop,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        captions=is_text,
-        caption_column=config.caption_column,
-    )
+    try:
+        data = load_images(
+            config.data,
+            split=config.split,
+            resolution=config.size,
+            channels=config.channels or (None if base is None else base.channels),
+            center_crop=config.center_crop or config.random_crop,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            captions=is_text,
+            caption_column=config.caption_column,
+        )
+    except MixedSizes as error:
+        side = min(error.size)
+        advice = (
+            f"bring all to one size with --resolution {resolution_for(config, base, (side, side))}"
+        )
+        raise DataError(f"{error.what}; {advice}.") from error
     if base is None or not is_text:
         return data, pixel_subject(config, data, base)
     from ddim.training.text import text_subject
