@@ -81,7 +81,7 @@ FILES = {
         {"draws", "network", "package"},
         {"subject"},
         {"record", "loop", "text"},
-        {"checkpoint"},
+        {"checkpoint", "compilation"},
         {"monitoring"},
         {"trainer"},
     ],

@@ -5,7 +5,7 @@ resumed from step n continues to the same losses as one that never stopped."""
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws, Place, mix
 from ddim.training.subject import Subject
 
-__all__ = ["EMA", "Run", "StepResult", "ema_decay_at", "learning_rate_at", "take_steps"]
+__all__ = [
+    *("EMA", "Run", "StepResult"),
+    *("ema_decay_at", "learning_rate_at", "step_loss", "take_steps"),
+]
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -104,11 +107,13 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     return peak * fall
 
 
-def take_steps(run: Run, batches: Iterator[Any], start: int) -> Iterator[StepResult]:
+def take_steps(
+    run: Run, batches: Iterator[Any], start: int, network: Callable[..., Any] | None = None
+) -> Iterator[StepResult]:
     """Takes the optimiser steps of a run from ``start`` (from 0) on, and yields after each. The
-    caller logs, saves, and may stop between two steps. Raises a DDIMError if a batch cannot be
-    read."""
-    network = torch.compile(run.model) if run.config.compile else run.model
+    caller logs, saves, and may stop between two steps. ``network`` is called in place of the run's
+    model; it has the same parameters. Raises a DDIMError if a batch cannot be read."""
+    network = run.model if network is None else network
     for step in range(start, run.steps):
         rate = learning_rate_at(step, run.steps, run.config)
         for group in run.optimizer.param_groups:
@@ -124,8 +129,8 @@ def take_steps(run: Run, batches: Iterator[Any], start: int) -> Iterator[StepRes
         yield StepResult(step + 1, total, rate)
 
 
-def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
-    """One forward and backward pass. The optimiser moves the weights in the last pass of a step."""
+def step_loss(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
+    """Returns the mean loss of a batch, whose random numbers follow from the seed and the place."""
     config, accelerator, schedule = run.config, run.accelerator, run.schedule
     draws = Draws.at(config.seed, place, accelerator.device)
     x0, condition = run.subject.clean(batch, accelerator.device, draws)
@@ -134,17 +139,22 @@ def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
     noise = offset_noise(noise, config.offset_noise, generator=draws.stream(8))
     kind, min_snr = run.prediction_type, {"gamma": config.snr_gamma, "floor": config.weight_floor}
     torch.manual_seed(mix(config.seed, 4, *place))  # dropout
-    with accelerator.accumulate(run.model), accelerator.autocast():
-        weights = loss_weights(
-            schedule, t, prediction_type=kind, weighting=config.weighting, **min_snr
-        )
+    weights = loss_weights(schedule, t, prediction_type=kind, weighting=config.weighting, **min_snr)
+    with accelerator.autocast():
         predict = run.subject.predictor(network, condition)
-        loss = training_loss(
+        return training_loss(
             predict, x0, schedule=schedule, t=t, noise=noise, prediction_type=kind, weights=weights
         ).mean()
+
+
+def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
+    """One forward and backward pass. The optimiser moves the weights in the last pass of a step."""
+    accelerator, clip = run.accelerator, run.config.gradient_clip
+    with accelerator.accumulate(run.model):
+        loss = step_loss(run, network, batch, place)
         accelerator.backward(loss)
-        if accelerator.sync_gradients and config.gradient_clip > 0:
-            accelerator.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
+        if accelerator.sync_gradients and clip > 0:
+            accelerator.clip_grad_norm_(run.model.parameters(), clip)
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()

@@ -5,9 +5,10 @@ the seed. :mod:`ddim.training.loop` takes the steps, and :mod:`ddim.training.mon
 them."""
 
 import contextlib
+import itertools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from ddim.data.sources import load_images
 from ddim.errors import DataError, DDIMError
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import hold, latest_checkpoint, load_training_state
+from ddim.training.compilation import usable_network
 from ddim.training.config import TrainConfig, spelled
 from ddim.training.draws import load_batches
 from ddim.training.loop import EMA, Run, take_steps
@@ -177,9 +179,9 @@ def train(
     with hold(out, accelerator):
         base = None if config.base is None else open_base(config.base)
         data, subject = make_subject(config, base)
-        if on_note is not None and main:
-            for note in (*data.notes, *subject.notes):
-                on_note(note)
+        note = on_note if main and on_note is not None else _say_nothing
+        for sentence in (*data.notes, *subject.notes):
+            note(sentence)
         schedule = noise_schedule(subject.package.scheduler.config)  # the levels it samples with
         guidance = card_guidance(config, base, schedule)
         record = new_record(config, data, subject, base, accelerator, revision)
@@ -187,7 +189,7 @@ def train(
         step = int(record["step"])
         if step >= run.steps and is_published(out, run.model, subject.package):
             return TrainResult(out, step, True, record["loss"], (), main, was_finished=True)
-        losses = _take_and_follow(run, record, on_progress)
+        losses = _take_and_follow(run, record, on_progress, note)
         step = int(record["step"])
         finished = step >= run.steps
         if finished and main:
@@ -224,8 +226,29 @@ def _start_or_resume(
     return run, record
 
 
+def _say_nothing(sentence: str) -> None:
+    pass
+
+
+def _compile(
+    run: Run, batches: Iterator[Any], start: int, note: Callable[[str], None]
+) -> tuple[Callable[..., Any], Iterator[Any]]:
+    """Compiles the network, tries it on the first batch, and puts that back."""
+    first = next(batches)
+    batches = itertools.chain([first], batches)
+    if isinstance(first, DDIMError):  # which the first step raises
+        return run.model, batches
+    network, reason = usable_network(run, first, (start, 0, run.accelerator.process_index))
+    if reason is not None:
+        note(reason)
+    return network, batches
+
+
 def _take_and_follow(
-    run: Run, record: dict[str, Any], on_progress: Callable[[Progress], None] | None
+    run: Run,
+    record: dict[str, Any],
+    on_progress: Callable[[Progress], None] | None,
+    note: Callable[[str], None],
 ) -> list[tuple[int, float]]:
     """Takes the steps that are left, until a signal stops them, and brings ``record`` up to date.
     Returns (step, loss) of every step."""
@@ -239,12 +262,15 @@ def _take_and_follow(
     batches = load_batches(
         subject.examples, config, accelerator, images=images, start=start, stop=run.steps
     )
+    network: Callable[..., Any] = model
+    if config.compile and start < run.steps:
+        network, batches = _compile(run, batches, start, note)
     with StopSignals() as signals, contextlib.ExitStack() as opened:
         log = None
         if accelerator.is_main_process and start < run.steps:
             log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=start)))
         follower = Follower(run, record, log, on_progress, started)
-        for result in take_steps(run, batches, start):
+        for result in take_steps(run, batches, start, network):
             step = result.step
             logged, saved = step % config.log_every == 0, step % config.checkpoint_every == 0
             stopping = signals.agreed(accelerator, meeting=logged or saved)
