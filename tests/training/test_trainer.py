@@ -19,6 +19,7 @@ from ddim.data.sources import load_images
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
 from ddim.files import locked
 from ddim.models.checkpoints import weight_hash
+from ddim.models.facts import read_model
 from ddim.training import draws, loop, monitoring, package, subject, trainer
 from ddim.training.base import Base
 from ddim.training.checkpoint import latest_checkpoint, prune
@@ -577,6 +578,76 @@ def test_the_images_held_out_are_as_many_as_asked_and_never_trained(
         train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), validation_images=asked))
     assert len(seen[0]) == count - expected
     assert seen[0] <= set(range(count))
+
+
+def classes(folder, *names):
+    """Three images of one grey level for each class."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for place in range(3):
+            level = np.full((8, 8), 40 * (number + 1), np.uint8)
+            Image.fromarray(level).save(folder / name / f"{place}.png")
+    return str(folder)
+
+
+CLASSES = {"class_conditional": True, "images": 4, "log_every": 1}
+
+
+def test_a_base_and_the_data_agree_on_classes_by_name(tmp_path):
+    train(config(tmp_path / "base", data=classes(tmp_path / "a", "ant", "cat", "dog"), **CLASSES))
+    options = CLASSES | {"base": str(tmp_path / "base"), "block_out_channels": None}
+    notes = []
+    data = classes(tmp_path / "b", "cat", "dog")
+    train(config(tmp_path / "out", data=data, **options), on_note=notes.append)
+    assert notes == [
+        "the classes are 0 ant, 1 cat, 2 dog.",
+        "1 of 3 classes have no images, and are not drawn: 0 ant.",
+    ]
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["data"]["classes"] == ["ant", "cat", "dog"]
+    assert card["data"]["empty_classes"] == [0]
+    found, _ = trainer.make_subject(
+        config(tmp_path / "out", data=data, **options), trainer.open_base(options["base"])
+    )
+    assert [found[i][1] for i in (0, 5)] == [1, 2]
+    with pytest.raises(DataError, match="has the class 'bee', and the model knows ant, cat, dog"):
+        train(config(tmp_path / "no", data=classes(tmp_path / "c", "bee", "cat", "dog"), **options))
+
+
+@pytest.mark.parametrize("unnamed", ["base", "data"])
+def test_classes_without_names_are_told_to_go_by_number(tmp_path, unnamed):
+    np.savez(tmp_path / "a.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(6) % 2)
+    sources = [classes(tmp_path / "b", "cat", "dog"), str(tmp_path / "a.npz")]
+    base, data = sources if unnamed == "data" else sources[::-1]
+    train(config(tmp_path / "base", data=base, **CLASSES))
+    notes, options = [], CLASSES | {"base": str(tmp_path / "base"), "block_out_channels": None}
+    train(config(tmp_path / "out", data=data, **options), on_note=notes.append)
+    assert "does not name its classes, so its class 0 is taken for 'cat'" in notes[0]
+    assert notes[1] == "the classes are 0 cat, 1 dog."
+
+
+def test_classes_without_images_are_told_and_left_out_of_the_round(tmp_path):
+    images = np.zeros((10, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(10) % 5 + 1)
+    notes = []
+    options = {**CLASSES, "preview_every": 1, "preview_count": 6, "preview_steps": 1}
+    options["data"] = str(tmp_path / "a.npz")
+    train(config(tmp_path / "out", **options), on_note=notes.append)
+    assert notes[1] == "1 of 6 classes have no images, and are not drawn: 0 0."
+    model = read_model(str(tmp_path / "out"))
+    assert model.labels_of(range(7)) == [1, 2, 3, 4, 5, 1, 2]
+    assert model.labels_of(range(2), given=0) == [0, 0]
+    seen = []
+
+    class Network:
+        def __call__(self, x, t, class_labels, return_dict):
+            seen.extend(class_labels.tolist())
+            return (x,)
+
+    _, made = trainer.make_subject(config(tmp_path / "new", **options), None)
+    predict, _ = made.preview(Network(), 7, torch.device("cpu"))
+    predict(torch.zeros(7, 1, 8, 8), 0)
+    assert seen == [1, 2, 3, 4, 5, 1, 2]
 
 
 def pictures(folder, *sizes):

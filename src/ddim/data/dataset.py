@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -160,6 +160,29 @@ class ImageData:
         channels, size, resize = channels or (1 if grey else 3), (height, width), bool(resolution)
         facts = (labels, class_names, captions, source.paths, channels, size)
         return cls(name, items, *facts, resize=resize, center_crop=center_crop, notes=source.notes)
+
+    @property
+    def empty_classes(self) -> tuple[int, ...]:
+        """The classes without images, which labels from 1 to 5 or a part of a set leave."""
+        if self.labels is None:
+            return ()
+        return tuple(sorted(set(range(len(self.class_names or ()))) - set(self.labels.tolist())))
+
+    def with_classes(self, names: Sequence[str]) -> "ImageData":
+        """Returns the same images with the numbers that their classes have in ``names``.
+
+        Raises:
+            DataError: If a class is not among them.
+        """
+        own, numbers = self.class_names or (), {name: i for i, name in enumerate(names)}
+        if unknown := [name for name in own if name not in numbers]:
+            raise DataError(
+                f"{self.name} has the class {unknown[0]!r}, and the model knows "
+                f"{', '.join(names[:20])}; rename the classes, or add --from-scratch."
+            )
+        table = np.array([numbers[name] for name in own], np.int64)
+        labels = None if self.labels is None else table[self.labels]
+        return replace(self, labels=labels, class_names=tuple(names))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -39,6 +39,7 @@ class FoundModel:
         is_text: Whether it makes images of prompts.
         classes: Number of classes of its network; 0 without classes.
         has_scheduler: Whether it comes with a noise schedule.
+        empty: Classes that it was trained on no image of, as its card says.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FoundModel:
     is_text: bool
     classes: int
     has_scheduler: bool
+    empty: tuple[int, ...] = ()
 
     @property
     def kinds(self) -> set[str]:
@@ -75,11 +77,12 @@ class FoundModel:
             raise DDIMError(f"the model is class-conditional: {what}, {span}.")
 
     def labels_of(self, seeds: Iterable[int], given: int | None = None) -> list[int] | None:
-        """The classes of the images of seeds: the given one for all, else the seed modulo the
-        number of classes; None for a model without classes."""
+        """The classes of the images of seeds: the given one for all, else one after the other,
+        without empty ones; None for a model without classes."""
         if not self.classes:
             return None
-        return [seed % self.classes if given is None else given for seed in seeds]
+        drawn = [label for label in range(self.classes) if label not in self.empty]
+        return [drawn[seed % len(drawn)] if given is None else given for seed in seeds]
 
     def read_prior(self, name: str) -> DataPrior | None:
         """What x_T is drawn from: None for ``standard``, which is N(0, I); the model's prior.json
@@ -127,7 +130,17 @@ def read_model(name: str) -> FoundModel:
         what = f"conditioned on {kind} embeddings, not on numbered classes"
         raise DDIMError(f"{name} is {what}; give its class_labels from Python.")
     count = classes if type(classes) is int else 0
-    return FoundModel(name, folder, is_text, count, has_scheduler(folder))
+    empty = _empty_classes(folder, count)
+    return FoundModel(name, folder, is_text, count, has_scheduler(folder), empty)
+
+
+def _empty_classes(folder: Path, count: int) -> tuple[int, ...]:
+    """What a card says of classes without images; not all of them can be."""
+    path = folder / "card.json"
+    data = read_json(path).get("data") if count and path.is_file() else None
+    found = data.get("empty_classes") if isinstance(data, dict) else None
+    empty = {label for label in found if type(label) is int} if isinstance(found, list) else set()
+    return tuple(sorted(empty)) if len(empty & set(range(count))) < count else ()
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,9 @@ class ModelJob(Job):
             "static": {"bound": clip.bound},
             "dynamic": {"ratio": clip.ratio, "max_value": clip.max_value},
         }
-        has_classes = self.model.classes and not self.model.is_text
+        has_classes, drawn = self.model.classes and not self.model.is_text, self.classes
+        if drawn == ModelJob.classes and self.model.empty:
+            drawn = f"{drawn}, without empty ones"
         return {
             "command": self.command,
             "model": self.model.name,
@@ -181,7 +183,7 @@ class ModelJob(Job):
             "prompt": None,
             "guidance_scale": None,
             "dtype": self._option("dtype", "float32"),
-            "class": (self.classes if has_classes else None) if label is None else label,
+            "class": (drawn if has_classes else None) if label is None else label,
         }
 
     def executed(self, *options: str) -> dict[str, Any]:

@@ -53,6 +53,14 @@ class Base:
         return read_guidance(self.folder)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the model was trained on, as its card names them; often none."""
+        path = self.folder / "card.json"
+        data = read_json(path).get("data") if path.is_file() else None
+        names = data.get("classes") if isinstance(data, dict) else None
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What the record of a run says about its base."""
         return {

@@ -93,7 +93,9 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
     for group in ("config", "data", "base"):
         for name, value in fresh[group].items():
             before = record.get(group, {}).get(name, defaults.get(name))
-            if name in ("hash", "base_configuration") and before is None:  # of earlier versions
+            if (
+                name in ("hash", "base_configuration", "empty_classes") and before is None
+            ):  # of earlier versions
                 continue
             if name not in FREE_FIELDS and before != value:
                 raise _changed_option(group, name, before, value, record, config)

@@ -4,8 +4,8 @@ model's folder holds.
 The loop knows nothing else about images and captions. Here is the subject on pixels;
 :class:`ddim.training.text.TextSubject` is the one on latents."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from ddim.training.draws import Draws
 from ddim.training.network import check_network, make_network
 from ddim.training.package import Package, make_scheduler
 
-__all__ = ["PixelSubject", "Predictor", "Subject", "mirror", "pixel_subject", "to_float"]
+__all__ = ["PixelSubject", "Predictor", "Subject", "match_classes", "mirror", "pixel_subject"]
+__all__ += ["to_float"]
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
 """A network with its condition: (x_t, t) -> prediction, float32."""
@@ -116,11 +117,40 @@ class PixelSubject:
     ) -> tuple[Predictor, list[str]]:
         labels = None
         if self.config.class_conditional:
-            labels = torch.arange(count, device=device) % len(self.data.class_names or ())
+            number, empty = len(self.data.class_names or ()), set(self.data.empty_classes)
+            drawn = [label for label in range(number) if label not in empty]
+            labels = torch.tensor([drawn[i % len(drawn)] for i in range(count)], device=device)
         return self.predictor(network, labels), []
 
     def images(self, x0: Tensor) -> Tensor:
         return x0
+
+
+def match_classes(data: ImageData, base: Base) -> ImageData:
+    """Gives classes the numbers that they have in the base, by their names, and says where only
+    numbers tell which class is which.
+
+    Raises:
+        DataError: If the base does not know a class.
+    """
+    theirs, ours = base.class_names, data.class_names or ()
+    if not ours:
+        return data  # which is refused where classes are needed
+    if theirs and _is_named(theirs) and _is_named(ours):
+        return data.with_classes(theirs)
+    names = theirs if len(theirs) >= len(ours) and _is_named(theirs) else ours
+    if not _is_named(names):
+        return data
+    unnamed = base.name if names is ours else data.name
+    note = (
+        f"{unnamed} does not name its classes, so its class 0 is taken for {names[0]!r}, and so on."
+    )
+    return replace(data, class_names=names, notes=(*data.notes, note))
+
+
+def _is_named(names: Sequence[str]) -> bool:
+    """Whether classes have names, and not their numbers alone."""
+    return list(names) != [str(number) for number in range(len(names))]
 
 
 def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> PixelSubject:
@@ -149,7 +179,26 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
         parts=lambda module: {"unet": module},
         frozen={},
     )
-    return PixelSubject(config, data, network, package, {"classes": list(data.class_names or ())})
+    facts: dict[str, Any] = {"classes": list(data.class_names or ())}
+    notes: tuple[str, ...] = ()
+    if config.class_conditional:
+        facts["empty_classes"], notes = list(data.empty_classes), _class_notes(data)
+    return PixelSubject(config, data, network, package, facts, notes)
+
+
+def _class_notes(data: ImageData) -> tuple[str, ...]:
+    """The names of the classes by their numbers, and those without images."""
+    names, empty = data.class_names or (), data.empty_classes
+    numbered = [f"{number} {name}" for number, name in enumerate(names)]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    notes = (f"the classes are {', '.join(numbered[:20])}{more}.",)
+    if not empty:
+        return notes
+    missing = ", ".join(numbered[number] for number in empty[:20])
+    return (
+        *notes,
+        f"{len(empty)} of {len(names)} classes have no images, and are not drawn: {missing}.",
+    )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from ddim.training.monitoring import Follower, Progress, RunLog
 from ddim.training.network import resolution_for
 from ddim.training.package import is_published, publish
 from ddim.training.record import card_guidance, make_card, new_record, resume_record
-from ddim.training.subject import Subject, pixel_subject
+from ddim.training.subject import Subject, match_classes, pixel_subject
 
 __all__ = ["TrainResult", "train"]
 
@@ -139,6 +139,8 @@ def make_subject(config: TrainConfig, base: Base | None) -> tuple[ImageData, Sub
         )
         raise DataError(f"{error.what}; {advice}.") from error
     if base is None or not is_text:
+        if base is not None and config.class_conditional and not config.from_scratch:
+            data = match_classes(data, base)
         return data, pixel_subject(config, data, base)
     from ddim.training.text import text_subject
 
