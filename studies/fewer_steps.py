@@ -33,7 +33,8 @@ from ddim.evaluation.protocol import (
     measure,
     sample_cuts,
 )
-from ddim.evaluation.report import save_lines, text_table
+from ddim.evaluation.report import text_table
+from ddim.figures import Point, draw_lines, save_figure
 from ddim.files import write_text
 from ddim.fitting.timesteps import (
     SamplingProblem,
@@ -266,16 +267,17 @@ class Run:
             ("errors.png", {m: geometric_mean(v).mean for m, v in errors.items()}, "ODE error"),
             ("quality.png", {m: q[-1]["value"] for m, q in quality.items()}, "Frechet distance"),
         ):
-            lines: dict[str, list[tuple[float, float]]] = {}
+            lines: dict[str, list[Point]] = {}
             for m, value in values.items():
-                lines.setdefault(f"{m.name}, order {m.order}", []).append((m.steps, value))
+                lines.setdefault(f"{m.name}, order {m.order}", []).append(Point(m.steps, value))
             chosen = {
                 k: sorted(v)
                 for k, v in lines.items()
                 if not k.startswith(("leading", "linspace", "quadratic"))
             }
             if chosen:
-                save_lines(chosen, self.out / name, across="evaluations an image", up=up)
+                figure = draw_lines(chosen, across="evaluations an image", up=up)
+                save_figure(figure, self.out / name)
         write_text(self.out / "report.md", "\n".join(parts))
         print("\n".join(parts))
 

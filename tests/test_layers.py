@@ -25,6 +25,7 @@ ROOM_OF = {
     **{
         "errors": "ground",
         "files": "ground",
+        "figures": "ground",
         "options": "ground",
         "scheduler_base": "scheduler",
         "scheduler": "scheduler",
@@ -34,7 +35,7 @@ ROOM_OF = {
 """Files beside the rooms that count as a room's."""
 
 FILES = {
-    "ground": [{"errors"}, {"files", "options"}],
+    "ground": [{"errors"}, {"files", "options"}, {"figures"}],
     "core": [
         {"schedule"},
         {"prediction", "timesteps", "guidance", "noise", "prior"},

@@ -3,20 +3,18 @@ they are."""
 
 import csv
 import io
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddim.errors import DDIMError
 from ddim.evaluation.protocol import Result
 from ddim.evaluation.report import (
     PAPER,
     Cell,
-    check_plots,
     flat_records,
+    make_plots,
     save_plots,
     text_table,
     to_csv,
@@ -165,13 +163,28 @@ def test_plots_are_pictures_with_something_in_them(cells, tmp_path):
         assert (np.ptp(pixels, axis=2) > 100).sum() > 500  # coloured lines
 
 
-def test_missing_matplotlib_is_told_before_anything_runs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        DDIMError,
-        match=r"plots need matplotlib, which is not installed; run: pip install 'ddim\[plot\]'",
-    ):
-        check_plots()
+def test_plots_take_the_most_images_that_all_cells_have(cells):
+    assert make_plots(cells)["quality-seconds"].axes[0].get_ylabel() == "fd-fashion, 50 images"
+    equal = [c for c in cells if c.count == 200]
+    figure = make_plots(equal)["quality-evaluations"]
+    assert figure.axes[0].get_ylabel() == "fd-fashion, 200 images"
+    heights = [list(c.lines[0].get_ydata()) for c in figure.axes[0].containers]
+    assert heights == [[9.0, 5.0], [30.0, 4.5]]
+
+
+def test_a_ratio_over_what_may_be_zero_is_left_out(cells):
+    def changed(**keys):
+        result = {"results": 0, "compared": 0}
+        return [
+            replace(c, **{k: (replace(getattr(c, k)[0], **keys),) for k in result}) for c in cells
+        ]
+
+    for other in (changed(metric="kid-fashion"), changed(std=50.0)):
+        records = flat_records(other, levels=100)
+        assert {r["quality_ratio"] for r in records} == {None}
+        assert records[0]["speedup"] == (50 / 50) / (20 / 200)
+        text = markdown(other)
+        assert "| eta       | steps | times faster than eta 1 |" in text
 
 
 def test_text_tables_are_straight():

@@ -1,14 +1,14 @@
 """A picture of a schedule: its log-SNR, the visited levels and the steps between them."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from ddim.core.timesteps import Spacing, select_timesteps
 from ddim.doctor.reading import complete, levels_of
 from ddim.doctor.report import Diagnosis
-from ddim.files import replacing
+from ddim.figures import plain_numbers, save_figure
 
 __all__ = ["plot_schedule"]
 
@@ -25,18 +25,25 @@ def plot_schedule(diagnosis: Diagnosis, path: Path | str) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     curve, visited, sizes = figure.subplots(1, 3)
     curve.plot(log_snr, color="black")
-    curve.set(title="schedule", xlabel="level", ylabel="log-SNR")
+    zero = "\n(SNR 0 at the last level)" if is_zero else ""
+    curve.set(title=f"schedule{zero}", xlabel="level", ylabel="log-SNR")
     spacings: tuple[Spacing, ...] = get_args(Spacing)
-    for row, spacing in enumerate(spacings):
+    used = diagnosis.summary["timestep_spacing"]
+    for row, (spacing, mark) in enumerate(zip(spacings, "osv^", strict=True)):
         offset = config["steps_offset"]
         levels = torch.tensor(select_timesteps(len(schedule), steps, spacing, steps_offset=offset))
         visited.plot(levels, torch.full((steps,), row), "|", markersize=12)
-        sizes.plot(levels[1:], log_snr[levels[1:]] - log_snr[levels[:-1]], ".-", label=spacing)
+        # Steps of several spacings may lie on one another; the markers show through.
+        look: dict[str, Any] = {"marker": mark, "markersize": 4, "fillstyle": "none"}
+        gains = log_snr[levels[1:]] - log_snr[levels[:-1]]
+        sizes.plot(levels[1:], gains, linewidth=1, label=spacing, **look)
+    for axes in (curve, visited, sizes):
+        plain_numbers(axes)
+    named = [f"{name}\n(configured)" if name == used else name for name in spacings]
     title, ticks = f"levels of {steps} steps", range(len(spacings))
-    visited.set(title=title, xlabel="level", yticks=ticks, yticklabels=spacings)
-    infinite = ", that out of zero SNR is infinite" if is_zero else ""
+    visited.set(title=title, xlabel="level", yticks=ticks, yticklabels=named)
+    infinite = "\n(that out of SNR 0 is infinite)" if is_zero else ""
     title = f"step sizes{infinite}"
     sizes.set(title=title, xlabel="level that is reached", ylabel="gain of log-SNR")
     sizes.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    save_figure(figure, path)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.evaluation.report import save_lines, text_table
+from ddim.evaluation.report import text_table
+from ddim.figures import Point, draw_lines, save_figure
 
 __all__ = ["plot_errors", "reconstruction_table", "trajectory_table"]
 
@@ -42,11 +43,14 @@ def trajectory_table(rows: Sequence[Row], *, title: str, setting: str) -> str:
 
 
 def plot_errors(
-    rows: Sequence[Row], path: Path, *, name: str, along: str, across: str, up: str
+    rows: Sequence[Row], paths: Sequence[Path], *, name: str, along: str, across: str, up: str
 ) -> None:
     """Plots ``mse`` over the key ``along``, a line for each value of the key ``name``."""
-    lines = {
-        line: [(r[along], r["mse"]) for r in rows if r[name] == line and r["mse"]]
-        for line in dict.fromkeys(r[name] for r in rows)
-    }
-    save_lines(lines, path, across=across, up=up)
+    lines: dict[str, list[Point]] = {}
+    for r in rows:
+        # The reference itself, and what diverged, have no place on a logarithmic axis.
+        point = Point(r[along], r["mse"], r.get("mse_error")) if r["mse"] else None
+        lines.setdefault(r[name], []).extend([] if point is None else [point])
+    figure = draw_lines(lines, across=across, up=up)
+    for path in paths:
+        save_figure(figure, path)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.errors import DDIMError, OutputError
+from ddim.errors import OutputError
 from ddim.evaluation.protocol import METRICS, Metric, Result
-from ddim.files import replacing, write_json
+from ddim.figures import Point, draw_lines, save_figure
+from ddim.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,11 +21,9 @@ __all__ = [
     "PAPER",
     "PLOTS",
     "Cell",
-    "check_plots",
     "flat_records",
     "make_plots",
     "read_cell",
-    "save_lines",
     "save_plots",
     "spread_text",
     "text_table",
@@ -59,7 +58,8 @@ PAPER = {
 """FID by data set, eta and steps: Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021.
 Table 1. https://arxiv.org/abs/2010.02502"""
 
-PLOTS = ("quality-evaluations.png", "quality-seconds.png")
+PLOTS = ("quality-evaluations", "quality-seconds")
+"""Names of the plots, without the endings of their formats."""
 
 _NAMES = {"CIFAR-10": r"cifar10(?!0)", "CelebA": r"celeba(?!hq|maskhq|spoof)"}
 """Patterns of the names of the paper's data sets; CIFAR-100 and CelebA-HQ are other data sets."""
@@ -124,7 +124,7 @@ def flat_records(cells: Sequence[Cell], *, levels: int) -> list[dict[str, Any]]:
     ``quality_ratio`` is the first metric over that of DDPM, which is eta = 1 at all ``levels``
     steps, on equally many images; ``quality_ratio_sigma_hat`` is the same over sigma-hat at all
     steps; ``speedup`` is DDPM's seconds over the cell's. They are None if the table has no such
-    cell.
+    cell, and a ratio also if what it is over may be 0, as a KID may.
     """
     ddpm, larger = _find(cells, 1.0, levels), _find(cells, "sigma-hat", levels)
     records = []
@@ -207,11 +207,16 @@ def _against_ddpm(cells: Sequence[Cell], levels: int) -> list[str]:
     if _find(cells, 1.0, levels) is None and _find(cells, "sigma-hat", levels) is None:
         return []
     quality = cells[0].compared[0]
-    ratios = (f"{quality.metric} / eta 1", f"{quality.metric} / sigma-hat")
-    rows = [["eta", "steps", *ratios, "times faster than eta 1"]]
-    for r in flat_records(cells, levels=levels):
-        keys = ("quality_ratio", "quality_ratio_sigma_hat", "speedup")
-        rows.append([_eta(r["eta"]), str(r["steps"]), *(_number(r[key]) for key in keys)])
+    records = flat_records(cells, levels=levels)
+    heads = {
+        "quality_ratio": f"{quality.metric} / eta 1",
+        "quality_ratio_sigma_hat": f"{quality.metric} / sigma-hat",
+        "speedup": "times faster than eta 1",
+    }
+    heads = {key: text for key, text in heads.items() if any(r[key] is not None for r in records)}
+    rows = [["eta", "steps", *heads.values()]]
+    for r in records:
+        rows.append([_eta(r["eta"]), str(r["steps"]), *(_number(r[key]) for key in heads)])
     return [
         f"## Against DDPM of {levels} steps\n",
         f"All on {quality.count} images of the same seeds; eta 1 and sigma-hat are DDPM.\n",
@@ -262,103 +267,34 @@ def _order_text(
     return f"- S={steps}: {verdict}.\n"
 
 
-def check_plots() -> None:
-    """Checks that matplotlib is there, before hours are spent on what plots would show."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        advice = "run: pip install 'ddim[plot]'"
-        raise DDIMError(f"plots need matplotlib, which is not installed; {advice}.") from error
-
-
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
-    """Quality against network evaluations and against seconds, a line an eta, by file name; all on
-    equally many images."""
-    by_calls = _plot_quality(cells, lambda c: c.evaluations, "network evaluations an image")
-    by_time = _plot_quality(cells, lambda c: c.seconds_per_image, "seconds an image")
+    """Quality against network evaluations and against seconds, a line an eta, by name; all on
+    equally many images, and on all of them if every cell has as many."""
+    is_equal = len({c.count for c in cells}) == 1
+    results = {(c.eta, c.steps): (c.results if is_equal else c.compared)[0] for c in cells}
+    first = next(iter(results.values()))
+
+    def plot(x: Callable[[Cell], float], across: str) -> "Figure":
+        lines: dict[str, list[Point]] = {}
+        for cell in _sorted(cells):
+            found = results[cell.eta, cell.steps]
+            name = r"$\hat\sigma$" if cell.eta == "sigma-hat" else rf"$\eta$ = {_eta(cell.eta)}"
+            lines.setdefault(name, []).append(Point(x(cell), found.value, found.std))
+        up = f"{first.metric}, {first.count} images"
+        level = ("real images", first.floor)
+        in_order = {name: sorted(points) for name, points in lines.items()}
+        return draw_lines(in_order, across=across, up=up, level=level)
+
+    by_calls = plot(lambda cell: cell.evaluations, "network evaluations an image")
+    by_time = plot(lambda cell: cell.seconds_per_image, "seconds an image")
     return dict(zip(PLOTS, (by_calls, by_time), strict=True))
 
 
-def _plot_quality(cells: Sequence[Cell], x: Callable[[Cell], float], label: str) -> "Figure":
-    from matplotlib.figure import Figure
-
-    first = cells[0].compared[0]
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    plot = figure.add_subplot()
-    for eta in dict.fromkeys(c.eta for c in _sorted(cells)):
-        line = sorted((c for c in cells if c.eta == eta), key=x)
-        plot.errorbar(
-            [x(c) for c in line],
-            [c.compared[0].value for c in line],
-            yerr=[c.compared[0].std or 0.0 for c in line],
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=r"$\hat\sigma$" if eta == "sigma-hat" else rf"$\eta$ = {_eta(eta)}",
-        )
-    plot.axhline(first.floor, color="grey", linestyle="--", linewidth=1, label="real images")
-    plot.set_xscale("log")
-    if first.floor > 0 and all(c.compared[0].value > 0 for c in cells):
-        plot.set_yscale("log")
-    _label_plainly(plot)
-    plot.set(xlabel=label, ylabel=f"{first.metric}, {first.count} images")
-    plot.grid(alpha=0.3, which="both")
-    plot.legend()
-    return figure
-
-
-def save_plots(cells: Sequence[Cell], folder: Path) -> None:
-    """Writes the plots as PNG files, each whole or not at all."""
+def save_plots(cells: Sequence[Cell], folder: Path, formats: Sequence[str] = ("png",)) -> None:
+    """Writes the plots in some formats, each whole or not at all."""
     for name, figure in make_plots(cells).items():
-        _save(figure, folder / name)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-
-
-def save_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, across: str, up: str
-) -> None:
-    """Draws named lines of (x, y) on logarithmic axes and writes them as a PNG, whole or not at
-    all."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-    axes.set_xticks(_apart(sorted({x for points in lines.values() for x, _ in points})))
-    _label_plainly(axes)
-    axes.grid(alpha=0.3)
-    if any(lines.values()):
-        axes.legend()
-    _save(figure, path)
-
-
-def _label_plainly(axes: Any) -> None:
-    """Writes plain numbers along both axes, and more of them if they span few powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _apart(values: Sequence[float]) -> list[float]:
-    """The values, in rising order, whose labels do not overlap on a logarithmic axis: each is at
-    least 15 % above the one before."""
-    chosen: list[float] = []
-    for value in values:
-        if not chosen or value >= 1.15 * chosen[-1]:
-            chosen.append(value)
-    return chosen
+        for kind in formats:
+            save_figure(figure, folder / f"{name}.{kind}")
 
 
 def _find(cells: Sequence[Cell], eta: float | str, steps: int) -> Cell | None:
@@ -370,10 +306,13 @@ def _metric(name: str) -> Metric:
 
 
 def _ratio(cell: Cell, other: Cell | None) -> float | None:
-    """The first metric of a cell over that of another; None if there is none, or it is 0."""
-    if other is None or not other.compared[0].value:
+    """The first metric of a cell over that of another; None if there is no other, or if its metric
+    may be 0: a KID, which is unbiased, or a value within its spread of 0."""
+    if other is None:
         return None
-    return cell.compared[0].value / other.compared[0].value
+    below = other.compared[0]
+    may_be_zero = below.metric.startswith("kid-") or abs(below.value) <= (below.std or 0.0)
+    return None if may_be_zero else cell.compared[0].value / below.value
 
 
 def _sorted(cells: Sequence[Cell]) -> list[Cell]:

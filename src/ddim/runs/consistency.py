@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim.core.noise import check_seeds
 from ddim.core.route import Route
 from ddim.evaluation.latents import plot_errors, trajectory_table
-from ddim.evaluation.report import check_plots
+from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.inversion.encoding import reconstruction_error
 from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
@@ -50,7 +50,8 @@ class ConsistencyJob(PixelJob):
         self.routes = {item: self._route(item) for item in [self.longest, *self.items]}
         self.sheet: list[NDArray[np.uint8]] = []
         self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
-        self.files = ["table.md", "distance.png", "sheet.png"]
+        self.plots = [f"distance.{kind}" for kind in request.plot_format]
+        self.files = ["table.md", "sheet.png", *self.plots]
         self.protocol = self.deterministic(
             {"spacing": self.spacing, "steps": numbers},
             sampler=list(request.sampler),
@@ -110,9 +111,12 @@ class ConsistencyJob(PixelJob):
         )
         table = trajectory_table(rows, title=request.model, setting=setting)
         write_text(self.folder / "table.md", table)
-        labels = {"across": "network evaluations", "up": f"squared distance to {longest} steps"}
-        path = self.folder / "distance.png"
-        plot_errors(rows, path, name="sampler", along="evaluations", **labels)
+        labels = {
+            "across": "network evaluations",
+            "up": f"squared distance to ddim, {longest} steps",
+        }
+        paths = [self.folder / name for name in self.plots]
+        plot_errors(rows, paths, name="sampler", along="evaluations", **labels)
         # A row is an image, a column is a trajectory.
         pictures = np.stack(self.sheet, 1).reshape(-1, *self.sheet[0].shape[1:])
         grid = make_grid(pictures, columns=len(self.sheet))

@@ -15,7 +15,7 @@ from ddim.doctor.reading import complete, levels_of
 from ddim.doctor.report import Diagnosis, diagnose
 from ddim.doctor.symptoms import Brightness, Probe, probe
 from ddim.errors import DataError, DDIMError, OutputError
-from ddim.evaluation.report import check_plots
+from ddim.figures import FORMATS, check_plots
 from ddim.models.checkpoints import find_model, load_network, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.models.folder import read_json
@@ -61,6 +61,8 @@ def examine(request: DoctorRequest) -> Examination:
     _check_new([*([] if fix is None else [fix]), *(Path(n) for n in named if n is not None)])
     if request.plot is not None:
         check_plots()
+        if Path(request.plot).suffix not in (endings := [f".{kind}" for kind in FORMATS]):
+            raise DDIMError(f"--plot must end in one of {', '.join(endings)}; got {request.plot}.")
     _check_brightness(request)
     source = read_source(request.source, latent=request.latent)
     brightness, prior, answers, notes = _look_at_data(request, source)

@@ -12,7 +12,7 @@ from ddim.core.sampler import State
 from ddim.data.pictures import Selection, check_images, read_images
 from ddim.errors import DivergenceError
 from ddim.evaluation.latents import plot_errors, reconstruction_table
-from ddim.evaluation.report import check_plots
+from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.inversion.codes import ENCODERS
 from ddim.inversion.ddim import collect_unsolved
@@ -54,7 +54,8 @@ class ReconstructJob(PixelJob):
         self.note_all(self.pictures.notes)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
-        self.files = ["table.md", "reconstruction.png", "sheet.png"]
+        self.plots = [f"reconstruction.{kind}" for kind in request.plot_format]
+        self.files = ["table.md", "sheet.png", *self.plots]
         spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
         data = self.pictures.data
         self.protocol = self.deterministic(spacing, data=data, count=request.count)
@@ -144,8 +145,8 @@ class ReconstructJob(PixelJob):
         table = reconstruction_table(rows, title=request.model, setting=setting)
         write_text(self.folder / "table.md", table)
         labels = {"across": "steps each way", "up": "mean squared error, pixels in [0, 1]"}
-        path = self.folder / "reconstruction.png"
-        plot_errors(rows, path, name="method", along="steps", **labels)
+        paths = [self.folder / name for name in self.plots]
+        plot_errors(rows, paths, name="method", along="steps", **labels)
 
     def _write_sheet(self, timesteps: list[int]) -> None:
         """Originals in the first row, then a row for each method at the fewest steps."""

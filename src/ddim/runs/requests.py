@@ -24,6 +24,7 @@ from ddim.runs.shared_options import (
     Measured,
     Noisy,
     Pictures,
+    Plotted,
     Request,
     Seed,
     Seeds,
@@ -97,7 +98,7 @@ class EvaluateRequest(Noisy, Seeds, Measured, Computed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRequest(Measured, Spaced, Seeds, Request):
+class TableRequest(Plotted, Measured, Spaced, Seeds, Request):
     """Measures a model at every eta and number of steps: quality, time, and the ratio of both to
     DDPM.
 
@@ -131,7 +132,7 @@ class TableRequest(Measured, Spaced, Seeds, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructRequest(Pictures, Spaced, Folder, Request):
+class ReconstructRequest(Plotted, Pictures, Spaced, Folder, Request):
     """Measures how images come back from their codes, for each method and number of steps: a table,
     a plot and a sheet.
 
@@ -149,7 +150,7 @@ class ReconstructRequest(Pictures, Spaced, Folder, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyRequest(Spaced, Folder, Seeds, Request):
+class ConsistencyRequest(Plotted, Spaced, Folder, Seeds, Request):
     """Draws the same latents with other steps and samplers, and measures how far each result is
     from that of the longest trajectory.
 
@@ -287,7 +288,8 @@ class DoctorRequest:
     """Write a corrected configuration into this new file or folder; what needs training is left as
     it is."""
     plot: str | None = None
-    """Draw log-SNR, visited levels and step sizes of each spacing into this PNG."""
+    """Draw log-SNR, visited levels and step sizes of each spacing into this new file, a .png,
+    .pdf or .svg."""
     show: str | None = None
     """Draw the same seeds as the model is configured, and with each fix that needs no training,
     into this new PNG. Needs the weights."""

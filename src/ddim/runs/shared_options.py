@@ -9,11 +9,11 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from ddim.options import Blank, Needs, Range
+from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.values import Eta
 
 __all__ = ["Class", "Computed", "Count", "ENCODERS", "Encoder", "First", "Folder"]
-__all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures"]
+__all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
 __all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Spaced"]
 __all__ += ["Spacing", "StepNumbers", "Steps", "Text", "Walk"]
 
@@ -103,6 +103,14 @@ class Folder:
     depend on: the same command goes on there, and no other."""
     overwrite: bool = False
     """Start anew in a folder of earlier results; the files that its run.json lists are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plotted:
+    """Results that are plotted."""
+
+    plot_format: Annotated[tuple[str, ...], Choices(("png", "pdf", "svg"))] = ("png",)
+    """Formats of the plots: png, pdf, svg; several separated by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)

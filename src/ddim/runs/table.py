@@ -24,7 +24,6 @@ from ddim.evaluation.protocol import Reference, collect, measure, over_repeats, 
 from ddim.evaluation.report import (
     PLOTS,
     Cell,
-    check_plots,
     flat_records,
     read_cell,
     save_plots,
@@ -32,6 +31,7 @@ from ddim.evaluation.report import (
     to_markdown,
     write_cell,
 )
+from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import MeasuringJob
@@ -92,7 +92,8 @@ class TableJob(MeasuringJob):
             "seed": request.seed,
         }
         self.folder = self.out()
-        self.files = ["table.md", "table.csv", *PLOTS, *map(_cell_name, self.items)]
+        plots = [f"{name}.{kind}" for name in PLOTS for kind in request.plot_format]
+        self.files = ["table.md", "table.csv", *plots, *map(_cell_name, self.items)]
         self.execution = self.executed("batch_size", "compile", "processes")
 
     @property
@@ -145,7 +146,7 @@ class TableJob(MeasuringJob):
 
     def finish(self, rows: list[Row]) -> None:
         self._write_tables()
-        save_plots(self.cells(), self.folder)
+        save_plots(self.cells(), self.folder, self.request.plot_format)
         self.note_few()
 
     def measure(self, item: Item) -> Cell:
