@@ -405,3 +405,20 @@ def test_images_that_cannot_be_compared_are_refused(tiny, reference, tmp_path, c
         "'nowhere' is neither an embedded model nor an existing folder" in capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_some_of_the_images_of_a_sorted_set_are_of_all_kinds(tmp_path):
+    """The first 100 would be dark alone."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, (200, 8, 8), dtype=np.uint8)
+    images[100:] += 190
+    np.savez(tmp_path / "a.npz", images=images)
+    np.savez(tmp_path / "shuffled.npz", images=rng.permutation(images))
+    found = {}
+    for name in ("a", "shuffled"):
+        options = ("--metrics", "swd-pixels", "--count", 100)
+        reference = tmp_path / "shuffled.npz"
+        assert evaluate(tmp_path / f"{name}.npz", reference, tmp_path / name, *options) == 0
+        (found[name],) = record(tmp_path / name)["results"]
+    assert found["a"]["value"] < 2 * found["shuffled"]["value"]
+    assert found["a"]["std"] < 3 * found["shuffled"]["std"]

@@ -407,6 +407,19 @@ def test_the_analytic_variance_is_measured_under_the_clip_of_the_run(foreign, tm
     assert abs(gammas[0]["gamma"]["749"] - gammas[1]["gamma"]["749"]) > 1e-3
 
 
+def test_the_card_of_a_model_has_no_data_fetched(tiny, tmp_path, capsys, monkeypatch, no_socket):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    monkeypatch.setattr("ddim.data.named.FASHION_MNIST_FOLDER", str(tmp_path / "none"))
+    monkeypatch.delenv("DDIM_FASHION_MNIST", raising=False)
+    for data in ("owner/set", "fashion-mnist"):
+        (model / "card.json").write_text(json.dumps({"config": {"data": data}}))
+        assert sample(model, tmp_path / "out", "--variance", "analytic") == 2
+        assert f"names {data} as its data, which is not on this machine; give --data {data}" in (
+            capsys.readouterr().err
+        )
+
+
 def test_a_gamma_of_other_pictures_of_the_same_folder_is_not_used(tiny, tmp_path, capsys):
     out, data = tmp_path / "out", tmp_path / "data.npz"
     options = ("--count", 1, "--variance", "analytic", "--data", data)

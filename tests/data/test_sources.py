@@ -129,3 +129,15 @@ def test_splits_that_do_not_exist(tmp_path):
 def test_options_out_of_range(options, text):
     with pytest.raises(DataError, match=text):
         load_images("digits", **options)
+
+
+@pytest.mark.parametrize("kind", ["npz", "idx", "folder", "digits"])
+def test_the_name_of_a_column_is_refused_where_there_are_none(tmp_path, kind):
+    np.savez(tmp_path / "a.npz", images=GREY)
+    write_idx(tmp_path / "train-images-idx3-ubyte", GREY)
+    write_png(tmp_path / "folder" / "0.png", GREY[0])
+    place = {"npz": "a.npz", "idx": "train-images-idx3-ubyte", "folder": "folder"}.get(kind)
+    source = kind if place is None else str(tmp_path / place)
+    for option in ("image", "label", *(["caption"] if kind != "folder" else [])):
+        with pytest.raises(DataError, match=f"no column 'x'; leave out --{option}-column"):
+            load_images(source, **{f"{option}_column": "x"})

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tests.data.conftest import claiming_png
 
+from ddim.data.sources import load_images
 from ddim.errors import DataError, DDIMError
 from ddim.files import write_text
 from ddim.models.images import (
@@ -119,3 +120,14 @@ def test_what_is_no_picture_file_is_refused_before_it_is_read(tmp_path):
         open_picture("/dev/zero")
     with pytest.raises(DataError, match="there is no picture at"):
         open_picture(tmp_path / "none.png")
+
+
+def test_the_content_of_a_picture_has_no_program_run(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    Image.new("L", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("ran a program"))
+    with pytest.raises(DataError, match="is not a picture"):
+        open_picture(tmp_path / "a.png")
+    with pytest.raises(DataError, match="is not an image that can be read"):
+        load_images(str(tmp_path))

@@ -11,6 +11,7 @@ from ddim.data.captions import captions_of_files
 from ddim.data.dataset import Columns, Header, Source, in_order
 from ddim.data.splits import choose_split, family, no_such_split, split_of
 from ddim.errors import DataError
+from ddim.models.images import open_image
 
 __all__ = ["SHEETS", "SUFFIXES", "ImageFiles", "open_folder"]
 
@@ -39,11 +40,11 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> Any:
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
         path = self.paths[index]
         try:
-            with Image.open(path) as picture:
+            with open_image(path) as picture:
                 return ImageOps.exif_transpose(picture)  # a copy, upright as viewers show it
         except Exception as error:
             raise _not_an_image(path, error) from error
@@ -54,11 +55,9 @@ class ImageFiles:
 
     def header(self, index: int) -> Header:
         """Reads what a file says before its pixels."""
-        from PIL import Image
-
         path = self.paths[index]
         try:
-            with Image.open(path) as picture:
+            with open_image(path) as picture:
                 return Header.of(picture)
         except Exception as error:
             raise _not_an_image(path, error) from error

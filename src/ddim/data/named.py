@@ -13,7 +13,8 @@ from ddim.data.parquet import open_hub
 from ddim.data.splits import NoSuchSplit
 from ddim.errors import DataError
 
-__all__ = ["FASHION_MNIST_CLASSES", "FASHION_MNIST_FOLDER", "NAMED", "open_fashion_mnist"]
+__all__ = ["FASHION_MNIST_CLASSES", "FASHION_MNIST_FOLDER", "NAMED"]
+__all__ += ["fashion_mnist_folder", "open_fashion_mnist"]
 
 FASHION_MNIST_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -26,11 +27,15 @@ FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 
 
+def fashion_mnist_folder() -> Path:
+    """Where Fashion-MNIST lies on this machine, if it is there."""
+    return Path(os.environ.get("DDIM_FASHION_MNIST") or FASHION_MNIST_FOLDER)
+
+
 def open_fashion_mnist(split: str, columns: Columns) -> Source:
     """Opens Fashion-MNIST: the folder that ``DDIM_FASHION_MNIST`` names, Debian's package, or the
     hub."""
-    chosen = os.environ.get("DDIM_FASHION_MNIST")
-    folder = Path(chosen or FASHION_MNIST_FOLDER)
+    chosen, folder = os.environ.get("DDIM_FASHION_MNIST"), fashion_mnist_folder()
     if folder.is_dir():
         return open_idx_folder("fashion-mnist", folder, split, FASHION_MNIST_CLASSES)
     if chosen:

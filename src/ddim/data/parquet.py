@@ -13,6 +13,7 @@ from ddim.data.dataset import Columns, Header, Source
 from ddim.data.splits import NoSuchSplit, choose_split, split_of
 from ddim.errors import DataError, first_line
 from ddim.files import file_hash
+from ddim.models.images import open_image
 
 __all__ = ["files_of_split", "open_hub", "open_parquet"]
 
@@ -36,10 +37,10 @@ class _Column:
         return len(self.table)
 
     def __getitem__(self, index: int, /) -> Any:
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
         try:
-            with Image.open(io.BytesIO(self.raw(index))) as picture:
+            with open_image(io.BytesIO(self.raw(index))) as picture:
                 return ImageOps.exif_transpose(picture)
         except (DataError, IndexError):
             raise
@@ -48,10 +49,8 @@ class _Column:
 
     def header(self, index: int) -> Header:
         """Reads what a picture says before its pixels."""
-        from PIL import Image
-
         try:
-            with Image.open(io.BytesIO(self.raw(index))) as picture:
+            with open_image(io.BytesIO(self.raw(index))) as picture:
                 return Header.of(picture)
         except DataError:
             raise

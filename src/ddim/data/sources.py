@@ -4,6 +4,7 @@ Arrays stay arrays in memory; files are decoded on access. Every data set can be
 workers."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ import numpy as np
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, Source
 from ddim.data.folders import SUFFIXES, open_folder
-from ddim.data.named import NAMED, open_fashion_mnist
+from ddim.data.named import NAMED, fashion_mnist_folder, open_fashion_mnist
 from ddim.data.parquet import files_of_split, open_hub, open_parquet
 from ddim.data.splits import NoSuchSplit, no_such_split, split_of
 from ddim.data.survey import survey_colour, survey_sizes
 from ddim.errors import DataError
 
-__all__ = ["check_source", "load_images", "load_test_images"]
+__all__ = ["check_source", "is_here", "load_images", "load_test_images"]
 
 _FILES = {*SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}
 """Endings that no name of a hub data set has."""
@@ -88,17 +89,22 @@ def load_images(
 
 def _open(source: str, split: str, columns: Columns) -> Source:
     if source in NAMED:
+        _refuse_columns(source, columns)
         return NAMED[source](split)
     if source == "fashion-mnist":
         return open_fashion_mnist(split, columns)
     path = check_source(source)
     if not path.exists():
         return open_hub(source, source, split, columns)
+    if path.is_file() and path.suffix != ".parquet":
+        _refuse_columns(source, columns)
     if path.is_dir():
         if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
             chosen, notes = files_of_split(source, tables, split)
             return open_parquet(source, chosen, columns)._replace(notes=notes)
-        if next(path.glob("*idx3-ubyte*"), None):
+        is_idx = next(path.glob("*idx3-ubyte*"), None) is not None
+        _refuse_columns(source, columns if is_idx else replace(columns, caption=None))
+        if is_idx:
             return open_idx_folder(source, path, split)
         return open_folder(source, path, split, columns)
     if not path.is_file():  # a pipe or a device would be read without end
@@ -115,6 +121,22 @@ def _open(source: str, split: str, columns: Columns) -> Source:
         f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a "
         ".parquet, or a hub dataset id."
     )
+
+
+def _refuse_columns(source: str, columns: Columns) -> None:
+    """Refuses the name of a column, which would have no effect on data that are no table."""
+    for kind in ("image", "label", "caption"):
+        if (name := getattr(columns, kind)) is not None:
+            raise DataError(
+                f"{source} is no table, so it has no column {name!r}; leave out --{kind}-column."
+            )
+
+
+def is_here(source: str) -> bool:
+    """Whether a source can be opened without asking a host."""
+    if source in ("fashion-mnist", "fashion-text"):
+        return fashion_mnist_folder().is_dir()
+    return source in NAMED or check_source(source).exists()
 
 
 def check_source(source: str) -> Path:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ddim.errors import DataError, DDIMError
 from ddim.files import replacing
 
 __all__ = [
+    "FORMATS",
     "convert_mode",
     "crop_square",
     "fit_picture",
@@ -23,6 +24,7 @@ __all__ = [
     "label_rows",
     "load_image",
     "make_grid",
+    "open_image",
     "open_picture",
     "picture_size",
     "save_gif",
@@ -183,6 +185,19 @@ def crop_square(picture: Image.Image, *, place: tuple[float, float] | None = Non
     return fit_picture(picture, side, side, place=place)
 
 
+FORMATS = (
+    "PNG JPEG MPO WEBP BMP DIB GIF TIFF PPM AVIF JPEG2000 TGA PCX QOI SGI ICO ICNS PSD"
+).split()
+"""Formats that Pillow decodes by itself. EPS, which it hands to Ghostscript, is none of them: a
+file's content decides about its format, not its name."""
+
+
+def open_image(file: Path | str | BinaryIO) -> Image.Image:
+    """Opens a picture as Pillow does, of :data:`FORMATS` alone; only its header is read yet."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def open_picture(path: Path | str) -> Image.Image:
     """Reads a picture file, turned upright as viewers show it; a DataError refuses other files."""
     if not Path(path).is_file():  # a pipe or a device would be read without end
@@ -190,7 +205,7 @@ def open_picture(path: Path | str) -> Image.Image:
             raise DataError(f"there is no picture at {path}.")
         raise DataError(f"{path} is not a picture, but no regular file; give a PNG or JPEG file.")
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             return ImageOps.exif_transpose(picture)  # a copy
     # Pillow reports a damaged PNG as a SyntaxError, and refuses what claims too many pixels.
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,5 +1,6 @@
 """Measures images, or a model's, against real ones."""
 
+import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.core.noise import check_seeds
-from ddim.data.batches import as_batches
+from ddim.data.batches import as_batches, pick
 from ddim.data.sources import load_images
 from ddim.errors import DataError
 from ddim.evaluation.protocol import collect, measure, sample_cuts
@@ -97,7 +98,11 @@ class EvaluateJob(MeasuringJob):
         self.count = count = options.count or len(data)
         if count > len(data):
             raise DataError(f"{name} holds {len(data)} images; got --count {count}.")
-        self.batches = as_batches(data, range(count), size=BATCH)
+        # The pictures of others may be sorted by class, and the thirds of the spread be classes.
+        chosen: Sequence[int] = range(count)
+        if run is None:
+            chosen = random.Random(0).sample(pick(len(data), count, labels=data.labels), count)
+        self.batches = as_batches(data, chosen, size=BATCH)
         self.calls = run.evaluations if run else 0
         shape = (data.channels, *data.resolution)
         return shape, {"samples": name, "sampled": run and run.protocol}

@@ -15,10 +15,11 @@ from ddim.core.route import Route
 from ddim.core.step import SIGMA_HAT
 from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
-from ddim.data.sources import load_images
-from ddim.errors import OutputError
+from ddim.data.sources import is_here, load_images
+from ddim.errors import DataError, OutputError
 from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
+from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
 from ddim.runs.engine import Control, Made, Row
@@ -96,7 +97,7 @@ class SampleJob(ModelJob):
             self.text.check_picture(self.pipe)
         self.route = self.pipe.route(**walk, clip=clip)
         if self.route.analytic:
-            self.data = _open_data(given or model.trained_on(), self.pipe)
+            self.data = _open_data(given, model, self.pipe)
             self.note_all(self.data.notes)
 
     def _protocol(self) -> dict[str, Any]:
@@ -259,6 +260,13 @@ class SampleJob(ModelJob):
             self.control.note(f"these timesteps were {found}; `ddim fit-steps` fits others.")
 
 
-def _open_data(source: str, pipe: Any) -> ImageData:
+def _open_data(given: str | None, model: FoundModel, pipe: Any) -> ImageData:
+    """The images that were given, else those of the model's card, which has no host asked."""
+    source = given or model.trained_on()
+    if given is None and not is_here(source):
+        raise DataError(
+            f"the card of {model.name} names {source} as its data, which is not on this machine; "
+            f"give --data {source} to have it fetched, or other images."
+        )
     channels, height, width = pipe.image_shape
     return load_images(source, channels=channels, resolution=(height, width))
