@@ -14,6 +14,7 @@ from ddim.data.dataset import in_order
 from ddim.data.folders import SHEETS
 from ddim.data.sources import load_images
 from ddim.errors import DataError
+from ddim.evaluation.report import PLOTS
 
 
 def test_folder_with_classes(tmp_path):
@@ -115,7 +116,9 @@ def test_grids_and_plots_are_left_out_where_a_record_of_this_program_lies_beside
         with pytest.raises(DataError, match=r"grid\.png is 7x4"):
             load_images(str(tmp_path))
     (folder / "run.json").write_text('{"protocol": {"command": "sample"}}')
-    assert len(load_images(str(tmp_path))) == 1
+    (folder / "distance.svg").write_text("a plot of ours")
+    data = load_images(str(tmp_path))
+    assert (len(data), data.notes) == (1, ())
     (folder / "000000.png").unlink()
     with pytest.raises(DataError, match="holds no images"):
         load_images(str(tmp_path))
@@ -126,9 +129,8 @@ def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
     rooms = (package / room for room in ("runs", "cli", "evaluation"))
     sources = [path.read_text() for room in rooms for path in room.glob("*.py")]
     sources.append(study.read_text())
-    written = {
-        name for source in sources for name in re.findall(r'"([\w-]+)\.(?:png|gif)"', source)
-    }
+    found = (re.findall(r'"([\w-]+)\.(?:png|gif|\{kind\})"', source) for source in sources)
+    written = {*PLOTS, *(name for names in found for name in names)}
     assert written == SHEETS
 
 

@@ -78,12 +78,8 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
     """Finds the images of a folder, sorted by path."""
     every, notes = _walk(folder)
     results = {parent for parent in {found.path.parent for found in every} if _is_ours(parent)}
-    files = [
-        found
-        for found in every
-        if found.path.suffix.lower() in SUFFIXES
-        and (found.path.parent not in results or found.path.stem not in SHEETS)
-    ]
+    every = [f for f in every if f.path.parent not in results or f.path.stem not in SHEETS]
+    files = [found for found in every if found.path.suffix.lower() in SUFFIXES]
     other = Counter(f.path.suffix.lower() for f in every if f.path.suffix.lower() not in SUFFIXES)
     if odd := {suffix: count for suffix, count in sorted(other.items()) if suffix not in _TEXTS}:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in odd.items())
