@@ -66,9 +66,9 @@ def pixels(path):
 
 
 @contextlib.contextmanager
-def on_a_terminal(monkeypatch, *, columns):
-    """Has standard error be a terminal of so many columns; what is yielded returns what it showed,
-    afterwards."""
+def on_a_terminal(monkeypatch, *, columns, stream="stderr"):
+    """Has standard error, or another stream, be a terminal of so many columns; what is yielded
+    returns what it showed, afterwards."""
     termios = pytest.importorskip("termios")
     here, there = os.openpty()
     termios.tcsetwinsize(there, (24, columns))
@@ -83,7 +83,7 @@ def on_a_terminal(monkeypatch, *, columns):
     reader.start()
     try:
         with open(there, "w") as terminal, monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", terminal)
+            patch.setattr(sys, stream, terminal)
             yield lambda: b"".join(shown).decode()
     finally:
         reader.join()

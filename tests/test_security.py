@@ -2,18 +2,23 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from tests.conftest import on_a_terminal
 
 import ddim
+import ddim.cli
 from ddim.cli import main
-from ddim.errors import CheckpointError
+from ddim.errors import CheckpointError, printable
+from ddim.evaluation.report import plain_words
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 COMMANDS = {
@@ -168,3 +173,70 @@ def test_training_copies_nothing_from_outside_of_its_base(tiny_text, tmp_path, t
         assert message in capsys.readouterr().err
     shutil.rmtree(tmp_path / "models")
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_what_is_saved_names_no_path_of_the_machine(tiny, tiny_text, tmp_path, trap):
+    for number in range(2):
+        (tmp_path / "pictures" / f"{number}.txt").write_text("a square")
+    model = shutil.copytree(tiny_text, tmp_path / "model")
+    edit(model / "vae" / "config.json", _name_or_path=str(model / "vae"))
+    edit(model / "tokenizer" / "tokenizer_config.json", name_or_path=str(model / "tokenizer"))
+    text, pixels = (ddim.DiffusionPipeline.from_pretrained(path) for path in (model, tiny))
+    assert text.config._name_or_path == "model"
+    assert text.unet.config._name_or_path == "model/unet"
+    saved = tmp_path / "saved"
+    pixels.save_pretrained(saved / "pixels")
+    text.save_pretrained(saved / "text")
+    text.vae.save_pretrained(saved / "vae")
+    diffusers.StableDiffusionInpaintPipeline(**text.components).save_pretrained(saved / "inpaint")
+    opened = ddim.DiffusionPipeline.from_pretrained(saved / "inpaint")
+    opened.save_pretrained(saved / "again")
+    words = COMMANDS["train"].format(model=model).split()
+    assert main(["train", *words, "--train-text-encoder", "--resolution", "16"]) == 0
+    for path in [*saved.rglob("*"), *(tmp_path / "out").glob("[tuv]*/*.json")]:
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+
+
+CONTROL = "\x1b]0;owned\x07\x9b2J\u202e"
+
+
+def test_nothing_that_controls_a_terminal_reaches_it(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(tiny, tmp_path / f"a{CONTROL}")
+    edit(model / "scheduler" / "scheduler_config.json", **{f"beta_{CONTROL}": 1})
+    out = f"b{CONTROL}"
+    edit(model / "model_index.json", vae=[f"c{CONTROL}", "X"])
+    assert main(["sample", str(model), "--out", out]) == 2
+    edit(model / "model_index.json", vae=[None, None])
+    assert main(["sample", str(model), "--out", out, "--steps", "1", "--count", "1"]) == 0
+    assert main(["doctor", str(model)]) == 2
+    shutil.copy(tiny / "scheduler" / "scheduler_config.json", model / "scheduler")
+    with on_a_terminal(monkeypatch, columns=80, stream="stdout") as shown:
+        main(["doctor", str(model), "--eta", "1"])
+    said = "".join(capsys.readouterr())
+    assert said.count(r"\x1b]0;owned\x07\x9b2J\u202e") >= 4
+    assert not set(CONTROL) & set(said) - set("0;2Jowned]")
+    assert r"\x1b]0;owned\x07\x9b2J\u202e" in shown()
+    colours = {f"\x1b[{number}m" for number in (0, 31, 33, 36)}
+    assert set(re.findall("\x1b" + r"\[?\d*m?", shown())) <= colours
+
+
+def test_all_that_commands_print_goes_through_one_function():
+    for path in Path(ddim.cli.__file__).parent.glob("*.py"):
+        source = path.read_text()
+        printed = re.findall(r"(?<!\w)print\((.*)", source)
+        own = {"__init__.py": ("completion(", '"', 'f"  {name', 'f"ddim {__version__}"')}
+        for what in printed:
+            allowed = "printable(" in what or what.startswith("json.dumps(")
+            assert allowed or what.startswith(own.get(path.name, ())), (path.name, what)
+
+
+def test_names_stand_for_themselves_in_markdown():
+    assert plain_words("a|b<img src=x>[c](d)`*\n# e\x1b") == (
+        r"a\|b\<img src=x\>\[c\](d)\`\*\n\# e\x1b"
+    )
+    assert plain_words("runs/my_model-1.png") == "runs/my_model-1.png"
+
+
+def test_a_name_of_bytes_that_are_no_text_is_printed():
+    assert printable("caf\udce9 \u2028é😀\tx\n") == "caf\\udce9 \\u2028é😀\tx\n"

@@ -4,6 +4,8 @@ Each is a ``ValueError`` whose text is one sentence or two: what was wrong, what
 to do. The commands print that text and exit with code 2."""
 
 import re
+import unicodedata
+from collections.abc import Iterator
 
 __all__ = [
     "CheckpointError",
@@ -13,10 +15,13 @@ __all__ = [
     "OutputError",
     "first_line",
     "needs_code",
+    "printable",
     "shown_cause",
 ]
 
-_NEEDS_CODE = re.compile("weights_only|Unsupported (global|class)|GLOBAL")
+_TURNS = "LRE RLE LRO RLO PDF LRI RLI FSI PDI".split()
+_NEEDS_CODE = re.compile("Unsupported (global|class)|GLOBAL")
+_ADVICE = "weights_only"  # torch says of any pickle that it cannot read how to run its code
 
 
 class DDIMError(ValueError):
@@ -43,19 +48,40 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of an error's text, or its name, to stand in brackets."""
     if needs_code(error):
         return "its weights are pickled with more than tensors, and reading that would run code"
+    if _ADVICE in str(error):
+        return "it is damaged or no file of weights"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def needs_code(error: BaseException | None) -> bool:
+def printable(text: object, *, keep: str = "\n\t") -> str:
+    """A text as a terminal may be given it, since a name of a file may hold anything: what controls
+    a terminal or turns the direction of writing, and what is no character, is shown by number."""
+    return "".join(c if c in keep or not _is_control(c) else _number(c) for c in str(text))
+
+
+def _is_control(character: str) -> bool:
+    kind = unicodedata.category(character)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _TURNS
+
+
+def _number(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def needs_code(error: BaseException) -> bool:
     """Whether torch refused a pickled file that would run code, here or down the causes."""
+    return any(_NEEDS_CODE.search(text) for text in _texts(error))
+
+
+def _texts(error: BaseException | None) -> Iterator[str]:
+    """The texts of an error and of its causes."""
     while error is not None:
-        if _NEEDS_CODE.search(str(error)):
-            return True
+        yield str(error)
         error = error.__cause__ or error.__context__
-    return False
 
 
 def shown_cause(error: Exception) -> Exception | None:
     """What is shown as the cause of a refusal: the error, unless torch advises in it how to run the
     code of a file."""
-    return None if needs_code(error) else error
+    advises = needs_code(error) or any(_ADVICE in text for text in _texts(error))
+    return None if advises else error

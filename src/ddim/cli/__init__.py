@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 from ddim.cli.streams import may_close
-from ddim.errors import CheckpointError, DDIMError
+from ddim.errors import CheckpointError, DDIMError, printable
 
 __all__ = ["COMMANDS", "main"]
 
@@ -108,7 +108,7 @@ def _print_warnings() -> None:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
         if category.__module__.split(".")[0] == "ddim":
-            print(f"ddim: warning: {message}", file=sys.stderr)
+            print(f"ddim: warning: {printable(message)}", file=sys.stderr)
         else:
             otherwise(message, category, *place, **rest)
 
@@ -137,5 +137,5 @@ def _as_options(message: str, module: Any, arguments: list[str]) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"ddim: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ddim: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

@@ -7,10 +7,10 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Draws and measures, and says where the table is."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
 
     outcome = run_request("consistency.ConsistencyJob", request, show_items=True)
-    print(
+    say(
         f"{outcome.made} trajectories of {request.count} latents; the table is "
         f"{outcome.job.folder / 'table.md'}, beside a plot and a sheet."
     )

@@ -9,6 +9,7 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Reads, renames, writes, and says how to sample the result."""
+    from ddim.cli.terminal import say
     from ddim.files import locked_file
     from ddim.models.conversion import convert, read_state_dict, write_model
 
@@ -30,17 +31,17 @@ def run(request: Request) -> None:
     asked, layout = request.num_train_timesteps, converted.layout
     has_heads = layout == "improved-diffusion"
     heads = f", {request.num_heads or 4} heads of attention" if has_heads else ""
-    print(f"{len(converted.state)} tensors, {count} parameters, from the layout of {layout}.")
-    print(
+    say(f"{len(converted.state)} tensors, {count} parameters, from the layout of {layout}.")
+    say(
         "The weights do not tell the rest, so it is as you said, or assumed: "
         f"{request.prediction_type} prediction, {request.beta_schedule} betas, {asked} "
         f"levels{heads}."
     )
     if levels != asked:
-        print(
+        say(
             f"Every {asked // levels}th level is kept: those at which the network is told a whole "
             "number."
         )
     if unet["out_channels"] == 2 * unet["in_channels"]:
-        print("The network predicts a variance too; DDIM does not use it.")
-    print(f"Sample the model with: ddim sample {request.out}")
+        say("The network predicts a variance too; DDIM does not use it.")
+    say(f"Sample the model with: ddim sample {request.out}")

@@ -7,11 +7,11 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Decodes the code, and says where the pictures are."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
 
     outcome = run_request("codes.DecodeJob", request)
     out = outcome.job.folder
-    print(
+    say(
         f"{outcome.made} images decoded in {outcome.record.seconds:.1f} s; they are in {out}, "
         f"together in {out / 'grid.png'}."
     )

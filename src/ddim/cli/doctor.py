@@ -3,6 +3,7 @@ costs."""
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "run"]
 
+_COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
+
 
 def run(request: Request) -> int:
     """Prints the findings, writes what was asked for, and returns the exit code."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
     from ddim.doctor.plot import plot_schedule
     from ddim.doctor.text import fix_text, report_text
     from ddim.files import write_json
@@ -33,31 +36,37 @@ def run(request: Request) -> int:
         _print_json({"source": request.source, "declares": declares}, diagnosis, probe)
     else:
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        about = request.source, declares, diagnosis, probe
-        print(report_text(*about, is_coloured=is_coloured))
-    said = sys.stderr if request.json else sys.stdout
+        report = report_text(request.source, declares, diagnosis, probe)
+        say(report, paint=_coloured if is_coloured else str)
     for note in examination.notes:
-        print(note, file=said)
+        say(note, to_error=request.json)
     if examination.prior is not None and request.prior:
         prior = {**asdict(examination.prior), "data": request.data}
         write_json(request.prior, prior, sort_keys=True)
         use = f"ddim sample MODEL --prior {request.prior}"
-        print(f"The prior is in {request.prior}; use it with: {use}", file=said)
+        say(f"The prior is in {request.prior}; use it with: {use}", to_error=request.json)
     if examination.fix is not None:
         if diagnosis.after is not None:
             write_json(examination.fix, diagnosis.fixed(), sort_keys=True)
-        print(fix_text(diagnosis, str(examination.fix)), file=said)
+        say(fix_text(diagnosis, str(examination.fix)), to_error=request.json)
     if request.plot is not None and not diagnosis.summary:
-        print("There is no plot: this scheduler has no levels.", file=said)
+        say("There is no plot: this scheduler has no levels.", to_error=request.json)
     elif request.plot is not None:
         plot_schedule(diagnosis, request.plot)
-        print(f"The plot is in {request.plot}.", file=said)
+        say(f"The plot is in {request.plot}.", to_error=request.json)
     if shown is not None and not diagnosis.summary:
-        print("There is nothing to show: this scheduler has no levels.", file=said)
+        say("There is nothing to show: this scheduler has no levels.", to_error=request.json)
     elif shown is not None:
         run_request("show.ShowJob", shown)
-        print(f"The same seeds as configured and with each fix are in {request.show}.", file=said)
+        drawn = f"The same seeds as configured and with each fix are in {request.show}."
+        say(drawn, to_error=request.json)
     return int(diagnosis.has("error") or (request.strict and diagnosis.has("warning")))
+
+
+def _coloured(report: str) -> str:
+    """A report whose findings begin in the colour of their severity."""
+    heads = r"(?m)^(error|warning|info) DDIM\d+(?=  )"
+    return re.sub(heads, lambda head: f"{_COLOURS[head[1]]}{head[0]}\x1b[0m", report)
 
 
 def _print_json(source: dict[str, str], diagnosis: "Diagnosis", probe: "Probe | None") -> None:

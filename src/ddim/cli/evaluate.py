@@ -7,7 +7,7 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Measures, and prints the numbers."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
     from ddim.evaluation.protocol import Result
     from ddim.evaluation.report import spread_text, text_table
 
@@ -18,8 +18,8 @@ def run(request: Request) -> None:
         result = Result(**row)
         numbers = [f"{result.value:.4g}", spread_text(result), f"{result.floor:.4g}"]
         rows.append([result.metric, *numbers])
-    print(text_table(rows), end="")
-    print(
+    say(text_table(rows), end="")
+    say(
         f"{job.count} images against {len(job.real)} of {request.reference} "
         f"({request.split}); the record is in {job.folder / 'run.json'}."
     )

@@ -7,13 +7,13 @@ __all__ = ["Request", "run", "savings"]
 
 def run(request: Request) -> None:
     """Draws what is missing in the folder, and says where the images are."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
 
     outcome = run_request("sample.SampleJob", request)
     job, out = outcome.job, outcome.job.folder
     others = "seeds" if job.text is None else "seeds or prompts"
     beside = f" {outcome.beside} of other {others} are there too, and not in the grid."
-    print(
+    say(
         f"{outcome.made} images drawn, {outcome.there} were there; they are in {out}, together in "
         f"{out / 'grid.png'}.{beside if outcome.beside else ''}"
     )
@@ -21,7 +21,7 @@ def run(request: Request) -> None:
         steps, seconds, total = len(job.route), outcome.record.seconds, len(job.pipe.noise_schedule)
         each = "" if job.batches == 1 else f"in each of {job.batches} batches "
         more = savings(seconds, steps=steps, total=total) if request.image is None else ""
-        print(
+        say(
             f"{steps} steps {each}took {seconds:.1f} s, {1000 * seconds / job.batches / steps:.1f} "
             f"ms a step{more}."
         )

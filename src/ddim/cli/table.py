@@ -7,14 +7,14 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Measures the cells that are missing in the folder, and says where the table is."""
-    from ddim.cli.terminal import run_request
+    from ddim.cli.terminal import run_request, say
 
     outcome = run_request("table.TableJob", request, show_items=True)
     job = outcome.job
     if job.timed:
         rounds = request.timing_rounds
-        print(f"{job.timed} cells timed in turn, the median of {rounds} each.")
-    print(
+        say(f"{job.timed} cells timed in turn, the median of {rounds} each.")
+    say(
         f"{outcome.made} cells measured, {outcome.there} were there; the table is "
         f"{job.folder / 'table.md'}."
     )

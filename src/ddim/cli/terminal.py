@@ -9,9 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ddim.errors import printable
 from ddim.runs.engine import Control, Event, Outcome, execute
 
-__all__ = ["run_request", "unsolved_note"]
+__all__ = ["run_request", "say", "unsolved_note"]
 
 
 def run_request(job: str, request: object, *, show_items: bool = False) -> Outcome:
@@ -27,9 +28,9 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
 
         def show(event: Event) -> None:
             if event.state == "note":
-                _say(f"note: {event.text}")
+                say(f"note: {event.text}")
             elif event.state == "item" and show_items:
-                _say(str(event.text))
+                say(event.text)
             elif event.state == "step":
                 step(event)
 
@@ -39,10 +40,15 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
         return execute(kind(request, control))
 
 
-def _say(text: str) -> None:
-    """Prints a line at once, above a bar where there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()
+def say(
+    text: object, *, end: str = "\n", to_error: bool = False, paint: Callable[[str], str] = str
+) -> None:
+    """Prints for a person, at once and above a bar where there is one. All that a command says goes
+    through here, since names, cards and configurations may hold what controls a terminal; ``paint``
+    adds colours of ours."""
+    stream = sys.stderr if to_error else sys.stdout
+    tqdm.write(paint(printable(text)), file=stream, end=end)
+    stream.flush()
 
 
 @contextlib.contextmanager

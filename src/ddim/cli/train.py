@@ -1,9 +1,7 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
-import sys
 import time
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -67,6 +65,10 @@ def configuration(request: Request) -> TrainConfig:
 
 def run(request: Request) -> None:
     """Trains, reports progress on standard output, and says how to sample the result."""
+    from ddim.cli.terminal import say
+
+    def note(text: str) -> None:
+        say(f"ddim: {text}", to_error=True)
 
     def show(progress: "Progress") -> None:
         seconds, loss = progress.seconds_left, progress.validation_loss
@@ -74,10 +76,9 @@ def run(request: Request) -> None:
         if seconds < 86400:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds))
         held = "" if loss is None else f"  held out {loss:.4f}"
-        print(
+        say(
             f"step {progress.step}/{progress.steps}  {progress.images} images  loss "
-            f"{progress.loss:.4f}{held}  {progress.images_per_second:.1f} images/s  {left} left",
-            flush=True,
+            f"{progress.loss:.4f}{held}  {progress.images_per_second:.1f} images/s  {left} left"
         )
 
     config = configuration(request)
@@ -88,7 +89,6 @@ def run(request: Request) -> None:
 
         if request.base is not None:
             quiet_libraries(text=True)
-        note = partial(print, "ddim:", file=sys.stderr)
         result = train(config, on_progress=show, on_note=note, revision=code_revision())
     except ModuleNotFoundError as error:
         raise DDIMError(
@@ -100,7 +100,7 @@ def run(request: Request) -> None:
     if result.finished:
         prompt = " --prompt '...'" if (out / "text_encoder").is_dir() else ""
         if result.was_finished:
-            print(f"The run was finished already, after {step} steps, and nothing was trained.")
-        print(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")
+            say(f"The run was finished already, after {step} steps, and nothing was trained.")
+        say(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")
     else:
-        print(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")
+        say(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")

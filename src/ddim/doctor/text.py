@@ -12,13 +12,10 @@ from ddim.doctor.symptoms import Probe
 __all__ = ["fix_rows", "fix_text", "report_text"]
 
 _COUNTED: dict[str, Severity] = {"error": "error", "warning": "warning", "note": "info"}
-_COLOURS = {"error": "\x1b[31m", "warning": "\x1b[33m", "info": "\x1b[36m"}
 _TRAINED = {True: "trained", False: "not trained", None: "perhaps trained, which cannot be told"}
 
 
-def report_text(
-    source: str, declares: str, diagnosis: Diagnosis, probe: Probe | None, *, is_coloured: bool
-) -> str:
+def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe | None) -> str:
     """The verdict and the line to paste, then the findings and their numbers."""
     parts = ["\n\n".join(filter(None, (diagnosis.verdict, diagnosis.python, declares))) + "\n"]
     if summary := diagnosis.summary:
@@ -42,8 +39,7 @@ def report_text(
             f"{_TRAINED[probe.trained_at_end]}"
         )
     for finding in diagnosis.findings:
-        colour, reset = (_COLOURS[finding.severity], "\x1b[0m") if is_coloured else ("", "")
-        parts.append(f"\n{colour}{finding.severity} {finding.code}{reset}  {finding.message}")
+        parts.append(f"\n{finding.severity} {finding.code}  {finding.message}")
         lines = (finding.consequence, _fix_line(finding), finding.advice, finding.reference)
         parts += [f"  {line}" for line in (*lines[:3], f"See {lines[3]}.") if line]
     counts = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.evaluation.report import text_table
+from ddim.evaluation.report import plain_words, text_table
 from ddim.figures import Point, draw_lines, save_figure
 
 __all__ = ["plot_errors", "reconstruction_table", "trajectory_table"]
@@ -29,7 +29,7 @@ def reconstruction_table(rows: Sequence[Row], *, title: str, setting: str) -> st
         rms = "" if diverged else f"{r['rms']:.2f}"
         calls = f"{r['evaluations'] / r['steps']:.2f}"
         table.append([r["method"], str(r["steps"]), *errors, calls, rms, paper])
-    return f"# {title}: images from their codes\n\n{setting}\n\n{text_table(table)}"
+    return f"# {plain_words(title)}: images from their codes\n\n{setting}\n\n{text_table(table)}"
 
 
 def trajectory_table(rows: Sequence[Row], *, title: str, setting: str) -> str:
@@ -39,7 +39,8 @@ def trajectory_table(rows: Sequence[Row], *, title: str, setting: str) -> str:
         spread = "" if r["mse_error"] is None else f"{r['mse_error']:.1e}"
         numbers = [f"{r['mse']:.2e}", spread, str(r["evaluations"])]
         table.append([r["sampler"], str(r["steps"]), *numbers])
-    return f"# {title}: one latent under other trajectories\n\n{setting}\n\n{text_table(table)}"
+    head = f"# {plain_words(title)}: one latent under other trajectories"
+    return f"{head}\n\n{setting}\n\n{text_table(table)}"
 
 
 def plot_errors(

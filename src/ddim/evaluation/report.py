@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.errors import OutputError
+from ddim.errors import OutputError, printable
 from ddim.evaluation.protocol import METRICS, Metric, Result
 from ddim.figures import Point, draw_lines, save_figure
 from ddim.files import write_json
@@ -23,6 +23,7 @@ __all__ = [
     "Cell",
     "flat_records",
     "make_plots",
+    "plain_words",
     "read_cell",
     "save_plots",
     "spread_text",
@@ -150,6 +151,11 @@ def to_csv(records: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def plain_words(name: str) -> str:
+    """A name that stands for itself in Markdown, on one line, whatever it holds."""
+    return printable(re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", name), keep="")
+
+
 def text_table(rows: Sequence[Sequence[str]]) -> str:
     """A markdown table of rows, the first of them the head, whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -167,7 +173,7 @@ def to_markdown(
     """The table as a document: each metric by eta and steps, time, ratios to DDPM of ``levels``
     steps, and the paper's numbers. ``protocol`` says what was done, in sentences; the document says
     if ``reference``, the data that was compared with, is a data set of the paper's."""
-    parts = [f"# {title}\n", f"{protocol}\n"]
+    parts = [f"# {plain_words(title)}\n", f"{protocol}\n"]
     most = max(cell.count for cell in cells)
     for i, result in enumerate(cells[0].results):
         better = "Higher" if _metric(result.metric).higher_is_better else "Lower"

@@ -242,6 +242,7 @@ def load_network(
             f"the weights in {place} are not complete: {sorted(missing)[0]}{more} missing; "
             "config.json is of another network."
         )
+    network.register_to_config(_name_or_path=place.name)  # no path of this machine, to be saved
     return network.eval()
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "Source",
     "draw_seeds",
     "find_pretrained",
+    "name_origin",
     "read_single_index",
     "with_seeds",
 ]
@@ -78,6 +79,24 @@ def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     return find_model(
         name, **{k: v for k, v in options.items() if k in HUB_OPTIONS and v is not None}
     )
+
+
+def name_origin(pipe: Any, given: str | Path, folder: Path) -> None:
+    """Says in the configurations of a pipeline and of its parts which model they are of: by the
+    model's name or its folder's, since a path of this machine would be written into what is
+    saved."""
+    path = Path(given).expanduser()
+    name = path.resolve().name if path.is_dir() and folder == path else str(given)
+    pipe.register_to_config(_name_or_path=name)
+    for part in pipe.components.values():
+        config = getattr(part, "config", None)
+        origin = getattr(config, "_name_or_path", None)
+        if isinstance(origin, str | Path) and Path(origin).is_relative_to(folder):
+            shown = str(name / Path(origin).relative_to(folder))
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path=shown)
+            else:
+                config._name_or_path = shown  # type: ignore[union-attr]
 
 
 def read_single_index(link: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ddim.models.checkpoints import (
     read_model_index,
 )
 from ddim.pipelines.adopted import Adopted, adopt, adopted, read_as_written, replace_schedulers
-from ddim.pipelines.base import Sampling, find_pretrained, read_single_index
+from ddim.pipelines.base import Sampling, find_pretrained, name_origin, read_single_index
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 __all__ = ["DiffusionPipeline", "text_pipeline"]
@@ -83,7 +83,7 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
             pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
             replace_schedulers(adopt(pipe), options)
             read_as_written(pipe, options)
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        name_origin(pipe, pretrained_model_name_or_path, folder)
         return pipe  # type: ignore[no-any-return]
 
     @classmethod

@@ -23,7 +23,14 @@ from ddim.core.sampler import State, walk
 from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.models.checkpoints import STABLE_DIFFUSION, load_pipeline, read_model_index
 from ddim.models.export import to_diffusers
-from ddim.pipelines.base import Callback, Place, find_pretrained, read_single_index, with_seeds
+from ddim.pipelines.base import (
+    Callback,
+    Place,
+    find_pretrained,
+    name_origin,
+    read_single_index,
+    with_seeds,
+)
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.networks import acting, copy_if_replayed, mark_loaded, prepare_walk
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
@@ -113,7 +120,7 @@ class StableDiffusion(Coding):
         pipe: Any = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
         loaded = (getattr(pipe, name, None) for name in ("unet", "vae") if name not in options)
         mark_loaded(*(part for part in loaded if part is not None))
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        name_origin(pipe, pretrained_model_name_or_path, folder)
         return cast(Self, pipe)
 
     @classmethod

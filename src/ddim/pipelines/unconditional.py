@@ -35,6 +35,7 @@ from ddim.pipelines.base import (
     Generators,
     Source,
     find_pretrained,
+    name_origin,
     with_seeds,
 )
 from ddim.pipelines.coding import Coding
@@ -135,7 +136,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             pipe = cls(network, config)
         if unet is None:
             mark_loaded(pipe.unet)
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        name_origin(pipe, pretrained_model_name_or_path, folder)
         return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:

@@ -3,6 +3,7 @@ protocol records of it."""
 
 import contextlib
 import importlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ def quiet_libraries(*, text: bool = False) -> None:
         with contextlib.suppress(ImportError):  # whatever needs it says so in a sentence
             libraries.append(importlib.import_module("transformers"))
     for library in libraries:
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised, and told once
         library.utils.logging.disable_progress_bar()
 
 

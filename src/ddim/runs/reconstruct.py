@@ -12,6 +12,7 @@ from ddim.core.sampler import State
 from ddim.data.pictures import Selection, check_images, read_images
 from ddim.errors import DivergenceError
 from ddim.evaluation.latents import plot_errors, reconstruction_table
+from ddim.evaluation.report import plain_words
 from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.inversion.codes import ENCODERS
@@ -138,9 +139,10 @@ class ReconstructJob(PixelJob):
         start = f", from number {request.seed} on" if request.seed else ""
         setting = (
             f"Mean squared error per dimension, pixels in [0, 1], of {request.count} images of "
-            f"{request.data} ({self.pictures.data['split']}{start}); {request.dtype} network, "
-            "float64 states, no clipping. Evaluations are those of encoding. The rows of sheet.png "
-            f"are the originals, then {', '.join(request.method)} at {fewest} steps."
+            f"{plain_words(str(request.data))} ({self.pictures.data['split']}{start}); "
+            f"{request.dtype} network, float64 states, no clipping. Evaluations are those of "
+            "encoding. The rows of sheet.png are the originals, then "
+            f"{', '.join(request.method)} at {fewest} steps."
         )
         table = reconstruction_table(rows, title=request.model, setting=setting)
         write_text(self.folder / "table.md", table)

@@ -25,6 +25,7 @@ from ddim.evaluation.report import (
     PLOTS,
     Cell,
     flat_records,
+    plain_words,
     read_cell,
     save_plots,
     to_csv,
@@ -232,10 +233,10 @@ class TableJob(MeasuringJob):
             f"DDIM of order {protocol['order']}, {spacing} timesteps, clipping "
             f"{protocol['clip']['kind']}, float32, weights {protocol['weight_hash']}; {count} "
             f"images a cell{fewer}, seeds from {request.seed} on, the same in every cell; "
-            f"reference {request.reference} ({request.split}, {len(self.real)} images); "
-            f"extractors: {networks}; ± is the spread over seeds, {spread}. Time: "
-            f"{self.execution['device']}, batches of {request.batch_size}, {request.processes} at "
-            f"once, {compiled}."
+            f"reference {plain_words(str(request.reference))} ({request.split}, "
+            f"{len(self.real)} images); extractors: {networks}; ± is the spread over seeds, "
+            f"{spread}. Time: {self.execution['device']}, batches of "
+            f"{request.batch_size}, {request.processes} at once, {compiled}."
         )
 
 

@@ -112,9 +112,7 @@ def save_model(
     folder written before, if the file system allows it."""
     for name, part in package.parts(network).items():
         part.save_pretrained(folder / name)
-        config = read_json(folder / name / "config.json")
-        if config.pop("_name_or_path", None) is not None:  # where the base lay on this machine
-            write_json(folder / name / "config.json", config, sort_keys=True)
+        _forget_origin(folder / name)
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)
@@ -139,6 +137,16 @@ def _copy_part(source: Path, target: Path, previous: Path | None) -> None:
                 os.link(previous / file.name, target / file.name)
                 continue
         shutil.copyfile(file, target / file.name)
+    _forget_origin(target)
+
+
+def _forget_origin(part: Path) -> None:
+    """Removes from the configurations of a part where it lay when it was loaded."""
+    for path in (part / "config.json", part / "tokenizer_config.json"):
+        config = read_json(path) if path.is_file() else {}
+        kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "name_or_path")}
+        if kept != config:
+            write_json(path, kept, sort_keys=True)
 
 
 def is_published(out: Path, network: nn.Module, package: Package) -> bool:
