@@ -328,9 +328,11 @@ def test_a_foreign_configuration_is_followed_with_a_note(foreign, tiny, tmp_path
     )
 
 
-def test_half_precision_runs_and_is_recorded(tiny, tmp_path):
+def test_half_precision_runs_is_recorded_and_told(tiny, tmp_path, capsys):
     assert sample(tiny, tmp_path, "--count", 1, "--dtype", "bfloat16") == 0
     assert record(tmp_path)["protocol"]["dtype"] == "bfloat16"
+    said = "grey levels from those in float32; --dtype float32 is the way out."
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_the_grid_does_not_grow_without_end(tiny, tmp_path):

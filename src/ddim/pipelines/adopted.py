@@ -12,6 +12,7 @@ import diffusers
 from ddim.configuration import given_options
 from ddim.core.noise import check_seeds, make_generators
 from ddim.errors import DDIMError
+from ddim.pipelines.networks import mention_precision
 from ddim.pipelines.routing import RouteOptions, reconfigured
 from ddim.scheduler import DDIMInverseScheduler, as_ddim
 
@@ -82,6 +83,7 @@ def adopted(kind: type[Any]) -> type:
             raise DDIMError("timesteps say which levels are visited; leave out timestep_spacing.")
         if ours.get("seeds") is not None:
             options |= _seeded(kind, known, given, ours["seeds"])
+        mention_precision(self)
         names = [name for name in ("scheduler", "inverse_scheduler") if hasattr(self, name)]
         with reconfigured([getattr(self, name) for name in names], spacing, order):
             return theirs(self, *args, **options)

@@ -22,7 +22,7 @@ from ddim.errors import CheckpointError, DDIMError, DivergenceError
 from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_trajectory
 from ddim.models.checkpoints import find_model, read_model_index
 from ddim.models.folder import check_index
-from ddim.pipelines.networks import is_compiled, prepare_for_compiling
+from ddim.pipelines.networks import is_compiled, mention_precision, prepare_for_compiling
 from ddim.pipelines.routing import (
     ClipOption,
     RouteOptions,
@@ -232,6 +232,7 @@ class Sampling:
     def _model(
         self, network: Callable[[Tensor, Tensor], Tensor], clip: ClipOption, dtype: torch.dtype
     ) -> ModelDenoiser:
+        mention_precision(self)
         kind, clip = self._options.prediction_type, self.select_clip(clip)
         return ModelDenoiser(network, self.noise_schedule, kind, clip, dtype)
 

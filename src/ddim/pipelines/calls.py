@@ -16,6 +16,7 @@ from ddim.core.timesteps import truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.pipelines.base import Source, draw_seeds, with_seeds
 from ddim.pipelines.foreign import check_scheduler
+from ddim.pipelines.networks import mention_precision
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import (
     Guidance,
@@ -74,6 +75,7 @@ def _draw_elsewhere(
     pipe: Any, given: dict[str, Any], others: dict[str, Any], reason: str, defaults: dict[str, Any]
 ) -> Any:
     """Calls diffusers' own loop, or refuses arguments of ours that have no meaning there."""
+    mention_precision(pipe)
     theirs = pipe._exported.__call__
     known = inspect.signature(theirs).parameters
     ours = {name: given.pop(name) for name in list(given) if name not in known}

@@ -15,12 +15,16 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ddim.errors import DDIMError
+from ddim.scheduler_base import log_once
 
 __all__ = [
+    "COARSE",
     "acting",
     "copy_if_replayed",
+    "is_coarse",
     "is_compiled",
     "mark_loaded",
+    "mention_precision",
     "prepare_for_compiling",
     "prepare_walk",
     "weights_of",
@@ -43,6 +47,15 @@ LARGE, SMALL_MAP = 2**17, 1024
 SMALL_MAP pixels, where torch's kernel goes through the channels of a group one by one."""
 
 
+_HOOKS = {"_hf_hook", "_diffusers_hook"}
+"""Where accelerate and diffusers keep what moves or casts the weights of a module at its calls."""
+
+COARSE = (
+    "the network computes in bfloat16 on a CPU: single pixels may be off by 180 of 255 grey levels "
+    "from those in float32"
+)
+"""What happens there, as the beginning of a sentence."""
+
 _loaded: WeakSet[nn.Module] = WeakSet()
 _thread = threading.local()
 
@@ -59,17 +72,23 @@ def prepare_walk(network: nn.Module) -> None:
     of :func:`acting`, its parameters and their layout stay.
 
     Convolutions get a copy of their weights that lies channels-last, made at the first walk and
-    renewed at each: as much memory again as their weights take. Nearest upsampling by 2 and its
+    renewed at each: as much memory again as their weights take. They get none where a hook moves or
+    casts the weights at each call, which is done to save memory. Nearest upsampling by 2 and its
     convolution become one transposed convolution, of 16 multiplications an input in place of 36.
     Group norm goes by rows where that is faster. Two threads may walk at once."""
     if network not in _loaded:
         return
     _swap_layers(network)
-    if is_compiled(network) or hasattr(network, "_hf_hook"):  # whose weights move at each call
+    if is_compiled(network):
         return
-    for layer in network.modules():
+    layers = list(network.modules())
+    is_moving = any(not _HOOKS.isdisjoint(vars(layer)) for layer in layers)
+    for layer in layers:
         if isinstance(layer, _LaidConv2d):
-            layer.renew()
+            if is_moving:
+                layer._laid = None
+            else:
+                layer.renew()
 
 
 @contextmanager
@@ -103,6 +122,19 @@ def prepare_for_compiling(network: nn.Module) -> None:
             module.always = True
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
             module.set_processor(_ShortAttnProcessor())
+
+
+def is_coarse(pipe: Any) -> bool:
+    """Whether a pipeline's network computes in bfloat16 on a CPU; see :data:`COARSE`."""
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    is_bfloat16 = getattr(network, "dtype", None) == torch.bfloat16
+    return is_bfloat16 and pipe._execution_device.type == "cpu"
+
+
+def mention_precision(pipe: Any) -> None:
+    """Logs, once, that a pipeline :func:`is_coarse`."""
+    if is_coarse(pipe):
+        log_once(f"{COARSE}; pipe.to(torch.float32) is the way out.")
 
 
 @cache

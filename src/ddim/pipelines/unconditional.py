@@ -49,7 +49,7 @@ from ddim.pipelines.inputs import (
     read_image_shape,
     takes_labels,
 )
-from ddim.pipelines.networks import mark_loaded
+from ddim.pipelines.networks import mark_loaded, mention_precision
 from ddim.pipelines.routing import ClipOption, Sampler, reconfigured
 from ddim.scheduler import as_ddim
 
@@ -284,6 +284,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
 
     def _draw_elsewhere(self, options: dict[str, Any]) -> Any:
         """Makes images by the loop of a scheduler that is not DDIM's."""
+        mention_precision(self)
         self._check_output_type(options["output_type"])
         steps, timesteps, spacing = take_levels(self.scheduler, options)
         names = ("batch_size", "class_labels", "seeds", "generator", "latents")

@@ -22,6 +22,7 @@ from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
+from ddim.pipelines.networks import COARSE, is_coarse
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
 from ddim.runs.record import RunRecord, identity
@@ -232,6 +233,8 @@ class SampleJob(ModelJob):
         clips = request.clip is None and request.sampler == "ddim" and route.clip.kind != "none"
         is_chosen = request.spacing or request.timesteps or request.image
         is_fitted = spacing_of(self.pipe, route.timesteps) == "fitted"
+        if is_coarse(self.pipe):
+            self.control.note(f"{COARSE}; --dtype float32 is the way out.")
         late = first != last and not is_fitted and not is_chosen
         if not self.model.has_scheduler:
             self.control.note(
