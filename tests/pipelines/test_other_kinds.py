@@ -130,6 +130,22 @@ def test_spacing_and_order_act_for_their_call_alone(pipe):
         draw(pipe, seeds=[1], order=1)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"]
+)
+def test_a_scheduler_that_is_put_in_samples_by_its_own_loop(name, pipe, latent_model):
+    theirs, images = diffusers.LDMPipeline.from_pretrained(latent_model), []
+    theirs.set_progress_bar_config(disable=True)
+    own = draw(pipe, seeds=[1])
+    for each in (pipe, theirs):
+        each.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        torch.manual_seed(0)  # this pipeline gives no generator to a step
+        images.append(draw(each, generator=torch.Generator().manual_seed(1)))
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-4)
+    assert abs(images[0] - own).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [

@@ -1318,6 +1318,40 @@ def test_a_scheduler_of_another_family_is_refused(both):
         draw(pipe)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"),
+        *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler"),
+    ],
+)
+def test_a_scheduler_that_is_put_in_samples_by_its_own_loop(name, both, edit):
+    kind = getattr(diffusers, name)
+    for pipe, theirs, given in (
+        (*both, {}),
+        (
+            edit,
+            diffusers.StableDiffusionImg2ImgPipeline(
+                **both[1].components, requires_safety_checker=False
+            ),
+            {"image": picture(), "strength": 1.0},
+        ),
+    ):
+        kept, images = (pipe.scheduler, theirs.scheduler), []
+        for each in (pipe, theirs):
+            each.set_progress_bar_config(disable=True)
+            each.scheduler = kind.from_config(kept[0].config)
+            generator = make_generators([1])
+            images.append(
+                each(PROMPT, num_inference_steps=4, generator=generator, output_type="pt", **given)
+            )
+        pipe.scheduler, theirs.scheduler = kept
+        torch.testing.assert_close(images[0].images, images[1].images, rtol=0, atol=1e-4)
+        own = pipe(PROMPT, num_inference_steps=4, seeds=[1], **QUIET, **given).images
+        assert (own - images[0].images).abs().max() > 1e-3  # no DDIM in silence
+
+
 @pytest.mark.filterwarnings("ignore:.*`callback:FutureWarning")
 def test_what_goes_to_diffusers_own_call_is_checked_and_counted_alike(pipe, edit, capsys):
     theirs = {

@@ -538,6 +538,24 @@ def test_a_scheduler_of_another_family_samples_by_its_own_loop(name, pipe):
     torch.testing.assert_close(stopped, (states[0].x0 / 2 + 0.5).clamp(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        *((name, "walks no noise schedule of") for name in ("EDMEulerScheduler", "IPNDMScheduler")),
+        ("CMStochasticIterativeScheduler", "walks no noise schedule of DDIM's family"),
+        ("ScoreSdeVeScheduler", "walks no noise schedule of DDIM's family"),
+        ("DDIMInverseScheduler", "goes from data to noise"),
+        ("DPMSolverMultistepInverseScheduler", "goes from data to noise"),
+        ("RePaintScheduler", "needs original_image, mask, which this pipeline does not have"),
+    ],
+)
+def test_a_scheduler_that_cannot_make_images_of_noise_is_refused(kind, why, pipe):
+    made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
+    made.scheduler = getattr(diffusers, kind)()
+    with pytest.raises(DDIMError, match=f"a {kind} {why}"):
+        draw(made, seeds=[0])
+
+
 def test_what_is_ddims_alone_is_refused_with_another_scheduler(pipe):
     made = UnconditionalPipeline(pipe.unet, pipe.scheduler)
     made.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)

@@ -18,13 +18,16 @@ from ddim.errors import DDIMError
 __all__ = ["check_scheduler", "foreign_states", "set_levels", "step_options", "take_levels"]
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Refuses a scheduler that walks no noise schedule of DDIM's family."""
-    if not hasattr(scheduler, "init_noise_sigma"):
+def check_scheduler(scheduler: Any, *needed: str) -> None:
+    """Refuses a scheduler that walks no noise schedule of DDIM's family, lacks what is needed of
+    one, or goes from data to noise."""
+    kind = type(scheduler).__name__
+    lacks = [name for name in ("init_noise_sigma", *needed) if not hasattr(scheduler, name)]
+    if lacks or "Inverse" in kind:
+        why = "walks no noise schedule of DDIM's family" if lacks else "goes from data to noise"
         raise DDIMError(
-            f"a {type(scheduler).__name__} walks no noise schedule of DDIM's family, so this "
-            "pipeline cannot use it; set pipe.scheduler to a ddim.DDIMScheduler, or to another "
-            "scheduler of diffusers for such models."
+            f"a {kind} {why}, so this pipeline cannot use it; set pipe.scheduler to a "
+            "ddim.DDIMScheduler, or to another scheduler of diffusers for such models."
         )
 
 
@@ -33,7 +36,7 @@ def take_levels(
 ) -> tuple[int | None, Sequence[int] | None, Spacing | None]:
     """The steps, timesteps and spacing of a call of an unconditional pipeline; a DDIMError refuses
     what is DDIM's alone."""
-    check_scheduler(scheduler)
+    check_scheduler(scheduler, "step", "alphas_cumprod")
     names = ("order", "clip", "prior", "eps_mean_square")
     refused = [name for name in names if options[name] is not None]
     refused += ["use_clipped_model_output"] if options["use_clipped_model_output"] else []
@@ -68,6 +71,14 @@ def set_levels(
 def step_options(scheduler: Any, eta: Eta, generators: list[torch.Generator]) -> dict[str, Any]:
     """What a scheduler's step takes of a call; a DDIMError refuses an eta that it does not."""
     known = inspect.signature(scheduler.step).parameters
+    required = [
+        name for name, p in known.items() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    if more := required[3:]:
+        raise DDIMError(
+            f"the step of a {type(scheduler).__name__} needs {', '.join(more)}, which this "
+            "pipeline does not have; use diffusers' own pipeline for it."
+        )
     if isinstance(eta, str) or (eta != 0 and "eta" not in known):
         raise DDIMError(
             f"the step of a {type(scheduler).__name__} cannot take eta={eta!r}; leave it out, or "
