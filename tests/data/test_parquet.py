@@ -97,16 +97,14 @@ def test_columns_by_name(tmp_path, datasets):
         load_images(str(tmp_path / "a.parquet"), image_column="scan", label_column="label")
 
 
-def test_rows_without_a_usable_image(tmp_path, datasets):
-    write_parquet(
-        datasets, tmp_path / "a.parquet", image_bytes=[encode(GREY[0]), None, b"no image"]
-    )
-    options = {"image_column": "image_bytes"}
-    with pytest.raises(DataError, match="image 1 of .* is empty; remove its row"):
-        load_images(str(tmp_path / "a.parquet"), **options)
-    data = load_images(str(tmp_path / "a.parquet"), channels=1, resolution=4, **options)
-    with pytest.raises(DataError, match="image 2 of .* cannot be decoded"):
-        data[2]
+@pytest.mark.parametrize("options", [{}, {"channels": 1, "resolution": 4}])
+@pytest.mark.parametrize(
+    ("row", "text"), [(None, "is empty; remove its row"), (b"no image", "cannot be decoded")]
+)
+def test_a_row_without_a_usable_image_is_told_at_once(tmp_path, datasets, row, text, options):
+    write_parquet(datasets, tmp_path / "a.parquet", image_bytes=[encode(GREY[0]), row])
+    with pytest.raises(DataError, match=f"image 1 of .* {text}"):
+        load_images(str(tmp_path / "a.parquet"), image_column="image_bytes", **options)
 
 
 def test_a_table_of_several_sizes_is_told_at_once(tmp_path, datasets):
@@ -299,3 +297,14 @@ def test_a_name_that_is_neither_here_nor_reached_says_so_at_once(datasets, monke
         load_images("nothere")
     assert time.perf_counter() - began < 5
     assert "Retry" not in caplog.text
+
+
+def test_tables_that_are_not_all_there_and_columns_that_are_left_out_are_told(tmp_path, datasets):
+    for place in (0, 2):
+        columns = {"image": GREY[:3], "mask": GREY[:3], "text": [["a", "b"], ["c"], ["d", "e"]]}
+        write_parquet(datasets, tmp_path / "set" / f"train-0000{place}-of-00005.parquet", **columns)
+    assert load_images(str(tmp_path / "set"), captions=True).notes == (
+        f"{tmp_path / 'set'} has 2 of the 5 tables that their names count.",
+        f"{tmp_path / 'set'} has images in image, mask; image is read.",
+        f"4 images of {tmp_path / 'set'} have several captions; the first is taken.",
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from ddim.configuration import noise_schedule
@@ -782,3 +783,18 @@ def test_a_new_network_of_an_unconditional_base(tmp_path, tiny):
 def test_what_does_not_fit_an_unconditional_base(tmp_path, tiny, options, text):
     with pytest.raises(DDIMError, match=text):
         train(config(tmp_path / "out", tiny, "digits", **options))
+
+
+def test_random_crops_train_a_text_model_and_what_was_left_out_is_told(tmp_path, tiny_text):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, size in enumerate([(40, 16), (16, 30), (20, 20)]):
+        Image.effect_noise(size, 99).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a red square\nmore")
+    (folder / "0.svg").write_text("no picture")
+    options = {"images": 8, "resolution": 16, "random_crop": True, "validation_images": 0}
+    notes = []
+    result = train(config(tmp_path / "out", tiny_text, folder, **options), on_note=notes.append)
+    assert result.finished
+    assert notes[0] == f"1 files of {folder} are no pictures: 1 .svg."
+    assert notes[1].startswith(f"3 captions of {folder} have several lines")

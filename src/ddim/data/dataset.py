@@ -38,14 +38,21 @@ class Header(NamedTuple):
     size: tuple[int, int]
     """Width and height, as stored: EXIF may turn it on its side."""
     is_grey: bool
+    is_clear: bool
+    """Whether it has an alpha channel."""
+    is_deep: bool
+    """Whether it has whole numbers of more than 8 bits."""
+    is_moving: bool
+    """Whether it has several frames or pages; photos with a preview (MPO) do not count."""
 
     @classmethod
     def of(cls, picture: Any) -> "Header":
         """Reads an open Pillow image."""
-        mode = picture.mode
-        return cls(
-            picture.size, mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
-        )
+        is_deep = picture.mode == "I" or picture.mode.startswith("I;16")
+        is_clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        is_moving = getattr(picture, "is_animated", False) and picture.format != "MPO"
+        is_grey = is_deep or picture.mode in ("1", "L", "LA", "La", "F")
+        return cls(picture.size, is_grey, is_clear, is_deep, is_moving)
 
 
 class Source(NamedTuple):

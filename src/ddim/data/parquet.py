@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,20 @@ def files_of_split(
     """Picks the parquet files of a split by their names, and says which are of none."""
     chosen = choose_split(source, [path.stem for path in tables], split)
     if chosen is None:
-        return tables, ()
+        return tables, _missing_parts(source, tables)
     other = [path for path in tables if split_of(path.stem) is None and path.stem not in chosen]
     told = f"{len(other)} tables of {source} are of no split and are left out, such as "
     notes = (f"{told}{other[0].name}.",) if other else ()
-    return [path for path in tables if path.stem in chosen], notes
+    tables = [path for path in tables if path.stem in chosen]
+    return tables, notes + _missing_parts(source, tables)
+
+
+def _missing_parts(source: str, tables: list[Path]) -> tuple[str, ...]:
+    """Says that tables such as ``train-00000-of-00005`` are not all there."""
+    counts = [int(found[1]) for t in tables if (found := re.search("-of-([0-9]{1,9})$", t.stem))]
+    if len(counts) != len(tables) or len(tables) >= max(counts):
+        return ()
+    return (f"{source} has {len(tables)} of the {max(counts)} tables that their names count.",)
 
 
 def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
@@ -204,6 +214,11 @@ def _open_columns(name: str, table: Any, columns: Columns, hub_id: str | None = 
         if asked is not None and asked not in names:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(names)}.")
     images = _open_images(name, table, columns.image, hub_id)
+    typed = [c for c in names if isinstance(features[c], datasets.Image)]
+    is_told = columns.image is not None or len(typed) < 2
+    notes: tuple[str, ...] = ()
+    if not is_told:
+        notes = (f"{name} has images in {', '.join(typed)}; {typed[0]} is read.",)
     usual = (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c]))
     label, labels, class_names, captions = columns.label or next(usual, None), None, None, None
     if label is not None:
@@ -213,9 +228,11 @@ def _open_columns(name: str, table: Any, columns: Columns, hub_id: str | None = 
     caption = columns.caption or next((c for c in CAPTION_COLUMNS if c in names), None)
     if columns.captions and caption is not None:
         where = f"column {caption!r} of {name}"
-        rows = enumerate(_plain(table, caption))
-        captions = [one_caption(value, f"row {i} of {where}") for i, value in rows]
-    return Source(images, labels, class_names, captions)
+        rows = _plain(table, caption)
+        captions = [one_caption(value, f"row {i} of {where}") for i, value in enumerate(rows)]
+        if several := sum(isinstance(value, list) and len(value) > 1 for value in rows):
+            notes += (f"{several} images of {name} have several captions; the first is taken.",)
+    return Source(images, labels, class_names, captions, notes=notes)
 
 
 def _plain(table: Any, column: str) -> list[Any]:

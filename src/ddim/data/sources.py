@@ -15,7 +15,7 @@ from ddim.data.folders import SUFFIXES, open_folder
 from ddim.data.named import NAMED, fashion_mnist_folder, open_fashion_mnist
 from ddim.data.parquet import files_of_split, open_hub, open_parquet
 from ddim.data.splits import NoSuchSplit, no_such_split, split_of
-from ddim.data.survey import survey_colour, survey_sizes
+from ddim.data.survey import survey, survey_sizes
 from ddim.errors import DataError
 
 __all__ = ["check_source", "is_here", "load_images", "load_test_images"]
@@ -71,9 +71,8 @@ def load_images(
     opened = _open(source, split, Columns(image_column, label_column, caption_column, captions))
     if resolution is None:
         survey_sizes(source, opened, center_crop=center_crop)
-    if channels is None:
-        channels, notes = survey_colour(source, opened)
-        opened = opened._replace(notes=opened.notes + notes)
+    channels, notes = survey(source, opened, channels=channels, resolution=resolution)
+    opened = opened._replace(notes=opened.notes + notes)
     if not captions:
         opened = opened._replace(captions=None)
     data = ImageData.of_source(
@@ -101,7 +100,8 @@ def _open(source: str, split: str, columns: Columns) -> Source:
     if path.is_dir():
         if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
             chosen, notes = files_of_split(source, tables, split)
-            return open_parquet(source, chosen, columns)._replace(notes=notes)
+            opened = open_parquet(source, chosen, columns)
+            return opened._replace(notes=notes + opened.notes)
         is_idx = next(path.glob("*idx3-ubyte*"), None) is not None
         _refuse_columns(source, columns if is_idx else replace(columns, caption=None))
         if is_idx:

@@ -1,12 +1,14 @@
 """Looks at the headers of pictures before a run, so that no stray one ends it late."""
 
+from collections.abc import Callable
+
 from ddim.data.batches import pick
 from ddim.data.dataset import Header, Source, mixed_sizes
 
-__all__ = ["survey_colour", "survey_sizes"]
+__all__ = ["survey", "survey_sizes"]
 
 _MOST = 10_000
-"""Pictures of a table, or without a look at their sizes, that are opened."""
+"""Pictures that are looked at where not every size counts."""
 
 
 def survey_sizes(name: str, source: Source, *, center_crop: bool) -> None:
@@ -37,16 +39,42 @@ def survey_sizes(name: str, source: Source, *, center_crop: bool) -> None:
             )
 
 
-def survey_colour(name: str, source: Source) -> tuple[int | None, tuple[str, ...]]:
-    """Returns the channels that lose nothing, 1 if all pictures are grey and 3 if one is not, and
-    what to tell of it; None for arrays, which are all alike."""
+def survey(
+    name: str, source: Source, *, channels: int | None, resolution: int | tuple[int, int] | None
+) -> tuple[int | None, tuple[str, ...]]:
+    """Looks at pictures, or at many of them, and says what becomes of those that are read in part
+    or changed.
+
+    Args:
+        name: The source, for the sentences.
+        source: What was opened.
+        channels: Channels of the images. None: those that lose nothing.
+        resolution: The size that they are brought to, if they are.
+
+    Returns:
+        The channels, 1 if all pictures are grey and 3 if one is not (None for arrays, which are all
+        alike), and the sentences.
+    """
     items = source.images
-    read = getattr(items, "header", None)
+    read: Callable[[int], Header] | None = getattr(items, "header", None)
     if read is None or not len(items):
-        return None, ()
-    places = pick(len(items), _MOST)
-    grey = sum(read(place).is_grey for place in places)
-    if grey in (0, len(places)):
-        return 1 if grey else 3, ()
-    other = len(places) - grey
-    return 3, (f"{grey} images of {name} are grey and {other} coloured; all are read in colour.",)
+        return channels, ()
+    headers = [read(place) for place in pick(len(items), _MOST)]
+    grey, notes = sum(header.is_grey for header in headers), []
+    if channels is None and 0 < grey < len(headers):
+        other = len(headers) - grey
+        notes.append(
+            f"{grey} images of {name} are grey and {other} coloured; all are read in colour."
+        )
+    height, width = resolution if isinstance(resolution, tuple) else (resolution or 0,) * 2
+    square = height == width  # EXIF may turn a picture on its side
+    small = sum(square and min(header.size) < height for header in headers)
+    for count, fate in (
+        (sum(header.is_clear for header in headers), "are transparent, and are laid over white"),
+        (sum(header.is_deep for header in headers), "have 16 bits, of which the upper 8 are read"),
+        (sum(header.is_moving for header in headers), "have several frames; the first is read"),
+        (small, f"are smaller than {width}x{height}, and are enlarged"),
+    ):
+        if count:
+            notes.append(f"{count} images of {name} {fate}.")
+    return channels or (1 if grey == len(headers) else 3), tuple(notes)
