@@ -145,7 +145,7 @@ class GridScheduler:
             betas = configured_betas(vars(config))
             if betas.numel() != config.num_train_timesteps:
                 stated = f"but num_train_timesteps is {config.num_train_timesteps}"
-                log_once(f"trained_betas has {betas.numel()} levels, which are used, {stated}.")
+                log_once(f"trained_betas has {betas.numel()} levels, {stated}.")
             rescale, to_one = config.rescale_betas_zero_snr, config.set_alpha_to_one
             self._tables = Tables.from_betas(betas, rescale=rescale, set_alpha_to_one=to_one)
         if not self._tables.is_valid:  # accepted by diffusers; nothing more can be said about it

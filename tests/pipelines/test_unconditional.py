@@ -32,6 +32,18 @@ def draw(pipe, **options):
     return pipe(**{"num_inference_steps": 4, **QUIET, **options}).images
 
 
+def test_betas_of_more_levels_than_of_training_are_walked_as_in_diffusers(pipe):
+    betas = torch.linspace(1e-4, 0.02, 1500).tolist()
+    scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, trained_betas=betas)
+    theirs, ours = (
+        k(pipe.unet, scheduler) for k in (diffusers.DDIMPipeline, UnconditionalPipeline)
+    )
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(1, make_generators([3]), num_inference_steps=4, output_type="pt").images
+    assert ours.select_timesteps(4) == [999, 749, 499, 249]
+    torch.testing.assert_close(draw(ours, seeds=[3]), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [1, 10, 50])
 def test_images_are_those_of_diffusers_where_its_stride_is_the_neighbour(steps, eta, tiny, pipe):

@@ -122,7 +122,9 @@ def resolve_timesteps(
     """The levels that a call with these options visits; ``is_fitted`` lets the fitted timesteps of
     the configuration take part."""
     if timesteps is None:
-        count, total = 50 if num_inference_steps is None else num_inference_steps, len(schedule)
+        count = 50 if num_inference_steps is None else num_inference_steps
+        # As schedulers do, whose trained_betas may be more than the levels of training.
+        total = min(len(schedule), config.num_train_timesteps)
         return configured_timesteps(
             vars(config), count, total=total, spacing=spacing, use_fitted=is_fitted
         )
