@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ddim import UnconditionalPipeline, interpolate
-from ddim.models.images import make_grid, save_png
+from ddim.models.images import make_grid, save_picture
 
 IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
 
@@ -34,7 +34,7 @@ def main(out: str = "out/interpolation.png") -> float:
     pictures = np.stack([np.asarray(p) for p in pipe.decode(along)])[..., None]
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(
+    save_picture(
         make_grid(np.concatenate([first[None], pictures, last[None]]), columns=11), out, scale=3
     )
     missed = float(

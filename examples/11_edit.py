@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ddim import UnconditionalPipeline
-from ddim.models.images import make_grid, save_png
+from ddim.models.images import make_grid, save_picture
 
 IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
 SHIRT, PULLOVER = 0, 2
@@ -46,7 +46,7 @@ def main(out: str = "out/edit.png", group: int = 80, steps: int = 20) -> torch.T
         rows.append(np.stack([np.asarray(p) for p in pipe.decode(moved)])[..., None])
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(np.concatenate(rows), columns=len(edited)), out, scale=3)
+    save_picture(make_grid(np.concatenate(rows), columns=len(edited)), out, scale=3)
     print(f"{out}: originals, then strengths 0, 0.5 and 1")
     return torch.from_numpy(np.stack(rows))
 

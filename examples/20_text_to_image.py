@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddim import DDIMScheduler, DiffusionPipeline
-from ddim.models.images import label_rows, save_png
+from ddim.models.images import label_rows, save_picture
 
 BEFORE, AFTER = "a red sneaker on a black background", "a blue sneaker on a white background"
 
@@ -37,7 +37,7 @@ def main(
         labels.append(f"the first row, decoded as {prompt}: guidance {scale}")
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(
+    save_picture(
         label_rows(np.stack([np.asarray(picture) for row in rows for picture in row]), labels), out
     )
     print(f"{out}: {len(rows)} rows")

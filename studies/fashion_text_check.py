@@ -33,7 +33,7 @@ from ddim.data.sources import load_images
 from ddim.evaluation.classifier import load_classifier
 from ddim.files import write_text
 from ddim.models.checkpoints import find_model, weight_hash
-from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.models.images import make_grid, save_picture, to_uint8
 from fashion_judge import Asked, Judged, judge, saturated
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "check.json", json.dumps(found, indent=2) + "\n")
     shown = to_uint8(images[:: options.each] * 2 - 1)
-    save_png(
+    save_picture(
         make_grid(shown, columns=len(BACKGROUNDS) * len(COLOURS), padding=0),
         options.out / "sheet.png",
         scale=2,

@@ -38,7 +38,7 @@ from ddim.evaluation.classifier import load_classifier
 from ddim.files import locked, write_text
 from ddim.models.checkpoints import find_model, is_unconditional, read_model_index, weight_hash
 from ddim.models.folder import read_json
-from ddim.models.images import load_image, make_grid, save_png, to_uint8
+from ddim.models.images import load_image, make_grid, save_picture, to_uint8
 from ddim.runs.model import find_device
 from ddim.runs.record import RunRecord, check_protocol, read_run, versions, write_run
 from fashion_judge import Asked, judge
@@ -171,7 +171,7 @@ def measure(options: Options, out: Path, began: float) -> None:
     for done, name in enumerate(missing, start=1):
         records, strip = work[name]()
         if strip is not None:
-            save_png(strip, cells / f"{name}.png")
+            save_picture(strip, cells / f"{name}.png")
         write_text(cells / f"{name}.json", json.dumps(records, indent=2, allow_nan=False) + "\n")
         print(f"{name}: {summarise_cell(records)}; {done} of {len(missing)}", flush=True)
         write()

@@ -39,8 +39,9 @@ def evaluate(samples, reference, out, *options):
     )
 
 
+@pytest.mark.parametrize("kind", ["png", "webp"])
 def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(
-    tiny, reference, tmp_path, capsys
+    kind, tiny, reference, tmp_path, capsys
 ):
     assert (
         main(
@@ -51,6 +52,8 @@ def test_a_model_and_the_pictures_it_draws_come_to_the_same_numbers(
                 "3",
                 "--count",
                 "20",
+                "--picture",
+                kind,
                 "--out",
                 str(tmp_path / "pictures"),
             ]

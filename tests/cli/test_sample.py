@@ -17,6 +17,7 @@ from ddim.cli import main
 from ddim.errors import OutputError
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import weight_hash
+from ddim.models.images import load_image
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.record import IDENTITY, read_run
 
@@ -149,7 +150,7 @@ def test_a_terminal_shows_progress_whether_or_not_it_says_its_width(
 def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
     from ddim.runs import sample as drawing
 
-    real, written = drawing.save_png, []
+    real, written = drawing.save_picture, []
 
     def interrupt(image, path, **options):
         if len(written) == 2:
@@ -157,7 +158,7 @@ def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch)
         written.append(path)
         real(image, path, **options)
 
-    monkeypatch.setattr(drawing, "save_png", interrupt)
+    monkeypatch.setattr(drawing, "save_picture", interrupt)
     assert sample(tiny, tmp_path, "--count", 4, "--batch-size", 2) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
     assert names(tmp_path) == ["000000.png", "000001.png", "run.json"]
@@ -472,6 +473,24 @@ def test_the_default_folder_is_of_one_protocol_so_no_two_requests_meet(
     folders = names(tmp_path / "out")
     assert len(folders) == 2
     assert all(re.fullmatch(r"sample-tiny-[0-9a-f]{8}", name) for name in folders)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_pictures_keep_the_format_that_their_folder_began_with(kind, tiny, tmp_path, capsys):
+    options = ("--count", 2, "--picture", kind)
+    assert sample(tiny, tmp_path / "a", *options) == 0
+    assert sample(tiny, tmp_path / "a", *options[:1], 3, *options[2:]) == 0
+    assert "1 images drawn, 2 were there" in capsys.readouterr().out
+    drawn = [f"00000{seed}.{kind}" for seed in range(3)]
+    assert names(tmp_path / "a") == [*drawn, f"grid.{kind}", "run.json"]
+    assert [row["file"] for row in record(tmp_path / "a")["results"]] == drawn
+    with Image.open(tmp_path / "a" / drawn[0]) as picture:
+        assert picture.format == {"jpg": "JPEG", "webp": "WEBP"}[kind]
+    assert sample(tiny, tmp_path / "a") == 2
+    assert f'picture is "{kind}" there and null here' in capsys.readouterr().err
+    assert sample(tiny, tmp_path / "b", "--count", 1) == 0
+    exact, kept = pixels(tmp_path / "b" / "000000.png"), load_image(tmp_path / "a" / drawn[0])
+    assert np.abs(kept.astype(int)[..., 0] - exact).max() <= (0 if kind == "webp" else 20)
 
 
 def test_overwriting_starts_anew_and_keeps_what_is_not_listed(tiny, tmp_path, capsys):

@@ -13,10 +13,11 @@ from ddim.errors import DataError, DDIMError
 from ddim.files import write_text
 from ddim.models.images import (
     from_uint8,
+    label_rows,
     load_image,
     make_grid,
     open_picture,
-    save_png,
+    save_picture,
     to_pil,
     to_uint8,
 )
@@ -54,8 +55,8 @@ def test_other_shapes_are_refused(shape):
 def test_files_hold_the_bytes(channels, mode, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, channels), dtype=np.uint8)
     assert [p.mode for p in to_pil(pixels)] == [mode] * 2
-    save_png(pixels[0], tmp_path / "a.png")
-    save_png(to_pil(pixels)[1], tmp_path / "b.png", scale=3)
+    save_picture(pixels[0], tmp_path / "a.png")
+    save_picture(to_pil(pixels)[1], tmp_path / "b.png", scale=3)
     assert np.array_equal(load_image(tmp_path / "a.png"), pixels[0])
     assert np.array_equal(load_image(tmp_path / "b.png")[::3, ::3], pixels[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
@@ -82,7 +83,7 @@ def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text\.png is not a picture, or is damaged"):
         load_image(tmp_path / "text.png")
-    save_png(np.zeros((64, 64, 3), np.uint8), tmp_path / "cut.png")
+    save_picture(np.zeros((64, 64, 3), np.uint8), tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-30])
     with pytest.raises(DataError, match=r"cut\.png is not a picture, or is damaged"):
         load_image(tmp_path / "cut.png")
@@ -93,11 +94,37 @@ def test_transparent_and_palette_pictures_become_colour(tmp_path):
     assert load_image(tmp_path / "a.png").tolist() == [[[10, 20, 30]] * 3] * 2
 
 
+def test_the_ending_of_a_name_is_the_format_of_a_picture(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for ending, kind in (("png", "PNG"), ("jpg", "JPEG"), ("JPEG", "JPEG"), ("webp", "WEBP")):
+        save_picture(image, tmp_path / f"a.{ending}")
+        with Image.open(tmp_path / f"a.{ending}") as picture:
+            assert picture.format == kind
+        change = np.abs(load_image(tmp_path / f"a.{ending}").astype(int) - image).max()
+        assert bool(change) is (kind == "JPEG")
+    with pytest.raises(DDIMError, match=r"must end in one of \.png, .*; got .*a\.bmp"):
+        save_picture(image, tmp_path / "a.bmp")
+
+
+def test_rows_stand_under_their_labels_and_all_under_those_of_the_columns():
+    images = np.zeros((4, 50, 60, 1), np.uint8)
+    plain, headed = (label_rows(images, ["a", "b"], columns=c) for c in ([], ["left", "right"]))
+    assert headed.shape[0] == plain.shape[0] + 18
+    assert np.array_equal(headed[18:], plain)
+    dark = (headed[:18] < 128).any((0, 2)).nonzero()[0]
+    assert dark.min() < 10
+    assert 62 < dark.max() < 124
+    assert not ((dark > 40) & (dark < 62)).any()
+    larger = label_rows(images, ["a", "b"], scale=2)
+    assert larger.shape[0] == plain.shape[0] + 2 * 50
+
+
 @pytest.mark.parametrize(
-    "write", [lambda p: save_png(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_text(p, "{}")]
+    "write",
+    [lambda p: save_picture(np.zeros((4, 4, 1), np.uint8), p), lambda p: write_text(p, "{}")],
 )
 def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
-    path = tmp_path / "result"
+    path = tmp_path / "result.png"
     path.write_text("before")
 
     def full(self, target):
@@ -106,7 +133,7 @@ def test_a_full_disk_leaves_nothing_behind(write, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result.png"]
     assert path.read_text() == "before"
 
 

@@ -13,5 +13,5 @@ def run(request: Request) -> None:
     out = outcome.job.folder
     say(
         f"{outcome.made} images decoded in {outcome.record.seconds:.1f} s; they are in {out}, "
-        f"together in {out / 'grid.png'}."
+        f"together in {out / outcome.job.grid}."
     )

@@ -15,7 +15,7 @@ def run(request: Request) -> None:
     beside = f" {outcome.beside} of other {others} are there too, and not in the grid."
     say(
         f"{outcome.made} images drawn, {outcome.there} were there; they are in {out}, together in "
-        f"{out / 'grid.png'}.{beside if outcome.beside else ''}"
+        f"{out / job.grid}.{beside if outcome.beside else ''}"
     )
     if outcome.made:
         steps, seconds, total = len(job.route), outcome.record.seconds, len(job.pipe.noise_schedule)

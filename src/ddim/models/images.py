@@ -15,6 +15,7 @@ from ddim.errors import DataError, DDIMError
 from ddim.files import replacing
 
 __all__ = [
+    "ENDINGS",
     "FORMATS",
     "convert_mode",
     "crop_square",
@@ -28,11 +29,21 @@ __all__ = [
     "open_picture",
     "picture_size",
     "save_gif",
-    "save_png",
+    "save_picture",
     "sheet_scale",
     "to_pil",
     "to_uint8",
 ]
+
+
+_JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+ENDINGS: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": {"format": "WEBP", "lossless": True},
+}
+"""How Pillow writes pictures, by the ending of their names."""
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
@@ -249,37 +260,60 @@ def make_grid(
 
 
 def label_rows(
-    images: NDArray[np.uint8], labels: Sequence[str], *, padding: int = 2
+    images: NDArray[np.uint8],
+    labels: Sequence[str],
+    *,
+    columns: Sequence[str] = (),
+    scale: int = 1,
+    padding: int = 2,
 ) -> NDArray[np.uint8]:
-    """Lays images [B, H, W, C] out in as many rows as there are labels, each row under its label:
-    one picture [H', W', 3]."""
+    """Lays images [B, H, W, C] out in as many rows as there are labels, each row under its label,
+    and under all the labels of the columns: one picture [H', W', 3]. ``scale`` enlarges each pixel
+    of the images to a square."""
     from PIL import ImageDraw, ImageFont
 
-    columns, font = len(images) // len(labels), ImageFont.load_default(12)
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    count, font = len(images) // len(labels), ImageFont.load_default(12)
+    across = images.shape[2] + padding
     longest = max(int(font.getlength(label)) for label in labels)
-    width = max(longest, columns * (images.shape[2] + padding)) + 2 * padding
-    rows = []
+    width = max(longest, count * across) + 2 * padding
+
+    def strip(texts: Sequence[str]) -> NDArray[np.uint8]:
+        drawn = Image.new("RGB", (width, 18), "white")
+        for place, text in enumerate(texts):
+            where = (padding + place * across, 2)
+            ImageDraw.Draw(drawn).text(where, text, fill="black", font=font)
+        return np.asarray(drawn)
+
+    rows = [strip(columns)] if columns else []
     for number, label in enumerate(labels):
-        strip = Image.new("RGB", (width, 18), "white")
-        ImageDraw.Draw(strip).text((padding, 2), label, fill="black", font=font)
-        part = images[number * columns : (number + 1) * columns]
-        row = make_grid(part, columns=columns, padding=padding)
+        part = images[number * count : (number + 1) * count]
+        row = make_grid(part, columns=count, padding=padding)
         row = np.broadcast_to(row, (*row.shape[:2], 3))
         margin = ((0, 0), (0, width - row.shape[1]), (0, 0))
-        rows += [np.asarray(strip), np.pad(row, margin, constant_values=255)]
+        rows += [strip([label]), np.pad(row, margin, constant_values=255)]
     return np.concatenate(rows)
 
 
-def save_png(image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1) -> None:
-    """Writes one image, bytes [H, W, C] or Pillow's, as a PNG, whole or not at all; ``scale``
-    enlarges each pixel to a square."""
+def save_picture(
+    image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1
+) -> None:
+    """Writes one image, bytes [H, W, C] or Pillow's, in the format that the ending of its name
+    says, whole or not at all; ``scale`` enlarges each pixel to a square.
+
+    A JPEG changes pixels a little. A DDIMError refuses endings that are none of ENDINGS.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in ENDINGS:
+        message = f"the name of a picture must end in one of {', '.join(ENDINGS)}; got {path}."
+        raise DDIMError(message)
     picture = image if isinstance(image, Image.Image) else to_pil(image[None])[0]
     if scale > 1:
         picture = picture.resize(
             (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
         )
     with replacing(path) as partial:
-        picture.save(partial, format="PNG")
+        picture.save(partial, **ENDINGS[kind])
 
 
 def save_gif(images: NDArray[np.uint8], path: Path, *, scale: int = 1) -> None:

@@ -11,7 +11,7 @@ from ddim.data.pictures import Selection, check_images, missing_images, read_ima
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code, default_method, fingerprint, load_code, save_code
 from ddim.inversion.ddim import collect_unsolved
-from ddim.models.images import make_grid, save_png, sheet_scale
+from ddim.models.images import make_grid, save_picture, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import NAME, RunRecord, write_run
@@ -103,7 +103,8 @@ class DecodeJob(PixelJob):
                 f"{steps} levels are not below it."
             )
         self.items = range(first, first + len(code))
-        self.files = [*(f"{number:06d}.png" for number in self.items), "grid.png"]
+        self.grid = f"grid.{request.picture}"
+        self.files = [*map(self._file, self.items), self.grid]
         sampler = code.method if code.is_exact else "ddim"
         data = {"code": fingerprint(whole.states), "method": code.method}
         self.protocol = self.deterministic(self.timesteps, sampler=sampler, data=data)
@@ -121,11 +122,14 @@ class DecodeJob(PixelJob):
                 )
         self.calls, seconds = calls.each(len(code)), time.perf_counter() - began
         for number, picture in zip(missing, pictures, strict=True):
-            file = f"{number:06d}.png"
-            save_png(picture, self.folder / file)
+            file = self._file(number)
+            save_picture(picture, self.folder / file)
             yield Made(number, {"image": number, "file": file}, seconds / len(pictures))
         shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:SHOWN]])
-        save_png(make_grid(shown), self.folder / "grid.png", scale=sheet_scale(shown))
+        save_picture(make_grid(shown), self.folder / self.grid, scale=sheet_scale(shown))
+
+    def _file(self, number: int) -> str:
+        return f"{number:06d}.{self.request.picture}"
 
     def results(self, rows: list[Row]) -> list[Row]:
         latest = {row["image"]: row for row in rows}

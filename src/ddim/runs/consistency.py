@@ -15,7 +15,7 @@ from ddim.evaluation.latents import plot_errors, trajectory_table
 from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.inversion.encoding import reconstruction_error
-from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
+from ddim.models.images import label_rows, save_picture, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory, sampling_evaluations
 from ddim.runs.requests import ConsistencyRequest
@@ -106,8 +106,8 @@ class ConsistencyJob(PixelJob):
         request, longest = self.request, self.longest.steps
         setting = (
             f"Mean squared error per dimension, pixels in [0, 1], against {longest} steps of DDIM "
-            f"from the same {request.count} latents; {self.spacing} timesteps, no clipping. In "
-            "sheet.png a row is a latent, and the columns are the rows of this table, in order."
+            f"from the same {request.count} latents; {self.spacing} timesteps, no clipping. "
+            "sheet.png shows them."
         )
         table = trajectory_table(rows, title=request.model, setting=setting)
         write_text(self.folder / "table.md", table)
@@ -117,7 +117,8 @@ class ConsistencyJob(PixelJob):
         }
         paths = [self.folder / name for name in self.plots]
         plot_errors(rows, paths, name="sampler", along="evaluations", **labels)
-        # A row is an image, a column is a trajectory.
-        pictures = np.stack(self.sheet, 1).reshape(-1, *self.sheet[0].shape[1:])
-        grid = make_grid(pictures, columns=len(self.sheet))
-        save_png(grid, self.folder / "sheet.png", scale=sheet_scale(pictures))
+        pictures = np.concatenate(self.sheet)
+        names = [f"{item.sampler}, {item.steps} steps" for item in self.items]
+        seeds = [f"seed {seed}" for seed in self.seeds[:SHOWN]]
+        sheet = label_rows(pictures, names, columns=seeds, scale=sheet_scale(pictures))
+        save_picture(sheet, self.folder / "sheet.png")

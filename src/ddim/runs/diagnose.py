@@ -19,6 +19,7 @@ from ddim.figures import FORMATS, check_plots
 from ddim.models.checkpoints import find_model, load_network, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.models.folder import read_json
+from ddim.models.images import ENDINGS
 from ddim.options import check_request
 from ddim.runs.requests import DoctorRequest
 
@@ -61,8 +62,12 @@ def examine(request: DoctorRequest) -> Examination:
     _check_new([*([] if fix is None else [fix]), *(Path(n) for n in named if n is not None)])
     if request.plot is not None:
         check_plots()
-        if Path(request.plot).suffix not in (endings := [f".{kind}" for kind in FORMATS]):
-            raise DDIMError(f"--plot must end in one of {', '.join(endings)}; got {request.plot}.")
+    for option, path, endings in (
+        ("--plot", request.plot, [f".{kind}" for kind in FORMATS]),
+        ("--show", request.show, list(ENDINGS)),
+    ):
+        if path is not None and Path(path).suffix.lower() not in endings:
+            raise DDIMError(f"{option} must end in one of {', '.join(endings)}; got {path!r}.")
     _check_brightness(request)
     source = read_source(request.source, latent=request.latent)
     brightness, prior, answers, notes = _look_at_data(request, source)

@@ -15,6 +15,7 @@ from ddim.errors import DataError
 from ddim.evaluation.protocol import collect, measure, sample_cuts
 from ddim.models.checkpoints import embedded_models
 from ddim.models.facts import read_model
+from ddim.models.images import load_image
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import BATCH, MeasuringJob
 from ddim.runs.model import find_device, spacing_of
@@ -93,7 +94,13 @@ class EvaluateJob(MeasuringJob):
                 f"{name} lacks {len(absent)} of the pictures that its run.json lists, such as "
                 f"{absent[0]}; draw them again."
             )
-        data = load_images(name)
+        # WebP knows no grey pictures, and grey ones come out of it with three equal channels.
+        is_webp = bool(listed) and listed[0].endswith(".webp")
+        first = load_image(path / listed[0]) if is_webp else None
+        is_grey = first is not None and bool((first == first[..., :1]).all())
+        data = load_images(name, channels=1 if is_grey else None)
+        if listed and listed[0].endswith(".jpg"):
+            self.control.note("jpg changes pixels a little; png or webp pictures measure better.")
         self.note_all(data.notes)
         self.count = count = options.count or len(data)
         if count > len(data):

@@ -15,7 +15,7 @@ from ddim.data.pictures import Pictures, Selection, check_images, read_images
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code
 from ddim.inversion.ddim import collect_unsolved
-from ddim.models.images import make_grid, save_gif, save_png, sheet_scale
+from ddim.models.images import make_grid, save_gif, save_picture, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.requests import InterpolateRequest
@@ -51,7 +51,7 @@ class InterpolateJob(PixelJob):
             self.ends = read_images(Selection.of(request), self.pipe.image_shape, self.model)
             data = {**self.ends.data, "method": request.method}
         self.rms, self.unsolved = list[float](), list[str]()
-        self.items = ["grid.png" if request.grid else "strip.png"]
+        self.items = [f"{'grid' if request.grid else 'strip'}.{request.picture}"]
         self.files = [*self.items, *(["path.gif"] if request.gif else [])]
         how = {"kind": request.interpolation, "grid": request.grid}
         self.protocol = self.deterministic(
@@ -107,7 +107,7 @@ class InterpolateJob(PixelJob):
         self.rms, self.unsolved = whole.rms().tolist(), unsolved
         self.calls = encoding.each(len(code)) + decoding.each(len(pixels))
         scale, name = sheet_scale(pixels), missing[0]
-        save_png(make_grid(pixels, columns=request.count), self.folder / name, scale=scale)
+        save_picture(make_grid(pixels, columns=request.count), self.folder / name, scale=scale)
         if request.gif:
             save_gif(pixels, self.folder / "path.gif", scale=scale)
         yield Made(name, seconds=seconds)

@@ -164,6 +164,7 @@ class ModelJob(Job):
     def describe(self, *, clip: Clip) -> dict[str, Any]:
         """The part of a protocol about the network, its classes, and how its prediction is read."""
         config, label = self.pipe.scheduler.config, self._option("class_", None)
+        picture = self._option("picture", "png")
         keys = "num_train_timesteps beta_schedule beta_start beta_end trained_betas"
         keys += " rescale_betas_zero_snr prediction_type set_alpha_to_one"
         bounds = {
@@ -184,6 +185,7 @@ class ModelJob(Job):
             "prompt": None,
             "guidance_scale": None,
             "dtype": self._option("dtype", "float32"),
+            "picture": None if picture == "png" else picture,
             "class": (drawn if has_classes else None) if label is None else label,
         }
 

@@ -18,7 +18,7 @@ from ddim.files import write_text
 from ddim.inversion.codes import ENCODERS
 from ddim.inversion.ddim import collect_unsolved
 from ddim.inversion.encoding import reconstruction_error
-from ddim.models.images import make_grid, save_png, sheet_scale, to_uint8
+from ddim.models.images import label_rows, save_picture, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import RunRecord
@@ -153,9 +153,10 @@ class ReconstructJob(PixelJob):
     def _write_sheet(self, timesteps: list[int]) -> None:
         """Originals in the first row, then a row for each method at the fewest steps."""
         x0, labels, *_ = self.pictures.part(0, SHOWN)
-        rows = [to_uint8(x0)]
+        rows, names = [to_uint8(x0)], ["originals"]
         walk: dict[str, Any] = {"timesteps": timesteps, "class_labels": labels}
         for method in self.request.method:
+            names.append(f"{method}, {len(timesteps)} steps each way")
             with collect_unsolved():  # they are in the table
                 try:
                     code = self.pipe.encode(x0, **walk, method=method)  # type: ignore[arg-type]
@@ -163,6 +164,8 @@ class ReconstructJob(PixelJob):
                     rows.append(to_uint8(2 * back - 1))
                 except DivergenceError:  # an empty row, as the table says
                     rows.append(np.zeros_like(rows[0]))
+                    names[-1] += ": diverged"
         images = np.concatenate(rows)
-        grid = make_grid(images, columns=len(x0))
-        save_png(grid, self.folder / "sheet.png", scale=sheet_scale(images))
+        numbers = [f"image {self.request.seed + n}" for n in range(len(x0))]
+        sheet = label_rows(images, names, columns=numbers, scale=sheet_scale(images))
+        save_picture(sheet, self.folder / "sheet.png")

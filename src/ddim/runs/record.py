@@ -35,8 +35,9 @@ NAME = "run.json"
 
 IDENTITY = tuple(
     "command weight_hash configuration_hash schedule sampler timesteps eta order variance clip "
-    "prior prompt negative_prompt guidance_scale guidance_rescale image strength dtype class data "
-    "interpolation samples reference metrics extractors count long_count repeats seed".split()
+    "prior prompt negative_prompt guidance_scale guidance_rescale image strength dtype picture "
+    "class data interpolation samples reference metrics extractors count long_count repeats "
+    "seed".split()
 )
 """The keys of a protocol in which two runs must agree to share a folder. An absent key is null."""
 

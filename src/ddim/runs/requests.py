@@ -19,6 +19,7 @@ from ddim.runs.shared_options import (
     Class,
     Computed,
     Count,
+    Drawn,
     Encoder,
     Folder,
     Measured,
@@ -44,7 +45,7 @@ __all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest(Text, Noisy, Folder, Seeds, Request):
+class SampleRequest(Text, Noisy, Drawn, Seeds, Request):
     """Draws images from a model with DDIM: a file for each seed, a grid of the first 64, and a
     record of the run.
 
@@ -167,7 +168,7 @@ class ConsistencyRequest(Plotted, Spaced, Folder, Seeds, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateRequest(Walk, Folder, Request):
+class InterpolateRequest(Walk, Drawn, Request):
     """Draws the path between two seeds or two images, or with --grid the square between four."""
 
     seeds: Annotated[tuple[int, ...] | None, SEEDS, Needs(without="images")] = None
@@ -210,7 +211,7 @@ class EncodeRequest(Pictures, Walk, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest(Walk, Folder, Request):
+class DecodeRequest(Walk, Drawn, Request):
     """Turns a code file back into pictures: a file for each image, and a grid of the first 64."""
 
     code: str = "code.safetensors"
@@ -292,7 +293,7 @@ class DoctorRequest:
     .pdf or .svg."""
     show: str | None = None
     """Draw the same seeds as the model is configured, and with each fix that needs no training,
-    into this new PNG. Needs the weights."""
+    into this new file, a .png, .jpg or .webp. Needs the weights."""
     prompt: Annotated[list[str], tyro.conf.UseAppendAction, Needs(option="show", model="text")] = (
         field(default_factory=list)
     )

@@ -21,7 +21,7 @@ from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
-from ddim.models.images import label_rows, load_image, make_grid, save_png, sheet_scale
+from ddim.models.images import label_rows, load_image, make_grid, save_picture, sheet_scale
 from ddim.pipelines.networks import COARSE, is_coarse
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
@@ -65,14 +65,15 @@ class SampleJob(ModelJob):
         self.protocol = self._protocol()
         self.folder = self.out()
         measured = ["gamma.json"] if self.route.analytic else []
-        self.files = [*(item.file for item in self.items), "grid.png", *measured]
+        self.grid = f"grid.{request.picture}"
+        self.files = [*map(self._file, self.items), self.grid, *measured]
         self.execution = self.executed("count", "batch_size", "compile")
         self._note_configuration()
         self._note_fitted()
 
     def _resolve(self) -> None:
         """Resolves the options, and then opens the model."""
-        always = "device seed count model batch_size compile out overwrite dtype"
+        always = "device seed count model batch_size compile out overwrite picture dtype"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
         walk = {
@@ -123,24 +124,27 @@ class SampleJob(ModelJob):
 
     def there(self, record: RunRecord | None) -> set[Item]:
         drawn, listed = self._drawn(), None if self.files is None else set(self.files)
-        return drawn if listed is None else {item for item in drawn if item.file in listed}
+        return drawn if listed is None else {item for item in drawn if self._file(item) in listed}
 
     def _drawn(self) -> set[Item]:
         """The items whose pictures are in the folder, of whomever."""
-        found = (Item.of(path.stem) for path in self.folder.glob("*.png"))
+        found = (Item.of(path.stem) for path in self.folder.glob(f"*.{self.request.picture}"))
         return {item for item in found if item is not None}
 
+    def _file(self, item: Item) -> str:
+        return f"{item.stem}.{self.request.picture}"
+
     def is_empty(self, record: RunRecord) -> bool:
-        return not self._drawn()
+        return not any(Item.of(path.stem) for path in self.folder.iterdir())
 
     def results(self, rows: list[Row]) -> list[Row]:
-        return [self._row(item) for item in sorted(self.there(None), key=lambda item: item.file)]
+        return [self._row(item) for item in sorted(self.there(None), key=self._file)]
 
     def _row(self, item: Item) -> Row:
         labels = None if self.text else self.model.labels_of([item.seed], self.request.class_)
         return {
             "seed": item.seed,
-            "file": item.file,
+            "file": self._file(item),
             **({} if labels is None else {"class": labels[0]}),
             **({} if self.text is None else {"prompt": self.text.prompt_of(item)}),
         }
@@ -179,7 +183,7 @@ class SampleJob(ModelJob):
             drawn = draw(missing, pictures, batch_size=size, fill=request.compile)
             for batch, images, took in drawn:
                 for item, image in zip(batch, images, strict=True):
-                    save_png(image, self.folder / item.file)
+                    save_picture(image, self.folder / self._file(item))
                     yield Made(item, seconds=took / len(batch))
 
     def finish(self, rows: list[Row]) -> None:
@@ -188,21 +192,22 @@ class SampleJob(ModelJob):
         columns = row if prompts == 1 else max(1, min(row, SHOWN // prompts, 8))
         places = [p * row + k for p in range(min(prompts, SHOWN)) for k in range(columns)]
         shown = [self.items[place] for place in places[:SHOWN]]
-        loaded = [load_image(self.folder / item.file) for item in shown]
+        loaded = [load_image(self.folder / self._file(item)) for item in shown]
         usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
         pairs = zip(shown, loaded, strict=True)
-        if odd := [item.file for item, picture in pairs if picture.shape != usual]:
+        if odd := [self._file(item) for item, picture in pairs if picture.shape != usual]:
             raise OutputError(
                 f"{self.folder / odd[0]} has another size than the pictures beside it; delete it, "
                 "and run again."
             )
         pictures = np.stack(loaded)
-        scale, grid = sheet_scale(pictures), self.folder / "grid.png"
+        scale, grid = sheet_scale(pictures), self.folder / self.grid
         if self.text is None or prompts == 1:
-            save_png(make_grid(pictures), grid, scale=scale)
+            save_picture(make_grid(pictures), grid, scale=scale)
         else:
             labels = [self.text.prompt_of(item) for item in shown[::columns]]
-            save_png(label_rows(pictures.repeat(scale, 1).repeat(scale, 2), labels), grid)
+            seeds = [f"seed {item.seed}" for item in shown[:columns]]
+            save_picture(label_rows(pictures, labels, columns=seeds, scale=scale), grid)
 
     def _measure(self, data: ImageData) -> dict[int, float]:
         """What the analytic variance needs at each level: from gamma.json where that file is of the

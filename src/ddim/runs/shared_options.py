@@ -12,7 +12,7 @@ import tyro
 from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.values import Eta
 
-__all__ = ["Class", "Computed", "Count", "ENCODERS", "Encoder", "First", "Folder"]
+__all__ = ["Class", "Computed", "Count", "Drawn", "ENCODERS", "Encoder", "First", "Folder"]
 __all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
 __all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Spaced"]
 __all__ += ["Spacing", "StepNumbers", "Steps", "Text", "Walk"]
@@ -103,6 +103,15 @@ class Folder:
     depend on: the same command goes on there, and no other."""
     overwrite: bool = False
     """Start anew in a folder of earlier results; the files that its run.json lists are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Folder):
+    """Pictures in a folder."""
+
+    picture: Literal["png", "jpg", "webp"] = "png"
+    """Format of the pictures. png and webp keep every pixel; jpg changes them a little, and so the
+    numbers that are measured on them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from ddim.doctor.report import Diagnosis
 from ddim.doctor.text import fix_rows
 from ddim.errors import DDIMError
 from ddim.models.facts import ScheduleSource
-from ddim.models.images import label_rows, save_png, sheet_scale
+from ddim.models.images import label_rows, save_picture, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made
 from ddim.runs.model import ModelJob, enough_memory
 from ddim.runs.requests import DoctorRequest
@@ -96,10 +96,10 @@ class ShowJob(FileJob, ModelJob):
         shape = (len(self.seeds), *shape[1:])
         refused = np.full(shape, 128, np.uint8)
         pictures = np.concatenate([refused if p is None else p for p, _ in drawn])
-        scale = sheet_scale(pictures)
-        pictures = pictures.repeat(scale, 1).repeat(scale, 2)
         labels = [f"{name}{told}" for name, (_, told) in zip(request.rows, drawn, strict=True)]
-        save_png(label_rows(pictures, labels), self.folder)
+        seeds = [f"seed {seed}" for seed in self.seeds]
+        scale = sheet_scale(pictures)
+        save_picture(label_rows(pictures, labels, columns=seeds, scale=scale), self.folder)
         yield Made(self.folder)
 
     def _draw(self, fix: Mapping[str, Any]) -> tuple[NDArray[np.uint8] | None, str]:

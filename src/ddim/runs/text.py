@@ -34,10 +34,10 @@ class Item:
     seed: int
 
     @property
-    def file(self) -> str:
-        """The name of its picture."""
+    def stem(self) -> str:
+        """The name of its picture, without ending."""
         prefix = "" if self.prompt is None else f"{self.prompt:03d}-"
-        return f"{prefix}{self.seed:06d}.png"
+        return f"{prefix}{self.seed:06d}"
 
     @classmethod
     def of(cls, stem: str) -> "Item | None":

@@ -18,7 +18,7 @@ from ddim.core.sampler import sample
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.files import write_text
-from ddim.models.images import make_grid, save_png, to_uint8
+from ddim.models.images import make_grid, save_picture, to_uint8
 from ddim.training.checkpoint import latest_checkpoint, prune, save_checkpoint
 from ddim.training.draws import mix
 from ddim.training.loop import Run, StepResult
@@ -106,7 +106,7 @@ def preview(run: Run, path: Path) -> None:
     pairs = step_pairs(select_timesteps(len(schedule), steps, "trailing"))
     x0 = sample(denoise, x_t, pairs, schedule=schedule)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(to_uint8(subject.images(x0))), path)
+    save_picture(make_grid(to_uint8(subject.images(x0))), path)
     if captions:
         write_text(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
 
