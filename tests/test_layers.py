@@ -78,11 +78,11 @@ FILES = {
         {"pictures"},
     ],
     "training": [
-        {"config", "base"},
+        {"config", "base", "stopping"},
         {"draws", "network", "package"},
         {"subject"},
         {"record", "loop", "text"},
-        {"checkpoint", "compilation"},
+        {"checkpoint", "compilation", "summary"},
         {"monitoring"},
         {"trainer"},
     ],

@@ -30,6 +30,8 @@ TINY = [
     "2",
     "--validation-images",
     "16",
+    "--preview-every",
+    "0",
 ]
 
 
@@ -53,13 +55,22 @@ def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_di
     out = tmp_path / "model"
     trained = ddim("train", "--data", NPZ, "--out", out, *TINY, "--images", 32, "--log-every", 2)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.startswith("step 2/4  16 images  loss ")
+    said = trained.stdout.splitlines()
+    assert said[0] == (
+        "data: 1024 grey images of 28x28 (width x height), 16 of them held out, labels of 10 "
+        "classes (not used)"
+    )
+    assert [line[:25] for line in said if line.startswith("step 2/4")] == [
+        "step 2/4  16 images  loss"
+    ]
+    short = [line for line in said if line.startswith("note: a new network learns little in 4 ")]
+    assert short == [said[-2]] * 2  # at the start and at the end
     assert trained.stdout.endswith(f"sample it with: ddim sample {out}\n")
     assert any(p.name.startswith("events.out.tfevents") for p in (out / "log").iterdir())
     card = json.loads((out / "card.json").read_text())
     assert card["command"] == (
         f"ddim train --data {NPZ} --out {out} --validation-images 16 --block-out-channels 8,16 "
-        "--images 32 --batch-size 8 --lr-warmup-steps 2 --log-every 2"
+        "--images 32 --batch-size 8 --lr-warmup-steps 2 --preview-every 0 --log-every 2"
     )
     drawn = ["sample", str(out), "--steps", "2", "--out"]
     assert main([*drawn, str(tmp_path / "images"), "--count", "2"]) == 0
@@ -133,7 +144,8 @@ def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_sampl
         == f"ddim: 1 of 20 captions are longer than the 12 tokens that {tiny_text} reads, and are "
         "cut there."
     )
-    assert trained.stdout.startswith("step 2/4  8 images  loss ")
+    assert "\nstep 2/4  8 images  loss " in trained.stdout
+    assert ", 2 of them held out, 3 different captions\n" in trained.stdout
     assert trained.stdout.endswith(f"sample it with: ddim sample {out} --prompt '...'\n")
     pipe = diffusers.DiffusionPipeline.from_pretrained(out)
     assert type(pipe) is diffusers.StableDiffusionPipeline

@@ -25,6 +25,7 @@ def config(out, **options):
         batch_size=4,
         images=12,
         validation_images=0,
+        preview_every=0,
         compile=True,
         **options,
     )

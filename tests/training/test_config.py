@@ -8,7 +8,7 @@ import pytest
 from ddim.cli.arguments import parse
 from ddim.cli.train import Request, configuration, defaults
 from ddim.errors import DDIMError
-from ddim.training.config import PRESETS, TrainConfig, command_line
+from ddim.training.config import PRESETS, Pace, TrainConfig, command_line
 
 # One value that is not the default for every option.
 OTHER = {
@@ -41,6 +41,7 @@ OTHER = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
     "beta_end": 0.012,
+    "clip_sample": "off",
     "rescale_betas_zero_snr": True,
     "offset_noise": 0.1,
     "weighting": "min-snr",
@@ -213,7 +214,10 @@ def test_a_preset_that_does_not_exist(words):
             "--beta-start acts only with --beta-schedule linear, scaled_linear or sigmoid",
         ),
         ({"label_column": "x"}, "--label-column acts only with --class-conditional"),
-        ({"preview_count": 3}, "--preview-count acts only with --preview-every"),
+        (
+            {"preview_count": 3, "preview_every": 0},
+            "--preview-count has no effect with --preview-every 0; leave out one of the two.",
+        ),
         (
             {"rescale_betas_zero_snr": True},
             "epsilon prediction cannot be trained at zero terminal SNR",
@@ -223,3 +227,31 @@ def test_a_preset_that_does_not_exist(words):
 def test_what_cannot_be_trained_is_refused(options, text):
     with pytest.raises(DDIMError, match=text):
         TrainConfig(**{"data": "digits", "out": "x"} | options)
+
+
+def test_open_options_follow_from_the_length_of_the_run():
+    def pace(images, **options):
+        config = TrainConfig(data="digits", out="x", images=images, **options)
+        return config.pace(config.steps(1))
+
+    assert pace(64) == Pace(0, 0.0, 1, 79)
+    assert pace(2_000) == Pace(3, pytest.approx(1 - 10 / 32), 1, 80)
+    assert pace(64_000) == Pace(100, 0.99, 50, 100)
+    assert pace(64_000_000) == Pace(500, 0.9995, 50, 100_000)
+    given = {"lr_warmup_steps": 0, "ema_decay": 0.5, "log_every": 7, "preview_every": 0}
+    assert pace(2_000, **given) == Pace(*given.values())
+
+
+def test_a_run_that_is_too_short_for_a_new_network_is_told_how_long_it_has_to_be():
+    def told(**options):
+        config = TrainConfig(data="digits", out="x", **options)
+        return config.shortness(config.steps(1))
+
+    assert told(images=2_000) == (
+        "a new network learns little in 32 optimiser steps, and will draw noise; give --images "
+        "63000 or more, or a smaller --batch-size."
+    )
+    assert told(images=63_000) is None
+    assert told(images=2_000, batch_size=8) is None
+    assert told(images=2_000, base="fashion-mnist") is None
+    assert told(images=2_000, base="fashion-mnist", from_scratch=True) is not None

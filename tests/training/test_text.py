@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddim.configuration import noise_schedule
 from ddim.core.denoiser import ModelDenoiser
@@ -63,6 +63,7 @@ def config(out, base, data, **options):
         "validation_images": 6,
         "checkpoint_every": 2,
         "log_every": 1,
+        "preview_every": 0,
     }
     return TrainConfig(
         out=str(out), base=str(base), data=str(data), keep_checkpoints=9, **{**tiny, **options}
@@ -798,3 +799,51 @@ def test_random_crops_train_a_text_model_and_what_was_left_out_is_told(tmp_path,
     assert result.finished
     assert notes[0] == f"1 files of {folder} are no pictures: 1 .svg."
     assert notes[1].startswith(f"3 captions of {folder} have several lines")
+
+
+def in_half_precision(model, folder):
+    """A copy of a model whose weights are stored as float16."""
+    shutil.copytree(model, folder)
+    for path in folder.glob("*/*.safetensors"):
+        save_file({k: v.half() for k, v in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixed_precision": "bf16"}, {"train_text_encoder": True}, {"cache_latents": "memory"}],
+)
+def test_a_base_of_half_precision_is_trained_and_its_frozen_parts_compute_in_float32(
+    tmp_path, tiny_text, squares, monkeypatch, options
+):
+    half = in_half_precision(tiny_text, tmp_path / "half")
+    seen, usual = [], text.TextSubject._embed
+
+    def embed(self, tokens):
+        hidden = usual(self, tokens)
+        seen.append((self.text_encoder.dtype, self.vae.dtype, tokens, hidden, self.text_encoder))
+        return hidden
+
+    monkeypatch.setattr(text, "_MOST_EMBEDDINGS", 0)  # each batch embeds its own
+    monkeypatch.setattr(text.TextSubject, "_embed", embed)
+    out = tmp_path / "out"
+    assert train(config(out, half, squares, images=4, **options)).finished
+    assert bool(seen) is not options.get("train_text_encoder", False)
+    for encoder_type, vae_type, tokens, hidden, encoder in seen:
+        assert (encoder_type, vae_type) == (torch.float32, torch.float32)
+        with torch.no_grad():
+            assert torch.equal(hidden, encoder(tokens)[0])
+    weights = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red square", num_inference_steps=2, output_type="pt").images
+    assert torch.isfinite(picture).all()
+
+
+def test_latents_are_not_clipped(tmp_path, tiny_text, squares):
+    with pytest.raises(
+        DDIMError,
+        match=r"draws latents, which have no range to be clipped to; leave out --clip-sample\.$",
+    ):
+        train(config(tmp_path, tiny_text, squares, clip_sample="on"))

@@ -13,12 +13,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule
 from ddim.data.sources import load_images
 from ddim.errors import CheckpointError, DataError, DDIMError, OutputError
 from ddim.files import locked
-from ddim.models.checkpoints import weight_hash
+from ddim.models.checkpoints import load_network, weight_hash
 from ddim.models.facts import read_model
 from ddim.training import draws, loop, monitoring, package, subject, trainer
 from ddim.training.base import Base
@@ -39,6 +40,7 @@ TINY = {
     "validation_images": 8,
     "checkpoint_every": 2,
     "log_every": 1,
+    "preview_every": 0,
     "keep_checkpoints": 9,
 }
 
@@ -184,6 +186,17 @@ def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_of_half_precision_is_trained_in_float32(tmp_path):
+    base = tmp_path / "base"
+    train(config(base))
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path, {"format": "pt"})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train(config(tmp_path / "out", base=str(base), block_out_channels=None)).finished
+    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
 # Resuming
 
 
@@ -228,15 +241,80 @@ def test_a_log_whose_last_line_was_cut_off_is_mended(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, name):
     def interrupt(progress):
         if progress.step == 3:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(getattr(signal, name))
 
     result = train(config(tmp_path), on_progress=interrupt)
     assert (result.finished, result.step, steps_in(tmp_path)) == (False, 4, [2, 4])
     assert not (tmp_path / "model_index.json").exists()
     assert train(config(tmp_path)).finished
+
+
+def test_a_signal_that_is_ignored_stays_ignored_as_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(
+            config(tmp_path), on_progress=lambda progress: signal.raise_signal(signal.SIGHUP)
+        )
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.finished
+
+
+def test_progress_that_cannot_be_shown_does_not_end_the_run(tmp_path):
+    def closed(progress):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert train(config(tmp_path), on_progress=closed).finished
+
+
+def test_a_run_begins_with_what_was_found_and_ends_with_whether_it_was_long_enough(tmp_path):
+    lines = []
+    result = train(config(tmp_path, preview_every=None), on_start=lines.extend)
+    parameters = sum(p.numel() for p in load_network(tmp_path).parameters())
+    assert lines == [
+        "data: 1500 grey images of 8x8 (width x height), 8 of them held out, labels of 10 classes "
+        "(not used)",
+        f"model: {parameters:,} parameters, float32, cpu",
+        "run: 6 steps of 4 images, 0.0 passes over the data",
+        f"previews: {tmp_path}/previews; tensorboard --logdir {tmp_path}/log",
+        f"note: {result.shortness}",
+    ]
+    assert result.shortness.startswith("a new network learns little in 6 optimiser steps")
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["0000006.png"]
+    with Image.open(tmp_path / "previews" / "0000006.png") as picture:
+        assert picture.size == (4 * 128 + 5 * 2,) * 2  # 16 images of 8x8, 16 times as large
+
+
+def test_the_time_is_estimated_after_the_first_steps(tmp_path):
+    seen = []
+    train(config(tmp_path, images=40, log_every=100, checkpoint_every=100), on_progress=seen.append)
+    assert [progress.step for progress in seen] == [5, 10]
+    assert seen[0].seconds_left > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "clips"), [({}, True), ({"clip_sample": "off"}, False), ({"base": True}, False)]
+)
+def test_previews_are_clipped_as_the_saved_model_is(tmp_path, monkeypatch, options, clips):
+    """A model of pixels without a base is clipped; one of a base is sampled as the base."""
+    if "base" in options:
+        train(config(tmp_path / "base", clip_sample="off"))
+        options = {"base": str(tmp_path / "base"), "block_out_channels": None}
+        AcceleratorState._reset_state(reset_partial_state=True)
+    seen, usual = [], monitoring.ModelDenoiser
+    monkeypatch.setattr(
+        monitoring, "ModelDenoiser", lambda *args: seen.append(args[3].kind) or usual(*args)
+    )
+    out = tmp_path / "out"
+    train(config(out, preview_every=6, preview_count=1, preview_steps=1, **options))
+    assert seen == ["static" if clips else "none"]
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["clip_sample"] is clips
 
 
 def test_a_run_of_the_version_before_goes_on_as_it_began(tmp_path):
@@ -746,7 +824,7 @@ def test_every_schedule_trains_at_zero_terminal_snr(tmp_path, beta_schedule, pre
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert scheduler.alphas_cumprod[-1] < 1e-6  # diffusers leaves 2**-24 in float32
     assert scheduler.config.prediction_type == prediction_type
-    assert scheduler.config.clip_sample is False
+    assert scheduler.config.clip_sample is True
 
 
 def test_gradients_are_accumulated_under_accelerate_launch_too(tmp_path, monkeypatch):

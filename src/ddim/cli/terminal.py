@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ddim.errors import printable
 from ddim.runs.engine import Control, Event, Outcome, execute
 
-__all__ = ["run_request", "say", "unsolved_note"]
+__all__ = ["bar_size", "run_request", "say", "unsolved_note"]
 
 
 def run_request(job: str, request: object, *, show_items: bool = False) -> Outcome:
@@ -62,7 +62,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
         if not is_terminal:
             return
         if bar is None:
-            bar = tqdm(total=event.total, initial=event.done - 1, **_size())
+            bar = tqdm(total=event.total, initial=event.done - 1, **bar_size())
         bar.update()
 
     try:
@@ -72,7 +72,7 @@ def _bar() -> Iterator[Callable[[Event], None]]:
             bar.close()
 
 
-def _size() -> dict[str, Any]:
+def bar_size() -> dict[str, Any]:
     """The usual size where a terminal says that it has none, as below `script`; else tqdm finds
     it."""
     with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """``ddim train``: trains a model on a user's data and writes a diffusers folder."""
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ from ddim.options import given_options, unmet
 from ddim.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
-    from ddim.training.monitoring import Progress
+    from ddim.training.trainer import TrainResult
 
 __all__ = ["Request", "defaults", "run"]
 
@@ -64,22 +64,13 @@ def configuration(request: Request) -> TrainConfig:
 
 
 def run(request: Request) -> None:
-    """Trains, reports progress on standard output, and says how to sample the result."""
+    """Trains, reports progress, and says how to sample the result."""
+    from ddim.cli.progress import progress_shown
     from ddim.cli.terminal import say
 
-    def note(text: str) -> None:
-        say(f"ddim: {text}", to_error=True)
-
-    def show(progress: "Progress") -> None:
-        seconds, loss = progress.seconds_left, progress.validation_loss
-        left = f"{seconds / 86400:.1f} days"
-        if seconds < 86400:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds))
-        held = "" if loss is None else f"  held out {loss:.4f}"
-        say(
-            f"step {progress.step}/{progress.steps}  {progress.images} images  loss "
-            f"{progress.loss:.4f}{held}  {progress.images_per_second:.1f} images/s  {left} left"
-        )
+    def begin(lines: Sequence[str]) -> None:
+        for line in lines:
+            say(line)
 
     config = configuration(request)
     try:
@@ -89,18 +80,32 @@ def run(request: Request) -> None:
 
         if request.base is not None:
             quiet_libraries(text=True)
-        result = train(config, on_progress=show, on_note=note, revision=code_revision())
+        with progress_shown() as show:
+            result = train(
+                config,
+                on_progress=show,
+                on_note=lambda text: say(f"ddim: {text}", to_error=True),
+                on_start=begin,
+                revision=code_revision(),
+            )
     except ModuleNotFoundError as error:
         raise DDIMError(
             f"training needs {error.name}, which is not installed; run: pip install 'ddim[train]'."
         ) from error
-    if not result.is_main_process:
-        return
+    if result.is_main_process:
+        _tell_end(result)
+
+
+def _tell_end(result: "TrainResult") -> None:
+    from ddim.cli.terminal import say
+
     out, step = result.out, result.step
-    if result.finished:
-        prompt = " --prompt '...'" if (out / "text_encoder").is_dir() else ""
-        if result.was_finished:
-            say(f"The run was finished already, after {step} steps, and nothing was trained.")
-        say(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")
-    else:
+    if not result.finished:
         say(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")
+        return
+    if result.was_finished:
+        say(f"The run was finished already, after {step} steps, and nothing was trained.")
+    if result.shortness is not None:
+        say(f"note: {result.shortness}")
+    prompt = " --prompt '...'" if (out / "text_encoder").is_dir() else ""
+    say(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.models.checkpoints import (
     configuration_hash,
@@ -130,7 +132,8 @@ def has_plain_weights(folder: Path) -> bool:
 
 
 def load_part(base: Base, part: str) -> Any:
-    """Loads the autoencoder, text encoder or tokenizer of a text model. Raises a CheckpointError if
+    """Loads the autoencoder, text encoder or tokenizer of a text model; weights become float32,
+    also those that are stored in half precision. Raises a CheckpointError if
     its files are damaged, and a DDIMError if transformers is not installed."""
     library, kind = _PARTS[part][0], base.index[part][1]
     try:
@@ -140,7 +143,8 @@ def load_part(base: Base, part: str) -> Any:
             f"text models need {library}, which is not installed; run: pip install 'ddim[text]'."
         ) from error
     try:
-        return getattr(module, kind).from_pretrained(base.folder / part, local_files_only=True)
+        loaded = getattr(module, kind).from_pretrained(base.folder / part, local_files_only=True)
     except Exception as error:
         reason = f"cannot be loaded ({first_line(error)}); check {base.folder / part}."
         raise CheckpointError(f"the {part} of {base.name} {reason}") from shown_cause(error)
+    return loaded.float() if isinstance(loaded, nn.Module) else loaded

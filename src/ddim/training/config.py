@@ -5,14 +5,14 @@ This module imports nothing heavy, since the command line reads its fields to pr
 import re
 import shlex
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ddim.errors import DDIMError
-from ddim.options import Needs, Range, check_request, declarations
+from ddim.options import Needs, Range, check_request, declarations, given_options
 
-__all__ = ["PRESETS", "Preset", "TrainConfig", "command_line", "spelled"]
+__all__ = ["PRESETS", "Pace", "Preset", "TrainConfig", "command_line", "spelled"]
 
 AtLeastOne = Annotated[int, Range(1, 10**12)]
 Size = Annotated[int, Range(1, 16384)]
@@ -35,7 +35,8 @@ Beta = Annotated[
     Needs(option="beta_schedule", value=("linear", "scaled_linear", "sigmoid", None)),
 ]
 ForText = Needs(option="base")
-Preview = Needs(option="preview_every")
+LEAST_STEPS = 200
+"""A new network draws little but noise after fewer optimiser steps."""
 MinSNR = Needs(option="weighting", value="min-snr")
 
 _TEXT_OPTIONS = (
@@ -75,6 +76,15 @@ class Architecture:
                 f"--attention-head-dim must be at most {narrowest}, the fewest channels that have "
                 f"attention; got {self.attention_head_dim}."
             )
+
+
+class Pace(NamedTuple):
+    """The options that follow from the length of a run, where they are left open."""
+
+    lr_warmup_steps: int
+    ema_decay: float
+    log_every: int
+    preview_every: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,9 @@ class TrainConfig:
     """First beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.0001."""
     beta_end: Beta | None = None
     """Last beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.02."""
+    clip_sample: Literal["on", "off"] | None = None
+    """Whether the predicted image is clipped to the range of pixels when the model is sampled.
+    Default: as the base, or on."""
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction
     or sample."""
@@ -185,15 +198,16 @@ class TrainConfig:
     weights."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up."""
-    lr_warmup_steps: Interval = 500
-    """Optimiser steps over which the learning rate rises from 0."""
+    lr_warmup_steps: Interval | None = None
+    """Optimiser steps over which the learning rate rises from 0. Default: a tenth of the run, at
+    most 500."""
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Decoupled weight decay."""
     gradient_clip: Annotated[float, Range(0)] = 1.0
     """Largest norm of the gradient. 0: no limit."""
-    ema_decay: Fraction = 0.9995
+    ema_decay: Fraction | None = None
     """Decay of the exponential moving average of the parameters, which is the model that is
-    sampled. 0: no averaging."""
+    sampled. 0: no averaging. Default: a horizon of a tenth of the run, at most 0.9995."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network's forward pass. Noise, targets and the loss stay float32."""
     compile: bool = False
@@ -206,16 +220,18 @@ class TrainConfig:
     """Optimiser steps between checkpoints."""
     keep_checkpoints: AtLeastOne = 2
     """Number of newest checkpoints to keep, besides the best one."""
-    preview_every: Interval = 0
-    """Optimiser steps between preview grids (OUT/previews). 0: none."""
-    preview_count: Annotated[int, Range(1, 1000), Preview] = 16
+    preview_every: Interval | None = None
+    """Optimiser steps between preview grids (OUT/previews); the last step has one too. 0: none.
+    Default: a tenth of the run, at least 5,000 images."""
+    preview_count: Annotated[int, Range(1, 1000)] = 16
     """Images in a preview."""
-    preview_steps: Annotated[int, Range(1, 1_000_000), Preview] = 25
+    preview_steps: Annotated[int, Range(1, 1_000_000)] = 25
     """DDIM steps of a preview."""
-    preview_guidance_scale: Annotated[float, Range(0), Preview, ForText] = 7.5
+    preview_guidance_scale: Annotated[float, Range(0), ForText] = 7.5
     """Guidance scale of the previews of a text model. 1: off."""
-    log_every: AtLeastOne = 50
-    """Optimiser steps between log entries (OUT/log, for tensorboard)."""
+    log_every: AtLeastOne | None = None
+    """Optimiser steps between log entries (OUT/log, for tensorboard). Default: a twentieth of the
+    run, at most 50."""
     workers: Annotated[int, Range(0, 1000)] = 0
     """Processes that load images. 0: the training process itself."""
 
@@ -232,6 +248,32 @@ class TrainConfig:
                 f"16384; got {self.resolution!r}."
             )
         return height, width
+
+    def steps(self, processes: int) -> int:
+        """Optimiser steps of the whole run."""
+        return -(-self.images // (self.batch_size * self.gradient_accumulation * processes))
+
+    def pace(self, steps: int) -> Pace:
+        """The options that are left open, for a run of so many steps."""
+        apart = -(-5000 * steps // self.images)  # steps that take 5,000 images
+        open_ones = Pace(
+            min(500, steps // 10),
+            min(0.9995, max(0.0, 1 - 10 / steps)),
+            max(1, min(50, steps // 20)),
+            max(1, steps // 10, apart),
+        )
+        given = {name: getattr(self, name) for name in Pace._fields}
+        return open_ones._replace(**{n: value for n, value in given.items() if value is not None})
+
+    def shortness(self, steps: int) -> str | None:
+        """A sentence, if a run of so many steps cannot teach a new network anything."""
+        if steps >= LEAST_STEPS or (self.base is not None and not self.from_scratch):
+            return None
+        images = 5 * LEAST_STEPS * -(-self.images // steps)
+        return (
+            f"a new network learns little in {steps} optimiser steps, and will draw noise; give "
+            f"--images {images} or more, or a smaller --batch-size."
+        )
 
     @property
     def shape_options(self) -> list[str]:
@@ -263,6 +305,12 @@ class TrainConfig:
             raise DDIMError(
                 "--random-crop cuts an image elsewhere each time, and --cache-latents encodes it "
                 "once; leave out one of the two."
+            )
+        previews = ("preview_count", "preview_steps", "preview_guidance_scale")
+        if self.preview_every == 0 and (given := set(previews) & set(given_options(self))):
+            option = spelled(min(given))
+            raise DDIMError(
+                f"{option} has no effect with --preview-every 0; leave out one of the two."
             )
         start = 1e-4 if self.beta_start is None else self.beta_start
         end = 0.02 if self.beta_end is None else self.beta_end
@@ -341,6 +389,7 @@ PRESETS: dict[str, Preset] = {
             "ema_decay": 0.9995,
             "checkpoint_every": 500,
             "preview_every": 2000,
+            "clip_sample": "off",
         },
         note="The embedded model: 2.7 M parameters, 28x28, epsilon, linear betas.",
     ),

@@ -79,7 +79,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return -(-self.config.images // self.images_per_step)
+        return self.config.steps(self.accelerator.num_processes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +97,12 @@ class StepResult:
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     """Returns the learning rate of optimiser step ``step`` (from 0) of ``steps``: a linear warm-up,
     then the schedule down to 0."""
-    peak = config.peak_learning_rate
-    if step < config.lr_warmup_steps:
-        return peak * (step + 1) / config.lr_warmup_steps
+    peak, warm_up = config.peak_learning_rate, config.pace(steps).lr_warmup_steps
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
     if config.lr_schedule == "constant":
         return peak
-    part = (step - config.lr_warmup_steps) / max(1, steps - config.lr_warmup_steps)
+    part = (step - warm_up) / max(1, steps - warm_up)
     fall = 1 - part if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * part))
     return peak * fall
 

@@ -1,5 +1,6 @@
 """Follows the steps of a run: its log, the loss on held-out images, checkpoints and previews."""
 
+import contextlib
 import json
 import math
 import time
@@ -8,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from ddim.configuration import select_clip
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.objective import training_loss
@@ -24,6 +28,13 @@ from ddim.training.draws import mix
 from ddim.training.loop import Run, StepResult
 
 __all__ = ["Follower", "NonFiniteLossError", "Progress", "RunLog", "preview", "validation_loss"]
+
+
+_LEAST_SIDE = 128
+"""Pixels of a preview's images that are large enough to be seen."""
+
+_EARLY = 5
+"""Steps after which the first progress tells how long the run takes."""
 
 
 class NonFiniteLossError(DDIMError):
@@ -41,6 +52,8 @@ class Progress:
     images_per_second: float
     seconds_left: float
     validation_loss: float | None = None
+    preview: Path | None = None
+    """The newest preview grid."""
 
 
 class RunLog:
@@ -65,6 +78,10 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
         self.lines.write(json.dumps({"step": step, **given}) + "\n")
         self.lines.flush()
+
+    def add_picture(self, step: int, picture: NDArray[np.uint8]) -> None:
+        """Adds a preview grid, bytes [H, W, C]."""
+        self.writer.add_image("preview", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -94,21 +111,29 @@ def validation_loss(run: Run, indices: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def preview(run: Run, path: Path) -> None:
-    """Samples a grid from fixed seeds with the averaged network and writes it as a PNG; the
-    captions of a text model go into a text file beside it."""
+def preview(run: Run, path: Path) -> NDArray[np.uint8]:
+    """Samples a grid from fixed seeds with the averaged network, as the saved model is sampled, and
+    writes it as a PNG; the captions of a text model go into a text file beside it.
+
+    Returns:
+        The grid, bytes [H, W, C]. Each pixel of small images is enlarged to a square."""
     config, schedule, subject = run.config, run.schedule, run.subject
     device = run.accelerator.device
     predict, captions = subject.preview(run.average.network, config.preview_count, device)
-    denoise = ModelDenoiser(predict, schedule, run.prediction_type)
+    clip = select_clip(subject.package.scheduler.config)
+    denoise = ModelDenoiser(predict, schedule, run.prediction_type, clip)
     x_t = seeded_randn(subject.shape, range(config.preview_count)).to(device)
     steps = min(config.preview_steps, len(schedule))
     pairs = step_pairs(select_timesteps(len(schedule), steps, "trailing"))
     x0 = sample(denoise, x_t, pairs, schedule=schedule)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(make_grid(to_uint8(subject.images(x0))), path)
+    images = to_uint8(subject.images(x0))
+    scale = max(1, _LEAST_SIDE // max(images.shape[1:3]))
+    grid = make_grid(images.repeat(scale, axis=1).repeat(scale, axis=2))
+    save_picture(grid, path)
     if captions:
         write_text(path.parent / "captions.txt", "".join(f"{caption}\n" for caption in captions))
+    return grid
 
 
 class Follower:
@@ -127,12 +152,22 @@ class Follower:
         self.out, self.root = Path(run.config.out), Path(run.config.out) / "checkpoints"
         self.losses: list[tuple[int, float]] = []
         self._unread: list[StepResult] = []
+        self._preview: Path | None = None
+        self._first = int(record["step"]) + 1
+        self._pace = run.config.pace(run.steps)
         self._restart_clock(int(record["step"]))
 
-    def follow(self, result: StepResult, *, logged: bool, saved: bool) -> None:
-        """Takes note of a step; ``logged`` and ``saved`` say what is due after it."""
+    def follow(self, result: StepResult, *, stopping: bool) -> None:
+        """Takes note of a step: what is due after it is logged, drawn and saved. The last one
+        before the run stops is always saved."""
         run, step = self.run, result.step
+        is_last = step == run.steps
+        saved = step % run.config.checkpoint_every == 0 or stopping or is_last
+        is_early = step + 1 == self._first + _EARLY
+        logged = step % self._pace.log_every == 0 or is_early or saved
         self._unread.append(result)
+        every = self._pace.preview_every
+        drawn = every > 0 and (step % every == 0 or is_last)
         if logged:
             loss = self._read_losses()
             elapsed = time.perf_counter() - self._clock
@@ -144,10 +179,17 @@ class Follower:
             if saved:
                 self._save(step, loss, held)
                 self._restart_clock(step)
-        every = run.config.preview_every
-        if every and step % every == 0 and run.accelerator.is_main_process:
-            preview(run, self.out / "previews" / f"{step:07d}.png")
+        if drawn and run.accelerator.is_main_process:
+            self._draw(step)
+        if step == self._first:  # which takes longer than the others
             self._restart_clock(step)
+
+    def _draw(self, step: int) -> None:
+        self._preview = self.out / "previews" / f"{step:07d}.png"
+        grid = preview(self.run, self._preview)
+        if self.log is not None:
+            self.log.add_picture(step, grid)
+        self._restart_clock(step)
 
     def _restart_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.perf_counter(), step
@@ -170,7 +212,10 @@ class Follower:
             self.log.add(step, **values, images_per_second=rate, validation_loss=held)
         if self.on_progress is not None and self.run.accelerator.is_main_process:
             left = (steps - step) * per_step / rate
-            self.on_progress(Progress(step, steps, step * per_step, loss, rate, left, held))
+            images, path = step * per_step, self._preview
+            # A terminal that was closed does not end the run.
+            with contextlib.suppress(OSError):
+                self.on_progress(Progress(step, steps, images, loss, rate, left, held, path))
 
     def _save(self, step: int, loss: float, held: float | None) -> None:
         """Writes a checkpoint, unless a number is not finite."""

@@ -14,7 +14,7 @@ import diffusers
 import safetensors
 from torch import nn
 
-from ddim.configuration import LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
+from ddim.configuration import DEFAULTS, LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
 from ddim.core.prior import DataPrior
 from ddim.errors import DDIMError, OutputError, first_line
 from ddim.files import write_json
@@ -55,8 +55,9 @@ def make_scheduler(
     config: TrainConfig, inherited: Mapping[str, Any] | None = None
 ) -> diffusers.DDIMScheduler:
     """Makes the scheduler that samples what this configuration trains: trailing timesteps down to
-    clean data, without clipping. ``inherited`` is the configuration of the base's scheduler, for
-    what the run leaves open.
+    clean data. ``inherited`` is the configuration of the base's scheduler, for what the run leaves
+    open. A model without a base is sampled with clipping, since only that draws anything after a
+    short training.
 
     Raises:
         DDIMError: If it is epsilon prediction at zero terminal SNR.
@@ -65,6 +66,8 @@ def make_scheduler(
     names = (*LEVEL_OPTIONS, "prediction_type")
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
+    clip = bool(base.get("clip_sample", DEFAULTS["clip_sample"]))
+    options["clip_sample"] = clip if config.clip_sample is None else config.clip_sample == "on"
     # A schedule that is named replaces the base's table, rescaling included.
     inherits = not given.keys() & set(LEVEL_OPTIONS)
     is_rescaled = inherits and bool(base.get("rescale_betas_zero_snr"))

@@ -28,7 +28,7 @@ __all__ = ["code_revision", "card_guidance", "make_card", "new_record", "resume_
 FREE_FIELDS = frozenset(
     {"checkpoint_every", "keep_checkpoints", "log_every", "workers"}
     | {"compile", "cache_latents", "gradient_checkpointing"}
-    | {"preview_every", "preview_count", "preview_steps", "preview_guidance_scale"}
+    | {"clip_sample", "preview_every", "preview_count", "preview_steps", "preview_guidance_scale"}
 )
 
 # Entries of the record that the card repeats.
@@ -53,6 +53,8 @@ def new_record(
     scheduler = subject.package.scheduler.config
     resolved = {name: scheduler[name] for name in vars(config) if name in scheduler}
     resolved["learning_rate"] = config.peak_learning_rate
+    resolved["clip_sample"] = "on" if scheduler["clip_sample"] else "off"
+    resolved |= config.pace(config.steps(accelerator.num_processes))._asdict()
     options = asdict(config) | resolved | (asdict(config.architecture) if base is None else {})
     options = json.loads(json.dumps(options))  # as a checkpoint gives it back
     del options["out"]

@@ -171,7 +171,8 @@ class TextSubject:
 
     @torch.no_grad()
     def _embed(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.text_encoder(tokens)[0]
+        with torch.autocast(tokens.device.type, enabled=False):  # which the network is called in
+            hidden: Tensor = self.text_encoder(tokens)[0]
         return hidden
 
     @torch.no_grad()
@@ -231,6 +232,11 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
         raise DDIMError(
             f"{base.name} is a text model, which knows captions and no classes; leave out "
             "--class-conditional."
+        )
+    if config.clip_sample is not None:
+        raise DDIMError(
+            f"{base.name} draws latents, which have no range to be clipped to; leave out "
+            "--clip-sample."
         )
     names = ("vae", "text_encoder", "tokenizer")
     vae, text_encoder, tokenizer = (load_part(base, name) for name in names)
@@ -294,7 +300,7 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
         is_alone = not config.train_text_encoder
         return {"unet": module} if is_alone else {name: getattr(module, name) for name in trained}
 
-    scheduler = make_scheduler(config, {**base.scheduler, "steps_offset": 1})
+    scheduler = make_scheduler(config, {**base.scheduler, "steps_offset": 1, "clip_sample": False})
     return Package(index, scheduler, parts, frozen), notes
 
 

@@ -6,12 +6,10 @@ them."""
 
 import contextlib
 import itertools
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -34,7 +32,9 @@ from ddim.training.monitoring import Follower, Progress, RunLog
 from ddim.training.network import resolution_for
 from ddim.training.package import is_published, publish
 from ddim.training.record import card_guidance, make_card, new_record, resume_record
+from ddim.training.stopping import StopSignals
 from ddim.training.subject import Subject, match_classes, pixel_subject
+from ddim.training.summary import summary
 
 __all__ = ["TrainResult", "train"]
 
@@ -53,37 +53,8 @@ class TrainResult:
     """Whether this is the one process of the run that prints."""
     was_finished: bool = False
     """Whether the model had been written before, so that nothing was left to do."""
-
-
-class StopSignals:
-    """Inside this context, SIGINT and SIGTERM end the loop after its step, not the process."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-
-    def __enter__(self) -> "StopSignals":
-        self._before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may hold signal handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def agreed(self, accelerator: Accelerator, *, meeting: bool) -> bool:
-        """Whether the run is to stop now. Several processes must stop after the same step, so they
-        agree where they meet anyway."""
-        if accelerator.num_processes == 1:
-            return self.is_asked
-        if not meeting:
-            return False
-        flag = torch.tensor(float(self.is_asked), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum") > 0)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.is_asked = True
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    shortness: str | None = None
+    """A sentence, if the run was too short to teach the network anything."""
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -152,6 +123,7 @@ def train(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    on_start: Callable[[Sequence[str]], None] | None = None,
     revision: str | None = None,
 ) -> TrainResult:
     r"""Trains until ``config.images`` were seen, resuming from the newest checkpoint in
@@ -164,11 +136,12 @@ def train(
         config: The run.
         on_progress: Called on the main process after each logged interval.
         on_note: Called there with each sentence that the user should read before the run begins.
+        on_start: Called there, before the first step, with lines that say what is trained on what.
         revision: The revision of the code, for the model's card.
 
     Returns:
-        How the run ended. ``finished`` is False after SIGINT or SIGTERM, which end it with a
-        checkpoint.
+        How the run ended. ``finished`` is False after SIGINT, SIGTERM or SIGHUP, which end it
+        with a checkpoint.
 
     Raises:
         DDIMError: If data, configuration or checkpoint do not fit together, or another run holds
@@ -191,6 +164,8 @@ def train(
         step = int(record["step"])
         if step >= run.steps and is_published(out, run.model, subject.package):
             return TrainResult(out, step, True, record["loss"], (), main, was_finished=True)
+        if on_start is not None and main:
+            on_start(summary(run, record, data))
         losses = _take_and_follow(run, record, on_progress, note)
         step = int(record["step"])
         finished = step >= run.steps
@@ -202,7 +177,9 @@ def train(
             card = make_card(record, config) | guidance
             publish(out, run.average.network, subject.package, card, prior)
         accelerator.wait_for_everyone()
-        return TrainResult(out, step, finished, record["loss"], tuple(losses), main)
+        short = config.shortness(run.steps) if finished else None
+        loss, taken = record["loss"], tuple(losses)
+        return TrainResult(out, step, finished, loss, taken, main, shortness=short)
 
 
 def _start_or_resume(
@@ -214,7 +191,7 @@ def _start_or_resume(
 ) -> tuple[Run, dict[str, Any]]:
     """Makes optimiser and average, and restores the newest checkpoint if there is one."""
     network = subject.network.to(accelerator.device)
-    average = EMA(network, config.ema_decay)
+    average = EMA(network, config.pace(config.steps(accelerator.num_processes)).ema_decay)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
     )
@@ -267,17 +244,14 @@ def _take_and_follow(
     network: Callable[..., Any] = model
     if config.compile and start < run.steps:
         network, batches = _compile(run, batches, start, note)
-    with StopSignals() as signals, contextlib.ExitStack() as opened:
+    with StopSignals(accelerator.num_processes) as signals, contextlib.ExitStack() as opened:
         log = None
         if accelerator.is_main_process and start < run.steps:
             log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=start)))
         follower = Follower(run, record, log, on_progress, started)
         for result in take_steps(run, batches, start, network):
-            step = result.step
-            logged, saved = step % config.log_every == 0, step % config.checkpoint_every == 0
-            stopping = signals.agreed(accelerator, meeting=logged or saved)
-            saved = saved or stopping or step == run.steps
-            follower.follow(result, logged=logged or saved, saved=saved)
+            stopping = signals.agreed()
+            follower.follow(result, stopping=stopping)
             if stopping:
                 break
     return follower.losses
