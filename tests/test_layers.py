@@ -37,6 +37,7 @@ ROOM_OF = {
 FILES = {
     "ground": [{"errors"}, {"files", "options"}, {"figures"}],
     "core": [
+        {"checks"},
         {"schedule"},
         {"prediction", "timesteps", "guidance", "noise", "prior"},
         {"step", "denoiser", "objective", "interpolation", "tables"},

@@ -287,7 +287,7 @@ def configured_timesteps(
     return select_timesteps(
         config["num_train_timesteps"] if total is None else total,
         num_inference_steps,
-        spacing or config["timestep_spacing"],
+        config["timestep_spacing"] if spacing is None else spacing,
         steps_offset=config["steps_offset"],
     )
 

@@ -14,7 +14,7 @@ import functools
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import diffusers
@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ddim.configuration import check_levels, did_you_mean, given_options, select_clip
+from ddim.core.checks import check_number, check_samples, wrong_argument
 from ddim.core.plan import Before, Plan, Table, correct
 from ddim.core.prediction import PredictionType, clip_static
 from ddim.core.schedule import CLEAN, BetaSchedule
-from ddim.core.step import Eta, step_coefficients
+from ddim.core.step import Eta, unchecked_coefficients
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
 from ddim.scheduler_base import GridScheduler, log_once
@@ -165,7 +166,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
                 timesteps on a device are not checked, since that would wait for it: a fraction is
                 cut off there.
         """
-        eta = eta if isinstance(eta, (float, str)) else float(eta)
+        eta = eta if isinstance(eta, (float, str)) else float(check_number("eta", eta))
         plan, table = self._find_plan(eta, use_clipped_model_output, model_output, sample)
         noise = None if eta == 0 else _draw(model_output, sample, generator, variance_noise)
         x_s, x0 = self._transition(plan, table, model_output, timestep, sample, eta, noise)
@@ -196,8 +197,13 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     ) -> Tensor:
         """The mean of :meth:`step` for each sample at its own timestep [B], as of diffusers'
         DDIMParallelScheduler; the caller adds the noise that eta takes from the direction."""
-        eta = eta if isinstance(eta, (float, str)) else float(eta)
-        t = torch.as_tensor(timesteps, device=getattr(timesteps, "device", sample.device))
+        eta = eta if isinstance(eta, (float, str)) else float(check_number("eta", eta))
+        try:
+            t = timesteps
+            if not isinstance(t, Tensor):
+                t = torch.as_tensor(t, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise wrong_argument("timesteps", "be whole numbers, one a sample", timesteps) from None
         if self.config.multistep_order != 1:
             raise DDIMError("parallel samples have no step before them; use multistep_order=1.")
         plan, table = self._find_plan(eta, use_clipped_model_output, model_output, sample)
@@ -206,7 +212,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
         """The variance of a step at eta = 1, float32 []; a negative level is clean data."""
         levels = (int(timestep), max(int(prev_timestep), CLEAN))
-        weights = step_coefficients(*map(self.noise_schedule.alpha_bar, levels), eta=1.0)
+        weights = unchecked_coefficients(*map(self.noise_schedule.alpha_bar, levels), eta=1.0)
         return (weights.noise**2).float()
 
     def add_noise(
@@ -226,6 +232,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
         Raises:
             DDIMError: If a level that the host can see is no whole number in [0, T).
         """
+        check_samples(original_samples=original_samples, noise=noise)
         tables, x0 = self._read_levels(), original_samples
         x, noise, alpha, sigma = tables.signal_and_noise(timesteps, x0, noise)
         return (x * alpha).addcmul_(noise, sigma).to(x0.dtype)
@@ -235,6 +242,7 @@ class DDIMScheduler(GridScheduler, diffusers.DDIMScheduler):  # type: ignore[mis
     ) -> Tensor:
         r"""The target of v-prediction, :math:`v_t = \alpha_t \epsilon - \sigma_t x_0`; see
         :meth:`add_noise`."""
+        check_samples(sample=sample, noise=noise)
         x0, noise, alpha, sigma = self._read_levels().signal_and_noise(timesteps, sample, noise)
         return (noise * alpha).addcmul_(x0, sigma, value=-1).to(sample.dtype)
 
@@ -253,12 +261,25 @@ def _draw(output: Tensor, x: Tensor, generator: _Generator | None, given: Tensor
     if given is not None:
         if generator is not None:
             raise DDIMError("Cannot pass both generator and variance_noise; leave out one of them.")
+        if not isinstance(given, Tensor) or (given.shape != x.shape and not _fits(given, x)):
+            wanted = f"be a tensor of the sample's shape {list(x.shape)}"
+            raise wrong_argument("variance_noise", wanted, given)
         return given
     if isinstance(generator, (list, tuple)) and len(generator) not in (1, x.shape[0]):
         wanted = f"one for each of the {x.shape[0]} samples"
         raise DDIMError(f"a list of generators must have {wanted}; got {len(generator)}.")
-    drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=output.dtype)
+    listed = generator if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in listed):
+        raise wrong_argument("generator", "be a torch.Generator, or a list of them", generator)
+    dtype = output.dtype if output.is_floating_point() else torch.get_default_dtype()
+    drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=dtype)
     return drawn
+
+
+def _fits(noise: Tensor, x: Tensor) -> bool:
+    """Whether noise of another shape stands for all samples."""
+    sides = zip(noise.shape[::-1], x.shape[::-1], strict=False)
+    return noise.ndim <= x.ndim and all(side in (1, own) for side, own in sides)
 
 
 class DDIMInverseScheduler(GridScheduler, diffusers.DDIMInverseScheduler):  # type: ignore[misc]
@@ -347,6 +368,9 @@ def as_ddim(scheduler: Any) -> DDIMScheduler:
     """A :class:`DDIMScheduler` in place of any scheduler of the family, or of a configuration; a
     DDIMError refuses another family, such as flow matching, and ``trained_betas`` that lack levels.
     """
+    if not isinstance(scheduler, (SchedulerMixin, Mapping)):
+        wanted = "be a scheduler of the DDIM family, such as ddim.DDIMScheduler()"
+        raise wrong_argument("scheduler", f"{wanted}, or its configuration", scheduler)
     if isinstance(scheduler, SchedulerMixin):
         kind = type(scheduler)
         scheduler = {**given_options(scheduler.config, kind), "_class_name": kind.__name__}

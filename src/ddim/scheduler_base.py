@@ -30,8 +30,9 @@ from ddim.configuration import (
     spelled_betas,
     unknown_options,
 )
+from ddim.core.checks import check_number, shown
 from ddim.core.plan import Before, Plan, Table, advance, make_plan
-from ddim.core.schedule import NoiseSchedule, whole
+from ddim.core.schedule import NoiseSchedule, as_table, whole
 from ddim.core.step import Eta
 from ddim.core.tables import Tables, gather
 from ddim.core.timesteps import as_levels, check_timesteps
@@ -111,7 +112,9 @@ class GridScheduler:
         return self._tables.alphas_cumprod
 
     @alphas_cumprod.setter
-    def alphas_cumprod(self, table: Tensor) -> None:
+    def alphas_cumprod(self, table: Any) -> None:
+        if not isinstance(table, Tensor):
+            table = as_table("alphas_cumprod", table)
         self._tables = dataclasses.replace(self._tables, alphas_cumprod=table, versions=None)
 
     @property
@@ -120,7 +123,10 @@ class GridScheduler:
         return self._tables.clean
 
     @_clean_alpha_cumprod.setter
-    def _clean_alpha_cumprod(self, value: Tensor) -> None:
+    def _clean_alpha_cumprod(self, value: Tensor | float) -> None:
+        if not isinstance(value, Tensor):
+            value = check_number("alpha_bar of clean data", value, least=0, most=1)
+            value = torch.tensor(value, device="cpu")
         self._tables = dataclasses.replace(self._tables, clean=value, versions=None)
 
     @property
@@ -208,7 +214,7 @@ class GridScheduler:
     @timesteps.setter
     def timesteps(self, timesteps: Tensor | Sequence[int]) -> None:
         if not isinstance(timesteps, Tensor):
-            timesteps = torch.as_tensor(np.asarray(timesteps), dtype=torch.int64)
+            timesteps = torch.tensor(as_levels(timesteps), dtype=torch.int64)
         self._timesteps = timesteps
         self._begin_walk()
         levels = self._timesteps.tolist()[:: -1 if self._inverse else 1]
@@ -423,12 +429,12 @@ _ORDER = "The order is step(model_output, timestep, sample)."
 def _refuse_arguments(output: Any, x: Any) -> None:
     """Says which argument of a step is no tensor."""
     name, value = ("sample", x) if isinstance(output, Tensor) else ("model_output", output)
-    kind, advice = type(value).__name__, _ORDER
+    advice = _ORDER
     if hasattr(value, "sample") or isinstance(value, (tuple, Mapping)):
         advice = "Take the tensor out of what the network returned: its .sample, or [0]."
     elif isinstance(value, np.ndarray):
         advice = "torch.from_numpy(...) makes one of an array."
-    raise DDIMError(f"{name} must be a tensor; got a {kind}. {advice}")
+    raise DDIMError(f"{name} must be a tensor; got {shown(value)}. {advice}")
 
 
 def _mean_of(output: Tensor, x: Tensor) -> Tensor:
@@ -438,6 +444,6 @@ def _mean_of(output: Tensor, x: Tensor) -> Tensor:
         log_once(f"The model's output has twice the channels of the sample: {unused}.")
         return output[:, : x.shape[1]]
     raise DDIMError(
-        f"the model's output must have the sample's shape {list(x.shape)} (or twice its channels, "
+        f"model_output must have the sample's shape {list(x.shape)} (or twice its channels, "
         f"a mean and a learned variance); got {list(output.shape)}. {_ORDER}"
     )

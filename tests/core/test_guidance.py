@@ -185,7 +185,9 @@ def test_what_does_not_fit_is_refused():
             guide(c, u, scale=2.0, rescale=rescale)
         with pytest.raises(DDIMError, match=r"guidance_rescale must lie in \[0, 1\]"):
             guided(network, torch.ones(3), scale=1.0, rescale=rescale)
-    with pytest.raises(DDIMError, match="guidance needs an uncond of the shape of cond; got none"):
+    with pytest.raises(
+        DDIMError, match="guidance needs an uncond of the shape of cond, .*; got None"
+    ):
         guided(network, torch.ones(3), scale=2.0)
-    with pytest.raises(DDIMError, match=r"got \[1\] beside \[3\]"):
+    with pytest.raises(DDIMError, match=r"of cond, \[3\]; got .*shape \[1\]"):
         guided(network, torch.ones(3), torch.ones(1), scale=2.0)

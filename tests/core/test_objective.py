@@ -113,9 +113,9 @@ def test_timesteps_cover_all_levels_and_follow_the_generator():
 
 def test_errors():
     t = torch.tensor([1])
-    with pytest.raises(DDIMError, match="weighting must be uniform or min-snr; got 'p2'"):
+    with pytest.raises(DDIMError, match="weighting must be one of uniform, min-snr; got 'p2'"):
         loss_weights(LINEAR, t, prediction_type="epsilon", weighting="p2")
-    with pytest.raises(DDIMError, match="gamma of min-snr must be above 0; got 0"):
+    with pytest.raises(DDIMError, match="gamma must be above 0 and finite; got 0"):
         loss_weights(LINEAR, t, prediction_type="epsilon", weighting="min-snr", gamma=0)
     with pytest.raises(DDIMError, match="prediction_type must be one of .* got 'flow'"):
         loss_weights(LINEAR, t, prediction_type="flow")

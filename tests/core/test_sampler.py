@@ -388,7 +388,7 @@ def test_what_is_no_schedule_type_or_clipping_is_refused_at_once():
         DDIMError,
         match=(
             r"schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas\(betas\); got a "
-            r"Tensor"
+            r"tensor of float64, shape \[1000\]"
         ),
     ):
         ModelDenoiser(network, BETAS["linear"])
@@ -425,12 +425,18 @@ SCHEDULE = NoiseSchedule.from_betas(make_betas())
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"x": np.zeros((1, 2))}, r"x_t must be a tensor; got a ndarray \(torch.as_tensor"),
-        ({"x": torch.zeros(1, 2).int()}, "x_t must be a tensor of floating-point numbers; got int"),
-        ({"noise": torch.zeros(1, 2)}, "noise must be a function that draws z .* got a Tensor"),
-        ({"noise": lambda: np.zeros((1, 2)), "eta": 1.0}, "noise must be a tensor; got a ndarray"),
+        ({"x": np.zeros((1, 2))}, r"x_t must be a tensor; got a NumPy array of .* torch.as_tensor"),
+        (
+            {"x": torch.zeros(1, 2).int()},
+            "x_t must be a tensor of floating-point numbers; got a tensor of int32",
+        ),
+        ({"noise": torch.zeros(1, 2)}, "noise must be a function that draws z .* got a tensor"),
+        (
+            {"noise": lambda: np.zeros((1, 2)), "eta": 1.0},
+            "noise must be a tensor; got a NumPy array",
+        ),
         ({"denoise": Network()}, "a network failed as one .* make one of a network by ModelDen"),
-        ({"denoise": 5}, "denoise must be a function; got a int"),
+        ({"denoise": 5}, "denoise must be a function, .*; got 5. Make one"),
         (
             {"denoise": ModelDenoiser(Network(), NoiseSchedule.from_betas(make_betas("sigmoid")))},
             r"the denoiser has another noise schedule \(1000 levels, .*\) than the walk \(1000 lev",

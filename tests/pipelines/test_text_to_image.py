@@ -1173,11 +1173,11 @@ def test_a_negative_prompt_without_guidance_is_ignored_with_a_warning(scale, pip
         (
             {"height": picture()},
             (
-                r"height must be a whole number of pixels; got Image\. Images to begin at are for "
-                r"ImageToImagePipeline"
+                r"height must be a whole number of pixels; got an Image\. Images to begin at are "
+                r"for ImageToImagePipeline"
             ),
         ),
-        ({"width": 16.0}, "width must be a whole number of pixels; got float"),
+        ({"width": 16.5}, "width must be a whole number of pixels; got 16.5"),
         (
             {"height": 17},
             (

@@ -203,13 +203,16 @@ def test_arguments_of_a_step_that_are_swapped_or_not_unpacked_are_told():
         ours.set_timesteps(10)
         for arguments, message in (
             ((m, m, t), f"must have the sample's shape .* {order}"),
-            ((m, m, 900), f"sample must be a tensor; got a int. {order}"),
-            ((900, m, m), f"model_output must be a tensor; got a int. {order}"),
+            ((m, m, 900), f"sample must be a tensor; got 900. {order}"),
+            ((900, m, m), f"model_output must be a tensor; got 900. {order}"),
             ((t, m, m), f"must have the sample's shape .* {order}"),
             ((output, t, m), "got a UNet2DOutput. Take the tensor out of what the network return"),
             (((m,), t, m), "got a tuple. Take the tensor out"),
-            ((m.numpy(), t, m), "got a ndarray. torch.from_numpy"),
-            ((m, t, m.numpy()), "sample must be a tensor; got a ndarray. torch.from_numpy"),
+            ((m.numpy(), t, m), "got a NumPy array of .*. torch.from_numpy"),
+            (
+                (m, t, m.numpy()),
+                "sample must be a tensor; got a NumPy array of .*. torch.from_numpy",
+            ),
         ):
             with pytest.raises(DDIMError, match=message):
                 ours.step(*arguments)

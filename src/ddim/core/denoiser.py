@@ -12,18 +12,25 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_function,
+    check_kind,
+    check_number,
+    check_samples,
+    shown,
+    wrong_argument,
+)
 from ddim.core.guidance import network_output
 from ddim.core.prediction import (
     Denoised,
     PredictionType,
     check_prediction_type,
-    clip_static,
+    implied_eps,
+    read_output,
     solve,
-    threshold_dynamic,
-    to_eps,
-    to_x0_eps,
+    threshold,
 )
-from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor, whole
+from ddim.core.schedule import CLEAN, NoiseSchedule, as_factor, check_schedule, whole
 from ddim.errors import DDIMError, first_line
 
 __all__ = ["Clip", "Denoiser", "ModelDenoiser", "at_clean", "checked"]
@@ -48,6 +55,10 @@ class Clip:
         ratio: The percentile, for ``dynamic``.
         max_value: The largest threshold, for ``dynamic``.
         rederive_eps: Whether eps is derived again from the clipped x0, to decompose x_t with it.
+
+    Raises:
+        DDIMError: If the kind is unknown, bound is not above 0, ratio not in [0, 1], or max_value
+            below 1.
     """
 
     kind: Literal["none", "static", "dynamic"] = "none"
@@ -57,17 +68,20 @@ class Clip:
     rederive_eps: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "static", "dynamic"):
-            raise DDIMError(f"clip must be none, static or dynamic; got {self.kind!r}.")
-        if not self.bound > 0:
-            raise DDIMError(f"the bound of clipping must be above 0; got {self.bound}.")
+        if not isinstance(self.kind, str) or self.kind not in ("none", "static", "dynamic"):
+            raise wrong_argument("clip", "be none, static or dynamic", self.kind)
+        check_number("bound", self.bound, above=0)
+        check_number("ratio", self.ratio, least=0, most=1)
+        check_number("max_value", self.max_value, least=1)
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Returns x0 in range, shape [B, ...]."""
+        if not hasattr(x0, "clamp"):
+            check_samples(x0=x0)
         if self.kind == "static":
-            return clip_static(x0, self.bound)
+            return x0.clamp(-self.bound, self.bound)
         if self.kind == "dynamic":
-            return threshold_dynamic(x0, ratio=self.ratio, max_value=self.max_value)
+            return threshold(x0, self.ratio, self.max_value)
         return x0
 
 
@@ -86,7 +100,7 @@ class ModelDenoiser:
             pair comes back in x_t's dtype, so a half-precision network keeps a float32 state.
 
     Raises:
-        DDIMError: If the schedule, the prediction type or the clipping is invalid.
+        DDIMError: If the network cannot be called, or another attribute is invalid.
     """
 
     network: Callable[[Tensor, Tensor], Any]
@@ -96,25 +110,38 @@ class ModelDenoiser:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, NoiseSchedule):
-            raise DDIMError(
-                "schedule must be a NoiseSchedule, such as NoiseSchedule.from_betas(betas); got a "
-                f"{_kind(self.schedule)}."
-            )
+        check_function("network", self.network, "a network, (x_t, t) -> prediction")
+        check_schedule(self.schedule)
         check_prediction_type(self.prediction_type)
-        if not isinstance(self.clip, Clip):
-            raise DDIMError(f"clip must be a Clip, such as Clip('static'); got {self.clip!r}.")
+        check_kind("clip", self.clip, Clip, "a Clip, such as Clip('static')")
+        if self.dtype is not None:
+            check_kind("dtype", self.dtype, torch.dtype, "a dtype of torch, or None")
+
+    def __repr__(self) -> str:
+        network = getattr(self.network, "__qualname__", type(self.network).__name__)
+        clip = "" if self.clip.kind == "none" else f", clip {self.clip.kind}"
+        dtype = "" if self.dtype is None else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"ModelDenoiser({network}, {self.prediction_type}{clip}{dtype}, {self.schedule})"
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Denoised:
         """Evaluates the network once, at one level t or one a sample [B], and converts its output.
 
         Raises:
-            DDIMError: If the output has another shape than x_t, or has no solution at this level.
+            DDIMError: If x_t or t is none, the output has another shape than x_t, or it has no
+                solution at this level.
         """
+        if not (isinstance(x_t, Tensor) and x_t.is_floating_point()):
+            check_samples(x_t=x_t)
         if isinstance(t, Tensor):
+            if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
+                raise wrong_argument(
+                    "t", f"be one timestep, or one for each of {len(x_t)} samples", t
+                )
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
         else:
             t = t if type(t) is int else whole(t)
+            if not CLEAN <= t < len(self._solutions):
+                self.schedule.alpha_bar(t)  # says it
             levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
         output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))
@@ -135,11 +162,11 @@ class ModelDenoiser:
                 eps = torch.mul(x_t, eps_x).add_(output, alpha=eps_m)
             return Denoised(x0, eps)
         alpha_bar_t = self.schedule.alpha_bar(t)
-        x0, eps = to_x0_eps(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=kind)
+        x0, eps = read_output(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=kind)
         if not is_clipped:
             return Denoised(x0, eps)
         x0 = self.clip(x0)
-        eps = to_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else eps
+        eps = implied_eps(x0, x_t, alpha_bar_t=alpha_bar_t) if self.clip.rederive_eps else eps
         return Denoised(x0, eps)
 
     @cached_property
@@ -159,8 +186,7 @@ class ModelDenoiser:
 def checked(denoise: Denoiser) -> Denoiser:
     """The denoiser, checked to return a pair: a batch of two images would pass for one."""
     advice = "make one of a network by ModelDenoiser(network, schedule, prediction_type)"
-    if not callable(denoise):
-        raise DDIMError(f"denoise must be a function; got a {_kind(denoise)}: {advice}.")
+    check_function("denoise", denoise, "a function, (x_t, t) -> (x0, eps)", f"M{advice[1:]}")
 
     def paired(x_t: Tensor, t: int | Tensor) -> Denoised:
         try:
@@ -173,15 +199,11 @@ def checked(denoise: Denoiser) -> Denoiser:
                 f"denoise must return (x0, eps), and a network {got}; {advice}."
             ) from error
         if not isinstance(found, tuple) or len(found) != 2:
-            got = f"returned a {_kind(found)}"
+            got = f"returned {shown(found)}"
             raise DDIMError(f"denoise must return (x0, eps), and {got}; {advice}.")
         return Denoised(*found)
 
     return paired
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
 
 
 def at_clean(denoise: Denoiser, schedule: NoiseSchedule) -> Denoiser:

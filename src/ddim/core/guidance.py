@@ -9,13 +9,13 @@ scale and :math:`\phi` the rescale,
 on the network's raw outputs, before they are converted or clipped: the rescale is not linear, so on
 x0 or eps it gives other images."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_function, check_kind, check_number, check_one_shape, shown
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -50,7 +50,8 @@ def guide(
         m = g.
 
     Raises:
-        DDIMError: If the shapes differ, or rescale lies outside [0, 1].
+        DDIMError: If the predictions are no floating-point tensors of one shape, scale is no finite
+            number, or rescale lies outside [0, 1].
 
     References:
         Ho, Salimans. Classifier-Free Diffusion Guidance. 2022. Eq. 6 (its w is this scale minus 1).
@@ -59,12 +60,13 @@ def guide(
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Algorithm 2.
         https://arxiv.org/abs/2305.08891
     """
-    if conditional.shape != unconditional.shape:
-        raise DDIMError(
-            f"both predictions must have one shape; got {list(conditional.shape)} and "
-            f"{list(unconditional.shape)}."
-        )
+    check_one_shape(conditional=conditional, unconditional=unconditional)
+    check_scale(scale)
     check_rescale(rescale)
+    return _combine(conditional, unconditional, scale, rescale)
+
+
+def _combine(conditional: Tensor, unconditional: Tensor, scale: float, rescale: float) -> Tensor:
     if conditional.dtype in (torch.float16, torch.bfloat16):
         # A large scale overflows float16, and leaves bfloat16 two digits.
         conditional, unconditional = conditional.float(), unconditional.float()
@@ -116,28 +118,32 @@ def guided(
             other, in half of the memory.
 
     Raises:
-        DDIMError: If ``uncond`` is missing or of another shape, the scale is not finite, or rescale
-            lies outside [0, 1].
+        DDIMError: If the network cannot be called, ``uncond`` is missing or of another shape, the
+            scale is not finite, or rescale lies outside [0, 1].
     """
+    check_function("network", network, "a network, (x_t, t, condition) -> prediction")
+    check_kind("cond", cond, Tensor, "a tensor, one row a sample")
     check_rescale(rescale)
     if not is_guided(scale):
         return lambda x_t, t: network_output(network(x_t, t, cond))
-    if uncond is None or uncond.shape != cond.shape:
-        shapes = "none" if uncond is None else f"{list(uncond.shape)} beside {list(cond.shape)}"
-        raise DDIMError(f"guidance needs an uncond of the shape of cond; got {shapes}.")
+    if not isinstance(uncond, Tensor) or uncond.shape != cond.shape:
+        raise DDIMError(
+            f"guidance needs an uncond of the shape of cond, {list(cond.shape)}; got "
+            f"{shown(uncond)}."
+        )
     if not batched:
 
         def one_by_one(x_t: Tensor, t: Tensor) -> Tensor:
             without = network_output(network(x_t, t, uncond))
             under = network_output(network(x_t, t, cond))
-            return guide(under, without, scale=scale, rescale=rescale)
+            return _combine(under, without, scale, rescale)
 
         return one_by_one
     both = torch.cat([uncond, cond])
 
     def as_one_batch(x_t: Tensor, t: Tensor) -> Tensor:
         output = network_output(network(torch.cat([x_t, x_t]), torch.cat([t, t]), both))
-        return guide(output[len(x_t) :], output[: len(x_t)], scale=scale, rescale=rescale)
+        return _combine(output[len(x_t) :], output[: len(x_t)], scale, rescale)
 
     return as_one_batch
 
@@ -166,21 +172,9 @@ def network_output(output: Any) -> Tensor:
 
 def check_scale(scale: float) -> None:
     """Refuses a scale that is no finite number, with a :class:`~ddim.errors.DDIMError`."""
-    try:
-        is_finite = math.isfinite(scale)
-    except TypeError:
-        is_finite = False
-    if not is_finite:
-        raise DDIMError(
-            f"guidance_scale must be a finite number, of which 1 or less is off; got {scale!r}."
-        )
+    check_number("guidance_scale", scale, note=", of which 1 or less is off")
 
 
 def check_rescale(rescale: float) -> None:
     """Refuses a rescale outside [0, 1], with a :class:`~ddim.errors.DDIMError`."""
-    try:
-        is_fraction = 0 <= rescale <= 1
-    except TypeError:
-        is_fraction = False
-    if not is_fraction:
-        raise DDIMError(f"guidance_rescale must lie in [0, 1], where 0 is off; got {rescale!r}.")
+    check_number("guidance_rescale", rescale, least=0, most=1, note=", where 0 is off")

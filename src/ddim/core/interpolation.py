@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_choice, check_number, check_one_shape, check_samples, check_whole
 from ddim.errors import DDIMError
 
 __all__ = ["INTERPOLATIONS", "Interpolation", "interpolate", "interpolate_grid", "lerp", "slerp"]
@@ -17,10 +18,14 @@ __all__ = ["INTERPOLATIONS", "Interpolation", "interpolate", "interpolate_grid",
 Interpolation = Literal["spherical", "linear"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 
+_MOST = 1_000_000  # points of a path
+
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    r"""The straight line :math:`(1 - \lambda) a + \lambda b`, [B, ...]; exact at both ends."""
-    _check(a, b)
+    r"""The straight line :math:`(1 - \lambda) a + \lambda b`, [B, ...]; exact at both ends.
+    A DDIMError refuses ends that are no tensors of one shape, and a weight that is no number."""
+    check_one_shape(a=a, b=b)
+    check_number("weight", weight)
     return a * (1 - weight) + b * weight
 
 
@@ -44,7 +49,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         weight: lambda; 0 gives a, 1 gives b, to rounding. Outside [0, 1] the circle goes on.
 
     Raises:
-        DDIMError: If the shapes differ.
+        DDIMError: If a and b are no floating-point tensors of one shape, or weight is no number.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. App. D.5.
@@ -53,7 +58,8 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         Shoemake. Animating Rotation with Quaternion Curves. 1985.
         https://doi.org/10.1145/325165.325242
     """
-    _check(a, b)
+    check_one_shape(a=a, b=b)
+    check_number("weight", weight)
     if a.numel() == 0:
         return a
     rows = (a.reshape(a.shape[0], -1).double(), b.reshape(b.shape[0], -1).double())
@@ -82,12 +88,12 @@ def interpolate(a: Tensor, b: Tensor, count: int, *, kind: Interpolation = "sphe
     among them; ``spherical`` by :func:`slerp`, ``linear`` by :func:`lerp`.
 
     Raises:
-        DDIMError: If count is below 2, the kind is unknown, or the shapes differ.
+        DDIMError: If count is no whole number of at least 2, the kind is unknown, or the ends are
+            no tensors of one shape.
     """
-    if count < 2:
-        raise DDIMError(f"a path has at least its two ends; got count={count}.")
-    if kind not in INTERPOLATIONS:
-        raise DDIMError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {kind!r}.")
+    check_one_shape(a=a, b=b)
+    count = check_whole("count", count, least=2, most=_MOST)
+    check_choice("interpolation", kind, INTERPOLATIONS)
     between = slerp if kind == "spherical" else lerp
     middle = [between(a[None], b[None], i / (count - 1)) for i in range(1, count - 1)]
     return torch.cat([a[None], *middle, b[None]])  # the ends themselves, without rounding
@@ -101,18 +107,15 @@ def interpolate_grid(
 
     The corners [4, ...] are top left, top right, bottom left, bottom right. A DDIMError refuses
     another number of them, and fewer than 2 rows or columns."""
-    if corners.shape[0] != 4:
-        raise DDIMError(f"a grid has four corners; got {corners.shape[0]}.")
+    check_samples(corners=corners)
+    if corners.ndim == 0 or corners.shape[0] != 4:
+        raise DDIMError(f"a grid has four corners, shape [4, ...]; got {list(corners.shape)}.")
+    rows = check_whole("rows", rows, least=2, most=_MOST)
+    columns = check_whole("columns", columns, least=2, most=_MOST)
     left = interpolate(corners[0], corners[2], rows, kind=kind)
     right = interpolate(corners[1], corners[3], rows, kind=kind)
     ends = zip(left, right, strict=True)
     return torch.cat([interpolate(start, end, columns, kind=kind) for start, end in ends])
-
-
-def _check(a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape:
-        shapes = f"{list(a.shape)} and {list(b.shape)}"
-        raise DDIMError(f"a path needs two ends of one shape; got {shapes}.")
 
 
 def _perpendicular(direction: Tensor) -> Tensor:

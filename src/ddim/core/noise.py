@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_kind, check_shape, wrong_argument
 from ddim.errors import DDIMError
 
 __all__ = ["SeededNoise", "check_seeds", "make_generators", "randn_each", "seeded_randn"]
@@ -21,7 +22,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
     """Returns seeds as plain integers; a DDIMError refuses all but whole numbers in 0..2^32 - 1:
     a larger seed would give the image of another."""
     if not hasattr(seeds, "__iter__"):
-        raise DDIMError(f"seeds must be a list of whole numbers, one an image; got {seeds!r}.")
+        raise wrong_argument("seeds", "be a list of whole numbers, one an image", seeds)
     return [_check_seed(seed) for seed in seeds]
 
 
@@ -32,7 +33,7 @@ def _check_seed(seed: object) -> int:
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
-        raise DDIMError(f"a seed must be a whole number from 0 to 2^32 - 1; got {seed!r}.")
+        raise wrong_argument("a seed", "be a whole number from 0 to 2^32 - 1", seed)
     return int(value)
 
 
@@ -53,7 +54,7 @@ def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
 
 def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """The x_T [B, *shape] of each seed, float32 on the CPU; ``shape`` is one image's."""
-    return randn_each(shape, make_generators(seeds))
+    return randn_each(check_shape("shape", shape), make_generators(seeds))
 
 
 class SeededNoise:
@@ -64,6 +65,9 @@ class SeededNoise:
         shape: One image's shape, such as (3, 32, 32).
         device: Where the noise is moved after it is drawn.
         dtype: What it is cast to after it is drawn.
+
+    Raises:
+        DDIMError: If these are no seeds or generators, or no shape.
     """
 
     def __init__(
@@ -74,6 +78,10 @@ class SeededNoise:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        wanted = "be a list of seeds or of generators, one an image"
+        if not hasattr(seeds_or_generators, "__iter__"):
+            raise wrong_argument("seeds_or_generators", wanted, seeds_or_generators)
+        check_kind("dtype", dtype, torch.dtype, "a dtype of torch")
         given: list[Any] = list(seeds_or_generators)
         held = [g for g in given if isinstance(g, torch.Generator)]
         if held and len(held) != len(given):
@@ -81,7 +89,7 @@ class SeededNoise:
         self.seeds = None if held else check_seeds(given)
         """Whose noise it is; None where generators were given."""
         self.generators = held or make_generators(given)
-        self.shape = tuple(shape)
+        self.shape = check_shape("shape", shape)
         self.device, self.dtype = torch.device(device), dtype
 
     def __call__(self) -> Tensor:

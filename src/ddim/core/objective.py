@@ -6,18 +6,33 @@ r"""The training loss as a pure function, its weights, and how timesteps are dra
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_choice,
+    check_function,
+    check_kind,
+    check_number,
+    check_whole,
+    wrong_argument,
+)
 from ddim.core.prediction import PredictionType, check_prediction_type, from_x0_eps
-from ddim.core.schedule import NoiseSchedule, add_noise
-from ddim.errors import DDIMError
+from ddim.core.schedule import NoiseSchedule, add_noise, check_schedule
 
-__all__ = ["Weighting", "draw_timesteps", "loss_weights", "offset_noise", "training_loss"]
+__all__ = [
+    "WEIGHTINGS",
+    "Weighting",
+    "draw_timesteps",
+    "loss_weights",
+    "offset_noise",
+    "training_loss",
+]
 
 Weighting = Literal["uniform", "min-snr"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def loss_weights(
@@ -48,19 +63,20 @@ def loss_weights(
         Shape [B], float64, finite.
 
     Raises:
-        DDIMError: If weighting or prediction type is unknown, or gamma is not positive.
+        DDIMError: If weighting or prediction type is unknown, t are no levels, gamma is not above 0
+            or floor below 0.
 
     References:
         Hang et al. Efficient Diffusion Training via Min-SNR Weighting Strategy. 2023.
         https://arxiv.org/abs/2303.09556
     """
+    check_schedule(schedule)
     check_prediction_type(prediction_type)
+    check_choice("weighting", weighting, WEIGHTINGS)
+    check_number("gamma", gamma, above=0)
+    check_number("floor", floor, least=0)
     if weighting == "uniform":
         return torch.ones(t.shape, dtype=torch.float64)
-    if weighting != "min-snr":
-        raise DDIMError(f"weighting must be uniform or min-snr; got {weighting!r}.")
-    if gamma <= 0:
-        raise DDIMError(f"gamma of min-snr must be above 0; got {gamma}.")
     snr = schedule.snr(t)
     saturated = snr.clamp(max=gamma)
     if prediction_type == "epsilon":  # min(SNR, gamma) / SNR is 0/0 at SNR 0
@@ -73,8 +89,12 @@ def loss_weights(
 def draw_timesteps(
     batch_size: int, num_train_timesteps: int, *, generator: torch.Generator
 ) -> Tensor:
-    """Draws levels uniformly from 0..T-1, shape [B], int64 on the CPU."""
-    return torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+    """Draws levels uniformly from 0..T-1, shape [B], int64 on the CPU; a DDIMError refuses what are
+    no whole numbers, and no generator."""
+    batch_size = check_whole("batch_size", batch_size, least=0, most=2**31)
+    total = check_whole("num_train_timesteps", num_train_timesteps, least=1, most=2**31)
+    check_kind("generator", generator, torch.Generator, "a torch.Generator")
+    return torch.randint(total, (batch_size,), generator=generator)
 
 
 def offset_noise(noise: Tensor, strength: float, *, generator: torch.Generator) -> Tensor:
@@ -129,13 +149,25 @@ def training_loss(
         prediction_type: What the network predicts.
         weights: Shape [B], from :func:`loss_weights`. Default: all 1.
 
+    Raises:
+        DDIMError: If the network cannot be called, tensors are of another kind or shape, t are no
+            levels, or the prediction type is unknown.
+
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Theorem 1: the objective of
         DDPM trains DDIM as well. https://arxiv.org/abs/2010.02502
     """
+    check_function("network", network, "a network, (x_t, t) -> prediction")
+    check_kind("t", t, Tensor, "a tensor of timesteps, one a sample")
     x_t = add_noise(schedule, x0, noise, t)
     alpha_bar_t = schedule.alpha_bar(t)
     target = from_x0_eps(x0, noise, alpha_bar_t=alpha_bar_t, prediction_type=prediction_type)
     error: Tensor = network(x_t, t.to(x_t.device)) - target
     losses = error.to(x0.dtype).square().flatten(1).mean(1)
-    return losses if weights is None else losses * weights.to(losses.device, losses.dtype)
+    if weights is None:
+        return losses
+    if not isinstance(weights, Tensor) or weights.shape != losses.shape:
+        raise wrong_argument(
+            "weights", f"be a tensor of shape {list(losses.shape)}, one a sample", weights
+        )
+    return losses * weights.to(losses.device, losses.dtype)

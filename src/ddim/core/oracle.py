@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim.core.prediction import Denoised, PredictionType, from_x0_eps
-from ddim.core.schedule import NoiseSchedule, as_factor
-from ddim.errors import DDIMError
+from ddim.core.checks import check_kind, check_number, check_samples, check_shape, wrong_argument
+from ddim.core.prediction import Denoised, PredictionType, check_prediction_type, from_x0_eps
+from ddim.core.schedule import NoiseSchedule, as_factor, check_schedule
 
 __all__ = ["GaussianOracle"]
 
@@ -33,8 +33,15 @@ class GaussianOracle:
     std: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        if not bool(torch.as_tensor(self.std >= 0).all()):
-            raise DDIMError(f"std must be at least 0; got {self.std}.")
+        check_schedule(self.schedule)
+        for name, least in (("mean", None), ("std", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, Tensor) and value.ndim == 1):
+                check_number(name, value, least=least)
+            elif not bool(value.isfinite().all()) or (least == 0 and bool((value < 0).any())):
+                raise wrong_argument(
+                    name, "be finite numbers" + " of at least 0" * (least == 0), value
+                )
 
     def variance(self, t: int | Tensor) -> Tensor:
         """V_t, the variance of a sample at level t; float64, shape of t."""
@@ -48,6 +55,7 @@ class GaussianOracle:
         .. math:: \epsilon = \sigma_t (x_t - \alpha_t \mu) / V_t,
             \qquad x_0 = \mu + \alpha_t s^2 (x_t - \alpha_t \mu) / V_t
         """
+        check_samples(x_t=x_t)
         alpha_bar = self.schedule.alpha_bar(t)
         alpha, sigma, variance = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), self.variance(t)
         centred = x_t - as_factor(alpha * self.mean, x_t)
@@ -59,6 +67,7 @@ class GaussianOracle:
         self, prediction_type: PredictionType = "epsilon"
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """A perfect network of the given parametrisation: (x_t, t) -> prediction."""
+        check_prediction_type(prediction_type)
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
             alpha_bar_t = self.schedule.alpha_bar(t)
@@ -72,6 +81,7 @@ class GaussianOracle:
 
         .. math:: x_s = \alpha_s \mu + \sqrt{V_s / V_t}\,(x_t - \alpha_t \mu)
         """
+        check_samples(x_t=x_t)
         alpha_t, alpha_s = self.schedule.alpha_bar(t).sqrt(), self.schedule.alpha_bar(s).sqrt()
         ratio = (self.variance(s) / self.variance(t)).sqrt()
         centred = x_t - as_factor(alpha_t * self.mean, x_t)
@@ -81,6 +91,9 @@ class GaussianOracle:
         self, shape: tuple[int, ...], *, t: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draws from the exact marginal at level t, float64."""
+        shape = check_shape("shape", shape)
+        if generator is not None:
+            check_kind("generator", generator, torch.Generator, "a torch.Generator")
         z = torch.randn(shape, generator=generator, dtype=torch.float64)
         alpha = self.schedule.alpha_bar(t).sqrt()
         return as_factor(alpha * self.mean, z) + as_factor(self.variance(t).sqrt(), z) * z

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from ddim.core.prediction import PredictionType, Solution, check_prediction_type, solve
 from ddim.core.schedule import CLEAN, NoiseSchedule
-from ddim.core.step import Eta, check_order, fold, multistep_weight, step_coefficients
+from ddim.core.step import Eta, check_order, fold, unchecked_coefficients, unchecked_weight
 from ddim.core.tables import gather
 from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
@@ -162,7 +162,7 @@ def make_plan(
     if check_order(order) == 2:
         multistep = torch.stack([torch.zeros(total), torch.full((total,), CLEAN)]).double()
         multistep[1, grid[1:]] = grid[:-1].double()
-        multistep[0, grid[1:-1]] = multistep_weight(
+        multistep[0, grid[1:-1]] = unchecked_weight(
             *(schedule.alpha_bar(levels) for levels in (grid[:-2], grid[1:-1], grid[2:]))
         )
     plan = Plan(
@@ -202,7 +202,7 @@ def _coefficients(plan: Plan, eta: Eta, mode: _Mode) -> Tensor:
         # A level that no step leaves may not admit this eta, and must not refuse it.
         listed = torch.tensor([t in plan.ends for t in range(len(source))])
         target = torch.where(listed, target, source)
-    weights, found = step_coefficients(source, target, eta=eta), _solution(plan)
+    weights, found = unchecked_coefficients(source, target, eta=eta), _solution(plan)
     none = torch.zeros_like(source)
     if mode == "folded":
         (x, output, _), x0 = fold(weights, found), none

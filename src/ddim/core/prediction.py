@@ -17,6 +17,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_alpha_bar,
+    check_choice,
+    check_number,
+    check_one_shape,
+    check_samples,
+)
 from ddim.core.schedule import as_factor
 from ddim.errors import DDIMError
 
@@ -28,8 +35,11 @@ __all__ = [
     "check_prediction_type",
     "clip_static",
     "from_x0_eps",
+    "implied_eps",
     "prediction_row",
+    "read_output",
     "solve",
+    "threshold",
     "threshold_dynamic",
     "to_eps",
     "to_x0_eps",
@@ -57,9 +67,7 @@ class Solution(NamedTuple):
 
 def check_prediction_type(prediction_type: str) -> None:
     """Refuses an unknown type with a DDIMError."""
-    if prediction_type not in PREDICTION_TYPES:
-        known = ", ".join(PREDICTION_TYPES)
-        raise DDIMError(f"prediction_type must be one of {known}; got {prediction_type!r}.")
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def prediction_row(prediction_type: PredictionType, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +103,19 @@ def to_x0_eps(
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
 
     Raises:
-        DDIMError: If the type is unknown, or the system has no solution at that level.
+        DDIMError: If the type is unknown, output and x_t are no floating-point tensors of one
+            shape, alpha_bar_t is no level, or the system has no solution at that level.
     """
+    check_prediction_type(prediction_type)
+    check_one_shape(output=output, x_t=x_t)
+    check_alpha_bar(alpha_bar_t=alpha_bar_t)
+    return read_output(output, x_t, alpha_bar_t=alpha_bar_t, prediction_type=prediction_type)
+
+
+def read_output(
+    output: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
+) -> Denoised:
+    """:func:`to_x0_eps` of arguments that are known to be sound, but for the level."""
     if prediction_type == "epsilon" and bool((alpha_bar_t == 0).any()):
         raise DDIMError(
             "epsilon prediction cannot be used where the SNR is 0, since x0 = (x_t - sigma eps) / "
@@ -119,7 +138,11 @@ def to_x0_eps(
 def from_x0_eps(
     x0: Tensor, eps: Tensor, *, alpha_bar_t: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """The training target: what a perfect network of this type returns for (x0, eps), [B, ...]."""
+    """The training target: what a perfect network of this type returns for (x0, eps), [B, ...]; a
+    DDIMError refuses samples and levels that are none, or do not fit each other."""
+    check_prediction_type(prediction_type)
+    check_one_shape(x0=x0, eps=eps)
+    check_alpha_bar(alpha_bar_t=alpha_bar_t)
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
@@ -130,13 +153,23 @@ def from_x0_eps(
 
 def to_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
     r"""Derives the noise that belongs to a given x0, so that a clipped x0 still decomposes x_t:
-    :math:`\epsilon = (x_t - \alpha_t x_0) / \sigma_t`."""
+    :math:`\epsilon = (x_t - \alpha_t x_0) / \sigma_t`. A DDIMError refuses samples and levels that
+    are none, or do not fit each other."""
+    check_one_shape(x0=x0, x_t=x_t)
+    check_alpha_bar(alpha_bar_t=alpha_bar_t)
+    return implied_eps(x0, x_t, alpha_bar_t=alpha_bar_t)
+
+
+def implied_eps(x0: Tensor, x_t: Tensor, *, alpha_bar_t: Tensor) -> Tensor:
+    """:func:`to_eps` of arguments that are known to be sound."""
     solution = solve("sample", alpha_bar_t)
     return as_factor(solution.eps_x, x_t) * x_t + as_factor(solution.eps_m, x_t) * x0
 
 
 def clip_static(x0: Tensor, bound: float = 1.0) -> Tensor:
-    """Clamps x0 to [-bound, bound]."""
+    """Clamps x0 to [-bound, bound]; a DDIMError refuses a bound that is no number above 0."""
+    check_samples(x0=x0)
+    check_number("bound", bound, above=0)
     return x0.clamp(-bound, bound)
 
 
@@ -155,10 +188,14 @@ def threshold_dynamic(x0: Tensor, *, ratio: float = 0.995, max_value: float = 1.
         Saharia et al. Photorealistic Text-to-Image Diffusion Models with Deep Language
         Understanding. 2022. Sec. 2.3. https://arxiv.org/abs/2205.11487
     """
-    if not 0 <= ratio <= 1:
-        raise DDIMError(f"the ratio of dynamic thresholding must lie in [0, 1]; got {ratio}.")
-    if max_value < 1:
-        raise DDIMError(f"the largest threshold must be at least 1; got {max_value}.")
+    check_samples(x0=x0)
+    check_number("ratio", ratio, least=0, most=1)
+    check_number("max_value", max_value, least=1)
+    return threshold(x0, ratio, max_value)
+
+
+def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """:func:`threshold_dynamic` of arguments that are known to be sound."""
     if x0.numel() == 0:
         return x0
     flat = x0.reshape(x0.shape[0], -1).abs()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_alpha_bar, check_kind, check_samples, wrong_argument
 from ddim.errors import DDIMError
 
 __all__ = ["DataPrior", "fit_prior"]
@@ -41,11 +42,14 @@ class DataPrior:
     image: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        channels = len(self.mean)
-        if not channels or [len(row) for row in self.covariance] != [channels] * channels:
+        try:
+            mean, matrix = _tensor(self.mean), _tensor(self.covariance)
+            is_square = mean.ndim == 1 and len(mean) > 0 and matrix.shape == (len(mean),) * 2
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            is_square = False
+        if not is_square:
             what = "the mean of each channel, and a covariance of as many rows and columns"
             raise DDIMError(f"a prior needs {what}.")
-        mean, matrix = _tensor(self.mean), _tensor(self.covariance)
         is_finite = bool(torch.isfinite(mean).all() and torch.isfinite(matrix).all())
         is_symmetric = torch.equal(matrix, matrix.T)
         if not (is_finite and is_symmetric) or float(torch.linalg.eigvalsh(matrix).min()) < -1e-9:
@@ -53,6 +57,9 @@ class DataPrior:
             raise DDIMError(f"a prior's mean must be {what}.")
         if self.image is None:
             return
+        channels = len(self.mean)
+        if not isinstance(self.image, (tuple, list)):
+            raise wrong_argument("image", "be a mean image of numbers, or None", self.image)
         heights = {len(plane) for plane in self.image}
         widths = {len(row) for plane in self.image for row in plane}
         if len(self.image) != channels or len(heights) != 1 or len(widths) != 1 or 0 in widths:
@@ -68,6 +75,7 @@ class DataPrior:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "DataPrior":
         """Reads ``mean``, ``covariance`` and perhaps ``image`` from the content of a prior.json."""
+        check_kind("content", content, Mapping, "the content of a prior.json (a dict)")
         try:
             image = content.get("image")
             return cls(
@@ -94,8 +102,15 @@ class DataPrior:
         level alpha_bar in [0, 1), shape [], float64; 0 leaves z as it is, up to rounding.
 
         Raises:
-            DDIMError: If the images have other channels, or another size than the mean image.
+            DDIMError: If z are no images, alpha_bar is no level, or the images have other channels,
+                or another size than the mean image.
         """
+        check_samples(z=z)
+        check_alpha_bar(alpha_bar=alpha_bar)
+        if z.ndim != 4:
+            raise wrong_argument("z", "have shape [B, C, H, W]", z)
+        if alpha_bar.numel() != 1:
+            raise wrong_argument("alpha_bar", "be one level", alpha_bar)
         if z.shape[1] != len(self.mean):
             own = f"the prior is of images with {len(self.mean)} channels"
             raise DDIMError(f"{own}; the model makes images of {z.shape[1]}.")
@@ -131,10 +146,15 @@ def fit_prior(images: Iterable[Tensor]) -> DataPrior:
     decimals, which is all that shows.
 
     Raises:
-        DDIMError: If there are fewer than two images.
+        DDIMError: If these are no images, or fewer than two.
     """
     colours, total = [], torch.zeros((), dtype=torch.float64)
+    if not hasattr(images, "__iter__"):
+        raise wrong_argument("images", "be batches of images, [B, C, H, W] each", images)
     for batch in images:
+        check_samples(images=batch)
+        if batch.ndim != 4:
+            raise wrong_argument("images", "be batches of shape [B, C, H, W]", batch)
         colours.append(batch.double().mean((2, 3)))
         total = total + batch.double().sum(0)
     count = sum(map(len, colours))

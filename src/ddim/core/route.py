@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_kind
 from ddim.core.denoiser import Clip
-from ddim.core.schedule import CLEAN, NoiseSchedule
+from ddim.core.schedule import CLEAN, NoiseSchedule, check_schedule
 from ddim.core.step import (
     Eta,
     StepCoefficients,
@@ -117,9 +118,12 @@ def make_route(
             lacks a level, if ``pairs`` is not a walk of steps (t, s), or noise is to be drawn going
             up.
     """
-    pairs = as_pairs(pairs)
+    check_schedule(schedule)
+    pairs, eta = as_pairs(pairs), check_eta(eta)
+    if eps_mean_square is not None:
+        wanted = "the value of each level, from estimate_eps_mean_square"
+        check_kind("eps_mean_square", eps_mean_square, Mapping, wanted)
     analytic = analytic or eps_mean_square is not None
-    check_eta(eta)
     goes_up = any(s > t for t, s in pairs)
     refuse_noise_upwards(eta, goes_up=goes_up)
     if analytic and goes_up:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_function, check_kind, check_one_shape, check_samples
 from ddim.core.denoiser import Denoiser, checked
 from ddim.core.route import Route, make_route
-from ddim.core.schedule import NoiseSchedule, check_samples
+from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta
 from ddim.core.timesteps import Pair
 from ddim.errors import DDIMError, DivergenceError
@@ -74,6 +75,8 @@ def trajectory(
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12.
         https://arxiv.org/abs/2010.02502
     """
+    if previous is not None:
+        check_kind("previous", previous, State, "the last State of a trajectory")
     before = None if previous is None else previous.t
     route = make_route(
         schedule, pairs, eta=eta, order=order, eps_mean_square=eps_mean_square, before=before
@@ -106,7 +109,7 @@ def walk(
         x0, eps = denoise(x_t, t)
         z = noise() if noise is not None and route.is_random else None
         if z is not None and number == 0:
-            check_samples(noise=z)
+            check_one_shape(noise=z, x_t=x_t)
         x_t = step.apply(x0, eps, z)
         if weight != 0 and previous is not None:
             x_t.add_(x0 - previous.x0, alpha=weight)
@@ -116,9 +119,8 @@ def walk(
 
 def _check_start(denoise: Any, schedule: NoiseSchedule, noise: object) -> None:
     """Refuses noise that is no source of it, and a denoiser of another schedule."""
-    if noise is not None and not callable(noise):
-        what = "noise must be a function that draws z for a step, such as a SeededNoise"
-        raise DDIMError(f"{what}; got a {type(noise).__name__}.")
+    if noise is not None:
+        check_function("noise", noise, "a function that draws z for a step, such as a SeededNoise")
     own = getattr(denoise, "schedule", None)
     if own is None or own is schedule or not isinstance(own, NoiseSchedule):
         return

@@ -9,10 +9,8 @@ Notation of this package: levels t = 0..T-1, and t = -1 (:data:`CLEAN`) for data
 Tables are float64 on the CPU; coefficients are computed there and rounded once, when they meet a
 sample."""
 
-import contextlib
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,6 +18,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_choice,
+    check_kind,
+    check_number,
+    check_one_shape,
+    check_whole,
+    shown,
+    wrong_argument,
+)
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -30,8 +37,10 @@ __all__ = [
     "add_noise",
     "make_betas",
     "as_factor",
-    "check_samples",
+    "as_table",
+    "check_schedule",
     "rescale_zero_terminal_snr",
+    "rescaled",
     "velocity",
     "whole",
 ]
@@ -63,7 +72,8 @@ def make_betas(
     The cosine and laplace schedules ignore beta_start and beta_end; their betas are at most 0.999.
 
     Raises:
-        DDIMError: If the schedule is unknown or T is below 1.
+        DDIMError: If the schedule is unknown, T is no whole number in 1..1000000, or a beta is no
+            finite number.
 
     References:
         Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020.
@@ -72,12 +82,11 @@ def make_betas(
         Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. Eq. 17.
         https://arxiv.org/abs/2102.09672 (cosine)
     """
-    count = num_train_timesteps
-    if count < 1:
-        raise DDIMError(f"num_train_timesteps must be at least 1; got {count}.")
-    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not math.isfinite(value):
-            raise DDIMError(f"{name} must be a finite number; got {value}.")
+    check_choice("beta_schedule", kind, BETA_SCHEDULES)
+    count = check_whole("num_train_timesteps", num_train_timesteps, least=1, most=1_000_000)
+    least = 0.0 if kind == "scaled_linear" else None  # which takes the roots
+    beta_start = check_number("beta_start", beta_start, least=least)
+    beta_end = check_number("beta_end", beta_end, least=least)
     if kind == "linear":
         return torch.linspace(beta_start, beta_end, count, dtype=torch.float64)
     if kind == "scaled_linear":
@@ -87,9 +96,7 @@ def make_betas(
     if kind == "sigmoid":
         curve = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64))
         return curve * (beta_end - beta_start) + beta_start
-    if kind == "laplace":
-        return _betas_from(_laplace_alpha_bar, count)
-    raise DDIMError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got {kind!r}.")
+    return _betas_from(_laplace_alpha_bar, count)
 
 
 def _betas_from(alpha_bar: Callable[[float], float], count: int) -> Tensor:
@@ -115,14 +122,20 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     in (0, 1), and returned in float64.
 
     Raises:
-        DDIMError: If there are fewer than two levels, or they do not differ.
+        DDIMError: If betas are no numbers in [0, 1], are fewer than two, or add no noise after the
+            first.
 
     References:
         Lin, Liu, Li, Yang. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023.
         Algorithm 1. https://arxiv.org/abs/2305.08891
     """
+    return rescaled(_as_betas(betas))
+
+
+def rescaled(betas: Tensor) -> Tensor:
+    """:func:`rescale_zero_terminal_snr` of betas that may be no schedule, as in diffusers."""
     if betas.numel() < 2:
-        raise DDIMError(f"zero terminal SNR needs at least 2 levels; got {betas.numel()}.")
+        raise DDIMError(f"zero terminal SNR needs at least 2 levels of betas; got {betas.numel()}.")
     alpha = (1 - betas.double()).cumprod(0).sqrt()
     if bool(alpha[0] == alpha[-1]):
         raise DDIMError(
@@ -131,6 +144,30 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
     alpha_bar = alpha**2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def as_table(name: str, values: Any) -> Tensor:
+    """Numbers [T] as a table, float64 on the CPU."""
+    try:
+        given = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+        table = given.detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise wrong_argument(name, "be a list or a tensor of numbers", values) from None
+    if table.ndim != 1 or table.numel() == 0:
+        raise wrong_argument(name, "have shape [T]", values)
+    return table
+
+
+def _as_betas(betas: Any) -> Tensor:
+    """Variances in [0, 1], [T] float64."""
+    given = as_table("betas", betas)
+    outside = given[~((given >= 0) & (given <= 1))]  # or NaN
+    if outside.numel():
+        raise DDIMError(
+            f"betas are variances in [0, 1]; got {float(outside[0]):.4g}. A table of alpha_bar "
+            "goes into NoiseSchedule(...)."
+        )
+    return given
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +184,8 @@ class NoiseSchedule:
     final_alpha_cumprod: float = 1.0
 
     def __post_init__(self) -> None:
-        table = self._keep(torch.as_tensor(self.alphas_cumprod), self.final_alpha_cumprod)
+        final = check_number("final_alpha_cumprod", self.final_alpha_cumprod, least=0, most=1)
+        table = self._keep(self.alphas_cumprod, final)
         if bool(((table < 0) | (table > 1)).any()):
             outside = float(table[(table < 0) | (table > 1)][0])
             raise DDIMError(f"alphas_cumprod must lie in [0, 1]; got {outside:.4g}.")
@@ -157,12 +195,10 @@ class NoiseSchedule:
             what = f"alphas_cumprod must fall from level to level; it rises at level {t}"
             raise DDIMError(f"{what}. Give the table from the least noise to the most.")
 
-    def _keep(self, table: Tensor, final: float) -> Tensor:
-        if table.ndim != 1 or table.numel() == 0:
-            raise DDIMError(f"alphas_cumprod must have shape [T]; got {list(table.shape)}.")
+    def _keep(self, values: Tensor, final: float) -> Tensor:
+        table = as_table("alphas_cumprod", values)
         if not bool(torch.isfinite(table).all()):
             raise DDIMError("alphas_cumprod must be finite; got NaN or infinity.")
-        table = table.detach().to("cpu", torch.float64)
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "final_alpha_cumprod", final)
         return table
@@ -180,31 +216,32 @@ class NoiseSchedule:
     ) -> "NoiseSchedule":
         """Builds the table from betas [T] in [0, 1], of :func:`make_betas` or a trained list; a
         DDIMError refuses others."""
-        given = torch.as_tensor(betas, dtype=torch.float64)
-        outside = given[~((given >= 0) & (given <= 1))]  # or NaN
-        if outside.numel():
-            raise DDIMError(
-                f"betas are variances in [0, 1]; got {float(outside[0]):.4g}. A table of alpha_bar "
-                "goes into NoiseSchedule(...)."
-            )
-        alphas_cumprod = (1 - given).cumprod(0)
+        alphas_cumprod = (1 - _as_betas(betas)).cumprod(0)
         return cls(alphas_cumprod, 1.0 if set_alpha_to_one else float(alphas_cumprod[0]))
 
     def __len__(self) -> int:
         return self.alphas_cumprod.numel()
+
+    def __repr__(self) -> str:
+        first, last = (float(self.alphas_cumprod[i]) for i in (0, -1))
+        span = f"alpha_bar {first:.4g} to {last:.4g}"
+        return f"NoiseSchedule({len(self)} levels, {span}, clean {self.final_alpha_cumprod:.4g})"
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
         """Looks up alpha_bar at integers t in [-1, T), where -1 is clean data; shape of t, float64
         on the CPU."""
         if not hasattr(t, "__len__"):  # neither a tensor, nor an array or a list of levels
             t = whole(t)
-        levels = torch.as_tensor(t, device="cpu")
+        try:
+            levels = torch.as_tensor(t, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise wrong_argument("a timestep", "be a whole number or a tensor", t) from None
         if levels.dtype.is_floating_point or levels.dtype.is_complex or levels.dtype == torch.bool:
             raise DDIMError(f"timesteps must be integers; got a tensor of {levels.dtype}.")
         levels = levels.long()
         if levels.numel() and (int(levels.min()) < CLEAN or int(levels.max()) >= len(self)):
             allowed = f"[-1, {len(self)}), where -1 is clean data"
-            raise DDIMError(f"timesteps must lie in {allowed}; got {levels.tolist()}.")
+            raise DDIMError(f"timesteps must lie in {allowed}; got {shown(levels.tolist())}.")
         final = torch.tensor(self.final_alpha_cumprod, dtype=torch.float64)
         return torch.where(levels == CLEAN, final, self.alphas_cumprod[levels])
 
@@ -222,25 +259,13 @@ class NoiseSchedule:
 def whole(t: Any) -> int:
     """A level as an int, of a number or an array of one; a DDIMError refuses fractions, bool and
     what is no number."""
-    if getattr(t, "size", None) == 1:  # NumPy
-        t = t.item()
-    if not isinstance(t, bool):
-        with contextlib.suppress(TypeError):
-            return int(t) if isinstance(t, float) and t.is_integer() else operator.index(t)
-    raise DDIMError(f"a timestep must be a whole number or a tensor; got {t!r}.")
+    return check_whole("a timestep", t, note=" or a tensor")
 
 
-def check_samples(**given: Any) -> None:
-    """Refuses, by a DDIMError, samples and noise that are no tensors of floating-point numbers."""
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            advice = "torch.as_tensor(...) makes one of an array"
-            raise DDIMError(f"{name} must be a tensor; got a {kind} ({advice}).")
-        if not value.is_floating_point():
-            advice = "pixels are to be scaled to [-1, 1], and noise is standard normal"
-            got = f"got {str(value.dtype).removeprefix('torch.')}"
-            raise DDIMError(f"{name} must be a tensor of floating-point numbers; {got} ({advice}).")
+def check_schedule(schedule: Any) -> None:
+    """Refuses what is no :class:`NoiseSchedule`."""
+    wanted = "a NoiseSchedule, such as NoiseSchedule.from_betas(betas)"
+    check_kind("schedule", schedule, NoiseSchedule, wanted)
 
 
 def as_factor(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -268,8 +293,12 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tenso
         x0: Clean data, shape [B, ...].
         noise: Standard normal, shape [B, ...].
         t: One level, or one a sample, shape [B]; in [-1, T).
+
+    Raises:
+        DDIMError: If x0 and noise are no floating-point tensors of one shape, or t is no level.
     """
-    check_samples(x0=x0, noise=noise)
+    check_schedule(schedule)
+    check_one_shape(x0=x0, noise=noise)
     alpha_bar = schedule.alpha_bar(t)
     return as_factor(alpha_bar.sqrt(), x0) * x0 + as_factor((1 - alpha_bar).sqrt(), x0) * noise
 
@@ -282,6 +311,7 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: int | Tensor
         Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. App. D.
         https://arxiv.org/abs/2202.00512
     """
-    check_samples(x0=x0, noise=noise)
+    check_schedule(schedule)
+    check_one_shape(x0=x0, noise=noise)
     alpha_bar = schedule.alpha_bar(t)
     return as_factor(alpha_bar.sqrt(), x0) * noise - as_factor((1 - alpha_bar).sqrt(), x0) * x0

@@ -15,14 +15,15 @@ the step. Everything that steps uses both; the scheduler gathers the same weight
 (:mod:`ddim.core.plan`).
 """
 
-import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.core.prediction import PredictionType, Solution, solve
-from ddim.core.schedule import as_factor, check_samples
+from ddim.core.checks import check_alpha_bar, check_number, check_one_shape, wrong_argument
+from ddim.core.prediction import PredictionType, Solution, check_prediction_type, solve
+from ddim.core.schedule import as_factor
 from ddim.errors import DDIMError
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "multistep_weight",
     "refuse_noise_upwards",
     "step_coefficients",
+    "unchecked_coefficients",
+    "unchecked_weight",
 ]
 
 SIGMA_HAT: Literal["sigma-hat"] = "sigma-hat"
@@ -93,20 +96,15 @@ class LinearStep(NamedTuple):
 
 def check_eta(eta: Eta) -> Eta:
     """Returns eta; a DDIMError refuses what is negative, not finite, or an unknown word."""
-    if isinstance(eta, str):
-        if eta != SIGMA_HAT:
-            raise DDIMError(f"eta must be a number or 'sigma-hat'; got {eta!r}.")
-    elif not (math.isfinite(eta) and eta >= 0):
-        raise DDIMError(f"eta must be at least 0 and finite; got {eta}.")
-    return eta
+    if isinstance(eta, str) and eta != SIGMA_HAT:
+        raise wrong_argument("eta", "be a number or 'sigma-hat'", eta)
+    return eta if isinstance(eta, str) else check_number("eta", eta, least=0)
 
 
 def check_order(order: int, *, eta: Eta = 0.0, analytic: bool = False) -> int:
     """Returns the order of the solver; a DDIMError refuses an unknown one, and noise at order 2."""
-    if order not in ORDERS:
-        raise DDIMError(
-            f"the order of the solver must be 1 (DDIM) or 2 (multistep); got {order!r}."
-        )
+    if not isinstance(order, (int, np.integer)) or isinstance(order, bool) or order not in ORDERS:
+        raise wrong_argument("the order of the solver", "be 1 (DDIM) or 2 (multistep)", order)
     flow = "order 2 solves the deterministic flow"
     if order == 2 and eta != 0:
         raise DDIMError(f"{flow} and draws no noise; got eta={eta}, so use eta=0, or order 1.")
@@ -142,8 +140,8 @@ def step_coefficients(
         Three float64 tensors. A step to clean data (alpha_bar_s = 1) draws no noise.
 
     Raises:
-        DDIMError: If eta is invalid, or so large that noise would exceed 1 - alpha_bar_s; if
-            eps_mean_square is given with sigma-hat, or where alpha_bar_t is 0.
+        DDIMError: If eta or a level is invalid, or eta so large that noise would exceed 1 -
+            alpha_bar_s; if eps_mean_square is given with sigma-hat, or where alpha_bar_t is 0.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Eq. 12 and 16; Sec. 5
@@ -151,10 +149,21 @@ def step_coefficients(
         Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. Algorithm 2 (the last
         step, which draws none). https://arxiv.org/abs/2006.11239
     """
-    check_eta(eta)
+    eta = check_eta(eta)
+    check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
     if eps_mean_square is not None:
-        plain = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
-        return _analytic(plain, alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
+        check_alpha_bar(eps_mean_square=eps_mean_square)
+    plain = unchecked_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+    if eps_mean_square is None:
+        return plain
+    return _analytic(plain, alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
+
+
+def unchecked_coefficients(
+    alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta
+) -> StepCoefficients:
+    """:func:`step_coefficients` of levels that may be no schedule's, as in diffusers."""
+    check_eta(eta)
     if eta == 0:  # not a shortcut: at alpha_bar 0 or 1 the variance below is 0 * inf
         none = torch.zeros_like(alpha_bar_s)
         return StepCoefficients(alpha_bar_s.sqrt(), (1 - alpha_bar_s).sqrt(), none)
@@ -225,10 +234,12 @@ def ddim_step(
         noise: Standard normal z, shape [B, ...]. Needed if eta is not 0 or the variance analytic.
 
     Raises:
-        DDIMError: If eta is invalid or not 0 in a step up, or noise is missing.
+        DDIMError: If eta or a level is invalid, eta is not 0 in a step up, or noise is missing; if
+            samples are no floating-point tensors of one shape.
     """
-    refuse_noise_upwards(eta, goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
-    check_samples(x0=x0, eps=eps, **({} if noise is None else {"noise": noise}))
+    check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
+    refuse_noise_upwards(check_eta(eta), goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
+    check_one_shape(x0=x0, eps=eps, **({} if noise is None else {"noise": noise}))
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
     if eta == 0 and eps_mean_square is None:
         return weights.apply(x0, eps)
@@ -242,8 +253,11 @@ def linear_step(
     prediction_type: PredictionType, alpha_bar_t: Tensor, alpha_bar_s: Tensor, *, eta: Eta = 0.0
 ) -> LinearStep:
     """Folds conversion and step (:func:`step_coefficients`) into one linear map of (x_t, model
-    output, z), valid where nothing is clipped; not finite where the conversion has no solution."""
-    refuse_noise_upwards(eta, goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
+    output, z), valid where nothing is clipped; not finite where the conversion has no solution. A
+    DDIMError refuses levels, types and an eta that are none."""
+    check_prediction_type(prediction_type)
+    check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
+    refuse_noise_upwards(check_eta(eta), goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
     weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
     return fold(weights, solve(prediction_type, alpha_bar_t))
 
@@ -274,6 +288,16 @@ def multistep_weight(
         Lu et al. DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models.
         2022. Algorithm 2. https://arxiv.org/abs/2211.01095
     """
+    check_alpha_bar(
+        alpha_bar_previous=alpha_bar_previous, alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s
+    )
+    return unchecked_weight(alpha_bar_previous, alpha_bar_t, alpha_bar_s)
+
+
+def unchecked_weight(
+    alpha_bar_previous: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
+) -> Tensor:
+    """:func:`multistep_weight` of levels that may be no schedule's, as in diffusers."""
     levels = (alpha_bar_previous, alpha_bar_t, alpha_bar_s)
     before, here, there = (alpha_bar.logit() for alpha_bar in levels)  # 2 l
     ratio = (alpha_bar_t / (1 - alpha_bar_t)).sqrt()

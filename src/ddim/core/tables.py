@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ddim.core.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from ddim.core.checks import shown, wrong_argument
+from ddim.core.schedule import NoiseSchedule, rescaled
 from ddim.errors import DDIMError
 
 __all__ = ["Tables", "gather"]
@@ -46,7 +47,7 @@ class Tables:
     def from_betas(cls, betas: Tensor, *, rescale: bool, set_alpha_to_one: bool) -> "Tables":
         """The tables of betas [T], float64, after a ``rescale`` to zero terminal SNR."""
         is_valid = bool(((betas >= 0) & (betas <= 1)).all())
-        betas = rescale_zero_terminal_snr(betas) if rescale else betas
+        betas = rescaled(betas) if rescale else betas
         levels = (1 - betas).cumprod(0)  # not from_betas, which refuses what is no schedule
         exact = NoiseSchedule.unchecked(levels, 1.0 if set_alpha_to_one else float(levels[0]))
         table = exact.alphas_cumprod.float()
@@ -72,14 +73,23 @@ class Tables:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x and noise in one shape, and the alpha_t and sigma_t that multiply them, computed in
         float64 and rounded once; a DDIMError refuses levels outside [0, T) that the host sees."""
-        given = timesteps
-        t = (given if isinstance(given, Tensor) else torch.tensor(given, device="cpu")).flatten()
+        try:
+            given = timesteps
+            if not isinstance(given, Tensor):
+                given = torch.tensor(given, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise wrong_argument(
+                "timesteps", "be whole numbers, or a tensor of them", timesteps
+            ) from None
+        t = given.flatten()
         if t.device.type == "cpu" and not is_compiling() and t.numel():
             _check_whole(t)
-            if int(t.min()) < 0 or int(t.max()) >= len(self.schedule):
-                allowed = f"[0, {len(self.schedule)}), the levels the model was trained on"
-                raise DDIMError(f"timesteps must lie in {allowed}; got {t.tolist()}.")
-        x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
+            _check_inside(t, len(self.schedule))
+        try:
+            x, noise = torch.broadcast_tensors(x, noise)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            shape = list(x.shape)
+            raise wrong_argument("noise", f"have the samples' shape {shape}", noise) from None
         if t.numel() > 1 and x.ndim and x.shape[0] == 1:  # one sample at several levels
             x, noise = (y.expand(t.numel(), *y.shape[1:]) for y in (x, noise))
         key = (torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
@@ -111,19 +121,39 @@ def gather(columns: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             device a fraction is cut off, since to look at it would wait for the device.
     """
     if t.dtype != torch.int64:
-        if t.is_floating_point() and t.device.type == "cpu" and not is_compiling():
+        if t.device.type == "cpu" and not is_compiling():
             _check_whole(t)
         t = t.long()
     if t.device != x.device:
+        if t.device.type == "cpu" and not is_compiling():
+            _check_inside(t, columns.shape[1])  # on a device it would be too late to say it
         t = t.to(x.device, non_blocking=True)
-    if t.ndim == 0 or t.shape == (1,):
-        return columns.index_select(1, t).unbind(0)
+    if t.numel() == 1:
+        return _select(columns, t.reshape(1)).unbind(0)
     if t.shape != x.shape[:1]:
         wanted = f"one timestep, or one for each of the {x.shape[0]} samples"
         raise DDIMError(f"there must be {wanted}; got shape {list(t.shape)}.")
-    return columns.index_select(1, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
+    return _select(columns, t).reshape(columns.shape[0], -1, *[1] * (x.ndim - 1)).unbind(0)
+
+
+def _select(columns: Tensor, t: Tensor) -> Tensor:
+    if is_compiling():
+        return columns.index_select(1, t)
+    try:
+        return columns.index_select(1, t)
+    except (IndexError, RuntimeError):  # looked for afterwards, so that a step waits for nothing
+        _check_inside(t, columns.shape[1])
+        raise
+
+
+def _check_inside(t: Tensor, total: int) -> None:
+    if t.numel() and (int(t.min()) < 0 or int(t.max()) >= total):
+        allowed = f"[0, {total}), the levels the model was trained on"
+        raise DDIMError(f"timesteps must lie in {allowed}; got {shown(t.tolist())}.")
 
 
 def _check_whole(t: Tensor) -> None:
-    if t.is_floating_point() and bool((t != t.round()).any()):
-        raise DDIMError(f"timesteps must be whole numbers; got {t.tolist()}.")
+    if t.dtype == torch.bool or t.is_complex():
+        raise wrong_argument("timesteps", "be whole numbers", t)
+    if t.is_floating_point() and not bool((t.isfinite() & (t == t.round())).all()):
+        raise wrong_argument("timesteps", "be whole numbers", t.tolist())

@@ -5,12 +5,13 @@ A list of timesteps runs from noise to data, strictly falling, in [0, T). A step
 neighbour leaves the list, and the network is then told another amount of noise than there is."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
 
+from ddim.core.checks import check_choice, check_number, check_whole, wrong_argument
 from ddim.core.schedule import CLEAN, whole
 from ddim.errors import DDIMError
 
@@ -57,7 +58,8 @@ def select_timesteps(
     alone, and is ignored where a level would leave [0, T).
 
     Raises:
-        DDIMError: If N is not an integer in 1..T, or the spacing is unknown.
+        DDIMError: If N is no whole number in 1..T, T or steps_offset no whole number, or the
+            spacing is unknown.
 
     References:
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. App. D.2 (linear, quadratic).
@@ -66,16 +68,20 @@ def select_timesteps(
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Table 2.
         https://arxiv.org/abs/2305.08891
     """
-    total, count = num_train_timesteps, num_inference_steps
-    is_whole = isinstance(count, (int, np.integer)) and not isinstance(count, bool)
-    if not is_whole or not 1 <= count <= total:
-        what = f"a whole number from 1 to {total}, the number of levels the model was trained on"
-        raise DDIMError(f"num_inference_steps must be {what}; got {count!r}.")
-    count = int(count)
+    total = check_whole("num_train_timesteps", num_train_timesteps, least=1)
+    offset = check_whole("steps_offset", steps_offset)
+    check_choice("timestep_spacing", spacing, SPACINGS)
+    try:
+        count = check_whole("num_inference_steps", num_inference_steps, least=1, most=total)
+    except DDIMError:
+        wanted = (
+            f"be a whole number from 1 to {total}, the number of levels the model was trained on"
+        )
+        raise wrong_argument("num_inference_steps", wanted, num_inference_steps) from None
     if spacing == "leading":
         ratio = total // count
         highest = (count - 1) * ratio
-        offset = steps_offset if steps_offset >= 0 and highest + steps_offset < total else 0
+        offset = offset if offset >= 0 and highest + offset < total else 0
         return [i * ratio + offset for i in reversed(range(count))]
     if spacing == "linspace":
         return [int(t) for t in np.linspace(0, total - 1, count).round()[::-1]]
@@ -83,16 +89,14 @@ def select_timesteps(
         # The float range yields an N+1st entry, -1, for some N (61, 103, ... of 1000): the first N
         # are right.
         return [int(t) for t in np.round(np.arange(total, 0, -total / count))[:count] - 1]
-    if spacing == "quadratic":
-        levels: list[int] = []
-        for i in range(count):
-            level = (total - 1) * i * i // (count - 1) ** 2 if count > 1 else total - 1
-            levels.append(max(level, levels[-1] + 1) if levels else level)
-        return levels[::-1]
-    raise DDIMError(f"timestep_spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
+    levels: list[int] = []  # quadratic
+    for i in range(count):
+        level = (total - 1) * i * i // (count - 1) ** 2 if count > 1 else total - 1
+        levels.append(max(level, levels[-1] + 1) if levels else level)
+    return levels[::-1]
 
 
-def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
+def as_levels(timesteps: Iterable[int] | Tensor) -> list[int]:
     """Returns a list, array or tensor of whole numbers as plain integers; a DDIMError refuses
     anything else."""
     try:
@@ -100,14 +104,13 @@ def as_levels(timesteps: Sequence[int] | Tensor) -> list[int]:
     except TypeError:
         values = None
     if values is None or getattr(timesteps, "ndim", 1) != 1:
-        example = "one list of levels, such as [999, 500, 3]"
-        raise DDIMError(f"timesteps must be {example}; got {timesteps!r}.")
+        raise wrong_argument("timesteps", "be one list of levels, such as [999, 500, 3]", timesteps)
     levels = []
     for value in values:
         if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-            raise DDIMError(f"timesteps must be whole numbers; got {value!r}.")
+            raise wrong_argument("timesteps", "be whole numbers", value)
         levels.append(int(value))
     return levels
 
@@ -116,6 +119,7 @@ def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int)
     """Returns a custom list of levels as plain integers; a DDIMError refuses a list that is empty,
     not of whole numbers, or not strictly falling in [0, T)."""
     levels = as_levels(timesteps)
+    num_train_timesteps = check_whole("num_train_timesteps", num_train_timesteps, least=1)
     outside = [t for t in levels if not 0 <= t < num_train_timesteps]
     if outside:
         raise DDIMError(
@@ -148,7 +152,7 @@ def step_pairs(timesteps: Sequence[int] | Tensor, *, end: int = CLEAN) -> list[P
         DDIMError: If the list is empty, not of whole numbers, repeats a level, or does not fall
             down to ``end``.
     """
-    levels = as_levels(timesteps)
+    levels, end = as_levels(timesteps), check_whole("end", end)
     _check_falling(levels)
     _check_falling([levels[-1], end])
     return list(zip(levels, [*levels[1:], end], strict=True))
@@ -160,11 +164,11 @@ def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     try:
         given = [(t, s) for t, s in pairs]
     except (TypeError, ValueError):
-        text = repr(pairs)
-        raise DDIMError(
-            "pairs must be steps (t, s) from a level to the next, which step_pairs([999, 500, 0]) "
-            f"makes of timesteps; got {text if len(text) <= 60 else text[:57] + '...'}."
-        ) from None
+        wanted = (
+            "be steps (t, s) from a level to the next, which step_pairs([999, 500, 0]) makes of "
+            "timesteps"
+        )
+        raise wrong_argument("pairs", wanted, pairs) from None
     steps = [(whole(t), whole(s)) for t, s in given]
     for before, after in itertools.pairwise(steps):
         if before[1] != after[0]:
@@ -176,8 +180,9 @@ def as_pairs(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def reverse_pairs(pairs: Sequence[Pair]) -> list[Pair]:
-    """The same path walked from data to noise: [(s, t), ...] from the last pair to the first."""
-    return [(s, t) for t, s in reversed(pairs)]
+    """The same path walked from data to noise: [(s, t), ...] from the last pair to the first; a
+    DDIMError refuses what is no list of steps (t, s)."""
+    return [(s, t) for t, s in reversed(as_pairs(pairs))]
 
 
 def truncate_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
@@ -186,10 +191,10 @@ def truncate_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
     The sample must then be noised to the first level that is kept.
 
     Raises:
-        DDIMError: If strength is outside (0, 1], or keeps no level.
+        DDIMError: If strength is outside (0, 1], or keeps no level; or timesteps are no levels.
     """
-    if not 0 < strength <= 1:
-        raise DDIMError(f"strength must lie in (0, 1]; got {strength}.")
+    check_number("strength", strength, above=0, most=1)
+    timesteps = as_levels(timesteps)
     kept = int(len(timesteps) * strength)
     if kept == 0:
         count = len(timesteps)
@@ -198,4 +203,4 @@ def truncate_timesteps(timesteps: Sequence[int], strength: float) -> list[int]:
             f"strength {strength} of {count} steps keeps none; use a strength of at least "
             f"{-(-scale // max(count, 1)) / scale:.9g}, or more steps."
         )
-    return [int(t) for t in timesteps[len(timesteps) - kept :]]
+    return timesteps[len(timesteps) - kept :]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ddim.core.checks import check_kind, check_shape, check_whole, wrong_argument
 from ddim.core.denoiser import Denoiser
 from ddim.core.oracle import GaussianOracle
 from ddim.core.schedule import NoiseSchedule
@@ -96,6 +97,9 @@ class ModelFacts:
         shape: (C, H, W) of its images or latents.
         num_train_timesteps: Number of levels that it was built for.
         training: Configuration of the schedule that noise was added with in training.
+
+    Raises:
+        DDIMError: If a size or a number of levels is none, or ``training`` no configuration.
     """
 
     latent: bool | None = None
@@ -103,6 +107,13 @@ class ModelFacts:
     shape: tuple[int, int, int] | None = None
     num_train_timesteps: int | None = None
     training: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and len(check_shape("shape", self.shape)) != 3:
+            raise wrong_argument("shape", "be (C, H, W)", self.shape)
+        if self.num_train_timesteps is not None:
+            check_whole("num_train_timesteps", self.num_train_timesteps, least=1)
+        check_kind("training", self.training, (Mapping, type(None)), "a configuration (a dict)")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ddim.configuration import fitted_lists, foreign_family, own_options
+from ddim.core.checks import check_kind, wrong_argument
+from ddim.core.guidance import check_rescale, check_scale
 from ddim.core.step import Eta, check_eta
-from ddim.core.timesteps import select_timesteps, step_pairs
+from ddim.core.timesteps import as_levels, select_timesteps, step_pairs
 from ddim.doctor.agreement import agree
 from ddim.doctor.checks import CHECKS
 from ddim.doctor.findings import FAINT, Case, Finding, ModelFacts, Severity
@@ -139,6 +141,14 @@ def diagnose(
     Raises:
         DDIMError: If the configuration has an unknown key or value, or an option is out of range.
     """
+    _check_config(config)
+    if guidance_scale is not None:
+        check_scale(guidance_scale)
+    check_rescale(guidance_rescale)
+    check_kind("spacing", spacing, (str, type(None)), "the name of a spacing, or None")
+    check_kind("model", model, ModelFacts, "a ModelFacts")
+    check_kind("brightness", brightness, (Brightness, type(None)), "a Brightness, or None")
+    check_kind("probe", probe, (Probe, type(None)), "a Probe, which probe(...) gives, or None")
     options: dict[str, Any] = {
         "asked": steps,
         "timesteps": timesteps,
@@ -156,6 +166,14 @@ def diagnose(
         last = _diagnose_once(corrected, spacing=None, **options)
         rounds.append(corrected)
     return first if last is first else replace(first, after=last)
+
+
+def _check_config(config: Any) -> None:
+    """Refuses what is no configuration."""
+    if not isinstance(config, Mapping):
+        has_one = hasattr(config, "config")
+        advice = "Give its .config" if has_one else "json.loads(...) makes one of a file's text"
+        raise wrong_argument("config", "be a scheduler's configuration (a dict)", config, advice)
 
 
 def _diagnose_once(config: Mapping[str, Any], *, spacing: str | None, **options: Any) -> Diagnosis:
@@ -249,8 +267,7 @@ def _visited(
     if timesteps is None and use_fitted:
         custom = next((fitted for fitted in fitted_lists(config) if len(fitted) == count), None)
     if custom is not None:
-        if not all(isinstance(t, int) for t in custom):
-            raise DDIMError(f"timesteps must be whole numbers; got {list(custom)}.")
+        custom = as_levels(custom)
         levels = sorted({t for t in custom if 0 <= t < total}, reverse=True) or [total - 1]
     elif spacing != "quadratic":
         return None, levels, stock_timesteps(total, len(levels), spacing, steps_offset=offset)

@@ -15,13 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_function,
+    check_kind,
+    check_number,
+    check_samples,
+    check_whole,
+    wrong_argument,
+)
 from ddim.core.denoiser import Denoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.oracle import GaussianOracle
 from ddim.core.prediction import PredictionType, from_x0_eps, to_x0_eps
 from ddim.core.prior import DataPrior
 from ddim.core.sampler import sample
-from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, make_betas
+from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, check_schedule, make_betas
 from ddim.core.timesteps import Pair
 from ddim.errors import DDIMError
 
@@ -61,6 +69,9 @@ class Brightness:
         dimensions: C H W: the more values in an image, the less noise hides its brightness.
         measured: How the rest of the image varies with it, by :meth:`of_images`; None if it is
             taken to be independent of the rest.
+
+    Raises:
+        DDIMError: If mean or std are no numbers, std is negative, or dimensions is below 1.
     """
 
     mean: float
@@ -68,9 +79,15 @@ class Brightness:
     dimensions: int
     measured: Modes | None = field(default=None, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        check_number("mean", self.mean)
+        check_number("std", self.std, least=0)
+        check_whole("dimensions", self.dimensions, least=1)
+
     @classmethod
     def of(cls, prior: DataPrior, dimensions: int) -> "Brightness":
         """The brightness of images whose mean colours are known."""
+        check_kind("prior", prior, DataPrior, "a DataPrior, which fit_prior gives")
         count, std = len(prior.mean), sum(map(sum, prior.covariance)) ** 0.5
         return cls(sum(prior.mean) / count, std / count, dimensions)
 
@@ -84,8 +101,9 @@ class Brightness:
         which changes little: brightness is told by coarse structure.
 
         Raises:
-            DDIMError: If there are fewer than two images.
+            DDIMError: If these are no images, or fewer than two.
         """
+        _check_images(images)
         if len(images) < 2:
             raise DDIMError(f"the brightness of images needs at least 2; got {len(images)}.")
         fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
@@ -119,6 +137,12 @@ class Brightness:
         weight = self.modes.weight
         made = float((weight * std).norm())
         return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
+
+
+def _check_images(images: Any) -> None:
+    check_samples(images=images)
+    if images.ndim != 4:
+        raise wrong_argument("images", "have shape [B, C, H, W]", images)
 
 
 def made_of_noise(
@@ -273,11 +297,17 @@ def probe(
             device.
         seed: Seed of the first image's noise.
 
+    Raises:
+        DDIMError: If an argument is of another kind.
+
     References:
         Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 5.2
         (what an ideal model says at T). https://arxiv.org/abs/2305.08891
     """
-    total, last = len(schedule), len(schedule) - 1
+    check_function("network", network, "a network, (x_t, t) -> prediction")
+    check_schedule(schedule)
+    _check_images(images)
+    seed, total, last = check_whole("seed", seed, least=0), len(schedule), len(schedule) - 1
     noise = seeded_randn(images.shape[1:], range(seed, seed + len(images))).to(images)
 
     def call(t: int) -> tuple[Tensor, Tensor]:

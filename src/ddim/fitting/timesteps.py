@@ -19,11 +19,20 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_function,
+    check_kind,
+    check_number,
+    check_one_shape,
+    check_samples,
+    check_whole,
+    wrong_argument,
+)
 from ddim.core.denoiser import Denoiser, checked
 from ddim.core.noise import seeded_randn
 from ddim.core.sampler import sample
-from ddim.core.schedule import NoiseSchedule, add_noise
-from ddim.core.timesteps import SPACINGS, Spacing, select_timesteps, step_pairs
+from ddim.core.schedule import NoiseSchedule, add_noise, check_schedule
+from ddim.core.timesteps import SPACINGS, Spacing, as_levels, select_timesteps, step_pairs
 from ddim.errors import DDIMError
 from ddim.fitting.search import (
     LEAST_ERROR,
@@ -86,13 +95,20 @@ class Fit:
 def ode_error(x: Tensor, exact: Tensor, *, bound: float | None = 1.0) -> Tensor:
     """The mean squared error per dimension of finished samples x [B, ...] from those of many steps
     of the same x_T, both clamped to +-bound (None for latents) and scaled to a range of 1; shape
-    [B], float64, at least 1e-14 (float32's rounding)."""
+    [B], float64, at least 1e-14 (float32's rounding). A DDIMError refuses samples that are no
+    tensors of one shape, and a bound that is not above 0."""
+    check_one_shape(x=x, exact=exact)
+    if bound is not None:
+        check_number("bound", bound, above=0)
     return scaled_difference(x, exact, bound=bound).square().sum(1).clamp(min=LEAST_ERROR)
 
 
 def geometric_mean(values: Tensor) -> Interval:
     """The geometric mean of positive values [B] with its 95 % interval, normal in the logarithm;
-    nan bounds for a single value."""
+    nan bounds for a single value. A DDIMError refuses what are no such values."""
+    check_samples(values=values)
+    if values.ndim != 1 or len(values) == 0:
+        raise wrong_argument("values", "be positive numbers, shape [B]", values)
     logarithms = values.double().log()
     mean, margin = logarithms.mean(), torch.tensor(torch.nan)
     if len(values) > 1:
@@ -127,8 +143,17 @@ def fit_timesteps(
             100 quadratic steps of order 2.
 
     Raises:
-        DDIMError: If there is nothing held out, or N or the order is invalid.
+        DDIMError: If there is nothing held out, or an argument is invalid.
     """
+    check_schedule(schedule)
+    _check_problem("problem", problem)
+    evaluations = check_whole("evaluations", evaluations, least=0)
+    if bound is not None:
+        check_number("bound", bound, above=0)
+    if finish is not None:
+        check_function("finish", finish, "a function of a SamplingProblem")
+    if not hasattr(held_out, "__iter__"):
+        raise wrong_argument("held_out", "be a list of SamplingProblems", held_out)
     total = len(schedule)
     paths = {name: select_timesteps(total, steps, cast(Spacing, name)) for name in SPACINGS}
     found = search_timesteps(
@@ -137,6 +162,7 @@ def fit_timesteps(
     paths = {FITTED: found, **paths}
     many, parts = select_timesteps(total, min(50, total), "trailing"), []
     for part in held_out:
+        _check_problem("each of held_out", part)
         exact = finish(part) if finish else teach(part, schedule=schedule, steps=100)[-1].x_s
         errors = ode_errors(part, exact, paths, schedule=schedule, order=order, bound=bound)
         parts.append(errors | ode_errors(part, exact, {MANY: many}, schedule=schedule, bound=bound))
@@ -146,6 +172,11 @@ def fit_timesteps(
     errors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     name = min(paths, key=lambda n: geometric_mean(errors[n]).mean)
     return Fit(paths[name], name, paths, errors)
+
+
+def _check_problem(name: str, problem: SamplingProblem) -> None:
+    check_kind(name, problem, SamplingProblem, "a SamplingProblem, a denoiser and its x_t")
+    check_samples(**{f"x_t of {name}": problem.x_t})
 
 
 @torch.no_grad()
@@ -189,15 +220,22 @@ def estimate_eps_mean_square(
         seed: The seed of the first image's noise; the next image has the next one.
 
     Raises:
-        DDIMError: If there are no images.
+        DDIMError: If there are no images, or an argument is of another kind.
 
     References:
         Bao, Li, Zhu, Zhang. Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in
         Diffusion Probabilistic Models. 2022. Eq. 8. https://arxiv.org/abs/2201.06503
     """
-    levels, seen = list(timesteps), 0
+    check_schedule(schedule)
+    levels, seen, seed = as_levels(timesteps), 0, check_whole("seed", seed, least=0)
+    if not hasattr(data, "__iter__"):
+        raise wrong_argument("data", "be batches, each a denoiser and its images", data)
     missing = dict.fromkeys(levels, 0.0)  # sums over images of mean(eps^2 - predicted eps^2)
-    for given, x0 in data:
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise wrong_argument("each batch of data", "be a denoiser and its images", batch)
+        given, x0 = batch
+        check_samples(**{"the images of data": x0})
         denoise = checked(given)
         noise = seeded_randn(x0.shape[1:], range(seed + seen, seed + seen + len(x0))).to(x0.device)
         seen += len(x0)

@@ -6,19 +6,30 @@ steps too."""
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddim.core.schedule import NoiseSchedule
-from ddim.core.timesteps import check_timesteps
+from ddim.core.checks import (
+    check_choice,
+    check_kind,
+    check_number,
+    check_samples,
+    check_whole,
+    shown,
+    wrong_argument,
+)
+from ddim.core.schedule import NoiseSchedule, check_schedule
+from ddim.core.timesteps import as_levels, check_timesteps
 from ddim.errors import DataError, DDIMError
 from ddim.files import replacing
 from ddim.inversion.ddim import encodable_timesteps
@@ -60,8 +71,7 @@ def default_method(schedule: NoiseSchedule) -> EncodingMethod:
 
 def check_method(method: str) -> None:
     """Refuses a word that names no encoder, with a DDIMError that lists those that do."""
-    if method not in ENCODERS:
-        raise DDIMError(f"method must be one of {', '.join(ENCODERS)}; got {method!r}.")
+    check_choice("method", method, ENCODERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +91,9 @@ class Code:
         labels: Classes of the images, shape [B], int64; None without.
         origin: Fingerprints by name (``dtype``, ``network``, ``schedule``, and of a pipeline also
             its other parts), which a decoder must share; empty: anything goes.
+
+    Raises:
+        DDIMError: If an attribute is of another kind, or ``states`` of another shape.
     """
 
     states: Tensor
@@ -95,20 +108,41 @@ class Code:
 
     def __post_init__(self) -> None:
         check_method(self.method)
+        check_samples(states=self.states)
         held = 2 if self.is_exact else 1
         if self.states.ndim < 2 or self.states.shape[0] != held:
             raise DDIMError(
                 f"a code of {self.method} holds {held} state(s), shape [{held}, B, ...]; got "
                 f"{list(self.states.shape)}."
             )
-        if not self.timesteps:
+        if not (levels := tuple(as_levels(self.timesteps))):
             raise DDIMError("a code must say its timesteps; got none.")
+        object.__setattr__(self, "timesteps", levels)
+        check_whole("evaluations", self.evaluations, least=0)
+        check_number("gamma", self.gamma)
+        check_number("mixing", self.mixing)
+        for name in ("residual", "labels"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Tensor) or len(value) != len(self)):
+                raise wrong_argument(name, f"be a tensor of {len(self)} numbers, or None", value)
+        check_kind("origin", self.origin, Mapping, "fingerprints by name (a dict)")
+
+    def __repr__(self) -> str:
+        images, shape = f"{len(self)} images", list(self.states.shape[2:])
+        levels = f"{len(self.timesteps)} steps from level {self.timesteps[0]}"
+        return f"Code({self.method}, {images} of shape {shape}, {levels}, {self.states.device})"
 
     def __len__(self) -> int:
         return self.states.shape[1]
 
-    def __getitem__(self, chosen: slice) -> "Code":
-        """The code of some of the images."""
+    def __getitem__(self, chosen: int | slice | Sequence[int] | Tensor) -> "Code":
+        """The code of some of the images; of one, it keeps the axis of images."""
+        if isinstance(chosen, (int, np.integer)) and not isinstance(chosen, bool):
+            if not -len(self) <= chosen < len(self):  # IndexError, by which a loop over it ends
+                raise IndexError(f"the code holds {len(self)} images; there is no code[{chosen}].")
+            chosen = slice(int(chosen) % len(self), int(chosen) % len(self) + 1)
+        if not isinstance(chosen, slice):
+            chosen = _places(chosen, len(self))
         residual = None if self.residual is None else self.residual[chosen]
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, states=self.states[:, chosen], residual=residual, labels=labels)
@@ -122,6 +156,8 @@ class Code:
     def join(cls, parts: Sequence["Code"]) -> "Code":
         """Codes of one origin and one list of timesteps as one, on the CPU; its ``evaluations`` are
         the largest of theirs. A DDIMError if there are none, or they cannot go together."""
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Code) for p in parts):
+            raise wrong_argument("parts", "be a list of Codes", parts)
         if not parts or any(part._settings() != parts[0]._settings() for part in parts):
             raise DDIMError(
                 "codes can be joined if there are some, and all are of one method, one list of "
@@ -131,7 +167,8 @@ class Code:
             name: torch.cat([part.tensors()[name] for part in parts], int(name == "states"))
             for name in parts[0].tensors()
         }
-        return replace(parts[0], **held, evaluations=max(part.evaluations for part in parts))
+        first: Code = parts[0]
+        return replace(first, **held, evaluations=max(part.evaluations for part in parts))
 
     def _settings(self) -> tuple[object, ...]:
         how = (self.method, self.timesteps, self.gamma, self.mixing, dict(self.origin))
@@ -190,6 +227,18 @@ class Code:
             raise DDIMError(f"the code's metadata is damaged ({error}).") from error
 
 
+def _places(chosen: Any, count: int) -> list[int]:
+    """Places of images, of a list or tensor of them, or of one truth value an image."""
+    wanted = f"be a place, a slice, or a list of places of {count} images"
+    try:
+        listed = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
+        if len(listed) == count and all(isinstance(value, bool) for value in listed):
+            return [place for place, is_chosen in enumerate(listed) if is_chosen]
+        return [check_whole("chosen", place, least=-count, most=count - 1) for place in listed]
+    except (TypeError, DDIMError):
+        raise wrong_argument("chosen", wanted, chosen) from None
+
+
 def warn_of_rms(code: Code) -> None:
     """Warns, once for all images of a code, if the RMS of one is far from 1."""
     if len(code) == 0:
@@ -211,15 +260,15 @@ def warn_of_rms(code: Code) -> None:
 def check_code(code: Any) -> None:
     """Refuses what is no code, with a DDIMError."""
     if not isinstance(code, Code):
-        found = type(code).__name__
         raise DDIMError(
-            f"only a Code can be decoded, which encode or load_code gives; got a {found}."
+            f"only a Code can be decoded, which encode or load_code gives; got {shown(code)}."
         )
 
 
 def check_origin(code: Code, origin: Mapping[str, str]) -> None:
     """Refuses a decoder whose fingerprints are not the code's, with a DDIMError; what one of both
     does not name may be anything. The dtype goes first, since it changes the network's too."""
+    check_kind("origin", origin, Mapping, "fingerprints by name (a dict)")
     shared = [name for name in origin if name in code.origin]
     for name in sorted(shared, key=lambda name: name != "dtype"):
         there, here = code.origin[name], origin[name]
@@ -249,6 +298,7 @@ def decoding_timesteps(
     Raises:
         DDIMError: If the timesteps are invalid, or not those of a code that is a pair of states.
     """
+    check_schedule(schedule)
     if timesteps is None:
         return code.timesteps
     asked, first = check_timesteps(timesteps, len(schedule)), code.timesteps[0]
@@ -264,7 +314,9 @@ def decoding_timesteps(
 
 
 def save_code(code: Code, path: Path | str) -> None:
-    """Writes a code, whole or not at all."""
+    """Writes a code, whole or not at all; a DDIMError refuses what is none."""
+    check_kind("code", code, Code, "a Code, which encode or load_code gives")
+    check_kind("path", path, (str, os.PathLike), "the path of a file")
     with replacing(path) as partial:
         safetensors.torch.save_file(code.tensors(), partial, metadata=code.metadata())
 
@@ -275,6 +327,7 @@ def load_code(path: Path | str) -> Code:
     Raises:
         DataError: If there is no such file, or it is damaged or no code.
     """
+    check_kind("path", path, (str, os.PathLike), "the path of a file")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

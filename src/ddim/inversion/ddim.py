@@ -40,11 +40,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_number, check_samples, check_whole
 from ddim.core.denoiser import Denoiser, at_clean, checked
 from ddim.core.sampler import sample
-from ddim.core.schedule import NoiseSchedule
+from ddim.core.schedule import NoiseSchedule, check_schedule
 from ddim.core.step import linear_step
-from ddim.core.timesteps import reverse_pairs, step_pairs
+from ddim.core.timesteps import as_levels, reverse_pairs, step_pairs
 from ddim.errors import DDIMError, DivergenceError
 
 __all__ = [
@@ -94,9 +95,10 @@ def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> li
         Falling levels with alpha_bar above 0; as many, unless the level below was in the list.
 
     Raises:
-        DDIMError: If nothing is left.
+        DDIMError: If nothing is left, or these are no levels of the schedule.
     """
-    levels = [int(t) for t in timesteps]
+    check_schedule(schedule)
+    levels = as_levels(timesteps)
     while levels and float(schedule.alpha_bar(levels[0])) == 0:
         lower = levels[0] - 1
         levels = ([] if lower < 0 or lower in levels else [lower]) + levels[1:]
@@ -127,6 +129,8 @@ def encode_explicit(
         Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2021. Sec. 4.3 and 5.4.
         https://arxiv.org/abs/2010.02502
     """
+    check_schedule(schedule)
+    check_samples(x0=x0)
     pairs = reverse_pairs(step_pairs(timesteps))
     return Encoding(sample(at_clean(denoise, schedule), x0, pairs, schedule=schedule), len(pairs))
 
@@ -164,11 +168,11 @@ def encode_implicit(
     Warns:
         ConvergenceWarning: If a step was not solved; the best iterate was taken.
     """
-    if not tolerance > 0 or max_evaluations < 1 or depth < 0:
-        raise DDIMError(
-            "tolerance must be above 0, max_evaluations at least 1 and depth at least 0; "
-            f"got tolerance={tolerance}, max_evaluations={max_evaluations}, depth={depth}."
-        )
+    check_number("tolerance", tolerance, above=0)
+    max_evaluations = check_whole("max_evaluations", max_evaluations, least=1)
+    depth = check_whole("depth", depth, least=0)
+    check_schedule(schedule)
+    check_samples(x0=x0)
     denoise, x, total = checked(denoise), x0, 0
     eps: Tensor | None = None
     worst = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)

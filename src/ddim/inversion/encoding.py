@@ -23,12 +23,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ddim.core.denoiser import Denoiser
+from ddim.core.checks import check_number, check_one_shape, check_samples, check_whole
+from ddim.core.denoiser import Denoiser, checked
 from ddim.core.prediction import Denoised
 from ddim.core.sampler import State, trajectory
-from ddim.core.schedule import NoiseSchedule
+from ddim.core.schedule import NoiseSchedule, check_schedule
 from ddim.core.timesteps import step_pairs
-from ddim.errors import DDIMError, DivergenceError
+from ddim.errors import DivergenceError
 from ddim.inversion.codes import (
     Code,
     EncodingMethod,
@@ -69,7 +70,7 @@ class Encoder:
         max_evaluations: For ``fixed-point``, for one step.
 
     Raises:
-        DDIMError: If the method is unknown.
+        DDIMError: If the method is unknown, or an option out of range.
     """
 
     method: EncodingMethod = "o-belm"
@@ -80,6 +81,9 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check_method(self.method)
+        ReversibleSampler(gamma=self.gamma, mixing=self.mixing)  # checks both
+        check_number("tolerance", self.tolerance, above=0)
+        check_whole("max_evaluations", self.max_evaluations, least=1)
 
     def encode(
         self,
@@ -92,6 +96,8 @@ class Encoder:
         origin: Mapping[str, str] | None = None,
     ) -> Code:
         """Finds the latents of data; arguments and errors are those of :func:`encode`."""
+        check_samples(x0=x0)
+        denoise = checked(denoise)
         levels, x0, residual = encodable_timesteps(schedule, timesteps), x0.double(), None
         evaluations = 0
 
@@ -119,7 +125,7 @@ class Encoder:
                 f"diverged at {len(levels)} steps; {_ADVICE.get(self.method, _SOUND)}."
             )
         how = (self.method, tuple(levels), evaluations, self.gamma, self.mixing)
-        return Code(states, *how, residual, labels, origin or {})
+        return Code(states, *how, residual, labels, {} if origin is None else origin)
 
 
 def encode(
@@ -165,10 +171,11 @@ def encode(
         The code.
 
     Raises:
-        DDIMError: If the method is unknown.
+        DDIMError: If the method is unknown, an option out of range, or an argument of another kind.
         DivergenceError: If the code is not finite, or too large for float64 to bring the data back.
     """
-    method = method or default_method(schedule)
+    check_schedule(schedule)
+    method = default_method(schedule) if method is None else method
     encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
     return encoder.encode(denoise, x0, timesteps, schedule=schedule, labels=labels, origin=origin)
 
@@ -199,7 +206,7 @@ def decode_trajectory(
         DDIMError: If the levels or the origin are not the code's, before anything is evaluated.
     """
     check_code(code)
-    check_origin(code, origin or {})
+    check_origin(code, {} if origin is None else origin)
     levels = decoding_timesteps(code, timesteps, schedule=schedule)
     if not code.is_exact:
         return trajectory(denoise, code.x_T.double(), step_pairs(levels), schedule=schedule)
@@ -246,10 +253,8 @@ def reconstruction_error(images: Tensor, reconstructions: Tensor) -> Tensor:
         Shape [B], float64.
 
     Raises:
-        DDIMError: If the shapes differ.
+        DDIMError: If these are no floating-point tensors of one shape.
     """
-    if images.shape != reconstructions.shape:
-        shapes = f"{list(images.shape)} and {list(reconstructions.shape)}"
-        raise DDIMError(f"images and reconstructions must have one shape; got {shapes}.")
+    check_one_shape(images=images, reconstructions=reconstructions)
     difference = images.double().clamp(-1, 1) - reconstructions.double().clamp(-1, 1)
     return (difference / 2).flatten(1).square().mean(1)

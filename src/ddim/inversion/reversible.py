@@ -22,10 +22,18 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ddim.core.checks import (
+    check_kind,
+    check_number,
+    check_one_shape,
+    check_samples,
+    shown,
+    wrong_argument,
+)
 from ddim.core.denoiser import Denoiser, at_clean, checked
 from ddim.core.prediction import Denoised
 from ddim.core.sampler import State
-from ddim.core.schedule import CLEAN, NoiseSchedule
+from ddim.core.schedule import CLEAN, NoiseSchedule, check_schedule
 from ddim.core.step import ddim_step, linear_step
 from ddim.core.timesteps import check_timesteps
 from ddim.errors import DDIMError
@@ -89,14 +97,13 @@ class ReversibleSampler:
     mixing: float = 0.93
 
     def __post_init__(self) -> None:
-        if self.method not in REVERSIBLE:
+        if not isinstance(self.method, str) or self.method not in REVERSIBLE:
             raise DDIMError(
-                f"a reversible sampler is one of {', '.join(REVERSIBLE)}; got {self.method!r}."
+                f"the method of a reversible sampler is one of {', '.join(REVERSIBLE)}; got "
+                f"{shown(self.method)}."
             )
-        if not 0 < self.gamma <= 1:
-            raise DDIMError(f"gamma of BDIA must lie in (0, 1]; got {self.gamma}.")
-        if not 0 < self.mixing < 1:
-            raise DDIMError(f"mixing of EDICT must lie in (0, 1); got {self.mixing}.")
+        check_number("gamma of BDIA", self.gamma, above=0, most=1)
+        check_number("mixing of EDICT", self.mixing, above=0, below=1)
 
     @property
     def evaluations_per_step(self) -> int:
@@ -161,6 +168,7 @@ class _Path(NamedTuple):
 
 
 def _path(schedule: NoiseSchedule, timesteps: Sequence[int]) -> _Path:
+    check_schedule(schedule)
     rising = check_timesteps(timesteps, len(schedule))[::-1]
     alpha_bar = schedule.alpha_bar(torch.tensor([CLEAN, *rising]))
     # Where clean data is level 0 itself (set_alpha_to_one is off), there is no step between them.
@@ -209,6 +217,7 @@ def reversible_trajectory(
     Raises:
         DDIMError: As :func:`check_start`, before anything is evaluated.
     """
+    check_samples(x_T=x_T)
     check_start(schedule, timesteps, sampler)
     denoise, path = checked(denoise), _path(schedule, timesteps)
     if sampler.method == "edict":
@@ -221,6 +230,7 @@ def check_start(
 ) -> None:
     """Refuses levels that this sampler cannot start from, with a DDIMError: invalid ones, and zero
     SNR for EDICT, whose steps divide by 0 there."""
+    check_kind("sampler", sampler, ReversibleSampler, "a ReversibleSampler")
     path = _path(schedule, timesteps)
     if sampler.method == "edict" and path.alpha_bar[-1] == 0:
         raise DDIMError(
@@ -258,6 +268,7 @@ def encode_pair(
     Raises:
         DDIMError: If a level has no signal, where nothing but BDIA can be turned round.
     """
+    check_samples(x0=x0)
     denoise, path = checked(denoise), _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
     if sampler.method == "edict":
@@ -285,6 +296,9 @@ def decode_pair(
         An iterator of one :class:`~ddim.core.sampler.State` a step: N - 1 for the two-step methods,
         whose pair holds the result of the first.
     """
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise wrong_argument("pair", "be a StatePair, which encode_pair gives", pair)
+    check_one_shape(pair=pair[0], partner=pair[1])
     denoise, path = checked(denoise), _path(schedule, timesteps)
     _refuse_zero_snr(path, sampler)
     if sampler.method == "edict":
@@ -293,6 +307,7 @@ def decode_pair(
 
 
 def _refuse_zero_snr(path: _Path, sampler: ReversibleSampler) -> None:
+    check_kind("sampler", sampler, ReversibleSampler, "a ReversibleSampler")
     if sampler.method != "bdia" and path.alpha_bar[-1] == 0:
         raise DDIMError(
             f"{sampler.method} cannot be run backwards from t={path.levels[-1]}, where the SNR is "

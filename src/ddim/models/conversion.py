@@ -6,6 +6,7 @@ Song's ``ddim`` (and Ho's models in PyTorch) and of OpenAI's ``improved-diffusio
 dict cannot tell is an option of :func:`convert`. Files are read from safetensors, or by
 ``torch.load`` with ``weights_only=True``, which runs no code out of them."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddim.configuration import PIXEL_MODEL, configured_betas, spelled_betas
+from ddim.core.checks import check_kind, wrong_argument
 from ddim.core.schedule import BetaSchedule, NoiseSchedule
 from ddim.errors import CheckpointError, needs_code, shown_cause
 from ddim.files import replacing_folder
@@ -44,7 +46,7 @@ class Converted:
     names: dict[str, str]
 
 
-def read_state_dict(path: Path) -> State:
+def read_state_dict(path: Path | str) -> State:
     """The weights in a file, under names without ``module.``; averaged weights if it holds both.
 
     Args:
@@ -56,6 +58,8 @@ def read_state_dict(path: Path) -> State:
         CheckpointError: If the file is missing or damaged, would have to run code, or holds no
             weights.
     """
+    check_kind("path", path, (str, os.PathLike), "the path of a file")
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}; give a file of weights.")
     try:
@@ -118,6 +122,11 @@ def convert(
         CheckpointError: If the layout is unknown or has no equal in ``UNet2DModel``, or a weight is
             missing, left over or misshapen.
     """
+    is_state = isinstance(state, Mapping) and all(isinstance(w, Tensor) for w in state.values())
+    if not is_state or not state:
+        raise wrong_argument(
+            "state", "be weights by their names, which read_state_dict gives", state
+        )
     layout = layout or tell_layout(state)
     unet, rules = read_architecture(state, layout, num_heads=num_heads or 4)
     unet["sample_size"] = sample_size or unet["sample_size"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddim.configuration import noise_schedule
+from ddim.core.checks import check_function, check_samples, wrong_argument
 from ddim.core.denoiser import Clip, Denoiser, ModelDenoiser
 from ddim.core.noise import SeededNoise, check_seeds
 from ddim.core.route import Route
@@ -40,6 +41,7 @@ __all__ = [
     "Place",
     "Sampling",
     "Source",
+    "check_generators",
     "draw_seeds",
     "find_pretrained",
     "name_origin",
@@ -117,6 +119,14 @@ def read_single_index(link: str, options: Mapping[str, Any]) -> dict[str, Any]:
     index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(config)
     check_index(index, str(config), given=options)
     return index
+
+
+def check_generators(generator: Any) -> None:
+    """Refuses what is neither a generator nor a list of them, nor None."""
+    listed = generator if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in listed):
+        wanted = "be a torch.Generator, or a list of one an image"
+        raise wrong_argument("generator", wanted, generator, "A number goes into seeds=[...]")
 
 
 def draw_seeds(count: int) -> list[int]:
@@ -252,6 +262,8 @@ class Sampling:
     ) -> Tensor:
         """Runs a trajectory to its end, or until the callback stops it; the last sample, which is
         finite."""
+        if callback is not None:
+            check_function("callback", callback, "a function of the State after a step")
         with self.progress_bar(total=total) if bar else contextlib.nullcontext() as shown:
             for state in states:
                 x = state.x_s
@@ -274,6 +286,7 @@ class Sampling:
             raise DDIMError(
                 "seeds and generator both say where noise comes from; give one of them."
             )
+        check_generators(generator)
         if isinstance(generator, torch.Generator):
             generator = [generator] * count
         if generator is None:
@@ -290,6 +303,7 @@ class Sampling:
         noise = self._noise(count, shape, place, source)
         if latents is None:
             return noise(), noise
+        check_samples(latents=latents)
         if source.generator is None:  # the x_T of a seed, with that seed, gives its image
             noise()
         return latents.to(noise.device, noise.dtype), noise

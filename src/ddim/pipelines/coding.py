@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_whole
 from ddim.core.denoiser import Denoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
@@ -44,11 +45,9 @@ class Coding(Sampling):
         labels: Tensor | None = None,
     ) -> Code:
         """The code of data [B, ...] batch by batch, under the denoiser of each batch's images."""
-        if len(x0) == 0 or batch_size < 1:
-            raise DDIMError(
-                f"there must be images to encode, and batch_size at least 1; got {len(x0)} images, "
-                f"batch_size={batch_size}."
-            )
+        batch_size = check_whole("batch_size", batch_size, least=1)
+        if len(x0) == 0:
+            raise DDIMError("there must be images to encode; got none.")
         parts, origin, schedule = [], self._origin(), self.noise_schedule
         for first in range(0, len(x0), batch_size):
             chosen = slice(first, first + batch_size)
@@ -71,7 +70,8 @@ class Coding(Sampling):
     ) -> Tensor:
         """The data [B, ...] of a code over levels of :meth:`_decoding_timesteps`, under the
         denoiser of each batch's images."""
-        finished, size, schedule = [], max(1, batch_size), self.noise_schedule
+        size = check_whole("batch_size", batch_size, least=1)
+        finished, schedule = [], self.noise_schedule
         for first in range(0, len(code), size):
             chosen = slice(first, first + size)
             part, denoise = code[chosen].to(self._execution_device), denoiser(chosen)
@@ -93,7 +93,7 @@ class Coding(Sampling):
             raise DDIMError("the code holds no images.")
         check_origin(code, self._origin())
         asked = None
-        if (steps, spacing, timesteps) != (None, None, None):
+        if any(option is not None for option in (steps, spacing, timesteps)):
             asked = self.select_timesteps(
                 steps, timestep_spacing=spacing, timesteps=timesteps, order=1
             )

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_samples, check_whole, wrong_argument
 from ddim.errors import DDIMError
 from ddim.pipelines.networks import acting, copy_if_replayed, prepare_walk
 
@@ -27,7 +27,9 @@ Labels = int | Sequence[int] | Tensor | None
 
 def count_images(batch_size: int | None, **given: Any) -> int:
     """The number of images, from whatever says it; refuses where two say different numbers."""
-    sizes = {} if batch_size is None else {"batch_size": batch_size}
+    sizes = {}
+    if batch_size is not None:
+        sizes["batch_size"] = check_whole("batch_size", batch_size, least=1)
     for name, value in given.items():
         if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0:  # not a 0-d tensor
             sizes[name] = len(value)
@@ -36,10 +38,7 @@ def count_images(batch_size: int | None, **given: Any) -> int:
         raise DDIMError(
             f"the arguments tell different numbers of images ({listed}); give one of each an image."
         )
-    count = next(iter(sizes.values()), 1)
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-        raise DDIMError(f"batch_size must be a whole number of at least 1; got {count!r}.")
-    return int(count)
+    return check_whole("batch_size", next(iter(sizes.values()), 1), least=1)
 
 
 def read_image_shape(unet: Any) -> tuple[int, int, int]:
@@ -75,6 +74,7 @@ def check_sides(unet: Any, height: int, width: int, what: str) -> None:
 
 def check_latents(unet: Any, latents: Tensor) -> None:
     """Refuses latents that are no x_T of a network."""
+    check_samples(latents=latents)
     channels, sizes = int(unet.config.in_channels), list(latents.shape)
     if len(sizes) != 4 or sizes[1] != channels:
         raise DDIMError(f"latents must have shape [B, {channels}, H, W]; got {sizes}.")
@@ -97,7 +97,11 @@ def as_labels(unet: Any, class_labels: Labels, count: int, device: torch.device)
         raise DDIMError(f"the network is class-conditional: give class_labels{which}.")
     if not takes_labels(unet):
         raise DDIMError("the network was trained without classes; leave out class_labels.")
-    labels = torch.as_tensor(class_labels)
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        wanted = "be a whole number, or one for each image"
+        raise wrong_argument("class_labels", wanted, class_labels) from None
     if labels.ndim > 1 or (labels.ndim == 1 and len(labels) != count):
         raise DDIMError(
             f"class_labels must be one number for all images, or one for each of {count}; got "

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ddim.core.checks import check_whole, wrong_argument
 from ddim.errors import DDIMError
 from ddim.models.images import convert_mode, to_pil
 from ddim.pipelines.networks import acting, prepare_walk
@@ -24,21 +25,26 @@ class Posterior(NamedTuple):
     std: Tensor
 
 
-def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a picture size that has no whole number of latents, with a DDIMError that says the
-    nearest that has; and what is no size, such as an image in the place of the height."""
-    for name, side in (("height", height), ("width", width)):
-        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            raise DDIMError(
-                f"{name} must be a whole number of pixels; got {type(side).__name__}. Images to "
-                "begin at are for ImageToImagePipeline(**pipe.components)."
-            )
+def check_size(height: int, width: int, factor: int) -> tuple[int, int]:
+    """Returns the size of a picture as whole numbers. A DDIMError refuses one that has no whole
+    number of latents, and says the nearest that has; and what is no size, such as an image in the
+    place of the height."""
+    height, width = _side("height", height), _side("width", width)
     if height < factor or width < factor or height % factor or width % factor:
         near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise DDIMError(
             f"width and height must be multiples of {factor}, the VAE's factor; got "
             f"{width}x{height} (width x height), and {near} would do."
         )
+    return height, width
+
+
+def _side(name: str, side: Any) -> int:
+    try:
+        return check_whole(name, side)
+    except DDIMError:
+        advice = "Images to begin at are for ImageToImagePipeline(**pipe.components)"
+        raise wrong_argument(name, "be a whole number of pixels", side, advice) from None
 
 
 def prepare_images(pipe: Any, images: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ddim.core.guidance import check_rescale, check_scale, is_guided
 from ddim.core.noise import check_seeds
 from ddim.errors import CheckpointError, DDIMError
-from ddim.pipelines.base import Place, Source
+from ddim.pipelines.base import Place, Source, check_generators
 
 __all__ = [
     "GUIDANCE",
@@ -212,6 +212,7 @@ def given_lengths(source: Source, latents: Tensor | None = None) -> dict[str, in
     listed: dict[str, Any] = {**source._asdict(), "latents": latents}
     if source.seeds is not None:
         listed["seeds"] = check_seeds(source.seeds)
+    check_generators(source.generator)
     if isinstance(source.generator, torch.Generator):
         del listed["generator"]
     if latents is not None and not isinstance(latents, Tensor):

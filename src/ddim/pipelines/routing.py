@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 
 from ddim.configuration import configured_timesteps, select_clip
+from ddim.core.checks import check_choice
 from ddim.core.denoiser import Clip
 from ddim.core.prediction import to_x0_eps
 from ddim.core.route import Route, make_route
@@ -15,7 +16,7 @@ from ddim.core.step import Eta, check_order
 from ddim.core.timesteps import SPACINGS, Spacing, check_timesteps, step_pairs, truncate_timesteps
 from ddim.errors import DDIMError
 from ddim.inversion.ddim import encodable_timesteps
-from ddim.inversion.reversible import Reversible, ReversibleSampler, check_start
+from ddim.inversion.reversible import REVERSIBLE, Reversible, ReversibleSampler, check_start
 from ddim.scheduler import DDIMScheduler
 from ddim.scheduler_base import GridScheduler
 
@@ -83,6 +84,7 @@ def resolve_route(
             or the prediction has no solution at a level.
     """
     asked, sampler = options.get("order"), options.get("sampler", "ddim")
+    check_choice("sampler", sampler, ("ddim", *REVERSIBLE))
     order = check_order(own_order if asked is None else asked)
     spacing, timesteps = options.get("timestep_spacing"), options.get("timesteps")
     is_fitted = order == own_order

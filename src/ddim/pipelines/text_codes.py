@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_whole
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
@@ -91,12 +92,12 @@ class TextCodes(StableDiffusion):
         if len(pictures) == 0:
             raise DDIMError("there are no images to encode.")
         check_size(*sides, self.vae_scale_factor)
-        method = method or default_method(self.noise_schedule)
+        method = default_method(self.noise_schedule) if method is None else method
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
         levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)
-        chunks = torch.split(pictures, max(1, batch_size))
+        chunks = torch.split(pictures, check_whole("batch_size", batch_size, least=1))
         x0 = torch.cat([encode_images(self, chunk, place.device).mean for chunk in chunks])
         denoiser = self._denoisers(len(x0), prompts, guidance)
         return self._encode(x0, levels, denoiser, encoder, batch_size)

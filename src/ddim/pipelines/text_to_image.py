@@ -180,7 +180,7 @@ class TextToImagePipeline(TextCodes, diffusers.StableDiffusionPipeline):  # type
             shape = self.latent_shape if latents is None else latents.shape
             own = [side * factor for side in shape[-2:]]
             height, width = own[0] if height is None else height, own[1] if width is None else width
-        check_size(height, width, factor)
+        height, width = check_size(height, width, factor)
         shape = (channels, height // factor, width // factor)
         if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
             wanted = ", ".join(map(str, shape))

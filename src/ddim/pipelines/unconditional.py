@@ -10,6 +10,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
+from ddim.core.checks import check_choice, check_kind, check_whole
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.noise import SeededNoise
 from ddim.core.prior import DataPrior
@@ -67,19 +68,19 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
     call.
 
     Args:
-        unet: Any network of diffusers that is called as ``unet(x, t, class_labels)``;
-            ``UNet2DModel`` as a rule.
+        unet: A network called as ``unet(x, t, class_labels)``; ``UNet2DModel`` as a rule.
         scheduler: Any scheduler of the DDIM family, or its configuration; replaced by a
             :class:`ddim.scheduler.DDIMScheduler`.
 
     Raises:
-        DDIMError: If the scheduler is of another family, such as flow matching.
+        DDIMError: If ``unet`` is no network, or the scheduler is of another family.
     """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(self, unet: torch.nn.Module, scheduler: Any) -> None:
         super().__init__()
+        check_kind("unet", unet, torch.nn.Module, "a network, such as diffusers' UNet2DModel")
         self.register_modules(unet=unet, scheduler=as_ddim(scheduler))
 
     @classmethod
@@ -154,6 +155,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
     ) -> ModelDenoiser:
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
         size. A DDIMError refuses labels that do not fit, and another kind of network."""
+        batch_size = check_whole("batch_size", batch_size, least=1)
         network = as_network(self.unet, self._labels(class_labels, batch_size))
         return self._model(network, clip, self.unet.dtype)
 
@@ -260,6 +262,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         count, x, noise = self._prepare(batch_size, class_labels, **given)
         denoise = self.denoiser(count, class_labels=class_labels, clip=route.clip)
         if prior is not None:
+            check_kind("prior", prior, DataPrior, "a DataPrior, which fit_prior gives")
             if latents is not None:
                 raise DDIMError(
                     "latents are x_T, and a prior changes what x_T is drawn from; leave out one."
@@ -348,7 +351,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         Raises:
             DDIMError: If images or options do not fit the network, or the method diverges.
         """
-        method = method or default_method(self.noise_schedule)
+        method = default_method(self.noise_schedule) if method is None else method
         encoder = Encoder(method, gamma, mixing, tolerance, max_evaluations)
         x0 = from_pictures(images, self.image_shape, resize=resize)
         levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)
@@ -432,8 +435,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         return as_labels(self.unet, class_labels, count, self._execution_device)
 
     def _check_output_type(self, output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt"):
-            raise DDIMError(f"output_type must be pil, np or pt; got {output_type!r}.")
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
         channels = int(self.unet.config.in_channels)
         if output_type == "pil" and channels not in (1, 3):
             raise DDIMError(
