@@ -493,6 +493,40 @@ def test_pictures_keep_the_format_that_their_folder_began_with(kind, tiny, tmp_p
     assert np.abs(kept.astype(int)[..., 0] - exact).max() <= (0 if kind == "webp" else 20)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("card.json", {"data": {"classes": ["T-shirt", "Shirt", "Bag, purse", "bag"]}}),
+        (
+            "model_index.json",
+            {"id2label": {"1": "Shirt", "0": "T-shirt", "3": "bag", "2": "Bag, purse"}},
+        ),
+    ],
+)
+def test_a_class_is_known_by_its_name(file, content, tiny_classes, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_classes, model)
+    before = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    (model / file).write_text(json.dumps(before | content))
+    assert sample(model, out, "--count", 1, "--class", "shirt") == 0
+    assert record(out)["protocol"]["class"] == 1
+    assert record(out)["results"][0]["class"] == 1
+    assert sample(model, out, "--count", 2, "--class", 1) == 0  # goes on
+    assert sample(model, tmp_path / "bags", "--count", 1, "--class", "PURSE") == 0
+    assert record(tmp_path / "bags")["results"][0]["class"] == 2
+    capsys.readouterr()
+    for name, told in (
+        ("bag", "--class 'bag' means the classes 2 and 3; give the number."),
+        ("shrit", "--class must be a number or a name such as 'Shirt', "),
+        ("4", "--class must be from 0 to 3; got 4."),
+    ):
+        assert sample(model, tmp_path / "x", "--class", name) == 2
+        assert told in capsys.readouterr().err
+    assert sample(tiny_classes, tmp_path / "x", "--class", "shirt") == 2
+    assert "does not name its classes; give a number; got 'shirt'." in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_overwriting_starts_anew_and_keeps_what_is_not_listed(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     assert sample(tiny, out, "--count", 3) == 0

@@ -45,7 +45,7 @@ class Selection(NamedTuple):
     number: int | None = None
     """How many, from ``first`` on; None: all."""
     resize: bool = False
-    label: int | None = None
+    label: int | str | None = None
     """Class of all images; None: the data's own."""
 
     @classmethod
@@ -112,9 +112,9 @@ def read_images(chosen: Selection, shape: tuple[int, int, int], model: FoundMode
         x0 = stack_images(found, places)
         labels = [found[i][1] for i in places] if found.class_names else None
         source, notes = {"name": data, "split": split}, found.notes
-    model.check_class(chosen.label, required=labels is None)
-    if chosen.label is not None:
-        labels = [chosen.label] * len(x0)
+    label = model.find_class(chosen.label, required=labels is None)
+    if label is not None:
+        labels = [label] * len(x0)
     labels = labels if model.classes else None
     return Pictures(x0, labels, {**source, "images": fingerprint(x0)}, notes)
 

@@ -1,5 +1,6 @@
 """What the files of a model say about it, without its weights."""
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from ddim.models.checkpoints import (
 from ddim.models.folder import read_json
 from ddim.models.single_file import read_declaration
 
-__all__ = ["FoundModel", "ScheduleSource", "read_model", "read_source"]
+__all__ = ["FoundModel", "ScheduleSource", "read_class_names", "read_model", "read_source"]
 
 _CONFIG = "scheduler_config.json"
 _TRAINED = (
@@ -40,6 +41,7 @@ class FoundModel:
         classes: Number of classes of its network; 0 without classes.
         has_scheduler: Whether it comes with a noise schedule.
         empty: Classes that it was trained on no image of, as its card says.
+        class_names: Names of its classes, as its card or its index says; empty without names.
     """
 
     name: str
@@ -48,6 +50,7 @@ class FoundModel:
     classes: int
     has_scheduler: bool
     empty: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> set[str]:
@@ -62,19 +65,41 @@ class FoundModel:
             "configuration_hash": configuration_hash(self.folder),
         }
 
-    def check_class(self, given: int | None, *, required: bool = False) -> None:
-        """Checks a class that was given for all images.
+    def find_class(self, given: int | str | None, *, required: bool = False) -> int | None:
+        """The number of a class that was given for all images, by its number or its name.
 
         Raises:
             DDIMError: If the model does not know it, or if it is required and missing.
         """
+        if isinstance(given, str) and self.classes:
+            given = self._class_named(given)
         span = f"from 0 to {self.classes - 1}"
-        if given is not None and not 0 <= given < self.classes:
+        if given is not None and (isinstance(given, str) or not 0 <= given < self.classes):
             none = f"has no effect: {self.name} was trained without classes"
             raise DDIMError(f"--class {f'must be {span}' if self.classes else none}; got {given}.")
         if given is None and required and self.classes:
             what = "name the images' class with --class"
             raise DDIMError(f"the model is class-conditional: {what}, {span}.")
+        return given
+
+    def _class_named(self, given: str) -> int:
+        """The class whose name, or one of whose names (``tench, Tinca tinca``), is this one."""
+        asked, found = given.casefold(), list[int]()
+        for number, names in enumerate(names.casefold() for names in self.class_names):
+            if asked in (names, *(name.strip() for name in names.split(","))):
+                found.append(number)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = " and ".join(map(str, found))
+            raise DDIMError(f"--class {given!r} means the classes {several}; give the number.")
+        if not self.class_names:
+            message = f"{self.name} does not name its classes; give a number; got {given!r}."
+            raise DDIMError(f"--class: {message}")
+        spelled = {name.casefold(): repr(name) for name in self.class_names}
+        near = [spelled[name] for name in difflib.get_close_matches(asked, spelled, 3, cutoff=0)]
+        message = f"--class must be a number or a name such as {', '.join(near)}; got {given!r}."
+        raise DDIMError(message)
 
     def labels_of(self, seeds: Iterable[int], given: int | None = None) -> list[int] | None:
         """The classes of the images of seeds: the given one for all, else one after the other,
@@ -131,7 +156,25 @@ def read_model(name: str) -> FoundModel:
         raise DDIMError(f"{name} is {what}; give its class_labels from Python.")
     count = classes if type(classes) is int else 0
     empty = _empty_classes(folder, count)
-    return FoundModel(name, folder, is_text, count, has_scheduler(folder), empty)
+    names = read_class_names(folder) if count else ()
+    named = names if len(names) == count else ()
+    return FoundModel(name, folder, is_text, count, has_scheduler(folder), empty, named)
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """The names of a model's classes, in order: those of its card, or ``id2label`` of its index, as
+    diffusers' DiT has it. Empty if they do not say any."""
+    path = folder / "card.json"
+    data = read_json(path).get("data") if path.is_file() else None
+    names = data.get("classes") if isinstance(data, dict) else None
+    if isinstance(names, list) and names:
+        return tuple(map(str, names))
+    path = folder / "model_index.json"
+    labels = read_json(path).get("id2label") if path.is_file() else None
+    if not isinstance(labels, dict):
+        return ()
+    numbers = [str(number) for number in range(len(labels))]
+    return tuple(str(labels[number]) for number in numbers) if set(numbers) == set(labels) else ()
 
 
 def _empty_classes(folder: Path, count: int) -> tuple[int, ...]:

@@ -37,12 +37,12 @@ class InterpolateJob(PixelJob):
         if request.images is not None:
             check_images(request.images, None)
         self.open()
-        self.model.check_class(request.class_, required=True)
+        self.model.find_class(request.class_, required=True)
         encodable = request.images is not None
         self.timesteps = self.checked_levels(request.steps, encodable=encodable)
         if request.seeds is not None:
             x_T = seeded_randn(self.pipe.image_shape, check_seeds(request.seeds)).double()
-            labels = None if request.class_ is None else torch.full((needed,), request.class_)
+            labels = None if self.label is None else torch.full((needed,), self.label)
             levels = tuple(self.timesteps)
             self.ends = Code(x_T.unsqueeze(0), "ddim", levels, 0, labels=labels)
             data: dict[str, Any] = {"seeds": list(request.seeds)}

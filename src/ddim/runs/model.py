@@ -158,12 +158,17 @@ class ModelJob(Job):
         load = _open_text if self.model.is_text else _open_pixels
         self.pipe = load(self.model, dtype, has_picture).to(self.device)
 
+    @property
+    def label(self) -> int | None:
+        """The class that is asked for, by its number or its name; None without one."""
+        return self.model.find_class(self._option("class_", None))
+
     def _option(self, name: str, default: Any) -> Any:
         return getattr(self.request, name, default)
 
     def describe(self, *, clip: Clip) -> dict[str, Any]:
         """The part of a protocol about the network, its classes, and how its prediction is read."""
-        config, label = self.pipe.scheduler.config, self._option("class_", None)
+        config, label = self.pipe.scheduler.config, self.label
         picture = self._option("picture", "png")
         keys = "num_train_timesteps beta_schedule beta_start beta_end trained_betas"
         keys += " rescale_betas_zero_snr prediction_type set_alpha_to_one"

@@ -80,7 +80,8 @@ class SampleRequest(Text, Noisy, Drawn, Seeds, Request):
     ] = None
     """Share of the steps walked from --image; 1 keeps little or nothing of it. Default: 0.8."""
     class_: Class = None
-    """Class of all images. Default: the seed modulo the number of classes."""
+    """Class of all images, its number or its name. Default: the seed modulo the number of
+    classes."""
     batch_size: Count = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network. The image between the steps is always float32."""
@@ -185,7 +186,7 @@ class InterpolateRequest(Walk, Drawn, Request):
     """How images are encoded. The codes of fixed-point look most like noise; those of o-belm and
     bdia give the ends back exactly."""
     class_: Class = None
-    """Class of all pictures, for a class-conditional model."""
+    """Class of all pictures, its number or its name; class-conditional models need it."""
     resize: Annotated[bool, Needs(option="images")] = False
     """Resize images of another size (shorter side) and crop them in the centre."""
     gif: Annotated[bool, Needs(without="grid")] = False

@@ -89,7 +89,7 @@ class SampleJob(ModelJob):
             self.text = text = read_text(options, model, image=True)
             walk["strength"] = text.strength
         else:
-            model.check_class(options.class_)
+            model.find_class(options.class_)
             self.prior = model.read_prior(options.prior)
             walk["analytic"], given = options.variance == "analytic", options.data
             clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
@@ -141,7 +141,7 @@ class SampleJob(ModelJob):
         return [self._row(item) for item in sorted(self.there(None), key=self._file)]
 
     def _row(self, item: Item) -> Row:
-        labels = None if self.text else self.model.labels_of([item.seed], self.request.class_)
+        labels = None if self.text else self.model.labels_of([item.seed], self.label)
         return {
             "seed": item.seed,
             "file": self._file(item),
@@ -174,7 +174,7 @@ class SampleJob(ModelJob):
                 seeds = [item.seed for item in batch]
                 asked: dict[str, Any] = {"progress": False, "callback": self.control.step}
                 if text is None:
-                    labels = self.model.labels_of(seeds, request.class_)
+                    labels = self.model.labels_of(seeds, self.label)
                     asked |= {"class_labels": labels, "prior": self.prior}
                 else:
                     asked |= text.draw_options(batch)

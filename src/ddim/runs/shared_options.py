@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from ddim.options import Blank, Choices, Needs, Range
-from ddim.runs.values import Eta
+from ddim.runs.values import ClassName, Eta
 
 __all__ = ["Class", "Computed", "Count", "Drawn", "ENCODERS", "Encoder", "First", "Folder"]
 __all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
@@ -37,7 +37,7 @@ Scale = Annotated[float | None, Range(0), Needs(model="text")]
 Rescale = Annotated[float | None, Range(0, 1), Needs(model="text")]
 ModelName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
 Class = Annotated[
-    int | None, tyro.conf.arg(name="class"), Range(0, MOST_LEVELS), Needs(model="classes")
+    ClassName, tyro.conf.arg(name="class"), Range(0, MOST_LEVELS), Needs(model="classes")
 ]
 
 
@@ -150,7 +150,7 @@ class Pictures:
     resize: bool = False
     """Resize images of another size (shorter side) and crop them in the centre."""
     class_: Class = None
-    """Class of all images, for a class-conditional model. Default: the data's own."""
+    """Class of all images, its number or its name. Default: the data's own."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the network. The states are always float64."""
 

@@ -1,6 +1,7 @@
 """The values of options that are more than a number or a name: eta, and levels from a file."""
 
 import json
+import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ddim.options import Range
 
-__all__ = ["Eta", "Etas", "FittedLevels", "Levels", "primitive", "read_number", "split_list"]
+__all__ = ["ClassName", "Eta", "Etas", "FittedLevels", "Levels"]
+__all__ += ["primitive", "read_number", "split_list"]
 
 
 class FittedLevels(tuple[int, ...]):
@@ -84,6 +86,11 @@ def _read_etas(word: str) -> tuple[float | str, ...]:
     return tuple(map(_read_eta, split_list(word)))
 
 
+def _read_class(word: str) -> int | str:
+    return int(read_number(int, word)) if re.fullmatch(r"[+-]?\d+", word) else word
+
+
+ClassName = Annotated[int | str | None, primitive(_read_class, metavar="NUMBER|NAME")]
 Eta = Annotated[
     float | Literal["sigma-hat"] | None, Range(0), primitive(_read_eta, metavar="NUMBER|sigma-hat")
 ]

@@ -18,6 +18,7 @@ from ddim.models.checkpoints import (
     read_scheduler_config,
     weight_hash,
 )
+from ddim.models.facts import read_class_names
 from ddim.models.folder import check_links, read_json
 
 __all__ = ["Base", "has_plain_weights", "load_part", "open_base"]
@@ -56,11 +57,8 @@ class Base:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes that the model was trained on, as its card names them; often none."""
-        path = self.folder / "card.json"
-        data = read_json(path).get("data") if path.is_file() else None
-        names = data.get("classes") if isinstance(data, dict) else None
-        return tuple(map(str, names)) if isinstance(names, list) else ()
+        """The names of the classes that the model was trained on; often none."""
+        return read_class_names(self.folder)
 
     @property
     def facts(self) -> dict[str, Any]:
