@@ -1339,13 +1339,11 @@ def test_a_scheduler_that_is_put_in_samples_by_its_own_loop(name, both, edit):
         ),
     ):
         kept, images = (pipe.scheduler, theirs.scheduler), []
-        for each in (pipe, theirs):
-            each.set_progress_bar_config(disable=True)
+        theirs.set_progress_bar_config(disable=True)
+        for each, quiet in ((pipe, QUIET), (theirs, {"output_type": "pt"})):
             each.scheduler = kind.from_config(kept[0].config)
-            generator = make_generators([1])
-            images.append(
-                each(PROMPT, num_inference_steps=4, generator=generator, output_type="pt", **given)
-            )
+            options = {"num_inference_steps": 4, "generator": make_generators([1]), **quiet}
+            images.append(each(PROMPT, **options, **given))
         pipe.scheduler, theirs.scheduler = kept
         torch.testing.assert_close(images[0].images, images[1].images, rtol=0, atol=1e-4)
         own = pipe(PROMPT, num_inference_steps=4, seeds=[1], **QUIET, **given).images
