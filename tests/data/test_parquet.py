@@ -132,7 +132,7 @@ def test_a_row_that_names_a_picture_in_place_of_holding_it_is_refused(
     place, path = place.format(tmp_path), tmp_path / "a.parquet"
     named_rows(path, {"bytes": encode(GREY[0]), "path": place})  # the name says nothing here
     assert np.array_equal(stack(load_images(str(path)))[0, 0], GREY[0])
-    message = "1 rows of .* hold a path or an address in place of a picture, such as"
+    message = "names pictures by a path or an address in place of holding them, such as"
     named_rows(path, {"bytes": encode(GREY[0]), "path": None}, {"bytes": None, "path": place})
     for options in ({}, {"channels": 1, "resolution": 5}):
         with pytest.raises(DataError, match=message):
@@ -306,5 +306,5 @@ def test_tables_that_are_not_all_there_and_columns_that_are_left_out_are_told(tm
     assert load_images(str(tmp_path / "set"), captions=True).notes == (
         f"{tmp_path / 'set'} has 2 of the 5 tables that their names count.",
         f"{tmp_path / 'set'} has images in image, mask; image is read.",
-        f"4 images of {tmp_path / 'set'} have several captions; the first is taken.",
+        f"images of {tmp_path / 'set'} with several captions have the first: 4.",
     )

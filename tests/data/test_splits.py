@@ -67,7 +67,7 @@ def test_what_lies_beside_splits_is_left_out_and_told(tmp_path, beside):
     found = load_images(str(tmp_path))
     assert (found.class_names, labels(found)) == (("cat", "dog"), [0, 0, 1, 1])
     (note,) = found.notes
-    assert "lie in no split and are left out, such as" in note
+    assert "that lie in no split are left out:" in note
     assert beside in note
 
 
@@ -106,7 +106,7 @@ def test_tables_are_of_the_split_that_a_word_of_their_name_says(tmp_path, datase
         write_parquet(datasets, tmp_path / "set" / f"{name}.parquet", image=images)
     found = load_images(str(tmp_path / "set"))
     assert np.array_equal(stack(found)[:, 0], GREY[:4])
-    assert "1 tables of" in found.notes[0]
+    assert "that are of no split are left out: 1, such as" in found.notes[0]
     assert "more.parquet" in found.notes[0]
     assert len(load_images(str(tmp_path / "set"), split="test")) == 2
 

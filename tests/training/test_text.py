@@ -797,8 +797,8 @@ def test_random_crops_train_a_text_model_and_what_was_left_out_is_told(tmp_path,
     notes = []
     result = train(config(tmp_path / "out", tiny_text, folder, **options), on_note=notes.append)
     assert result.finished
-    assert notes[0] == f"1 files of {folder} are no pictures: 1 .svg."
-    assert notes[1].startswith(f"3 captions of {folder} have several lines")
+    assert notes[0] == f"files of {folder} that are no pictures are left out: 1 .svg."
+    assert notes[1] == f"captions of {folder} of several lines are read by the first: 3."
 
 
 def in_half_precision(model, folder):

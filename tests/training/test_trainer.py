@@ -679,7 +679,7 @@ def test_a_base_and_the_data_agree_on_classes_by_name(tmp_path):
     train(config(tmp_path / "out", data=data, **options), on_note=notes.append)
     assert notes == [
         "the classes are 0 ant, 1 cat, 2 dog.",
-        "1 of 3 classes have no images, and are not drawn: 0 ant.",
+        "classes without images are not drawn: 0 ant.",
     ]
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["data"]["classes"] == ["ant", "cat", "dog"]
@@ -711,7 +711,7 @@ def test_classes_without_images_are_told_and_left_out_of_the_round(tmp_path):
     options = {**CLASSES, "preview_every": 1, "preview_count": 6, "preview_steps": 1}
     options["data"] = str(tmp_path / "a.npz")
     train(config(tmp_path / "out", **options), on_note=notes.append)
-    assert notes[1] == "1 of 6 classes have no images, and are not drawn: 0 0."
+    assert notes[1] == "classes without images are not drawn: 0."
     model = read_model(str(tmp_path / "out"))
     assert model.labels_of(range(7)) == [1, 2, 3, 4, 5, 1, 2]
     assert model.labels_of(range(2), given=0) == [0, 0]

@@ -45,7 +45,7 @@ def captions_of_files(
         message = f"a caption of {source} is not UTF-8 text ({error}); save it as UTF-8."
         raise DataError(message) from error
     several = sum(len(lines) > 1 for lines in captions)
-    note = f"{several} captions of {source} have several lines, of which the first is taken."
+    note = f"captions of {source} of several lines are read by the first: {several}."
     return [lines[0].strip() if lines else "" for lines in captions], (note,) if several else ()
 
 
@@ -66,9 +66,9 @@ def _captions_of_tables(
             f"{tables[0]} has no row for {len(missing)} of {len(paths)} images of {source}, "
             f"such as {missing[0]}; add it, or move the image away."
         )
-    notes = [f"{again} rows name an image again; its first caption is taken."] if again else []
+    notes = [f"rows that name an image again are left out: {again}."] if again else []
     if others := sum(not os.path.isfile(name) for name in rows):
-        notes.append(f"{others} rows name an image that is not there, and are left out.")
+        notes.append(f"rows that name an image that is not there are left out: {others}.")
     about = ", ".join(map(str, tables))
     return [rows[name] for name in names], tuple(f"{about}: {note}" for note in notes)
 

@@ -83,13 +83,13 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
     other = Counter(f.path.suffix.lower() for f in every if f.path.suffix.lower() not in SUFFIXES)
     if odd := {suffix: count for suffix, count in sorted(other.items()) if suffix not in _TEXTS}:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in odd.items())
-        notes += (f"{sum(odd.values())} files of {source} are no pictures: {kinds}.",)
+        notes += (f"files of {source} that are no pictures are left out: {kinds}.",)
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
     files, left_out = _of_split(source, files, split)
     if left_out:
         notes += (
-            f"{len(left_out)} pictures of {source} lie in no split and are left out, such as "
+            f"pictures of {source} that lie in no split are left out: {len(left_out)}, such as "
             f"{left_out[0].path}.",
         )
     tops = {found.parts[0] if len(found.parts) > 1 else "" for found in files}

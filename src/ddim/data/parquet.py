@@ -102,7 +102,7 @@ def files_of_split(
     if chosen is None:
         return tables, _missing_parts(source, tables)
     other = [path for path in tables if split_of(path.stem) is None and path.stem not in chosen]
-    told = f"{len(other)} tables of {source} are of no split and are left out, such as "
+    told = f"tables of {source} that are of no split are left out: {len(other)}, such as "
     notes = (f"{told}{other[0].name}.",) if other else ()
     tables = [path for path in tables if path.stem in chosen]
     return tables, notes + _missing_parts(source, tables)
@@ -231,7 +231,7 @@ def _open_columns(name: str, table: Any, columns: Columns, hub_id: str | None = 
         rows = _plain(table, caption)
         captions = [one_caption(value, f"row {i} of {where}") for i, value in enumerate(rows)]
         if several := sum(isinstance(value, list) and len(value) > 1 for value in rows):
-            notes += (f"{several} images of {name} have several captions; the first is taken.",)
+            notes += (f"images of {name} with several captions have the first: {several}.",)
     return Source(images, labels, class_names, captions, notes=notes)
 
 
@@ -275,8 +275,8 @@ def _check_bytes(images: _Column) -> None:
     names = path.filter(pc.and_(pc.is_null(content), pc.is_valid(path)))
     if len(names):
         raise DataError(
-            f"{len(names)} rows of {images.name} hold a path or an address in place of a picture, "
-            f"such as {names[0].as_py()!r}; write the pictures themselves into the table."
+            f"{images.name} names pictures by a path or an address in place of holding them, such "
+            f"as {names[0].as_py()!r}; write the pictures themselves into the table."
         )
 
 

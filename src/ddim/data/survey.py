@@ -64,17 +64,17 @@ def survey(
     if channels is None and 0 < grey < len(headers):
         other = len(headers) - grey
         notes.append(
-            f"{grey} images of {name} are grey and {other} coloured; all are read in colour."
+            f"images of {name} are grey ({grey}) and coloured ({other}); all are read in colour."
         )
     height, width = resolution if isinstance(resolution, tuple) else (resolution or 0,) * 2
     square = height == width  # EXIF may turn a picture on its side
     small = sum(square and min(header.size) < height for header in headers)
     for count, fate in (
-        (sum(header.is_clear for header in headers), "are transparent, and are laid over white"),
-        (sum(header.is_deep for header in headers), "have 16 bits, of which the upper 8 are read"),
-        (sum(header.is_moving for header in headers), "have several frames; the first is read"),
-        (small, f"are smaller than {width}x{height}, and are enlarged"),
+        (sum(header.is_clear for header in headers), "that are transparent are laid over white"),
+        (sum(header.is_deep for header in headers), "of 16 bits are read by their upper 8"),
+        (sum(header.is_moving for header in headers), "of several frames are read by the first"),
+        (small, f"smaller than {width}x{height} are enlarged"),
     ):
         if count:
-            notes.append(f"{count} images of {name} {fate}.")
+            notes.append(f"images of {name} {fate}: {count}.")
     return channels or (1 if grey == len(headers) else 3), tuple(notes)

@@ -189,16 +189,14 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
 def _class_notes(data: ImageData) -> tuple[str, ...]:
     """The names of the classes by their numbers, and those without images."""
     names, empty = data.class_names or (), data.empty_classes
-    numbered = [f"{number} {name}" for number, name in enumerate(names)]
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    notes = (f"the classes are {', '.join(numbered[:20])}{more}.",)
-    if not empty:
-        return notes
-    missing = ", ".join(numbered[number] for number in empty[:20])
-    return (
-        *notes,
-        f"{len(empty)} of {len(names)} classes have no images, and are not drawn: {missing}.",
-    )
+    numbered = [f"{i} {name}" if name != str(i) else name for i, name in enumerate(names)]
+
+    def some(shown: list[str]) -> str:
+        return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+    notes = (f"the classes are {some(numbered)}.",)
+    missing = some([numbered[number] for number in empty])
+    return (*notes, f"classes without images are not drawn: {missing}.") if empty else notes
 
 
 def to_float(images: Tensor) -> Tensor:
