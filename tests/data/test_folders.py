@@ -129,7 +129,8 @@ def test_every_grid_and_plot_that_a_command_writes_is_known_by_its_name():
     rooms = (package / room for room in ("runs", "cli", "evaluation"))
     sources = [path.read_text() for room in rooms for path in room.glob("*.py")]
     sources.append(study.read_text())
-    found = (re.findall(r'"([\w-]+)\.(?:png|gif|\{kind\})"', source) for source in sources)
+    name = r"""["']([\w-]+)'?\}?\.(?:png|gif|\{[\w.]+\})["']"""
+    found = (re.findall(name, source) for source in sources)
     written = {*PLOTS, *(name for names in found for name in names)}
     assert written == SHEETS
 
