@@ -10,6 +10,7 @@ from PIL import Image
 from tests.conftest import record
 
 from ddim.cli import main
+from ddim.data.batches import as_batches
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 METRICS = ["--metrics", "kid-pixels,precision-pixels,swd-pixels"]
@@ -227,7 +228,7 @@ def test_colour_images_need_a_network_that_comes_as_a_package(tmp_path, capsys, 
     assert main([*command, "--metrics", "kid-pixels"]) == 0
 
 
-def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, capsys):
+def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, capsys, monkeypatch):
     np.savez(
         tmp_path / "real.npz",
         images=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8),
@@ -281,6 +282,16 @@ def test_models_of_text_are_measured_by_what_they_drew(tiny_text, tmp_path, caps
     )
     assert record(tmp_path / "out")["results"][0]["count"] == 6
     assert record(tmp_path / "out")["protocol"]["sampled"]["prompt"] == ["a red", "a blue"]
+    seen = []
+
+    def spied(data, chosen, **options):
+        seen.append(list(chosen))
+        return as_batches(data, chosen, **options)
+
+    monkeypatch.setattr("ddim.runs.evaluate.as_batches", spied)
+    options = ("--metrics", "kid-pixels", "--count", 3)
+    assert evaluate(tmp_path / "pictures", tmp_path / "real.npz", tmp_path / "few", *options) == 0
+    assert {number // 3 for number in seen[0]} == {0, 1}  # the first three are of one prompt
 
 
 def test_fitted_timesteps_and_the_order_of_a_configuration_count(tiny, reference, tmp_path):

@@ -60,6 +60,15 @@ def test_the_last_image_of_a_class_is_never_held_out():
     assert hold_out(labelled(np.arange(100)), 512, seed=0) == []
 
 
+def test_images_held_out_come_in_no_order_of_their_classes():
+    """Each place in the list has a level of its own, so that a class would have the low ones."""
+    labels = np.repeat(np.arange(4), 100)
+    held = np.array(hold_out(labelled(labels), 40, seed=0))
+    halves = [np.bincount(labels[part], minlength=4) for part in np.split(held, 2)]
+    assert np.bincount(labels[held]).tolist() == [10] * 4
+    assert min(half.min() for half in halves) >= 2
+
+
 def test_data_of_other_content_have_another_hash():
     hashes = {data_hash(labelled(labels)) for labels in ([0, 1, 0], [0, 0, 1], [0, 1])}
     lit = ImageData.of_source("a", Source(np.full((3, 4, 4), 9, np.uint8), np.array([0, 1, 0])))

@@ -250,3 +250,13 @@ def test_pictures_that_are_read_in_part_or_changed_are_told(tmp_path):
         "of several frames are read by the first: 1.",
         "smaller than 8x8 are enlarged: 1.",
     ]
+
+
+def test_pictures_that_are_links_out_of_the_folder_are_told(tmp_path):
+    write_png(tmp_path / "else" / "0.png", GREY[0])
+    write_png(tmp_path / "data" / "1.png", GREY[1])
+    (tmp_path / "data" / "0.png").symlink_to(tmp_path / "else" / "0.png")
+    (tmp_path / "data" / "2.png").symlink_to("1.png")
+    data = load_images(str(tmp_path / "data"))
+    assert len(data) == 3
+    assert "that are links to files elsewhere are read: 1, such as" in data.notes[0]

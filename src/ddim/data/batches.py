@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -54,13 +55,15 @@ def pick(
 
 def hold_out(data: ImageData, most: int, *, seed: int) -> list[int]:
     """Picks images that are not trained on: at most ``most``, and at most a tenth, in each class
-    its share, and never the last image of a class."""
+    its share, and never the last image of a class. They come in random order, since the loss on
+    them is taken at levels that rise along the list."""
     trained: NDArray[np.integer] = np.empty(0, np.int64)
     if data.labels is not None:  # one image of each class stays
         trained = np.unique(data.labels, return_index=True)[1]
     free = np.setdiff1d(np.arange(len(data)), trained)
     labels, count = None if data.labels is None else data.labels[free], min(most, len(data) // 10)
-    return [int(free[i]) for i in pick(len(free), count, labels=labels, seed=seed)]
+    chosen = pick(len(free), count, labels=labels, seed=seed)
+    return [int(free[i]) for i in random.Random(seed).sample(chosen, len(chosen))]
 
 
 def data_hash(data: ImageData, *, most: int = 256) -> str:

@@ -87,6 +87,11 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
     if not files:
         raise DataError(f"the folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
     files, left_out = _of_split(source, files, split)
+    if linked := [found.path for found in files if _leads_out(found.path, folder)]:
+        notes += (
+            f"pictures of {source} that are links to files elsewhere are read: {len(linked)}, such "
+            f"as {linked[0]}.",
+        )
     if left_out:
         notes += (
             f"pictures of {source} that lie in no split are left out: {len(left_out)}, such as "
@@ -130,6 +135,13 @@ def _walk(folder: Path) -> tuple[list[_Found], tuple[str, ...]]:
             # A pipe or a device would be read without end.
             found += [_Found(p, p.relative_to(folder).parts) for p in paths if p.is_file()]
     return sorted(found), notes
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file is a link to one outside of the folder."""
+    if not path.is_symlink():
+        return False
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _of_split(source: str, files: list[_Found], split: str) -> tuple[list[_Found], list[_Found]]:

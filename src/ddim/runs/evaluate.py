@@ -105,9 +105,9 @@ class EvaluateJob(MeasuringJob):
         self.count = count = options.count or len(data)
         if count > len(data):
             raise DataError(f"{name} holds {len(data)} images; got --count {count}.")
-        # The pictures of others may be sorted by class, and the thirds of the spread be classes.
+        # Sorted by class or prompt, some pictures and the thirds of the spread were of one kind.
         chosen: Sequence[int] = range(count)
-        if run is None:
+        if run is None or run.protocol.get("prompt") is not None:
             chosen = random.Random(0).sample(pick(len(data), count, labels=data.labels), count)
         self.batches = as_batches(data, chosen, size=BATCH)
         self.calls = run.evaluations if run else 0
