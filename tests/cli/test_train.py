@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -505,3 +506,66 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
         )
     assert done.returncode != 0
     assert f"ddim: {out} is being written by another run; wait for it, or" in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_stops_leave_after_the_running_step_with_a_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    options = ["--log-every", 1_000_000, "--checkpoint-every", 1_000_000, "--images", 1_000_000]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim"]
+    running = subprocess.Popen(
+        list(
+            map(
+                str,
+                [sys.executable, "-m", *command, "train", "--data", "digits", "--out", out]
+                + [*TINY, *options],
+            )
+        ),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        for line in running.stdout:
+            if line.startswith("step 5/"):  # by now the signals are held
+                break
+        running.send_signal(signal.SIGTERM)
+        rest, _ = running.communicate(timeout=300)
+    finally:
+        running.kill()
+    assert rest.count("Stopped at step ") == 1
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert f"Stopped at step {int(checkpoint.name)} with a checkpoint" in rest
+    assert (checkpoint / "training" / "record.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(tmp_path):
+    termios = pytest.importorskip("termios")
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    here, there = os.openpty()
+
+    def with_this_terminal():
+        os.setsid()
+        fcntl.ioctl(there, termios.TIOCSCTTY, 0)
+
+    options = ["--data", "digits", "--out", str(out), *TINY, "--images", "1000000"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ddim", "train", *options, "--log-every", "1"],
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        preexec_fn=with_this_terminal,
+    )
+    try:
+        os.close(there)
+        shown = b""
+        while b"step 5/" not in shown:
+            shown += os.read(here, 4096)
+        os.close(here)
+        assert running.wait(timeout=300) == 0
+    finally:
+        running.kill()
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert (checkpoint / "training" / "record.json").is_file()

@@ -298,10 +298,17 @@ def test_the_time_is_estimated_after_the_first_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "clips"), [({}, True), ({"clip_sample": "off"}, False), ({"base": True}, False)]
+    ("options", "clips"),
+    [
+        ({}, True),
+        ({"clip_sample": "off"}, False),
+        ({"prediction_type": "v_prediction"}, False),
+        ({"prediction_type": "v_prediction", "clip_sample": "on"}, True),
+        ({"base": True}, False),
+    ],
 )
 def test_previews_are_clipped_as_the_saved_model_is(tmp_path, monkeypatch, options, clips):
-    """A model of pixels without a base is clipped; one of a base is sampled as the base."""
+    """Epsilon prediction without a base is clipped; a base is sampled as it was."""
     if "base" in options:
         train(config(tmp_path / "base", clip_sample="off"))
         options = {"base": str(tmp_path / "base"), "block_out_channels": None}
@@ -824,7 +831,7 @@ def test_every_schedule_trains_at_zero_terminal_snr(tmp_path, beta_schedule, pre
     scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert scheduler.alphas_cumprod[-1] < 1e-6  # diffusers leaves 2**-24 in float32
     assert scheduler.config.prediction_type == prediction_type
-    assert scheduler.config.clip_sample is True
+    assert scheduler.config.clip_sample is False
 
 
 def test_gradients_are_accumulated_under_accelerate_launch_too(tmp_path, monkeypatch):

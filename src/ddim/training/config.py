@@ -172,7 +172,7 @@ class TrainConfig:
     """Last beta of linear, scaled_linear and sigmoid. Default: as the base, or 0.02."""
     clip_sample: Literal["on", "off"] | None = None
     """Whether the predicted image is clipped to the range of pixels when the model is sampled.
-    Default: as the base, or on."""
+    Default: as the base, or on for epsilon alone."""
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction
     or sample."""

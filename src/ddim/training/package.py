@@ -56,8 +56,8 @@ def make_scheduler(
 ) -> diffusers.DDIMScheduler:
     """Makes the scheduler that samples what this configuration trains: trailing timesteps down to
     clean data. ``inherited`` is the configuration of the base's scheduler, for what the run leaves
-    open. A model without a base is sampled with clipping, since only that draws anything after a
-    short training.
+    open. Without a base, epsilon prediction is sampled with clipping: x0 has the error of eps times
+    sigma / alpha, so that without it a short training draws noise.
 
     Raises:
         DDIMError: If it is epsilon prediction at zero terminal SNR.
@@ -67,6 +67,8 @@ def make_scheduler(
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = PIXEL_MODEL | {name: base[name] for name in names if name in base} | given
     clip = bool(base.get("clip_sample", DEFAULTS["clip_sample"]))
+    if inherited is None:
+        clip = options["prediction_type"] == "epsilon"
     options["clip_sample"] = clip if config.clip_sample is None else config.clip_sample == "on"
     # A schedule that is named replaces the base's table, rescaling included.
     inherits = not given.keys() & set(LEVEL_OPTIONS)
