@@ -6,6 +6,7 @@ workers."""
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ddim.data.folders import SUFFIXES, open_folder
 from ddim.data.named import NAMED, fashion_mnist_folder, open_fashion_mnist
 from ddim.data.parquet import files_of_split, open_hub, open_parquet
 from ddim.data.splits import NoSuchSplit, no_such_split, split_of
-from ddim.data.survey import survey, survey_sizes
+from ddim.data.survey import survey
 from ddim.errors import DataError
 
 __all__ = ["check_source", "is_here", "load_images", "load_test_images"]
@@ -69,15 +70,12 @@ def load_images(
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
     opened = _open(source, split, Columns(image_column, label_column, caption_column, captions))
-    if resolution is None:
-        survey_sizes(source, opened, center_crop=center_crop)
-    channels, notes = survey(source, opened, channels=channels, resolution=resolution)
+    sized: dict[str, Any] = {"resolution": resolution, "center_crop": center_crop}
+    channels, notes = survey(source, opened, channels=channels, **sized)
     opened = opened._replace(notes=opened.notes + notes)
     if not captions:
         opened = opened._replace(captions=None)
-    data = ImageData.of_source(
-        source, opened, resolution=resolution, channels=channels, center_crop=center_crop
-    )
+    data = ImageData.of_source(source, opened, channels=channels, **sized)
     if captions and data.captions is None:
         raise DataError(
             f"{source} has no captions; put metadata.jsonl (with file_name and text) or NAME.txt "
