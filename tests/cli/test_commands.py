@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 from PIL import Image
 
 from ddim.cli import COMMANDS, main
@@ -192,3 +193,45 @@ def test_float32_is_float32_once_a_command_has_its_device():
     finally:
         torch.backends.cudnn.allow_tf32 = kept[0]
         torch.set_float32_matmul_precision(kept[1])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, tiny):
+    """A model with one weight of NaN, a picture, data and a folder to work in."""
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(tiny, folder / "model")
+    path = folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(weights, path)
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(folder / "data.npz", images=images)
+    Image.fromarray(images[0]).save(folder / "a.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "sample model",
+        "encode model --images a.png --out code",
+        "interpolate model --seeds 1,2",
+        "reconstruct model --data data.npz --count 2",
+        "consistency model",
+        "evaluate model --reference data.npz --count 20 --metrics kid-pixels",
+        "table model --reference data.npz --count 20 --metrics kid-pixels",
+        "fit-steps model",
+        "doctor model --data data.npz --probe",
+        "doctor model --show x.png",
+    ],
+)
+def test_weights_that_are_no_numbers_get_one_refusal_and_leave_nothing(
+    arguments, broken, monkeypatch, capsys
+):
+    monkeypatch.chdir(broken)
+    before = sorted(broken.rglob("*"))
+    assert main(arguments.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ddim: the weight conv_in.weight of model is NaN or infinite in torch.f")
+    assert told.count("\n") == 1
+    assert sorted(broken.rglob("*")) == before

@@ -564,6 +564,10 @@ def test_code_in_a_checkpoint_is_not_run_and_damage_is_told(song, tmp_path, monk
             r"the weight conv_in.weight must have more than 1 dimensions",
         ),
         ({"extra.weight": torch.zeros(1)}, "the weight extra.weight has no place in a UNet2DModel"),
+        (
+            {"conv_in.bias": torch.full((64,), float("nan"))},
+            r"the weight conv_in\.bias of the checkpoint is NaN or infinite in torch\.float32",
+        ),
         ({"conv_out.bias": None}, "it has nothing for conv_out.bias"),
         ({"conv_out.weight": None}, "it has no conv_out.weight"),
     ],

@@ -128,6 +128,23 @@ def test_items_stay_when_a_job_fails(tmp_path):
     assert execute(Letters(tmp_path)).there == 1
 
 
+def test_a_refusal_before_anything_is_made_leaves_nothing(tmp_path):
+    class Refusing(Letters):
+        def make(self, missing):
+            raise DDIMError("it cannot be.")
+            yield
+
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "new", tmp_path / "there"):
+        with pytest.raises(DDIMError, match="it cannot be"):
+            execute(Refusing(folder))
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    execute(Letters(tmp_path / "there", "a"))
+    with pytest.raises(DDIMError, match="it cannot be"):
+        execute(Refusing(tmp_path / "there", "ab"))
+    assert {p.name for p in (tmp_path / "there").iterdir()} == {"a.txt", "run.json"}
+
+
 def test_a_folder_belongs_to_one_protocol_and_one_run(tmp_path):
     execute(Letters(tmp_path, protocol={"eta": 0.0}))
     with pytest.raises(OutputError, match=r"another protocol: eta is 0\.0 there and 1\.0 here"):

@@ -21,6 +21,7 @@ from ddim.models.folder import check_files, check_index, lasting_options, part_n
 
 __all__ = [
     "STABLE_DIFFUSION",
+    "check_finite",
     "configuration_hash",
     "embedded_models",
     "fetch_model",
@@ -244,6 +245,18 @@ def load_network(
         )
     network.register_to_config(_name_or_path=place.name)  # no path of this machine, to be saved
     return network.eval()
+
+
+def check_finite(name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Checks that the weights of a model are finite numbers.
+
+    Raises:
+        CheckpointError: The first weight that is not, or became infinite in its type.
+    """
+    for key, weight in weights.items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            what = f"the weight {key} of {name} is NaN or infinite in {weight.dtype}"
+            raise CheckpointError(f"{what}; copy or download the model again, or train it anew.")
 
 
 def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:

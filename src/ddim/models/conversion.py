@@ -20,6 +20,7 @@ from ddim.core.checks import check_kind, wrong_argument
 from ddim.core.schedule import BetaSchedule, NoiseSchedule
 from ddim.errors import CheckpointError, needs_code, shown_cause
 from ddim.files import replacing_folder
+from ddim.models.checkpoints import check_finite
 from ddim.models.layouts import Layout, State, read_architecture, rename, tell_layout
 
 __all__ = ["Converted", "convert", "read_state_dict", "write_model"]
@@ -166,6 +167,7 @@ def write_model(converted: Converted, out: Path) -> None:
 
     if out.exists():
         raise CheckpointError(f"{out} is there already, and is not overwritten; give another name.")
+    check_finite("the checkpoint", {converted.names[k]: w for k, w in converted.state.items()})
     network = diffusers.UNet2DModel(**converted.unet)
     _check(converted, network.state_dict())
     network.load_state_dict(converted.state)

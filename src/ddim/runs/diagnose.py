@@ -16,7 +16,7 @@ from ddim.doctor.report import Diagnosis, diagnose
 from ddim.doctor.symptoms import Brightness, Probe, probe
 from ddim.errors import DataError, DDIMError, OutputError
 from ddim.figures import FORMATS, check_plots
-from ddim.models.checkpoints import find_model, load_network, read_guidance
+from ddim.models.checkpoints import check_finite, find_model, load_network, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.models.folder import read_json
 from ddim.models.images import ENDINGS
@@ -137,6 +137,7 @@ def _look_at_data(
         return brightness, prior, None, data.notes
     is_local = Path(request.source).exists()
     network = load_network(source.folder if is_local else find_model(request.source))
+    check_finite(request.source, dict(network.named_parameters()))
     few, labels = pick(len(data), _PROBED, labels=data.labels), {}
     if network.config.get("num_class_embeds"):
         labels = {"class_labels": torch.tensor(_classes(data, few, network, request.source))}

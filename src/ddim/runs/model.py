@@ -18,6 +18,7 @@ from ddim.core.denoiser import Clip
 from ddim.core.route import Route
 from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
+from ddim.models.checkpoints import check_finite
 from ddim.models.facts import FoundModel, read_model
 from ddim.pipelines.diffusion_pipeline import text_pipeline
 from ddim.pipelines.network_calls import NetworkCalls
@@ -153,10 +154,18 @@ class ModelJob(Job):
         self.model = read_model(self.request.model)
 
     def open(self, *, has_picture: bool = False) -> None:
-        """Opens the model's pipeline; ``has_picture`` asks for image-to-image."""
+        """Opens the model's pipeline; ``has_picture`` asks for image-to-image.
+
+        Raises:
+            CheckpointError: If it cannot be opened, or its weights are not finite.
+        """
         dtype = getattr(torch, self._option("dtype", "float32"))
         load = _open_text if self.model.is_text else _open_pixels
-        self.pipe = load(self.model, dtype, has_picture).to(self.device)
+        pipe = load(self.model, dtype, has_picture)
+        for part in ("unet", "vae", "text_encoder"):
+            if isinstance(network := getattr(pipe, part, None), torch.nn.Module):
+                check_finite(self.model.name, dict(network.named_parameters()))
+        self.pipe = pipe.to(self.device)
 
     @property
     def label(self) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddim import __version__
-from ddim.errors import OutputError
+from ddim.errors import DDIMError, OutputError
 from ddim.files import locked, remove_partial, write_json
 
 __all__ = [
@@ -146,7 +146,11 @@ def claim(
         OutputError: If another run holds the folder; if it holds files without a record, or results
             of another protocol; or if a file that the run would write is not the program's own.
     """
-    with locked(folder):
+    was_there = folder.exists()
+    with contextlib.ExitStack() as stack:
+        if not was_there:
+            stack.callback(_remove_empty, folder)
+        stack.enter_context(locked(folder))
         record = read_run(folder)
         there = [p for p in folder.iterdir() if p.name != NAME and not p.name.startswith(".")]
         if record is None and there:
@@ -172,7 +176,18 @@ def claim(
         if overwrite and record is not None:
             _remove_listed(folder, listed or ())
             record = None
-        yield record
+        try:
+            yield record
+        except DDIMError:  # a refusal leaves nothing, if nothing was made before it
+            names = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+            if record is None and names == [NAME]:
+                (folder / NAME).unlink()
+            raise
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _remove_listed(folder: Path, files: Collection[str]) -> None:
@@ -181,8 +196,7 @@ def _remove_listed(folder: Path, files: Collection[str]) -> None:
         if path.parent.resolve().is_relative_to(folder.resolve()) and not path.is_dir():
             path.unlink(missing_ok=True)
             if path.parent != folder and path.parent.is_dir():
-                with contextlib.suppress(OSError):  # other files stay, and so does their folder
-                    path.parent.rmdir()
+                _remove_empty(path.parent)
     (folder / NAME).unlink()
 
 

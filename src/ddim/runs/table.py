@@ -129,7 +129,6 @@ class TableJob(MeasuringJob):
         return sum(cell.evaluations for cell in self.cells())
 
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
-        (self.folder / "cells").mkdir(exist_ok=True)
         is_divided = self.request.processes > 1 and len(missing) > 1
         for item in _in_processes(self, missing) if is_divided else map(self.make_cell, missing):
             self._write_tables()
@@ -142,7 +141,9 @@ class TableJob(MeasuringJob):
 
     def make_cell(self, item: Item) -> Item:
         """Measures a cell, and writes its file."""
-        write_cell(self._file(item), self.measure(item))
+        cell = self.measure(item)
+        self._file(item).parent.mkdir(exist_ok=True)
+        write_cell(self._file(item), cell)
         return item
 
     def finish(self, rows: list[Row]) -> None:
