@@ -10,7 +10,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint $(CONSTRAINTS)
 OLD_PYTHON = ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.
-PUBLIC := core configuration inversion fitting doctor scheduler models pipelines evaluation errors
 
 .PHONY: demo test test-all test-oldest pytest lint types bench docs clean
 
@@ -47,7 +46,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/bench.py
 
 docs: $(VENV)/installed
-	$(BIN)/pdoc --docformat google --math --output-directory docs/api $(PUBLIC:%=ddim.%)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist docs/api out
+	rm -rf $(VENV) .venv-oldest build dist docs/_build out

@@ -248,7 +248,7 @@ class Run:
             if (e := self.stored("errors", m))
         }
         quality = {m: q["results"] for m in DRAWN if (q := self.stored("quality", m))}
-        parts = [f"Weights {self.hash}.\n"]
+        parts = [f"# Fewer evaluations, measured\n\nWeights {self.hash}.\n"]
         if MANY in errors:
             parts += [
                 f"## ODE error ({len(errors[MANY])} images: geometric mean, and over that of 50 "

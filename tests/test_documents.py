@@ -51,3 +51,9 @@ def test_a_decision_says_its_context_and_its_consequence(path):
     starts = [line.split(":")[0] for line in lines if re.match(r"[A-Z]\w+: ", line)]
     assert starts == ["Context", "Decision", "Consequence"]
     assert max(map(len, lines)) <= 100
+
+
+def test_the_readme_is_a_page_that_a_person_reads():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 100

@@ -53,7 +53,7 @@ def randn_each(shape: Sequence[int], generators: Sequence[torch.Generator]) -> T
 
 
 def seeded_randn(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """The x_T [B, *shape] of each seed, float32 on the CPU; ``shape`` is one image's."""
+    """The x_T ``[B, *shape]`` of each seed, float32 on the CPU; ``shape`` is one image's."""
     return randn_each(check_shape("shape", shape), make_generators(seeds))
 
 
