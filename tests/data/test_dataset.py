@@ -64,7 +64,7 @@ def test_a_resolution_of_two_numbers_is_covered_and_cut(tmp_path):
     data = load_images(str(tmp_path), resolution=(5, 7))
     assert data.resolution == (5, 7)
     assert stack(data).shape == (2, 1, 5, 7)
-    with pytest.raises(DataError, match="resolution must be at least 1"):
+    with pytest.raises(DataError, match="resolution must be a side of at least 1"):
         load_images(str(tmp_path), resolution=(0, 7))
 
 
@@ -171,3 +171,15 @@ def test_a_crop_is_drawn_by_its_seed_from_all_places(tmp_path):
     assert all(np.array_equal(image, picture[:, image[0, 0] :][:, :6]) for image in cut)
     assert torch.equal(data.crop(0, 5)[0], data.crop(0, 5)[0])
     assert int(data[0][0][0, 0, 0]) == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_every_mode_are_read_or_refused_in_a_sentence(tmp_path, mode, channels):
+    Image.new(mode, (4, 4)).save(tmp_path / "0.tif")
+    data = load_images(tmp_path, channels=channels)
+    try:
+        assert data[0][0].shape == (channels, 4, 4)
+    except DataError as error:
+        assert (mode, channels) == ("LAB", 1)
+        assert "0.tif: the image has pixels of mode LAB" in str(error)  # noqa: PT017

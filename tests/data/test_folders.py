@@ -62,7 +62,10 @@ def test_photos_are_turned_upright(tmp_path):
 
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(DataError, match=r"the folder .* holds no images \(.*\.png"):
+    with pytest.raises(DataError, match=r"holds no images that are read, such as \.png, .*webp\.$"):
+        load_images(str(tmp_path))
+    (tmp_path / "a.heic").write_text("a photo")
+    with pytest.raises(DataError, match=r"holds no images .*; it holds 1 \.heic\.$"):
         load_images(str(tmp_path))
 
 

@@ -181,13 +181,16 @@ def test_a_name_that_is_a_pattern_or_a_chain_of_addresses_is_refused(tmp_path, d
         load_images(str(tmp_path / name))
 
 
-def test_damaged_parquet(tmp_path, datasets):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+@pytest.mark.parametrize("content", [b"PAR1 and no more", b""])
+def test_damaged_parquet(tmp_path, datasets, capfd, content):
+    (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(
         DataError,
         match=r"a\.parquet cannot be read as parquet \(.*\); check the file, or write it again\.",
     ):
         load_images(str(tmp_path / "a.parquet"))
+    assert capfd.readouterr() == ("", "")
+    assert datasets.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("source", ["owner/set", "plain", "owner/set-v1.0"])

@@ -121,8 +121,10 @@ def test_splits_that_do_not_exist(tmp_path):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"resolution": 0}, "resolution must be at least 1; got 0"),
-        ({"resolution": -4}, "resolution must be at least 1; got -4"),
+        ({"resolution": 0}, "resolution must be a side of at least 1, .*; got 0"),
+        ({"resolution": -4}, "resolution must be a side of at least 1, .*; got -4"),
+        ({"resolution": (4,)}, r"resolution must be a side .*, or height and width; got \(4,\)"),
+        ({"resolution": 4.5}, r"resolution must be a side .*, or height and width; got 4\.5"),
         ({"channels": 2}, r"channels must be 1 \(grey\) or 3 \(colour\); got 2"),
     ],
 )
@@ -141,3 +143,11 @@ def test_the_name_of_a_column_is_refused_where_there_are_none(tmp_path, kind):
     for option in ("image", "label", *(["caption"] if kind != "folder" else [])):
         with pytest.raises(DataError, match=f"no column 'x'; leave out --{option}-column"):
             load_images(source, **{f"{option}_column": "x"})
+
+
+def test_a_source_is_a_text_or_a_path_of_any_length(tmp_path):
+    write_png(tmp_path / "0.png", GREY[0])
+    data = load_images(tmp_path)
+    assert (len(data), data.name) == (1, str(tmp_path))
+    with pytest.raises(DataError, match="there is no data at"):
+        load_images("./" + "x" * 5000)

@@ -81,11 +81,16 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
     every = [f for f in every if f.path.parent not in results or f.path.stem not in SHEETS]
     files = [found for found in every if found.path.suffix.lower() in SUFFIXES]
     other = Counter(f.path.suffix.lower() for f in every if f.path.suffix.lower() not in SUFFIXES)
-    if odd := {suffix: count for suffix, count in sorted(other.items()) if suffix not in _TEXTS}:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in odd.items())
+    odd = {suffix: count for suffix, count in sorted(other.items()) if suffix not in _TEXTS}
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in odd.items())
+    if kinds:
         notes += (f"files of {source} that are no pictures are left out: {kinds}.",)
     if not files:
-        raise DataError(f"the folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
+        wanted = "such as .png, .jpg or .webp"
+        raise DataError(
+            f"the folder {source} holds no images that are read, {wanted}"
+            + (f"; it holds {kinds}." if kinds else ".")
+        )
     files, left_out = _of_split(source, files, split)
     if linked := [found.path for found in files if _leads_out(found.path, folder)]:
         notes += (

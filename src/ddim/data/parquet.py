@@ -128,11 +128,26 @@ def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "ddim" / file_hash(files)
     try:
         names = [str(path.absolute()) for path in files]
-        table = datasets.Dataset.from_parquet(names, cache_dir=str(cache))
+        with _quiet(datasets):
+            table = datasets.Dataset.from_parquet(names, cache_dir=str(cache))
     except Exception as error:
         reason = f"cannot be read as parquet ({first_line(error.__cause__ or error)})"
         raise DataError(f"{source} {reason}; check the file, or write it again.") from error
     return _open_columns(source, table, columns)
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Keeps ``datasets`` from logging and from showing bars."""
+    level, has_bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if has_bars:
+            datasets.enable_progress_bars()
 
 
 def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:

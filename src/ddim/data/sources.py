@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, Source
 from ddim.data.folders import SUFFIXES, open_folder
@@ -26,7 +24,7 @@ _FILES = {*SUFFIXES, ".npz", ".npy", ".parquet", ".gz", ".zip", ".tar"}
 
 
 def load_images(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     split: str = "train",
     resolution: int | tuple[int, int] | None = None,
@@ -65,8 +63,13 @@ def load_images(
         DataError: If the source is missing, damaged, of an unusable shape, or without the captions
             asked for; the message says what to do.
     """
-    if resolution is not None and np.min(resolution) < 1:
-        raise DataError(f"resolution must be at least 1; got {resolution}.")
+    source = os.fspath(source)
+    sides = resolution if isinstance(resolution, tuple) else (resolution,) * 2
+    if resolution is not None and not (
+        len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)
+    ):
+        what = "a side of at least 1, or height and width"
+        raise DataError(f"resolution must be {what}; got {resolution}.")
     if channels not in (None, 1, 3):
         raise DataError(f"channels must be 1 (grey) or 3 (colour); got {channels}.")
     opened = _open(source, split, Columns(image_column, label_column, caption_column, captions))
@@ -91,7 +94,7 @@ def _open(source: str, split: str, columns: Columns) -> Source:
     if source == "fashion-mnist":
         return open_fashion_mnist(split, columns)
     path = check_source(source)
-    if not path.exists():
+    if not os.path.exists(path):
         return open_hub(source, source, split, columns)
     if path.is_file() and path.suffix != ".parquet":
         _refuse_columns(source, columns)
@@ -134,7 +137,7 @@ def is_here(source: str) -> bool:
     """Whether a source can be opened without asking a host."""
     if source in ("fashion-mnist", "fashion-text"):
         return fashion_mnist_folder().is_dir()
-    return source in NAMED or check_source(source).exists()
+    return source in NAMED or os.path.exists(check_source(source))
 
 
 def check_source(source: str) -> Path:
@@ -150,7 +153,7 @@ def check_source(source: str) -> Path:
         or source.count("/") > 1
         or "ubyte" in path.name
     )
-    if not source or (must_be_path and not path.exists()):
+    if not source or (must_be_path and not os.path.exists(path)):  # also a name that is too long
         raise DataError(f"there is no data at {source!r}; check the path.")
     return path
 

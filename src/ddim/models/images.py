@@ -1,6 +1,7 @@
 """Converts images between tensors in [-1, 1], bytes, Pillow images and picture files."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -169,7 +170,11 @@ def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("L" if channels == 1 else "RGB")
+    try:
+        return picture.convert("L" if channels == 1 else "RGB")
+    except ValueError:  # such as LAB
+        what = f"pixels of mode {picture.mode}, which Pillow does not convert"
+        raise DataError(f"the image has {what}; save it as RGB.") from None
 
 
 def fit_picture(
@@ -211,8 +216,8 @@ def open_image(file: Path | str | BinaryIO) -> Image.Image:
 
 def open_picture(path: Path | str) -> Image.Image:
     """Reads a picture file, turned upright as viewers show it; a DataError refuses other files."""
-    if not Path(path).is_file():  # a pipe or a device would be read without end
-        if not Path(path).exists():
+    if not os.path.isfile(path):  # a pipe or a device would be read without end
+        if not os.path.exists(path):
             raise DataError(f"there is no picture at {path}.")
         raise DataError(f"{path} is not a picture, but no regular file; give a PNG or JPEG file.")
     try:
