@@ -16,9 +16,11 @@ from ddim.evaluation.report import (
     flat_records,
     make_plots,
     save_plots,
+    spread_text,
     text_table,
     to_csv,
     to_markdown,
+    value_text,
 )
 
 
@@ -102,7 +104,7 @@ def test_markdown_says_counts_floors_and_where_the_paper_agrees(cells):
         "Lower is better; real images against real ones: 1.5 on 200 images and 1.5 on 50 images."
         in text
     )
-    assert "| 1         | 30 ± 0.25 | 4.5 ± 0.25 | 3 ± 0.25 (50 images) |" in text
+    assert "| 1         | 30.00 ± 0.25 | 4.50 ± 0.25 | 3.00 ± 0.25 (50 images) |" in text
     assert "for orientation: other data, so compare orders, not values" in text
     assert "- S=10: as the paper." in text
     assert "- S=20: here 1 < 0; in the paper 0 < 1." in text
@@ -185,6 +187,25 @@ def test_a_ratio_over_what_may_be_zero_is_left_out(cells):
         assert records[0]["speedup"] == (50 / 50) / (20 / 200)
         text = markdown(other)
         assert "| eta       | steps | times faster than eta 1 |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "text"),
+    [
+        (269.4, 71.2, "269 ± 71"),
+        (174.1, 110.3, "174 ± 110"),
+        (0.29961, 0.0034, "0.2996 ± 0.0034"),
+        (9.0, 0.1, "9.00 ± 0.10"),
+        (-0.0003395, 0.002, "-0.0003 ± 0.0020"),
+        (0.5, 0.0, "0.5 ± 0.0"),
+        (0.123456, 2e-6, "0.1235 ± 2.0e-06"),
+        (3.14159, None, "3.142"),
+    ],
+)
+def test_a_value_is_written_to_the_last_digit_of_its_spread(value, std, text):
+    result = Result("fd-fashion", "fashion", value, 1.5, std, 10, 10)
+    spread = "" if std is None else f" ± {spread_text(result)}"
+    assert f"{value_text(result)}{spread}" == text
 
 
 def test_text_tables_are_straight():

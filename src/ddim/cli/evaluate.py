@@ -9,14 +9,14 @@ def run(request: Request) -> None:
     """Measures, and prints the numbers."""
     from ddim.cli.terminal import run_request, say
     from ddim.evaluation.protocol import Result
-    from ddim.evaluation.report import spread_text, text_table
+    from ddim.evaluation.report import spread_text, text_table, value_text
 
     outcome = run_request("evaluate.EvaluateJob", request)
     job = outcome.job
     rows = [["metric", "value", "spread", "real images"]]
     for row in outcome.record.results:
         result = Result(**row)
-        numbers = [f"{result.value:.4g}", spread_text(result), f"{result.floor:.4g}"]
+        numbers = [value_text(result), spread_text(result), f"{result.floor:.4g}"]
         rows.append([result.metric, *numbers])
     say(text_table(rows), end="")
     say(

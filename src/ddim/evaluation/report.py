@@ -30,6 +30,7 @@ __all__ = [
     "text_table",
     "to_csv",
     "to_markdown",
+    "value_text",
     "write_cell",
 ]
 
@@ -339,14 +340,22 @@ def _by_steps(cells: Sequence[Cell], text: Any) -> str:
 def _result_text(cell: Cell, result: Result, *, most: int) -> str:
     spread = f" ± {spread_text(result)}" if result.std is not None else ""
     fewer = f" ({result.count} images)" if cell.count < most else ""
-    return f"{_number(result.value)}{spread}{fewer}"
+    return f"{value_text(result)}{spread}{fewer}"
 
 
 def spread_text(result: Result) -> str:
     """Two digits of a result's spread; empty if it has none."""
     if result.std is None:
         return ""
-    return f"{result.std:.2g}" if result.std < 99.5 else f"{result.std:.0f}"
+    return f"{result.std:#.2g}".rstrip(".") if result.std < 99.5 else f"{result.std:.0f}"
+
+
+def value_text(result: Result) -> str:
+    """A result's value, to the last digit of its spread; four digits if it has none."""
+    spread = spread_text(result)
+    if not result.std or "e" in spread:
+        return _number(result.value)
+    return f"{result.value:.{len(spread.partition('.')[2])}f}"
 
 
 def _number(value: float | None) -> str:
