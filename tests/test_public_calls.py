@@ -12,6 +12,7 @@ from tests.conftest import tiny_unet
 
 import ddim
 from ddim.core.checks import shown
+from ddim.core.route import make_route
 
 WRONG = {
     "None": None,
@@ -504,3 +505,30 @@ def test_what_was_received_is_a_few_words():
         found = shown(value)
         assert words in found
         assert len(found) < 70
+
+
+def test_reprs_are_one_line_that_says_shape_range_and_device():
+    route = make_route(SCHEDULE, PAIRS, eta=0.5)
+    state = next(ddim.trajectory(ORACLE.denoise, X, PAIRS, schedule=SCHEDULE))
+    for value, told in (
+        (SCHEDULE, "20 levels, alpha_bar 0.9999 to 0.81"),
+        (
+            ddim.ModelDenoiser(network, SCHEDULE, "sample", ddim.Clip("static")),
+            "network, sample, clip",
+        ),
+        (ORACLE, "std=0.5"),
+        (ddim.Clip(), "kind='none'"),
+        (state, "step 0 from level 19 to 10, x_s: float32 [2, 1, 8, 8], "),
+        (ORACLE.denoise(X, 3), "x0: float32 [2, 1, 8, 8], "),
+        (route, "ddim, 3 steps from level 19 to -1, eta 0.5, order 1, clip none"),
+        (ddim.SeededNoise([1, 2], (1, 8, 8)), "2 images, float32 [1, 8, 8] each, cpu"),
+        (ddim.StatePair(X, Y), "float32 [2, 1, 8, 8], -1 to 1, cpu; "),
+        (code(), "ddim, 2 images, 3 steps from level 19, float64 [1, 2, 1, 8, 8], "),
+        (code()[:0], "0 images"),
+        (code("bdia")[0], "bdia, 1 image, "),
+        (ddim.encode_explicit(ORACLE.denoise, X, LEVELS, schedule=SCHEDULE), "3 evaluations"),
+    ):
+        text = repr(value)
+        assert told in text
+        assert "\n" not in text
+        assert len(text) < 250

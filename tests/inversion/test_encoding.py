@@ -1035,3 +1035,45 @@ def test_a_pipeline_warns_once_of_codes_that_are_no_noise(garments):
         pipe.encode(garments[:4], method="o-belm", **options)
     assert len(told) == 1
     assert pipe.encode(garments[:4], **options).method == "bdia"
+
+
+def test_one_image_of_a_code_keeps_the_axis_of_images():
+    oracle, x = GaussianOracle(LINEAR), torch.randn(3, 1, 4, 4)
+    labels = torch.tensor([5, 6, 7])
+    code = encode(oracle.denoise, x, [900, 500], schedule=LINEAR, method="ddim", labels=labels)
+    for chosen, place in ((1, 1), (-1, 2), (np.int64(0), 0)):
+        part = code[chosen]
+        assert len(part) == 1
+        assert torch.equal(part.states, code.states[:, [place]])
+        assert part.labels.tolist() == [5 + place]
+        torch.testing.assert_close(
+            decode(oracle.denoise, part, schedule=LINEAR),
+            decode(oracle.denoise, code, schedule=LINEAR)[[place]],
+        )
+    assert code[[2, 0]].labels.tolist() == [7, 5]
+    assert code[torch.tensor([True, False, True])].labels.tolist() == [5, 7]
+    assert [len(part) for part in code] == [1, 1, 1]
+    with pytest.raises(IndexError, match=r"the code holds 3 images; there is no code\[3\]"):
+        code[3]
+    with pytest.raises(DDIMError, match="chosen must be a place, a slice, or a list of places"):
+        code["a"]
+
+
+def test_edict_says_that_other_batches_round_otherwise(tiny, tmp_path):
+    pipe = UnconditionalPipeline.from_pretrained(tiny)
+    x = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
+    for method in ("edict", "o-belm"):
+        code = pipe.encode(x, 5, method=method, batch_size=64)
+        assert code.batch_size == 3
+        save_code(code, tmp_path / f"{method}.safetensors")
+        code = load_code(tmp_path / f"{method}.safetensors")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            back = pipe.decode(code, output_type="pt")
+            assert not told
+            pipe.decode(code, output_type="pt", batch_size=2)
+            pipe.decode(code[1], output_type="pt")
+        assert (back * 2 - 1 - x).abs().max() < 1e-5
+        expected = 2 * (method == "edict")
+        assert [w.category for w in told] == [CodeWarning] * expected
+    assert code.batch_size == 3

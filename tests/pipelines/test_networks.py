@@ -206,6 +206,16 @@ def test_rows_of_large_and_of_equal_numbers_are_normalized_as_exactly_as_torch_d
     assert len(normalized) == 2
 
 
+@pytest.mark.parametrize("mean", [0.0, 3.0, 100.0, -1e4])
+def test_rows_far_from_zero_lose_no_digits(mean, normalized):
+    usual, x = normalization()
+    given, by_rows = ((x - 5) / 3 + mean).float(), specialized(usual.float())
+    weights = usual.weight.double(), usual.bias.double()
+    exact = nn.functional.group_norm(given.double(), 4, *weights)
+    assert (by_rows(given) - exact).abs().max() < 2e-5
+    assert len(normalized) == 1
+
+
 def test_rows_of_large_equal_numbers_have_no_negative_variance(normalized):
     usual, x = normalization()
     constants = (

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import diffusers
@@ -1443,3 +1444,19 @@ for act in (opened, lambda: ddim.TextToImagePipeline):
         "text models need transformers, which is not installed; run: pip install 'ddim[text]'."
     )
     assert run.stdout.splitlines() == [sentence, sentence]
+
+
+def test_threads_may_share_a_pipeline_and_its_options_do_not_mix(tiny_text):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text)
+    asked = [{"guidance_scale": scale, "eta": eta} for scale in (1.0, 3.0) for eta in (0.0, 1.0)]
+
+    def make(options):
+        told = {"seeds": [0], "num_inference_steps": 4, "output_type": "latent", "progress": False}
+        return pipe(PROMPT, **told, **options).images
+
+    alone = [make(options) for options in asked]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(make, asked * 2))
+    for one, other in zip(alone * 2, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert not any(torch.allclose(alone[0], other, atol=1e-3) for other in alone[1:])

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from ddim.errors import DDIMError
 
 __all__ = [
+    "brief",
     "check_alpha_bar",
     "check_choice",
     "check_function",
@@ -52,6 +53,12 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def brief(x: Tensor) -> str:
+    """A tensor in a line: its dtype and shape, the range of its values, and where it lies."""
+    span = f", {float(x.min()):.4g} to {float(x.max()):.4g}" if x.numel() else ""
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{span}, {x.device}"
 
 
 def _is_plain_list(value: object) -> bool:

@@ -92,6 +92,10 @@ class SeededNoise:
         self.shape = check_shape("shape", shape)
         self.device, self.dtype = torch.device(device), dtype
 
+    def __repr__(self) -> str:
+        count, dtype = len(self.generators), str(self.dtype).removeprefix("torch.")
+        return f"SeededNoise({count} images, {dtype} {list(self.shape)} each, {self.device})"
+
     def __call__(self) -> Tensor:
         """The next noise of every image, [B, *shape]."""
         noise = randn_each(self.shape, self.generators).to(self.dtype)

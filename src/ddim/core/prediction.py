@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ddim.core.checks import (
+    brief,
     check_alpha_bar,
     check_choice,
     check_number,
@@ -54,6 +55,9 @@ class Denoised(NamedTuple):
 
     x0: Tensor
     eps: Tensor
+
+    def __repr__(self) -> str:
+        return f"Denoised(x0: {brief(self.x0)}; eps: {brief(self.eps)})"
 
 
 class Solution(NamedTuple):

@@ -66,6 +66,12 @@ class Route:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def __repr__(self) -> str:
+        levels = f" from level {self.pairs[0][0]} to {self.pairs[-1][1]}" if self.pairs else ""
+        how = f"eta {self.eta}, order {self.order}, clip {self.clip.kind}"
+        more = ", analytic variance" * self.analytic
+        return f"Route({self.sampler}, {len(self)} steps{levels}, {how}{more}, {self.schedule})"
+
     def __getitem__(self, chosen: slice) -> "Route":
         """The route of some of the steps."""
         weights = StepCoefficients(*(column[chosen] for column in self.weights))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddim.core.checks import check_function, check_kind, check_one_shape, check_samples
+from ddim.core.checks import brief, check_function, check_kind, check_one_shape, check_samples
 from ddim.core.denoiser import Denoiser, checked
 from ddim.core.route import Route, make_route
 from ddim.core.schedule import NoiseSchedule
@@ -32,6 +32,10 @@ class State(NamedTuple):
     """The level that it reached; -1 is clean data."""
     number: int
     """The step's place in the list, from 0."""
+
+    def __repr__(self) -> str:
+        step = f"step {self.number} from level {self.t} to {self.s}"
+        return f"State({step}, x_s: {brief(self.x_s)}; x0: {brief(self.x0)})"
 
 
 def trajectory(

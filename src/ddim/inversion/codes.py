@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddim.core.checks import (
+    brief,
     check_choice,
     check_kind,
     check_number,
@@ -47,6 +48,7 @@ __all__ = [
     "fingerprint",
     "load_code",
     "save_code",
+    "warn_of_other_batches",
     "warn_of_rms",
 ]
 
@@ -60,7 +62,8 @@ _NEAR = (0.25, 3.0)
 
 
 class CodeWarning(UserWarning):
-    """A code is no noise: its root mean square is far from 1."""
+    """A code is no noise, for its root mean square is far from 1; or it is decoded in other batches
+    than it was encoded in."""
 
 
 def default_method(schedule: NoiseSchedule) -> EncodingMethod:
@@ -91,6 +94,8 @@ class Code:
         labels: Classes of the images, shape [B], int64; None without.
         origin: Fingerprints by name (``dtype``, ``network``, ``schedule``, and of a pipeline also
             its other parts), which a decoder must share; empty: anything goes.
+        batch_size: How many images a pipeline encoded together; None if it did not. A network may
+            round otherwise in other batches, and ``edict`` enlarges that.
 
     Raises:
         DDIMError: If an attribute is of another kind, or ``states`` of another shape.
@@ -105,6 +110,7 @@ class Code:
     residual: Tensor | None = None
     labels: Tensor | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         check_method(self.method)
@@ -121,6 +127,8 @@ class Code:
         check_whole("evaluations", self.evaluations, least=0)
         check_number("gamma", self.gamma)
         check_number("mixing", self.mixing)
+        if self.batch_size is not None:
+            check_whole("batch_size", self.batch_size, least=1)
         for name in ("residual", "labels"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Tensor) or len(value) != len(self)):
@@ -128,9 +136,9 @@ class Code:
         check_kind("origin", self.origin, Mapping, "fingerprints by name (a dict)")
 
     def __repr__(self) -> str:
-        images, shape = f"{len(self)} images", list(self.states.shape[2:])
+        images = f"{len(self)} image{'s' * (len(self) != 1)}"
         levels = f"{len(self.timesteps)} steps from level {self.timesteps[0]}"
-        return f"Code({self.method}, {images} of shape {shape}, {levels}, {self.states.device})"
+        return f"Code({self.method}, {images}, {levels}, {brief(self.states)})"
 
     def __len__(self) -> int:
         return self.states.shape[1]
@@ -191,8 +199,9 @@ class Code:
 
     def metadata(self) -> dict[str, str]:
         """What is not a tensor, as safetensors' metadata; :meth:`from_tensors` reads it."""
-        names = ("method", "timesteps", "evaluations", "gamma", "mixing")
-        plain = {name: getattr(self, name) for name in names} | {"origin": dict(self.origin)}
+        names = ("method", "timesteps", "evaluations", "gamma", "mixing", "batch_size")
+        plain = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        plain |= {"origin": dict(self.origin)}
         held = {name: fingerprint(value) for name, value in self.tensors().items()}
         return {**_FORMAT, "code": json.dumps(plain), "tensors": json.dumps(held)}
 
@@ -254,6 +263,19 @@ def warn_of_rms(code: Code) -> None:
             f"what the model knows; use {advice}.",
             CodeWarning,
             stacklevel=3,
+        )
+
+
+def warn_of_other_batches(code: Code, batch_size: int) -> None:
+    """Warns that a code of ``edict`` is decoded in other batches than it was encoded in."""
+    if code.method == "edict" and code.batch_size not in (None, batch_size):
+        warnings.warn(
+            f"the code was encoded in batches of {code.batch_size} and is decoded in batches of "
+            f"{batch_size}, in which the network may round otherwise; edict enlarges that, so that "
+            "images of few steps may come back some grey levels off. Give the same batch_size and "
+            "images, or encode by o-belm.",
+            CodeWarning,
+            stacklevel=4,
         )
 
 

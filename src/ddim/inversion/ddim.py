@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddim.core.checks import check_number, check_samples, check_whole
+from ddim.core.checks import brief, check_number, check_samples, check_whole
 from ddim.core.denoiser import Denoiser, at_clean, checked
 from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule, check_schedule
@@ -81,6 +81,10 @@ class Encoding:
     x_T: Tensor
     evaluations: int
     residual: Tensor | None = None
+
+    def __repr__(self) -> str:
+        worst = "" if self.residual is None else f", residual {brief(self.residual)}"
+        return f"Encoding({brief(self.x_T)}, {self.evaluations} evaluations{worst})"
 
 
 def encodable_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> list[int]:

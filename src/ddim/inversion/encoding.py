@@ -6,7 +6,8 @@ method          states of a code     calls     the way back
 ``o-belm``      :math:`x_N, x_{N-1}` N         exact to rounding; the most accurate exact method,
                                                but no noise at zero terminal SNR (RMS of 5 to 100)
 ``bdia``        :math:`x_N, x_{N-1}` N         exact to rounding, at zero terminal SNR too
-``edict``       two copies of x_N    2N        exact up to about 200 steps, and diverges beyond
+``edict``       two copies of x_N    2N        exact in the same batches, up to about 200 steps, and
+                                               diverges beyond
 ``fixed-point`` :math:`x_N`          3N to 6N  exact to the tolerance
 ``ddim``        :math:`x_N`          N         an error of first order in 1/N: the paper's Table 2
 =============== ==================== ========= =================================================

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ddim.core.checks import (
+    brief,
     check_kind,
     check_number,
     check_one_shape,
@@ -69,6 +70,9 @@ class StatePair(NamedTuple):
 
     x: Tensor
     partner: Tensor
+
+    def __repr__(self) -> str:
+        return f"StatePair({brief(self.x)}; {brief(self.partner)})"
 
 
 class TwoStep(NamedTuple):

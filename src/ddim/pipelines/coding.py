@@ -14,7 +14,14 @@ from ddim.core.checks import check_whole
 from ddim.core.denoiser import Denoiser
 from ddim.core.timesteps import Spacing
 from ddim.errors import DDIMError
-from ddim.inversion.codes import Code, check_origin, decoding_timesteps, fingerprint, warn_of_rms
+from ddim.inversion.codes import (
+    Code,
+    check_origin,
+    decoding_timesteps,
+    fingerprint,
+    warn_of_other_batches,
+    warn_of_rms,
+)
 from ddim.inversion.encoding import Encoder, decode_trajectory
 from ddim.models.folder import lasting_options
 from ddim.pipelines.base import Callback, Sampling
@@ -55,7 +62,7 @@ class Coding(Sampling):
             code = encoder.encode(denoise, x, timesteps, schedule=schedule, origin=origin)
             parts.append(code if labels is None else replace(code, labels=labels[chosen]))
         self.maybe_free_model_hooks()
-        code = Code.join(parts)
+        code = replace(Code.join(parts), batch_size=min(batch_size, len(x0)))
         warn_of_rms(code)
         return code
 
@@ -72,6 +79,7 @@ class Coding(Sampling):
         denoiser of each batch's images."""
         size = check_whole("batch_size", batch_size, least=1)
         finished, schedule = [], self.noise_schedule
+        warn_of_other_batches(code, min(size, len(code)))
         for first in range(0, len(code), size):
             chosen = slice(first, first + size)
             part, denoise = code[chosen].to(self._execution_device), denoiser(chosen)
