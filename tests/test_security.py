@@ -37,9 +37,9 @@ COMMANDS = {
 
 
 @pytest.fixture
-def trap(tmp_path, monkeypatch):
+def trap(tmp_path, monkeypatch, no_socket):
     """A place to work in, with a module `payload` that leaves a mark when it is imported; returns
-    whether it was."""
+    whether it was. No host is asked meanwhile."""
     mark, site = tmp_path / "sprung", tmp_path / "site"
     site.mkdir()
     (site / "payload.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
@@ -148,6 +148,50 @@ def test_pickles_that_would_run_code_are_told_in_a_sentence(
     with pytest.raises(CheckpointError) as caught:
         ddim.DiffusionPipeline.from_pretrained(model)
     assert caught.value.__cause__ is None
+    assert not trap()
+
+
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [
+        ("text_encoder", "model.safetensors"),
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("unet", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_weights_that_are_cut_off_are_told_in_a_sentence(
+    part, file, tiny_text, tmp_path, trap, capsys
+):
+    model = shutil.copytree(tiny_text, tmp_path / "model")
+    whole = (model / part / file).read_bytes()
+    (model / part / file).write_bytes(whole[: len(whole) // 2])
+    assert call("sample", model) == 2
+    said = capsys.readouterr().err
+    assert f"{model / part / file} is damaged or cut off" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "Evil"}),
+        ("tokenizer/tokenizer_config.json", {"vocab_file": "secret", "merges_file": "secret"}),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}),
+        ("text_encoder/config.json", {"model_type": "evil", "architectures": ["Evil"]}),
+        ("unet/config.json", {"_class_name": ["payload", "Evil"]}),
+        ("vae/config.json", {"auto_map": {"AutoModel": "payload.Evil"}}),
+    ],
+)
+def test_what_a_configuration_names_beside_its_class_acts_on_nothing(
+    file, keys, tiny_text, tmp_path, trap, monkeypatch
+):
+    """The class is the index's; a model whose files name others is opened as if they did not."""
+    model = shutil.copytree(tiny_text, tmp_path / "model")
+    (model / "evil.py").write_text((tmp_path / "site" / "payload.py").read_text())
+    edit(model / file, **keys)
+    assert call("sample", model) == 0
+    assert call("doctor", model) in (0, 1)
     assert not trap()
 
 

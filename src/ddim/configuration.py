@@ -6,7 +6,7 @@ A configuration is a mapping, as in ``scheduler_config.json`` or as ``vars`` of 
 
 import difflib
 import inspect
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -135,8 +135,9 @@ def _continuous_levels(config: Mapping[str, Any]) -> str | None:
     return outside[0] if outside else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) < sys.float_info.max  # a whole number may be larger than floats
 
 
 def _is_whole(value: object) -> bool:
@@ -148,7 +149,7 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_betas(value: Any, fits: Callable[[Any], bool] = _is_fraction) -> bool:
-    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_LEVELS
     return value is None or (is_list and all(map(fits, value)))
 
 
@@ -156,10 +157,11 @@ _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _FRACTION: _Rule = ("a number from 0 to 1", _is_fraction)
 _POSITIVE: _Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
-_COUNT = "a whole number from 1 to 1000000"
+_MOST_LEVELS = 1_000_000
+_COUNT = f"a whole number from 1 to {_MOST_LEVELS}"
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": (_COUNT, lambda value: _is_whole(value) and 1 <= value <= 1_000_000),
+    "num_train_timesteps": (_COUNT, lambda value: _is_whole(value) and 1 <= value <= _MOST_LEVELS),
     **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), _FRACTION),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
     "trained_betas": ("null or a list of numbers from 0 to 1", _is_betas),

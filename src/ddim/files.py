@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ddim.errors import OutputError
 __all__ = [
     "file_hash",
     "locked",
+    "load_json",
     "locked_file",
     "parse_json",
     "remove_partial",
@@ -23,6 +25,8 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+_LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
 
 
 @contextlib.contextmanager
@@ -68,6 +72,17 @@ def write_json(path: Path | str, content: Any, *, sort_keys: bool = False) -> No
     """Writes a JSON file, whole or not at all. NaN and infinity are refused with a ValueError."""
     text = json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file; a ValueError or an OSError says what is wrong with it, also where
+    it is no regular file, such as a pipe, or larger than any that is written in earnest."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is no regular file")
+    if about.st_size > _LARGEST_JSON:
+        raise ValueError(f"it has {about.st_size} bytes, and at most {_LARGEST_JSON} are read")
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def parse_json(text: str) -> Any:

@@ -457,6 +457,16 @@ def test_levels_that_the_network_is_not_told_whole_are_refused():
         convert(state, sample_size=16, num_train_timesteps=1500)
 
 
+@pytest.mark.parametrize("number", ["1000000000", "9" * 5000])
+def test_numbers_of_blocks_are_bounded(number):
+    for name in (f"down.{number}.block.0.conv1.weight", f"down.0.block.{number}.conv1.weight"):
+        with pytest.raises(CheckpointError, match="the weights are numbered up to [19][09]{9}"):
+            convert(Song((1, 2), 32).state_dict() | {name: torch.zeros(1)})
+    state = Open().state_dict() | {f"input_blocks.{number}.0.op.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match="the weights are numbered up to"):
+        convert(state, sample_size=16)
+
+
 def test_options_that_have_no_equal_are_refused():
     with pytest.raises(CheckpointError, match=r"4 heads of attention at \[64, 96\] channels"):
         convert(Open((1, 2, 3)).state_dict(), sample_size=16)

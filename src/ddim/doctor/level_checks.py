@@ -21,7 +21,7 @@ from ddim.doctor.findings import (
     made_of_data,
     register,
 )
-from ddim.doctor.symptoms import stock_flaws, stock_pairs, stock_timesteps
+from ddim.doctor.symptoms import MOST_COUNTS, stock_flaws, stock_pairs, stock_timesteps
 from ddim.errors import DDIMError
 
 __all__ = ["LEVEL_CHECKS"]
@@ -259,8 +259,8 @@ def _steps_not_given(case: Case) -> Finding | None:
     return Finding(
         "info",
         f"The number of steps is not given; {case.steps} are assumed.",
-        f"In plain diffusers, {spacing} leaves its grid for {len(off)} of {total} possible "
-        f"numbers, and visits -1 for {len(minus_one)}.",
+        f"In plain diffusers, {spacing} leaves its grid for {len(off)} of "
+        f"{min(total, MOST_COUNTS)} possible numbers, and visits -1 for {len(minus_one)}.",
         {"assumed": case.steps, "off_the_grid": len(off), "minus_one": minus_one[:10]},
         advice="Give the number that you sample with.",
     )

@@ -41,6 +41,7 @@ __all__ = [
     "made_of_noise",
     "predict_brightness",
     "probe",
+    "MOST_COUNTS",
     "stock_flaws",
     "stock_nan_levels",
     "stock_pairs",
@@ -187,6 +188,10 @@ def leaked_brightness(
     return brightness.change(zero, one - zero)
 
 
+MOST_COUNTS = 4000
+"""Numbers of steps that are tried, since the time for all of them grows with their square."""
+
+
 def stock_timesteps(total: int, count: int, spacing: str, *, steps_offset: int = 0) -> list[int]:
     """The list of plain diffusers, which can hold -1 or T, or N + 1 entries."""
     return [int(t) for t in _stock_levels(total, count, spacing, steps_offset)]
@@ -205,10 +210,10 @@ def _stock_levels(
 
 
 def stock_flaws(total: int, spacing: str, *, steps_offset: int = 0) -> tuple[list[int], list[int]]:
-    """The numbers of steps, from 1 to T, at which plain diffusers leaves its own list of levels,
-    and at which it visits -1."""
+    """The numbers of steps, from 1 to T and at most :data:`MOST_COUNTS`, at which plain diffusers
+    leaves its own list of levels, and at which it visits -1."""
     off, minus_one = [], []
-    for count in range(1, total + 1):
+    for count in range(1, min(total, MOST_COUNTS) + 1):
         levels = _stock_levels(total, count, spacing, steps_offset)
         if levels[-1] == CLEAN:
             minus_one.append(count)

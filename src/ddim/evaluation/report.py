@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ddim.errors import OutputError, printable
 from ddim.evaluation.protocol import METRICS, Metric, Result
 from ddim.figures import Point, draw_lines, save_figure
-from ddim.files import write_json
+from ddim.files import load_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +103,7 @@ def read_cell(path: Path) -> Cell:
         OutputError: If it is damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         numbers: Any = {
             key: tuple(Result(**r) for r in content.pop(key)) for key in ("results", "compared")
         }

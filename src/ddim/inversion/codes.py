@@ -32,7 +32,7 @@ from ddim.core.checks import (
 from ddim.core.schedule import NoiseSchedule, check_schedule
 from ddim.core.timesteps import as_levels, check_timesteps
 from ddim.errors import DataError, DDIMError
-from ddim.files import replacing
+from ddim.files import parse_json, replacing
 from ddim.inversion.ddim import encodable_timesteps
 
 __all__ = [
@@ -220,13 +220,13 @@ class Code:
         if not _FORMAT.items() <= (metadata := metadata or {}).items() or "states" not in tensors:
             raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
         try:
-            for name, written in json.loads(metadata["tensors"]).items():
+            for name, written in parse_json(metadata["tensors"]).items():
                 if name not in tensors or fingerprint(tensors[name]) != written:
                     raise DDIMError(
                         f"the code is damaged: its {name} are not those that were written; encode "
                         "the images again."
                     )
-            plain = json.loads(metadata["code"])
+            plain = parse_json(metadata["code"])
             plain["timesteps"] = tuple(int(t) for t in plain["timesteps"])
             residual, labels = tensors.get("residual"), tensors.get("labels")
             return cls(states=tensors["states"], residual=residual, labels=labels, **plain)
@@ -350,6 +350,8 @@ def load_code(path: Path | str) -> Code:
         DataError: If there is no such file, or it is damaged or no code.
     """
     check_kind("path", path, (str, os.PathLike), "the path of a file")
+    if Path(path).exists() and not Path(path).is_file():
+        raise DataError(f"{path} is no regular file, so no code.")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

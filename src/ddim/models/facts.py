@@ -246,7 +246,7 @@ def _facts(folder: Path, latent: bool, training: dict[str, Any] | None) -> Model
     unet = read_json(place) if place.is_file() else {}
     size: Any = unet.get("sample_size")
     channels: Any = unet.get("in_channels")
-    height, width = size if isinstance(size, list) else (size, size)
+    height, width = size if isinstance(size, list) else (size, size)  # checked with the index
     is_known = channels and height and width and not latent
     return ModelFacts(
         latent=latent,

@@ -4,14 +4,14 @@ read. It is checked before a library is asked to open anything, since the folder
 A part is a folder of a model, such as ``unet``; model_index.json says its library and class."""
 
 import re
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ddim.errors import CheckpointError, first_line
-from ddim.files import parse_json
+from ddim.files import load_json
 
 __all__ = [
     "check_files",
@@ -22,7 +22,6 @@ __all__ = [
     "read_json",
 ]
 
-_LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
 _WEIGHTS = (".safetensors", ".bin")
 
 # Of diffusers' names those that are no network or scheduler, but open other things in their turn.
@@ -30,9 +29,13 @@ _OPENERS = re.compile(r"Pipeline|Onnx|^Auto(?!encoder)|ModularPipeline")
 _PARTS = "unet scheduler vae vqvae movq text_encoder tokenizer transformer safety_checker".split()
 _OURS = ("DDIMScheduler", "DDIMInverseScheduler")
 
-_MOST = {"layers": 1000, "position": 10**7, "vocab": 10**7, "sample_size": 8192}
-"""Largest whole numbers of a network's configuration by a part of their names: memory and time grow
-with them, whatever weights there are."""
+_MOST = {
+    **{"layers": 200, "heads": 1024, "channels": 8192, "sample_size": 8192, "dim": 2**16},
+    **{"class_embeds": 10**5, "timesteps": 10**6, "position": 10**7, "vocab": 10**7},
+    **{"embed": 10**6, "size": 10**6},
+}
+"""Largest numbers of a part's configuration by a piece of their names, the first that fits: memory
+and time grow with them, whatever weights there are."""
 _MOST_OTHER = 10**9
 _MOST_LISTED = 10_000
 
@@ -40,12 +43,7 @@ _MOST_LISTED = 10_000
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a CheckpointError refuses anything else."""
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is no regular file")
-        if about.st_size > _LARGEST_JSON:
-            raise ValueError(f"it has {about.st_size} bytes, and at most {_LARGEST_JSON} are read")
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the model's folder is not complete.") from None
     except (OSError, ValueError) as error:
@@ -200,6 +198,11 @@ def _check_file(path: Path, *, is_part: bool, trusts: bool) -> None:
         _check_weight_index(path)
     elif path.name == "config.json":
         _check_config(path)
+    elif path.name == "tokenizer_config.json":
+        length = read_json(path).get("model_max_length", 1)
+        if not (_is_side(length) or isinstance(length, float) and length > 0):
+            wanted = "a number above 0 as model_max_length"
+            raise CheckpointError(f"{path} must hold {wanted}; got {length!r:.60}.")
 
 
 def _check_weight_index(path: Path) -> None:
@@ -213,7 +216,14 @@ def _check_weight_index(path: Path) -> None:
 
 def _check_config(path: Path) -> None:
     """Checks what a library reads of a part's configuration beside the shape of its weights."""
-    for name, value in _entries(read_json(path)):
+    config = read_json(path)
+    sides = config.get("sample_size", 1)
+    is_pair = isinstance(sides, list) and len(sides) == 2
+    if not all(side is None or _is_side(side) for side in (sides if is_pair else [sides])):
+        wanted = "one whole number or two, above 0"
+        raise CheckpointError(f"{path} must hold {wanted}, as sample_size; got {sides!r:.60}.")
+    is_sound = "1D" in str(config.get("_class_name"))  # whose samples are long
+    for name, value in _entries({} if is_sound else config):
         if name == "transformers_weights" or (
             name.strip("_").endswith("implementation") and "/" in str(value)
         ):
@@ -221,12 +231,18 @@ def _check_config(path: Path) -> None:
                 f"{path} names other files or code by {name} ({value!r}), which is not followed; "
                 "remove that key."
             )
+        if f"_{name}".endswith("_eps") and type(value) not in (int, float, NoneType):
+            raise CheckpointError(f"{path} must hold a number as {name}; got {value!r:.60}.")
         if isinstance(value, list) and len(value) > _MOST_LISTED:
             raise CheckpointError(f"{path} lists {len(value)} {name}; there must be fewer.")
         bound = next((m for part, m in _MOST.items() if part in name), None)
         most, kinds = (_MOST_OTHER, int) if bound is None else (bound, (int, float))
         if isinstance(value, kinds) and not abs(value) <= most:  # NaN is not, either
             raise CheckpointError(f"{path} must hold at most {most} as {name}; got {value}.")
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _entries(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -109,7 +109,10 @@ def _level_width(state: Mapping[str, Tensor], key: str) -> int:
 
 def _highest(state: Mapping[str, Tensor], pattern: str) -> int:
     """The largest number that the pattern's group takes in the names; -1 if it matches none."""
-    return max((int(m[1]) for key in state if (m := re.match(pattern, key))), default=-1)
+    numbers = [m[1] for key in state if (m := re.match(pattern, key))]
+    if any(len(number) > 3 for number in numbers):
+        raise CheckpointError(f"the weights are numbered up to {max(numbers, key=len)[:20]}.")
+    return max(map(int, numbers), default=-1)
 
 
 def _unet(channels: list[int], attention: list[bool], **options: Any) -> dict[str, Any]:

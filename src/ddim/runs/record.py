@@ -15,7 +15,7 @@ from typing import Any
 
 from ddim import __version__
 from ddim.errors import DDIMError, OutputError
-from ddim.files import locked, remove_partial, write_json
+from ddim.files import load_json, locked, remove_partial, write_json
 
 __all__ = [
     "IDENTITY",
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> RunRecord | None:
     """
     path = folder / NAME
     try:
-        record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+        record = RunRecord(**load_json(path))
         if not isinstance(record.protocol, dict) or not isinstance(record.results, list):
             raise TypeError("its protocol is no object, or its results are no list")
         if not all(isinstance(name, str) for name in record.files or ()):

@@ -1,6 +1,5 @@
 """The values of options that are more than a number or a name: eta, and levels from a file."""
 
-import json
 import re
 import reprlib
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ddim.files import load_json
 from ddim.options import Range
 
 __all__ = ["ClassName", "Eta", "Etas", "FittedLevels", "Levels"]
@@ -67,7 +67,7 @@ def _read_levels(word: str) -> tuple[int, ...]:
     if not word.endswith(".json"):
         return tuple(int(read_number(int, part)) for part in split_list(word))
     try:
-        content = json.loads(Path(word).read_text(encoding="utf-8"))
+        content = load_json(Path(word))
     except (OSError, ValueError) as error:
         raise ValueError(f"{word} cannot be read as JSON ({error}).") from None
     if isinstance(content, dict) and "timesteps" not in content:

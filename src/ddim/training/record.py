@@ -15,6 +15,7 @@ from ddim.core.schedule import NoiseSchedule
 from ddim.data.batches import data_hash, hold_out
 from ddim.data.dataset import ImageData
 from ddim.errors import CheckpointError
+from ddim.files import load_json
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig, command_line
 from ddim.training.draws import mix
@@ -84,7 +85,7 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
             number of processes.
     """
     try:
-        record: dict[str, Any] = json.loads((checkpoint / "training" / "record.json").read_text())
+        record: dict[str, Any] = load_json(checkpoint / "training" / "record.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
