@@ -143,6 +143,7 @@ def _lock(lock_file: Path, what: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout  # it loads asyncio, a tenth of a second
 
     lock = FileLock(lock_file, timeout=0)
+    lock_file.touch()  # where that fails, an OSError says why; filelock would wait
     try:
         lock.acquire()
     except Timeout:

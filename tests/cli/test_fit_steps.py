@@ -8,6 +8,7 @@ from ddim.cli import main
 from ddim.core.timesteps import SPACINGS, check_timesteps
 from ddim.models.checkpoints import weight_hash
 from ddim.pipelines.text_to_image import TextToImagePipeline
+from ddim.runs import fit_steps
 
 QUICK = ("--steps", 4, "--count", 4, "--held-out", 6, "--evaluations", 20)
 
@@ -57,6 +58,22 @@ def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
         json.loads((tmp_path / "o" / "run.json").read_text())["protocol"]["timesteps"]
         == content["timesteps"]
     )
+
+
+@pytest.mark.parametrize("out", ["file/steps.json", "file", "folder", "/proc/steps.json"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_fitted(
+    out, tiny, tmp_path, monkeypatch, capsys
+):
+    if out.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("there is no /proc")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(fit_steps, "fit_timesteps", lambda *args, **options: pytest.fail("fitted"))
+    assert fit(tiny, tmp_path / out) == 2
+    told = capsys.readouterr().err
+    assert "cannot read or write" in told or "is there already" in told
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_a_terminal_shows_progress(tiny, tmp_path, monkeypatch):
