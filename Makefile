@@ -2,6 +2,7 @@
 # Python >= 3.11.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.11
+DIST_PYTHONS ?= python3.11 python3.12 python3.13
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint $(CONSTRAINTS)
 OLD_PYTHON = ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.
 
-.PHONY: demo test test-all test-oldest pytest lint types bench docs clean
+.PHONY: demo test test-all test-oldest pytest lint types bench docs dist clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS) requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("$(OLD_PYTHON)" if sys.version_info < (3, 11) else 0)'
@@ -47,6 +48,14 @@ bench: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Source and wheel, checked: metadata, contents, and use in an empty environment of each Python.
+dist: $(VENV)/installed
+	$(PIP_INSTALL) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python packaging/check_wheel.py dist/*.whl --python $(DIST_PYTHONS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist docs/_build out

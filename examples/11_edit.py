@@ -1,54 +1,42 @@
-"""Edits an attribute: adds the difference between the mean codes of two groups of images to the
-code of a third.
+"""Edits pictures by words: encodes them under the prompt that describes them, and decodes their
+codes under others. What the prompts share stays where it was.
 
-Here a T-shirt is given sleeves: the direction is mean(pullovers) - mean(T-shirts).
-Run: python examples/11_edit.py [OUT.png]
+Run: python examples/11_edit.py [MODEL] [OUT.png]
+MODEL is a checkpoint in Stable Diffusion's format: an embedded model, a folder, or a hub id.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ddim import UnconditionalPipeline
-from ddim.models.images import make_grid, save_picture
+from ddim import DiffusionPipeline
+from ddim.models.images import label_rows, save_picture
 
-IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
-SHIRT, PULLOVER = 0, 2
+BEFORE = "a red sneaker on a black background"
+AFTER = ("a blue sneaker on a black background", "a green sneaker on a white background")
 
 
-def main(out: str = "out/edit.png", group: int = 80, steps: int = 20) -> torch.Tensor:
-    pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
-    with np.load(IMAGES) as arrays:
-        images, labels = arrays["train_images"][..., None], arrays["train_labels"]
-    shirts, pullovers = (images[labels == label][:group] for label in (SHIRT, PULLOVER))
-    edited = images[labels == SHIRT][group : group + 4]
+def main(
+    model: str = "fashion-text", out: str = "out/edit.png", steps: int = 25, count: int = 6
+) -> list[np.ndarray]:
+    pipe = DiffusionPipeline.from_pretrained(model)
+    drawn = pipe(
+        BEFORE, seeds=range(count), num_inference_steps=steps, guidance_scale=3.0, progress=False
+    ).images
 
-    # BDIA's authors edit with gamma 0.96; both states of a code are moved alike, and come back to
-    # the image where nothing is added.
-    codes = [
-        pipe.encode(part, steps, method="bdia", gamma=0.96) for part in (shirts, pullovers, edited)
-    ]
-    direction = codes[1].states.mean(1, keepdim=True) - codes[0].states.mean(1, keepdim=True)
+    # Without guidance a code comes back under its own prompt as the picture that it was made of.
+    code = pipe.encode(drawn, BEFORE, steps)
+    rows, labels = [drawn, pipe.decode(code, BEFORE)], [BEFORE, "encoded, and decoded again"]
+    for prompt in AFTER:
+        rows.append(pipe.decode(code, prompt, guidance_scale=3.0))
+        labels.append(f"the same codes as {prompt}")
 
-    rows = [edited]
-    for strength in (0.0, 0.5, 1.0):
-        states = codes[2].states + strength * direction
-        states *= (
-            codes[2].states.flatten(2).norm(dim=2)[..., None, None, None]
-            / states.flatten(2).norm(dim=2)[..., None, None, None]
-        )
-        moved = dataclasses.replace(
-            codes[2], states=states
-        )  # as long as before: a longer code is an image of too much contrast
-        rows.append(np.stack([np.asarray(p) for p in pipe.decode(moved)])[..., None])
-
+    sheets = [np.stack([np.asarray(picture) for picture in row]) for row in rows]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_picture(make_grid(np.concatenate(rows), columns=len(edited)), out, scale=3)
-    print(f"{out}: originals, then strengths 0, 0.5 and 1")
-    return torch.from_numpy(np.stack(rows))
+    save_picture(label_rows(np.concatenate(sheets), labels, scale=3), out)
+    print(f"{out}: {len(rows)} rows of {count} pictures")
+    return sheets
 
 
 if __name__ == "__main__":
