@@ -806,6 +806,8 @@ def in_half_precision(model, folder):
     shutil.copytree(model, folder)
     for path in folder.glob("*/*.safetensors"):
         save_file({k: v.half() for k, v in load_file(path).items()}, path, {"format": "pt"})
+    path = folder / "text_encoder" / "config.json"  # which transformers loads as it says
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
     return folder
 
 

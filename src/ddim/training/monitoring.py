@@ -164,10 +164,11 @@ class Follower:
         is_last = step == run.steps
         saved = step % run.config.checkpoint_every == 0 or stopping or is_last
         is_early = step + 1 == self._first + _EARLY
-        logged = step % self._pace.log_every == 0 or is_early or saved
-        self._unread.append(result)
         every = self._pace.preview_every
         drawn = every > 0 and (step % every == 0 or is_last)
+        # A preview is drawn only after the losses were looked at, which may have become NaN.
+        logged = step % self._pace.log_every == 0 or is_early or saved or drawn
+        self._unread.append(result)
         if logged:
             loss = self._read_losses()
             elapsed = time.perf_counter() - self._clock

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import safetensors
+import safetensors.torch
 from torch import nn
 
 from ddim.configuration import DEFAULTS, LEVEL_OPTIONS, PIXEL_MODEL, spelled_betas
@@ -117,7 +117,7 @@ def save_model(
     folder written before, if the file system allows it."""
     for name, part in package.parts(network).items():
         part.save_pretrained(folder / name)
-        _forget_origin(folder / name)
+        _mend_configurations(folder / name)
     package.scheduler.save_pretrained(folder / "scheduler")
     for name, source in package.frozen.items():
         _copy_part(source, folder / name, None if previous is None else previous / name)
@@ -141,15 +141,34 @@ def _copy_part(source: Path, target: Path, previous: Path | None) -> None:
             with contextlib.suppress(OSError):
                 os.link(previous / file.name, target / file.name)
                 continue
-        shutil.copyfile(file, target / file.name)
-    _forget_origin(target)
+        if kind == "safetensors":
+            _copy_weights(file, target / file.name)
+        else:
+            shutil.copyfile(file, target / file.name)
+    _mend_configurations(target)
 
 
-def _forget_origin(part: Path) -> None:
-    """Removes from the configurations of a part where it lay when it was loaded."""
+def _copy_weights(source: Path, target: Path) -> None:
+    """Copies weights; half precision becomes float32, since the network that they are used with is
+    of float32, and a pipeline of both cannot be called."""
+    with safetensors.safe_open(source, "pt") as file:
+        names = file.keys()
+        kinds = {file.get_slice(name).get_dtype() for name in names}
+    if not kinds & {"F16", "BF16"}:
+        shutil.copyfile(source, target)
+        return
+    weights = safetensors.torch.load_file(source)
+    whole = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    safetensors.torch.save_file(whole, target, {"format": "pt"})
+
+
+def _mend_configurations(part: Path) -> None:
+    """Removes from the configurations of a part where it lay when it was loaded, and calls its
+    weights float32."""
     for path in (part / "config.json", part / "tokenizer_config.json"):
         config = read_json(path) if path.is_file() else {}
         kept = {k: v for k, v in config.items() if k not in ("_name_or_path", "name_or_path")}
+        kept |= {name: "float32" for name in ("dtype", "torch_dtype") if kept.get(name)}
         if kept != config:
             write_json(path, kept, sort_keys=True)
 
