@@ -132,6 +132,7 @@ class ModelDenoiser:
         """
         if not (isinstance(x_t, Tensor) and x_t.is_floating_point()):
             check_samples(x_t=x_t)
+        known = None
         if isinstance(t, Tensor):
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
                 raise wrong_argument(
@@ -140,8 +141,8 @@ class ModelDenoiser:
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
         else:
             t = t if type(t) is int else whole(t)
-            if not CLEAN <= t < len(self._solutions):
-                self.schedule.alpha_bar(t)  # says it
+            if (known := self._solutions.get(t)) is None:
+                self.schedule.alpha_bar(t)  # refuses what is no level
             levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
         output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))
@@ -152,8 +153,7 @@ class ModelDenoiser:
             )
         output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
         kind, is_clipped = self.prediction_type, self.clip.kind != "none"
-        known = None if isinstance(t, Tensor) or is_clipped else self._solutions.get(t)
-        if known is not None and all(map(math.isfinite, known)):
+        if known is not None and not is_clipped and all(map(math.isfinite, known)):
             x0_x, x0_m, eps_x, eps_m = known
             x0 = eps = output
             if kind != "sample":
