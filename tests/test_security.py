@@ -113,6 +113,24 @@ def test_a_class_of_the_users_own_module_is_opened(tiny_text, tmp_path, trap):
     assert call("sample", model) == 2
 
 
+def test_code_of_a_folder_is_run_where_the_user_trusts_it(tiny, tmp_path, trap, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(cache)
+    model = shutil.copytree(tiny, tmp_path / "model")
+    code = (tmp_path / "site" / "payload.py").read_text()
+    code += "from diffusers import UNet2DModel\nclass Own(UNet2DModel): pass\n"
+    (model / "unet" / "own_network.py").write_text(code)
+    edit(model / "model_index.json", unet=["own_network", "Own"])
+    for options in ({}, {"trust_remote_code": False}):
+        with pytest.raises(CheckpointError, match=r"names own_network\.Own as the class of unet"):
+            ddim.DiffusionPipeline.from_pretrained(model, **options)
+    assert not trap()
+    pipe = ddim.DiffusionPipeline.from_pretrained(model, trust_remote_code=True)
+    assert (type(pipe.unet).__name__, type(pipe.scheduler)) == ("Own", ddim.DDIMScheduler)
+    assert trap()
+
+
 class Trap:
     """Leaves a mark where it is unpickled."""
 

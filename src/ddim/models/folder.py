@@ -105,7 +105,8 @@ def check_index(
             raise CheckpointError(
                 f"{where} names {library}.{part} as the class of {name}, and only networks and "
                 "schedulers of diffusers, and text encoders and tokenizers of transformers, are "
-                "opened; in Python, import a module of your own before you open the folder."
+                "opened; in Python, import a module of your own before, or let code that lies in "
+                "the part's folder be run by trust_remote_code=True."
             )
 
 
