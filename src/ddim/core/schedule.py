@@ -259,6 +259,8 @@ class NoiseSchedule:
 def whole(t: Any) -> int:
     """A level as an int, of a number or an array of one; a DDIMError refuses fractions, bool and
     what is no number."""
+    if type(t) is int:  # as nearly all are; a walk asks for two a step
+        return t
     return check_whole("a timestep", t, note=" or a tensor")
 
 
