@@ -25,6 +25,7 @@ __all__ = [
     "DEFAULTS",
     "LEVEL_OPTIONS",
     "PIXEL_MODEL",
+    "check_keys",
     "check_levels",
     "check_options",
     "configured_betas",
@@ -199,6 +200,15 @@ def check_options(config: Mapping[str, Any], *, as_diffusers: bool = False) -> N
             f"{offset}."
         )
     fitted_lists(config)
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Refuses a key that is an option mistyped by a letter, with a DDIMError; other keys that are
+    unknown may be those of another scheduler."""
+    for key in config:
+        close = [] if key in DEFAULTS else difflib.get_close_matches(key, DEFAULTS, 1, 0.9)
+        if close:
+            raise DDIMError(f"there is no option {key!r}; did you mean {close[0]!r}?")
 
 
 def check_levels(config: Mapping[str, Any]) -> None:

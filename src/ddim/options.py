@@ -80,12 +80,14 @@ class Needs:
     Attributes:
         option: Another option that must be given or on.
         value: The value that it must have, or a tuple of such values.
+        unless: The value that it must not have.
         without: Another option that must not be given.
         model: The kind of model that it is for.
     """
 
     option: str | None = None
     value: object = None
+    unless: object = None
     without: str | None = None
     model: ModelKind | None = None
 
@@ -98,6 +100,9 @@ class Needs:
         if self.option not in declared:
             return None
         value, other = getattr(request, self.option), declared[self.option].option
+        if self.unless is not None:
+            text = f"{option} has no effect with {other} {self.unless}; leave out one of the two."
+            return text if value == self.unless else None
         if self.value is None:
             wanted, is_met = other, bool(value)
         else:

@@ -126,7 +126,7 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         (["sample", "nowhere"], "'nowhere' is neither an embedded model nor an existing folder"),
         (["sample", "--count", "0"], "must be at least 1; got 0"),
         (["sample", "--seed", "-1"], "--seed must be at least 0; got -1."),
-        (["sample", "--eta", "-1"], "eta must be at least 0"),
+        (["sample", "--eta", "-1"], "eta must be from 0 to 100"),
         (["sample", "--eta", "much"], "--eta: it must be a number or sigma-hat; got 'much'"),
         (["sample", "--steps", "1001"], "from 1 to 1000"),
         (["sample", "--steps", "few"], "--steps: it must be a whole number; got 'few'"),

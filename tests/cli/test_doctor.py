@@ -411,7 +411,7 @@ def test_a_damaged_configuration_is_refused_and_nothing_is_written(
         (("--prior", "x.json"), "--prior acts only with --data"),
         (("--brightness", "0.1"), "--brightness must be MEAN,STD"),
         (("--steps", "0"), "--steps must be at least 1; got 0."),
-        (("--eta", "-1"), "eta must be at least 0"),
+        (("--eta", "-1"), "eta must be from 0 to 100"),
         (("--data", FASHION, "--probe"), "--probe calls the network of an unconditional model"),
     ],
 )

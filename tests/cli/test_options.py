@@ -76,10 +76,9 @@ def test_what_an_option_does_not_take_is_refused(name, field):
         for value in (low - 1, high + 1, 10**25, 10**400, -(10**400)):
             assert refusal(name, field, value).startswith(f"{option} must be "), value
     if float in found:
-        wrong = [math.nan, math.inf, -math.inf]
-        wrong += [low if mark.range.above else low - 1e-9] if math.isfinite(low) else []
-        wrong += [high if mark.range.below else high + 1e-9] if math.isfinite(high) else []
-        for value in wrong:
+        below = low if mark.range.above else low - 1e-9
+        above = high if mark.range.below else high + 1e-9
+        for value in (math.nan, math.inf, -math.inf, 1e308, below, above):
             assert refusal(name, field, value).startswith(f"{option} must be "), value
     if mark.choices is not None:
         assert refusal(name, field, "mars").startswith(f"{option} must name some of ")
@@ -103,7 +102,11 @@ def test_an_option_without_what_it_needs_is_refused(name, field, need):
         )
         assert refusal(name, field, value, **other) == text
     values = need.value if isinstance(need.value, tuple) else (need.value,)
-    if need.option in known and None not in values:
+    if need.unless is not None:
+        other = f"{known[need.option].option} {need.unless}"
+        text = f"{option} has no effect with {other}; leave out one of the two."
+        assert refusal(name, field, value, **{need.option: need.unless}) == text
+    elif need.option in known and None not in values:
         text = f"{option} acts only with {known[need.option].option}"
         others = [n for n in known[field].needs if n.option in known and n is not need]
         met = {n.option: a_value(name, n.option) for n in others}
@@ -123,7 +126,7 @@ WRONG = [
     (f"sample --seed={'9' * 400}", "--seed must be at most 4294967295; got a number of 400 digits"),
     (f"sample --seed={'9' * 5000}", "--seed: it must be a whole number; got '99999"),
     (f"sample --eta={'9' * 400}", "--eta must be a finite number; got inf."),
-    ("sample --guidance-scale -3", "--guidance-scale must be at least 0; got -3.0."),
+    ("sample --guidance-scale -3", "--guidance-scale must be from 0 to 1000; got -3.0."),
     ("sample --timesteps=", "--timesteps must name at least one value."),
     ("sample --timesteps 5,-1", "--timesteps must be at least 0; got -1."),
     ("sample --sampler edict --eta 0.5", "--eta acts only with --sampler ddim; give both, or"),

@@ -567,7 +567,7 @@ def test_pictures_of_the_user_are_neither_counted_nor_overwritten(tiny, tmp_path
         (("--count", "1000000000000"), "--count must be at most 1000000; got 1000000000000."),
         (("--batch-size", "-1"), "--batch-size must be at least 1; got -1."),
         (("--seed", "-1"), "--seed must be at least 0; got -1."),
-        (("--eta", "-0.5"), "--eta must be at least 0; got -0.5."),
+        (("--eta", "-0.5"), "--eta must be from 0 to 100; got -0.5."),
         (("--eta", "3"), "eta=3.0 would draw more noise than the level can hold"),
         (("--eta", "nan"), "--eta must be a finite number; got nan."),
         (("--variance", "learned"), "--variance must be one of eta, analytic; got 'learned'."),

@@ -259,24 +259,13 @@ def test_options_of_text_are_refused_for_models_without(option, tiny, tmp_path, 
 @pytest.mark.filterwarnings("default")
 def test_what_is_not_used_is_told_in_a_line(tiny_text, tmp_path, capsys):
     long = "a red square on a black background on a white background"
-    assert (
-        sample(
-            tiny_text,
-            tmp_path,
-            "--prompt",
-            long,
-            "--count",
-            1,
-            "--guidance-scale",
-            1,
-            "--negative-prompt",
-            "blue",
-        )
-        == 0
-    )
+    assert sample(tiny_text, tmp_path, "--prompt", long, "--count", 1) == 0
     told = capsys.readouterr().err
     assert (
         "ddim: warning: a prompt has 11 tokens and the text encoder reads 10; this was cut off: "
         "'background'." in told
     )
-    assert "ddim: warning: the negative prompt is ignored: guidance is off" in told
+    unguided = ("--guidance-scale", 1, "--negative-prompt", "blue")
+    assert sample(tiny_text, tmp_path, "--prompt", "a", *unguided) == 2
+    told = capsys.readouterr().err
+    assert "--negative-prompt acts only with guidance, and the scale 1 turns it off" in told

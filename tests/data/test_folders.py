@@ -218,7 +218,8 @@ def test_one_coloured_picture_makes_all_coloured_and_is_told(tmp_path, resolutio
     assert data.notes == (
         f"images of {tmp_path} are grey (1) and coloured (1); all are read in colour.",
     )
-    assert load_images(str(tmp_path), channels=1).notes == ()
+    read = f"the images of {tmp_path} are coloured, and read as grey."
+    assert load_images(str(tmp_path), channels=1).notes == (read,)
 
 
 def test_a_pipe_in_place_of_a_picture_or_a_record_is_passed_by(tmp_path):

@@ -35,6 +35,14 @@ COMMANDS = {
 _RESUMED = ("sample", "train", "reconstruct", "table")
 """The commands that keep what an interrupted run has finished."""
 
+_INSIDES = {
+    r"\.model\.\w+\.partial/": "",
+    r"\.([^/\s]+?)(\.\d+)?\.partial\b": r"\1",
+    r" ?<[\w.]+ object at 0x[0-9a-f]+>": "",
+}
+"""Patterns of what errors tell of a program's inside, such as names of temporary files, and what
+stands in their place."""
+
 _OPTIONS = {
     "num_inference_steps": "--steps",
     "timestep_spacing": "--spacing",
@@ -125,17 +133,21 @@ def _parse(module: Any, name: str, arguments: list[str]) -> object:
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
     """Names options in a message as the command line does, if they were given, or if the message
     names ``num_inference_steps``, which no file of a model holds."""
-    from ddim.options import option_names
+    from ddim.options import declarations
 
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     named = set(_OPTIONS.values()) if "num_inference_steps" in message else given
-    meant = named & set(option_names(module.Request))
-    for name, option in _OPTIONS.items():
+    known = {name: field.option for name, field in declarations(module.Request).items()}
+    meant = named & set(known.values())
+    spelled = {name: option for name, option in known.items() if "_" in name.strip("_")}
+    for name, option in (spelled | _OPTIONS).items():
         if option in meant:
             message = re.sub(rf"(?<![\w-]){name}(?![\w=])", option, message)
     return message
 
 
 def _fail(message: str) -> int:
+    for pattern, instead in _INSIDES.items():
+        message = re.sub(pattern, instead, message)
     print(f"ddim: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

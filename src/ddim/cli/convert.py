@@ -11,8 +11,9 @@ def run(request: Request) -> None:
     """Reads, renames, writes, and says how to sample the result."""
     from ddim.cli.terminal import say
     from ddim.files import locked_file
-    from ddim.models.conversion import convert, read_state_dict, write_model
+    from ddim.models.conversion import convert, read_state_dict, refuse_existing, write_model
 
+    refuse_existing(Path(request.out))
     converted = convert(
         read_state_dict(Path(request.checkpoint)),
         layout=request.layout,

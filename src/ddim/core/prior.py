@@ -97,6 +97,22 @@ class DataPrior:
             "image": None if self.image is None else digest,
         }
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Checks that a model's images, of ``shape`` (C, H, W), can start from this prior.
+
+        Raises:
+            DDIMError: If they have other channels, or another size than the mean image.
+        """
+        if shape[0] != len(self.mean):
+            own = f"the prior is of images with {len(self.mean)} channels"
+            raise DDIMError(f"{own}; the model makes images of {shape[0]}.")
+        size = shape[1:] if self.image is None else (len(self.image[0]), len(self.image[0][0]))
+        if shape[1:] != size:
+            raise DDIMError(
+                f"the prior's mean image is {size[0]}x{size[1]}; the model makes images of "
+                f"{shape[1]}x{shape[2]}."
+            )
+
     def start(self, z: Tensor, alpha_bar: Tensor) -> Tensor:
         """Turns standard normal noise z [B, C, H, W] into x_T, image by image, for a start at the
         level alpha_bar in [0, 1), shape [], float64; 0 leaves z as it is, up to rounding.
@@ -111,15 +127,7 @@ class DataPrior:
             raise wrong_argument("z", "have shape [B, C, H, W]", z)
         if alpha_bar.numel() != 1:
             raise wrong_argument("alpha_bar", "be one level", alpha_bar)
-        if z.shape[1] != len(self.mean):
-            own = f"the prior is of images with {len(self.mean)} channels"
-            raise DDIMError(f"{own}; the model makes images of {z.shape[1]}.")
-        size = z.shape[2:] if self.image is None else (len(self.image[0]), len(self.image[0][0]))
-        if tuple(z.shape[2:]) != tuple(size):
-            raise DDIMError(
-                f"the prior's mean image is {size[0]}x{size[1]}; the model makes images of "
-                f"{z.shape[2]}x{z.shape[3]}."
-            )
+        self.check_shape(tuple(z.shape[1:]))
         pixels = z.shape[2:].numel()
         mean, covariance = _tensor(self.mean), _tensor(self.covariance)
         identity = torch.eye(len(mean), dtype=torch.float64)

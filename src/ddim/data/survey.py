@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
+
 from ddim.data.batches import pick
 from ddim.data.dataset import Header, MixedSizes, Source, mixed_sizes
 
@@ -37,14 +39,17 @@ def survey(
         center_crop: Whether the centre square is cut out without resizing.
 
     Returns:
-        The channels, 1 if all pictures are grey and 3 if one is not (None for arrays, which are all
-        alike), and the sentences.
+        The channels, 1 if all pictures are grey and 3 if one is not (None where only the images
+        themselves can tell), and the sentences.
 
     Raises:
         DataError: If a picture cannot be read, or has another size.
     """
     items = source.images
     read: Callable[[int], Header] | None = getattr(items, "header", None)
+    if isinstance(items, np.ndarray) and len(items):
+        own = 1 if items.ndim == 3 or items.shape[3] == 1 else 3
+        return channels or own, _read_otherwise(name, own, channels)
     if read is None or not len(items):
         return channels, ()
     height, width = resolution if isinstance(resolution, tuple) else (resolution or 0,) * 2
@@ -68,7 +73,8 @@ def survey(
     ):
         if found[kind]:
             notes.append(f"images of {name} {fate}: {found[kind]}.")
-    return channels or (1 if grey == len(places) else 3), tuple(notes)
+    own = 1 if grey == len(places) else 3
+    return channels or own, (*notes, *_read_otherwise(name, own, channels))
 
 
 def _size(header: Header, center_crop: bool) -> list[int]:
@@ -85,3 +91,10 @@ def _stray(name: str, source: Source, place: int) -> MixedSizes:
         "(width x height)",
         (height, width),
     )
+
+
+def _read_otherwise(name: str, own: int, channels: int | None) -> tuple[str, ...]:
+    if channels in (None, own):
+        return ()
+    read = "coloured, and read as grey" if own == 3 else "grey, and read in colour"
+    return (f"the images of {name} are {read}.",)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddim.configuration import PIXEL_MODEL, check_levels, check_options, foreign_family
+from ddim.configuration import PIXEL_MODEL, check_keys, check_levels, check_options, foreign_family
 from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.files import file_hash
 from ddim.models.folder import check_files, check_index, lasting_options, part_names, read_json
@@ -30,6 +30,7 @@ __all__ = [
     "is_unconditional",
     "load_network",
     "load_pipeline",
+    "outline_network",
     "read_guidance",
     "read_model_index",
     "read_scheduler_config",
@@ -187,11 +188,43 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     if reason := foreign_family(config):
         raise CheckpointError(f"{path} is {reason}")
     try:
+        check_keys(config)
         check_options(config)
         check_levels(config)
     except DDIMError as error:
         raise CheckpointError(f"{path} cannot be used: {error} Correct that file.") from error
     return config
+
+
+def outline_network(folder: Path) -> Any:
+    """The network of a model without its weights: its configuration, and shapes on torch's device
+    ``meta``. A CheckpointError says what :func:`load_network` would say of the configuration."""
+    kind, place = _network_class(folder), _part(folder, "unet")
+    config = read_json(place / "config.json")
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return kind.from_config(config).eval()
+    except Exception as error:
+        raise _misfit(place, error) from shown_cause(error)
+
+
+def _network_class(folder: Path) -> Any:
+    import diffusers
+
+    index = read_model_index(folder)
+    name = (index.get("unet") or [None, None])[1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        found = f"its index says unet = {name!r}, and UNet2DModel would do"
+        raise CheckpointError(f"{folder} has no network that diffusers knows: {found}.")
+    return kind
+
+
+def _misfit(place: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the network in {place} cannot be loaded: weights and config.json do not fit "
+        f"({_reason(error)})."
+    )
 
 
 def load_network(
@@ -208,16 +241,9 @@ def load_network(
         CheckpointError: If a file is missing or damaged, or weights and configuration do not fit
             together.
     """
-    import diffusers
     from diffusers.utils import is_accelerate_available
 
-    index = read_model_index(folder)
-    name = (index.get("unet") or [None, None])[1]
-    kind = getattr(diffusers, str(name), None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        found = f"its index says unet = {name!r}, and UNet2DModel would do"
-        raise CheckpointError(f"{folder} has no network that diffusers knows: {found}.")
-    place = _part(folder, "unet")
+    kind, place = _network_class(folder), _part(folder, "unet")
     read_json(place / "config.json")
     for path in _weight_files(folder, variant=variant):
         _check_weights(path)
@@ -233,10 +259,7 @@ def load_network(
                 local_files_only=True,
             )
     except Exception as error:
-        raise CheckpointError(
-            f"the network in {place} cannot be loaded: weights and config.json do not fit "
-            f"({_reason(error)})."
-        ) from shown_cause(error)
+        raise _misfit(place, error) from shown_cause(error)
     if missing := report["missing_keys"]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(

@@ -18,12 +18,12 @@ from torch import Tensor
 from ddim.configuration import PIXEL_MODEL, configured_betas, spelled_betas
 from ddim.core.checks import check_kind, wrong_argument
 from ddim.core.schedule import BetaSchedule, NoiseSchedule
-from ddim.errors import CheckpointError, needs_code, shown_cause
+from ddim.errors import CheckpointError, DDIMError, needs_code, shown_cause
 from ddim.files import replacing_folder
 from ddim.models.checkpoints import check_finite
 from ddim.models.layouts import Layout, State, read_architecture, rename, tell_layout
 
-__all__ = ["Converted", "convert", "read_state_dict", "write_model"]
+__all__ = ["Converted", "convert", "read_state_dict", "refuse_existing", "write_model"]
 
 _MOST_LEVELS = 1000  # improved-diffusion scales timesteps to this many levels
 
@@ -122,6 +122,7 @@ def convert(
     Raises:
         CheckpointError: If the layout is unknown or has no equal in ``UNet2DModel``, or a weight is
             missing, left over or misshapen.
+        DDIMError: If betas do not rise.
     """
     is_state = isinstance(state, Mapping) and all(isinstance(w, Tensor) for w in state.values())
     if not is_state or not state:
@@ -129,10 +130,17 @@ def convert(
             "state", "be weights by their names, which read_state_dict gives", state
         )
     layout = layout or tell_layout(state)
+    if num_heads is not None and layout != "improved-diffusion":
+        raise CheckpointError(
+            f"the weights tell the heads of attention in the layout of {layout}; leave out "
+            "num_heads (--num-heads)."
+        )
     unet, rules = read_architecture(state, layout, num_heads=num_heads or 4)
     unet["sample_size"] = sample_size or unet["sample_size"]
     if unet["sample_size"] is None:
         raise CheckpointError("the weights do not tell the images' size; give it (--sample-size).")
+    if beta_start > beta_end:
+        raise DDIMError(f"betas must rise; got beta_start {beta_start}, beta_end {beta_end}.")
     renamed: State = {}
     names: dict[str, str] = {}
     for key, weight in state.items():
@@ -156,6 +164,12 @@ def convert(
     return Converted(layout, unet, scheduler, renamed, names)
 
 
+def refuse_existing(out: Path) -> None:
+    """Refuses, with a CheckpointError, to write over a folder that is there."""
+    if out.exists():
+        raise CheckpointError(f"{out} is there already, and is not overwritten; give another name.")
+
+
 def write_model(converted: Converted, out: Path) -> None:
     """Writes a folder that plain diffusers opens as a ``DDIMPipeline``, whole or not at all.
 
@@ -165,8 +179,7 @@ def write_model(converted: Converted, out: Path) -> None:
     """
     import diffusers
 
-    if out.exists():
-        raise CheckpointError(f"{out} is there already, and is not overwritten; give another name.")
+    refuse_existing(out)
     check_finite("the checkpoint", {converted.names[k]: w for k, w in converted.state.items()})
     network = diffusers.UNet2DModel(**converted.unet)
     _check(converted, network.state_dict())

@@ -35,11 +35,12 @@ class EncodeJob(FileJob, PixelJob):
         self.files = [self.record_name]
         super().__init__(request, control)
         check_images(request.images, request.data)
-        self.open()
+        self.find()
+        self.checked_levels(request.steps, encodable=True)
         self.timesteps = self.asked_levels(request.steps)
-        self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+        self.pictures = read_images(Selection.of(request), self.plan.image_shape, self.model)
         self.note_all(self.pictures.notes)
-        self.method = request.method or default_method(self.pipe.noise_schedule)
+        self.method = request.method or default_method(self.plan.noise_schedule)
         self.code: Code | None = None
         self.unsolved = list[str]()
         data = {**self.pictures.data, "method": self.method}
@@ -92,10 +93,12 @@ class DecodeJob(PixelJob):
                 f"--count ask for {missing}."
             )
         self.code = code = whole[first : None if count is None else first + count]
-        self.open()
+        self.find()
         steps, spacing = request.steps, request.spacing
         if steps is None and spacing is not None:
             steps = len(code.timesteps)
+        if steps is not None:
+            self.asked_levels(steps)  # refuses them before the weights are loaded
         self.timesteps = self.pipe.decoding_timesteps(code, steps, timestep_spacing=spacing)
         if steps is not None and len(self.timesteps) != steps:
             control.note(

@@ -43,13 +43,13 @@ class ConsistencyJob(PixelJob):
         super().__init__(request, control)
         check_plots()
         self.seeds = check_seeds(range(request.seed, request.seed + request.count))
-        self.open()
+        self.find()
         numbers, samplers = sorted(set(request.steps)), list(dict.fromkeys(request.sampler))
         self.items = [Trajectory(name, steps) for name in samplers for steps in numbers]
         self.longest = Trajectory("ddim", numbers[-1])
         self.routes = {item: self._route(item) for item in [self.longest, *self.items]}
         self.sheet: list[NDArray[np.uint8]] = []
-        self.spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
+        self.spacing = request.spacing or self.plan.scheduler.config.timestep_spacing
         self.plots = [f"distance.{kind}" for kind in request.plot_format]
         self.files = ["table.md", "sheet.png", *self.plots]
         self.protocol = self.deterministic(
@@ -65,7 +65,7 @@ class ConsistencyJob(PixelJob):
     def _route(self, item: Trajectory) -> Route:
         levels, order = self.asked_levels(item.steps), {"ddim": 1, "ddim-2": 2}.get(item.sampler)
         sampler: Any = "ddim" if order else item.sampler
-        return self.pipe.route(timesteps=levels, order=order, clip="none", sampler=sampler)
+        return self.plan.route(timesteps=levels, order=order, clip="none", sampler=sampler)
 
     def results(self, rows: list[Row]) -> list[Row]:
         return rows[-len(self.items) :] if len(rows) >= len(self.items) else rows
@@ -88,7 +88,7 @@ class ConsistencyJob(PixelJob):
                     **item._asdict(),
                     "mse": float(error.mean()),
                     "mse_error": float(error.std()) / len(error) ** 0.5 if many else None,
-                    "evaluations": sampling_evaluations(self.pipe, self.routes[item]),
+                    "evaluations": sampling_evaluations(self.plan, self.routes[item]),
                 }
                 self.sheet.append(to_uint8(images[:SHOWN].float()))
                 text = f"{item.sampler}, {item.steps} steps: {row['mse']:.2e} from "

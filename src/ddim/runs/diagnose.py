@@ -1,7 +1,7 @@
 """Examines the configuration of a model, with what its files and its data say."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ddim.models.folder import read_json
 from ddim.models.images import ENDINGS
 from ddim.options import check_request
 from ddim.runs.requests import DoctorRequest
+from ddim.runs.rules import Options
+from ddim.runs.text import refuse_unguided
 
 __all__ = ["Examination", "examine"]
 
@@ -70,16 +72,23 @@ def examine(request: DoctorRequest) -> Examination:
             raise DDIMError(f"{option} must end in one of {', '.join(endings)}; got {path!r}.")
     _check_brightness(request)
     source = read_source(request.source, latent=request.latent)
+    guidance = {"guidance_scale", "guidance_rescale"} if source.model.guided is False else set()
+    others = {field.name for field in fields(request)} - guidance
+    Options(request, *others).refuse_unread(request.source)
     brightness, prior, answers, notes = _look_at_data(request, source)
     card = {} if source.folder is None else read_guidance(source.folder)
     scale, rescale = request.guidance_scale, request.guidance_rescale
+    if scale is None:
+        scale = card.get("guidance_scale")
+    if scale is not None:
+        refuse_unguided(request, scale)
     diagnosis = diagnose(
         source.config,
         steps=request.steps,
         spacing=request.spacing,
         timesteps=request.timesteps,
         eta=request.eta,
-        guidance_scale=card.get("guidance_scale") if scale is None else scale,
+        guidance_scale=scale,
         guidance_rescale=card.get("guidance_rescale", 0.0) if rescale is None else rescale,
         model=source.model,
         brightness=brightness,
@@ -104,11 +113,8 @@ def _check_brightness(request: DoctorRequest) -> None:
     given = request.brightness
     if given is None:
         return
-    is_pair = len(given) == 2 and math.isfinite(given[0]) and 0 < given[1] < math.inf
-    if request.data is not None or not is_pair:
-        raise DDIMError(
-            "--brightness must be MEAN,STD, two numbers with STD above 0, in place of --data."
-        )
+    if len(given) != 2 or given[1] <= 0:
+        raise DDIMError("--brightness must be MEAN,STD, two numbers with STD above 0.")
 
 
 def _look_at_data(

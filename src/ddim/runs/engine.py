@@ -125,6 +125,9 @@ class Job:
         self.request, self.control = request, control
         check_request(request)
 
+    def prepare(self) -> None:
+        """Loads what is large, once all options are checked, and before anything is written."""
+
     def claim(self) -> AbstractContextManager[RunRecord | None]:
         """Holds the place of the results, and gives the record of an earlier run there."""
         overwrite = getattr(self.request, "overwrite", False)
@@ -217,6 +220,7 @@ def execute(job: Job) -> Outcome:
         DDIMError: What the job raises; items that are made stay.
     """
     emit = job.control.emit
+    job.prepare()
     with job.claim() as before:
         job.files = files = _all_files(job, before)
         there = job.there(before)

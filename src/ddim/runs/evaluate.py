@@ -43,10 +43,10 @@ class EvaluateJob(MeasuringJob):
         super().__init__(request, control)
         self.device, self.took = find_device(request.device), []
         always = "model reference split resize metrics weights out overwrite device count"
-        is_model = _is_model(request.model)
-        acts = " batch_size compile" if is_model else ""
+        self.draws = _is_model(request.model)
+        acts = " batch_size compile" if self.draws else ""
         options = Options(request, *(always + acts).split())
-        shape, samples = (self._draw_model if is_model else self._read_images)(options)
+        shape, samples = (self._draw_model if self.draws else self._read_images)(options)
         against = self.open_metrics(shape, [self.count])
         self.rows: list[Row] = []
         self.items = ["metrics"]
@@ -62,8 +62,8 @@ class EvaluateJob(MeasuringJob):
         steps, spacing, eta = options.steps, options.spacing, options.eta or 0.0
         size = min(options.batch_size, count)
         options.refuse_unread(found.name, found.kinds)
-        self.open()
-        route = self.pipe.route(steps, timestep_spacing=spacing, eta=eta)
+        self.find()
+        route = self.plan.route(steps, timestep_spacing=spacing, eta=eta)
 
         def batches() -> Iterator[Tensor]:
             self.control.steps = -(-count // size) * len(route)
@@ -71,11 +71,11 @@ class EvaluateJob(MeasuringJob):
             yield from self.sample_batches(route, seeds, batch_size=size, seconds=self.took)
 
         self.batches, self.calls = batches(), len(route)
-        return self.pipe.image_shape, {
+        return self.plan.image_shape, {
             **self.describe(clip=route.clip),
             "sampler": "ddim",
             "steps": len(route),
-            "spacing": spacing or spacing_of(self.pipe, route.timesteps),
+            "spacing": spacing or spacing_of(self.plan, route.timesteps),
             "timesteps": route.timesteps,
             "eta": route.eta,
             "order": route.order,
@@ -113,6 +113,10 @@ class EvaluateJob(MeasuringJob):
         self.calls = run.evaluations if run else 0
         shape = (data.channels, *data.resolution)
         return shape, {"samples": name, "sampled": run and run.protocol}
+
+    def prepare(self) -> None:
+        if self.draws:
+            super().prepare()
 
     def is_empty(self, record: RunRecord) -> bool:
         return not record.results

@@ -41,8 +41,7 @@ class FitStepsJob(FileJob, ModelJob):
         model = self.model
         self.text = text = read_text(options, model) if model.is_text else None
         options.refuse_unread(model.name, model.kinds)
-        self.open()
-        pipe, total = self.pipe, len(self.pipe.noise_schedule)
+        plan, total = self.plan, len(self.plan.noise_schedule)
         select_timesteps(total, request.steps)  # refuses more steps than levels
         many = {"order": 2, "steps": min(100, total), "spacing": "quadratic"}
         self.protocol = {
@@ -50,8 +49,8 @@ class FitStepsJob(FileJob, ModelJob):
             "model": request.model,
             **model.hashes(),
             "steps": request.steps,
-            "order": pipe.select_order(request.order),
-            "clip": asdict(pipe.select_clip()),
+            "order": plan.select_order(request.order),
+            "clip": asdict(plan.select_clip()),
             "seeds": [seeds[0], seeds[last - 1]],
             "held_out": [seeds[last], seeds[-1]],
             "reference": {"order": 1, "steps": total} if request.exact else many,
@@ -72,7 +71,7 @@ class FitStepsJob(FileJob, ModelJob):
             self.fit = fit_timesteps(
                 self._problem(found),
                 [self._problem(batch) for batch in batches],
-                schedule=self.pipe.noise_schedule,
+                schedule=self.plan.noise_schedule,
                 steps=request.steps,
                 order=self.protocol["order"],
                 evaluations=request.evaluations,
@@ -104,7 +103,7 @@ class FitStepsJob(FileJob, ModelJob):
 
     def _all_levels(self, problem: SamplingProblem) -> Tensor:
         """The images of DDIM at all levels."""
-        schedule = self.pipe.noise_schedule
+        schedule = self.plan.noise_schedule
         pairs = step_pairs(select_timesteps(len(schedule), len(schedule)))
         return sample(problem.denoise, problem.x_t, pairs, schedule=schedule)
 

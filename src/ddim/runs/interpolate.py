@@ -36,19 +36,19 @@ class InterpolateJob(PixelJob):
         needed = self._check_ends()
         if request.images is not None:
             check_images(request.images, None)
-        self.open()
+        self.find()
         self.model.find_class(request.class_, required=True)
         encodable = request.images is not None
         self.timesteps = self.checked_levels(request.steps, encodable=encodable)
         if request.seeds is not None:
-            x_T = seeded_randn(self.pipe.image_shape, check_seeds(request.seeds)).double()
+            x_T = seeded_randn(self.plan.image_shape, check_seeds(request.seeds)).double()
             labels = None if self.label is None else torch.full((needed,), self.label)
             levels = tuple(self.timesteps)
             self.ends = Code(x_T.unsqueeze(0), "ddim", levels, 0, labels=labels)
             data: dict[str, Any] = {"seeds": list(request.seeds)}
         else:
             self.note_levels(self.asked_levels(request.steps), self.timesteps)
-            self.ends = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+            self.ends = read_images(Selection.of(request), self.plan.image_shape, self.model)
             data = {**self.ends.data, "method": request.method}
         self.rms, self.unsolved = list[float](), list[str]()
         self.items = [f"{'grid' if request.grid else 'strip'}.{request.picture}"]

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ddim.core.denoiser import Clip
 from ddim.core.route import Route
 from ddim.errors import CheckpointError, DDIMError
 from ddim.inversion.reversible import ReversibleSampler
-from ddim.models.checkpoints import check_finite
+from ddim.models.checkpoints import check_finite, outline_network, read_scheduler_config
 from ddim.models.facts import FoundModel, read_model
 from ddim.pipelines.diffusion_pipeline import text_pipeline
 from ddim.pipelines.network_calls import NetworkCalls
@@ -41,9 +42,14 @@ def quiet_libraries(*, text: bool = False) -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
-    quiet_libraries()
-    pipe = UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
+def _outline(model: FoundModel) -> UnconditionalPipeline:
+    """A pipeline of the model's scheduler, whose network has no weights; of a text model it has no
+    network at all."""
+    quiet_libraries(text=model.is_text)
+    config = read_scheduler_config(model.folder)
+    if model.is_text:
+        return UnconditionalPipeline(torch.nn.Identity(), config)
+    pipe = UnconditionalPipeline(outline_network(model.folder), config)
     if (channels := pipe.image_shape[0]) not in (1, 3):
         raise DDIMError(
             f"{model.name} makes images of {channels} channels, and a picture has 1 or 3; sample "
@@ -52,8 +58,11 @@ def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> An
     return pipe
 
 
+def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
+    return UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
+
+
 def _open_text(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
-    quiet_libraries(text=True)
     kind = "StableDiffusionImg2ImgPipeline" if has_picture else "StableDiffusionPipeline"
     return text_pipeline(kind).from_pretrained(model.folder, dtype=dtype)
 
@@ -131,21 +140,23 @@ def short_name(path: str) -> str:
 
 
 class ModelJob(Job):
-    """A job on a model, which :meth:`open` finds and opens.
+    """A job on a model, which :meth:`find` finds.
 
     Attributes:
         command: The command, which names the default folder and stands in the protocol.
         classes: Where the classes of a class-conditional model come from, for the protocol.
         device: Where the network is.
         model: What the model's files say.
-        pipe: Its pipeline.
+        plan: A pipeline of its scheduler without weights, for all that options are checked with.
+        pipe: Its pipeline. The weights are loaded when it is first asked for.
+        has_picture: Whether the pipeline is the one for image-to-image.
     """
 
     command: str
     classes = "seed modulo the number of classes"
     device: torch.device
     model: FoundModel
-    pipe: Any
+    has_picture = False
 
     def find(self) -> None:
         """Finds the device, and reads what the model's files say; where there is no such model or
@@ -153,19 +164,22 @@ class ModelJob(Job):
         self.device = find_device(self.request.device)
         self.model = read_model(self.request.model)
 
-    def open(self, *, has_picture: bool = False) -> None:
-        """Opens the model's pipeline; ``has_picture`` asks for image-to-image.
+    @cached_property
+    def plan(self) -> UnconditionalPipeline:
+        return _outline(self.model)
 
-        Raises:
-            CheckpointError: If it cannot be opened, or its weights are not finite.
-        """
+    @cached_property
+    def pipe(self) -> Any:
         dtype = getattr(torch, self._option("dtype", "float32"))
         load = _open_text if self.model.is_text else _open_pixels
-        pipe = load(self.model, dtype, has_picture)
+        pipe = load(self.model, dtype, self.has_picture)
         for part in ("unet", "vae", "text_encoder"):
             if isinstance(network := getattr(pipe, part, None), torch.nn.Module):
                 check_finite(self.model.name, dict(network.named_parameters()))
-        self.pipe = pipe.to(self.device)
+        return pipe.to(self.device)
+
+    def prepare(self) -> None:
+        self.pipe  # noqa: B018 - loads the weights
 
     @property
     def label(self) -> int | None:
@@ -177,7 +191,7 @@ class ModelJob(Job):
 
     def describe(self, *, clip: Clip) -> dict[str, Any]:
         """The part of a protocol about the network, its classes, and how its prediction is read."""
-        config, label = self.pipe.scheduler.config, self.label
+        config, label = self.plan.scheduler.config, self.label
         picture = self._option("picture", "png")
         keys = "num_train_timesteps beta_schedule beta_start beta_end trained_betas"
         keys += " rescale_betas_zero_snr prediction_type set_alpha_to_one"
@@ -232,38 +246,38 @@ class ModelJob(Job):
 class PixelJob(ModelJob):
     """A job on a model without text."""
 
-    pipe: UnconditionalPipeline
-
-    def open(self, *, has_picture: bool = False) -> None:
-        """Finds and opens the model.
+    def find(self) -> None:
+        """Finds the model.
 
         Raises:
             CheckpointError: If there is no such model, or it is a text-to-image model.
             DDIMError: If its images are no pictures, or there is no such device.
         """
-        self.find()
+        super().find()
         if self.model.is_text:
             raise CheckpointError(
                 f"{self.model.name} makes images of prompts, and this command takes models without "
                 f"text; draw with `ddim sample {self.model.name} --prompt TEXT`, whose folder "
                 "`ddim evaluate` measures, or encode images from Python with pipe.encode."
             )
-        super().open()
 
     def asked_levels(self, steps: int | None) -> list[int]:
         """The levels that the spacing gives a first-order walk of so many steps."""
         spacing: Any = self.request.spacing
-        return self.pipe.select_timesteps(steps, timestep_spacing=spacing, order=1)
+        return self.plan.select_timesteps(steps, timestep_spacing=spacing, order=1)
 
     def checked_levels(self, steps: int | None, *, encodable: bool) -> list[int]:
         """Those levels, once it is known that the walk can be made; ``encodable`` moves a level of
-        zero SNR to the one below."""
+        zero SNR to the one below, if the model can sample from the level itself."""
         walk: dict[str, Any] = {"timestep_spacing": self.request.spacing, "order": 1}
-        return self.pipe.route(steps, **walk, clip="none", encodable=encodable).timesteps
+        route = self.plan.route(steps, **walk, clip="none")
+        if encodable:
+            route = self.plan.route(steps, **walk, clip="none", encodable=True)
+        return route.timesteps
 
     def deterministic(self, timesteps: object, **more: Any) -> dict[str, Any]:
         """The protocol of walks without noise and clipping; ``more`` are its other keys."""
-        described = self.describe(clip=self.pipe.select_clip("none"))
+        described = self.describe(clip=self.plan.select_clip("none"))
         return {**described, "timesteps": timesteps, "eta": 0.0, **more}
 
     def note_levels(self, asked: Sequence[int], used: Sequence[int]) -> None:

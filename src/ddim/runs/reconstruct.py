@@ -48,16 +48,16 @@ class ReconstructJob(PixelJob):
         super().__init__(request, control)
         check_plots()
         check_images(None, request.data)
-        self.open()
+        self.find()
         self.asked = {steps: self.asked_levels(steps) for steps in dict.fromkeys(request.steps)}
         self.timesteps = {s: self.checked_levels(s, encodable=True) for s in self.asked}
-        self.pictures = read_images(Selection.of(request), self.pipe.image_shape, self.model)
+        self.pictures = read_images(Selection.of(request), self.plan.image_shape, self.model)
         self.note_all(self.pictures.notes)
         methods = dict.fromkeys(request.method)
         self.items = [Cell(method, steps) for steps in self.timesteps for method in methods]
         self.plots = [f"reconstruction.{kind}" for kind in request.plot_format]
         self.files = ["table.md", "sheet.png", *self.plots]
-        spacing = request.spacing or self.pipe.scheduler.config.timestep_spacing
+        spacing = request.spacing or self.plan.scheduler.config.timestep_spacing
         data = self.pictures.data
         self.protocol = self.deterministic(spacing, data=data, count=request.count)
         self.folder = self.out()
@@ -159,7 +159,7 @@ class ReconstructJob(PixelJob):
             names.append(f"{method}, {len(timesteps)} steps each way")
             with collect_unsolved():  # they are in the table
                 try:
-                    code = self.pipe.encode(x0, **walk, method=method)  # type: ignore[arg-type]
+                    code = self.pipe.encode(x0, **walk, method=method)
                     back: Tensor = self.pipe.decode(code, output_type="pt")
                     rows.append(to_uint8(2 * back - 1))
                 except DivergenceError:  # an empty row, as the table says

@@ -27,6 +27,8 @@ from ddim.runs.shared_options import (
     Pictures,
     Plotted,
     Request,
+    Rescale,
+    Scale,
     Seed,
     Seeds,
     Spaced,
@@ -237,8 +239,8 @@ class FitStepsRequest(Text, Request):
     """How many levels to choose, which are network evaluations an image."""
     order: Literal[1, 2] | None = None
     """1 is DDIM, 2 its multistep method. Default: as the model's configuration says."""
-    count: Count = 32
-    """Images that the search looks at."""
+    count: Annotated[int, Range(1, 10_000)] = 32
+    """Images that the search looks at, all of them together."""
     held_out: Annotated[int, Range(2, MOST_IMAGES)] = 32
     """Other images, on which the result is compared with every spacing."""
     exact: bool = False
@@ -272,15 +274,15 @@ class DoctorRequest:
     """The levels themselves, in place of --steps and --spacing."""
     eta: Eta = None
     """The eta that you sample with."""
-    guidance_scale: Annotated[float | None, Range(0)] = None
+    guidance_scale: Scale = None
     """The guidance that you sample with. Default: the model card's."""
-    guidance_rescale: Annotated[float | None, Range(0, 1)] = None
+    guidance_rescale: Rescale = None
     """The rescale of guidance that you sample with. Default: the model card's, else 0."""
     latent: bool = False
     """The model works on latents. A model's folder says this by itself."""
     data: str | None = None
     """Training data, as of `ddim train`: brightness is predicted for these images."""
-    brightness: Annotated[tuple[float, ...] | None, Needs(without="data")] = None
+    brightness: Annotated[tuple[float, ...] | None, Range(-1, 1), Needs(without="data")] = None
     """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
     prior: Annotated[str | None, Needs(option="data")] = None
     """Write the mean colours of --data into this file, for `ddim sample --prior`."""

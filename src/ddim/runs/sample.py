@@ -72,7 +72,7 @@ class SampleJob(ModelJob):
         self._note_fitted()
 
     def _resolve(self) -> None:
-        """Resolves the options, and then opens the model."""
+        """Resolves the options."""
         always = "device seed count model batch_size compile out overwrite picture dtype"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
@@ -94,17 +94,19 @@ class SampleJob(ModelJob):
             walk["analytic"], given = options.variance == "analytic", options.data
             clip = clip or ("static" if is_ddpm else None)  # latents have no range to clip to
         options.refuse_unread(model.name, model.kinds)
-        self.open(has_picture=self.text is not None and self.text.picture is not None)
-        if self.text is not None:
+        if self.prior is not None:
+            self.prior.check_shape(self.plan.image_shape)
+        self.route = self.plan.route(**walk, clip=clip)
+        if self.text is not None and self.text.picture is not None:
+            self.has_picture = True
             self.text.check_picture(self.pipe)
-        self.route = self.pipe.route(**walk, clip=clip)
         if self.route.analytic:
-            self.data = _open_data(given, model, self.pipe)
+            self.data = _open_data(given, model, self.plan)
             self.note_all(self.data.notes)
 
     def _protocol(self) -> dict[str, Any]:
         request, route = self.request, self.route
-        spacing = request.spacing or spacing_of(self.pipe, route.timesteps)
+        spacing = request.spacing or spacing_of(self.plan, route.timesteps)
         data, variance = self.data, None
         if data is not None:
             measured = {"images": min(MEASURED, len(data)), "hash": data_hash(data)}
@@ -154,7 +156,7 @@ class SampleJob(ModelJob):
 
     def evaluations(self, rows: list[Row]) -> float:
         calls = 1 if self.text is None else self.text.calls_a_step
-        return calls * sampling_evaluations(self.pipe, self.route)
+        return calls * sampling_evaluations(self.plan, self.route)
 
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
         request, text = self.request, self.text
@@ -226,7 +228,7 @@ class SampleJob(ModelJob):
                 labels = [data[i][1] for i in part] if self.model.classes else None
                 yield self.pipe.denoiser(len(x0), class_labels=labels, clip=self.route.clip), x0
 
-        schedule = self.pipe.noise_schedule
+        schedule = self.plan.noise_schedule
         measured = estimate_eps_mean_square(batches(), self.route.timesteps, schedule=schedule)
         write_json(path, {"gamma": measured, "protocol": described})
         return measured
@@ -234,10 +236,10 @@ class SampleJob(ModelJob):
     def _note_configuration(self) -> None:
         """Says what a model's configuration does to its images, where embedded models differ."""
         request, route = self.request, self.route
-        last, first = len(self.pipe.noise_schedule) - 1, route.timesteps[0]
+        last, first = len(self.plan.noise_schedule) - 1, route.timesteps[0]
         clips = request.clip is None and request.sampler == "ddim" and route.clip.kind != "none"
         is_chosen = request.spacing or request.timesteps or request.image
-        is_fitted = spacing_of(self.pipe, route.timesteps) == "fitted"
+        is_fitted = spacing_of(self.plan, route.timesteps) == "fitted"
         if is_coarse(self.pipe):
             self.control.note(f"{COARSE}; --dtype float32 is the way out.")
         late = first != last and not is_fitted and not is_chosen

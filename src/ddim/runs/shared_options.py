@@ -33,7 +33,7 @@ Steps = Annotated[int, Range(1, MOST_LEVELS), Needs(without="timesteps")]
 StepNumbers = Annotated[tuple[int, ...], Range(1, MOST_LEVELS)]
 Seed = Annotated[int, SEEDS]
 First = Annotated[int, Range(0, MOST_IMAGES), Needs(option="data")]
-Scale = Annotated[float | None, Range(0), Needs(model="text")]
+Scale = Annotated[float | None, Range(0, 1000), Needs(model="text")]
 Rescale = Annotated[float | None, Range(0, 1), Needs(model="text")]
 ModelName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")]
 Class = Annotated[

@@ -85,7 +85,6 @@ class ShowJob(FileJob, ModelJob):
         if self.model.is_text:
             self.text = read_text(options, self.model)
         options.refuse_unread(self.model.name, self.model.kinds)
-        self.open()
         self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
         self.execution = {}
 

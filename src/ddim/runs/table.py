@@ -38,6 +38,7 @@ from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import MeasuringJob
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import TableRequest
+from ddim.runs.shared_options import MOST_IMAGES
 
 __all__ = ["TableJob"]
 
@@ -67,18 +68,21 @@ class TableJob(MeasuringJob):
             raise DDIMError(
                 f"--long-count must be from 1 to --count, {count}; got {request.long_count}."
             )
+        if (images := count * request.repeats) > MOST_IMAGES:
+            most = f"must be at most {MOST_IMAGES} together"
+            raise DDIMError(f"--count times --repeats {most}; got {images}.")
         check_plots()
         self.seeds = check_seeds(range(request.seed, request.seed + request.repeats * count))
-        self.open()
+        self.find()
         etas, numbers = dict.fromkeys(request.eta), sorted(set(request.steps))
         self.items = [Item(eta, steps) for steps in numbers for eta in etas]
         self.routes: dict[Item, Route] = {}
         first = [self.route(item) for item in self.items][0]
-        against = self.open_metrics(self.pipe.image_shape, request.counts)
+        against = self.open_metrics(self.plan.image_shape, request.counts)
         self._reference: Reference | None = None
         self._is_warm = False
-        self.levels = len(self.pipe.noise_schedule)
-        config = self.pipe.scheduler.config
+        self.levels = len(self.plan.noise_schedule)
+        config = self.plan.scheduler.config
         self.fitted = [] if request.spacing else fitted_lists(config)
         spacing: Any = request.spacing or config.timestep_spacing
         self.protocol = {
@@ -106,7 +110,7 @@ class TableJob(MeasuringJob):
         """The walk of a cell, of this request or of an earlier one."""
         if item not in self.routes:
             walk: dict[str, Any] = {"timestep_spacing": self.request.spacing, "eta": item.eta}
-            self.routes[item] = self.pipe.route(item.steps, **walk, clip=self.request.clip)
+            self.routes[item] = self.plan.route(item.steps, **walk, clip=self.request.clip)
         return self.routes[item]
 
     def there(self, record: RunRecord | None) -> set[Item]:

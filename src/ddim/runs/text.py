@@ -18,7 +18,7 @@ from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import Guidance, Prompts
 from ddim.runs.rules import Options
 
-__all__ = ["Item", "TextOptions", "read_text"]
+__all__ = ["Item", "TextOptions", "read_text", "refuse_unguided"]
 
 
 @dataclass(frozen=True, order=True)
@@ -100,6 +100,19 @@ class TextOptions:
         return {"prompts": prompts, "guidance": self.guidance, **start}
 
 
+def refuse_unguided(request: Any, scale: float) -> None:
+    """Refuses, with a DDIMError, options of guidance where a scale turns it off."""
+    if is_guided(scale):
+        return
+    for name in ("guidance_rescale", "negative_prompt"):
+        if getattr(request, name):
+            option = f"--{name.replace('_', '-')}"
+            raise DDIMError(
+                f"{option} acts only with guidance, and the scale {scale:g} turns it off; give "
+                f"--guidance-scale above 1, or leave out {option}."
+            )
+
+
 def read_text(options: Options, model: FoundModel, *, image: bool = False) -> TextOptions:
     """Resolves the options of a text-to-image model; ``image`` where the request may start from a
     picture.
@@ -118,14 +131,7 @@ def read_text(options: Options, model: FoundModel, *, image: bool = False) -> Te
     scale = card.get("guidance_scale", 7.5) if scale is None else scale
     rescale = card.get("guidance_rescale", 0.0) if rescale is None else rescale
     guidance = Guidance(scale, rescale)
-    if not is_guided(scale):
-        for name in ("guidance_rescale", "negative_prompt"):
-            if getattr(options, name):
-                spelled = f"--{name.replace('_', '-')}"
-                raise DDIMError(
-                    f"{spelled} acts only with guidance, and --guidance-scale {scale:g} turns it "
-                    f"off; give a scale above 1, or leave out {spelled}."
-                )
+    refuse_unguided(options, scale)
     prompts = tuple(read_prompts(options.prompt))
     picture = strength = described = None
     if image and options.image is not None:

@@ -92,11 +92,13 @@ def _read_class(word: str) -> int | str:
 
 ClassName = Annotated[int | str | None, primitive(_read_class, metavar="NUMBER|NAME")]
 Eta = Annotated[
-    float | Literal["sigma-hat"] | None, Range(0), primitive(_read_eta, metavar="NUMBER|sigma-hat")
+    float | Literal["sigma-hat"] | None,
+    Range(0, 100),
+    primitive(_read_eta, metavar="NUMBER|sigma-hat"),
 ]
 Etas = Annotated[
     tuple[float | Literal["sigma-hat"], ...],
-    Range(0),
+    Range(0, 100),
     primitive(_read_etas, metavar="NUMBER|sigma-hat,..."),
 ]
 Levels = Annotated[

@@ -10,6 +10,7 @@ from torch import nn
 
 from ddim.errors import CheckpointError, DDIMError, first_line, shown_cause
 from ddim.models.checkpoints import (
+    check_finite,
     configuration_hash,
     find_model,
     is_unconditional,
@@ -131,8 +132,8 @@ def has_plain_weights(folder: Path) -> bool:
 
 def load_part(base: Base, part: str) -> Any:
     """Loads the autoencoder, text encoder or tokenizer of a text model; weights become float32,
-    also those that are stored in half precision. Raises a CheckpointError if
-    its files are damaged, and a DDIMError if transformers is not installed."""
+    also those that are stored in half precision. Raises a CheckpointError if its files are damaged
+    or its weights not finite, and a DDIMError if transformers is not installed."""
     library, kind = _PARTS[part][0], base.index[part][1]
     try:
         module = importlib.import_module(library)
@@ -145,4 +146,7 @@ def load_part(base: Base, part: str) -> Any:
     except Exception as error:
         reason = f"cannot be loaded ({first_line(error)}); check {base.folder / part}."
         raise CheckpointError(f"the {part} of {base.name} {reason}") from shown_cause(error)
-    return loaded.float() if isinstance(loaded, nn.Module) else loaded
+    if not isinstance(loaded, nn.Module):
+        return loaded
+    check_finite(base.name, dict(loaded.named_parameters()))
+    return loaded.float()

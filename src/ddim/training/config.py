@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ddim.errors import DDIMError
-from ddim.options import Needs, Range, check_request, declarations, given_options
+from ddim.options import Needs, Range, check_request, declarations
 
 __all__ = ["PRESETS", "Pace", "Preset", "TrainConfig", "command_line", "spelled"]
 
@@ -35,6 +35,7 @@ Beta = Annotated[
     Needs(option="beta_schedule", value=("linear", "scaled_linear", "sigmoid", None)),
 ]
 ForText = Needs(option="base")
+Preview = Needs(option="preview_every", unless=0)
 LEAST_STEPS = 200
 """A new network draws little but noise after fewer optimiser steps."""
 MinSNR = Needs(option="weighting", value="min-snr")
@@ -176,14 +177,14 @@ class TrainConfig:
     rescale_betas_zero_snr: bool = False
     """Rescale the schedule to zero terminal SNR; a base that does so keeps it. Needs v_prediction
     or sample."""
-    offset_noise: Annotated[float, Range(0)] = 0.0
+    offset_noise: Annotated[float, Range(0, 10)] = 0.0
     """Standard deviation of a random constant that is added to the noise of each image and channel,
     such as 0.1. No sampler draws such noise, and zero terminal SNR makes it unnecessary."""
     weighting: Literal["uniform", "min-snr"] = "uniform"
     """Weights of the levels in the loss."""
-    snr_gamma: Annotated[float, Range(0, above=True), MinSNR] = 5.0
+    snr_gamma: Annotated[float, Range(0, 10**6, above=True), MinSNR] = 5.0
     """SNR at which min-snr saturates."""
-    weight_floor: Annotated[float, Range(0), MinSNR] = 0.01
+    weight_floor: Annotated[float, Range(0, 1), MinSNR] = 0.01
     """Smallest weight under min-snr at a level without signal, so that the terminal level of a
     zero-SNR schedule is still trained; elsewhere the weights are the paper's."""
 
@@ -193,7 +194,7 @@ class TrainConfig:
     """Images per forward pass and process."""
     gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
     """Forward passes per optimiser step."""
-    learning_rate: Annotated[float | None, Range(0, above=True)] = None
+    learning_rate: Annotated[float | None, Range(0, 100, above=True)] = None
     """Peak learning rate of AdamW. Default: 0.0004 for a new network, 0.00001 for a base's
     weights."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -201,9 +202,9 @@ class TrainConfig:
     lr_warmup_steps: Interval | None = None
     """Optimiser steps over which the learning rate rises from 0. Default: a tenth of the run, at
     most 500."""
-    weight_decay: Annotated[float, Range(0)] = 0.0
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
     """Decoupled weight decay."""
-    gradient_clip: Annotated[float, Range(0)] = 1.0
+    gradient_clip: Annotated[float, Range(0, 10**6)] = 1.0
     """Largest norm of the gradient. 0: no limit."""
     ema_decay: Fraction | None = None
     """Decay of the exponential moving average of the parameters, which is the model that is
@@ -223,11 +224,11 @@ class TrainConfig:
     preview_every: Interval | None = None
     """Optimiser steps between preview grids (OUT/previews); the last step has one too. 0: none.
     Default: a tenth of the run, at least 5,000 images."""
-    preview_count: Annotated[int, Range(1, 1000)] = 16
+    preview_count: Annotated[int, Range(1, 1000), Preview] = 16
     """Images in a preview."""
-    preview_steps: Annotated[int, Range(1, 1_000_000)] = 25
+    preview_steps: Annotated[int, Range(1, 1_000_000), Preview] = 25
     """DDIM steps of a preview."""
-    preview_guidance_scale: Annotated[float, Range(0), ForText] = 7.5
+    preview_guidance_scale: Annotated[float, Range(0, 1000), Preview, ForText] = 7.5
     """Guidance scale of the previews of a text model. 1: off."""
     log_every: AtLeastOne | None = None
     """Optimiser steps between log entries (OUT/log, for tensorboard). Default: a twentieth of the
@@ -305,12 +306,6 @@ class TrainConfig:
             raise DDIMError(
                 "--random-crop cuts an image elsewhere each time, and --cache-latents encodes it "
                 "once; leave out one of the two."
-            )
-        previews = ("preview_count", "preview_steps", "preview_guidance_scale")
-        if self.preview_every == 0 and (given := set(previews) & set(given_options(self))):
-            option = spelled(min(given))
-            raise DDIMError(
-                f"{option} has no effect with --preview-every 0; leave out one of the two."
             )
         start = 1e-4 if self.beta_start is None else self.beta_start
         end = 0.02 if self.beta_end is None else self.beta_end

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
-from ddim.models.checkpoints import load_network
+from ddim.models.checkpoints import check_finite, load_network
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
@@ -170,6 +170,7 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
         network = make_network(config, data, base)
     else:
         network = load_network(base.folder).train().to(memory_format=torch.channels_last)
+        check_finite(base.name, dict(network.named_parameters()))
         check_network(network, data, classes, base)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -183,6 +184,11 @@ def pixel_subject(config: TrainConfig, data: ImageData, base: Base | None) -> Pi
     notes: tuple[str, ...] = ()
     if config.class_conditional:
         facts["empty_classes"], notes = list(data.empty_classes), _class_notes(data)
+    elif data.class_names:
+        notes = (
+            f"the images of {data.name} are of {len(data.class_names)} classes, of which the model "
+            "learns nothing; --class-conditional would train it on them.",
+        )
     return PixelSubject(config, data, network, package, facts, notes)
 
 

@@ -20,7 +20,7 @@ from ddim.data.batches import pick
 from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.files import replacing
-from ddim.models.checkpoints import load_network
+from ddim.models.checkpoints import check_finite, load_network
 from ddim.models.folder import part_names
 from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
@@ -247,6 +247,7 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     ends = Ends(shape, _factor(vae), int(text_encoder.config.hidden_size))
     is_new = config.from_scratch
     unet = make_text_network(config, base, ends) if is_new else load_network(base.folder)
+    check_finite(base.name, dict(unet.named_parameters()))
     check_text_network(unet, base, ends)
     unet.train().to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
