@@ -13,6 +13,7 @@ from tests.conftest import ours, tiny_text_parts, tiny_unet
 
 from ddim.cli import main
 from ddim.data.sources import load_images
+from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.training.config import TrainConfig
 from ddim.training.subject import pixel_subject
 
@@ -194,3 +195,19 @@ def test_a_mistyped_key_of_a_scheduler_is_refused(tiny, tmp_path, refused):
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_strt": 0.1}))
     message = refused(f"sample {path.parents[1]}")
     assert "there is no option 'beta_strt'; did you mean 'beta_start'?" in message
+
+
+def test_a_file_that_was_written_by_others_during_the_run_is_not_overwritten(
+    place, tmp_path, capsys, monkeypatch
+):
+    encode, out = UnconditionalPipeline.encode, tmp_path / "code.safetensors"
+
+    def encode_meanwhile(*args, **options):
+        out.write_text("mine")
+        return encode(*args, **options)
+
+    monkeypatch.setattr(UnconditionalPipeline, "encode", encode_meanwhile)
+    words = f"encode {place}/tiny --images {place}/grey/a/0.png --steps 2 --out {out}"
+    assert main(words.split()) == 2
+    assert "is there already; use another --out" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(out.name, "mine")]

@@ -73,6 +73,7 @@ class EncodeJob(FileJob, PixelJob):
         """Writes the record, and then the code: a code without its record could not be made
         again."""
         if self.code is not None:
+            self.refuse_existing()
             write_run(self.folder.parent, record, name=self.record_name)
             save_code(self.code, self.folder)
 

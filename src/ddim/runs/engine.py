@@ -175,19 +175,20 @@ class FileJob(Job):
         super().__init__(request, control)
         self.folder = Path(request.out)
         self.items = [self.folder]
-        self._refuse_existing()
+        self.refuse_existing()
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Holds the name of the file."""
         with locked_file(self.folder):
-            self._refuse_existing()
+            self.refuse_existing()
             yield None
 
     def save(self, record: RunRecord) -> None:
         """Writes the file with its record, once it is made."""
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """Refuses to overwrite a file, also one that was written by others since the run began."""
         for path in (self.folder, *(self.folder.parent / name for name in self.files or ())):
             if path.exists():
                 message = f"{path} is there already; use another --out, or delete that file."

@@ -126,4 +126,5 @@ class FitStepsJob(FileJob, ModelJob):
 
     def save(self, record: RunRecord) -> None:
         if self.fit is not None:
+            self.refuse_existing()
             write_json(self.folder, {"timesteps": self.fit.timesteps, **asdict(record)})
