@@ -128,6 +128,11 @@ OTHERS = [
     ("table @tiny --reference @grey --eta 3 --steps 4", "eta=3.0 would draw more noise than"),
     ("fit-steps @tiny --steps 1001", "--steps must be a whole number from 1 to 1000"),
     ("fit-steps @tiny --out @prior.json", "@prior.json is there already; use another --out"),
+    (
+        "sample fashion-text --prompt none.txt",
+        "--prompt none.txt: a text that ends in .txt is a file of prompts, and it cannot be read "
+        "(No such file or directory).",
+    ),
     ("evaluate @grey --reference @grey --seed 3", "--seed has no effect on "),
     ("evaluate @grey --reference @grey --batch-size 3", "--batch-size has no effect on "),
 ]

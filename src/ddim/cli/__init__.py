@@ -36,6 +36,7 @@ _RESUMED = ("sample", "train", "reconstruct", "table")
 """The commands that keep what an interrupted run has finished."""
 
 _INSIDES = {
+    r"\[Errno \d+\] ([^:()]+): '[^']*'": r"\1",
     r"\.model\.\w+\.partial/": "",
     r"\.([^/\s]+?)(\.\d+)?\.partial\b": r"\1",
     r" ?<[\w.]+ object at 0x[0-9a-f]+>": "",
