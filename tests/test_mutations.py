@@ -27,8 +27,8 @@ MUTATIONS = {
     ),
     "alpha instead of alpha-bar": (
         "core/schedule.py",
-        "(1 - given).cumprod(0)",
-        "1 - given",
+        "(1 - _as_betas(betas)).cumprod(0)",
+        "1 - _as_betas(betas)",
         "core/test_schedule.py",
     ),
     "eta on the variance": (
@@ -41,6 +41,12 @@ MUTATIONS = {
         "core/step.py",
         "remainder.clamp(min=0).sqrt()",
         "remainder.sqrt()",
+        "core/test_step.py",
+    ),
+    "noise in the last step of sigma-hat": (
+        "core/step.py",
+        "torch.where(alpha_bar_s < 1, added, 0.0) if eta == SIGMA_HAT",
+        "added if eta == SIGMA_HAT",
         "core/test_step.py",
     ),
     "sigma-hat in the direction term": (
@@ -81,8 +87,8 @@ MUTATIONS = {
     ),
     "the two predictions of guidance changed over": (
         "core/guidance.py",
-        "guide(output[len(x_t) :], output[: len(x_t)]",
-        "guide(output[: len(x_t)], output[len(x_t) :]",
+        "_combine(output[len(x_t) :], output[: len(x_t)]",
+        "_combine(output[: len(x_t)], output[len(x_t) :]",
         "core/test_guidance.py",
     ),
     "the rescale to the other prediction": (
