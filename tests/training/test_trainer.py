@@ -243,11 +243,17 @@ def test_a_log_whose_last_line_was_cut_off_is_mended(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, name):
+    number = getattr(signal, name)
+
     def interrupt(progress):
         if progress.step == 3:
-            signal.raise_signal(getattr(signal, name))
+            signal.raise_signal(number)
 
-    result = train(config(tmp_path), on_progress=interrupt)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as under nohup
+    try:
+        result = train(config(tmp_path), on_progress=interrupt)
+    finally:
+        signal.signal(number, before)
     assert (result.finished, result.step, steps_in(tmp_path)) == (False, 4, [2, 4])
     assert not (tmp_path / "model_index.json").exists()
     assert train(config(tmp_path)).finished

@@ -7,6 +7,7 @@ and adapters."""
 import contextlib
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 Prompt = str | Sequence[str]
+
+_encoding = threading.RLock()
+"""Held while prompts are encoded: a call of a tokenizer sets its padding for all threads."""
 
 _INSIDE = ("ddim.", "torch.", "contextlib")
 """Where a warning's frame is not the user's."""
@@ -254,19 +258,20 @@ def encode_prompts(
                 )
     if prompts.clip_skip is not None and pipe.text_encoder is not None:
         _check_clip_skip(pipe.text_encoder, prompts.clip_skip)
-    cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(negative_texts or [])])
-    with _silenced(type(pipe).encode_prompt.__module__) if cut else contextlib.nullcontext():
-        cond, uncond = pipe.encode_prompt(
-            texts,
-            place.device,
-            count // prompts.count,
-            on,
-            negative_texts,
-            prompt_embeds=prompts.prompt_embeds,
-            negative_prompt_embeds=prompts.negative_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=prompts.clip_skip,
-        )
+    with _encoding:
+        cut = texts is not None and _warn_of_cuts(pipe, [*texts, *(negative_texts or [])])
+        with _silenced(type(pipe).encode_prompt.__module__) if cut else contextlib.nullcontext():
+            cond, uncond = pipe.encode_prompt(
+                texts,
+                place.device,
+                count // prompts.count,
+                on,
+                negative_texts,
+                prompt_embeds=prompts.prompt_embeds,
+                negative_prompt_embeds=prompts.negative_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=prompts.clip_skip,
+            )
     return Conditions(cond.to(place.dtype), uncond.to(place.dtype) if on else None)
 
 
