@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim.errors import DataError
-from ddim.models.images import convert_mode, crop_square, fit_picture
+from ddim.models.images import convert_mode, crop_square, fit_picture, has_alpha, has_deep_pixels
 
 __all__ = ["Columns", "Header", "ImageData", "MixedSizes", "Source", "in_order", "mixed_sizes"]
 
@@ -48,8 +48,7 @@ class Header(NamedTuple):
     @classmethod
     def of(cls, picture: Any) -> "Header":
         """Reads an open Pillow image."""
-        is_deep = picture.mode == "I" or picture.mode.startswith("I;16")
-        is_clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        is_deep, is_clear = has_deep_pixels(picture), has_alpha(picture)
         is_moving = getattr(picture, "is_animated", False) and picture.format != "MPO"
         is_grey = is_deep or picture.mode in ("1", "L", "LA", "La", "F")
         return cls(picture.size, is_grey, is_clear, is_deep, is_moving)
@@ -257,7 +256,8 @@ def _number_labels(
     if array.ndim == 1 and array.dtype.kind == "U":
         words, array = np.unique(array, return_inverse=True)
         class_names = in_order(map(str, words))
-        array = np.array([class_names.index(str(word)) for word in words], np.int64)[array]
+        numbers = {class_name: number for number, class_name in enumerate(class_names)}
+        array = np.array([numbers[str(word)] for word in words], np.int64)[array]
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise DataError(
             f"labels of {name} must be whole numbers, one per image; got {array.dtype} of shape "

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,12 +43,7 @@ class ImageFiles:
     def __getitem__(self, index: int, /) -> Any:
         from PIL import ImageOps
 
-        path = self.paths[index]
-        try:
-            with open_image(path) as picture:
-                return ImageOps.exif_transpose(picture)  # a copy, upright as viewers show it
-        except Exception as error:
-            raise _not_an_image(path, error) from error
+        return self._read(index, ImageOps.exif_transpose)  # a copy, upright as viewers show it
 
     def raw(self, index: int) -> bytes:
         """The content of a file."""
@@ -55,10 +51,14 @@ class ImageFiles:
 
     def header(self, index: int) -> Header:
         """Reads what a file says before its pixels."""
+        header: Header = self._read(index, Header.of)
+        return header
+
+    def _read(self, index: int, take: Callable[[Any], Any]) -> Any:
         path = self.paths[index]
         try:
             with open_image(path) as picture:
-                return Header.of(picture)
+                return take(picture)
         except Exception as error:
             raise _not_an_image(path, error) from error
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,18 @@ class _Column:
     def __getitem__(self, index: int, /) -> Any:
         from PIL import ImageOps
 
-        try:
-            with open_image(io.BytesIO(self.raw(index))) as picture:
-                return ImageOps.exif_transpose(picture)
-        except (DataError, IndexError):
-            raise
-        except Exception as error:
-            raise self._undecodable(index, error) from error
+        return self._read(index, ImageOps.exif_transpose)
 
     def header(self, index: int) -> Header:
         """Reads what a picture says before its pixels."""
+        header: Header = self._read(index, Header.of)
+        return header
+
+    def _read(self, index: int, take: Callable[[Any], Any]) -> Any:
         try:
             with open_image(io.BytesIO(self.raw(index))) as picture:
-                return Header.of(picture)
-        except DataError:
+                return take(picture)
+        except (DataError, IndexError):
             raise
         except Exception as error:
             raise self._undecodable(index, error) from error

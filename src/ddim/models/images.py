@@ -17,12 +17,13 @@ from ddim.files import replacing
 
 __all__ = [
     "ENDINGS",
-    "FORMATS",
     "convert_mode",
     "crop_square",
     "fit_picture",
     "from_pictures",
     "from_uint8",
+    "has_alpha",
+    "has_deep_pixels",
     "label_rows",
     "load_image",
     "make_grid",
@@ -151,6 +152,17 @@ def _listed(images: Any) -> list[Image.Image]:
     return pictures
 
 
+def has_deep_pixels(picture: Image.Image) -> bool:
+    """Whether a picture has whole numbers of more than 8 bits."""
+    mode: str = picture.mode
+    return mode == "I" or mode.startswith("I;16")
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether a picture has an alpha channel, or a colour that stands for none."""
+    return picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+
+
 def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     """Converts a picture of any mode to grey (1 channel) or colour (3): it is laid over white if it
     has an alpha channel, and 16 bits are cut to their upper 8. A DataError refuses pixels whose
@@ -158,7 +170,7 @@ def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
     if picture.mode == "F":
         what = "floating-point pixels of unknown range"
         raise DataError(f"the image has {what}; convert it to 8 bits.")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
+    if has_deep_pixels(picture):
         values = np.asarray(picture)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535 or 0 < high < 256:
@@ -167,7 +179,7 @@ def convert_mode(picture: Image.Image, channels: int) -> Image.Image:
                 "65535, so its white is unknown; convert it to 8 bits."
             )
         picture = Image.fromarray((values // 256).astype(np.uint8))  # convert("L") would cut off
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+    if has_alpha(picture):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     try:

@@ -154,8 +154,8 @@ class TextSubject:
     ) -> tuple[Predictor, list[str]]:
         """Guides by captions that are picked from all there are."""
         total = len(self.captions.texts) - 1
-        chosen = pick(total, count) or [_EMPTY - 1]  # the empty prompt, where there are no others
-        rows = torch.tensor([1 + chosen[i % len(chosen)] for i in range(count)])
+        chosen = [1 + row for row in pick(total, count)] or [_EMPTY]
+        rows = torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
         def conditioned(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             return self.predictor(network, condition)(x_t, t)
