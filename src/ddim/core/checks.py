@@ -123,7 +123,13 @@ def check_number(
 
 
 def check_whole(
-    name: str, value: Any, *, least: int | None = None, most: int | None = None, note: str = ""
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    note: str = "",
+    advice: str = "",
 ) -> int:
     """Returns a whole number within bounds as an int, of a number or an array of one; no bool."""
     plain, number = _plain(value), None
@@ -139,7 +145,7 @@ def check_whole(
     ):
         told = "" if least is None else f" of at least {least}"
         told = told if most is None else f" from {least} to {most}"
-        raise wrong_argument(name, f"be a whole number{told}{note}", value)
+        raise wrong_argument(name, f"be a whole number{told}{note}", value, advice)
     return number
 
 

@@ -258,7 +258,7 @@ def linear_step(
     check_prediction_type(prediction_type)
     check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
     refuse_noise_upwards(check_eta(eta), goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
-    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
+    weights = unchecked_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
     return fold(weights, solve(prediction_type, alpha_bar_t))
 
 

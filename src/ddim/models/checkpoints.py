@@ -33,6 +33,7 @@ __all__ = [
     "outline_network",
     "read_guidance",
     "read_model_index",
+    "read_network_config",
     "read_scheduler_config",
     "resolve_model",
     "weight_hash",
@@ -199,13 +200,17 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
 def outline_network(folder: Path) -> Any:
     """The network of a model without its weights: its configuration, and shapes on torch's device
     ``meta``. A CheckpointError says what :func:`load_network` would say of the configuration."""
-    kind, place = _network_class(folder), _part(folder, "unet")
-    config = read_json(place / "config.json")
+    kind, config = _network_class(folder), read_network_config(folder)
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return kind.from_config(config).eval()
     except Exception as error:
-        raise _misfit(place, error) from shown_cause(error)
+        raise _misfit(_part(folder, "unet"), error) from shown_cause(error)
+
+
+def read_network_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's network, of a pipeline's folder or the network's own."""
+    return read_json(_part(folder, "unet") / "config.json")
 
 
 def _network_class(folder: Path) -> Any:
@@ -244,7 +249,7 @@ def load_network(
     from diffusers.utils import is_accelerate_available
 
     kind, place = _network_class(folder), _part(folder, "unet")
-    read_json(place / "config.json")
+    read_network_config(folder)  # says what is wrong with it
     for path in _weight_files(folder, variant=variant):
         _check_weights(path)
     try:
@@ -282,14 +287,16 @@ def check_finite(name: str, weights: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{what}; copy or download the model again, or train it anew.")
 
 
-def load_pipeline(load: Callable[..., Any], folder: Path, **options: Any) -> Any:
-    """Opens a pipeline of diffusers by ``load``, the ``from_pretrained`` of its class.
+def load_pipeline(
+    load: Callable[..., Any], folder: Path, index: Mapping[str, Any], **options: Any
+) -> Any:
+    """Opens a pipeline of diffusers by ``load``, the ``from_pretrained`` of its class; ``index`` is
+    what :func:`read_model_index` found and checked.
 
     Raises:
         CheckpointError: If a part is missing, the scheduler's family is not DDIM's, or diffusers
             cannot open it.
     """
-    index = read_model_index(folder, given=options)
     kind = index.get("_class_name")
     if options.get("scheduler") is None:
         read_scheduler_config(folder)  # refuses another family before gigabytes are read

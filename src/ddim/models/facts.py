@@ -1,7 +1,7 @@
 """What the files of a model say about it, without its weights."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from ddim.models.checkpoints import (
     has_scheduler,
     is_unconditional,
     read_model_index,
+    read_network_config,
     resolve_model,
     weight_hash,
 )
 from ddim.models.folder import read_json
 from ddim.models.single_file import read_declaration
 
-__all__ = ["FoundModel", "ScheduleSource", "read_class_names", "read_model", "read_source"]
+__all__ = ["FoundModel", "ScheduleSource"]
+__all__ += ["read_class_names", "read_model", "read_source", "spread_labels"]
 
 _CONFIG = "scheduler_config.json"
 _TRAINED = (
@@ -106,8 +108,9 @@ class FoundModel:
         without empty ones; None for a model without classes."""
         if not self.classes:
             return None
-        drawn = [label for label in range(self.classes) if label not in self.empty]
-        return [drawn[seed % len(drawn)] if given is None else given for seed in seeds]
+        if given is not None:
+            return [given for _ in seeds]
+        return spread_labels(seeds, self.classes, self.empty)
 
     def read_prior(self, name: str) -> DataPrior | None:
         """What x_T is drawn from: None for ``standard``, which is N(0, I); the model's prior.json
@@ -143,12 +146,17 @@ class FoundModel:
         return str(source)
 
 
+def spread_labels(numbers: Iterable[int], classes: int, empty: Collection[int]) -> list[int]:
+    """The classes of numbered images, one class after the other, without empty ones."""
+    drawn = [label for label in range(classes) if label not in empty]
+    return [drawn[number % len(drawn)] for number in numbers]
+
+
 def read_model(name: str) -> FoundModel:
     """Reads what a model's configuration files say; a CheckpointError says that there is none."""
     folder = find_model(name)
     is_text = read_model_index(folder).get("_class_name") in STABLE_DIFFUSION
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
-    unet = read_json(place / "config.json")
+    unet = read_network_config(folder)
     classes = unet.get("num_class_embeds")
     kind = unet.get("class_embed_type")
     if not is_text and kind is not None and not classes:
@@ -164,9 +172,7 @@ def read_model(name: str) -> FoundModel:
 def read_class_names(folder: Path) -> tuple[str, ...]:
     """The names of a model's classes, in order: those of its card, or ``id2label`` of its index, as
     diffusers' DiT has it. Empty if they do not say any."""
-    path = folder / "card.json"
-    data = read_json(path).get("data") if path.is_file() else None
-    names = data.get("classes") if isinstance(data, dict) else None
+    names = _card_data(folder).get("classes")
     if isinstance(names, list) and names:
         return tuple(map(str, names))
     path = folder / "model_index.json"
@@ -177,11 +183,16 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     return tuple(str(labels[number]) for number in numbers) if set(numbers) == set(labels) else ()
 
 
+def _card_data(folder: Path) -> dict[str, Any]:
+    """What a model's card says of its data."""
+    path = folder / "card.json"
+    data = read_json(path).get("data") if path.is_file() else None
+    return data if isinstance(data, dict) else {}
+
+
 def _empty_classes(folder: Path, count: int) -> tuple[int, ...]:
     """What a card says of classes without images; not all of them can be."""
-    path = folder / "card.json"
-    data = read_json(path).get("data") if count and path.is_file() else None
-    found = data.get("empty_classes") if isinstance(data, dict) else None
+    found = _card_data(folder).get("empty_classes") if count else None
     empty = {label for label in found if type(label) is int} if isinstance(found, list) else set()
     return tuple(sorted(empty)) if len(empty & set(range(count))) < count else ()
 

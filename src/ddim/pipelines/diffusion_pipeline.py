@@ -66,13 +66,12 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         index = read_model_index(folder, given=options)
         kind = index.get("_class_name")
         is_custom = options.get("custom_pipeline") is not None or not isinstance(kind, str | None)
-        is_foreign = (index.get("unet") or ["diffusers"])[0] != "diffusers"
+        library = (index.get("unet") or ["diffusers"])[0]
+        is_foreign = library != "diffusers" and "unet" not in options
         if cls is not DiffusionPipeline:  # a user's own pipeline
-            pipe = load_pipeline(super().from_pretrained, folder, **options)
+            pipe = load_pipeline(super().from_pretrained, folder, index, **options)
             replace_schedulers(pipe, options)
-        elif (
-            is_unconditional(index) and not is_custom and not (is_foreign and "unet" not in options)
-        ):
+        elif is_unconditional(index) and not is_custom and not is_foreign:
             options.pop("trust_remote_code", None)
             pipe = UnconditionalPipeline.from_pretrained(folder, **options)
         elif kind in STABLE_DIFFUSION and not is_custom:
@@ -80,7 +79,8 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         else:
             if not is_custom:
                 _kind_of(index)  # refuses what is no pipeline of diffusers
-            pipe = load_pipeline(diffusers.DiffusionPipeline.from_pretrained, folder, **options)
+            load = diffusers.DiffusionPipeline.from_pretrained
+            pipe = load_pipeline(load, folder, index, **options)
             replace_schedulers(adopt(pipe), options)
             read_as_written(pipe, options)
         name_origin(pipe, pretrained_model_name_or_path, folder)

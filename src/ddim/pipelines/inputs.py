@@ -16,6 +16,7 @@ __all__ = [
     "as_labels",
     "as_network",
     "check_latents",
+    "check_network",
     "check_sides",
     "count_images",
     "read_image_shape",
@@ -117,15 +118,21 @@ def as_labels(unet: Any, class_labels: Labels, count: int, device: torch.device)
     return labels.expand(count).contiguous().to(device)
 
 
-def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned
-    variance left out."""
+def check_network(unet: Any) -> int:
+    """Returns the channels of a network's images; a DDIMError refuses one that returns others."""
     channels, made = int(unet.config.in_channels), int(unet.config.out_channels)
     if made not in (channels, 2 * channels):
         raise DDIMError(
             f"the network takes {channels} channels and returns {made}; an unconditional model "
             "returns as many as it takes, or twice as many where it predicts a variance too."
         )
+    return channels
+
+
+def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned
+    variance left out."""
+    channels = check_network(unet)
     options: dict[str, Any] = {} if labels is None else {"class_labels": labels}
     prepare_walk(unet)
 

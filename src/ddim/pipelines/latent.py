@@ -111,13 +111,14 @@ class StableDiffusion(Coding):
                 part.
         """
         folder = find_pretrained(pretrained_model_name_or_path, options)
-        kind = read_model_index(folder, given=options).get("_class_name")
-        if kind not in STABLE_DIFFUSION:
+        index = read_model_index(folder, given=options)
+        if (kind := index.get("_class_name")) not in STABLE_DIFFUSION:
             raise CheckpointError(
                 f"{folder} is a {kind}, not in Stable Diffusion's format; open it with "
                 "ddim.DiffusionPipeline."
             )
-        pipe: Any = load_pipeline(super().from_pretrained, folder, **options)  # type: ignore[misc]
+        load = super().from_pretrained  # type: ignore[misc]
+        pipe: Any = load_pipeline(load, folder, index, **options)
         loaded = (getattr(pipe, name, None) for name in ("unet", "vae") if name not in options)
         mark_loaded(*(part for part in loaded if part is not None))
         name_origin(pipe, pretrained_model_name_or_path, folder)

@@ -331,7 +331,7 @@ class _RowsGroupNorm(_Faster, nn.GroupNorm):
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-_FASTER = {nn.Conv2d: _LaidConv2d, Upsample2D: _OnceUpsample2D, nn.GroupNorm: _RowsGroupNorm}
+_FASTER = {kind._plain: kind for kind in (_LaidConv2d, _OnceUpsample2D, _RowsGroupNorm)}
 
 
 class _ShortAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]

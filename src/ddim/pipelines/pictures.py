@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddim.core.checks import check_whole, wrong_argument
+from ddim.core.checks import check_whole
 from ddim.errors import DDIMError
 from ddim.models.images import convert_mode, to_pil
 from ddim.pipelines.networks import acting, prepare_walk
@@ -29,7 +29,9 @@ def check_size(height: int, width: int, factor: int) -> tuple[int, int]:
     """Returns the size of a picture as whole numbers. A DDIMError refuses one that has no whole
     number of latents, and says the nearest that has; and what is no size, such as an image in the
     place of the height."""
-    height, width = _side("height", height), _side("width", width)
+    advice = "Images to begin at are for ImageToImagePipeline(**pipe.components)"
+    height = check_whole("height", height, note=" of pixels", advice=advice)
+    width = check_whole("width", width, note=" of pixels", advice=advice)
     if height < factor or width < factor or height % factor or width % factor:
         near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise DDIMError(
@@ -37,14 +39,6 @@ def check_size(height: int, width: int, factor: int) -> tuple[int, int]:
             f"{width}x{height} (width x height), and {near} would do."
         )
     return height, width
-
-
-def _side(name: str, side: Any) -> int:
-    try:
-        return check_whole(name, side)
-    except DDIMError:
-        advice = "Images to begin at are for ImageToImagePipeline(**pipe.components)"
-        raise wrong_argument(name, "be a whole number of pixels", side, advice) from None
 
 
 def prepare_images(pipe: Any, images: Any) -> Tensor:

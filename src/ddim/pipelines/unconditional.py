@@ -46,6 +46,7 @@ from ddim.pipelines.inputs import (
     as_labels,
     as_network,
     check_latents,
+    check_network,
     count_images,
     read_image_shape,
     takes_labels,
@@ -131,7 +132,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         if loading := {name: options[name] for name in LOADING_OPTIONS if name in options}:
             parts = {"scheduler": as_ddim(config), **({} if unet is None else {"unet": unet})}
             loading |= {"dtype": dtype, "variant": variant, **parts}
-            pipe = load_pipeline(super().from_pretrained, folder, **loading)
+            pipe = load_pipeline(super().from_pretrained, folder, index, **loading)
         else:
             network = unet or load_network(folder, dtype=dtype, variant=variant)
             pipe = cls(network, config)
@@ -278,7 +279,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """How many images a call makes, their x_T, and the stream of later noise."""
         latents = given["latents"]
         count = count_images(batch_size, **given, class_labels=class_labels)
-        as_network(self.unet, self._labels(class_labels, count))
+        self._labels(class_labels, count)
+        check_network(self.unet)
         if latents is not None:
             check_latents(self.unet, latents)
         shape = self.image_shape if latents is None else latents.shape[1:]

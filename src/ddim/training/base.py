@@ -16,6 +16,7 @@ from ddim.models.checkpoints import (
     is_unconditional,
     read_guidance,
     read_model_index,
+    read_network_config,
     read_scheduler_config,
     weight_hash,
 )
@@ -87,8 +88,7 @@ def open_base(name: str) -> Base:
     elif (kind := _class_of(index, "unet")) != "UNet2DModel":
         message = f"{name} has a network of class {kind}, and only UNet2DModel can be trained."
         raise CheckpointError(message)
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
-    network_config = read_json(place / "config.json")
+    network_config = read_network_config(folder)
     return Base(name, folder, index, read_scheduler_config(folder), network_config, is_text)
 
 

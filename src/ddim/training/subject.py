@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddim.data.dataset import ImageData
 from ddim.errors import DDIMError
 from ddim.models.checkpoints import check_finite, load_network
+from ddim.models.facts import spread_labels
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws
@@ -117,9 +118,8 @@ class PixelSubject:
     ) -> tuple[Predictor, list[str]]:
         labels = None
         if self.config.class_conditional:
-            number, empty = len(self.data.class_names or ()), set(self.data.empty_classes)
-            drawn = [label for label in range(number) if label not in empty]
-            labels = torch.tensor([drawn[i % len(drawn)] for i in range(count)], device=device)
+            classes, empty = len(self.data.class_names or ()), set(self.data.empty_classes)
+            labels = torch.tensor(spread_labels(range(count), classes, empty), device=device)
         return self.predictor(network, labels), []
 
     def images(self, x0: Tensor) -> Tensor:
