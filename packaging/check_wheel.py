@@ -48,7 +48,7 @@ def works(interpreter: str) -> bool:
     return subprocess.run([interpreter, "--version"], capture_output=True).returncode == 0
 
 
-def check(wheel: Path, interpreter: str, constraints: Path) -> None:
+def check(wheel: Path, interpreter: str, constraints: Path, offered: list[str]) -> None:
     """Installs the wheel for one Python and uses it, outside of the repository."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -58,7 +58,7 @@ def check(wheel: Path, interpreter: str, constraints: Path) -> None:
         run(*install, wheel)
         for program, *words in USES:
             run(programs / program, *words, cwd=place)
-        for extra in extras(wheel):
+        for extra in offered:
             run(*install, "--dry-run", f"{wheel}[{extra}]")
     print(f"{wheel.name} works on {interpreter}, and its extras resolve.")
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--constraints", type=Path, default=Path("constraints.txt"))
     options = parser.parse_args()
     wheel, constraints = options.wheel.resolve(), options.constraints.resolve()
-    extras(wheel)
+    offered = extras(wheel)
     found = [name for name in options.python if works(name)]
     for name in options.python:
         if name not in found:
@@ -78,7 +78,7 @@ def main() -> None:
     if not found:
         sys.exit(f"none of {', '.join(options.python)} is on this machine.")
     for name in found:
-        check(wheel, name, constraints)
+        check(wheel, name, constraints, offered)
 
 
 if __name__ == "__main__":

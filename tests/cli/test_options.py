@@ -67,7 +67,17 @@ def a_value(name, field):
     return True if found == {bool} else "x" if str in found else min(map(str, found))
 
 
-@pytest.mark.parametrize(("name", "field"), FIELDS)
+def is_bounded(name, field):
+    """Whether there is a value of its type that the option does not take."""
+    mark, found = declarations(REQUESTS[name])[field], kinds(name, field)
+    is_text = str in found and not mark.may_be_empty and field != "prompt"
+    return bool(found & {int, float}) or mark.choices or is_list(name, field) or is_text
+
+
+BOUNDED = [(name, field) for name, field in FIELDS if is_bounded(name, field)]
+
+
+@pytest.mark.parametrize(("name", "field"), BOUNDED)
 def test_what_an_option_does_not_take_is_refused(name, field):
     mark, found = declarations(REQUESTS[name])[field], kinds(name, field)
     option, low, high = mark.option, mark.range.low, mark.range.high
@@ -91,7 +101,20 @@ def test_what_an_option_does_not_take_is_refused(name, field):
 NEEDS = [(n, f, need) for n, f in FIELDS for need in declarations(REQUESTS[n])[f].needs]
 
 
-@pytest.mark.parametrize(("name", "field", "need"), NEEDS)
+def is_unmet_by_some(name, need):
+    """Whether a request alone, without its model, can fail to meet a need."""
+    known = declarations(REQUESTS[name])
+    if need.option not in known or need.unless is not None:
+        return need.without in known or need.unless is not None
+    values = need.value if isinstance(need.value, tuple) else (need.value,)
+    is_off = need.value is None and not getattr(plain(name), need.option)
+    return is_off or None not in values
+
+
+UNMET = [(name, field, need) for name, field, need in NEEDS if is_unmet_by_some(name, need)]
+
+
+@pytest.mark.parametrize(("name", "field", "need"), UNMET)
 def test_an_option_without_what_it_needs_is_refused(name, field, need):
     known, value = declarations(REQUESTS[name]), a_value(name, field)
     option = known[field].option
@@ -112,6 +135,9 @@ def test_an_option_without_what_it_needs_is_refused(name, field, need):
         met = {n.option: a_value(name, n.option) for n in others}
         met |= {need.option: min(kinds(name, need.option) - set(values), key=str)}
         assert refusal(name, field, value, **met).startswith(text)
+    elif need.option in known:  # whose default is off
+        text = f"{option} acts only with {known[need.option].option}; give both, or leave out"
+        assert refusal(name, field, value) == f"{text} {option}."
 
 
 def test_every_need_names_an_option_and_every_command_has_options():

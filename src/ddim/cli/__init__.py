@@ -134,9 +134,10 @@ def _parse(module: Any, name: str, arguments: list[str]) -> object:
 def _as_options(message: str, module: Any, arguments: list[str]) -> str:
     """Names options in a message as the command line does, if they were given, or if the message
     names ``num_inference_steps``, which no file of a model holds."""
+    from ddim.cli.arguments import option_of
     from ddim.options import declarations
 
-    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    given = set(map(option_of, arguments))
     named = set(_OPTIONS.values()) if "num_inference_steps" in message else given
     known = {name: field.option for name, field in declarations(module.Request).items()}
     meant = named & set(known.values())

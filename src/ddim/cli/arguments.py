@@ -26,7 +26,7 @@ from ddim.errors import DDIMError
 from ddim.options import check_request, declarations, option_names
 from ddim.runs.values import primitive, read_number, split_list
 
-__all__ = ["completion", "parse"]
+__all__ = ["completion", "option_of", "parse"]
 
 R = TypeVar("R")
 
@@ -51,7 +51,7 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
         # tyro mentions a missing argument first, although a mistyped option may have taken it.
         unknown = _unknown_option(kind, name, arguments)
         raise DDIMError(unknown or _one_sentence(errors.getvalue(), name)) from None
-    given = [_option(argument) for argument in arguments if argument.startswith("--")]
+    given = [option_of(argument) for argument in arguments if argument.startswith("--")]
     declared = {field.option: name for name, field in declarations(kind).items()}
     for option in given:
         is_list = isinstance(getattr(parsed, declared[option]), list)
@@ -61,7 +61,8 @@ def parse(kind: type[R], *, name: str, arguments: list[str], default: R | None =
     return parsed
 
 
-def _option(argument: str) -> str:
+def option_of(argument: str) -> str:
+    """The option that a word of the command line names, as it is declared."""
     return argument.partition("=")[0].replace("_", "-")
 
 
@@ -90,7 +91,7 @@ def _unknown_option(kind: type, name: str, arguments: Sequence[str]) -> str | No
     """The sentence about the first option that the command does not have; None if it has all."""
     known = option_names(kind)
     for argument in arguments:
-        option = _option(argument)
+        option = option_of(argument)
         if option.startswith("--") and len(option) > 2 and option not in known:
             near = difflib.get_close_matches(option, known, 1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else _see(name)

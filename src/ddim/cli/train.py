@@ -58,9 +58,9 @@ def configuration(request: Request) -> TrainConfig:
     Raises:
         DDIMError: If options do not fit together.
     """
-    names = [field.name for field in fields(TrainConfig)]
-    acting = set(names) - set(unmet(request, given_options(request)))
-    return TrainConfig(**{name: getattr(request, name) for name in names if name in acting})
+    idle = unmet(request, given_options(request))
+    names = (field.name for field in fields(TrainConfig))
+    return TrainConfig(**{name: getattr(request, name) for name in names if name not in idle})
 
 
 def run(request: Request) -> None:

@@ -16,15 +16,17 @@ Look = Callable[[Fix], tuple[str | None, set[str]]]
 _ORDER = ("error", "warning", "info")
 
 
-def agree(findings: Sequence[Finding], look: Look) -> list[Finding]:
-    """The findings, without what their fixes would break.
+def agree(findings: Sequence[Finding], look: Look, refusal: str | None) -> list[Finding]:
+    """The findings, without what their fixes would break; ``refusal`` is how sampling without a fix
+    is refused, if it is.
 
     The fix of a graver finding goes first. One that breaks something alone takes the keys of
     another along, if both together are right; else it is dropped, and the advice says why.
     """
     if not any(finding.fix for finding in findings):
         return list(findings)
-    base, seen = look({}), dict[str, tuple[str | None, set[str]]]()
+    base = refusal, {finding.code for finding in findings if finding.severity == "error"}
+    seen = dict[str, tuple[str | None, set[str]]]()
 
     def objection(fix: Fix) -> str:
         name = repr(sorted(fix.items()))

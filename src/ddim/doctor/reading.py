@@ -99,13 +99,17 @@ def is_cogvideo(kind: object) -> bool:
 
 
 def refusal(
-    config: Mapping[str, Any], steps: int, timesteps: Sequence[int] | None, eta: Eta | None
+    config: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    steps: int,
+    timesteps: Sequence[int] | None,
+    eta: Eta | None,
 ) -> str | None:
     """The sentence with which ``ddim.DDIMScheduler``, or its inverse, refuses a complete
-    configuration at these steps, or at ``timesteps`` in their place; None if it samples."""
+    configuration, of these levels, at these steps, or at ``timesteps`` in their place; None if it
+    samples."""
+    total, spacing = config["num_train_timesteps"], config["timestep_spacing"]
     try:
-        schedule, total = levels_of(config), config["num_train_timesteps"]
-        spacing = config["timestep_spacing"]
         own = (
             configured_timesteps(config, steps, spacing=spacing) if timesteps is None else timesteps
         )

@@ -201,7 +201,8 @@ def _diagnose_once(config: Mapping[str, Any], *, spacing: str | None, **options:
         found = filter(None, (check(fixed) for check in checks))
         return fixed.refusal, {f.code for f in found if f.severity == "error"}
 
-    findings = agree([f for check in CHECKS.values() if (f := check(case))], look)
+    found = [finding for check in CHECKS.values() if (finding := check(case))]
+    findings = agree(found, look, case.refusal)
     is_told = any(f.severity == "error" and not f.diffusers_only for f in findings)
     if case.refusal is not None and not is_told:
         findings.append(refusal_finding(case.refusal))
@@ -243,7 +244,7 @@ def _make_case(
         eta=eta,
         training=training,
         training_schedule=None if training is None else levels_of(training),
-        refusal=refusal(full, len(levels) if asked is None else asked, custom, eta),
+        refusal=refusal(full, schedule, len(levels) if asked is None else asked, custom, eta),
         **used,
     )
 

@@ -95,7 +95,7 @@ def fix_rows(diagnosis: Diagnosis) -> dict[str, dict[str, Any]]:
             codes.setdefault(json.dumps(finding.fix), []).append(finding.code)
     for fix, found in codes.items():
         rows[f"{_listed(json.loads(fix))} ({', '.join(found)})"] = json.loads(fix)
-    every = {key: diagnosis.fixed()[key] for key in diagnosis.changed}
+    every = diagnosis.changed
     if every and every not in rows.values():
         rows[f"all fixes: {_listed(every)}"] = every
     return rows

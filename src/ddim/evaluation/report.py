@@ -260,9 +260,7 @@ def _order_text(
     there = {c.eta: paper[c.eta][steps] for c in column if steps in paper[c.eta]}
     if len(there) < 2:
         return ""
-    # If all cells have equally many images, all count, since they tell more than the first of them.
-    is_equal = len({c.count for c in column}) == 1
-    results = {c.eta: (c.results if is_equal else c.compared)[0] for c in column}
+    results = dict(zip((c.eta for c in column), _comparable(column), strict=True))
     sign = -1 if _metric(cells[0].compared[0].metric).higher_is_better else 1
     here = {eta: sign * result.value for eta, result in results.items()}
     ours, theirs = (
@@ -273,11 +271,17 @@ def _order_text(
     return f"- S={steps}: {verdict}.\n"
 
 
+def _comparable(cells: Sequence[Cell]) -> list[Result]:
+    """The first result of each cell on equally many images: on all that were drawn if every cell
+    has as many, since they tell more than the first of them."""
+    is_equal = len({cell.count for cell in cells}) == 1
+    return [(cell.results if is_equal else cell.compared)[0] for cell in cells]
+
+
 def make_plots(cells: Sequence[Cell]) -> dict[str, "Figure"]:
     """Quality against network evaluations and against seconds, a line an eta, by name; all on
     equally many images, and on all of them if every cell has as many."""
-    is_equal = len({c.count for c in cells}) == 1
-    results = {(c.eta, c.steps): (c.results if is_equal else c.compared)[0] for c in cells}
+    results = dict(zip(((c.eta, c.steps) for c in cells), _comparable(cells), strict=True))
     first = next(iter(results.values()))
 
     def plot(x: Callable[[Cell], float], across: str) -> "Figure":

@@ -31,7 +31,7 @@ from ddim.core.checks import (
 )
 from ddim.core.schedule import NoiseSchedule, check_schedule
 from ddim.core.timesteps import as_levels, check_timesteps
-from ddim.errors import DataError, DDIMError
+from ddim.errors import DataError, DDIMError, first_line
 from ddim.files import parse_json, replacing
 from ddim.inversion.ddim import encodable_timesteps
 
@@ -359,7 +359,7 @@ def load_code(path: Path | str) -> Code:
     except FileNotFoundError:
         raise DataError(f"there is no code at {path}.") from None
     except (SafetensorError, OSError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".: ")
+        first = first_line(error).rstrip(".: ")
         raise DataError(f"{path} is no code, or is damaged or cut off ({first}).") from error
     except DDIMError as error:
         raise DataError(f"{path}: {error}") from error

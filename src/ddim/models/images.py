@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ __all__ = [
     "crop_square",
     "fit_picture",
     "from_pictures",
+    "from_pil",
     "from_uint8",
     "has_alpha",
     "has_deep_pixels",
@@ -69,6 +70,11 @@ def from_uint8(images: NDArray[np.uint8]) -> Tensor:
 def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
     """Turns bytes [B, H, W, C] into Pillow images, grey where C is 1."""
     return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images]
+
+
+def from_pil(pictures: Iterable[Any]) -> NDArray[np.uint8]:
+    """Turns Pillow images of one size into bytes [B, H, W, C]."""
+    return np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures])
 
 
 def from_pictures(images: Any, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:

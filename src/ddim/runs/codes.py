@@ -5,13 +5,11 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddim.data.pictures import Selection, check_images, missing_images, read_images
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code, default_method, fingerprint, load_code, save_code
 from ddim.inversion.ddim import collect_unsolved
-from ddim.models.images import make_grid, save_picture, sheet_scale
+from ddim.models.images import from_pil, make_grid, save_picture, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import NAME, RunRecord, write_run
@@ -129,7 +127,7 @@ class DecodeJob(PixelJob):
             file = self._file(number)
             save_picture(picture, self.folder / file)
             yield Made(number, {"image": number, "file": file}, seconds / len(pictures))
-        shown = np.stack([np.atleast_3d(np.asarray(picture)) for picture in pictures[:SHOWN]])
+        shown = from_pil(pictures[:SHOWN])
         save_picture(make_grid(shown), self.folder / self.grid, scale=sheet_scale(shown))
 
     def _file(self, number: int) -> str:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from ddim.data.pictures import Pictures, Selection, check_images, read_images
 from ddim.errors import DDIMError
 from ddim.inversion.codes import Code
 from ddim.inversion.ddim import collect_unsolved
-from ddim.models.images import make_grid, save_gif, save_picture, sheet_scale
+from ddim.models.images import from_pil, make_grid, save_gif, save_picture, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.requests import InterpolateRequest
@@ -64,7 +63,7 @@ class InterpolateJob(PixelJob):
         """How many ends the path or the grid needs, once it is known that they are given."""
         request = self.request
         ends = request.images if request.seeds is None else request.seeds
-        if ends is None or (request.seeds is not None and request.images is not None):
+        if ends is None:
             raise DDIMError(
                 "give the ends of the path as --seeds 3,17 or as --images a.png,b.png, one of the "
                 "two."
@@ -102,7 +101,7 @@ class InterpolateJob(PixelJob):
             whole = dataclasses.replace(code, states=states, labels=labels, residual=None)
             with decoding:
                 decoded = pipe.decode(whole, batch_size=request.batch_size)
-        pixels = np.stack([np.atleast_3d(np.asarray(picture)) for picture in decoded])
+        pixels = from_pil(decoded)
         seconds = time.perf_counter() - began
         self.rms, self.unsolved = whole.rms().tolist(), unsolved
         self.calls = encoding.each(len(code)) + decoding.each(len(pixels))

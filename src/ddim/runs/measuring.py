@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from ddim.evaluation.protocol import (
     default_metrics,
     load_panel,
 )
-from ddim.models.images import from_uint8
+from ddim.models.images import from_pil, from_uint8
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.shared_options import Measured
 
@@ -126,4 +125,4 @@ class MeasuringJob(PixelJob):
         with enough_memory(self.device, batch_size):
             for _, pictures, took in self.draw(route, seeds, batch_size=batch_size):
                 seconds.append(took)
-                yield from_uint8(np.stack([np.atleast_3d(picture) for picture in pictures]))
+                yield from_uint8(from_pil(pictures))

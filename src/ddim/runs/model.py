@@ -58,15 +58,6 @@ def _outline(model: FoundModel) -> UnconditionalPipeline:
     return pipe
 
 
-def _open_pixels(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
-    return UnconditionalPipeline.from_pretrained(model.folder, dtype=dtype)
-
-
-def _open_text(model: FoundModel, dtype: torch.dtype, has_picture: bool) -> Any:
-    kind = "StableDiffusionImg2ImgPipeline" if has_picture else "StableDiffusionPipeline"
-    return text_pipeline(kind).from_pretrained(model.folder, dtype=dtype)
-
-
 def sampling_evaluations(pipe: UnconditionalPipeline, route: Route) -> int:
     """Network calls an image that a walk of this route makes."""
     if route.sampler == "ddim":
@@ -171,8 +162,11 @@ class ModelJob(Job):
     @cached_property
     def pipe(self) -> Any:
         dtype = getattr(torch, self._option("dtype", "float32"))
-        load = _open_text if self.model.is_text else _open_pixels
-        pipe = load(self.model, dtype, self.has_picture)
+        opened: Any = UnconditionalPipeline
+        if self.model.is_text:
+            to_begin_at = "StableDiffusionImg2ImgPipeline"
+            opened = text_pipeline(to_begin_at if self.has_picture else "StableDiffusionPipeline")
+        pipe = opened.from_pretrained(self.model.folder, dtype=dtype)
         for part in ("unet", "vae", "text_encoder"):
             if isinstance(network := getattr(pipe, part, None), torch.nn.Module):
                 check_finite(self.model.name, dict(network.named_parameters()))

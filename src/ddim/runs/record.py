@@ -21,7 +21,6 @@ __all__ = [
     "IDENTITY",
     "NAME",
     "RunRecord",
-    "check_protocol",
     "claim",
     "identity",
     "protocol_hash",
@@ -165,8 +164,7 @@ def claim(
             if is_empty(record) and before.get("command") == protocol["command"]:
                 record = None
             else:
-                advice = "give --overwrite, which deletes those results"
-                check_protocol(folder, before, protocol, advice=advice)
+                _check_protocol(folder, before, protocol)
         foreign = set() if listed is None and not overwrite else set(files) - set(listed or ())
         if kept := sorted(name for name in foreign if (folder / name).exists()):
             raise OutputError(
@@ -200,13 +198,7 @@ def _remove_listed(folder: Path, files: Collection[str]) -> None:
     (folder / NAME).unlink()
 
 
-def check_protocol(
-    folder: Path,
-    before: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    *,
-    advice: str = "delete that folder",
-) -> None:
+def _check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
     """Checks that a folder's protocol is the one that is asked for, in the keys of ``IDENTITY``.
 
     Raises:
@@ -221,7 +213,7 @@ def check_protocol(
         )
         raise OutputError(
             f"{folder} holds results of another protocol: {differences}. Use another --out, or "
-            f"{advice}."
+            "give --overwrite, which deletes those results."
         )
 
 

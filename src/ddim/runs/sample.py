@@ -140,14 +140,17 @@ class SampleJob(ModelJob):
         return not any(Item.of(path.stem) for path in self.folder.iterdir())
 
     def results(self, rows: list[Row]) -> list[Row]:
-        return [self._row(item) for item in sorted(self.there(None), key=self._file)]
+        there = sorted(self.there(None), key=self._file)
+        seeds = [item.seed for item in there]
+        known = None if self.text else self.model.labels_of(seeds, self.label)
+        labels: Sequence[int | None] = [None] * len(there) if known is None else known
+        return [self._row(item, label) for item, label in zip(there, labels, strict=True)]
 
-    def _row(self, item: Item) -> Row:
-        labels = None if self.text else self.model.labels_of([item.seed], self.label)
+    def _row(self, item: Item, label: int | None) -> Row:
         return {
             "seed": item.seed,
             "file": self._file(item),
-            **({} if labels is None else {"class": labels[0]}),
+            **({} if label is None else {"class": label}),
             **({} if self.text is None else {"prompt": self.text.prompt_of(item)}),
         }
 
@@ -233,6 +236,11 @@ class SampleJob(ModelJob):
         write_json(path, {"gamma": measured, "protocol": described})
         return measured
 
+    def prepare(self) -> None:
+        super().prepare()
+        if is_coarse(self.pipe):
+            self.control.note(f"{COARSE}; --dtype float32 is the way out.")
+
     def _note_configuration(self) -> None:
         """Says what a model's configuration does to its images, where embedded models differ."""
         request, route = self.request, self.route
@@ -240,8 +248,6 @@ class SampleJob(ModelJob):
         clips = request.clip is None and request.sampler == "ddim" and route.clip.kind != "none"
         is_chosen = request.spacing or request.timesteps or request.image
         is_fitted = spacing_of(self.plan, route.timesteps) == "fitted"
-        if is_coarse(self.pipe):
-            self.control.note(f"{COARSE}; --dtype float32 is the way out.")
         late = first != last and not is_fitted and not is_chosen
         if not self.model.has_scheduler:
             self.control.note(

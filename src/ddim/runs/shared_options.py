@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from ddim.figures import FORMATS
 from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.values import ClassName, Eta
 
@@ -118,7 +119,7 @@ class Drawn(Folder):
 class Plotted:
     """Results that are plotted."""
 
-    plot_format: Annotated[tuple[str, ...], Choices(("png", "pdf", "svg"))] = ("png",)
+    plot_format: Annotated[tuple[str, ...], Choices(FORMATS)] = ("png",)
     """Formats of the plots: png, pdf, svg; several separated by commas."""
 
 

@@ -13,7 +13,7 @@ from ddim.doctor.report import Diagnosis
 from ddim.doctor.text import fix_rows
 from ddim.errors import DDIMError
 from ddim.models.facts import ScheduleSource
-from ddim.models.images import label_rows, save_picture, sheet_scale
+from ddim.models.images import from_pil, label_rows, save_picture, sheet_scale
 from ddim.runs.engine import Control, FileJob, Made
 from ddim.runs.model import ModelJob, enough_memory
 from ddim.runs.requests import DoctorRequest
@@ -118,4 +118,4 @@ class ShowJob(FileJob, ModelJob):
                 images = pipe.draw(route, callback=self.control.step, **options).images
         except DDIMError as error:
             return None, f" - refused: {error}"
-        return np.stack([np.atleast_3d(np.asarray(image)) for image in images]), ""
+        return from_pil(images), ""

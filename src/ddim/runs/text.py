@@ -74,7 +74,7 @@ class TextOptions:
     @property
     def calls_a_step(self) -> int:
         """How often each step evaluates the network."""
-        return 2 if self.guidance.scale > 1 else 1
+        return 2 if is_guided(self.guidance.scale) else 1
 
     @property
     def scale(self) -> dict[str, float]:
