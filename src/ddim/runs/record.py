@@ -21,6 +21,7 @@ __all__ = [
     "IDENTITY",
     "NAME",
     "RunRecord",
+    "check_protocol",
     "claim",
     "identity",
     "protocol_hash",
@@ -164,7 +165,8 @@ def claim(
             if is_empty(record) and before.get("command") == protocol["command"]:
                 record = None
             else:
-                _check_protocol(folder, before, protocol)
+                advice = "give --overwrite, which deletes those results"
+                check_protocol(folder, before, protocol, advice=advice)
         foreign = set() if listed is None and not overwrite else set(files) - set(listed or ())
         if kept := sorted(name for name in foreign if (folder / name).exists()):
             raise OutputError(
@@ -198,7 +200,13 @@ def _remove_listed(folder: Path, files: Collection[str]) -> None:
     (folder / NAME).unlink()
 
 
-def _check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+def check_protocol(
+    folder: Path,
+    before: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    *,
+    advice: str = "delete that folder",
+) -> None:
     """Checks that a folder's protocol is the one that is asked for, in the keys of ``IDENTITY``.
 
     Raises:
@@ -213,7 +221,7 @@ def _check_protocol(folder: Path, before: Mapping[str, Any], protocol: Mapping[s
         )
         raise OutputError(
             f"{folder} holds results of another protocol: {differences}. Use another --out, or "
-            "give --overwrite, which deletes those results."
+            f"{advice}."
         )
 
 
