@@ -5,9 +5,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,44 @@ __all__ = [
     "write_text",
 ]
 
+_WAIT = 0.2  # seconds between two questions whether to go on waiting for a lock
+
 _LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
 
 
+_TOKEN = f"{secrets.randbelow(10**9):09d}"
+"""Tells this process from those of other machines that share a folder and have the same number."""
+
+
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, *, sync: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to; the file there replaces ``path`` at the end.
 
-    If the block raises, the temporary file is removed, and ``path`` stays as it was.
+    If the block raises, the temporary file is removed, and ``path`` stays as it was. With ``sync``
+    the file is on the disk before it has its name, and so is the name when the block ends.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_TOKEN}.partial")
     try:
         yield partial
+        if sync:
+            _sync(partial)
         partial.replace(path)
+        if sync:
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -62,16 +85,19 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: Path | str, content: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
-    with replacing(path) as partial:
+def write_text(path: Path | str, content: str, *, sync: bool = False) -> None:
+    """Writes a text file in UTF-8, whole or not at all; ``sync`` as in :func:`replacing`."""
+    with replacing(path, sync=sync) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
-def write_json(path: Path | str, content: Any, *, sort_keys: bool = False) -> None:
-    """Writes a JSON file, whole or not at all. NaN and infinity are refused with a ValueError."""
+def write_json(
+    path: Path | str, content: Any, *, sort_keys: bool = False, sync: bool = False
+) -> None:
+    """Writes a JSON file, whole or not at all; ``sync`` as in :func:`replacing`. NaN and infinity
+    are refused with a ValueError."""
     text = json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, text + "\n", sync=sync)
 
 
 def load_json(path: Path) -> Any:
@@ -103,7 +129,7 @@ def _whole(digits: str) -> int:
 def remove_partial(folder: Path) -> None:
     """Removes the temporary files that killed processes left in a folder.
 
-    The caller holds the folder (:func:`locked`), so nobody else is writing there.
+    The caller knows that nobody else is writing there.
     """
     for path in folder.glob(".*.partial"):
         if path.is_dir():
@@ -113,16 +139,21 @@ def remove_partial(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Keeps a folder to one run at a time; it is created if needed.
 
     The system releases the lock when the process ends, however it ends.
 
+    Args:
+        folder: The folder.
+        waiting: Called again and again while another run holds it, and may raise; None does not
+            wait.
+
     Raises:
-        OutputError: If another run holds the folder.
+        OutputError: If another run holds the folder, and ``waiting`` is None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".lock", folder):
+    with _lock(folder / ".lock", folder, waiting):
         yield
 
 
@@ -134,22 +165,25 @@ def locked_file(path: Path) -> Iterator[None]:
         OutputError: If another run is about to write it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_name(f".{path.name}.lock"), path):
+    with _lock(path.with_name(f".{path.name}.lock"), path, None):
         yield
 
 
 @contextlib.contextmanager
-def _lock(lock_file: Path, what: Path) -> Iterator[None]:
+def _lock(lock_file: Path, what: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     from filelock import FileLock, Timeout  # it loads asyncio, a tenth of a second
 
-    lock = FileLock(lock_file, timeout=0)
-    lock_file.touch()  # where that fails, an OSError says why; filelock would wait
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"{what} is being written by another run; wait for it, or use another --out."
-        ) from None
+    lock = FileLock(lock_file, timeout=0 if waiting is None else _WAIT)
+    while not lock.is_locked:
+        lock_file.touch()  # where that fails, an OSError says why; filelock would wait
+        try:
+            lock.acquire(poll_interval=_WAIT / 10)
+        except Timeout:
+            if waiting is None:
+                raise OutputError(
+                    f"{what} is being written by another run; wait for it, or use another --out."
+                ) from None
+            waiting()
     try:
         yield
     finally:

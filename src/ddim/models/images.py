@@ -319,10 +319,11 @@ def label_rows(
 
 
 def save_picture(
-    image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1
+    image: NDArray[np.uint8] | Image.Image, path: Path | str, *, scale: int = 1, sync: bool = False
 ) -> None:
     """Writes one image, bytes [H, W, C] or Pillow's, in the format that the ending of its name
-    says, whole or not at all; ``scale`` enlarges each pixel to a square.
+    says, whole or not at all; ``scale`` enlarges each pixel to a square; ``sync`` as in
+    :func:`~ddim.files.replacing`.
 
     A JPEG changes pixels a little. A DDIMError refuses endings that are none of ENDINGS.
     """
@@ -335,7 +336,7 @@ def save_picture(
         picture = picture.resize(
             (picture.width * scale, picture.height * scale), Image.Resampling.NEAREST
         )
-    with replacing(path) as partial:
+    with replacing(path, sync=sync) as partial:
         picture.save(partial, **ENDINGS[kind])
 
 

@@ -20,7 +20,8 @@ from ddim.files import locked_file
 from ddim.options import check_request
 from ddim.runs.record import NAME, RunRecord, claim, versions, write_run
 
-__all__ = ["Control", "Event", "FileJob", "Job", "Made", "Outcome", "Row", "Stopped", "execute"]
+__all__ = ["Control", "Event", "FileJob", "Job", "Made", "Outcome", "Row", "Stopped", "all_files"]
+__all__ += ["execute", "record_of"]
 
 Row = dict[str, Any]
 """A flat record of the results."""
@@ -97,6 +98,8 @@ class Made(NamedTuple):
     """Seconds of the sampling loop that made it."""
     text: str | None = None
     """What it shows, for people."""
+    items: int = 1
+    """Items that it stands for, such as the pictures of an archive."""
 
 
 class Job:
@@ -166,6 +169,10 @@ class Job:
         """Writes the record."""
         write_run(self.folder, record)
 
+    def run(self) -> "Outcome":
+        """Makes what is missing; a job of this kind holds its folder alone."""
+        return _execute_alone(self)
+
 
 class FileJob(Job):
     """A job that makes one new file; ``folder`` is its path, and ``files`` are others beside it."""
@@ -208,9 +215,16 @@ class Outcome(NamedTuple):
     """Items of other requests in the folder."""
     finished: bool
     """False where the run was stopped."""
+    seconds: float = 0.0
+    """Seconds of the sampling loop in this run."""
 
 
 def execute(job: Job) -> Outcome:
+    """Makes the items of a job that are missing, as the job's :meth:`Job.run` does."""
+    return job.run()
+
+
+def _execute_alone(job: Job) -> Outcome:
     """Makes the items of a job that are missing.
 
     The folder is held from the first look to the last write. The record is written before the first
@@ -223,24 +237,14 @@ def execute(job: Job) -> Outcome:
     emit = job.control.emit
     job.prepare()
     with job.claim() as before:
-        job.files = files = _all_files(job, before)
+        job.files = files = all_files(job, before)
         there = job.there(before)
         missing = [item for item in job.items if item not in there]
         rows = [] if before is None else list(before.results)
         done, made, drawn, finished = len(job.items) - len(missing), 0, 0.0, True
 
         def record() -> RunRecord:
-            results = job.results(rows)
-            return RunRecord(
-                protocol=job.protocol,
-                results=results,
-                seconds=job.seconds(drawn, before),
-                seconds_total=time.perf_counter() - job.control.began,
-                evaluations=job.evaluations(results),
-                execution=job.execution,
-                versions=versions(),
-                files=files,
-            )
+            return record_of(job, rows, drawn, before)
 
         if before is None:
             job.save(record())
@@ -251,8 +255,8 @@ def execute(job: Job) -> Outcome:
         started = time.perf_counter()
         try:
             with contextlib.closing(job.make(missing)) as making:
-                for item, row, took, text in making:
-                    made, drawn = made + 1, drawn + took
+                for item, row, took, text, items in making:
+                    made, drawn = made + items, drawn + took
                     if row is not None:
                         rows.append(row)
                         job.save(record())
@@ -270,10 +274,26 @@ def execute(job: Job) -> Outcome:
         if finished:
             job.finish(now.results)
     emit(Event("finished" if finished else "stopped", done + made, len(job.items)))
-    return Outcome(job, now, made, done, len(there - set(job.items)), finished)
+    return Outcome(job, now, made, done, len(there - set(job.items)), finished, drawn)
 
 
-def _all_files(job: Job, before: RunRecord | None) -> list[str] | None:
+def record_of(job: Job, rows: list[Row], drawn: float, before: RunRecord | None) -> RunRecord:
+    """The record of a job as it stands: the rows of earlier runs and this, and this run's seconds
+    of sampling."""
+    results = job.results(rows)
+    return RunRecord(
+        protocol=job.protocol,
+        results=results,
+        seconds=job.seconds(drawn, before),
+        seconds_total=time.perf_counter() - job.control.began,
+        evaluations=job.evaluations(results),
+        execution=job.execution,
+        versions=versions(),
+        files=None if job.files is None else list(job.files),
+    )
+
+
+def all_files(job: Job, before: RunRecord | None) -> list[str] | None:
     """The files of this run and of earlier ones; None where an older record did not list them."""
     if before is not None and before.files is None:
         return None

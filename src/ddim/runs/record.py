@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 from ddim import __version__
 from ddim.errors import DDIMError, OutputError
 from ddim.files import load_json, locked, remove_partial, write_json
+from ddim.runs.shards import FOLDER as SHARDS
 
 __all__ = [
     "IDENTITY",
@@ -37,12 +39,12 @@ IDENTITY = tuple(
     "command weight_hash configuration_hash schedule sampler timesteps eta order variance clip "
     "prior prompt negative_prompt guidance_scale guidance_rescale image strength dtype picture "
     "class data interpolation samples reference metrics extractors count long_count repeats "
-    "seed".split()
+    "seed store shard_size threads".split()
 )
 """The keys of a protocol in which two runs must agree to share a folder. An absent key is null."""
 
-_LATER = ("configuration_hash",)
-"""Keys that the first records do not have; their runs go on without them."""
+_LATER = ("configuration_hash", "threads")
+"""Keys that a record may lack; its runs go on without them."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def identity(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits that tell the protocols of folders apart."""
-    text = json.dumps(identity(protocol), sort_keys=True)
+    """Eight hexadecimal digits that tell the protocols of folders apart. The number of threads, of
+    which a folder may say nothing, is not among what they are made of."""
+    kept = {key: value for key, value in identity(protocol).items() if key != "threads"}
+    text = json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -124,6 +128,8 @@ def claim(
     *,
     files: Collection[str] = (),
     overwrite: bool = False,
+    waiting: Callable[[], None] | None = None,
+    is_alone: Callable[[], bool] = lambda: True,
 ) -> Iterator[RunRecord | None]:
     """Holds a folder for runs of one protocol, from the first look at it to the last write.
 
@@ -138,6 +144,8 @@ def claim(
             keep the folder.
         files: What the run will write, from the folder.
         overwrite: Whether the results of an earlier run, of any protocol, give way to this one's.
+        waiting: Called while another run holds the folder, as in :func:`ddim.files.locked`.
+        is_alone: Whether nobody else works in the folder, who need not hold it for that.
 
     Yields:
         The record of an earlier run of the same protocol, or None.
@@ -150,7 +158,7 @@ def claim(
     with contextlib.ExitStack() as stack:
         if not was_there:
             stack.callback(_remove_empty, folder)
-        stack.enter_context(locked(folder))
+        stack.enter_context(locked(folder, waiting=waiting))
         record = read_run(folder)
         there = [p for p in folder.iterdir() if p.name != NAME and not p.name.startswith(".")]
         if record is None and there:
@@ -158,11 +166,15 @@ def claim(
                 f"{folder} holds files such as {there[0].name}, and no {NAME} that says how they "
                 "were made; use another --out, or delete that folder."
             )
-        remove_partial(folder)
+        if is_alone():
+            remove_partial(folder)
+        elif overwrite:
+            raise OutputError(f"{folder} is being written by another run; wait for it.")
         listed = [] if record is None else record.files
         if record is not None and not overwrite:
             before = record.protocol
             if is_empty(record) and before.get("command") == protocol["command"]:
+                shutil.rmtree(folder / SHARDS, ignore_errors=True)
                 record = None
             else:
                 advice = "give --overwrite, which deletes those results"
@@ -197,6 +209,7 @@ def _remove_listed(folder: Path, files: Collection[str]) -> None:
             path.unlink(missing_ok=True)
             if path.parent != folder and path.parent.is_dir():
                 _remove_empty(path.parent)
+    shutil.rmtree(folder / SHARDS, ignore_errors=True)
     (folder / NAME).unlink()
 
 

@@ -31,6 +31,7 @@ from ddim.runs.shared_options import (
     Scale,
     Seed,
     Seeds,
+    Shared,
     Spaced,
     Spacing,
     StepNumbers,
@@ -47,15 +48,15 @@ __all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest(Text, Noisy, Drawn, Seeds, Request):
-    """Draws images from a model with DDIM: a file for each seed, a grid of the first 64, and a
-    record of the run.
+class SampleRequest(Text, Noisy, Drawn, Shared, Seeds, Request):
+    """Draws images from a model with DDIM: a file for each seed, or archives; a grid of the first
+    64; and a record of the run.
 
-    Running again into the same folder draws what is missing. The grid shows the images of the last
-    request only.
+    Running again into the same folder draws what is missing, also beside processes that are drawing
+    there. The grid shows the images of the last request only.
     """
 
-    count: Count = 16
+    count: Annotated[int, Range(1, 2**32)] = 16
     """How many images: the seeds SEED to SEED+COUNT-1."""
     order: Annotated[Literal[1, 2] | None, Needs(option="sampler", value=("ddim", "ddpm"))] = None
     """Order of the solver: 1 is DDIM; 2, its multistep method, is more accurate at the same cost.
@@ -85,6 +86,10 @@ class SampleRequest(Text, Noisy, Drawn, Seeds, Request):
     """Class of all images, its number or its name. Default: the seed modulo the number of
     classes."""
     batch_size: Count = 16
+    store: Literal["files", "webdataset", "parquet", "npz"] = "files"
+    """A file a picture, or archives of SHARD_SIZE pictures that train --data and evaluate read."""
+    shard_size: Annotated[int | None, Range(1, MOST_IMAGES)] = None
+    """Pictures of a shard, which one process draws. Default: 1000 in archives, else BATCH_SIZE."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network. The image between the steps is always float32."""
 

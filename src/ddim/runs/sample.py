@@ -1,8 +1,10 @@
-"""Draws the images of seeds, and of prompts, into a folder."""
+"""Draws the images of seeds, and of prompts, into a folder: a file each, or archives."""
 
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,22 @@ from ddim.core.step import SIGMA_HAT
 from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import is_here, load_images
-from ddim.errors import DataError, OutputError
-from ddim.files import write_json
+from ddim.errors import DataError, DDIMError, OutputError
+from ddim.files import replacing, write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
 from ddim.models.images import label_rows, load_image, make_grid, save_picture, sheet_scale
 from ddim.pipelines.networks import COARSE, is_coarse
 from ddim.runs.engine import Control, Made, Row
-from ddim.runs.model import ModelJob, draw, enough_memory, sampling_evaluations, spacing_of
+from ddim.runs.model import ModelJob, enough_memory, sampling_evaluations, spacing_of
 from ddim.runs.record import RunRecord, identity
 from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
+from ddim.runs.shards import Blocks, Shard, ShardRecord
+from ddim.runs.shared_options import MOST_IMAGES
+from ddim.runs.sharing import SharedJob
+from ddim.runs.stores import SUFFIXES, Picture, opened_store
 from ddim.runs.text import Item, TextOptions, read_text
 from ddim.runs.values import FittedLevels
 
@@ -42,8 +48,11 @@ MEASURED = 256
 _FITTED_TO = {"weight_hash": "weights", "configuration_hash": "configuration", "order": "order"}
 
 
-class SampleJob(ModelJob):
-    """The pictures of a request. Those in the folder are kept."""
+class SampleJob(SharedJob, ModelJob):
+    """The pictures of a request. Those in the folder are kept.
+
+    Pictures are numbered: seed times the number of prompts, plus the place of the prompt.
+    """
 
     request: SampleRequest
     command = "sample"
@@ -57,23 +66,37 @@ class SampleJob(ModelJob):
 
     def __init__(self, request: SampleRequest, control: Control) -> None:
         super().__init__(request, control)
-        seeds = check_seeds(range(request.seed, request.seed + request.count))
+        check_seeds([request.seed, request.seed + request.count - 1])
+        self.archive = SUFFIXES.get(request.store)
+        if self.archive is None and request.count > MOST_IMAGES:
+            raise DDIMError(
+                f"--count must be at most {MOST_IMAGES} where each picture is a file; got "
+                f"{request.count}. Give --store webdataset, parquet or npz."
+            )
         self.find()
         self._resolve()
-        items = [Item(None, seed) for seed in seeds]
-        self.items = items if self.text is None else self.text.items(seeds)
-        self.protocol = self._protocol()
+        self.prompts = 1 if self.text is None else len(self.text.prompts)
+        first, last = (self.prompts * (request.seed + n) for n in (0, request.count))
+        size = request.shard_size or (1000 if self.archive else request.batch_size)
+        self.items = range(first, last)
+        # A batch more for a first seed that no multiple falls on is dear where shards are batches.
+        self.shards = Blocks(first, last, size, 0 if self.archive else first)
+        self.protocol = {**self._protocol(), **self._stored(size)}
         self.folder = self.out()
+        self.agree_on_threads(is_divided=bool(self.archive or request.shard_size))
         measured = ["gamma.json"] if self.route.analytic else []
         self.grid = f"grid.{request.picture}"
-        self.files = [*map(self._file, self.items), self.grid, *measured]
+        names = map(self._archive, self.shards) if self.archive else map(self._file, self.items)
+        self.files = [*names, self.grid, *measured]
         self.execution = self.executed("count", "batch_size", "compile")
+        self._rows: list[Row] = []
         self._note_configuration()
         self._note_fitted()
 
     def _resolve(self) -> None:
         """Resolves the options."""
         always = "device seed count model batch_size compile out overwrite picture dtype"
+        always += " store shard_size threads workers lease"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
         walk = {
@@ -124,80 +147,182 @@ class SampleJob(ModelJob):
             **({} if self.text is None else self.text.protocol),
         }
 
-    def there(self, record: RunRecord | None) -> set[Item]:
-        drawn, listed = self._drawn(), None if self.files is None else set(self.files)
-        return drawn if listed is None else {item for item in drawn if self._file(item) in listed}
+    def _stored(self, size: int) -> dict[str, Any]:
+        """The part of the protocol about archives: fixed batches make fixed bytes."""
+        if self.archive is None:
+            return {}
+        divided = {"shard_size": size, "batch_size": self.request.batch_size}
+        return {"store": self.request.store, **divided}
 
-    def _drawn(self) -> set[Item]:
-        """The items whose pictures are in the folder, of whomever."""
-        found = (Item.of(path.stem) for path in self.folder.glob(f"*.{self.request.picture}"))
-        return {item for item in found if item is not None}
+    def item(self, number: int) -> Item:
+        """The picture of a number."""
+        seed, place = divmod(number, self.prompts)
+        return Item(place if self.prompts > 1 else None, seed)
 
-    def _file(self, item: Item) -> str:
-        return f"{item.stem}.{self.request.picture}"
+    def _file(self, number: int) -> str:
+        return f"{self.item(number).stem}.{self.request.picture}"
+
+    def _archive(self, shard: Shard) -> str:
+        return f"{shard.items[0]:010d}-{shard.items[-1]:010d}.{self.archive}"
+
+    def left(self, shard: Shard) -> Sequence[int]:
+        items = shard.items
+        if self.archive is None:
+            absent = {n for n in items if not (self.folder / self._file(n)).is_file()}
+            if not absent:
+                return []
+            # What a shard that was not finished left is drawn again beside the rest: a batch is
+            # whole, so that its bytes do not tell of the interruption. It is not written again.
+            return [n for n in items if n in absent or n not in self._told]
+        whole = [r.numbers for r in self.records() if r.is_whole(self.folder)]
+        return _first_gap(items, whole)
+
+    def done(self, shard: Shard) -> int:
+        if self.archive is None:
+            return sum((self.folder / self._file(n)).is_file() for n in shard.items)
+        whole = [r.numbers for r in self.records() if r.is_whole(self.folder)]
+        items = shard.items
+        return sum(len(range(max(w[0], items[0]), min(w[-1], items[-1]) + 1)) for w in whole)
+
+    @cached_property
+    def _told(self) -> set[int]:
+        """The numbers of records that were there when the run began."""
+        return {number for record in self.records() for number in record.numbers}
+
+    def part(self, shard: Shard, items: Sequence[int]) -> tuple[str, list[str]]:
+        named = self._part(items)
+        return named.name, [self._archive(named)] if self.archive else [*map(self._file, items)]
+
+    @staticmethod
+    def _part(items: Sequence[int]) -> Shard:
+        return Shard(f"{items[0]:010d}-{items[-1]:010d}", items)
 
     def is_empty(self, record: RunRecord) -> bool:
-        return not any(Item.of(path.stem) for path in self.folder.iterdir())
+        if self.archive is not None:
+            return super().is_empty(record)
+        return not any(self._drawn()) and not self.leases().others()
+
+    def beside(self) -> int:
+        if self.archive is not None:
+            return sum(n not in self.items for r in self.records() for n in r.numbers)
+        listed = (self._number(Item.of(Path(row["file"]).stem)) for row in self._rows)
+        return sum(number is not None and number not in self.items for number in listed)
+
+    def _number(self, item: Item | None) -> int | None:
+        """The number of a picture; None where this request has no such prompt."""
+        if item is None or (item.prompt is None) != (self.prompts == 1):
+            return None
+        return item.seed * self.prompts + (item.prompt or 0)
+
+    def _drawn(self) -> Iterator[Item]:
+        """The items whose pictures are in the folder, of whomever."""
+        for path in self.folder.glob(f"*.{self.request.picture}"):
+            if (item := Item.of(path.stem)) is not None:
+                yield item
 
     def results(self, rows: list[Row]) -> list[Row]:
-        there = sorted(self.there(None), key=self._file)
-        seeds = [item.seed for item in there]
-        known = None if self.text else self.model.labels_of(seeds, self.label)
-        labels: Sequence[int | None] = [None] * len(there) if known is None else known
-        return [self._row(item, label) for item, label in zip(there, labels, strict=True)]
+        if self.archive is not None:
+            return [_row_of_shard(record) for record in self.records()]
+        listed = None if self.files is None else set(self.files)
+        there = {number for item in self._drawn() if (number := self._number(item)) is not None}
+        found = sorted(self._file(n) for n in there if listed is None or self._file(n) in listed)
+        items = [item for name in found if (item := Item.of(Path(name).stem)) is not None]
+        known = None if self.text else self.model.labels_of([i.seed for i in items], self.label)
+        labels: Sequence[int | None] = [None] * len(items) if known is None else known
+        self._rows = [self._row(i, label) for i, label in zip(items, labels, strict=True)]
+        return self._rows
 
     def _row(self, item: Item, label: int | None) -> Row:
         return {
             "seed": item.seed,
-            "file": self._file(item),
+            "file": f"{item.stem}.{self.request.picture}",
             **({} if label is None else {"class": label}),
             **({} if self.text is None else {"prompt": self.text.prompt_of(item)}),
         }
-
-    def seconds(self, drawn: float, before: RunRecord | None) -> float:
-        return before.seconds if before is not None and not drawn else drawn
 
     def evaluations(self, rows: list[Row]) -> float:
         calls = 1 if self.text is None else self.text.calls_a_step
         return calls * sampling_evaluations(self.plan, self.route)
 
-    def make(self, missing: Sequence[Item]) -> Generator[Made]:
-        request, text = self.request, self.text
-        self.execution |= {"drawn": len(missing)}
-        if not missing:
-            return
-        route = self.route if self.data is None else self.route.measured(self._measure(self.data))
-        size = min(request.batch_size, len(missing))
-        self.batches = -(-len(missing) // size)
-        self.control.steps = self.batches * len(route)
-        with enough_memory(self.device, request.batch_size):
-            began, guidance = time.perf_counter(), {} if text is None else text.scale
-            self.warm_up(size, **guidance)
+    def start(self) -> None:
+        """Measures what the analytic variance needs, and evaluates the network once."""
+        text, size = self.text, self.request.batch_size
+        remaining = len(self.items) - sum(map(self.done, self.shards))
+        if self.data is not None:
+            self.route = self.route.measured(self._measure(self.data))
+        self.size = min(size, remaining)
+        self.control.steps = -(-remaining // self.size) * len(self.route)
+        with enough_memory(self.device, size):
+            began = time.perf_counter()
+            self.warm_up(self.size, **({} if text is None else text.scale))
             self.execution["warm_up_seconds"] = time.perf_counter() - began
 
-            def pictures(batch: list[Item]) -> Any:
-                seeds = [item.seed for item in batch]
-                asked: dict[str, Any] = {"progress": False, "callback": self.control.step}
-                if text is None:
-                    labels = self.model.labels_of(seeds, self.label)
-                    asked |= {"class_labels": labels, "prior": self.prior}
-                else:
-                    asked |= text.draw_options(batch)
-                return self.pipe.draw(route, seeds=seeds, **asked).images
+    def make(self, missing: Sequence[int]) -> Generator[Made]:
+        """Draws pictures in batches: those of a batch are written once it is drawn, those of an
+        archive once it is whole."""
+        with enough_memory(self.device, self.request.batch_size):
+            drawn = self._draw_archive(missing) if self.archive else self._draw_files(missing)
+            for made in drawn:
+                self.execution["drawn"] = self.execution.get("drawn", 0) + made.items
+                yield made
 
-            drawn = draw(missing, pictures, batch_size=size, fill=request.compile)
-            for batch, images, took in drawn:
-                for item, image in zip(batch, images, strict=True):
-                    save_picture(image, self.folder / self._file(item))
-                    yield Made(item, seconds=took / len(batch))
+    def _draw_files(self, missing: Sequence[int]) -> Generator[Made]:
+        def is_absent(number: int) -> bool:
+            return not (self.folder / self._file(number)).is_file()
+
+        for batch in _batches(missing, self.request.batch_size):
+            if not any(map(is_absent, batch)):
+                continue
+            images, took = self._draw(batch)
+            absent = [(n, image) for n, image in zip(batch, images, strict=True) if is_absent(n)]
+            for number, image in absent:
+                save_picture(image, self.folder / self._file(number), sync=True)
+                yield Made(self._file(number), seconds=took / len(absent))
+
+    def _draw_archive(self, missing: Sequence[int]) -> Generator[Made]:
+        name, seconds = self._archive(self._part(missing)), 0.0
+        options: dict[str, Any] = {"count": len(missing), "picture": self.request.picture}
+        with (
+            replacing(self.folder / name, sync=True) as partial,
+            opened_store(self.request.store, partial, **options) as add,
+        ):
+            for batch in _batches(missing, self.request.batch_size):
+                images, took = self._draw(batch)
+                seconds += took
+                for number, image in zip(batch, images, strict=True):
+                    add(self._picture(number, image))
+        yield Made(name, seconds=seconds, items=len(missing))
+
+    def _picture(self, number: int, image: Any) -> Picture:
+        item = self.item(number)
+        labels = None if self.text else self.model.labels_of([item.seed], self.label)
+        prompt = None if self.text is None else self.text.prompt_of(item)
+        return Picture(item.stem, image, item.seed, labels[0] if labels else None, prompt)
+
+    def _draw(self, batch: Sequence[int]) -> tuple[Any, float]:
+        """The pictures of a batch, and the seconds that they took. A compiled network is compiled
+        for one size, so a short batch is filled up, and the surplus dropped."""
+        items = [self.item(number) for number in batch]
+        if self.request.compile:
+            items += items[-1:] * (self.size - len(items))
+        seeds = [item.seed for item in items]
+        asked: dict[str, Any] = {"progress": False, "callback": self.control.step}
+        if self.text is None:
+            asked["class_labels"] = self.model.labels_of(seeds, self.label)
+            asked["prior"] = self.prior
+        else:
+            asked |= self.text.draw_options(items)
+        began = time.perf_counter()
+        images = self.pipe.draw(self.route, seeds=seeds, **asked).images
+        self.batches += 1
+        return images[: len(batch)], time.perf_counter() - began
 
     def finish(self, rows: list[Row]) -> None:
-        prompts = 1 if self.text is None else len(self.text.prompts)
-        row = len(self.items) // prompts
+        prompts, row = self.prompts, self.request.count
         columns = row if prompts == 1 else max(1, min(row, SHOWN // prompts, 8))
-        places = [p * row + k for p in range(min(prompts, SHOWN)) for k in range(columns)]
+        places = [k * prompts + p for p in range(min(prompts, SHOWN)) for k in range(columns)]
         shown = [self.items[place] for place in places[:SHOWN]]
-        loaded = [load_image(self.folder / self._file(item)) for item in shown]
+        loaded = self._load(shown)
         usual = Counter(picture.shape for picture in loaded).most_common(1)[0][0]
         pairs = zip(shown, loaded, strict=True)
         if odd := [self._file(item) for item, picture in pairs if picture.shape != usual]:
@@ -210,9 +335,21 @@ class SampleJob(ModelJob):
         if self.text is None or prompts == 1:
             save_picture(make_grid(pictures), grid, scale=scale)
         else:
-            labels = [self.text.prompt_of(item) for item in shown[::columns]]
-            seeds = [f"seed {item.seed}" for item in shown[:columns]]
+            labels = [self.text.prompt_of(self.item(number)) for number in shown[::columns]]
+            seeds = [f"seed {self.item(number).seed}" for number in shown[:columns]]
             save_picture(label_rows(pictures, labels, columns=seeds, scale=scale), grid)
+
+    def _load(self, numbers: Sequence[int]) -> list[Any]:
+        """Pictures of the folder."""
+        if self.archive is None:
+            return [load_image(self.folder / self._file(number)) for number in numbers]
+        data, places = load_images(str(self.folder)), {}
+        whole = sorted((r.numbers for r in self.records()), key=lambda held: held[0])
+        for place, number in enumerate(n for held in whole for n in held):
+            if number > max(numbers):
+                break
+            places[number] = place
+        return [data[places[number]][0].permute(1, 2, 0).numpy() for number in numbers]
 
     def _measure(self, data: ImageData) -> dict[int, float]:
         """What the analytic variance needs at each level: from gamma.json where that file is of the
@@ -286,3 +423,27 @@ def _open_data(given: str | None, model: FoundModel, pipe: Any) -> ImageData:
         )
     channels, height, width = pipe.image_shape
     return load_images(source, channels=channels, resolution=(height, width))
+
+
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(numbers), size):
+        yield numbers[first : first + size]
+
+
+def _first_gap(items: Sequence[int], whole: Sequence[range]) -> Sequence[int]:
+    """The first run of consecutive numbers that are in none of the ranges."""
+    first, last = items[0], items[-1] + 1
+    for held in sorted(whole, key=lambda numbers: numbers[0]):
+        if held[0] <= first < held[-1] + 1:
+            first = held[-1] + 1
+        elif first < held[0] < last:
+            last = held[0]
+            break
+    return range(first, max(first, last))
+
+
+def _row_of_shard(record: ShardRecord) -> Row:
+    """A shard's row in the record of the run."""
+    numbers = record.numbers
+    held = {"first": numbers[0], "last": numbers[-1], "images": record.count}
+    return {"file": record.files[0], **held, "sha256": record.sha256}

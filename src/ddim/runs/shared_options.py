@@ -15,7 +15,7 @@ from ddim.runs.values import ClassName, Eta
 
 __all__ = ["Class", "Computed", "Count", "Drawn", "ENCODERS", "Encoder", "First", "Folder"]
 __all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
-__all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Spaced"]
+__all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Shared", "Spaced"]
 __all__ += ["Spacing", "StepNumbers", "Steps", "Text", "Walk"]
 
 MOST_IMAGES = 1_000_000
@@ -69,6 +69,21 @@ class Seeds:
     """Seed of the first image."""
     compile: bool = False
     """Compile the network first: this takes a minute, and then each step is faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Work that any number of processes share: the same command, started again here or on another
+    machine that sees the folder, takes what is free."""
+
+    threads: Annotated[int | None, Range(1, 1024)] = None
+    """Threads that each process computes with. Another number adds in another order, which may
+    change the last bits, so a folder keeps to one. Default: the folder's, else 1 where several
+    processes share the work, else all cores."""
+    workers: Annotated[int, Range(1, 1024)] = 1
+    """Processes to start on this machine; they share its accelerators."""
+    lease: Annotated[float, Range(1, 86_400)] = 60.0
+    """Seconds without a sign of life after which work that another process holds is taken over."""
 
 
 @dataclass(frozen=True, kw_only=True)
