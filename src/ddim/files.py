@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ __all__ = [
     "write_text",
 ]
 
-_WAIT = 0.2  # seconds between two questions whether to go on waiting for a lock
+_WAIT = 0.05  # seconds between two questions whether to go on waiting for a lock
 
 _LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
 
@@ -139,18 +140,17 @@ def remove_partial(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(folder: Path, *, waiting: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Keeps a folder to one run at a time; it is created if needed.
 
     The system releases the lock when the process ends, however it ends.
 
     Args:
         folder: The folder.
-        waiting: Called again and again while another run holds it, and may raise; None does not
-            wait.
+        waiting: Asked again and again, while another run holds it, whether to wait; it may raise.
 
     Raises:
-        OutputError: If another run holds the folder, and ``waiting`` is None.
+        OutputError: If another run holds the folder, and is not waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / ".lock", folder, waiting):
@@ -165,25 +165,25 @@ def locked_file(path: Path) -> Iterator[None]:
         OutputError: If another run is about to write it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_name(f".{path.name}.lock"), path, None):
+    with _lock(path.with_name(f".{path.name}.lock"), path, lambda: False):
         yield
 
 
 @contextlib.contextmanager
-def _lock(lock_file: Path, what: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+def _lock(lock_file: Path, what: Path, waiting: Callable[[], bool]) -> Iterator[None]:
     from filelock import FileLock, Timeout  # it loads asyncio, a tenth of a second
 
-    lock = FileLock(lock_file, timeout=0 if waiting is None else _WAIT)
+    lock = FileLock(lock_file, timeout=0)
     while not lock.is_locked:
         lock_file.touch()  # where that fails, an OSError says why; filelock would wait
         try:
-            lock.acquire(poll_interval=_WAIT / 10)
+            lock.acquire()
         except Timeout:
-            if waiting is None:
+            if not waiting():
                 raise OutputError(
                     f"{what} is being written by another run; wait for it, or use another --out."
                 ) from None
-            waiting()
+            time.sleep(_WAIT)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "sample": "draw images from a model",
+    "status": "tell how far a run is that processes share",
     "train": "train a model on your own images",
     "encode": "turn images into codes of a model's latent space",
     "decode": "turn codes back into images",
@@ -32,7 +33,7 @@ COMMANDS = {
     "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 
-_RESUMED = ("sample", "train", "reconstruct", "table")
+_RESUMED = ("sample", "train", "reconstruct", "table", "evaluate")
 """The commands that keep what an interrupted run has finished."""
 
 _INSIDES = {

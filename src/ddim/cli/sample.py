@@ -18,7 +18,7 @@ def run(request: Request) -> None:
         f"{out / job.grid}.{beside if outcome.beside else ''}"
     )
     if outcome.made:
-        steps, seconds, total = len(job.route), outcome.seconds, len(job.pipe.noise_schedule)
+        steps, seconds, total = len(job.route), outcome.seconds, len(job.plan.noise_schedule)
         each = "" if job.batches == 1 else f"in each of {job.batches} batches "
         more = savings(seconds, steps=steps, total=total) if request.image is None else ""
         say(

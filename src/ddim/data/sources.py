@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ddim.data.archives import open_archives
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, Source
 from ddim.data.folders import SUFFIXES, open_folder
@@ -103,6 +104,9 @@ def _open(source: str, split: str, columns: Columns) -> Source:
             chosen, notes = files_of_split(source, tables, split)
             opened = open_parquet(source, chosen, columns)
             return opened._replace(notes=notes + opened.notes)
+        if archives := sorted(path.glob("*.tar")):
+            _refuse_columns(source, columns)
+            return open_archives(source, archives, split, columns)
         is_idx = next(path.glob("*idx3-ubyte*"), None) is not None
         _refuse_columns(source, columns if is_idx else replace(columns, caption=None))
         if is_idx:
@@ -110,6 +114,8 @@ def _open(source: str, split: str, columns: Columns) -> Source:
         return open_folder(source, path, split, columns)
     if not path.is_file():  # a pipe or a device would be read without end
         raise DataError(f"{source} is neither a folder nor a regular file; give one of these.")
+    if path.suffix == ".tar":
+        return open_archives(source, [path], split, columns)
     if path.suffix == ".npz":
         return open_npz(source, path, split)
     if split != "train" and split_of(path.name.replace("t10k", "test")) != split:

@@ -11,7 +11,7 @@ The spread is that of the samples' disjoint thirds, each measured by itself; div
 3, it estimates the spread of the metric of all samples over seeds."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -262,6 +262,12 @@ class Collected:
         """Adds images to the piece that starts at ``start``."""
         pieces = self._pieces.setdefault(extractor, {})
         pieces[start] = pieces[start] + sketch if start in pieces else sketch
+
+    def pieces(self) -> Iterator[tuple[str, int, Sketch]]:
+        """Each extractor's pieces: where they start, and their sketches."""
+        for extractor, pieces in self._pieces.items():
+            for start in sorted(pieces):
+                yield extractor, start, pieces[start]
 
     def between(self, extractor: str, first: int, last: int) -> Sketch:
         """The sketch of images ``first`` to ``last`` - 1; both must be cuts."""

@@ -39,6 +39,7 @@ class Event:
         item: The item's name.
         rate: Items a second of this run so far.
         text: The sentence of a ``note``, or what an ``item`` shows.
+        items: How many items an ``item`` stands for, such as the pictures of an archive.
     """
 
     state: Literal["started", "step", "item", "note", "finished", "stopped"]
@@ -47,6 +48,7 @@ class Event:
     item: str | None = None
     rate: float | None = None
     text: str | None = None
+    items: int = 1
 
 
 class Stopped(Exception):
@@ -261,7 +263,7 @@ def _execute_alone(job: Job) -> Outcome:
                         rows.append(row)
                         job.save(record())
                     rate = made / max(time.perf_counter() - started, 1e-9)
-                    emit(Event("item", done + made, len(job.items), str(item), rate, text))
+                    emit(Event("item", done + made, len(job.items), str(item), rate, text, items))
                     job.control.check()
         except Stopped:
             finished = False

@@ -1,7 +1,7 @@
 """Measures images, or a model's, against real ones."""
 
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from ddim.data.batches import as_batches, pick
 from ddim.data.sources import load_images
 from ddim.errors import DataError
 from ddim.evaluation.protocol import collect, measure, sample_cuts
+from ddim.evaluation.sketches import load_collected, save_collected
+from ddim.files import replacing
 from ddim.models.checkpoints import embedded_models
 from ddim.models.facts import read_model
 from ddim.models.images import load_image
@@ -22,6 +24,8 @@ from ddim.runs.model import find_device, spacing_of
 from ddim.runs.record import RunRecord, read_run
 from ddim.runs.requests import EvaluateRequest
 from ddim.runs.rules import Options
+from ddim.runs.shards import FOLDER, Blocks, Shard
+from ddim.runs.sharing import SharedJob
 
 __all__ = ["EvaluateJob"]
 
@@ -29,13 +33,19 @@ COUNT = 2048
 """Images that are drawn from a model, unless another number is asked for."""
 
 
-class EvaluateJob(MeasuringJob):
-    """All metrics of the samples, as one item; every run measures them."""
+SIZE = 1024
+"""Images of a shard."""
+
+
+class EvaluateJob(SharedJob, MeasuringJob):
+    """All metrics of the samples. What they need of the images of a shard is a file, and these add
+    up in their order, so that the numbers are the same whoever drew what."""
 
     request: EvaluateRequest
     command = "evaluate"
     count: int
-    batches: Iterator[Tensor]
+    batches: Callable[[Sequence[int]], Iterator[Tensor]]
+    """The images of these numbers, in batches."""
     took: list[float]
     """Seconds of each batch that was drawn; empty for images that were there."""
 
@@ -43,15 +53,18 @@ class EvaluateJob(MeasuringJob):
         super().__init__(request, control)
         self.device, self.took = find_device(request.device), []
         always = "model reference split resize metrics weights out overwrite device count"
+        always += " threads workers lease"
         self.draws = _is_model(request.model)
         acts = " batch_size compile" if self.draws else ""
         options = Options(request, *(always + acts).split())
         shape, samples = (self._draw_model if self.draws else self._read_images)(options)
         against = self.open_metrics(shape, [self.count])
         self.rows: list[Row] = []
-        self.items = ["metrics"]
+        self.items = range(self.count)
+        self.shards = Blocks(0, self.count, SIZE)
         self.protocol = {"command": self.command, **samples, **against, "count": self.count}
         self.folder = self.out()
+        self.agree_on_threads(is_divided=False)
         self.execution = self.executed("batch_size", "compile")
 
     def _draw_model(self, options: Options) -> tuple[tuple[int, int, int], dict[str, Any]]:
@@ -65,12 +78,12 @@ class EvaluateJob(MeasuringJob):
         self.find()
         route = self.plan.route(steps, timestep_spacing=spacing, eta=eta)
 
-        def batches() -> Iterator[Tensor]:
-            self.control.steps = -(-count // size) * len(route)
-            self.warm_up(count)
-            yield from self.sample_batches(route, seeds, batch_size=size, seconds=self.took)
+        def batches(numbers: Sequence[int]) -> Iterator[Tensor]:
+            chosen = [seeds[number] for number in numbers]
+            return self.sample_batches(route, chosen, batch_size=size, seconds=self.took)
 
-        self.batches, self.calls = batches(), len(route)
+        self.batches, self.calls = batches, len(route)
+        self.control.steps = -(-count // size) * len(route)
         return self.plan.image_shape, {
             **self.describe(clip=route.clip),
             "sampler": "ddim",
@@ -109,7 +122,7 @@ class EvaluateJob(MeasuringJob):
         chosen: Sequence[int] = range(count)
         if run is None or run.protocol.get("prompt") is not None:
             chosen = random.Random(0).sample(pick(len(data), count, labels=data.labels), count)
-        self.batches = as_batches(data, chosen, size=BATCH)
+        self.batches = lambda numbers: as_batches(data, [chosen[n] for n in numbers], size=BATCH)
         self.calls = run.evaluations if run else 0
         shape = (data.channels, *data.resolution)
         return shape, {"samples": name, "sampled": run and run.protocol}
@@ -118,26 +131,54 @@ class EvaluateJob(MeasuringJob):
         if self.draws:
             super().prepare()
 
-    def is_empty(self, record: RunRecord) -> bool:
-        return not record.results
+    def left(self, shard: Shard) -> Sequence[int]:
+        return [] if (self.folder / _statistics(shard)).is_file() else shard.items
 
-    def make(self, missing: Sequence[str]) -> Generator[Made]:
-        real = self.collect_real()
-        collected = collect(self.batches, self.panel, cuts=sample_cuts([self.count]))
-        found = measure(collected, real, self.panel, count=self.count)
-        self.rows = [asdict(result) for result in found]
-        yield Made("metrics", seconds=sum(self.took))
+    def part(self, shard: Shard, items: Sequence[int]) -> tuple[str, list[str]]:
+        return shard.name, [_statistics(shard)]
+
+    def start(self) -> None:
+        if self.draws:
+            self.warm_up(self.count)
+
+    def make(self, missing: Sequence[int]) -> Generator[Made]:
+        first, self.took = missing[0], []
+        cuts = [max(0, cut - first) for cut in sample_cuts([self.count])]
+        collected = collect(self.batches(missing), self.panel, cuts=cuts)
+        shard = next(shard for shard in self.shards if shard.items[0] == first)
+        (self.folder / FOLDER).mkdir(exist_ok=True)
+        with replacing(self.folder / _statistics(shard), sync=True) as partial:
+            save_collected(collected, partial, first=first)
+        yield Made(shard.name, seconds=sum(self.took), items=len(missing))
+
+    def is_told(self, before: RunRecord) -> bool:
+        return bool(before.results)
 
     def results(self, rows: list[Row]) -> list[Row]:
-        return self.rows or rows
+        if self.rows:
+            return self.rows
+        before = read_run(self.folder)
+        return [] if before is None else before.results
+
+    def _measure(self) -> list[Row]:
+        """The metrics of all images."""
+        files = [self.folder / _statistics(shard) for shard in self.shards]
+        collected = load_collected(files, self.panel)
+        found = measure(collected, self.collect_real(), self.panel, count=self.count)
+        return [asdict(result) for result in found]
 
     def finish(self, rows: list[Row]) -> None:
+        self.rows = rows = self._measure()
         self.note_few()
         if (halves := rows[0]["floor_count"]) < self.count:
             self.control.note(
                 f"the reference has {halves} images a half, so its floor is of {halves} and too "
                 f"high for {self.count}."
             )
+
+
+def _statistics(shard: Shard) -> str:
+    return f"{FOLDER}/{shard.name}.safetensors"
 
 
 def _is_model(name: str) -> bool:

@@ -26,6 +26,7 @@ from ddim.pipelines.network_calls import NetworkCalls
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.runs.engine import Job
 from ddim.runs.record import protocol_hash
+from ddim.runs.shards import local_rank
 
 __all__ = ["ModelJob", "PixelJob", "draw", "enough_memory", "find_device"]
 __all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
@@ -109,7 +110,11 @@ def find_device(name: str) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        place, count = local_rank(), torch.accelerator.device_count()
+        if found.type == "cpu" or place is None or count < 2:
+            return found
+        return torch.device(found.type, place % count)  # one of several processes of a machine
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -21,8 +21,9 @@ from ddim.inversion.encoding import reconstruction_error
 from ddim.models.images import label_rows, save_picture, sheet_scale, to_uint8
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
-from ddim.runs.record import RunRecord
 from ddim.runs.requests import ReconstructRequest
+from ddim.runs.shards import FOLDER, Shard
+from ddim.runs.sharing import SharedJob
 
 __all__ = ["ReconstructJob"]
 
@@ -37,8 +38,8 @@ class Cell(NamedTuple):
     steps: int
 
 
-class ReconstructJob(PixelJob):
-    """The cells of a table. Those of the record are kept."""
+class ReconstructJob(SharedJob, PixelJob):
+    """The cells of a table, a shard each. Those in the folder are kept."""
 
     request: ReconstructRequest
     command = "reconstruct"
@@ -61,25 +62,33 @@ class ReconstructJob(PixelJob):
         data = self.pictures.data
         self.protocol = self.deterministic(spacing, data=data, count=request.count)
         self.folder = self.out()
+        self.agree_on_threads(is_divided=False)
+        self.shards = [Shard(f"{cell.method}-{cell.steps}", [cell]) for cell in self.items]
         self.execution = self.executed("batch_size")
 
-    def there(self, record: RunRecord | None) -> set[Cell]:
-        rows = [] if record is None else record.results
-        return {Cell(row["method"], row["steps"]) for row in rows}
+    def left(self, shard: Shard) -> Sequence[Cell]:
+        return [] if (self.folder / FOLDER / f"{shard.name}.json").is_file() else shard.items
+
+    def part(self, shard: Shard, items: Sequence[Cell]) -> tuple[str, list[str]]:
+        return shard.name, []
+
+    def beside(self) -> int:
+        return len(self.records()) - sum(map(self.done, self.shards))
 
     def results(self, rows: list[Row]) -> list[Row]:
-        return sorted(rows, key=lambda row: (ENCODERS.index(row["method"]), row["steps"]))
-
-    def seconds(self, drawn: float, before: RunRecord | None) -> float:
-        return drawn + (0.0 if before is None else before.seconds)
+        found = [row for record in self.records() for row in record.rows]
+        return sorted(found, key=lambda row: (ENCODERS.index(row["method"]), row["steps"]))
 
     def evaluations(self, rows: list[Row]) -> float:
         calls: float = sum(r["evaluations"] + r.get("decode_evaluations", 0) for r in rows)
         return calls
 
-    def make(self, missing: Sequence[Cell]) -> Generator[Made]:
+    def start(self) -> None:
         with enough_memory(self.device, self.request.batch_size):
             self.warm_up(len(self.pictures.x0))
+
+    def make(self, missing: Sequence[Cell]) -> Generator[Made]:
+        with enough_memory(self.device, self.request.batch_size):
             for cell in missing:
                 row, took = self._measure(cell)
                 mse = "diverged" if row["mse"] is None else f"mse {row['mse']:.2e}"

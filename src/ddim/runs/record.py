@@ -128,7 +128,7 @@ def claim(
     *,
     files: Collection[str] = (),
     overwrite: bool = False,
-    waiting: Callable[[], None] | None = None,
+    waiting: Callable[[], bool] = lambda: False,
     is_alone: Callable[[], bool] = lambda: True,
 ) -> Iterator[RunRecord | None]:
     """Holds a folder for runs of one protocol, from the first look at it to the last write.
@@ -144,7 +144,7 @@ def claim(
             keep the folder.
         files: What the run will write, from the folder.
         overwrite: Whether the results of an earlier run, of any protocol, give way to this one's.
-        waiting: Called while another run holds the folder, as in :func:`ddim.files.locked`.
+        waiting: Whether to wait while another run holds it, as in :func:`ddim.files.locked`.
         is_alone: Whether nobody else works in the folder, who need not hold it for that.
 
     Yields:

@@ -44,7 +44,7 @@ from ddim.training.config import Beta
 
 __all__ = ["ConsistencyRequest", "ConvertRequest", "DecodeRequest", "DoctorRequest"]
 __all__ += ["EncodeRequest", "EvaluateRequest", "FitStepsRequest", "InterpolateRequest"]
-__all__ += ["ReconstructRequest", "SampleRequest", "TableRequest"]
+__all__ += ["ReconstructRequest", "SampleRequest", "StatusRequest", "TableRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class SampleRequest(Text, Noisy, Drawn, Shared, Seeds, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Noisy, Seeds, Measured, Computed):
+class EvaluateRequest(Noisy, Shared, Seeds, Measured, Computed):
     """Measures a folder of images, an array file, or a model against real images; each number
     stands beside its floor and its spread."""
 
@@ -107,7 +107,7 @@ class EvaluateRequest(Noisy, Seeds, Measured, Computed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRequest(Plotted, Measured, Spaced, Seeds, Request):
+class TableRequest(Plotted, Measured, Shared, Spaced, Seeds, Request):
     """Measures a model at every eta and number of steps: quality, time, and the ratio of both to
     DDPM.
 
@@ -128,8 +128,6 @@ class TableRequest(Plotted, Measured, Spaced, Seeds, Request):
     ratios. Default: COUNT."""
     repeats: Annotated[int, Range(1, 1000)] = 1
     """How often each cell is drawn, from other seeds; from 2 on, the spread is over these."""
-    processes: Annotated[int, Range(1, 1000)] = 1
-    """Processes that measure cells side by side; each gets its share of the cores."""
     timing_rounds: Annotated[int, Range(0, 1000)] = 0
     """Rounds in which each cell of the folder draws one more batch, in turn, for times that can be
     compared; 0 keeps the cells' own times."""
@@ -141,7 +139,7 @@ class TableRequest(Plotted, Measured, Spaced, Seeds, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructRequest(Plotted, Pictures, Spaced, Folder, Request):
+class ReconstructRequest(Plotted, Pictures, Shared, Spaced, Folder, Request):
     """Measures how images come back from their codes, for each method and number of steps: a table,
     a plot and a sheet.
 
@@ -350,3 +348,17 @@ class ConvertRequest:
     its linear schedule are scaled by 1000 over the number of levels."""
     beta_end: Beta = 0.02
     """Last beta of linear, scaled_linear and sigmoid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusRequest:
+    """Says how far a run is that processes share: what is done and in hand, the rate and the time
+    left, and who works on it. On a terminal it goes on until all is done.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The folder of the results."""
+    json: bool = False
+    """Print JSON on standard output, once."""
+    once: bool = False
+    """Print the state once, on a terminal too."""

@@ -33,7 +33,7 @@ from ddim.runs.rules import Options
 from ddim.runs.shards import Blocks, Shard, ShardRecord
 from ddim.runs.shared_options import MOST_IMAGES
 from ddim.runs.sharing import SharedJob
-from ddim.runs.stores import SUFFIXES, Picture, opened_store
+from ddim.runs.stores import SUFFIXES, Picture, first_pictures, opened_store
 from ddim.runs.text import Item, TextOptions, read_text
 from ddim.runs.values import FittedLevels
 
@@ -202,6 +202,9 @@ class SampleJob(SharedJob, ModelJob):
             return super().is_empty(record)
         return not any(self._drawn()) and not self.leases().others()
 
+    def count_batches(self, batches: int) -> None:
+        self.batches += batches
+
     def beside(self) -> int:
         if self.archive is not None:
             return sum(n not in self.items for r in self.records() for n in r.numbers)
@@ -343,13 +346,13 @@ class SampleJob(SharedJob, ModelJob):
         """Pictures of the folder."""
         if self.archive is None:
             return [load_image(self.folder / self._file(number)) for number in numbers]
-        data, places = load_images(str(self.folder)), {}
-        whole = sorted((r.numbers for r in self.records()), key=lambda held: held[0])
-        for place, number in enumerate(n for held in whole for n in held):
-            if number > max(numbers):
-                break
-            places[number] = place
-        return [data[places[number]][0].permute(1, 2, 0).numpy() for number in numbers]
+        found: dict[int, Any] = {}
+        for record in self.records():
+            if record.numbers and record.numbers[0] <= max(numbers):
+                path = self.folder / record.files[0]
+                pictures = first_pictures(path, max(numbers) + 1 - record.numbers[0])
+                found |= dict(zip(record.numbers, pictures, strict=False))
+        return [np.atleast_3d(np.asarray(found[number])) for number in numbers]
 
     def _measure(self, data: ImageData) -> dict[int, float]:
         """What the analytic variance needs at each level: from gamma.json where that file is of the

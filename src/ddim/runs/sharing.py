@@ -7,13 +7,14 @@ shard that is made twice has equal bytes.
 """
 
 import contextlib
+import importlib
 import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,10 +33,16 @@ from ddim.runs.shards import (
     write_record,
 )
 
-__all__ = ["SharedJob", "share"]
+__all__ = ["Opened", "SharedJob", "close_run", "open_run", "share"]
 
 _POLL = 0.2
 """Seconds between two looks at shards that others hold."""
+
+_PATIENCE = 2.0
+"""Seconds in which a run that opens or closes the folder is done, unless it is present in it."""
+
+_SHARE = 0.01
+"""Most of a run's time that goes into records of what is there so far."""
 
 
 class SharedJob(Job):
@@ -75,8 +82,24 @@ class SharedJob(Job):
         """Items of other requests in the folder."""
         return 0
 
+    def is_told(self, before: RunRecord) -> bool:
+        """Whether a record tells of all that is there."""
+        return before.results == self.results([])
+
+    def count_batches(self, batches: int) -> None:
+        """Adds batches that other processes of the run have drawn."""
+
     def run(self) -> Outcome:
-        return share(self)
+        """Makes what is free, by the engine that the request says; engines are loaded when they
+        are asked for."""
+        if getattr(self.request, "engine", "processes") == "ray":
+            engine: Any = importlib.import_module("ddim.runs.ray_engine")
+        elif self.request.workers > 1:
+            engine = importlib.import_module("ddim.runs.workers")
+        else:
+            return share(self)
+        outcome: Outcome = engine.share_among(self)
+        return outcome
 
     def records(self) -> list[ShardRecord]:
         """The records of the shards that are done, of this request and of others."""
@@ -109,6 +132,16 @@ class SharedJob(Job):
         self.protocol["threads"] = threads
 
 
+class Opened(NamedTuple):
+    """A folder that is open for a run."""
+
+    is_first: bool
+    """Whether nothing was there."""
+    there: int
+    """Items of the request that were done."""
+    total: int
+
+
 def share(job: SharedJob) -> Outcome:
     """Makes the shards of a job that are free, until all are done.
 
@@ -116,80 +149,114 @@ def share(job: SharedJob) -> Outcome:
         OutputError: If the folder is of another protocol, or disappears, or a lease cannot be read.
         DDIMError: What the job raises; shards that are made stay.
     """
-    emit, leases = job.control.emit, job.leases()
-    if job.request.overwrite and launched():
-        raise DDIMError(
-            "--overwrite is for one process, and several were launched; delete the folder first."
-        )
-    if any(job.left(shard) for shard in job.shards) or job.request.overwrite:
+    if job.request.overwrite or any(job.left(shard) for shard in job.shards):
         job.prepare()
-    was_there, finished, made, drawn = job.folder.exists(), True, 0, 0.0
+    made, drawn, finished = 0, 0.0, True
     with ExitStack() as stack:
-        if not was_there:  # a refusal leaves nothing
-            stack.callback(_remove_if_empty, job.folder)
-        stack.enter_context(_told_if_gone(job.folder))
         stack.enter_context(_threads(job.protocol.get("threads")))
-        with _open(job, overwrite=job.request.overwrite) as before:
-            stack.callback(_remove_if_empty, job.folder / FOLDER)
-            stack.enter_context(leases.held(f"worker-{WORKER}-{secrets.token_hex(2)}"))
-            is_first, job.files = before is None, all_files(job, before)
-            if before is None:
-                job.save(record_of(job, [], 0.0, before))
-            elif before.files != job.files:  # before they are there, as a run may end at any moment
-                job.save(replace(before, files=job.files))
-        there, total = sum(map(job.done, job.shards)), sum(len(s.items) for s in job.shards)
-        emit(Event("started", done=there, total=total))
-        began = time.perf_counter()
+        opened = open_run(job, stack)
+        began = told = time.perf_counter()
+        telling = 0.1  # seconds of the last such record
         try:
-            with contextlib.closing(_make_all(job, leases)) as making:
+            with contextlib.closing(_make_all(job)) as making:
                 for item, _, took, text, items in making:
-                    made, drawn = made + items, drawn + took
-                    rate = made / max(time.perf_counter() - began, 1e-9)
-                    emit(Event("item", there + made, total, str(item), rate, text))
+                    made, drawn, now = made + items, drawn + took, time.perf_counter()
+                    rate, done = made / max(now - began, 1e-9), opened.there + made
+                    job.control.emit(
+                        Event("item", done, opened.total, str(item), rate, text, items)
+                    )
+                    if telling < _SHARE * (now - told):  # what a killed run leaves is known
+                        _tell(job, drawn)
+                        told = time.perf_counter()
+                        telling = told - now
                     job.control.check()
         except Stopped:
             finished = False
-        except DDIMError:
-            if is_first and not made:
+        except BaseException:
+            if made:
+                close_run(job, opened, made, drawn, finished=False)
+            elif opened.is_first:
                 _leave_nothing(job)
             raise
-        if not job.folder.is_dir():
-            raise FileNotFoundError
-        with _open(job) as before:
-            job.files = all_files(job, before)
-            now = record_of(job, [], drawn, before)
-            # Others who have told of all that is there have also made what is of all together.
-            is_told = before is not None and before.results == now.results
-            if finished and (there == total or not is_told):
-                job.finish(now.results)
-                now = replace(now, results=job.results([]))
-            if before is not None and not made:  # the times are of the run that made the items
-                now = replace(
-                    now,
-                    execution=before.execution,
-                    seconds_total=before.seconds_total,
-                    versions=before.versions,
-                )
-            if now != before:
-                job.save(now)
-            if not leases.others():
-                leases.sweep()
-                remove_partial(job.folder / FOLDER)
-    emit(Event("finished" if finished else "stopped", there + made, total))
-    return Outcome(job, now, made, there, job.beside(), finished, drawn)
+        return close_run(job, opened, made, drawn, finished=finished)
 
 
-def _make_all(job: SharedJob, leases: Leases) -> Generator[Made]:
+def open_run(job: SharedJob, stack: ExitStack) -> Opened:
+    """Opens the folder for a run, which is present in it until the stack is closed.
+
+    Raises:
+        OutputError: If the folder is of another protocol.
+        DDIMError: If it is to be overwritten by several processes.
+    """
+    overwrite = job.request.overwrite
+    if overwrite and launched():
+        raise DDIMError(
+            "--overwrite is for one process, and several were launched; delete the folder first."
+        )
+    if not job.folder.exists():  # a refusal leaves nothing
+        stack.callback(_remove_if_empty, job.folder)
+    stack.enter_context(_told_if_gone(job.folder))
+    numbers = {"items": sum(len(s.items) for s in job.shards), "shards": len(job.shards)}
+    job.execution |= numbers
+    with _locked(job, overwrite=overwrite) as before:
+        stack.callback(_remove_if_empty, job.folder / FOLDER)
+        presence = f"worker-{WORKER}-{secrets.token_hex(2)}"
+        stack.enter_context(job.leases().held(presence))
+        job.files = all_files(job, before)
+        if before is None:
+            job.save(record_of(job, [], 0.0, before))
+        elif before.files != job.files:  # before they are there, as a run may end at any moment
+            job.save(replace(before, files=job.files))
+    opened = Opened(before is None, sum(map(job.done, job.shards)), numbers["items"])
+    job.control.emit(Event("started", done=opened.there, total=opened.total))
+    return opened
+
+
+def close_run(
+    job: SharedJob, opened: Opened, made: int, drawn: float, *, finished: bool
+) -> Outcome:
+    """Writes the record of what is there, and what is made of all items together.
+
+    Args:
+        job: The job.
+        opened: The folder as it was.
+        made: Items that this run made.
+        drawn: Seconds of the sampling loop in this run.
+        finished: Whether all items are there.
+    """
+    if not job.folder.is_dir():
+        raise FileNotFoundError
+    with _locked(job) as before:
+        job.files = all_files(job, before)
+        # Others who have told of all that is there have also made what is of all together.
+        is_told = before is not None and opened.there < opened.total and job.is_told(before)
+        if finished and not is_told:
+            job.finish(job.results([]))
+        now = record_of(job, [], drawn, before)
+        if before is not None and not made:  # the times are of the run that made the items
+            same = ("execution", "seconds_total", "versions")
+            now = replace(now, **{key: getattr(before, key) for key in same})
+        if now != before:
+            job.save(now)
+        if not (leases := job.leases()).others():
+            leases.sweep()
+            remove_partial(job.folder / FOLDER)
+    ended: Any = "finished" if finished else "stopped"
+    job.control.emit(Event(ended, opened.there + made, opened.total))
+    return Outcome(job, now, made, opened.there, job.beside(), finished, drawn)
+
+
+def _make_all(job: SharedJob) -> Generator[Made]:
     """Makes every shard that is free, and then those whose workers are gone, until none is left."""
     rest: Sequence[int] = range(len(job.shards))
-    has_started = False
+    has_started = has_waited = False
     while rest:
         held = []
         for number in rest:
             shard = job.shards[number]
             if not job.left(shard):
                 continue
-            with leases.held(shard.name) as lease:
+            with job.leases().held(shard.name) as lease:
                 if lease is None:
                     held.append(number)
                     continue
@@ -202,8 +269,24 @@ def _make_all(job: SharedJob, leases: Leases) -> Generator[Made]:
                     began = time.perf_counter()
         rest = held
         if rest:
+            if not has_waited:
+                has_waited = True
+                _note_waiting(job, len(rest))
             job.control.check()
             time.sleep(_POLL)
+
+
+def _note_waiting(job: SharedJob, count: int) -> None:
+    leases = job.leases()
+    others = sorted({leases.holder(path) for path in leases.others() if "worker-" in path.name})
+    what = "1 shard" if count == 1 else f"{count} shards"
+    job.control.note(f"others work on the last {what} ({', '.join(others)}); waiting for them.")
+
+
+def _tell(job: SharedJob, drawn: float) -> None:
+    """Writes the record of what is there so far."""
+    with _locked(job) as before:
+        job.save(record_of(job, [], drawn, before))
 
 
 def _make_part(job: SharedJob, shard: Shard, items: Sequence[Any], began: float) -> Generator[Made]:
@@ -224,15 +307,19 @@ def _make_part(job: SharedJob, shard: Shard, items: Sequence[Any], began: float)
 
 
 @contextlib.contextmanager
-def _open(job: SharedJob, *, overwrite: bool = False) -> Iterator[RunRecord | None]:
+def _locked(job: SharedJob, *, overwrite: bool = False) -> Iterator[RunRecord | None]:
     """Locks the folder, and gives the record of what is there."""
-    leases = job.leases()
+    leases, began = job.leases(), time.monotonic()
 
     def is_alone() -> bool:
         return not leases.others()
 
+    def waiting() -> bool:
+        job.control.check()
+        return time.monotonic() - began < _PATIENCE or not is_alone()
+
     described = (job.folder, job.protocol, job.is_empty)
-    options: dict[str, Any] = {"waiting": job.control.check, "is_alone": is_alone}
+    options: dict[str, Any] = {"waiting": waiting, "is_alone": is_alone}
     with claim(*described, files=job.files or (), overwrite=overwrite, **options) as before:
         yield before
 

@@ -8,6 +8,7 @@ libraries of these names and with Hugging Face's ``datasets``; all three open wi
 
 import io
 import json
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ddim.errors import DDIMError
 from ddim.models.images import ENDINGS
 
-__all__ = ["SUFFIXES", "Picture", "opened_store"]
+__all__ = ["SUFFIXES", "Picture", "first_pictures", "opened_store"]
 
 SUFFIXES: dict[str, str] = {"webdataset": "tar", "parquet": "parquet", "npz": "npz"}
 """The ending of a shard's file, by store."""
@@ -187,3 +189,25 @@ def _npz(path: Path, count: int, kind: str) -> Iterator[Callable[[Picture], None
 
 
 _STORES = {"webdataset": _webdataset, "parquet": _parquet, "npz": _npz}
+
+
+def first_pictures(path: Path, count: int) -> list[Any]:
+    """The first pictures of a shard, as Pillow images."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return [Image.fromarray(pixels) for pixels in file["images"][:count]]
+    found: list[bytes] = []
+    if path.suffix == ".tar":
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if f".{member.name.rpartition('.')[2]}" in ENDINGS and len(found) < count:
+                    found.append(archive.extractfile(member).read())  # type: ignore[union-attr]
+    else:
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(path)
+        for batch in table.iter_batches(_ROWS, columns=["image"]):
+            found += [row["image"]["bytes"] for row in batch.to_pylist()]
+            if len(found) >= count:
+                break
+    return [Image.open(io.BytesIO(content)) for content in found[:count]]

@@ -1,19 +1,11 @@
 """Measures a model at every eta and number of steps: the cells of the paper's Table 1."""
 
-import multiprocessing
-import os
-import signal
 import statistics
-import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ddim.configuration import fitted_lists
@@ -38,7 +30,9 @@ from ddim.runs.engine import Control, Made, Row
 from ddim.runs.measuring import MeasuringJob
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import TableRequest
+from ddim.runs.shards import Shard, launched
 from ddim.runs.shared_options import MOST_IMAGES
+from ddim.runs.sharing import SharedJob
 
 __all__ = ["TableJob"]
 
@@ -53,8 +47,8 @@ class Item(NamedTuple):
     steps: int
 
 
-class TableJob(MeasuringJob):
-    """The cells of a table, a file each. Those in the folder are kept."""
+class TableJob(SharedJob, MeasuringJob):
+    """The cells of a table, a file and a shard each. Those in the folder are kept."""
 
     request: TableRequest
     command = "table"
@@ -97,9 +91,14 @@ class TableJob(MeasuringJob):
             "seed": request.seed,
         }
         self.folder = self.out()
+        self.agree_on_threads(is_divided=False)
+        if request.timing_rounds and launched():
+            raise DDIMError("--timing-rounds is for one process, and several were launched.")
+        order = self.items if request.workers == 1 else _longest_first(self.items, request.counts)
+        self.shards = [Shard(_stem(item), [item]) for item in order]
         plots = [f"{name}.{kind}" for name in PLOTS for kind in request.plot_format]
         self.files = ["table.md", "table.csv", *plots, *map(_cell_name, self.items)]
-        self.execution = self.executed("batch_size", "compile", "processes")
+        self.execution = self.executed("batch_size", "compile", "workers")
 
     @property
     def batch_size(self) -> int:
@@ -113,11 +112,18 @@ class TableJob(MeasuringJob):
             self.routes[item] = self.plan.route(item.steps, **walk, clip=self.request.clip)
         return self.routes[item]
 
-    def there(self, record: RunRecord | None) -> set[Item]:
-        return {Item(cell.eta, cell.steps) for cell in self.cells()}
+    def left(self, shard: Shard) -> Sequence[Item]:
+        return [item for item in shard.items if not self._file(item).is_file()]
+
+    def part(self, shard: Shard, items: Sequence[Item]) -> tuple[str, list[str]]:
+        return shard.name, [_cell_name(item) for item in items]
+
+    def beside(self) -> int:
+        return len(self.cells()) - sum(self._file(item).is_file() for item in self.items)
 
     def is_empty(self, record: RunRecord) -> bool:
-        return not any((self.folder / "cells").glob("*.json"))
+        is_made = any((self.folder / "cells").glob("*.json"))
+        return not is_made and not self.leases().others()
 
     def cells(self) -> list[Cell]:
         """The finished cells of the folder."""
@@ -132,25 +138,26 @@ class TableJob(MeasuringJob):
     def evaluations(self, rows: list[Row]) -> float:
         return sum(cell.evaluations for cell in self.cells())
 
+    def start(self) -> None:
+        self._reference = self.collect_real()
+        self._warm_once()
+
     def make(self, missing: Sequence[Item]) -> Generator[Made]:
-        is_divided = self.request.processes > 1 and len(missing) > 1
-        for item in _in_processes(self, missing) if is_divided else map(self.make_cell, missing):
-            self._write_tables()
-            cell = read_cell(self._file(item))
+        for item in missing:
+            cell = self.measure(item)
+            self._file(item).parent.mkdir(exist_ok=True)
+            write_cell(self._file(item), cell)
             quality = cell.results[0]
             text = f"eta {cell.eta}, {cell.steps} steps: {quality.metric} {quality.value:.4g}, "
-            yield Made(item, {}, text=f"{text}{cell.seconds:.1f} s for {cell.count} images")
-        if self.request.timing_rounds:
-            self._time_in_turn()
+            yield Made(item, text=f"{text}{cell.seconds:.1f} s for {cell.count} images")
 
-    def make_cell(self, item: Item) -> Item:
-        """Measures a cell, and writes its file."""
-        cell = self.measure(item)
-        self._file(item).parent.mkdir(exist_ok=True)
-        write_cell(self._file(item), cell)
-        return item
+    def save(self, record: RunRecord) -> None:
+        super().save(record)
+        self._write_tables()
 
     def finish(self, rows: list[Row]) -> None:
+        if self.request.timing_rounds:
+            self._time_in_turn()
         self._write_tables()
         save_plots(self.cells(), self.folder, self.request.plot_format)
         self.note_few()
@@ -158,9 +165,7 @@ class TableJob(MeasuringJob):
     def measure(self, item: Item) -> Cell:
         """Draws and measures one cell; of the images only what the metrics need is kept."""
         request, (count, long) = self.request, self.request.counts
-        if self._reference is None:
-            self._reference = self.collect_real()
-            self._warm_once()
+        assert self._reference is not None  # start has collected it
         count = long if item.steps > LONG else count
         results, compared, seconds = [], [], []
         for first in range(0, len(self.seeds), request.count):
@@ -241,59 +246,19 @@ class TableJob(MeasuringJob):
             f"reference {plain_words(str(request.reference))} ({request.split}, "
             f"{len(self.real)} images); extractors: {networks}; ± is the spread over seeds, "
             f"{spread}. Time: {self.execution['device']}, batches of "
-            f"{request.batch_size}, {request.processes} at once, {compiled}."
+            f"{request.batch_size}, {request.workers} at once, {compiled}."
         )
 
 
+def _stem(item: Item) -> str:
+    return f"eta-{item.eta}-steps-{item.steps}"
+
+
 def _cell_name(item: Item) -> str:
-    return f"cells/eta-{item.eta}-steps-{item.steps}.json"
+    return f"cells/{_stem(item)}.json"
 
 
 def _longest_first(items: Sequence[Item], counts: tuple[int, int]) -> list[Item]:
     """The order in which processes take cells: a long one left to the end would be drawn while the
     others idle."""
     return sorted(items, key=lambda item: -item.steps * counts[item.steps > LONG])
-
-
-def _in_processes(job: TableJob, missing: Sequence[Item]) -> Iterator[Item]:
-    """Has processes measure cells and write their files; yields each that is there."""
-    count, others = min(job.request.processes, len(missing)), set(multiprocessing.active_children())
-    spawn, given = multiprocessing.get_context("spawn"), (job.request, count)
-    executor = ProcessPoolExecutor(count, spawn, _start_worker, given)
-    try:
-        items = _longest_first(missing, job.request.counts)
-        futures = [executor.submit(_measure_in_worker, item, job.folder) for item in items]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise DDIMError(
-            "a process ended before its cell, perhaps for want of memory; finished cells are kept, "
-            "so run again with fewer --processes."
-        ) from None
-    finally:
-        # They are idle, unless the run was interrupted.
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        executor.shutdown(cancel_futures=True)
-
-
-_worker_job: TableJob | None = None
-"""The job of a worker process, which does nothing else; None in every other process."""
-
-
-def _start_worker(request: TableRequest, processes: int) -> None:
-    """Prepares a worker: its share of the cores, and its end when the run ends in whatever way."""
-    global _worker_job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's process answers, and ends this one
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    ended = [parent.sentinel]
-    threading.Thread(target=lambda: connection.wait(ended) and os._exit(1), daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    _worker_job = TableJob(request, Control())
-
-
-def _measure_in_worker(item: Item, folder: Path) -> Item:
-    assert _worker_job is not None
-    _worker_job.folder = folder
-    return _worker_job.make_cell(item)
