@@ -148,7 +148,7 @@ def test_every_need_names_an_option_and_every_command_has_options():
 
 WRONG = [
     ("sample --steps=0", "--steps must be at least 1; got 0."),
-    (f"sample --count={'9' * 25}", f"--count must be at most 1000000; got {'9' * 25}."),
+    (f"sample --count={'9' * 25}", f"--count must be at most 4294967296; got {'9' * 25}."),
     (f"sample --seed={'9' * 400}", "--seed must be at most 4294967295; got a number of 400 digits"),
     (f"sample --seed={'9' * 5000}", "--seed: it must be a whole number; got '99999"),
     (f"sample --eta={'9' * 400}", "--eta must be a finite number; got inf."),

@@ -53,7 +53,7 @@ class EvaluateJob(SharedJob, MeasuringJob):
         super().__init__(request, control)
         self.device, self.took = find_device(request.device), []
         always = "model reference split resize metrics weights out overwrite device count"
-        always += " threads workers lease"
+        always += " threads workers lease engine ray_address"
         self.draws = _is_model(request.model)
         acts = " batch_size compile" if self.draws else ""
         options = Options(request, *(always + acts).split())

@@ -39,7 +39,7 @@ IDENTITY = tuple(
     "command weight_hash configuration_hash schedule sampler timesteps eta order variance clip "
     "prior prompt negative_prompt guidance_scale guidance_rescale image strength dtype picture "
     "class data interpolation samples reference metrics extractors count long_count repeats "
-    "seed store shard_size threads".split()
+    "seed store shard_size batch_size threads".split()
 )
 """The keys of a protocol in which two runs must agree to share a folder. An absent key is null."""
 

@@ -96,7 +96,7 @@ class SampleJob(SharedJob, ModelJob):
     def _resolve(self) -> None:
         """Resolves the options."""
         always = "device seed count model batch_size compile out overwrite picture dtype"
-        always += " store shard_size threads workers lease"
+        always += " store shard_size threads workers lease engine ray_address"
         model, options = self.model, Options(self.request, *always.split())
         is_ddpm, clip = options.sampler == "ddpm", options.clip
         walk = {
@@ -200,7 +200,8 @@ class SampleJob(SharedJob, ModelJob):
     def is_empty(self, record: RunRecord) -> bool:
         if self.archive is not None:
             return super().is_empty(record)
-        return not any(self._drawn()) and not self.leases().others()
+        is_made = any(Item.of(path.stem) for path in self.folder.iterdir())
+        return not is_made and not self.leases().others()
 
     def count_batches(self, batches: int) -> None:
         self.batches += batches

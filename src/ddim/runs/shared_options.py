@@ -84,6 +84,10 @@ class Shared:
     """Processes to start on this machine; they share its accelerators."""
     lease: Annotated[float, Range(1, 86_400)] = 60.0
     """Seconds without a sign of life after which work that another process holds is taken over."""
+    engine: Literal["processes", "ray"] = "processes"
+    """What gives out the work: nothing but the folder, or a Ray cluster, whose machines see it."""
+    ray_address: Annotated[str | None, Needs(option="engine", value="ray")] = None
+    """The cluster, such as auto or ray://HOST:10001. Default: one on this machine, for this run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from ddim.runs.shards import (
     write_record,
 )
 
-__all__ = ["Opened", "SharedJob", "close_run", "open_run", "share"]
+__all__ = ["Opened", "SharedJob", "close_run", "make_shards", "open_run", "share"]
 
 _POLL = 0.2
 """Seconds between two looks at shards that others hold."""
@@ -56,6 +56,8 @@ class SharedJob(Job):
     """
 
     shards: Sequence[Shard]
+    has_started = False
+    """Whether :meth:`start` was called."""
 
     def __init__(self, request: Any, control: Control) -> None:
         super().__init__(request, control)
@@ -92,7 +94,7 @@ class SharedJob(Job):
     def run(self) -> Outcome:
         """Makes what is free, by the engine that the request says; engines are loaded when they
         are asked for."""
-        if getattr(self.request, "engine", "processes") == "ray":
+        if self.request.engine == "ray":
             engine: Any = importlib.import_module("ddim.runs.ray_engine")
         elif self.request.workers > 1:
             engine = importlib.import_module("ddim.runs.workers")
@@ -127,7 +129,9 @@ class SharedJob(Job):
         threads = self.request.threads
         if threads is None and (before := read_run(self.folder)) is not None:
             threads = before.protocol.get("threads")
-        elif threads is None and (is_divided or self.request.workers > 1 or launched()):
+        elif threads is None and (
+            is_divided or self.request.workers > 1 or self.request.engine == "ray" or launched()
+        ):
             threads = 1
         self.protocol["threads"] = threads
 
@@ -158,7 +162,7 @@ def share(job: SharedJob) -> Outcome:
         began = told = time.perf_counter()
         telling = 0.1  # seconds of the last such record
         try:
-            with contextlib.closing(_make_all(job)) as making:
+            with contextlib.closing(make_shards(job)) as making:
                 for item, _, took, text, items in making:
                     made, drawn, now = made + items, drawn + took, time.perf_counter()
                     rate, done = made / max(now - began, 1e-9), opened.there + made
@@ -172,10 +176,10 @@ def share(job: SharedJob) -> Outcome:
                     job.control.check()
         except Stopped:
             finished = False
-        except BaseException:
+        except BaseException as error:
             if made:
                 close_run(job, opened, made, drawn, finished=False)
-            elif opened.is_first:
+            elif opened.is_first and isinstance(error, DDIMError):
                 _leave_nothing(job)
             raise
         return close_run(job, opened, made, drawn, finished=finished)
@@ -246,10 +250,11 @@ def close_run(
     return Outcome(job, now, made, opened.there, job.beside(), finished, drawn)
 
 
-def _make_all(job: SharedJob) -> Generator[Made]:
-    """Makes every shard that is free, and then those whose workers are gone, until none is left."""
-    rest: Sequence[int] = range(len(job.shards))
-    has_started = has_waited = False
+def make_shards(job: SharedJob, numbers: Sequence[int] | None = None) -> Generator[Made]:
+    """Makes every shard that is free, and then those whose workers are gone, until none is left; of
+    all shards, or of those with these places in the list. The folder is open."""
+    rest: Sequence[int] = range(len(job.shards)) if numbers is None else numbers
+    has_waited = False
     while rest:
         held = []
         for number in rest:
@@ -262,10 +267,16 @@ def _make_all(job: SharedJob) -> Generator[Made]:
                     continue
                 began = time.perf_counter()
                 while items := job.left(shard):
-                    if not has_started:
+                    if not job.has_started:
                         job.start()
-                        has_started, began = True, time.perf_counter()
-                    yield from _make_part(job, shard, items, began)
+                        job.has_started, began = True, time.perf_counter()
+                    try:
+                        yield from _make_part(job, shard, items, began)
+                    except FileNotFoundError:
+                        # This process was stopped for so long that another has taken the shard over
+                        # and swept away what was half-written of it here.
+                        if lease.is_held() or not job.folder.is_dir():
+                            raise
                     began = time.perf_counter()
         rest = held
         if rest:
