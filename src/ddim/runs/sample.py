@@ -90,6 +90,8 @@ class SampleJob(SharedJob, ModelJob):
         self.files = [*names, self.grid, *measured]
         self.execution = self.executed("count", "batch_size", "compile")
         self._rows: list[Row] = []
+        self._size, self._placed = size, 0
+        self._places: dict[int, list[ShardRecord]] = {}
         self._note_configuration()
         self._note_fitted()
 
@@ -174,15 +176,23 @@ class SampleJob(SharedJob, ModelJob):
             # What a shard that was not finished left is drawn again beside the rest: a batch is
             # whole, so that its bytes do not tell of the interruption. It is not written again.
             return [n for n in items if n in absent or n not in self._told]
-        whole = [r.numbers for r in self.records() if r.is_whole(self.folder)]
-        return _first_gap(items, whole)
+        return _first_gap(items, self._whole(shard))
 
     def done(self, shard: Shard) -> int:
         if self.archive is None:
             return sum((self.folder / self._file(n)).is_file() for n in shard.items)
-        whole = [r.numbers for r in self.records() if r.is_whole(self.folder)]
-        items = shard.items
-        return sum(len(range(max(w[0], items[0]), min(w[-1], items[-1]) + 1)) for w in whole)
+        first, last = shard.items[0], shard.items[-1]
+        whole = self._whole(shard)
+        return sum(len(range(max(w[0], first), min(w[-1], last) + 1)) for w in whole)
+
+    def _whole(self, shard: Shard) -> list[range]:
+        """The numbers of archives that hold a part of a shard."""
+        self.records()
+        for record in list(self._known.values())[self._placed :]:
+            self._places.setdefault(record.numbers[0] // self._size, []).append(record)
+        self._placed = len(self._known)
+        near = self._places.get(shard.items[0] // self._size, [])
+        return [record.numbers for record in near if record.is_whole(self.folder)]
 
     @cached_property
     def _told(self) -> set[int]:
