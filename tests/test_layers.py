@@ -17,6 +17,7 @@ ROOMS = [
     {"pipelines", "data"},
     {"training", "evaluation"},
     {"runs"},
+    {"studio"},
     {"cli"},
 ]
 """A room, or a file beside the rooms, imports only what stands in an earlier set."""
@@ -63,7 +64,15 @@ FILES = {
         {"workers", "ray_engine", "model"},
         {"measuring", "text"},
         {"sample", "evaluate", "table", "reconstruct", "consistency", "interpolate"}
-        | {"codes", "fit_steps", "diagnose", "show"},
+        | {"codes", "edit", "fit_steps", "diagnose", "show"},
+    ],
+    "studio": [
+        {"request", "guard", "desk", "shelf", "python_lines", "fields"},
+        {"markup", "opening", "tasks"},
+        {"parts"},
+        {"draw_tab", "compare_tab", "latent_tab", "doctor_tab"},
+        {"page"},
+        {"server"},
     ],
     "models": [
         {"images", "folder", "layouts", "single_file"},
@@ -168,6 +177,15 @@ def upward(root: pathlib.Path) -> list[str]:
 
 def test_imports_point_one_way_between_rooms_and_inside_them():
     assert upward(ROOT) == []
+
+
+def test_of_the_commands_only_its_own_knows_the_studio():
+    knowing = {
+        ".".join(parts)
+        for parts, names in sources(ROOT)
+        if parts[0] == "cli" and any(name.startswith("ddim.studio") for name in names)
+    }
+    assert knowing == {"cli.studio"}
 
 
 def test_every_file_of_an_ordered_room_has_its_layer():

@@ -18,6 +18,7 @@ from ddim.errors import DDIMError
 
 __all__ = ["Blank", "Choices", "Declared", "ModelKind", "Needs", "Range"]
 __all__ += ["check_request", "declarations", "given_options", "option_names", "unmet"]
+__all__ += ["words_of"]
 
 ModelKind = Literal["text", "pixels", "classes"]
 
@@ -175,6 +176,29 @@ def given_options(request: Any) -> list[str]:
 
     fields = dataclasses.fields(request)
     return [field.name for field in fields if getattr(request, field.name) != default(field)]
+
+
+def words_of(request: Any) -> list[str]:
+    """The words that a command line asks for a request with: what is positional, and the options
+    that differ from their defaults. Parsing them gives the request back."""
+    declared, given = declarations(type(request)), given_options(request)
+    words, options = list[str](), list[str]()
+    for name, field in declared.items():
+        value = getattr(request, name)
+        if field.is_positional:
+            words += [str(value)]
+        elif name in given:
+            entries = value if isinstance(value, list) else [value]
+            for entry in entries:
+                options += _words(field.option, entry)
+    return words + options
+
+
+def _words(option: str, value: Any) -> list[str]:
+    if value is True:
+        return [option]
+    word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"{option}={word}"] if word.startswith("-") or not word else [option, word]
 
 
 def unmet(request: Any, names: Collection[str]) -> dict[str, str]:

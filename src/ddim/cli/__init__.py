@@ -24,12 +24,14 @@ COMMANDS = {
     "encode": "turn images into codes of a model's latent space",
     "decode": "turn codes back into images",
     "interpolate": "draw the path between two images or seeds",
+    "edit": "edit a picture by words, through its code",
     "reconstruct": "measure how images come back from their codes, as the paper's Table 2",
     "consistency": "compare what one code becomes under other steps and samplers",
     "evaluate": "measure images, or a model's, against real ones",
     "table": "measure a model at every eta and number of steps, as the paper's Table 1",
     "fit-steps": "fit the timesteps of a few steps to a model",
     "doctor": "tell what is wrong with a model's noise schedule and sampler",
+    "studio": "open a page in the browser to draw, compare and look",
     "convert": "turn a checkpoint from elsewhere into a model in diffusers format",
 }
 

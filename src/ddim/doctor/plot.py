@@ -10,7 +10,7 @@ from ddim.doctor.reading import complete, levels_of
 from ddim.doctor.report import Diagnosis
 from ddim.figures import plain_numbers, save_figure
 
-__all__ = ["plot_schedule"]
+__all__ = ["plot_schedule", "plot_start"]
 
 
 def plot_schedule(diagnosis: Diagnosis, path: Path | str) -> None:
@@ -46,4 +46,44 @@ def plot_schedule(diagnosis: Diagnosis, path: Path | str) -> None:
     title = f"step sizes{infinite}"
     sizes.set(title=title, xlabel="level that is reached", ylabel="gain of log-SNR")
     sizes.legend()
+    save_figure(figure, path)
+
+
+def plot_start(diagnosis: Diagnosis, path: Path | str) -> None:
+    """Draws log-SNR over the levels, the levels that sampling visits, and where it starts beside
+    where it should: the last level, at an SNR of 0."""
+    from matplotlib.figure import Figure
+
+    config = complete(diagnosis.config | diagnosis.asked)
+    schedule, summary = levels_of(config), diagnosis.summary
+    log_snr = schedule.log_snr(torch.arange(len(schedule)))
+    shown, last, first = log_snr.clone(), len(schedule) - 1, int(summary["first_level"])
+    finite = log_snr[log_snr.isfinite()]
+    low, high = float(finite.min()), float(finite.max())
+    floor = min(low, -10.0) - 4.0  # stands for SNR 0, which has no place on this axis
+    shown[shown.isinf()] = floor
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes: Any = figure.add_subplot()
+    axes.plot(shown, color="black", linewidth=1.5)
+    offset, spacing = config["steps_offset"], summary["timestep_spacing"]
+    if spacing in get_args(Spacing):
+        asked: Any = spacing
+        levels = select_timesteps(len(schedule), summary["steps"], asked, steps_offset=offset)
+        axes.plot(levels, shown[levels], "o", color="tab:blue", markersize=4, label="your steps")
+    is_right = first == last and summary["terminal_snr"] == 0
+    start = (first, float(shown[first]))
+    right = (last, floor)
+    at = f"level {first}" + ("" if log_snr[first].isinf() else f", log-SNR {start[1]:.1f}")
+    arrow = {"arrowstyle": "->", "color": "black"}
+    words = f"you start here,\nas you should:\n{at}" if is_right else f"you start here:\n{at}"
+    axes.plot(*start, "s", color="tab:green" if is_right else "tab:red", markersize=9)
+    place = {"textcoords": "axes fraction", "ha": "center", "va": "center", "arrowprops": arrow}
+    axes.annotate(words, start, (0.66, 0.72), **place)
+    if not is_right:
+        axes.plot(*right, "*", color="tab:green", markersize=15)
+        axes.annotate(f"you should start there:\nlevel {last}, SNR 0", right, (0.52, 0.14), **place)
+    axes.set(xlabel="level", ylabel="log-SNR", ylim=(floor - 1.5, high + 1.5))
+    axes.set_xlim(-0.02 * last, 1.04 * last)
+    plain_numbers(axes)
+    axes.grid(alpha=0.3)
     save_figure(figure, path)

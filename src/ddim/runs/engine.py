@@ -9,7 +9,7 @@ two jobs run side by side in one process, each with its own :class:`Control`.
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ class Event:
         rate: Items a second of this run so far.
         text: The sentence of a ``note``, or what an ``item`` shows.
         items: How many items an ``item`` stands for, such as the pictures of an archive.
+        x0: The clean data that a ``step`` predicts, a tensor, for previews; None where the walk
+            does not tell.
     """
 
     state: Literal["started", "step", "item", "note", "finished", "stopped"]
@@ -49,6 +51,7 @@ class Event:
     rate: float | None = None
     text: str | None = None
     items: int = 1
+    x0: Any = None
 
 
 class Stopped(Exception):
@@ -65,12 +68,15 @@ class Control:
             written stays.
         steps: How many steps the run will walk, for ``step`` events; None where nobody knows.
         began: When the request was made, in seconds of :func:`time.perf_counter`.
+        keep: Called with what tells a pipeline from others, and the function that opens it; gives
+            the pipeline. Default: it is opened for this run alone.
     """
 
     emit: Callable[[Event], None] = lambda event: None
     stopping: Callable[[], bool] = lambda: False
     steps: int | None = None
     began: float = field(default_factory=time.perf_counter)
+    keep: Callable[[Hashable, Callable[[], Any]], Any] = lambda key, opening: opening()
     _walked: int = field(default=0, init=False)
 
     def note(self, text: str) -> None:
@@ -81,7 +87,8 @@ class Control:
         """Counts a step of a walk, and leaves the run as :meth:`check` does. A pipeline takes this
         method as its ``callback``."""
         self._walked += 1
-        self.emit(Event("step", done=self._walked, total=self.steps))
+        x0 = getattr(state, "x0", None)
+        self.emit(Event("step", done=self._walked, total=self.steps, x0=x0))
         self.check()
 
     def check(self) -> None:

@@ -5,7 +5,9 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim.core.interpolation import interpolate, interpolate_grid
@@ -29,6 +31,8 @@ class InterpolateJob(PixelJob):
     command = "interpolate"
     ends: Code | Pictures
     """The codes of seeds, or pictures that are to be encoded."""
+    pictures: NDArray[np.uint8]
+    """The drawn pictures, bytes [B, H, W, C]."""
 
     def __init__(self, request: InterpolateRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -86,6 +90,9 @@ class InterpolateJob(PixelJob):
             pipe.warm_up()
             began = time.perf_counter()
             encoding, decoding = self.counted(), self.counted()
+            if request.images is None:
+                many = request.count**2 if request.grid else request.count
+                self.control.steps = -(-many // request.batch_size) * len(self.timesteps)
             with encoding, collect_unsolved() as unsolved:
                 if isinstance(self.ends, Pictures):
                     x0, classes, *_ = self.ends
@@ -101,7 +108,7 @@ class InterpolateJob(PixelJob):
             whole = dataclasses.replace(code, states=states, labels=labels, residual=None)
             with decoding:
                 decoded = pipe.decode(whole, batch_size=request.batch_size)
-        pixels = from_pil(decoded)
+        self.pictures = pixels = from_pil(decoded)
         seconds = time.perf_counter() - began
         self.rms, self.unsolved = whole.rms().tolist(), unsolved
         self.calls = encoding.each(len(code)) + decoding.each(len(pixels))

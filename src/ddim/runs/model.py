@@ -166,6 +166,11 @@ class ModelJob(Job):
 
     @cached_property
     def pipe(self) -> Any:
+        dtype, parts = self._option("dtype", "float32"), tuple(self.model.hashes().values())
+        key = (self.model.folder, *parts, dtype, str(self.device), self.has_picture)
+        return self.control.keep(key, self._open)
+
+    def _open(self) -> Any:
         dtype = getattr(torch, self._option("dtype", "float32"))
         opened: Any = UnconditionalPipeline
         if self.model.is_text:

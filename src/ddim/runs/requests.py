@@ -23,6 +23,7 @@ from ddim.runs.shared_options import (
     Encoder,
     Folder,
     Measured,
+    ModelName,
     Noisy,
     Pictures,
     Plotted,
@@ -43,7 +44,8 @@ from ddim.runs.values import Eta, Etas, Levels
 from ddim.training.config import Beta
 
 __all__ = ["ConsistencyRequest", "ConvertRequest", "DecodeRequest", "DoctorRequest"]
-__all__ += ["EncodeRequest", "EvaluateRequest", "FitStepsRequest", "InterpolateRequest"]
+__all__ += ["EditRequest", "EncodeRequest", "EvaluateRequest", "FitStepsRequest"]
+__all__ += ["InterpolateRequest"]
 __all__ += ["ReconstructRequest", "SampleRequest", "StatusRequest", "TableRequest"]
 
 
@@ -196,6 +198,28 @@ class InterpolateRequest(Walk, Drawn, Request):
     """Resize images of another size (shorter side) and crop them in the centre."""
     gif: Annotated[bool, Needs(without="grid")] = False
     """Write the path as an animation, there and back, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest(Walk, Drawn, Request):
+    """Edits a picture by words: encodes it under the prompt that describes it, and decodes its code
+    under another. What the prompts share stays where it was."""
+
+    model: ModelName = "fashion-text"
+    """A checkpoint in Stable Diffusion's format: an embedded model, a folder, or a hub id."""
+    prompt: str
+    """What the picture shows."""
+    to: str
+    """What it is to show."""
+    image: str | None = None
+    """The picture. Default: one is drawn from the prompt."""
+    resize: Annotated[bool, Needs(option="image")] = False
+    """Resize a picture of another size (shorter side) and crop it in the centre."""
+    seed: Annotated[Seed, Needs(without="image")] = 0
+    """Seed of the picture that is drawn."""
+    guidance_scale: Scale = None
+    """Strength of guidance of the edit; codes are made without. Default: the model card's, else
+    7.5."""
 
 
 @dataclass(frozen=True, kw_only=True)

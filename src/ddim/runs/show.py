@@ -70,7 +70,11 @@ def show_request(
 
 class ShowJob(FileJob, ModelJob):
     """One picture: a row as the model is configured, one for each fix that needs no training, and
-    one with all of them."""
+    one with all of them.
+
+    Attributes:
+        drawn: By the rows that are drawn so far: the images; or None, and how they are refused.
+    """
 
     request: ShowRequest
     command = "doctor"
@@ -87,10 +91,13 @@ class ShowJob(FileJob, ModelJob):
         options.refuse_unread(self.model.name, self.model.kinds)
         self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
         self.execution = {}
+        self.drawn = dict[str, tuple[NDArray[np.uint8] | None, str]]()
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
         request = self.request
-        drawn = [self._draw(fix) for fix in request.rows.values()]
+        for name, fix in request.rows.items():
+            self.drawn[name] = self._draw(fix)
+        drawn = list(self.drawn.values())
         shape = next((images.shape for images, _ in drawn if images is not None), (1, 64, 64, 1))
         shape = (len(self.seeds), *shape[1:])
         refused = np.full(shape, 128, np.uint8)
