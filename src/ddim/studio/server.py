@@ -104,6 +104,7 @@ def make_app(request: StudioRequest, *, ends_process: bool = False) -> Iterator[
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
             enable_monitoring=False,
             theme=theme(),
             css=CSS,

@@ -48,7 +48,7 @@ def draw(request: SampleRequest) -> Work:
     def work(ticket: Ticket) -> Drawn:
         asked = replace(request, out=str(ticket.folder / "run"))
         job = SampleJob(asked, ticket.control())
-        labels = tuple(f"seed {item.seed}" for item in job.items)
+        labels = tuple(f"seed {request.seed + n}" for n in range(request.count))
         lines = python_lines(job, model=request.model)
         drawn = Drawn(command_line("sample", request), lines, labels)
         ticket.report(drawn)
@@ -92,9 +92,10 @@ def compare(cells: Cells) -> Work:
             found: Image.Image | str
             try:
                 job = SampleJob(replace(request, out=str(folder)), ticket.control())
-                if not execute(job).finished:
+                outcome = execute(job)
+                if not outcome.finished:
                     return sheet
-                found = open_picture(folder / job.results([])[0]["file"])
+                found = open_picture(folder / outcome.record.results[0]["file"])
                 folders.append(folder)
             except DDIMError as error:
                 found = str(error)
