@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS) requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("$(OLD_PYTHON)" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --requirement requirements-dev.txt
-	$(PIP_INSTALL) --editable '.[train,plot,text,evaluate,studio]'
+	$(PIP_INSTALL) --editable '.[train,plot,text,evaluate,shards,ray,studio]'
 	touch $@
 
 demo: $(VENV)/installed
