@@ -95,7 +95,7 @@ FILES = {
         {"pictures"},
     ],
     "training": [
-        {"config", "base", "stopping"},
+        {"config", "base", "stopping", "model_card"},
         {"draws", "network", "package"},
         {"subject"},
         {"record", "loop", "text"},

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -230,6 +231,25 @@ def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(tmp_path, options
     assert card["weight_hash"] == hashes
     assert card["command"].startswith(f"ddim train --data digits --out {tmp_path}")
     assert card["processes"] == 1
+
+
+def test_a_model_is_ready_for_a_hub_and_a_card_of_ones_own_is_kept(tmp_path):
+    out = tmp_path / "a`name|<b>"
+    train(config(out, images=8))
+    text = (out / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["library_name"] == "diffusers"
+    assert head["pipeline_tag"] == "unconditional-image-generation"
+    card = json.loads((out / "card.json").read_text())
+    assert "# a\\`name\\|\\<b\\>\n" in text
+    assert f"| parameters | {card['parameters']} |" in text
+    assert f"| weights | {card['weight_hash']} |" in text
+    own = text.replace("<!-- written by ddim train", "<!-- mine")
+    (out / "README.md").write_text(own)
+    (out / "model_index.json").unlink()
+    train(config(out, images=8))
+    assert (out / "model_index.json").is_file()
+    assert (out / "README.md").read_text() == own
 
 
 def test_a_log_whose_last_line_was_cut_off_is_mended(tmp_path):

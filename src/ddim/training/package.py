@@ -21,6 +21,7 @@ from ddim.files import write_json
 from ddim.models.checkpoints import weight_hash
 from ddim.models.folder import read_json
 from ddim.training.config import EPSILON_AT_ZERO_SNR, TrainConfig
+from ddim.training.model_card import write_model_card
 
 __all__ = [
     "PUBLISHED",
@@ -209,6 +210,7 @@ def publish(
         for folder in sorted(p for p in partial.iterdir() if p.is_dir()):
             shutil.rmtree(out / folder.name, ignore_errors=True)
             folder.rename(out / folder.name)
+        write_model_card(out, whole, name=out.resolve().name)
         for path in (partial / file for file in _FILES):
             if path.is_file():
                 path.replace(out / path.name)
