@@ -5,12 +5,14 @@ share of a shard's time that is not drawing.
     python benchmarks/sharing.py memory --count 10000
     python benchmarks/sharing.py memory --count 1000000
     python benchmarks/sharing.py overhead
+    python benchmarks/sharing.py efficiency
 """
 
 import argparse
 import json
 import multiprocessing
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -106,19 +108,44 @@ def measure_overhead() -> None:
     print(json.dumps({"shards": len(records), "not drawing": [round(p, 4) for p in parts]}))
 
 
+def measure_efficiency(rounds: int) -> None:
+    """Images a second of two workers of a thread each, beside one worker of two threads and one of
+    one, in turn; by the records of the shards, so without the start of the processes."""
+    ways = {"2 workers": ["--workers", "2"], "2 threads": ["--threads", "2"], "1 thread": []}
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, words in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "ddim", "sample", "--count", "512", "--steps"]
+                command += ["10", "--shard-size", "64", "--store", "npz", "--out", folder, *words]
+                subprocess.run(command, check=True, capture_output=True)
+                seconds: dict[str, list[float]] = {}
+                for record in read_records(Path(folder)):
+                    seconds.setdefault(record.worker, []).append(record.seconds_total)
+                rates[way].append(sum(64 * len(s) / sum(s) for s in seconds.values()))
+    middle = {way: statistics.median(found) for way, found in rates.items()}
+    told = ", ".join(f"{way} {rate:.1f} images/s" for way, rate in middle.items())
+    of_threads = middle["2 workers"] / middle["2 threads"]
+    of_one = middle["2 workers"] / middle["1 thread"]
+    print(f"{told}: 2 workers are {of_threads:.2f} of 2 threads, {of_one:.2f} of 1 thread")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["leases", "memory", "overhead"])
+    parser.add_argument("what", choices=["leases", "memory", "overhead", "efficiency"])
     parser.add_argument("--processes", type=int, default=32)
     parser.add_argument("--shards", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=10_000)
     given = parser.parse_args()
     if given.what == "leases":
         measure_leases(given.processes, given.shards)
     elif given.what == "memory":
         measure_memory(given.count)
-    else:
+    elif given.what == "overhead":
         measure_overhead()
+    else:
+        measure_efficiency(given.rounds)
 
 
 if __name__ == "__main__":
