@@ -175,10 +175,106 @@ def test_a_card_beside_tables_chooses_no_data(tmp_path, datasets, no_socket):
 
 
 @pytest.mark.parametrize("name", ["a[1].parquet", "a*.parquet", "x::y.parquet"])
-def test_a_name_that_is_a_pattern_or_a_chain_of_addresses_is_refused(tmp_path, datasets, name):
-    write_parquet(datasets, tmp_path / "a.parquet", image=GREY).rename(tmp_path / name)
-    with pytest.raises(DataError, match="in its name; rename it"):
-        load_images(str(tmp_path / name))
+def test_a_name_stands_for_itself(tmp_path, datasets, name, no_socket):
+    write_parquet(datasets, tmp_path / "a.parquet", image=COLOUR)
+    write_parquet(datasets, tmp_path / "b.parquet", image=GREY).rename(tmp_path / name)
+    assert np.array_equal(stack(load_images(str(tmp_path / name)))[:, 0], GREY)
+
+
+ROWS = 1000
+
+
+def repeated(path, compression):
+    """A table of few bytes that holds a picture of a megabyte many times over."""
+    big = pa.array([encode(GREY[0]) + bytes(1 << 20)])
+    if compression == "snappy":  # rows are numbers of the one value, which nothing counts
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.int32()), big)
+        options = {"use_dictionary": True}
+    else:
+        column = pa.chunked_array([big] * 64)
+        options = {"use_dictionary": False}
+    pq.write_table(
+        pa.table({"image": column}), path, compression=compression, store_schema=False, **options
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("compression", "verb"), [("snappy", "decodes to more"), ("zstd", "claims more")]
+)
+def test_a_small_table_that_holds_too_much_takes_no_memory(
+    tmp_path, datasets, monkeypatch, compression, verb
+):
+    path = repeated(tmp_path / "a.parquet", compression)
+    bound = 1 << 20 if compression == "zstd" else 1 << 28
+    monkeypatch.setattr("ddim.data.parquet._LEAST_BOUND", bound)
+    pool, usual = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(
+            DataError, match=rf"{verb} than the \d+ bytes that are decoded of a table"
+        ):
+            load_images(str(path))
+    finally:
+        pa.set_memory_pool(usual)
+    # What only claims too much is refused before anything is decoded.
+    assert pool.max_memory() < (1 << 20 if compression == "zstd" else 1 << 28)
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+
+
+def test_a_table_that_claims_less_than_it_holds_is_stopped(tmp_path, datasets, monkeypatch):
+    path = repeated(tmp_path / "a.parquet", "zstd")
+    monkeypatch.setattr("ddim.data.parquet._LEAST_BOUND", 1 << 24)
+    monkeypatch.setattr("ddim.data.parquet._check_claims", lambda *facts: None)
+    with pytest.raises(DataError, match="decodes to more than the"):
+        load_images(str(path))
+
+
+def test_words_of_few_kinds_are_read_as_words(tmp_path, datasets):
+    """A column of categories, as pandas writes it, is a dictionary."""
+    words = pa.array(["cat", "dog"] * 3).dictionary_encode()
+    images = [encode(a) for a in GREY]
+    pq.write_table(pa.table({"image": images, "label": words}), tmp_path / "a.parquet")
+    data = load_images(str(tmp_path / "a.parquet"))
+    assert (data.class_names, labels(data)) == (("cat", "dog"), [0, 1] * 3)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/0.parquet", "test/0.parquet"),
+        ("data/train-00000.parquet", "data/test-00000.parquet"),
+        ("plain/Train/0.parquet", "plain/Test/0.parquet"),
+        ("data/training/part-0.parquet", "data/testing/part-0.parquet"),
+        ("train/validation-free.parquet", "validation/train-free.parquet"),
+    ],
+)
+def test_tables_in_subfolders_are_split_by_a_word_of_their_path(tmp_path, datasets, train, test):
+    write_parquet(datasets, tmp_path / "set" / train, image=GREY[:4])
+    write_parquet(datasets, tmp_path / "set" / test, image=GREY[4:])
+    write_png(tmp_path / "set" / "preview.png", COLOUR[0])
+    split = "validation" if "validation" in test else "test"
+    data = load_images(str(tmp_path / "set"))
+    assert np.array_equal(stack(data)[:, 0], GREY[:4])
+    assert data.notes == (
+        f"pictures of {tmp_path / 'set'} that lie beside its tables are left out: 1, such as "
+        f"{tmp_path / 'set' / 'preview.png'}.",
+    )
+    data = load_images(str(tmp_path / "set"), split=split)
+    assert np.array_equal(stack(data)[:, 0], GREY[4:])
+
+
+def test_tables_of_no_split_and_of_two_are_told(tmp_path, datasets):
+    for name in ("train", "test", "train-test", "other"):
+        write_parquet(datasets, tmp_path / "set" / f"{name}.parquet", image=GREY[:2])
+    write_parquet(datasets, tmp_path / "set" / "old" / "train.parquet", image=GREY)
+    data = load_images(str(tmp_path / "set"))
+    what = f"tables of {tmp_path / 'set'} that are"
+    assert len(data) == 2
+    assert data.notes == (
+        f"{what} in its folders are left out: 1, such as old/train.parquet.",
+        f"{what} of no split are left out: 2, such as other.parquet.",
+    )
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and no more", b""])

@@ -16,9 +16,9 @@ from ddim.data.dataset import Source
 from ddim.data.splits import NoSuchSplit, choose_split, no_such_split
 from ddim.errors import DataError
 
-__all__ = ["open_idx", "open_idx_folder", "open_npz", "read_idx"]
+__all__ = ["MOST_RATIO", "open_idx", "open_idx_folder", "open_npz", "read_idx"]
 
-_MOST_RATIO = 1100
+MOST_RATIO = 1100
 """Bytes that a byte of DEFLATE may stand for, rounded up from 1032."""
 
 
@@ -69,7 +69,7 @@ def _read(path: Path) -> bytes:
         if len(sides) < 4 * axes or not axes:
             return bytes(head + sides)
         size = math.prod(struct.unpack(f">{axes}I", sides))
-        _check_claim(path, size, path.stat().st_size * _MOST_RATIO)
+        _check_claim(path, size, path.stat().st_size * MOST_RATIO)
         return bytes(head + sides + file.read(size + 1))
 
 
@@ -163,7 +163,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     """Checks the sizes that an archive and the headers of its arrays claim, before any memory is
     taken for them."""
     for member in archive.infolist():
-        _check_claim(path, member.file_size, member.compress_size * _MOST_RATIO)
+        _check_claim(path, member.file_size, member.compress_size * MOST_RATIO)
         if not member.filename.endswith(".npy"):
             continue
         with archive.open(member) as file:

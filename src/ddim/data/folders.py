@@ -14,7 +14,7 @@ from ddim.data.splits import choose_split, family, no_such_split, split_of
 from ddim.errors import DataError
 from ddim.models.images import open_image
 
-__all__ = ["SHEETS", "SUFFIXES", "ImageFiles", "open_folder"]
+__all__ = ["SHEETS", "SUFFIXES", "Found", "ImageFiles", "open_folder", "walk"]
 
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .pbm .pgm .ppm .pnm .pfm"
@@ -67,16 +67,18 @@ def _not_an_image(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is not an image that can be read ({error}); remove or replace it.")
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """A file, and its place below the folder, by the names of links."""
 
     path: Path
     parts: tuple[str, ...]
 
 
-def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Source:
-    """Finds the images of a folder, sorted by path."""
-    every, notes = _walk(folder)
+def open_folder(
+    source: str, folder: Path, every: list[Found], split: str, columns: Columns
+) -> Source:
+    """Opens the images among the files of a folder, sorted by path."""
+    notes: tuple[str, ...] = ()
     results = {parent for parent in {found.path.parent for found in every} if _is_ours(parent)}
     every = [f for f in every if f.path.parent not in results or f.path.stem not in SHEETS]
     files = [found for found in every if found.path.suffix.lower() in SUFFIXES]
@@ -114,10 +116,10 @@ def open_folder(source: str, folder: Path, split: str, columns: Columns) -> Sour
     return Source(ImageFiles(paths), labels, class_names, captions, paths, notes)
 
 
-def _walk(folder: Path) -> tuple[list[_Found], tuple[str, ...]]:
+def walk(folder: Path) -> tuple[list[Found], tuple[str, ...]]:
     """Lists the regular files below a folder, sorted, without hidden ones. Links to folders are
     followed, each folder once, so that no loop is without end."""
-    found: list[_Found] = []
+    found: list[Found] = []
     seen: set[str] = set()
     notes: tuple[str, ...] = ()
     waiting = [folder]
@@ -138,7 +140,7 @@ def _walk(folder: Path) -> tuple[list[_Found], tuple[str, ...]]:
             names[:] = [n for n in shown if os.path.realpath(place / n) not in seen]
             paths = (place / name for name in files if not name.startswith("."))
             # A pipe or a device would be read without end.
-            found += [_Found(p, p.relative_to(folder).parts) for p in paths if p.is_file()]
+            found += [Found(p, p.relative_to(folder).parts) for p in paths if p.is_file()]
     return sorted(found), notes
 
 
@@ -149,7 +151,7 @@ def _leads_out(path: Path, folder: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
-def _of_split(source: str, files: list[_Found], split: str) -> tuple[list[_Found], list[_Found]]:
+def _of_split(source: str, files: list[Found], split: str) -> tuple[list[Found], list[Found]]:
     """Returns the files of a split, their places without its folder, and the files of no split."""
     for depth in range(max(len(found.parts) for found in files) - 1):
         inside = [found for found in files if len(found.parts) > depth + 1]
@@ -159,7 +161,7 @@ def _of_split(source: str, files: list[_Found], split: str) -> tuple[list[_Found
             chosen = choose_split(source, kinds, split) or []
             mine = [f for f in inside if f.parts[depth] in chosen]
             rest = [f for f in files if len(f.parts) < depth + 2 or f.parts[depth] not in kinds]
-            return [_Found(f.path, f.parts[:depth] + f.parts[depth + 1 :]) for f in mine], rest
+            return [Found(f.path, f.parts[:depth] + f.parts[depth + 1 :]) for f in mine], rest
         if depth == 0 and (named := sorted(name for name in names if split_of(name))):
             others = ", ".join(sorted(names - {named[0]})[:3])
             raise DataError(

@@ -1,24 +1,33 @@
 """Images in the columns of a table: parquet files, and data sets of the hub."""
 
 import contextlib
+import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ddim.data.arrays import MOST_RATIO
 from ddim.data.captions import CAPTION_COLUMNS, one_caption
 from ddim.data.dataset import Columns, Header, Source
+from ddim.data.folders import Found
 from ddim.data.splits import NoSuchSplit, choose_split, split_of
 from ddim.errors import DataError, first_line
-from ddim.files import file_hash
+from ddim.files import file_hash, replacing
 from ddim.models.images import open_image
 
-__all__ = ["files_of_split", "open_hub", "open_parquet"]
+__all__ = ["are_data", "find_tables", "open_hub", "open_parquet"]
 
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+
+_ROWS = 64
+"""Rows of a table that are decoded at a time."""
+
+_LEAST_BOUND = 2**30
+"""Bytes that every table may decode to, however small it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +101,45 @@ def _is_fetched(path: str, hub_id: str) -> bool:
     return any(real.is_relative_to(os.path.realpath(cache)) for cache in caches)
 
 
-def files_of_split(
-    source: str, tables: list[Path], split: str
+def are_data(found: Sequence[Found]) -> bool:
+    """Whether there are tables where data lie, so that pictures beside them explain them: in the
+    folder itself, in its ``data``, or where the path says a split."""
+    tables = (file.parts for file in found if file.path.suffix == ".parquet")
+    return any(parts[:-1] in ((), ("data",)) or split_of(_split_name(parts)) for parts in tables)
+
+
+def find_tables(
+    source: str, found: Sequence[Found], split: str
 ) -> tuple[list[Path], tuple[str, ...]]:
-    """Picks the parquet files of a split by their names, and says which are of none."""
-    chosen = choose_split(source, [path.stem for path in tables], split)
-    if chosen is None:
-        return tables, _missing_parts(source, tables)
-    other = [path for path in tables if split_of(path.stem) is None and path.stem not in chosen]
-    told = f"tables of {source} that are of no split are left out: {len(other)}, such as "
-    notes = (f"{told}{other[0].name}.",) if other else ()
-    tables = [path for path in tables if path.stem in chosen]
+    """Picks the parquet files of a split out of the files of a folder, and says which are left out.
+
+    They lie in the folder or in its ``data``, else anywhere below it. The split is a word of the
+    first part of a path that says one: ``train/0000.parquet``, ``data/train-00000.parquet``.
+    """
+    every = [file for file in found if file.path.suffix == ".parquet"]
+    at_top = [file for file in every if len(file.parts) == 1]
+    mine = at_top or [file for file in every if file.parts[:-1] == ("data",)] or every
+    notes = _left_out(source, "in its folders", [file for file in every if file not in mine])
+    names = {file.path: _split_name(file.parts) for file in mine}
+    tables = list(names)
+    chosen = choose_split(source, names.values(), split)
+    if chosen is not None:
+        tables = [path for path, name in names.items() if name in chosen]
+        rest = [f for f in mine if names[f.path] not in chosen and not split_of(names[f.path])]
+        notes += _left_out(source, "of no split", rest)
     return tables, notes + _missing_parts(source, tables)
+
+
+def _split_name(parts: tuple[str, ...]) -> str:
+    names = (*parts[:-1], parts[-1].removesuffix(".parquet"))
+    return next((name for name in names if split_of(name)), "/".join(names))
+
+
+def _left_out(source: str, where: str, files: Sequence[Found]) -> tuple[str, ...]:
+    if not files:
+        return ()
+    what = f"tables of {source} that are {where} are left out: {len(files)}"
+    return (f"{what}, such as {'/'.join(files[0].parts)}.",)
 
 
 def _missing_parts(source: str, tables: list[Path]) -> tuple[str, ...]:
@@ -115,37 +151,94 @@ def _missing_parts(source: str, tables: list[Path]) -> tuple[str, ...]:
 
 
 def open_parquet(source: str, files: list[Path], columns: Columns) -> Source:
-    """Opens parquet files as one table, which is kept in the cache of ``datasets`` under the hash
-    of their bytes: its own key is their time, which a file that is copied keeps."""
+    """Opens parquet files as one table.
+
+    The columns that are read are decoded once, into the cache of ``datasets``, under the hash of
+    the files' bytes. No host is asked.
+    """
     datasets = _import_datasets(source)
     for path in files:
         if not path.is_file():
             raise DataError(f"{path} is no regular file; give a .parquet.")
-        if set(str(path)) & set("*?[]") or "::" in str(path):  # a pattern, or a chain of addresses
-            raise DataError(f"{path} has one of * ? [ ] :: in its name; rename it.")
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "ddim" / file_hash(files)
+    import pyarrow.parquet as pq
+
     try:
-        names = [str(path.absolute()) for path in files]
-        with _quiet(datasets):
-            table = datasets.Dataset.from_parquet(names, cache_dir=str(cache))
+        schema = pq.read_schema(files[0])
+        features = datasets.Features.from_arrow_schema(schema)
+        chosen = _choose(source, features, columns)
+        key = hashlib.sha256(repr([file_hash(files), chosen.names]).encode()).hexdigest()[:16]
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / "ddim" / f"{key}.arrow"
+        if not cached.is_file():
+            _check_claims(source, files, chosen.names)
+            _decode(source, files, chosen.names, cached)
+        table = datasets.Dataset.from_file(str(cached))
+    except DataError:
+        raise
     except Exception as error:
         reason = f"cannot be read as parquet ({first_line(error.__cause__ or error)})"
         raise DataError(f"{source} {reason}; check the file, or write it again.") from error
-    return _open_columns(source, table, columns)
+    return _read(source, table, chosen)
 
 
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Keeps ``datasets`` from logging and from showing bars."""
-    level, has_bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if has_bars:
-            datasets.enable_progress_bars()
+def _most(files: list[Path]) -> int:
+    """Bytes that these files may decode to. A dictionary that rows repeat, or a compressor, can
+    make any number of a few bytes; pictures are compressed already."""
+    return max(_LEAST_BOUND, MOST_RATIO * sum(path.stat().st_size for path in files))
+
+
+def _check_claims(source: str, files: list[Path], names: Sequence[str]) -> None:
+    """Checks the sizes that the columns claim, before any memory is taken for them."""
+    import pyarrow.parquet as pq
+
+    claimed = 0
+    for path in files:
+        about = pq.read_metadata(path)
+        for group in map(about.row_group, range(about.num_row_groups)):
+            claimed += group.num_rows
+            chunks = map(group.column, range(group.num_columns))
+            read = (c for c in chunks if c.path_in_schema.split(".")[0] in names)
+            claimed += sum(chunk.total_uncompressed_size for chunk in read)
+    if claimed > _most(files):
+        raise _too_large(source, files, "claims")
+
+
+def _too_large(source: str, files: list[Path], verb: str) -> DataError:
+    return DataError(
+        f"{source} {verb} more than the {_most(files)} bytes that are decoded of a table of its "
+        "size; give the images as files in a folder."
+    )
+
+
+def _decode(source: str, files: list[Path], names: Sequence[str], target: Path) -> None:
+    """Writes columns of parquet files as one Arrow stream, a few rows at a time: what a row group
+    holds is known only when it is decoded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    taken, fields = 0, list(map(pq.read_schema(files[0]).field, names))
+    plain = [field.with_type(_plain_type(field.type)) for field in fields]
+    schema = pa.schema(plain, metadata=pq.read_schema(files[0]).metadata)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial, pa.ipc.new_stream(partial, schema) as stream:
+        for path in files:
+            with pq.ParquetFile(path) as table:
+                for batch in table.iter_batches(_ROWS, columns=list(names), use_threads=False):
+                    rows = pa.Table.from_batches([batch]).select(list(names)).cast(schema)
+                    taken += rows.nbytes
+                    if taken > _most(files):
+                        raise _too_large(source, files, "decodes to")
+                    stream.write_table(rows)
+
+
+def _plain_type(kind: Any) -> Any:
+    """A type without dictionaries, whose values later steps would repeat uncounted."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_plain_type(f.type)) for f in kind])
+    return kind
 
 
 def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:
@@ -156,7 +249,7 @@ def open_hub(name: str, hub_id: str, split: str, columns: Columns) -> Source:
             table = datasets.load_dataset(hub_id, split=split)
     except Exception as error:
         raise _hub_error(name, hub_id, split, error, unreachable) from error
-    return _open_columns(name, table, columns, hub_id)
+    return _read(name, table, _choose(name, table.features, columns), hub_id)
 
 
 def _hub_error(
@@ -219,29 +312,58 @@ def _without_retries(hub_id: str) -> Iterator[Exception | None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _open_columns(name: str, table: Any, columns: Columns, hub_id: str | None = None) -> Source:
+class _Chosen(NamedTuple):
+    """The columns of a table that are read."""
+
+    image: str
+    label: str | None
+    caption: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Each column once."""
+        return list(dict.fromkeys(n for n in (self.image, self.label, self.caption) if n))
+
+
+def _choose(name: str, features: Any, columns: Columns) -> _Chosen:
+    """Picks the named columns, or those that hold images, labels and captions by their type and
+    name."""
     import datasets
 
-    names, features = list(table.column_names), table.features
+    names = list(features)
     for asked in (columns.image, columns.label, columns.caption):
         if asked is not None and asked not in names:
             raise DataError(f"{name} has no column {asked!r}; it has {', '.join(names)}.")
-    images = _open_images(name, table, columns.image, hub_id)
     typed = [c for c in names if isinstance(features[c], datasets.Image)]
-    is_told = columns.image is not None or len(typed) < 2
+    usual = [c for c in ("image", "img", "images") if c in names]
+    image = columns.image or next(iter(typed + usual), None)
+    if image is None:
+        raise DataError(
+            f"{name} has columns {', '.join(names)}, and none is called image or is of datasets' "
+            "Image type; name it."
+        )
     notes: tuple[str, ...] = ()
-    if not is_told:
-        notes = (f"{name} has images in {', '.join(typed)}; {typed[0]} is read.",)
-    usual = (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c]))
-    label, labels, class_names, captions = columns.label or next(usual, None), None, None, None
-    if label is not None:
-        labels = _plain(table, label)
-        is_class = isinstance(features[label], datasets.ClassLabel)
-        class_names = tuple(features[label].names) if is_class else None
-    caption = columns.caption or next((c for c in CAPTION_COLUMNS if c in names), None)
-    if columns.captions and caption is not None:
-        where = f"column {caption!r} of {name}"
-        rows = _plain(table, caption)
+    if columns.image is None and len(typed) > 1:
+        notes = (f"{name} has images in {', '.join(typed)}; {image} is read.",)
+    labels = (c for c in _LABEL_COLUMNS if c in names and _is_scalar(features[c]))
+    captions = (c for c in CAPTION_COLUMNS if c in names)
+    caption = columns.caption or next(captions, None) if columns.captions else None
+    return _Chosen(image, columns.label or next(labels, None), caption, notes)
+
+
+def _read(name: str, table: Any, chosen: _Chosen, hub_id: str | None = None) -> Source:
+    """Reads labels and captions of a table, and opens its images."""
+    import datasets
+
+    images, notes = _open_images(name, table, chosen.image, hub_id), chosen.notes
+    labels, class_names, captions = None, None, None
+    if chosen.label is not None:
+        labels, kind = _plain(table, chosen.label), table.features[chosen.label]
+        class_names = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+    if chosen.caption is not None:
+        where = f"column {chosen.caption!r} of {name}"
+        rows = _plain(table, chosen.caption)
         captions = [one_caption(value, f"row {i} of {where}") for i, value in enumerate(rows)]
         if several := sum(isinstance(value, list) and len(value) > 1 for value in rows):
             notes += (f"images of {name} with several captions have the first: {several}.",)
@@ -254,19 +376,9 @@ def _plain(table: Any, column: str) -> list[Any]:
     return values
 
 
-def _open_images(name: str, table: Any, column: str | None, hub_id: str | None) -> _Column:
-    """Opens the named column, or the first that holds images."""
+def _open_images(name: str, table: Any, column: str, hub_id: str | None) -> _Column:
     import datasets
 
-    names = list(table.column_names)
-    typed = [c for c in names if isinstance(table.features[c], datasets.Image)]
-    usual = [c for c in ("image", "img", "images") if c in names]
-    column = column or next(iter(typed + usual), None)
-    if column is None:
-        raise DataError(
-            f"{name} has columns {', '.join(names)}, and none is called image or is of datasets' "
-            "Image type; name it."
-        )
     try:
         stored = datasets.Image(decode=False)
         pictures = table.select_columns([column]).cast_column(column, stored)

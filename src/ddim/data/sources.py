@@ -11,9 +11,9 @@ from typing import Any
 from ddim.data.archives import open_archives
 from ddim.data.arrays import open_idx, open_idx_folder, open_npz
 from ddim.data.dataset import Columns, ImageData, Source
-from ddim.data.folders import SUFFIXES, open_folder
+from ddim.data.folders import SHEETS, SUFFIXES, open_folder, walk
 from ddim.data.named import NAMED, fashion_mnist_folder, open_fashion_mnist
-from ddim.data.parquet import files_of_split, open_hub, open_parquet
+from ddim.data.parquet import are_data, find_tables, open_hub, open_parquet
 from ddim.data.splits import NoSuchSplit, no_such_split, split_of
 from ddim.data.survey import survey
 from ddim.errors import DataError
@@ -100,18 +100,7 @@ def _open(source: str, split: str, columns: Columns) -> Source:
     if path.is_file() and path.suffix != ".parquet":
         _refuse_columns(source, columns)
     if path.is_dir():
-        if tables := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-            chosen, notes = files_of_split(source, tables, split)
-            opened = open_parquet(source, chosen, columns)
-            return opened._replace(notes=notes + opened.notes)
-        if archives := sorted(path.glob("*.tar")):
-            _refuse_columns(source, columns)
-            return open_archives(source, archives, split, columns)
-        is_idx = next(path.glob("*idx3-ubyte*"), None) is not None
-        _refuse_columns(source, columns if is_idx else replace(columns, caption=None))
-        if is_idx:
-            return open_idx_folder(source, path, split)
-        return open_folder(source, path, split, columns)
+        return _open_folder(source, path, split, columns)
     if not path.is_file():  # a pipe or a device would be read without end
         raise DataError(f"{source} is neither a folder nor a regular file; give one of these.")
     if path.suffix == ".tar":
@@ -128,6 +117,34 @@ def _open(source: str, split: str, columns: Columns) -> Source:
         f"{source} is not a data set this reads; give a folder of images, a .npz, IDX files, a "
         ".parquet, or a hub dataset id."
     )
+
+
+def _open_folder(source: str, path: Path, split: str, columns: Columns) -> Source:
+    """Opens a folder of tables, of IDX files, or of pictures."""
+    found, notes = walk(path)
+    is_ours = (path / "run.json").is_file()  # whose grid is no data
+    pictures = [
+        file
+        for file in found
+        if file.path.suffix.lower() in SUFFIXES and not (is_ours and file.path.stem in SHEETS)
+    ]
+    has_tables = any(file.path.suffix == ".parquet" for file in found)
+    if are_data(found) or (has_tables and not pictures):
+        tables, told = find_tables(source, found, split)
+        opened = open_parquet(source, tables, columns)
+        if pictures:
+            what = f"pictures of {source} that lie beside its tables are left out: {len(pictures)}"
+            told += (f"{what}, such as {pictures[0].path}.",)
+    elif not pictures and (archives := sorted(path.glob("*.tar"))):
+        _refuse_columns(source, columns)
+        return open_archives(source, archives, split, columns)
+    elif next(path.glob("*idx3-ubyte*"), None) is not None:
+        _refuse_columns(source, columns)
+        return open_idx_folder(source, path, split)
+    else:
+        _refuse_columns(source, replace(columns, caption=None))
+        opened, told = open_folder(source, path, found, split, columns), ()
+    return opened._replace(notes=notes + told + opened.notes)
 
 
 def _refuse_columns(source: str, columns: Columns) -> None:

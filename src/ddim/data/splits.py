@@ -48,7 +48,8 @@ def choose_split(source: str, names: Iterable[str], split: str) -> list[str] | N
     names = list(names)
     wanted = _WORDS.get(split.lower(), split.lower())
     splits = {kind for name in names if (kind := split_of(name))}
-    chosen = [n for n in names if split_of(n) == wanted or wanted in _words(n)]
+    other = wanted not in _SPLITS  # a word of its own, such as extra
+    chosen = [n for n in names if split_of(n) == wanted or (other and wanted in _words(n))]
     if not chosen and (splits or wanted != "train"):
         raise no_such_split(source, splits, split)
     return chosen or None
