@@ -60,6 +60,11 @@ def record(folder):
     return json.loads((folder / "run.json").read_text())
 
 
+def edit(path, **keys):
+    """Sets keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
 def pixels(path):
     """The grey levels of a picture."""
     return np.asarray(Image.open(path)).astype(int)
@@ -108,6 +113,15 @@ def silent_log():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.utils.tensorboard.SummaryWriter", SilentWriter)
         yield
+
+
+@pytest.fixture
+def alone(silent_log):
+    """A training run in this process, which may choose its precision: accelerate otherwise fixes
+    that for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

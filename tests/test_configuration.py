@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tests.conftest import tiny_unet
+from tests.conftest import edit, tiny_unet
 
 from ddim.configuration import (
     DEFAULTS,
@@ -148,7 +148,7 @@ def test_betas_that_lack_levels_are_refused_where_a_model_is_opened(tmp_path):
     check_levels({"trained_betas": [0.1] * 1001})
     diffusers.DDIMPipeline(tiny_unet(), diffusers.DDIMScheduler()).save_pretrained(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **short}))
+    edit(path, **short)
     with pytest.raises(CheckpointError, match=f"cannot be used: {message} Correct that file"):
         read_scheduler_config(tmp_path)
 

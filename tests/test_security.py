@@ -1,7 +1,6 @@
 """Folders and files of an attacker, given to whatever takes a model: none of their code runs."""
 
 import importlib
-import json
 import re
 import shutil
 import sys
@@ -12,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tests.conftest import on_a_terminal
+from tests.conftest import edit, on_a_terminal
 
 import ddim
 import ddim.cli
@@ -51,10 +50,6 @@ def trap(tmp_path, monkeypatch, no_socket):
         Image.new("RGB", (16, 16)).save(tmp_path / "pictures" / f"{number}.png")
     yield mark.exists
     sys.modules.pop("payload", None)
-
-
-def edit(path, **keys):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def call(command, model):

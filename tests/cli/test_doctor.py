@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from tests.conftest import edit
 
 from ddim.cli import main
 from ddim.configuration import noise_schedule
@@ -201,7 +202,7 @@ def test_folders_embedded_models_and_training_runs_are_read(tiny, foreign, tmp_p
     run = tmp_path / "run"
     shutil.copytree(zoo, run)
     path = run / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": "scaled_linear"}))
+    edit(path, beta_schedule="scaled_linear")
     code, content = findings(capsys, run)
     (found,) = (f for f in content["findings"] if f["code"] == "DDIM019")
     assert found["fix"] == {"beta_schedule": "linear"}
@@ -239,7 +240,7 @@ def test_latents_are_known_by_the_autoencoder(tiny, tmp_path, capsys):
         json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]})
     )
     path = model / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True}))
+    edit(path, clip_sample=True)
     assert "DDIM009" in [
         f["code"] for f in findings(capsys, model)[1]["findings"] if f["severity"] == "warning"
     ]
@@ -263,7 +264,7 @@ def test_data_are_brought_to_the_shape_of_the_model(tiny, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     path = model / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": [16, 24]}))
+    edit(path, sample_size=[16, 24])
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 48), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images)
     prior = tmp_path / "prior.json"
@@ -493,7 +494,7 @@ def test_the_same_seeds_are_drawn_as_configured_and_with_each_fix(tmp_path, caps
     model, picture = tmp_path / "model", tmp_path / "before-after.png"
     shutil.copytree(zoo, model)
     path = model / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "timestep_spacing": "leading"}))
+    edit(path, timestep_spacing="leading")
     asked = ["doctor", str(model), "--steps", "1", "--count", "3", "--device", "cpu"]
     assert main([*asked, "--show", str(picture)]) == 1
     told = capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import ours, tiny_text_parts, tiny_unet
+from tests.conftest import edit, ours, tiny_text_parts, tiny_unet
 
 from ddim.cli import main
 from ddim.data.sources import load_images
@@ -197,7 +197,7 @@ def test_a_message_tells_nothing_of_a_programs_inside(monkeypatch, capsys):
 
 def test_a_mistyped_key_of_a_scheduler_is_refused(tiny, tmp_path, refused):
     path = shutil.copytree(tiny, tmp_path.parent / "mistyped") / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_strt": 0.1}))
+    edit(path, beta_strt=0.1)
     message = refused(f"sample {path.parents[1]}")
     assert "there is no option 'beta_strt'; did you mean 'beta_start'?" in message
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.conftest import on_a_terminal, pixels, record
+from tests.conftest import edit, on_a_terminal, pixels, record
 
 from ddim import cli
 from ddim.cli import main
@@ -627,7 +627,7 @@ def test_models_that_do_not_fit_are_refused(tiny, tmp_path, capsys):
         folder = tmp_path / name
         shutil.copytree(tiny, folder)
         file = folder / path
-        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+        edit(file, **keys)
         assert sample(folder, tmp_path / "out") == 2
         return capsys.readouterr().err
 
@@ -771,7 +771,7 @@ def test_a_fitted_list_that_is_none_and_a_card_that_says_nothing_are_refused(
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     path = model / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "fitted_timesteps": 5}))
+    edit(path, fitted_timesteps=5)
     assert main(["sample", str(model), "--out", str(tmp_path / "a")]) == 2
     assert "fitted_timesteps must be a list of lists of levels" in capsys.readouterr().err
     (model / "card.json").write_text('{"config": 5}')

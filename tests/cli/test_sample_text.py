@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import pixels, record
+from tests.conftest import edit, pixels, record
 
 from ddim.cli import main
 from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
@@ -105,7 +105,7 @@ def test_a_folder_is_of_one_configuration_of_the_model(file, keys, card, tmp_pat
     assert sample(card, tmp_path / "out", *options, 1) == 0
     run = record(tmp_path / "out")
     changed = card / file
-    changed.write_text(json.dumps({**json.loads(changed.read_text()), **keys}))
+    edit(changed, **keys)
     assert sample(card, tmp_path / "out", *options, 2) == 2
     assert "another protocol: configuration_hash is" in capsys.readouterr().err
     del run["protocol"]["configuration_hash"]  # as earlier versions wrote it

@@ -11,7 +11,7 @@ import threading
 import filelock
 import numpy as np
 import pytest
-from tests.conftest import record
+from tests.conftest import edit, record
 
 from ddim.cli import main
 from ddim.evaluation.report import Cell
@@ -24,7 +24,7 @@ def model(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "twenty"
     shutil.copytree(tiny, folder)
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 20}))
+    edit(path, num_train_timesteps=20)
     return folder
 
 

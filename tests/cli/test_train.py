@@ -14,7 +14,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddim.cli import main
@@ -35,6 +34,13 @@ TINY = [
     "0",
 ]
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    *("--main_process_port", "0"),
+]
+
 
 def ddim(*arguments, **options):
     return subprocess.run(
@@ -44,12 +50,6 @@ def ddim(*arguments, **options):
         check=False,
         **options,
     )
-
-
-@pytest.fixture
-def alone(silent_log):
-    """The command within this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_what_the_command_trains_is_sampled_by_the_other_command_and_by_plain_diffusers(tmp_path):
@@ -441,25 +441,6 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
         "--keep-checkpoints",
         9,
     ]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
     def run(launcher):
         command = list(map(str, [*launcher, script, tmp_path, *options]))
@@ -474,7 +455,7 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
         assert done.stdout.count("The model is in ") == 1
         return [dict(np.load(tmp_path / f"rank-{rank}.npz")) for rank in (0, 1)]
 
-    first, second = run(torchrun)
+    first, second = run(TORCHRUN)
     assert first["noise"].shape == (6, 8, 1, 8, 8)
     for name in ("noise", "x0"):
         assert not any(np.array_equal(a, b) for a, b in zip(first[name], second[name], strict=True))
@@ -490,7 +471,7 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
 
     for step in ("0000004", "0000006"):
         (out / "checkpoints" / step).rename(tmp_path / step)
-    again = run(accelerate)[0]
+    again = run(ACCELERATE)[0]
     assert np.array_equal(again["noise"], first["noise"][2:])
     assert json.loads((out / "card.json").read_text())["step"] == 6
     alone = ddim(*options)
@@ -499,7 +480,7 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
 
     with locked(out):  # the second process learns of the refusal instead of waiting for ever
         done = subprocess.run(
-            list(map(str, [*torchrun, script, tmp_path, *options])),
+            list(map(str, [*TORCHRUN, script, tmp_path, *options])),
             capture_output=True,
             text=True,
             check=False,
@@ -511,18 +492,15 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
 
 
 @pytest.mark.slow
-def test_processes_that_torchrun_stops_leave_after_the_running_step_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_processes_that_a_launcher_stops_leave_after_the_running_step_with_a_checkpoint(
+    tmp_path, launcher
+):
     out = tmp_path / "out"
     options = ["--log-every", 1_000_000, "--checkpoint-every", 1_000_000, "--images", 1_000_000]
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddim"]
+    command = [*launcher, "-m", "ddim", "train", "--data", "digits", "--out", out]
     running = subprocess.Popen(
-        list(
-            map(
-                str,
-                [sys.executable, "-m", *command, "train", "--data", "digits", "--out", out]
-                + [*TINY, *options],
-            )
-        ),
+        list(map(str, [*command, *TINY, *options])),
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

@@ -1,11 +1,11 @@
 import hashlib
-import json
 import shutil
 
 import diffusers
 import pytest
 import safetensors.torch
 import torch
+from tests.conftest import edit
 
 from ddim.configuration import noise_schedule
 from ddim.errors import CheckpointError
@@ -34,7 +34,7 @@ def copy(tiny, tmp_path):
 
 def set_scheduler(folder, **keys):
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    edit(path, **keys)
 
 
 def test_a_name_is_an_embedded_model_then_a_folder_then_a_hub_id(tiny, tmp_path, monkeypatch):
@@ -165,21 +165,17 @@ def damage_cut(folder):
 
 def damage_keys(folder):
     path = folder / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "layers_per_block": 2}))
+    edit(path, layers_per_block=2)
 
 
 def damage_shapes(folder):
     path = folder / "unet" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 3}))
+    edit(path, in_channels=3)
 
 
 def damage_blocks(folder):
     path = folder / "unet" / "config.json"
-    path.write_text(
-        json.dumps(
-            {**json.loads(path.read_text()), "down_block_types": ["DownBlock2D", "SpiralBlock2D"]}
-        )
-    )
+    edit(path, down_block_types=["DownBlock2D", "SpiralBlock2D"])
 
 
 def damage_part(folder):

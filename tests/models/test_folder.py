@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from tests.conftest import edit
 
 from ddim.errors import CheckpointError
 from ddim.models.checkpoints import configuration_hash, read_model_index, weight_hash
@@ -34,10 +35,6 @@ def write(path, content):
 def copy(tiny_text, tmp_path):
     """A text model to change."""
     return shutil.copytree(tiny_text, tmp_path / "model")
-
-
-def edit(path, **keys):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def test_an_index_of_diffusers_and_transformers_is_taken():

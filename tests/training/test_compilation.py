@@ -31,11 +31,6 @@ def config(out, **options):
     )
 
 
-@pytest.fixture
-def alone(silent_log):
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class LosesGradients(torch.autograd.Function):
     """The identity, with the gradient 0."""
 

@@ -1,20 +1,13 @@
 """The recipe of docs/training.md in small: a few hundred pictures make a model that draws them."""
 
 import numpy as np
-import pytest
 import torch
-from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 
 from ddim.evaluation.metrics import Statistics, frechet_distance
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.training.config import TrainConfig
 from ddim.training.trainer import train
-
-
-@pytest.fixture
-def alone(silent_log):
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def distance(model, pictures):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.conftest import edit
 
+from ddim.cli.train import _tell_end
 from ddim.configuration import noise_schedule
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
 from ddim.core.timesteps import select_timesteps, step_pairs
-from ddim.errors import DDIMError
+from ddim.errors import DataError, DDIMError
 from ddim.files import file_hash
 from ddim.models.checkpoints import configuration_hash, weight_hash
 from ddim.training import loop, text, trainer
@@ -34,11 +36,7 @@ DATA = Path(__file__).parents[1] / "data"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-@pytest.fixture(autouse=True)
-def alone(silent_log):
-    """Each test may choose its precision, which accelerate otherwise fixes for the whole
-    process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="session")
@@ -311,10 +309,67 @@ def test_cached_latents_are_those_of_the_moment(tmp_path, tiny_text, squares, mo
         assert torch.equal(noise_b, noise_c)
 
 
+def stop_at(monkeypatch, method, call, name="SIGTERM"):
+    """Sends this process a signal in a call of a method of the subject."""
+    usual, calls = getattr(text.TextSubject, method), []
+
+    def counted(self, *arguments):
+        calls.append(method)
+        if len(calls) == call:
+            signal.raise_signal(getattr(signal, name))
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(text.TextSubject, method, counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("cache", "method"), [("memory", "_posterior"), ("disk", "_posterior"), ("disk", "_embed")]
+)
+def test_a_signal_before_the_first_step_ends_the_run_cleanly(
+    tmp_path, tiny_text, squares, monkeypatch, capsys, cache, method, name
+):
+    run = config(tmp_path / "out", tiny_text, squares, cache_latents=cache)
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as under nohup
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, method, 1 if method == "_embed" else 2, name)
+        try:
+            result = train(run)
+        finally:
+            signal.signal(number, before)
+    assert (result.finished, result.step, result.losses) == (False, 0, ())
+    assert len(calls) <= 2  # of the 15 batches
+    assert not (tmp_path / "out").exists()
+    _tell_end(result)
+    assert capsys.readouterr().out == (
+        "Stopped before the first step, without a checkpoint; the same command begins anew.\n"
+    )
+    assert train(run).finished
+
+
+def test_a_picture_that_cannot_be_read_while_latents_are_cached_is_a_sentence(
+    tmp_path, tiny_text, squares
+):
+    """In a worker too, which would return the error's traceback as its message."""
+    content, folder = np.load(squares), tmp_path / "pictures"
+    folder.mkdir()
+    for i, (image, caption) in enumerate(zip(content["images"], content["captions"], strict=True)):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(str(caption))
+    path = folder / "07.png"
+    path.write_bytes(path.read_bytes()[:60])  # the header, which is all that is read at first
+    run = config(tmp_path / "out", tiny_text, folder, cache_latents="disk", workers=1)
+    with pytest.raises(DataError, match=r"^.*07\.png is not an image that can be read [^\n]*$"):
+        train(run)
+    assert not (tmp_path / "out").exists()
+
+
 def subject_of(tmp_path, tiny_text, squares, **options):
     run = config(tmp_path, tiny_text, squares, **options)
     data, subject = trainer.make_subject(run, open_base(run.base))
-    return data, subject.prepared(Accelerator(cpu=True), tmp_path / "latents.bin")
+    return data, subject.prepared(Accelerator(cpu=True), tmp_path / "latents.bin", lambda: None)
 
 
 def test_a_latent_is_drawn_from_its_posterior_and_scaled(tmp_path, tiny_text, squares):
@@ -563,7 +618,7 @@ def broken(base, folder, **changes):
             "index": "model_index.json",
             "scheduler": "scheduler/scheduler_config.json",
         }.get(name, f"{name}/config.json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        edit(path, **change)
     return folder
 
 
@@ -807,7 +862,7 @@ def in_half_precision(model, folder):
     for path in folder.glob("*/*.safetensors"):
         save_file({k: v.half() for k, v in load_file(path).items()}, path, {"format": "pt"})
     path = folder / "text_encoder" / "config.json"  # which transformers loads as it says
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float16"}))
+    edit(path, dtype="float16")
     return folder
 
 

@@ -1,10 +1,12 @@
 """A run is a function of its configuration, whatever happens to it on the way."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import diffusers
@@ -15,6 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tests.conftest import edit
 
 from ddim.core.schedule import BETA_SCHEDULES, NoiseSchedule
 from ddim.data.sources import load_images
@@ -46,11 +49,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def alone(silent_log):
-    """Each test may choose its precision, which accelerate otherwise fixes for the whole
-    process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def config(out, **options):
@@ -279,6 +278,27 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, name):
     assert train(config(tmp_path)).finished
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_to_all_processes_of_a_service_ends_the_run_with_a_checkpoint(tmp_path, name):
+    number, told = getattr(signal, name), []
+
+    def interrupt(progress):
+        if progress.step == 3:
+            for worker in multiprocessing.active_children():
+                told.append(worker.pid)
+                os.kill(worker.pid, number)
+            signal.raise_signal(number)
+            time.sleep(0.2)
+
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as under nohup
+    try:
+        result = train(config(tmp_path, workers=1, images=200), on_progress=interrupt)
+    finally:
+        signal.signal(number, before)
+    assert len(told) == 1
+    assert (result.finished, result.step, steps_in(tmp_path)) == (False, 4, [2, 4])
+
+
 def test_a_signal_that_is_ignored_stays_ignored_as_under_nohup(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -412,7 +432,7 @@ def test_other_options_than_the_folders_are_refused(tmp_path):
     ):
         train(config(tmp_path, images=4))
     path = tmp_path / "checkpoints" / "0000002" / "training" / "record.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    edit(path, processes=2)
     with pytest.raises(
         CheckpointError,
         match=r"holds a run on 2 process\(es\), and this one has 1; use the same number",

@@ -100,6 +100,9 @@ def _tell_end(result: "TrainResult") -> None:
     from ddim.cli.terminal import say
 
     out, step = result.out, result.step
+    if not result.finished and step == 0:
+        say("Stopped before the first step, without a checkpoint; the same command begins anew.")
+        return
     if not result.finished:
         say(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")
         return

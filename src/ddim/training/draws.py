@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
+from ddim.training.stopping import ignore_signals
 
-__all__ = ["BatchOrder", "CropOrder", "Draws", "Place", "load_batches", "mix"]
+__all__ = ["BatchOrder", "CropOrder", "Draws", "Loadable", "Place"]
+__all__ += ["collate", "load_batches", "mix"]
 
 Place = tuple[int, int, int]
 """Optimiser step, forward pass within it, process."""
@@ -90,12 +92,15 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
             yield list(zip(batch, places, strict=True))
 
 
-class _Loadable(Dataset[tuple[Tensor, int]]):
+class Loadable(Dataset[tuple[Tensor, int]]):
     """Examples by lists of indices, or of indices and the seeds of their crops. An error is
     returned as a value: if it were raised in a worker, its message would be a traceback."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
 
     def __getitems__(
         self, indices: list[int] | list[tuple[int, int]]
@@ -107,7 +112,8 @@ class _Loadable(Dataset[tuple[Tensor, int]]):
             return error
 
 
-def _collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
+def collate(items: list[tuple[Tensor, int]] | DDIMError) -> Any:
+    """Makes a batch of examples, unless they are an error."""
     return items if isinstance(items, DDIMError) else default_collate(items)
 
 
@@ -125,10 +131,11 @@ def load_batches(
     rank, world = accelerator.process_index, accelerator.num_processes
     order = BatchOrder(images, config, start, stop, rank, world)
     loader: DataLoader[Any] = DataLoader(
-        _Loadable(examples),
+        Loadable(examples),
         batch_sampler=CropOrder(order) if config.random_crop else order,
         num_workers=config.workers,
-        collate_fn=_collate,
+        worker_init_fn=ignore_signals,
+        collate_fn=collate,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)

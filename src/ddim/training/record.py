@@ -91,6 +91,12 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
             f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
             "go on from an earlier one."
         ) from error
+    # The steps follow from it, and from them defaults.
+    if record.get("processes") != fresh["processes"]:
+        raise CheckpointError(
+            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
+            f"{fresh['processes']}; use the same number."
+        )
     # An option that the run's own version did not have was at its default.
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     for group in ("config", "data", "base"):
@@ -102,11 +108,6 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
                 continue
             if name not in FREE_FIELDS and before != value:
                 raise _changed_option(group, name, before, value, record, config)
-    if record.get("processes") != fresh["processes"]:
-        raise CheckpointError(
-            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
-            f"{fresh['processes']}; use the same number."
-        )
     if "held_out_images" not in record:  # runs of earlier versions; the first held out the end
         total = fresh["data"]["images"]
         count = min(config.validation_images, total // 10)

@@ -8,10 +8,22 @@ from typing import Any
 import torch
 from torch import distributed
 
-__all__ = ["StopSignals"]
+__all__ = ["StopSignals", "Stopped", "ignore_signals"]
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """An interrupt, an end that was asked for, and a terminal that was closed."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end while something was computed that takes long."""
+
+
+def ignore_signals(worker: int) -> None:
+    """Begins a worker of a loader, which ends when its run does: a signal to all processes of a
+    terminal or a service must not end it under the run's feet."""
+    for name in _SIGNALS:
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
@@ -32,6 +44,11 @@ class StopSignals:
                 if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
         return self
+
+    def check(self) -> None:
+        """Raises :class:`Stopped` if this process received a signal."""
+        if self.is_asked:
+            raise Stopped
 
     def agreed(self) -> bool:
         """Whether the run is to stop now. All processes ask after every step, and get the same

@@ -57,8 +57,12 @@ class Subject(Protocol):
     def examples(self) -> Any:
         """By the index of an image, what a batch is collated from."""
 
-    def prepared(self, accelerator: Accelerator, cache: Path) -> "Subject":
-        """Returns the subject with all that is computed once per run; it may write ``cache``."""
+    def prepared(
+        self, accelerator: Accelerator, cache: Path, check: Callable[[], None]
+    ) -> "Subject":
+        """Returns the subject with all that is computed once per run; it may write ``cache``.
+        Where ``check`` raises :class:`~ddim.training.stopping.Stopped`, that is cut short, and the
+        subject cannot be trained."""
 
     def clean(
         self, batch: list[Tensor], device: torch.device, draws: Draws | None
@@ -97,7 +101,9 @@ class PixelSubject:
     def examples(self) -> ImageData:
         return self.data
 
-    def prepared(self, accelerator: Accelerator, cache: Path) -> "PixelSubject":
+    def prepared(
+        self, accelerator: Accelerator, cache: Path, check: Callable[[], None]
+    ) -> "PixelSubject":
         return self
 
     def clean(

@@ -4,6 +4,7 @@ The autoencoder is never trained, and the text encoder only if that is asked for
 from the autoencoder's posterior anew at every step; the draw follows from the seed and the step, as
 all noise of a run."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ from ddim.models.checkpoints import check_finite, load_network
 from ddim.models.folder import part_names
 from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
-from ddim.training.draws import Draws
+from ddim.training.draws import Draws, Loadable, collate
 from ddim.training.network import Ends, check_text_network, make_text_network, resolution_for
 from ddim.training.package import Package, make_scheduler
+from ddim.training.stopping import Stopped, ignore_signals
 from ddim.training.subject import Predictor, mirror, to_float
 
 __all__ = ["Captions", "TextSubject", "TrainedAlong", "text_subject"]
@@ -103,7 +105,9 @@ class TextSubject:
     def examples(self) -> Any:
         return _Indexed(self.data if self.moments is None else self.moments)
 
-    def prepared(self, accelerator: Accelerator, cache: Path) -> "TextSubject":
+    def prepared(
+        self, accelerator: Accelerator, cache: Path, check: Callable[[], None]
+    ) -> "TextSubject":
         """Moves the frozen parts to the device, embeds all captions if they fit, and encodes all
         images if their latents are to be cached.
 
@@ -113,7 +117,8 @@ class TextSubject:
         self.vae.to(accelerator.device)
         self.text_encoder.to(accelerator.device)
         captions = replace(self.captions, tokens=self.captions.tokens.to(accelerator.device))
-        embeddings, moments = self._embed_all(captions.tokens), self._encode_all(accelerator, cache)
+        embeddings = self._embed_all(captions.tokens, check)
+        moments = self._encode_all(accelerator, cache, check)
         return replace(self, captions=captions, embeddings=embeddings, moments=moments)
 
     def clean(
@@ -180,29 +185,43 @@ class TextSubject:
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         return posterior.mean, posterior.std
 
-    def _embed_all(self, tokens: Tensor) -> Tensor | None:
+    def _embed_all(self, tokens: Tensor, check: Callable[[], None]) -> Tensor | None:
         count, length = tokens.shape
         size = count * length * self.text_encoder.config.hidden_size * 4
         if self.config.train_text_encoder or size > _MOST_EMBEDDINGS or count > self.config.images:
             return None
-        return torch.cat([self._embed(part) for part in torch.split(tokens, 256)])
+        embedded = []
+        with contextlib.suppress(Stopped):
+            for part in torch.split(tokens, 256):
+                check()
+                embedded.append(self._embed(part))
+        return torch.cat(embedded) if embedded else None
 
-    def _encode_all(self, accelerator: Accelerator, cache: Path) -> Tensor | None:
+    def _encode_all(
+        self, accelerator: Accelerator, cache: Path, check: Callable[[], None]
+    ) -> Tensor | None:
         """The posteriors of all images: [N, mirrored or not, mean or std, C, H, W], float32."""
         shape = (len(self.data), 2 if self.config.horizontal_flip else 1, 2, *self.shape)
         if self.config.cache_latents == "no":
             return None
         if self.config.cache_latents == "memory":
             moments = torch.empty(shape)
-            for first, part in self._encoded(accelerator.device):
-                moments[first : first + len(part)] = part
+            with contextlib.suppress(Stopped):
+                for first, part in self._encoded(accelerator.device, check):
+                    moments[first : first + len(part)] = part
             return moments
         if accelerator.is_main_process:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(cache) as partial, partial.open("wb") as file:
-                for _, part in self._encoded(accelerator.device):
+            with (
+                contextlib.suppress(Stopped),
+                replacing(cache) as partial,
+                partial.open("wb") as file,
+            ):
+                for _, part in self._encoded(accelerator.device, check):
                     file.write(part.numpy().tobytes())
         accelerator.wait_for_everyone()
+        if not cache.exists():
+            return None
         size, float32 = math.prod(shape), torch.float32
         mapped = torch.from_file(str(cache), shared=False, size=size, dtype=float32).view(shape)
         accelerator.wait_for_everyone()
@@ -210,12 +229,22 @@ class TextSubject:
             cache.unlink()
         return mapped
 
-    def _encoded(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    def _encoded(
+        self, device: torch.device, check: Callable[[], None]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yields posteriors batch by batch on the CPU, each with the index of its first image."""
-        indexed: Any = _Indexed(self.data)
-        size, workers = self.config.batch_size, self.config.workers
-        loader: Any = DataLoader(indexed, batch_size=size, num_workers=workers)
-        for images, indices in loader:
+        loader: DataLoader[Any] = DataLoader(
+            Loadable(_Indexed(self.data)),
+            batch_size=self.config.batch_size,
+            num_workers=self.config.workers,
+            collate_fn=collate,
+            worker_init_fn=ignore_signals,
+        )
+        for batch in loader:
+            check()
+            if isinstance(batch, DDIMError):
+                raise batch
+            images, indices = batch
             pixels = to_float(images.to(device, non_blocking=True))
             views = (pixels, pixels.flip(-1)) if self.config.horizontal_flip else (pixels,)
             moments = [torch.stack(self._posterior(view), 1) for view in views]

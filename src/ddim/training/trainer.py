@@ -141,7 +141,7 @@ def train(
 
     Returns:
         How the run ended. ``finished`` is False after SIGINT, SIGTERM or SIGHUP, which end it
-        with a checkpoint.
+        with a checkpoint, or without one before its first step.
 
     Raises:
         DDIMError: If data, configuration or checkpoint do not fit together, or another run holds
@@ -234,17 +234,19 @@ def _take_and_follow(
     config, accelerator, out = run.config, run.accelerator, Path(run.config.out)
     started = time.perf_counter() - float(record["seconds"])
     start, held_out = int(record["step"]), set(record["held_out_images"])
-    subject = run.subject.prepared(accelerator, out / "latents.bin")
-    model, optimizer = accelerator.prepare(run.model, run.optimizer)
-    run = replace(run, subject=subject, model=model, optimizer=optimizer)
-    images = [i for i in range(record["data"]["images"]) if i not in held_out]
-    batches = load_batches(
-        subject.examples, config, accelerator, images=images, start=start, stop=run.steps
-    )
-    network: Callable[..., Any] = model
-    if config.compile and start < run.steps:
-        network, batches = _compile(run, batches, start, note)
     with StopSignals(accelerator.num_processes) as signals, contextlib.ExitStack() as opened:
+        subject = run.subject.prepared(accelerator, out / "latents.bin", signals.check)
+        if signals.agreed():
+            return []
+        model, optimizer = accelerator.prepare(run.model, run.optimizer)
+        run = replace(run, subject=subject, model=model, optimizer=optimizer)
+        images = [i for i in range(record["data"]["images"]) if i not in held_out]
+        batches = load_batches(
+            subject.examples, config, accelerator, images=images, start=start, stop=run.steps
+        )
+        network: Callable[..., Any] = model
+        if config.compile and start < run.steps:
+            network, batches = _compile(run, batches, start, note)
         log = None
         if accelerator.is_main_process and start < run.steps:
             log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=start)))
