@@ -212,9 +212,13 @@ def test_a_path_between_seeds_begins_and_ends_at_their_samples(tiny, tmp_path):
     )
     strip = read(tmp_path / "path" / "strip.png")
     scale = 96 // 8
-    first = strip[2 * scale : 10 * scale : scale, 2 * scale : 10 * scale : scale].astype(int)
+    labels, side = 36, 8 * scale  # a line for the weights, and one for the path
+    first = strip[labels + 2 : labels + 2 + side : scale, 2 : 2 + side : scale, 0].astype(int)
     assert np.abs(first - read(tmp_path / "a" / "000003.png").astype(int)).max() <= 1
-    assert strip.shape[:2] == ((8 + 4) * scale, (5 * 10 + 2) * scale)
+    assert strip.shape == (labels + side + 4, 5 * (side + 2) + 4, 3)
+    for place in range(5):  # each column under its weight
+        assert strip[:18, 2 + place * (side + 2) :][:, :24].min() < 128
+    assert strip[18:36, :200].min() < 128
     run_ = record(tmp_path / "path")
     assert [r["place"] for r in run_["results"]] == list(range(5))
     with Image.open(tmp_path / "path" / "path.gif") as gif:
@@ -253,8 +257,9 @@ def test_a_grid_between_images_has_them_at_its_corners(tiny, tmp_path, method):
     assert run("interpolate", tiny, "--images", files, *options) == 0
     grid, scale = read(tmp_path / "out" / "grid.png"), 96 // 8
     for corner, (row, column) in zip(pixels, [(0, 0), (0, 2), (2, 0), (2, 2)], strict=True):
-        top, left = (2 + 10 * row) * scale, (2 + 10 * column) * scale
-        found = grid[top : top + 8 * scale : scale, left : left + 8 * scale : scale].astype(int)
+        side = 8 * scale
+        top, left = 36 + row * (side + 4 + 18) + 2, 2 + column * (side + 2)
+        found = grid[top : top + side : scale, left : left + side : scale, 0].astype(int)
         assert np.abs(found - corner).max() <= (0 if method == "o-belm" else 2)
 
 

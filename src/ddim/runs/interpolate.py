@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import Tensor
 from ddim.core.interpolation import interpolate, interpolate_grid
 from ddim.core.noise import check_seeds, seeded_randn
 from ddim.data.pictures import Pictures, Selection, check_images, read_images
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, printable
 from ddim.inversion.codes import Code
 from ddim.inversion.ddim import collect_unsolved
-from ddim.models.images import from_pil, make_grid, save_gif, save_picture, sheet_scale
+from ddim.models.images import from_pil, label_rows, save_gif, save_picture, sheet_scale
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.requests import InterpolateRequest
@@ -113,10 +114,25 @@ class InterpolateJob(PixelJob):
         self.rms, self.unsolved = whole.rms().tolist(), unsolved
         self.calls = encoding.each(len(code)) + decoding.each(len(pixels))
         scale, name = sheet_scale(pixels), missing[0]
-        save_picture(make_grid(pixels, columns=request.count), self.folder / name, scale=scale)
+        rows, columns = self._labels()
+        sheet = label_rows(pixels, rows, columns=columns, scale=scale)
+        save_picture(sheet, self.folder / name)
         if request.gif:
             save_gif(pixels, self.folder / "path.gif", scale=scale)
         yield Made(name, seconds=seconds)
+
+    def _labels(self) -> tuple[list[str], list[str]]:
+        """What stands over the rows of the sheet, and over its columns: the weight of the end."""
+        request, count = self.request, self.request.count
+        names = [f"seed {seed}" for seed in request.seeds or ()]
+        names = names or [printable(Path(name).name) for name in request.images or ()]
+        paths = [f"{a} to {b}" for a, b in zip(names[::2], names[1::2], strict=True)]
+        weights = [f"{place / (count - 1):.2f}" for place in range(count)]
+        how = f"{request.interpolation}, {len(self.timesteps)} steps"
+        rows = [f"{paths[0]} ({how})"]
+        if request.grid:
+            rows += [*weights[1:-1], paths[1]]
+        return rows, weights
 
     def _path(self, ends: Tensor) -> Tensor:
         count, kind = self.request.count, self.request.interpolation
