@@ -254,6 +254,18 @@ def test_what_is_saved_names_no_path_of_the_machine(tiny, tiny_text, tmp_path, t
         assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
 
 
+@pytest.mark.parametrize("kind", ["tiny", "tiny_text"])
+def test_a_model_of_the_hub_is_named_by_its_id_with_all_of_its_parts(kind, request, tmp_path):
+    folder = tmp_path / "models--owner--some-name" / "snapshots" / "0123abcd"
+    shutil.copytree(request.getfixturevalue(kind), folder)
+    pipe = ddim.DiffusionPipeline.from_pretrained(folder)
+    assert pipe.config._name_or_path == "owner/some-name"
+    if kind == "tiny_text":
+        for name in ("unet", "vae", "text_encoder"):
+            part = getattr(pipe, name)
+            assert part.config._name_or_path == f"owner/some-name/{name}"
+
+
 CONTROL = "\x1b]0;owned\x07\x9b2J\u202e"
 
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
@@ -23,6 +25,7 @@ from ddim.core.timesteps import SPACINGS
 from ddim.errors import CheckpointError, DDIMError
 from ddim.models.export import to_diffusers
 from ddim.models.images import from_pictures
+from ddim.pipelines.coding import _rules
 from ddim.pipelines.diffusion_pipeline import DiffusionPipeline
 from ddim.pipelines.networks import weights_of
 from ddim.pipelines.pictures import encode_images
@@ -769,6 +772,13 @@ def another_encoder(pipe):
     next(pipe.text_encoder.parameters()).data += 1
 
 
+def fewer_merges(pipe):
+    """The same vocabulary, of which a word is made by other tokens."""
+    backend = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+    backend["model"]["merges"].pop()
+    pipe.tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(backend))
+
+
 def another_autoencoder(pipe):
     pipe.vae.decoder.conv_out.bias.data += 1
 
@@ -782,6 +792,7 @@ def another_autoencoder(pipe):
         (lambda p: p.vae.register_to_config(scaling_factor=0.4), "autoencoder"),
         (lambda p: p.unet.register_to_config(norm_eps=0.1), "network configuration"),
         (lambda p: setattr(p.tokenizer, "model_max_length", 11), "tokenizer"),
+        (fewer_merges, "tokenizer's rules"),
     ],
 )
 def test_a_code_belongs_to_all_that_makes_its_picture(change, name, pipe, tiny_text, tmp_path):
@@ -794,6 +805,22 @@ def test_a_code_belongs_to_all_that_makes_its_picture(change, name, pipe, tiny_t
         again.decode(code, PROMPT)
     older = replace(code, origin={n: code.origin[n] for n in ("dtype", "network", "schedule")})
     again.decode(older, PROMPT)  # whose file does not say the rest
+
+
+@pytest.mark.parametrize("merges", ["a b", "b a"])
+def test_a_tokenizer_that_python_runs_is_known_by_its_files(merges):
+    class Slow:
+        pad_token_id, padding_side = 0, "right"
+
+        def __init__(self, merges):
+            self.merges = merges
+
+        def save_vocabulary(self, folder):
+            path = Path(folder, "merges.txt")
+            path.write_text(self.merges)
+            return (str(path),)
+
+    assert (_rules(Slow(merges)) == _rules(Slow("a b"))) == (merges == "a b")
 
 
 # --- what goes to diffusers' own call

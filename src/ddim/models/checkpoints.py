@@ -338,13 +338,16 @@ def weight_hash(folder: Path, *, variant: str | None = None) -> str:
     return file_hash(files)
 
 
+_OF_TOKENIZER = ("*.json", "*.txt", "*.model", "*.bpe", "*.spm")
+
+
 def configuration_hash(folder: Path) -> str:
     """First 16 hex digits of a SHA-256 of what makes a picture beside weights and schedule: the
     configurations of network, text encoder and autoencoder, and the tokenizer's files."""
     digest = hashlib.sha256()
     for name in _PICTURED:
         place = _part(folder, name) if name == "unet" else folder / name
-        named = ("config.json",) if name != "tokenizer" else ("*.json", "*.txt", "*.model")
+        named = ("config.json",) if name != "tokenizer" else _OF_TOKENIZER
         for path in sorted(file for pattern in named for file in place.glob(pattern)):
             content = path.read_bytes()
             if path.name in ("config.json", "tokenizer_config.json"):

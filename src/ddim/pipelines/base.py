@@ -83,12 +83,13 @@ def find_pretrained(name: str | Path, options: Mapping[str, Any]) -> Path:
     )
 
 
-def name_origin(pipe: Any, given: str | Path, folder: Path) -> None:
-    """Says in the configurations of a pipeline and of its parts which model they are of: by the
-    model's name or its folder's, since a path of this machine would be written into what is
+def name_origin(pipe: Any, folder: Path) -> None:
+    """Says in the configurations of a pipeline and of its parts which model they are of: by its
+    name on the hub, or its folder's, since a path of this machine would be written into what is
     saved."""
-    path = Path(given).expanduser()
-    name = path.resolve().name if path.is_dir() and folder == path else str(given)
+    real, prefix = folder.resolve(), "models--"  # of a model in the hub's cache
+    is_cached = real.parent.name == "snapshots" and real.parents[1].name.startswith(prefix)
+    name = real.parents[1].name.removeprefix(prefix).replace("--", "/") if is_cached else real.name
     pipe.register_to_config(_name_or_path=name)
     for part in pipe.components.values():
         config = getattr(part, "config", None)

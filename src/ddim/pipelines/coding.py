@@ -3,8 +3,10 @@
 import hashlib
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,22 +121,37 @@ class Coding(Sampling):
             "network": fingerprint(weights_of(self.unet)),
             "schedule": f"{fingerprint(levels)} {self._options.prediction_type}",
             "network configuration": _settings(self.unet),
-            **self._further_origin(),
+            **self._origin_of_parts(),
         }
 
-    def _further_origin(self) -> dict[str, str]:
+    def _origin_of_parts(self) -> dict[str, str]:
         """What a code depends on beside the network and its schedule."""
-        parts = {"autoencoder": "vae", "text encoder": "text_encoder"}
-        held = {name: getattr(self, attribute, None) for name, attribute in parts.items()}
-        origin = {
-            name: f"{fingerprint(weights_of(part))} {_settings(part)}"
-            for name, part in held.items()
-            if part is not None
-        }
+        origin = {}
+        for name, attribute in (("autoencoder", "vae"), ("text encoder", "text_encoder")):
+            if (part := getattr(self, attribute, None)) is not None:
+                origin[name] = f"{fingerprint(weights_of(part))} {_settings(part)}"
         if (tokenizer := getattr(self, "tokenizer", None)) is not None:
             read = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
-            origin["tokenizer"] = _hash(read)
+            origin |= {"tokenizer": _hash(read), "tokenizer's rules": _hash(_rules(tokenizer))}
         return origin
+
+
+def _rules(tokenizer: Any) -> Any:
+    """How a tokenizer makes tokens of a text, beside its vocabulary: all that its files say."""
+    special = [tokenizer.pad_token_id, tokenizer.padding_side]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            files = map(Path, tokenizer.save_vocabulary(folder))
+            return [special, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    rules = json.loads(backend.to_str())
+    for name in ("version", "padding", "truncation"):  # the last two are those of the last call
+        rules.pop(name, None)
+    model = rules["model"]
+    model.pop("vocab", None)
+    # Libraries write a merge as "a b" or as ["a", "b"].
+    merges = model.get("merges") or ()
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return [special, rules]
 
 
 # What the shapes of a text encoder's weights do not tell of it.

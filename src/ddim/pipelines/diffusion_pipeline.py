@@ -5,7 +5,7 @@ from abc import ABCMeta
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import diffusers
 from torch import nn
@@ -68,14 +68,15 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
         is_custom = options.get("custom_pipeline") is not None or not isinstance(kind, str | None)
         library = (index.get("unet") or ["diffusers"])[0]
         is_foreign = library != "diffusers" and "unet" not in options
+        pipe: Any
         if cls is not DiffusionPipeline:  # a user's own pipeline
             pipe = load_pipeline(super().from_pretrained, folder, index, **options)
             replace_schedulers(pipe, options)
         elif is_unconditional(index) and not is_custom and not is_foreign:
             options.pop("trust_remote_code", None)
-            pipe = UnconditionalPipeline.from_pretrained(folder, **options)
+            return cast(Self, UnconditionalPipeline.from_pretrained(folder, **options))
         elif kind in STABLE_DIFFUSION and not is_custom:
-            pipe = text_pipeline(kind).from_pretrained(folder, **options)
+            return cast(Self, text_pipeline(kind).from_pretrained(folder, **options))
         else:
             if not is_custom:
                 _kind_of(index)  # refuses what is no pipeline of diffusers
@@ -83,8 +84,8 @@ class DiffusionPipeline(diffusers.DiffusionPipeline, metaclass=ABCMeta):  # type
             pipe = load_pipeline(load, folder, index, **options)
             replace_schedulers(adopt(pipe), options)
             read_as_written(pipe, options)
-        name_origin(pipe, pretrained_model_name_or_path, folder)
-        return pipe  # type: ignore[no-any-return]
+        name_origin(pipe, folder)
+        return cast(Self, pipe)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:

@@ -121,7 +121,7 @@ class StableDiffusion(Coding):
         pipe: Any = load_pipeline(load, folder, index, **options)
         loaded = (getattr(pipe, name, None) for name in ("unet", "vae") if name not in options)
         mark_loaded(*(part for part in loaded if part is not None))
-        name_origin(pipe, pretrained_model_name_or_path, folder)
+        name_origin(pipe, folder)
         return cast(Self, pipe)
 
     @classmethod

@@ -138,7 +138,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
             pipe = cls(network, config)
         if unet is None:
             mark_loaded(pipe.unet)
-        name_origin(pipe, pretrained_model_name_or_path, folder)
+        name_origin(pipe, folder)
         return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
