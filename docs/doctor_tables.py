@@ -44,7 +44,7 @@ def tables() -> str:
         }
         figures = (
             f"{summary['terminal_snr']:.3g} | {summary['first_level']} | "
-            f"{summary['brightness_bias']:+.3f} | "
+            f"{round(summary['brightness_bias'], 3) + 0.0:+.3f} | "
             f"{summary['brightness_spread']:.3f}"
             if summary
             else "- | - | - | -"

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import runpy
+import time
 import types
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ddim.configuration import _FAMILY
 from ddim.core.oracle import GaussianOracle
 from ddim.core.prediction import PREDICTION_TYPES, from_x0_eps
 from ddim.core.prior import DataPrior, fit_prior
+from ddim.core.sampler import sample
 from ddim.core.schedule import NoiseSchedule, make_betas
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.doctor.checks import CHECKS
@@ -593,6 +595,31 @@ def test_leaked_brightness_is_the_closed_form(kind, level, brightness, bias, fac
             1 / root,
         )
     )
+
+
+@pytest.mark.parametrize("most", [1, 5, 2**20])
+@pytest.mark.parametrize("count", [1, 2, 7, 50])
+def test_steps_that_are_put_together_are_those_of_the_sampler(count, most, fashion, monkeypatch):
+    monkeypatch.setattr("ddim.doctor.symptoms._MOST_MAPS", most)
+    schedule = NoiseSchedule.from_betas(make_betas())
+    pairs = step_pairs(select_timesteps(1000, count, "quadratic"))
+    pairs.append((999, 3))  # as diffusers' may begin elsewhere
+    brightness = Brightness.of_images(fashion[:64, :, ::4, ::4])
+    oracle, x = brightness.oracle(schedule), torch.zeros(len(brightness.modes.mean), 2).double()
+    x[:, 1] = 1
+    for pair in pairs:
+        x = sample(oracle.denoise, x, [pair], schedule=schedule)
+    wanted = brightness.change(x[:, 0], x[:, 1] - x[:, 0])
+    assert predict_brightness(schedule, pairs, brightness) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_million_steps_of_a_million_levels_are_examined_at_once():
+    """What a step at a time would take is a thousand seconds."""
+    begun = time.process_time()
+    config = {"num_train_timesteps": 10**6, "beta_start": 1e-7, "beta_end": 2e-5}
+    for spacing in ("quadratic", "leading"):
+        diagnose({**config, "timestep_spacing": spacing}, steps=10**6)
+    assert time.process_time() - begun < 60
 
 
 def test_many_steps_come_to_the_closed_form():

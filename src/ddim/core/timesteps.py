@@ -5,6 +5,7 @@ A list of timesteps runs from noise to data, strictly falling, in [0, T). A step
 neighbour leaves the list, and the network is then told another amount of noise than there is."""
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
@@ -89,11 +90,12 @@ def select_timesteps(
         # The float range yields an N+1st entry, -1, for some N (61, 103, ... of 1000): the first N
         # are right.
         return [int(t) for t in np.round(np.arange(total, 0, -total / count))[:count] - 1]
-    levels: list[int] = []  # quadratic
-    for i in range(count):
-        level = (total - 1) * i * i // (count - 1) ** 2 if count > 1 else total - 1
-        levels.append(max(level, levels[-1] + 1) if levels else level)
-    return levels[::-1]
+    if count == 1:
+        return [total - 1]
+    square = (count - 1) ** 2
+    rest = ((total - 1) * i * i // square - i for i in range(count))
+    # One up where two would coincide: what is above the place must not fall.
+    return [level + i for i, level in enumerate(itertools.accumulate(rest, max))][::-1]
 
 
 def as_levels(timesteps: Iterable[int] | Tensor) -> list[int]:
@@ -105,6 +107,8 @@ def as_levels(timesteps: Iterable[int] | Tensor) -> list[int]:
         values = None
     if values is None or getattr(timesteps, "ndim", 1) != 1:
         raise wrong_argument("timesteps", "be one list of levels, such as [999, 500, 3]", timesteps)
+    if set(map(type, values)) <= {int}:  # as in nearly all lists, perhaps of a million
+        return list(values)
     levels = []
     for value in values:
         if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
@@ -133,6 +137,8 @@ def check_timesteps(timesteps: Sequence[int] | Tensor, num_train_timesteps: int)
 def _check_falling(levels: Sequence[int]) -> None:
     if not levels:
         raise DDIMError("timesteps must name at least one level; got an empty list.")
+    if all(map(operator.gt, levels, itertools.islice(levels, 1, None))):
+        return
     for earlier, later in itertools.pairwise(levels):
         if earlier == later:
             raise DDIMError(f"timesteps must not repeat a level; got {later} twice.")

@@ -26,9 +26,8 @@ from ddim.core.checks import (
 from ddim.core.denoiser import Denoiser
 from ddim.core.noise import seeded_randn
 from ddim.core.oracle import GaussianOracle
-from ddim.core.prediction import PredictionType, from_x0_eps, to_x0_eps
+from ddim.core.prediction import Denoised, PredictionType, from_x0_eps, to_x0_eps
 from ddim.core.prior import DataPrior
-from ddim.core.sampler import sample
 from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, check_schedule, make_betas
 from ddim.core.timesteps import Pair
 from ddim.errors import DDIMError
@@ -146,16 +145,41 @@ def _check_images(images: Any) -> None:
         raise wrong_argument("images", "have shape [B, C, H, W]", images)
 
 
+_MOST_MAPS = 2**20
+"""Steps times modes that are computed at a time."""
+
+
 def made_of_noise(
     denoise: Denoiser, schedule: NoiseSchedule, pairs: Sequence[Pair], *, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and std, each [K], of the images that DDIM makes of noise N(mean, std^2), for a denoiser
-    that is affine in x_t [K, ...]. A step may begin at another level than the one before reached,
-    as diffusers' do."""
-    x = torch.stack([mean, mean + std], dim=1)
-    for pair in pairs:
-        x = sample(denoise, x, [pair], schedule=schedule)
-    return x[:, 0], x[:, 1] - x[:, 0]
+    that is affine in x_t [K n, 2], row k + K i of which lies at the i-th of n levels, t [K n]. A
+    step may begin at another level than the one before reached, as diffusers' do.
+
+    Each step is an affine map. Maps of neighbouring steps are put together, pair by pair, so that a
+    million steps are some twenty operations."""
+    modes, size = len(mean), max(1, _MOST_MAPS // len(mean))
+    factor, shift = torch.ones_like(std), torch.zeros_like(mean)
+    levels = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for t, s in (part.T for part in torch.split(levels, size)):
+        x0, eps = denoise(ends.expand(modes * len(t), 2), t.repeat_interleave(modes))
+        alpha_bar_s = schedule.alpha_bar(s).repeat_interleave(modes)[:, None]
+        x = (alpha_bar_s.sqrt() * x0 + (1 - alpha_bar_s).sqrt() * eps).reshape(len(t), modes, 2)
+        steepness, offset = _joined(x[..., 1] - x[..., 0], x[..., 0])
+        factor, shift = steepness * factor, steepness * shift + offset
+    return factor * mean + shift, factor * std
+
+
+def _joined(steepness: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The map that the maps x -> steepness x + offset, each [N, K], come to one after the other."""
+    while len(steepness) > 1:
+        rest = len(steepness) // 2 * 2
+        first, second = steepness[:rest:2], steepness[1:rest:2]
+        joined, moved = second * first, second * offset[:rest:2] + offset[1:rest:2]
+        steepness = torch.cat([joined, steepness[rest:]])
+        offset = torch.cat([moved, offset[rest:]])
+    return steepness[0], offset[0]
 
 
 def predict_brightness(
@@ -163,7 +187,13 @@ def predict_brightness(
 ) -> tuple[float, float]:
     """How sampling from N(0, I) over these pairs changes brightness: the bias of the mean grey
     level, and the factor on its spread between images; (0, 1) is correct."""
-    zero, denoise = torch.zeros_like(brightness.modes.mean), brightness.oracle(schedule).denoise
+    oracle, zero = brightness.oracle(schedule), torch.zeros_like(brightness.modes.mean)
+
+    def denoise(x_t: Tensor, t: int | Tensor) -> Denoised:
+        count = len(x_t) // len(zero)
+        moments = (torch.as_tensor(value).repeat(count) for value in (oracle.mean, oracle.std))
+        return GaussianOracle(schedule, *moments).denoise(x_t, t)
+
     return brightness.change(*made_of_noise(denoise, schedule, pairs, mean=zero, std=zero + 1))
 
 
@@ -232,13 +262,11 @@ def stock_nan_levels(config: Mapping[str, Any], pairs: Sequence[Pair], eta: floa
     by its float32 arithmetic, for a complete configuration."""
     table = _stock_table(config)
     final = torch.tensor(1.0) if config["set_alpha_to_one"] else table[0]
-    found = []
-    for t, s in pairs:
-        alpha_bar_t, alpha_bar_s = table[t], table[s] if s >= 0 else final
-        variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
-        direction = (1 - alpha_bar_s - (eta * variance**0.5) ** 2) ** 0.5
-        if bool(direction.isnan()):
-            found.append(t)
+    t, s = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    alpha_bar_t, alpha_bar_s = table[t], torch.where(s >= 0, table[s], final)
+    variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+    direction = (1 - alpha_bar_s - (eta * variance**0.5) ** 2) ** 0.5
+    found: list[int] = t[direction.isnan()].tolist()
     return found
 
 
