@@ -24,6 +24,7 @@ ROOMS = [
 
 ROOM_OF = {
     **{
+        "bounds": "ground",
         "errors": "ground",
         "files": "ground",
         "figures": "ground",
@@ -36,7 +37,7 @@ ROOM_OF = {
 """Files beside the rooms that count as a room's."""
 
 FILES = {
-    "ground": [{"errors"}, {"files", "options"}, {"figures"}],
+    "ground": [{"bounds", "errors"}, {"files", "options"}, {"figures"}],
     "core": [
         {"checks"},
         {"schedule"},
@@ -117,8 +118,8 @@ FILES = {
 
 TORCH_ONLY = {"ground", "core", "configuration", "inversion", "fitting", "doctor"}
 """Rooms that need torch, numpy and the standard library only; ``inversion`` also stores tensors as
-safetensors, and ``doctor`` draws."""
-ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock", "matplotlib"}
+safetensors, ``doctor`` draws, and options say to ``tyro`` how they are read."""
+ALLOWED = {"torch", "numpy", "ddim", "safetensors", "filelock", "matplotlib", "tyro"}
 
 
 def imported(tree: ast.AST) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_LEVELS
 from ddim.core.denoiser import Clip
 from ddim.core.prediction import PREDICTION_TYPES
 from ddim.core.schedule import NoiseSchedule, make_betas, rescale_zero_terminal_snr
@@ -150,7 +151,7 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_betas(value: Any, fits: Callable[[Any], bool] = _is_fraction) -> bool:
-    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_LEVELS
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= MOST_LEVELS
     return value is None or (is_list and all(map(fits, value)))
 
 
@@ -158,11 +159,10 @@ _Rule = tuple[str, Callable[[Any], bool]]
 _SWITCH: _Rule = ("true or false", lambda value: isinstance(value, bool))
 _FRACTION: _Rule = ("a number from 0 to 1", _is_fraction)
 _POSITIVE: _Rule = ("a number above 0", lambda value: _is_number(value) and value > 0)
-_MOST_LEVELS = 1_000_000
-_COUNT = f"a whole number from 1 to {_MOST_LEVELS}"
+_COUNT = f"a whole number from 1 to {MOST_LEVELS}"
 _RULES: dict[str, _Rule] = {
     "_class_name": ("the name of a scheduler", lambda value: isinstance(value, str)),
-    "num_train_timesteps": (_COUNT, lambda value: _is_whole(value) and 1 <= value <= _MOST_LEVELS),
+    "num_train_timesteps": (_COUNT, lambda value: _is_whole(value) and 1 <= value <= MOST_LEVELS),
     **dict.fromkeys(("beta_start", "beta_end", "dynamic_thresholding_ratio"), _FRACTION),
     "beta_schedule": ("a name, such as linear", lambda value: isinstance(value, str)),
     "trained_betas": ("null or a list of numbers from 0 to 1", _is_betas),

@@ -9,16 +9,18 @@ written.
 import dataclasses
 import math
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
+from tyro.constructors import PrimitiveConstructorSpec
+
 from ddim.errors import DDIMError
 
 __all__ = ["Blank", "Choices", "Declared", "ModelKind", "Needs", "Range"]
-__all__ += ["check_request", "declarations", "given_options", "option_names", "unmet"]
-__all__ += ["words_of"]
+__all__ += ["check_request", "declarations", "given_options", "option_names", "primitive"]
+__all__ += ["unmet", "words_of"]
 
 ModelKind = Literal["text", "pixels", "classes"]
 
@@ -140,7 +142,7 @@ def _declarations(kind: Any) -> dict[str, Declared]:
         marks = list(_marks(hint))
         spelled = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
         shown = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), name)
-        # The mark is tyro's, which is not imported here: training needs no command line.
+        # The mark of tyro.conf, whose type is private there.
         is_positional = any(str(mark) == "Positional" for mark in marks)
         by_type = {type(mark): mark for mark in reversed(marks)}  # the outermost of a type holds
         found[name] = Declared(
@@ -159,6 +161,22 @@ def _marks(hint: Any) -> Iterator[Any]:
     yield from getattr(hint, "__metadata__", ())
     for part in typing.get_args(hint):
         yield from _marks(part)
+
+
+def primitive(convert: Callable[[str], Any], *, metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """How tyro reads one word."""
+
+    def show(value: Any) -> list[str]:
+        joined = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return [] if value is None else [joined]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: convert(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=show,
+    )
 
 
 def option_names(kind: type) -> list[str]:

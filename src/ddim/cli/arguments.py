@@ -23,8 +23,8 @@ from tyro.constructors import (
 
 from ddim.cli.streams import plain_where_asked
 from ddim.errors import DDIMError
-from ddim.options import check_request, declarations, option_names
-from ddim.runs.values import primitive, read_number, split_list
+from ddim.options import check_request, declarations, option_names, primitive
+from ddim.runs.values import read_number, split_list
 
 __all__ = ["completion", "option_of", "parse"]
 

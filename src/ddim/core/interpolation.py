@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.checks import check_choice, check_number, check_one_shape, check_samples, check_whole
 from ddim.errors import DDIMError
 
@@ -17,8 +18,6 @@ __all__ = ["INTERPOLATIONS", "Interpolation", "interpolate", "interpolate_grid",
 
 Interpolation = Literal["spherical", "linear"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
-
-_MOST = 1_000_000  # points of a path
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -92,7 +91,7 @@ def interpolate(a: Tensor, b: Tensor, count: int, *, kind: Interpolation = "sphe
             no tensors of one shape.
     """
     check_one_shape(a=a, b=b)
-    count = check_whole("count", count, least=2, most=_MOST)
+    count = check_whole("count", count, least=2, most=MOST_IMAGES)
     check_choice("interpolation", kind, INTERPOLATIONS)
     between = slerp if kind == "spherical" else lerp
     middle = [between(a[None], b[None], i / (count - 1)) for i in range(1, count - 1)]
@@ -110,8 +109,8 @@ def interpolate_grid(
     check_samples(corners=corners)
     if corners.ndim == 0 or corners.shape[0] != 4:
         raise DDIMError(f"a grid has four corners, shape [4, ...]; got {list(corners.shape)}.")
-    rows = check_whole("rows", rows, least=2, most=_MOST)
-    columns = check_whole("columns", columns, least=2, most=_MOST)
+    rows = check_whole("rows", rows, least=2, most=MOST_IMAGES)
+    columns = check_whole("columns", columns, least=2, most=MOST_IMAGES)
     left = interpolate(corners[0], corners[2], rows, kind=kind)
     right = interpolate(corners[1], corners[3], rows, kind=kind)
     ends = zip(left, right, strict=True)

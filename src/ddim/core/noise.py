@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.bounds import LARGEST_SEED
 from ddim.core.checks import check_kind, check_shape, wrong_argument
 from ddim.errors import DDIMError
 
 __all__ = ["SeededNoise", "check_seeds", "make_generators", "randn_each", "seeded_randn"]
-
-_LARGEST_SEED = 2**32 - 1  # torch's CPU generator keeps 32 bits of a seed
 
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
@@ -29,7 +28,7 @@ def check_seeds(seeds: Sequence[int]) -> list[int]:
 def _check_seed(seed: object) -> int:
     try:
         value = int(seed)  # type: ignore[call-overload]
-        fits = not isinstance(seed, bool) and value == seed and 0 <= value <= _LARGEST_SEED
+        fits = not isinstance(seed, bool) and value == seed and 0 <= value <= LARGEST_SEED
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:

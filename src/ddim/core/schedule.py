@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_LEVELS
 from ddim.core.checks import (
     check_choice,
     check_kind,
@@ -83,7 +84,7 @@ def make_betas(
         https://arxiv.org/abs/2102.09672 (cosine)
     """
     check_choice("beta_schedule", kind, BETA_SCHEDULES)
-    count = check_whole("num_train_timesteps", num_train_timesteps, least=1, most=1_000_000)
+    count = check_whole("num_train_timesteps", num_train_timesteps, least=1, most=MOST_LEVELS)
     least = 0.0 if kind == "scaled_linear" else None  # which takes the roots
     beta_start = check_number("beta_start", beta_start, least=least)
     beta_end = check_number("beta_end", beta_end, least=least)

@@ -150,9 +150,19 @@ def step_coefficients(
         step, which draws none). https://arxiv.org/abs/2006.11239
     """
     eta = check_eta(eta)
+    _check_levels(alpha_bar_t, alpha_bar_s, eps_mean_square)
+    return _coefficients(alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
+
+
+def _check_levels(alpha_bar_t: Tensor, alpha_bar_s: Tensor, eps_mean_square: Tensor | None) -> None:
     check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
     if eps_mean_square is not None:
         check_alpha_bar(eps_mean_square=eps_mean_square)
+
+
+def _coefficients(
+    alpha_bar_t: Tensor, alpha_bar_s: Tensor, eta: Eta, eps_mean_square: Tensor | None
+) -> StepCoefficients:
     plain = unchecked_coefficients(alpha_bar_t, alpha_bar_s, eta=eta)
     if eps_mean_square is None:
         return plain
@@ -237,10 +247,10 @@ def ddim_step(
         DDIMError: If eta or a level is invalid, eta is not 0 in a step up, or noise is missing; if
             samples are no floating-point tensors of one shape.
     """
-    check_alpha_bar(alpha_bar_t=alpha_bar_t, alpha_bar_s=alpha_bar_s)
+    _check_levels(alpha_bar_t, alpha_bar_s, eps_mean_square)
     refuse_noise_upwards(check_eta(eta), goes_up=bool((alpha_bar_s < alpha_bar_t).any()))
     check_one_shape(x0=x0, eps=eps, **({} if noise is None else {"noise": noise}))
-    weights = step_coefficients(alpha_bar_t, alpha_bar_s, eta=eta, eps_mean_square=eps_mean_square)
+    weights = _coefficients(alpha_bar_t, alpha_bar_s, eta, eps_mean_square)
     if eta == 0 and eps_mean_square is None:
         return weights.apply(x0, eps)
     if noise is None:

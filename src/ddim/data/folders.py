@@ -1,6 +1,5 @@
 """Image files in folders; subfolders are splits or classes."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from ddim.data.captions import captions_of_files
 from ddim.data.dataset import Columns, Header, Source, in_order
 from ddim.data.splits import choose_split, family, no_such_split, split_of
 from ddim.errors import DataError
+from ddim.files import load_json
 from ddim.models.images import open_image
 
 __all__ = ["SHEETS", "SUFFIXES", "Found", "ImageFiles", "open_folder", "walk"]
@@ -181,8 +181,8 @@ def _is_ours(folder: Path) -> bool:
     """Whether this program's commands wrote the folder; their grids and plots are not data."""
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        record = load_json(path) if path.exists() else None
+    except (OSError, ValueError):
         return False
     protocol = record.get("protocol") if isinstance(record, dict) else None
     return isinstance(protocol, dict) and "command" in protocol

@@ -80,26 +80,16 @@ def _first_level(case: Case) -> Finding | None:
     fix, advice = _trailing(case, numbers)
     if case.custom:
         fix, advice = {}, f"Begin the list with {case.last}."
-    if severity == "error":
-        lost = "returns most of it: the images are noise."
-        return Finding(
-            severity,
-            message,
-            f"The network is given noise as an image and {lost}",
-            evidence,
-            fix,
-            advice=advice,
-        )
-    return Finding(
-        severity,
-        message,
+    effect = (
         f"The network takes pure noise for level {first}: brightness is off by "
         f"{numbers['brightness_bias']:+.3f}, and its spread is "
-        f"{numbers['brightness_spread']:.3f} of what it should be.",
-        evidence,
-        fix,
-        advice=advice,
+        f"{numbers['brightness_spread']:.3f} of what it should be."
     )
+    if severity == "error":
+        effect = (
+            "The network is given noise as an image and returns most of it: the images are noise."
+        )
+    return Finding(severity, message, effect, evidence, fix, advice=advice)
 
 
 def _trailing(case: Case, numbers: Mapping[str, float]) -> tuple[dict[str, Any], str]:

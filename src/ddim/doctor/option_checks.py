@@ -24,7 +24,7 @@ from ddim.doctor.findings import (
     mean_std,
     register,
 )
-from ddim.doctor.reading import OTHER_KEYS
+from ddim.doctor.reading import OTHER_KEYS, is_inverse
 from ddim.doctor.symptoms import stock_nan_levels
 
 __all__ = ["OPTION_CHECKS"]
@@ -118,7 +118,7 @@ def _clipping(case: Case) -> Finding | None:
         message += ", and the model works on latents."
         return Finding("warning", message, "Latents reach far beyond it.", evidence, off)
     lost = "Where it clamps, an encoding of images is not undone by decoding"
-    if "Inverse" in case.config["_class_name"]:
+    if is_inverse(case.config):
         return Finding("warning", f"{message}.", f"{lost}.", evidence, off)
     return Finding(
         "info",
@@ -149,7 +149,7 @@ def _residual_noise(case: Case) -> Finding | None:
 def _ill_posed(case: Case) -> Finding | None:
     """The prediction type cannot be solved for the image at a visited level, or hardly."""
     kind = case.config["prediction_type"]
-    levels = [*case.levels, *([CLEAN] if "Inverse" in case.config["_class_name"] else [])]
+    levels = [*case.levels, *([CLEAN] if is_inverse(case.config) else [])]
     alpha_bar = case.schedule.alpha_bar(torch.tensor(levels))
     p, q = prediction_row(kind, alpha_bar)
     determinants = (alpha_bar.sqrt() * q - (1 - alpha_bar).sqrt() * p).abs()
@@ -181,7 +181,6 @@ def _idle_thresholding(case: Case) -> Finding | None:
     limit = case.config["sample_max_value"]
     if not case.config["thresholding"] or limit > 1:
         return None
-    is_inverse = "Inverse" in case.config["_class_name"]
     message = f"thresholding is on with sample_max_value {limit:g}: "
     if limit == 1:
         message += "the threshold lies between 1 and that, so it is always 1."
@@ -195,7 +194,7 @@ def _idle_thresholding(case: Case) -> Finding | None:
         message,
         consequence,
         {"sample_max_value": limit},
-        {"thresholding": False, "clip_sample": not (case.model.latent or is_inverse)},
+        {"thresholding": False, "clip_sample": not (case.model.latent or is_inverse(case.config))},
         advice="For dynamic thresholding of pixels raise sample_max_value, for example to 1.5 or "
         "more.",
     )

@@ -21,7 +21,15 @@ from ddim.core.step import Eta
 from ddim.core.timesteps import check_timesteps
 from ddim.errors import DDIMError
 
-__all__ = ["OTHER_KEYS", "complete", "is_cogvideo", "levels_of", "read_keys", "refusal"]
+__all__ = [
+    "OTHER_KEYS",
+    "complete",
+    "is_cogvideo",
+    "is_inverse",
+    "levels_of",
+    "read_keys",
+    "refusal",
+]
 
 _OTHER_KEYS = """
 algorithm_type corrector_order disable_corrector eta euler_at_final final_sigmas_type flow_shift
@@ -98,6 +106,11 @@ def is_cogvideo(kind: object) -> bool:
     return str(kind).startswith("CogVideoX")
 
 
+def is_inverse(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration's scheduler goes from data to noise."""
+    return "Inverse" in config["_class_name"]
+
+
 def refusal(
     config: Mapping[str, Any],
     schedule: NoiseSchedule,
@@ -121,7 +134,7 @@ def refusal(
             levels,
             stride=1,
             prediction_type=config["prediction_type"],
-            inverse="Inverse" in config["_class_name"],
+            inverse=is_inverse(config),
             order=config.get("multistep_order") or 1,
         )
         plan.table(0.0 if eta is None else eta, False, torch.float64, torch.device("cpu"))

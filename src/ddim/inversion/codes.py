@@ -171,16 +171,17 @@ class Code:
                 "codes can be joined if there are some, and all are of one method, one list of "
                 "timesteps and one model."
             )
+        tensors = [part.tensors() for part in parts]
         held: dict[str, Any] = {
-            name: torch.cat([part.tensors()[name] for part in parts], int(name == "states"))
-            for name in parts[0].tensors()
+            name: torch.cat([part[name] for part in tensors], int(name == "states"))
+            for name in tensors[0]
         }
         first: Code = parts[0]
         return replace(first, **held, evaluations=max(part.evaluations for part in parts))
 
     def _settings(self) -> tuple[object, ...]:
         how = (self.method, self.timesteps, self.gamma, self.mixing, dict(self.origin))
-        return *how, sorted(self.tensors())
+        return *how, self.residual is None, self.labels is None
 
     @property
     def is_exact(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from ddim.bounds import MOST_LEVELS
 from ddim.errors import CheckpointError, first_line
 from ddim.files import load_json
 
@@ -31,7 +32,7 @@ _OURS = ("DDIMScheduler", "DDIMInverseScheduler")
 
 _MOST = {
     **{"layers": 200, "heads": 1024, "channels": 8192, "sample_size": 8192, "dim": 2**16},
-    **{"class_embeds": 10**5, "timesteps": 10**6, "position": 10**7, "vocab": 10**7},
+    **{"class_embeds": 10**5, "timesteps": MOST_LEVELS, "position": 10**7, "vocab": 10**7},
     **{"embed": 10**6, "size": 10**6},
 }
 """Largest numbers of a part's configuration by a piece of their names, the first that fits: memory

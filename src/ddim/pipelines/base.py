@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from ddim.bounds import LARGEST_SEED
 from ddim.configuration import noise_schedule
 from ddim.core.checks import check_function, check_samples, wrong_argument
 from ddim.core.denoiser import Clip, Denoiser, ModelDenoiser
@@ -132,7 +133,7 @@ def check_generators(generator: Any) -> None:
 
 def draw_seeds(count: int) -> list[int]:
     """Seeds from torch's global generator, of the 32 bits that its other generators keep."""
-    drawn: list[int] = torch.randint(2**32, (count,)).tolist()
+    drawn: list[int] = torch.randint(LARGEST_SEED + 1, (count,)).tolist()
     return drawn
 
 

@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddim.bounds import MOST_IMAGES, MOST_LEVELS
 from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.shared_options import (
     ENCODERS,
-    MOST_IMAGES,
-    MOST_LEVELS,
     SAMPLERS,
     SEEDS,
     Class,
@@ -273,7 +272,7 @@ class FitStepsRequest(Text, Request):
     exact: bool = False
     """Measure the held-out errors against DDIM at all of the model's levels, which is their
     definition, instead of 100 steps of order 2, which are nearly the same and ten times as fast."""
-    evaluations: Annotated[int, Range(0, 1_000_000)] = 300
+    evaluations: Annotated[int, Range(0, MOST_IMAGES)] = 300
     """About how many network evaluations on all COUNT images the search may make."""
     seed: Seed = 1_000_000
     """Seed of the first image; far from the seeds that images are drawn and measured with."""

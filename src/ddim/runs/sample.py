@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.denoiser import Denoiser
 from ddim.core.noise import check_seeds
 from ddim.core.prior import DataPrior
@@ -31,7 +32,6 @@ from ddim.runs.record import RunRecord, identity
 from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
 from ddim.runs.shards import Blocks, Shard, ShardRecord
-from ddim.runs.shared_options import MOST_IMAGES
 from ddim.runs.sharing import SharedJob
 from ddim.runs.stores import SUFFIXES, Picture, first_pictures, opened_store
 from ddim.runs.text import Item, TextOptions, read_text

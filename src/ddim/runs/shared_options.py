@@ -9,21 +9,18 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from ddim.bounds import LARGEST_SEED, MOST_IMAGES, MOST_LEVELS
 from ddim.figures import FORMATS
 from ddim.options import Blank, Choices, Needs, Range
 from ddim.runs.values import ClassName, Eta
 
 __all__ = ["Class", "Computed", "Count", "Drawn", "ENCODERS", "Encoder", "First", "Folder"]
-__all__ += ["MOST_IMAGES", "MOST_LEVELS", "Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
-__all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Shared", "Spaced"]
+__all__ += ["Measured", "ModelName", "Noisy", "Pictures", "Plotted"]
+__all__ += ["Request", "Rescale", "SAMPLERS", "SEEDS", "Scale", "Seed", "Seeds", "Shared"]
+__all__ += ["Spaced"]
 __all__ += ["Spacing", "StepNumbers", "Steps", "Text", "Walk"]
 
-MOST_IMAGES = 1_000_000
-"""Images of one run: each is a row of its record."""
-MOST_LEVELS = 1_000_000
-"""Levels of a noise schedule."""
-
-SEEDS = Range(0, 2**32 - 1)
+SEEDS = Range(0, LARGEST_SEED)
 
 Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 Encoder = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]

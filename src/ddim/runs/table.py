@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.configuration import fitted_lists
 from ddim.core.noise import check_seeds
 from ddim.core.route import Route
@@ -31,7 +32,6 @@ from ddim.runs.measuring import MeasuringJob
 from ddim.runs.record import RunRecord
 from ddim.runs.requests import TableRequest
 from ddim.runs.shards import Shard, launched
-from ddim.runs.shared_options import MOST_IMAGES
 from ddim.runs.sharing import SharedJob
 
 __all__ = ["TableJob"]

@@ -2,39 +2,21 @@
 
 import re
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.constructors import PrimitiveConstructorSpec
-
+from ddim.bounds import MOST_LEVELS
 from ddim.files import load_json
-from ddim.options import Range
+from ddim.options import Range, primitive
 
 __all__ = ["ClassName", "Eta", "Etas", "FittedLevels", "Levels"]
-__all__ += ["primitive", "read_number", "split_list"]
+__all__ += ["read_number", "split_list"]
 
 
 class FittedLevels(tuple[int, ...]):
     """Levels from a file of ``ddim fit-steps``, with the protocol that they were fitted under."""
 
     protocol: dict[str, Any]
-
-
-def primitive(convert: Callable[[str], Any], *, metavar: str) -> PrimitiveConstructorSpec[Any]:
-    """How tyro reads one word."""
-
-    def show(value: Any) -> list[str]:
-        joined = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        return [] if value is None else [joined]
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: convert(words[0]),
-        is_instance=lambda value: True,
-        str_from_instance=show,
-    )
 
 
 def read_number(kind: type[int] | type[float], word: str) -> int | float:
@@ -102,5 +84,7 @@ Etas = Annotated[
     primitive(_read_etas, metavar="NUMBER|sigma-hat,..."),
 ]
 Levels = Annotated[
-    tuple[int, ...] | None, Range(0, 999_999), primitive(_read_levels, metavar="INT,...|FILE.json")
+    tuple[int, ...] | None,
+    Range(0, MOST_LEVELS - 1),
+    primitive(_read_levels, metavar="INT,...|FILE.json"),
 ]

@@ -7,10 +7,9 @@ import shlex
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, NamedTuple
 
-from tyro.constructors import PrimitiveConstructorSpec
-
+from ddim.bounds import LARGEST_SEED, MOST_IMAGES, MOST_LEVELS
 from ddim.errors import DDIMError
-from ddim.options import Needs, Range, check_request, declarations
+from ddim.options import Needs, Range, check_request, declarations, primitive
 
 __all__ = ["PRESETS", "Pace", "Preset", "TrainConfig", "command_line", "spelled"]
 
@@ -19,13 +18,7 @@ Size = Annotated[int, Range(1, 16384)]
 Resolution = Annotated[
     int | str | None,
     Range(1, 16384),
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SIDE|WIDTHxHEIGHT",
-        instance_from_str=lambda words: int(words[0]) if words[0].isdecimal() else words[0],
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [] if value is None else [str(value)],
-    ),
+    primitive(lambda word: int(word) if word.isdecimal() else word, metavar="SIDE|WIDTHxHEIGHT"),
 ]
 Interval = Annotated[int, Range(0, 10**12)]
 Fraction = Annotated[float, Range(0, 1, below=True)]
@@ -160,7 +153,7 @@ class TrainConfig:
 
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     """What the network predicts. Default: as the base, or epsilon."""
-    num_train_timesteps: Annotated[int | None, Range(1, 1_000_000)] = None
+    num_train_timesteps: Annotated[int | None, Range(1, MOST_LEVELS)] = None
     """Number T of levels of the noise schedule. Default: as the base, or 1000."""
     beta_schedule: (
         Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] | None
@@ -190,9 +183,9 @@ class TrainConfig:
 
     images: AtLeastOne = 300_000
     """Length of the run, as the number of images seen, repetitions included."""
-    batch_size: Annotated[int, Range(1, 1_000_000)] = 64
+    batch_size: Annotated[int, Range(1, MOST_IMAGES)] = 64
     """Images per forward pass and process."""
-    gradient_accumulation: Annotated[int, Range(1, 1_000_000)] = 1
+    gradient_accumulation: Annotated[int, Range(1, MOST_IMAGES)] = 1
     """Forward passes per optimiser step."""
     learning_rate: Annotated[float | None, Range(0, 100, above=True)] = None
     """Peak learning rate of AdamW. Default: 0.0004 for a new network, 0.00001 for a base's
@@ -214,7 +207,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the network with torch.compile: minutes at the start, then faster steps. It is used
     only if its first gradients are right. Changing it on resuming changes the rounding."""
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    seed: Annotated[int, Range(0, LARGEST_SEED)] = 0
     """Seed of the weights, the order of the data, the timesteps and the noise."""
 
     checkpoint_every: AtLeastOne = 1000
@@ -226,7 +219,7 @@ class TrainConfig:
     Default: a tenth of the run, at least 5,000 images."""
     preview_count: Annotated[int, Range(1, 1000), Preview] = 16
     """Images in a preview."""
-    preview_steps: Annotated[int, Range(1, 1_000_000), Preview] = 25
+    preview_steps: Annotated[int, Range(1, MOST_LEVELS), Preview] = 25
     """DDIM steps of a preview."""
     preview_guidance_scale: Annotated[float, Range(0, 1000), Preview, ForText] = 7.5
     """Guidance scale of the previews of a text model. 1: off."""

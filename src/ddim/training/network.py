@@ -1,5 +1,6 @@
 """The network of a run: makes a new one, or checks that a base's fits the data."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ from ddim.models.folder import read_json
 from ddim.training.base import Base
 from ddim.training.config import TrainConfig
 
-__all__ = ["Ends", "as_resolution", "check_network", "check_text_network", "make_network"]
-__all__ += ["make_text_network", "resolution_for"]
+__all__ = ["Ends", "as_resolution", "check_network", "check_text_network"]
+__all__ += ["latent_factor", "make_network", "make_text_network", "resolution_for"]
 
 
 class Ends(NamedTuple):
@@ -31,14 +32,18 @@ def resolution_for(config: TrainConfig, base: Base | None, size: tuple[int, int]
     the base's own size, or what the network can halve."""
     factor, shape = 1, {} if base is None else base.network_config
     if base is not None and base.is_text:
-        vae = read_json(base.folder / "vae" / "config.json")
-        factor = 2 ** (len(vae.get("block_out_channels", (0,))) - 1)
+        factor = latent_factor(read_json(base.folder / "vae" / "config.json"))
     if base is not None and not config.from_scratch and (own := shape.get("sample_size")):
         height, width = (own, own) if isinstance(own, int) else own
         return as_resolution(height * factor, width * factor)
     is_new = base is None or config.shape_options
     channels = config.architecture.block_out_channels if is_new else shape["block_out_channels"]
     return _halved(size, len(channels), unit=factor)
+
+
+def latent_factor(autoencoder: Mapping[str, Any]) -> int:
+    """Pixels of an image along a side of one latent, by the autoencoder's configuration."""
+    return int(2 ** (len(autoencoder.get("block_out_channels", (0,))) - 1))
 
 
 def as_resolution(height: int, width: int) -> str:

@@ -26,7 +26,13 @@ from ddim.models.folder import part_names
 from ddim.training.base import Base, has_plain_weights, load_part
 from ddim.training.config import TrainConfig
 from ddim.training.draws import Draws, Loadable, collate
-from ddim.training.network import Ends, check_text_network, make_text_network, resolution_for
+from ddim.training.network import (
+    Ends,
+    check_text_network,
+    latent_factor,
+    make_text_network,
+    resolution_for,
+)
 from ddim.training.package import Package, make_scheduler
 from ddim.training.stopping import Stopped, ignore_signals
 from ddim.training.subject import Predictor, mirror, to_float
@@ -273,7 +279,7 @@ def text_subject(config: TrainConfig, data: ImageData, base: Base) -> TextSubjec
     text_encoder.requires_grad_(config.train_text_encoder).train(config.train_text_encoder)
     shape = _latent_shape(config, data, base, vae)
     torch.manual_seed(config.seed)  # for initial weights and dropout; the run owns its process
-    ends = Ends(shape, _factor(vae), int(text_encoder.config.hidden_size))
+    ends = Ends(shape, latent_factor(vae.config), int(text_encoder.config.hidden_size))
     is_new = config.from_scratch
     unet = make_text_network(config, base, ends) if is_new else load_network(base.folder)
     check_finite(base.name, dict(unet.named_parameters()))
@@ -334,14 +340,10 @@ def _package(config: TrainConfig, base: Base) -> tuple[Package, tuple[str, ...]]
     return Package(index, scheduler, parts, frozen), notes
 
 
-def _factor(vae: Any) -> int:
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def _latent_shape(
     config: TrainConfig, data: ImageData, base: Base, vae: Any
 ) -> tuple[int, int, int]:
-    factor, (height, width) = _factor(vae), data.resolution
+    factor, (height, width) = latent_factor(vae.config), data.resolution
     if data.channels != vae.config.in_channels:
         raise DDIMError(
             f"the autoencoder of {base.name} takes {vae.config.in_channels} channel(s), and the "
