@@ -5,9 +5,12 @@ Skipped elsewhere; what can be known without a device is tested on the CPU and o
 each part."""
 
 import contextlib
+import gc
 import json
+import logging
 import shutil
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
@@ -15,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tests.conftest import pixels, record
 
+from ddim import scheduler_base
 from ddim.cli import main
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.guidance import guided
@@ -24,8 +28,10 @@ from ddim.core.schedule import NoiseSchedule
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.inversion.reversible import reversible_trajectory
 from ddim.models.images import from_pictures
+from ddim.pipelines import recording
+from ddim.pipelines.cuda_graphs import CudaRecorder
 from ddim.pipelines.pictures import encode_images
-from ddim.pipelines.text_to_image import TextToImagePipeline
+from ddim.pipelines.text_to_image import ImageToImagePipeline, TextToImagePipeline
 from ddim.pipelines.unconditional import UnconditionalPipeline
 from ddim.scheduler import DDIMInverseScheduler, DDIMScheduler
 from ddim.training.config import TrainConfig
@@ -239,6 +245,119 @@ def test_a_compiled_model_of_text_gives_the_images_and_states_that_stay(scale, t
     torch.testing.assert_close(images[1], images[0], rtol=0, atol=1 / 255)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other.eps, one.eps, rtol=1e-3, atol=1e-3)
+
+
+# Recorded kernels
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recordings that are made from now on."""
+    made, true = [], CudaRecorder.record
+
+    def record(recorder, call, inputs):
+        made.append(true(recorder, call, inputs))
+        return made[-1]
+
+    monkeypatch.setattr(CudaRecorder, "record", record)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("options", WALKS, ids=str)
+def test_recorded_kernels_give_the_numbers_of_those_that_are_launched(
+    options, dtype, tiny, recorded
+):
+    pipe, images = UnconditionalPipeline.from_pretrained(tiny, dtype=dtype).to("cuda"), []
+    for records in (False, True, True):
+        pipe.record_kernels(records)
+        images.append(pipe(seeds=[3, 4], num_inference_steps=6, **QUIET, **options).images)
+    assert len(recorded) == 1
+    for found in images[1:]:
+        torch.testing.assert_close(
+            found, images[0], rtol=0, atol=1e-5 if dtype.itemsize == 4 else 0.02
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance_batched": False}, {"guidance_scale": 1.0}, {"guidance_rescale": 0.7}]
+)
+def test_prompts_guidance_and_image_to_image_are_recorded(options, tiny_text, recorded):
+    pipe = TextToImagePipeline.from_pretrained(tiny_text).to("cuda")
+    other, images = ImageToImagePipeline(**pipe.components), []
+    for records in (False, True):
+        for drawn in (pipe, other):
+            drawn.record_kernels(records)
+        for prompt in (PROMPT, "a blue square"):
+            given = {"seeds": [0], "num_inference_steps": 4, **QUIET, **options}
+            images.append(pipe(prompt, **given).images)
+            images.append(other(prompt, images[0], **given).images)
+    for launched, replayed in zip(images[:4], images[4:], strict=True):
+        torch.testing.assert_close(replayed, launched, rtol=0, atol=1e-5)
+    assert len(recorded) == 1
+
+
+def test_labels_batches_and_weights_act_in_replays(tiny_classes, recorded):
+    pipe, images = UnconditionalPipeline.from_pretrained(tiny_classes).to("cuda"), []
+    for records in (False, True):
+        pipe.record_kernels(records)
+        for count, factor in ((1, 1), (2, 1), (1, 1), (1, 2), (1, 0.5)):
+            with torch.no_grad():
+                pipe.unet.conv_out.weight.mul_(factor)
+            options = {"seeds": range(count), "class_labels": list(range(count))}
+            images.append(pipe(num_inference_steps=4, **options, **QUIET).images)
+    for launched, replayed in zip(images[:5], images[5:], strict=True):
+        torch.testing.assert_close(replayed, launched, rtol=0, atol=1e-5)
+    assert len(recorded) == 4  # of two batch sizes, and after two changes
+
+
+def test_a_layer_that_waits_for_the_device_is_launched_and_told_in_one_line(
+    there, here, recorded, monkeypatch, caplog
+):
+    true = torch.nn.SiLU.forward
+    monkeypatch.setattr(scheduler_base, "_logged", set())
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr(
+        torch.nn.SiLU, "forward", lambda act, x: true(act, x) if float(x.sum()) < 1e9 else x
+    )
+    images = [
+        pipe(seeds=[0], num_inference_steps=4, **QUIET).images.cpu() for pipe in (here, there)
+    ]
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1 / 255)
+    assert recorded == []
+    assert sum("launched one by one" in message for message in caplog.messages) == 1
+    assert torch.isfinite(there(seeds=[1], num_inference_steps=4, **QUIET).images).all()
+
+
+def test_recordings_are_freed_with_the_pipeline(tiny):
+    UnconditionalPipeline.from_pretrained(tiny).to("cuda")(
+        seeds=[0], num_inference_steps=2, **QUIET
+    )
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    pipe = UnconditionalPipeline.from_pretrained(tiny).to("cuda")
+    pipe(seeds=range(64), num_inference_steps=2, **QUIET)
+    assert len(recording._recordings[pipe.unet]) == 1
+    del pipe
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+def test_threads_replay_by_turns(there):
+    expected = [there(seeds=[seed], num_inference_steps=6, **QUIET).images for seed in range(4)]
+
+    def draw(seed):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream if seed % 2 else torch.cuda.current_stream()):
+            images = there(seeds=[seed], num_inference_steps=6, **QUIET).images
+        torch.cuda.synchronize()
+        return images
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(draw, range(4)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["o-belm", "bdia", "edict", "fixed-point"])

@@ -105,7 +105,8 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "network_calls", "routing", "foreign"},
+        {"networks", "network_calls", "routing", "foreign", "cuda_graphs"},
+        {"recording"},
         {"base", "inputs", "pictures"},
         {"coding", "prompts"},
         {"unconditional", "latent", "calls", "adopted"},

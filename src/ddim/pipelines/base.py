@@ -25,6 +25,7 @@ from ddim.inversion.reversible import Reversible, ReversibleSampler, reversible_
 from ddim.models.checkpoints import find_model, read_model_index
 from ddim.models.folder import check_index
 from ddim.pipelines.networks import is_compiled, mention_precision, prepare_for_compiling
+from ddim.pipelines.recording import forget_recordings
 from ddim.pipelines.routing import (
     ClipOption,
     RouteOptions,
@@ -154,6 +155,27 @@ class Sampling:
     progress_bar: Callable[..., Any]
     maybe_free_model_hooks: Callable[[], None]
     _execution_device: torch.device
+    _records = True
+
+    def record_kernels(self, active: bool = True) -> Self:
+        """Says whether the network's calls are recorded on a CUDA device, and replayed. Default:
+        they are.
+
+        A small batch waits there for its kernels to be launched one by one; a recording launches
+        them together. It is made at the first call for a batch size, in a fraction of a second, and
+        compared with that call; it is dropped when weights, layers or settings change. At most four
+        are kept of a network, in at most a quarter of the device's memory. What cannot be
+        recorded (hooks, offloaded weights, layers of other libraries) is computed as ever, and the
+        log says so once."""
+        self._records = active
+        if not active:
+            forget_recordings(self.unet)
+        return self
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """As diffusers'; what was recorded where the network was is freed."""
+        forget_recordings(getattr(self, "unet", None))
+        return cast(Self, super().to(*args, **options))  # type: ignore[misc]
 
     def compile(self, **options: Any) -> Self:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddim.core.checks import check_samples, check_whole, wrong_argument
 from ddim.errors import DDIMError
-from ddim.pipelines.networks import acting, copy_if_replayed, prepare_walk
+from ddim.pipelines.recording import network_call
 
 __all__ = [
     "Labels",
@@ -129,19 +129,12 @@ def check_network(unet: Any) -> int:
     return channels
 
 
-def as_network(unet: Any, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+def as_network(
+    unet: Any, labels: Tensor | None, *, records: bool = True
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The network as (x_t, t) -> prediction: labels filled in, the channels of a learned
-    variance left out."""
+    variance left out; for ``records`` see :func:`ddim.pipelines.recording.network_call`."""
     channels = check_network(unet)
     options: dict[str, Any] = {} if labels is None else {"class_labels": labels}
-    prepare_walk(unet)
-
-    def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        # Contiguous at every step: a compiled network is compiled again for another layout,
-        # and states have that of outputs.
-        x_t = x_t.contiguous().flatten().view(x_t.shape)
-        with acting(unet):
-            output: Tensor = unet(x_t, t, return_dict=False, **options)[0]
-        return copy_if_replayed(output[:, :channels], unet)
-
-    return predict
+    call = network_call(unet, records=records, **options)
+    return lambda x_t, t: call(x_t, t)[:, :channels]

@@ -32,8 +32,9 @@ from ddim.pipelines.base import (
     with_seeds,
 )
 from ddim.pipelines.coding import Coding
-from ddim.pipelines.networks import acting, copy_if_replayed, mark_loaded, prepare_walk
+from ddim.pipelines.networks import acting, mark_loaded, prepare_walk
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
+from ddim.pipelines.recording import network_call
 from ddim.pipelines.routing import ClipOption
 from ddim.scheduler import as_ddim
 
@@ -212,18 +213,10 @@ class StableDiffusion(Coding):
                 "the network has an IP-adapter, which wants an image: give a call ip_adapter_image "
                 "or ip_adapter_image_embeds, or take the adapter off with unload_ip_adapter()."
             )
-        options: dict[str, Any] = {"return_dict": False}
+        options: dict[str, Any] = {}
         if cross_attention_kwargs is not None:
             options["cross_attention_kwargs"] = cross_attention_kwargs
-
-        def predict(x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            # Contiguous at every step: a compiled network is compiled again for another layout,
-            # and states have that of outputs.
-            with acting(unet):
-                output = unet(x_t.contiguous(), t, condition, **options)[0]
-            return copy_if_replayed(output, unet)
-
-        prepare_walk(unet)
+        predict = network_call(unet, records=self._records, **options)
         return guided(predict, *conditions, **vars(guidance))
 
     @torch.no_grad()

@@ -157,7 +157,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
         size. A DDIMError refuses labels that do not fit, and another kind of network."""
         batch_size = check_whole("batch_size", batch_size, least=1)
-        network = as_network(self.unet, self._labels(class_labels, batch_size))
+        labels = self._labels(class_labels, batch_size)
+        network = as_network(self.unet, labels, records=self._records)
         return self._model(network, clip, self.unet.dtype)
 
     @torch.no_grad()
@@ -165,7 +166,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         """Evaluates the network once, so that allocations and a compilation happen here."""
         x = torch.zeros((batch_size, *self.image_shape), device=self._execution_device)
         labels = self._labels(0 if takes_labels(self.unet) else None, batch_size)
-        network, level = as_network(self.unet, labels), torch.zeros(len(x), dtype=torch.int64)
+        network = as_network(self.unet, labels, records=self._records)
+        level = torch.zeros(len(x), dtype=torch.int64)
         self._warm_up(lambda x, _: network(x.to(self.unet.dtype), level.to(x.device)), x)
 
     @torch.no_grad()
@@ -298,7 +300,8 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         given = step_options(self.scheduler, options["eta"], noise.generators)
         with reconfigured([self.scheduler], spacing, None):
             set_levels(self.scheduler, steps, timesteps, place.device)
-        network, total = as_network(self.unet, labels), len(self.scheduler.timesteps)
+        network = as_network(self.unet, labels, records=self._records)
+        total = len(self.scheduler.timesteps)
         states = foreign_states(self.scheduler, network, x, place.dtype, given)
         x = self._walk(states, x, total, options["callback"], options["progress"])
         return self._output(x, noise, options["output_type"], options["return_dict"])
