@@ -105,7 +105,8 @@ FILES = {
         {"trainer"},
     ],
     "pipelines": [
-        {"networks", "network_calls", "routing", "foreign", "cuda_graphs"},
+        {"faster_layers", "network_calls", "routing", "foreign", "cuda_graphs"},
+        {"networks"},
         {"recording"},
         {"base", "inputs", "pictures"},
         {"coding", "prompts"},

@@ -12,13 +12,14 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddim import DiffusionPipeline, UnconditionalPipeline
 from ddim.models.checkpoints import find_model, weight_hash
-from ddim.pipelines import networks
+from ddim.pipelines import faster_layers, networks
 from ddim.pipelines.networks import prepare_for_compiling
 
 
@@ -55,14 +56,14 @@ def calls_of(owner, name, monkeypatch):
 @pytest.fixture
 def transposed(monkeypatch):
     """The calls of a transposed convolution, which any number of places is worth."""
-    monkeypatch.setattr(networks, "PIXELS", 1)
+    monkeypatch.setattr(faster_layers, "PIXELS", 1)
     return calls_of(torch.nn.functional, "conv_transpose2d", monkeypatch)
 
 
 @pytest.fixture
 def attended(monkeypatch):
     """The calls of short attention."""
-    return calls_of(networks, "_attend", monkeypatch)
+    return calls_of(faster_layers, "_attend", monkeypatch)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (7, 7), (6, 5)])
@@ -77,7 +78,7 @@ def test_upsampling_and_convolution_at_once_are_the_same(size, options, transpos
 
 @pytest.mark.parametrize("places", [32, 33])
 def test_few_places_are_upsampled_and_convolved_by_turns(places, transposed, monkeypatch):
-    monkeypatch.setattr(networks, "PIXELS", places)
+    monkeypatch.setattr(faster_layers, "PIXELS", places)
     specialized(upsampling())(torch.randn(2, 3, 4, 4, dtype=torch.float64))
     assert len(transposed) == (places == 32)
 
@@ -268,7 +269,7 @@ def test_normalization_in_half_precision_is_left_to_torch(normalized):
 @pytest.mark.parametrize("limit", [16, 15])
 @pytest.mark.parametrize("cross", [False, True])
 def test_short_attention_is_the_same_by_plain_products(limit, cross, attended, monkeypatch):
-    monkeypatch.setattr(networks, "SHORT", limit)
+    monkeypatch.setattr(faster_layers, "SHORT", limit)
     torch.manual_seed(0)
     usual = Attention(8, cross_attention_dim=6 if cross else None, heads=2, dim_head=4).double()
     x, given = (
@@ -303,8 +304,74 @@ def test_short_attention_of_large_scores_does_not_overflow():
         *(x[:, None] for x in (1e3 * q, 1e3 * k, v))
     )[:, 0]
     torch.testing.assert_close(
-        networks._attend(1e3 * q, 1e3 * k, v, heads=1), expected, rtol=0, atol=1e-6
+        faster_layers._attend(1e3 * q, 1e3 * k, v, heads=1), expected, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("cached", [1, 40, 2**20])
+def test_scores_of_some_heads_at_a_time_are_the_same(cached, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 8) for _ in range(3))
+    expected = faster_layers._attend(q, k, v, heads=2)
+    monkeypatch.setattr(faster_layers, "CACHED", cached)
+    torch.testing.assert_close(faster_layers._attend(q, k, v, heads=2), expected, rtol=0, atol=1e-6)
+
+
+def residual(**options):
+    torch.manual_seed(0)
+    sizes = {"in_channels": 8, "temb_channels": 16, "groups": 2, **options}
+    return ResnetBlock2D(**sizes).eval()
+
+
+def seen_after(layer, found):
+    """Has a hook keep what a layer returns."""
+    layer.register_forward_hook(lambda *given: found.append(given[-1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"out_channels": 6}, {"conv_shortcut": True}, {"output_scale_factor": 2.0}),
+        *({"up": True}, {"down": True}, {"time_embedding_norm": "scale_shift"}),
+        *({"skip_time_act": True}, {"temb_channels": None}, {"non_linearity": "gelu"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_block_in_place_computes_the_same_bits(options, dtype):
+    usual = residual(**options).to(dtype)
+    x, temb = torch.randn(2, 8, 4, 4).to(dtype), torch.randn(2, 16).to(dtype)
+    temb = None if usual.time_emb_proj is None else temb
+    kept = x.clone()
+    with torch.no_grad():
+        block = copy.deepcopy(usual)  # its layers are torch's, which round alike
+        block.__class__, block.always = faster_layers._InPlaceResnet, True
+        assert torch.equal(block(x, temb), usual(x, temb))
+    assert torch.equal(x, kept)
+
+
+def test_a_residual_block_leaves_what_others_hold(monkeypatch):
+    """Hooks, adapters and autograd see what they would see of diffusers' block."""
+    usual, x, temb = residual(), torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    for name in ("norm1", "conv1", "norm2", "nonlinearity"):
+        outputs = []
+        for make in (copy.deepcopy, specialized):
+            block, found = make(usual), []
+            seen_after(getattr(block, name), found)
+            with torch.no_grad():
+                block(x, temb)
+            outputs.append(found)
+        for one, other in zip(*outputs, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+    block = specialized(usual)
+    block.norm1 = nn.Identity()  # whose output is the block's own input
+    with torch.no_grad():
+        kept = x.clone()
+        block(x, temb)
+        assert torch.equal(x, kept)
+    block = specialized(usual)
+    block(x, temb).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
 
 
 def other_attention(**options):
@@ -328,7 +395,7 @@ def test_attention_that_does_more_or_less_exactly_is_left_to_torchs_kernel(optio
     for norm in (usual.norm_q, usual.norm_k, usual.norm_cross):
         if norm is not None:
             torch.nn.init.normal_(norm.weight)  # one that is passed over would show
-    monkeypatch.setattr(networks, "_attend", None)
+    monkeypatch.setattr(faster_layers, "_attend", None)
     given = x.flip(1) if "cross_attention_dim" in options else None
     assert torch.equal(specialized(usual)(x, given), usual(x, given))
 
@@ -359,14 +426,14 @@ def test_the_embedded_model_goes_the_shorter_ways_and_computes_the_same(
         with networks.acting(laid_out):
             torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
         kinds = [type(module) for module in laid_out.modules()]
-        assert len(transposed) == kinds.count(networks._OnceUpsample2D) == 2
+        assert len(transposed) == kinds.count(faster_layers._OnceUpsample2D) == 2
         assert (
             len(normalized) == 7
         )  # of 32 and 96 channels at 28 x 28, and of 96 at 14 x 14, in 8 groups
-        assert attended == []
+        assert len(attended) == kinds.count(faster_layers._ShortAttention) > 0
         prepare_for_compiling(laid_out)
         torch.testing.assert_close(laid_out(x, 500)[0], expected, rtol=0, atol=2e-5)
-    assert len(attended) == kinds.count(Attention) > 0
+    assert len(attended) == 2 * kinds.count(faster_layers._ShortAttention)
 
 
 def test_attention_keeps_its_mask(caplog):
@@ -474,10 +541,12 @@ def test_a_prepared_network_keeps_its_images_parameters_and_copies(tiny, tmp_pat
     )
     assert prepared.compile(backend=lambda graph, inputs: graph.forward) is prepared
     kinds = {type(m) for m in prepared.unet.modules()}
-    assert networks._OnceUpsample2D in kinds
+    assert faster_layers._OnceUpsample2D in kinds
     assert Upsample2D not in kinds
+    assert faster_layers._ShortAttention in kinds
+    assert Attention not in kinds
     assert {type(m.processor) for m in prepared.unet.modules() if isinstance(m, Attention)} == {
-        networks._ShortAttnProcessor
+        AttnProcessor2_0
     }
     prepare_for_compiling(copy.deepcopy(prepared.unet))  # again, which changes nothing
     assert prepared.unet.state_dict().keys() == plain.unet.state_dict().keys()
