@@ -1,12 +1,11 @@
-"""Measures this package beside diffusers, in one run: ratios, since machines differ and are noisy.
+"""Measures this package beside diffusers on a CPU, in one run: ratios, since machines differ and
+are noisy. Rows compare like with like: eager with eager, compiled with compiled.
 
-Run: make bench (about thirteen minutes on two cores, on a machine that does nothing else). Writes
-benchmarks/result.md. With ``--device cuda`` it measures there what depends on the device, and
-writes result-cuda.md."""
+Run: make bench (about sixteen minutes on two cores, on a machine that does nothing else). Writes
+benchmarks/result.md. ``--only PART`` measures a part, and prints it. For a GPU there is gpu.py."""
 
 import argparse
 import gc
-import multiprocessing
 import os
 import platform
 import statistics
@@ -14,10 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import diffusers
@@ -27,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddim
 from ddim.pipelines.unconditional import UnconditionalPipeline
-from ddim.runs.model import find_device
+from drawing import FOLDER, our_images, their_images
+from sides import better, in_turn, median, row, started, table
+from training import our_training, their_training, training_rows
 
 BATCH, STEPS = 16, 50
 STABLE = {
@@ -37,27 +36,6 @@ STABLE = {
     "clip_sample": False,
 }
 """Options of a scheduler of Stable Diffusion."""
-
-
-def wait(device: torch.device) -> None:
-    """Until what was asked of a device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ratio(
-    name: str, took: dict[str, float], wanted: str, *, unit: str = "s", faster: bool = False
-) -> list[str]:
-    """A row of the table: both times, and their ratio (how many times faster ours is, where that is
-    the question)."""
-    scale, digits = (1e6, 1) if unit == "us" else (1.0, 2)
-    told = [f"{took[who] * scale:.{digits}f} {unit}" for who in ("ours", "theirs")]
-    quotient = (
-        f"{took['theirs'] / took['ours']:.2f}x"
-        if faster
-        else f"{took['ours'] / took['theirs']:.2f}"
-    )
-    return [name, *told, quotient, wanted]
 
 
 def medians(
@@ -80,15 +58,13 @@ def medians(
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def product_rate(size: int, device: torch.device) -> float:
+def product_rate(size: int) -> float:
     """Floating-point operations a second of a square matrix product, the best of several."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size) for _ in range(2))
     best = float("inf")
     for _ in range(20):
-        wait(device)
         began = time.perf_counter()
         torch.mm(a, b)
-        wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
@@ -128,7 +104,7 @@ def bench_step(rows: list[list[str]]) -> None:
                 {"ours": call(ours, timestep, **more), "theirs": call(theirs, timestep, **more)},
                 repeats=3000,
             )
-            rows.append(ratio(name, took, f"at most {target:.2f}", unit="us"))
+            rows.append(row(name, took["ours"], took["theirs"], unit="us", most=target))
         reads = []
         for scheduler in (ours, theirs):
             with CountedReads() as counted:
@@ -137,140 +113,95 @@ def bench_step(rows: list[list[str]]) -> None:
     rows.append(["values read by the host in such a step", str(reads[0]), str(reads[1]), "", "0"])
 
 
-def bench_walk(rows: list[list[str]], device: torch.device) -> None:
-    """Fifty steps of a scheduler on a device, [1, 4, 64, 64], of an output that is there: what a
-    loop pays beside its network."""
-    schedulers = {"ours": ddim.DDIMScheduler(**STABLE), "theirs": diffusers.DDIMScheduler(**STABLE)}
-    sample, output, noise = (torch.randn(1, 4, 64, 64, device=device) for _ in range(3))
-    for scheduler in schedulers.values():
-        scheduler.set_timesteps(STEPS, device=device)
-
-    def walk(scheduler: diffusers.DDIMScheduler, eta: float) -> None:
-        x = sample
-        for t in scheduler.timesteps:
-            x = scheduler.step(output, t, x, eta, variance_noise=noise if eta else None).prev_sample
-        wait(device)
-
-    for eta in (0.0, 1.0):
-        took = medians(
-            {who: partial(walk, scheduler, eta) for who, scheduler in schedulers.items()},
-            repeats=100,
-        )
-        a_step = {who: seconds / STEPS for who, seconds in took.items()}
-        given = ", noise given" if eta else ""
-        rows.append(
-            ratio(f"a step of {STEPS}, tensor t, eta {eta:.0f}{given}", a_step, "", unit="us")
-        )
-
-
-FOLDER = Path(ddim.__file__).parent / "zoo" / "fashion-mnist"
-
-
-def serve(who: str, device: torch.device, asked: Connection) -> None:
-    """A process that draws images with one pipeline whenever it is asked to; it first says how long
-    compiling took."""
-    if who == "theirs":
-        theirs = diffusers.DDIMPipeline.from_pretrained(FOLDER).to(device)
-        theirs.set_progress_bar_config(disable=True)
-
-        def draw(**options: object) -> object:
-            return theirs(
-                batch_size=BATCH,
-                generator=[torch.Generator().manual_seed(seed) for seed in range(BATCH)],
-                **options,
-            )
-    else:
-        ours = UnconditionalPipeline.from_pretrained(FOLDER).to(device)
-        draw = partial(ours, seeds=range(BATCH), progress=False)
-    began = time.perf_counter()
-    if who == "compiled":
-        with tempfile.TemporaryDirectory() as empty:  # what an earlier run left is no compiling
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
-            ours.compile().warm_up(BATCH)
-    asked.send(time.perf_counter() - began)
-    while options := asked.recv():
-        draw(**options)
-        asked.send(None)
-
-
-@contextmanager
-def drawing(who: str, device: torch.device) -> Iterator[tuple[Callable[..., object], float]]:
-    """A function that has such a process draw, and waits for it; and how long compiling took."""
-    context = multiprocessing.get_context("spawn")
-    ask, asked = context.Pipe()
-    process = context.Process(target=serve, args=(who, device, asked), daemon=True)
-    process.start()
-    asked.close()  # so that a process that ended is no longer waited for
-
-    compiling = ask.recv()
-
-    def draw(**options: object) -> None:
-        ask.send(options)
-        ask.recv()
-
-    yield draw, compiling
-    ask.send(None)
-    process.join()
-
-
-def bench_sampling(rows: list[list[str]], device: torch.device) -> None:
-    """The embedded model, 16 images in 50 steps, and the share of the machine's matrix-product
-    rate.
-
-    Each pipeline has a process of its own, as those who use it have, and they take turns: memory
-    that one frees serves no other."""
-    on_cpu = device.type == "cpu"
-    ours = UnconditionalPipeline.from_pretrained(FOLDER).to(device)
-    x, t = (
-        torch.randn(BATCH, *ours.image_shape, device=device),
-        torch.full((BATCH,), 500, device=device),
+def bench_sampling(rows: list[list[str]]) -> None:
+    """The embedded model, 16 images in 50 steps: eager, compiled, and the share of the machine's
+    matrix-product rate; and what is left out of ours when it leaves other code alone."""
+    eager = {
+        "ours": our_images,
+        "contiguous": their_images,
+        "channels-last": partial(their_images, channels_last=True),
+        "no block": partial(our_images, without="block"),
+        "no layers": partial(our_images, without="layers"),
+    }
+    with started(eager) as sides:
+        took = {who: median(taken) for who, taken in in_turn(sides, rounds=7, steps=STEPS).items()}
+        many = sides["ours"](steps=1000, eta="sigma-hat", clip="static").seconds
+    name, ours = f"{BATCH} images, {STEPS} steps, eager", took["ours"]
+    rows.append(row(f"{name}; diffusers eager", ours, took["contiguous"], least=1.3))
+    told = f"{name}; diffusers eager, channels-last"
+    rows.append(row(told, ours, took["channels-last"], least=1.25))
+    for without, what in (
+        ("no block", "without the freed block"),
+        ("no layers", "of plain layers"),
+    ):
+        rows.append(row(f"{name}; ours {what}", ours, took[without], least=1.0))
+    kinds = {
+        "ours": partial(our_images, compiled=True),
+        "contiguous": partial(their_images, compiled=True),
+        "channels-last": partial(their_images, compiled=True, channels_last=True),
+    }
+    with started(kinds) as sides:
+        once = {who: side.preparing for who, side in sides.items()}
+        fast = {who: median(taken) for who, taken in in_turn(sides, rounds=7, steps=STEPS).items()}
+    best = better(fast, "contiguous", "channels-last")
+    compiling = (
+        f"compiled at the same time once: {once['ours']:.0f} s, diffusers' {once[best]:.0f} s"
     )
+    name = (
+        f"{BATCH} images, {STEPS} steps, compiled; diffusers compiled, {best} (its better layout)"
+    )
+    rows.append(row(f"{name}; {compiling}", fast["ours"], fast[best], least=1.35))
+    pipe = UnconditionalPipeline.from_pretrained(FOLDER)
+    x, t = torch.randn(BATCH, *pipe.image_shape), torch.full((BATCH,), 500)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ours.unet(x, t)
-    peak = max(
-        product_rate(size, device) for size in ((512, 1024, 2048) if on_cpu else (4096, 8192))
-    )
-    with ExitStack() as processes:
-        started = {
-            who: processes.enter_context(drawing(who, device))
-            for who in ("ours", "compiled", "theirs")
-        }
-        calls = {
-            who: partial(draw, num_inference_steps=STEPS) for who, (draw, _) in started.items()
-        }
-        took = medians(calls, repeats=11, warm_up=1)
-        began = time.perf_counter()
-        started["ours"][0](num_inference_steps=1000, eta="sigma-hat", clip="static")
-        many = time.perf_counter() - began
-
-    rows.append(
-        ratio(
-            f"{BATCH} images, {STEPS} steps", took, "at least 1.1x" if on_cpu else "", faster=True
-        )
-    )
-    with_compile = {"ours": took["compiled"], "theirs": took["theirs"]}
-    wanted = "at least 1.4x" if on_cpu else ""
-    once = started["compiled"][1]
-    rows.append(
-        ratio(f"the same with --compile (once: {once:.0f} s)", with_compile, wanted, faster=True)
-    )
-    digits = 0 if on_cpu else 1
+        pipe.unet(x, t)
+    peak = max(product_rate(size) for size in (512, 1024, 2048))
     shares = [
-        f"{counter.get_total_flops() * STEPS / took[who] / peak:.{digits}%}"
-        for who in ("ours", "compiled")
+        f"{counter.get_total_flops() * STEPS / each / peak:.0%}" for each in (ours, fast["ours"])
     ]
     name = f"share of the machine's float32 matrix products, {peak / 1e9:.0f} GFLOP/s"
     rows.append([name, ", compiled ".join(shares), "", "", ""])
-    few = took["ours"]
-    rows.append(
-        [
-            f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)",
-            f"{few:.2f} s",
-            f"{many:.1f} s",
-            f"{many / few:.1f}x",
-            "",
-        ]
-    )
+    name = f"{STEPS} steps of DDIM, 1000 of DDPM (ours both)"
+    rows.append([name, f"{ours:.2f} s", f"{many:.1f} s", f"{many / ours:.1f}x", ""])
+
+
+def bench_training(rows: list[list[str]]) -> None:
+    """Images a second of training a new network of the embedded one's shape."""
+    options = {"batch": 32, "steps": 35}
+    kinds = {
+        "ours": partial(our_training, **options),
+        "contiguous": partial(their_training, **options),
+        "channels-last": partial(their_training, **options, channels_last=True),
+    }
+    with started(kinds) as sides:
+        taken = in_turn(sides, rounds=3, warm_up=0)
+    took = {who: median(each) for who, each in taken.items()}
+    best = better(took, "contiguous", "channels-last")
+    rows += training_rows(taken["ours"], took[best], best, least=1.05, batch=options["batch"])
+
+
+def bench_start(rows: list[list[str]]) -> None:
+    """A cold start: what ``ddim sample`` of one image takes beside the import of its network."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+    def started_with(*arguments: str) -> Callable[[], object]:
+        whole = [sys.executable, *arguments]
+        return lambda: subprocess.run(whole, check=True, capture_output=True, env=environment)
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/out"
+        sample = ("-m", "ddim", "sample", "--count", "1", "--overwrite", "--out", out)
+        calls = {
+            "import": started_with("-c", "import torch, diffusers.models.unets.unet_2d"),
+            "one": started_with(*sample),
+            "step": started_with(*sample, "--steps", "1"),
+        }
+        took = medians(calls, repeats=5, warm_up=1)
+    more, drawing = took["one"] - took["import"], took["one"] - took["step"]
+    name = "`ddim sample`, one image; beside the import of its network"
+    wanted = "at most 0.80 s more" + (": missed" if more > 0.8 else "")
+    rows.append([name, f"{took['one']:.2f} s", f"{took['import']:.2f} s", f"{more:+.2f} s", wanted])
+    rows.append(["of that, 49 of its 50 steps", f"{drawing:.2f} s", "", "", ""])
 
 
 class Free(torch.nn.Module):
@@ -357,15 +288,14 @@ def bench_text(rows: list[list[str]]) -> None:
         a_step = {who: (took[who, 110] - took[who, 10]) / 100 for who in free}
         told = f", rescale {rescale}" if rescale else ""
         name = f"a step of text to image beside its network{told}"
-        rows.append(ratio(name, a_step, "at most 0.50", unit="us"))
+        rows.append(row(name, a_step["ours"], a_step["theirs"], unit="us", most=0.45))
     took = medians(
         {who: call(pipe, STEPS, output_type="pt") for who, pipe in pipes.items()},
         repeats=11,
         warm_up=1,
     )
-    rows.append(
-        ratio(f"an image of a small text model, {STEPS} steps", took, "at least 1x", faster=True)
-    )
+    name = f"an image of a small text model, {STEPS} steps, eager; diffusers eager"
+    rows.append(row(name, took["ours"], took["theirs"], least=1.0))
 
 
 def bench_process(rows: list[list[str]]) -> None:
@@ -423,39 +353,36 @@ def bench_process(rows: list[list[str]]) -> None:
     )
 
 
+PARTS = {
+    "step": bench_step,
+    "sampling": bench_sampling,
+    "text": bench_text,
+    "training": bench_training,
+    "start": bench_start,
+    "process": bench_process,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "result.md")
     options = parser.parse_args()
-    device, there = (
-        find_device(options.device),
-        options.device == "cuda",
-    )  # in float32 as our commands, for both
-    out = options.out or Path(__file__).parent / ("result-cuda.md" if there else "result.md")
-    rows = [["measured", "ours", "diffusers (or as said)", "ratio", "wanted"]]
-    sampling = partial(bench_sampling, device=device)
-    parts = (
-        [partial(bench_walk, device=device), sampling]
-        if there
-        else [bench_step, sampling, bench_text, bench_process]
-    )
-    for part in parts:
-        first = len(rows)
-        part(rows)
-        for row in rows[first:]:
-            print("  ".join(cell for cell in row if cell), flush=True)
-    where = (
-        torch.cuda.get_device_name(device)
-        if there
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    machine = f"{where}; Python {platform.python_version()}"
-    told = f"torch {torch.__version__}, diffusers {diffusers.__version__}, ddim {ddim.__version__}"
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 5, *rows[1:]])
-    command = f"python benchmarks/bench.py --device {device}" if there else "make bench"
-    out.write_text(f"# Beside diffusers\n\n`{command}` on {machine}; {told}.\n\n{table}\n")
-    print(f"written to {out}")
+    rows: list[list[str]] = []
+    for name, part in PARTS.items():
+        if options.only in (None, name):
+            first = len(rows)
+            part(rows)
+            for each in rows[first:]:
+                print("  ".join(cell for cell in each if cell), flush=True)
+    if options.only is None:
+        machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        python = f"Python {platform.python_version()}; torch {torch.__version__}"
+        told = f"{python}, diffusers {diffusers.__version__}, ddim {ddim.__version__}"
+        options.out.write_text(
+            f"# Beside diffusers\n\n`make bench` on {machine}; {told}.\n\n{table(rows)}\n"
+        )
+        print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

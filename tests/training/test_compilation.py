@@ -1,5 +1,6 @@
 """A compiled network is trained only if its gradients are the eager network's."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 import ddim
-from ddim.training import compilation
+from ddim.pipelines.faster_layers import Faster
+from ddim.pipelines.networks import prepare_for_training
+from ddim.training import compilation, trainer
 from ddim.training.compilation import compiled, count_differences
 from ddim.training.config import TrainConfig
 from ddim.training.trainer import train
@@ -31,6 +34,20 @@ def config(out, **options):
     )
 
 
+@pytest.fixture
+def worth_it(monkeypatch):
+    """Compiles on a CPU too, which trains no faster."""
+    monkeypatch.setattr(trainer, "reason_against", lambda device: None)
+
+
+def test_a_run_on_a_cpu_says_that_compiling_is_not_worth_it(tmp_path, monkeypatch, alone):
+    notes = []
+    monkeypatch.setattr(compilation, "compiled", None)
+    assert train(config(tmp_path), on_note=notes.append).finished
+    assert sum("--compile is not worth it on a CPU" in note for note in notes) == 1
+    assert compilation.reason_against(torch.device("cuda")) is None
+
+
 class LosesGradients(torch.autograd.Function):
     """The identity, with the gradient 0."""
 
@@ -44,7 +61,7 @@ class LosesGradients(torch.autograd.Function):
 
 
 def test_a_compiler_that_loses_gradients_is_not_used_and_the_run_says_so(
-    tmp_path, monkeypatch, alone
+    tmp_path, monkeypatch, alone, worth_it
 ):
     def faulty(model, device):
         called.append(model)
@@ -69,7 +86,9 @@ def test_a_compiler_that_loses_gradients_is_not_used_and_the_run_says_so(
     assert told[0].endswith(" parameters; the run goes on without --compile.")
 
 
-def test_a_compiler_that_fails_is_not_used_and_the_run_says_so(tmp_path, monkeypatch, alone):
+def test_a_compiler_that_fails_is_not_used_and_the_run_says_so(
+    tmp_path, monkeypatch, alone, worth_it
+):
     def failing(model, device):
         def refuse(*args, **options):
             raise torch._dynamo.exc.TorchDynamoException("no compiler\nand a long explanation")
@@ -104,6 +123,35 @@ def test_gradients_are_compared_by_parameter(found, expected, count):
         for gradients in (found, expected)
     ]
     assert count_differences(*as_tensors, 0.01) == count
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fashion-mnist", "UNet2DModel"), ("fashion-text", "UNet2DConditionModel")]
+)
+def test_a_network_that_is_prepared_for_training_has_the_plain_gradients(name, kind, autocast):
+    options = json.loads((ZOO / name / "unet" / "config.json").read_text())
+    torch.manual_seed(0)
+    plain = getattr(diffusers, kind).from_config(options).train()
+    prepared = copy.deepcopy(plain)
+    prepare_for_training(prepared)
+    size = options["sample_size"]
+    inputs = [torch.randn(2, options["in_channels"], size, size), torch.tensor([10, 900])]
+    if kind == "UNet2DConditionModel":
+        inputs.append(torch.randn(2, 5, options["cross_attention_dim"]))
+
+    def gradients(network):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = network(*inputs, return_dict=False)[0].float()
+        output.square().mean().backward()
+        return [p.grad for p in network.parameters()]
+
+    tolerance = 0.1 if autocast else 1e-3
+    assert count_differences(gradients(prepared), gradients(plain), tolerance) == 0
+    assert any(isinstance(layer, Faster) for layer in prepared.modules())
+    copied = copy.deepcopy(prepared)  # as the average of a run is
+    assert [type(layer) for layer in copied.modules()] == [type(x) for x in plain.modules()]
+    assert list(prepared.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.slow

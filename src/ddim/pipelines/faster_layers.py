@@ -210,20 +210,19 @@ class _InPlaceResnet(Faster, ResnetBlock2D):  # type: ignore[misc]
     _plain = ResnetBlock2D
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **options: Any) -> Any:
-        is_watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if temb is None or args or options or is_watched or not self._is_usual():
+        if temb is None or args or options or torch.compiler.is_compiling() or not self._is_usual():
             return super().forward(input_tensor, temb, *args, **options)
-        x = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
-        x += self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        x = self.conv2(F.silu(self.norm2(x), inplace=True))
+        in_place = not torch.is_grad_enabled()  # autograd keeps what goes into an activation
+        x = self.conv1(F.silu(self.norm1(input_tensor), inplace=in_place))
+        x = _added(x, self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        x = self.conv2(self.dropout(F.silu(self.norm2(x), inplace=in_place)))
         shortcut = self.conv_shortcut
-        x += input_tensor if shortcut is None else shortcut(input_tensor)
-        return x
+        return _added(x, input_tensor if shortcut is None else shortcut(input_tensor))
 
     def _is_usual(self) -> bool:
         """Whether the block is what diffusers makes by default, and no layer of it is an adapter,
         or has a hook that would see its output change."""
-        if not self._acts() or self.training or self.output_scale_factor != 1.0:
+        if not self._acts() or self.output_scale_factor != 1.0:
             return False
         if self.upsample is not None or self.downsample is not None or self.skip_time_act:
             return False
@@ -233,6 +232,11 @@ class _InPlaceResnet(Faster, ResnetBlock2D):  # type: ignore[misc]
             type(layer) in _OWN_OUTPUT and not layer._forward_hooks and "forward" not in vars(layer)
             for layer in (self.norm1, self.conv1, self.norm2, self.conv2, self.nonlinearity)
         )
+
+
+def _added(x: Tensor, other: Tensor) -> Tensor:
+    """x + other, in the memory of x unless the sum is of another dtype, as under autocast."""
+    return x.add_(other) if torch.result_type(x, other) == x.dtype else x + other
 
 
 _OWN_OUTPUT = {nn.Conv2d, nn.GroupNorm, nn.SiLU, LaidConv2d, _RowsGroupNorm}
@@ -277,6 +281,8 @@ class _ShortAttention(Faster, Attention):  # type: ignore[misc]
 
     def _is_short(self, tokens: Tensor, given: Tensor | None) -> bool:
         if tokens.device.type != "cpu" or tokens.dtype not in EXACT:
+            return False
+        if torch.is_autocast_enabled("cpu"):
             return False
         queries = tokens.shape[1] if tokens.ndim == 3 else tokens.shape[2] * tokens.shape[3]
         pairs = queries * (queries if given is None else given.shape[1])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ddim.training.draws import Place
 from ddim.training.loop import Run, step_loss
 
-__all__ = ["compiled", "count_differences", "usable_network"]
+__all__ = ["compiled", "count_differences", "reason_against", "usable_network"]
 
 _TOLERANCE = {"no": 0.01, "bf16": 0.25, "fp16": 0.25}
 """Largest relative difference of a gradient, by the precision of the forward pass. Rounding is
@@ -30,6 +30,17 @@ def compiled(model: nn.Module, device: torch.device) -> Callable[..., Any]:
         options["layout_optimization"] = False
     made: Callable[..., Any] = torch.compile(model, options=options)
     return made
+
+
+def reason_against(device: torch.device) -> str | None:
+    """A sentence, where a compiled network trains no faster than the eager one, which is prepared
+    (:func:`ddim.pipelines.networks.prepare_for_training`)."""
+    if device.type != "cpu":
+        return None
+    return (
+        "--compile is not worth it on a CPU, where the network trains as fast without and is ready "
+        "at once; the run goes on without --compile."
+    )
 
 
 def usable_network(run: Run, batch: Any, place: Place) -> tuple[Callable[..., Any], str | None]:

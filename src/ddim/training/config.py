@@ -205,8 +205,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of the network's forward pass. Noise, targets and the loss stay float32."""
     compile: bool = False
-    """Compile the network with torch.compile: minutes at the start, then faster steps. It is used
-    only if its first gradients are right. Changing it on resuming changes the rounding."""
+    """Compile the network with torch.compile: minutes at the start, then faster steps, on a GPU. It
+    is used only if its first gradients are right. Changing it on resuming changes the rounding."""
     seed: Annotated[int, Range(0, LARGEST_SEED)] = 0
     """Seed of the weights, the order of the data, the timesteps and the noise."""
 

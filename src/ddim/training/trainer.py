@@ -22,9 +22,10 @@ from ddim.data.batches import measure_prior
 from ddim.data.dataset import ImageData, MixedSizes
 from ddim.data.sources import load_images
 from ddim.errors import DataError, DDIMError
+from ddim.pipelines.networks import prepare_for_training
 from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import hold, latest_checkpoint, load_training_state
-from ddim.training.compilation import usable_network
+from ddim.training.compilation import reason_against, usable_network
 from ddim.training.config import TrainConfig, spelled
 from ddim.training.draws import load_batches
 from ddim.training.loop import EMA, Run, take_steps
@@ -191,9 +192,15 @@ def _start_or_resume(
 ) -> tuple[Run, dict[str, Any]]:
     """Makes optimiser and average, and restores the newest checkpoint if there is one."""
     network = subject.network.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        prepare_for_training(network)
     average = EMA(network, config.pace(config.steps(accelerator.num_processes)).ema_decay)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
+        network.parameters(),
+        lr=config.peak_learning_rate,
+        weight_decay=config.weight_decay,
+        # One kernel for all weights. Under fp16, accelerate scales gradients for the other kind.
+        fused=config.mixed_precision != "fp16",
     )
     run = Run(config, accelerator, subject, schedule, network, optimizer, average)
     found = latest_checkpoint(Path(config.out) / "checkpoints")
@@ -212,7 +219,10 @@ def _say_nothing(sentence: str) -> None:
 def _compile(
     run: Run, batches: Iterator[Any], start: int, note: Callable[[str], None]
 ) -> tuple[Callable[..., Any], Iterator[Any]]:
-    """Compiles the network, tries it on the first batch, and puts that back."""
+    """Compiles the network if that is worth it, tries it on the first batch, and puts that back."""
+    if (reason := reason_against(run.accelerator.device)) is not None:
+        note(reason)
+        return run.model, batches
     first = next(batches)
     batches = itertools.chain([first], batches)
     if isinstance(first, DDIMError):  # which the first step raises
