@@ -329,17 +329,15 @@ class GridScheduler:
     def _remake_plan(self) -> Plan:
         old, self._plan = self._plan, None
         config, tables, count = self.config, self._read_levels(), self.num_inference_steps or 1
-        with torch.device("cpu"), torch.inference_mode(False):
-            plan = make_plan(
-                tables.schedule,
-                self._grid,
-                stride=max(len(self) // count, 1),
-                prediction_type=config.prediction_type,
-                inverse=self._inverse,
-                clip=self._clip(),
-                order=self._order_of_steps(),
-                refuses_zero_snr=tables.is_valid,
-            )
+        options = {
+            "stride": max(len(self) // count, 1),
+            "prediction_type": config.prediction_type,
+            "inverse": self._inverse,
+            "clip": self._clip(),
+            "order": self._order_of_steps(),
+            "refuses_zero_snr": tables.is_valid,
+        }
+        plan = self._made_plan(tables.schedule, options)
         if plan.multistep is None:
             self._before = self._left = None
         self._planned = (self._step_options(config), count)
@@ -351,6 +349,20 @@ class GridScheduler:
             # Some may be refused for these timesteps or this order, but only if they are asked for.
             if key[0] == 0 or (plan.multistep is None and (isinstance(key[0], str) or key[0] <= 1)):
                 plan.table(*key)
+        return plan
+
+    def _made_plan(self, schedule: NoiseSchedule, options: dict[str, Any]) -> Plan:
+        """The plan for the list of timesteps: one of the last few, with the tables that it has on
+        its devices, or a new one."""
+        plans: dict[Any, Plan] = self.__dict__.setdefault("_plans", {})
+        key = (tuple(self._grid), *options.values())
+        plan = plans.pop(key, None)
+        if plan is None or plan.schedule is not schedule:
+            with torch.device("cpu"), torch.inference_mode(False):
+                plan = make_plan(schedule, self._grid, **options)
+        plans[key] = plan
+        if len(plans) > _PLANS:
+            del plans[next(iter(plans))]
         return plan
 
     def _order_of_steps(self) -> int:
@@ -422,6 +434,9 @@ class GridScheduler:
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
+
+_PLANS = 4
+"""Lists of timesteps whose plans a scheduler keeps."""
 
 _ORDER = "The order is step(model_output, timestep, sample)."
 

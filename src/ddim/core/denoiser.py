@@ -6,7 +6,7 @@ callable ``(x_t, t) -> prediction``: a diffusers UNet, a guided network, a close
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -171,9 +171,7 @@ class ModelDenoiser:
 
     @cached_property
     def _solutions(self) -> dict[int, tuple[float, ...]]:
-        """The solution at every level as numbers, so that a step waits for no device."""
-        solution = solve(self.prediction_type, self.schedule.alphas_cumprod)
-        return dict(enumerate(zip(*(column.tolist() for column in solution), strict=True)))
+        return _solutions(self.schedule, self.prediction_type)
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         if self.dtype is not None:
@@ -181,6 +179,13 @@ class ModelDenoiser:
         if not isinstance(self.network, torch.nn.Module):
             return x_t.dtype
         return next((parameter.dtype for parameter in self.network.parameters()), x_t.dtype)
+
+
+@lru_cache(maxsize=8)
+def _solutions(schedule: NoiseSchedule, kind: PredictionType) -> dict[int, tuple[float, ...]]:
+    """The solution at every level as numbers, so that a step waits for no device."""
+    solution = solve(kind, schedule.alphas_cumprod)
+    return dict(enumerate(zip(*(column.tolist() for column in solution), strict=True)))
 
 
 def checked(denoise: Denoiser) -> Denoiser:

@@ -98,12 +98,13 @@ def foreign_states(
     """The state after each step of a scheduler, whose levels are set, from noise x on."""
     x = x * scheduler.init_noise_sigma
     levels = scheduler.timesteps
-    nexts = [*(int(t) for t in levels[1:]), CLEAN]
-    alpha_bar, kind = scheduler.alphas_cumprod, scheduler.config.prediction_type
-    for number, (t, s) in enumerate(zip(levels, nexts, strict=True)):
+    numbers = [int(t) for t in levels.tolist()]  # at once: one by one would wait for a device
+    alpha_bar, kind = scheduler.alphas_cumprod.cpu().double(), scheduler.config.prediction_type
+    ends = zip(numbers, [*numbers[1:], CLEAN], strict=True)
+    for number, (t, (left, s)) in enumerate(zip(levels, ends, strict=True)):
         x_t = scheduler.scale_model_input(x, t)  # as the network was trained
         output = network(x_t.to(dtype), t).to(x.dtype)
-        known = alpha_bar[int(t)].double().cpu()
+        known = alpha_bar[left]
         x0, eps = to_x0_eps(output, x_t, alpha_bar_t=known, prediction_type=kind)
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
-        yield State(x_s=x, x0=x0, eps=eps, t=int(t), s=s, number=number)
+        yield State(x_s=x, x0=x0, eps=eps, t=left, s=s, number=number)
