@@ -8,7 +8,7 @@ from types import GeneratorType
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_unet
+from tests.conftest import tiny_text_parts, tiny_unet
 
 import ddim
 from ddim.core.checks import shown
@@ -73,6 +73,35 @@ def pipeline():
     return pipe
 
 
+def text_pipeline(kind=ddim.TextToImagePipeline):
+    made = ddim.DDIMScheduler(num_train_timesteps=20, clip_sample=False, steps_offset=1)
+    nothing = {"safety_checker": None, "feature_extractor": None}
+    pipe = kind(**tiny_text_parts(), scheduler=made, **nothing, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PICTURE = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+BETAS = {"beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None}
+CONFIGURED = {
+    **{"num_train_timesteps": 20, **BETAS, "clip_sample": True, "set_alpha_to_one": True},
+    **{"steps_offset": 0, "prediction_type": "epsilon", "clip_sample_range": 1.0},
+    **{"timestep_spacing": "leading", "rescale_betas_zero_snr": False},
+}
+OF_PROMPTS = {
+    **{"prompt": "a red square", "num_inference_steps": 2, "timesteps": None},
+    **{"guidance_scale": 2.0, "negative_prompt": None, "eta": 0.0, "generator": None},
+    **{"prompt_embeds": None, "negative_prompt_embeds": None, "output_type": "pt"},
+    **{"return_dict": False, "guidance_rescale": 0.5, "clip_skip": None, "seeds": [1]},
+    **{"num_images_per_prompt": 1, "timestep_spacing": "trailing", "order": 1, "clip": None},
+    **{"sampler": "ddim", "guidance_batched": True, "callback": None, "progress": False},
+}
+OF_CODES = {
+    **{"prompt": "a red square", "num_inference_steps": 2, "negative_prompt": None},
+    **{"guidance_scale": 1.0, "guidance_rescale": 0.0, "prompt_embeds": None},
+    **{"negative_prompt_embeds": None, "clip_skip": None, "guidance_batched": True},
+    **{"timestep_spacing": "trailing", "timesteps": None, "batch_size": 1},
+}
 PROBLEM = ddim.SamplingProblem(ORACLE.denoise, X)
 PRIOR = ddim.DataPrior((0.1,), ((0.2,),))
 walked = {"denoise": ORACLE.denoise, "x_t": X, "pairs": PAIRS, "schedule": SCHEDULE}
@@ -361,6 +390,35 @@ CALLS = {
         pipeline().denoiser,
         {"batch_size": 2, "class_labels": None, "clip": "none"},
     ),
+    "DDIMScheduler": (
+        ddim.DDIMScheduler,
+        {**CONFIGURED, "thresholding": False, "dynamic_thresholding_ratio": 0.995}
+        | {"sample_max_value": 1.0, "multistep_order": 1, "fitted_timesteps": None},
+    ),
+    "DDIMInverseScheduler": (ddim.DDIMInverseScheduler, CONFIGURED),
+    "TextToImagePipeline": (
+        ddim.TextToImagePipeline,
+        {**tiny_text_parts(), "scheduler": text_pipeline().scheduler, "safety_checker": None}
+        | {"feature_extractor": None, "image_encoder": None, "requires_safety_checker": False},
+    ),
+    "TextToImagePipeline()": (
+        text_pipeline(),
+        {**OF_PROMPTS, "height": 16, "width": 16, "latents": torch.zeros(1, 4, 8, 8)},
+    ),
+    "ImageToImagePipeline()": (
+        text_pipeline(ddim.ImageToImagePipeline),
+        {**OF_PROMPTS, "image": PICTURE / 2 + 0.5, "strength": 0.8, "num_inference_steps": 4},
+    ),
+    "TextToImagePipeline.encode": (
+        text_pipeline().encode,
+        {**OF_CODES, "images": PICTURE, "method": "ddim", "resize": False, "gamma": 1.0}
+        | {"mixing": 0.9, "tolerance": 1e-3, "max_evaluations": 4},
+    ),
+    "TextToImagePipeline.decode": (
+        text_pipeline().decode,
+        {**OF_CODES, "code": text_pipeline().encode(PICTURE, "a", 2, method="ddim")}
+        | {"callback": None, "progress": False, "output_type": "pt"},
+    ),
 }
 """A valid call of each public name: what is called, and its arguments."""
 
@@ -388,7 +446,7 @@ ALIASES = {
 """Other words by which a sentence may name an argument."""
 
 SWITCHES = {"set_alpha_to_one", "batched", "use_clipped_model_output", "return_dict", "progress"}
-SWITCHES |= {"resize", "latent", "guided"}
+SWITCHES |= {"resize", "latent", "guided", "guidance_batched", "requires_safety_checker"}
 OF_TORCH = {"device"}
 PLAIN = {"StatePair", "SamplingProblem"}
 NOT_TRIED = {
@@ -404,11 +462,7 @@ NOT_TRIED = {
     "SIGMA_HAT": "a constant",
     "SPACINGS": "a constant",
     "write_model": "takes what convert returns",
-    "DDIMScheduler": "its options are checked as those of files, in tests/test_configuration.py",
-    "DDIMInverseScheduler": "the same",
     "DiffusionPipeline": "opens models; see tests/pipelines",
-    "TextToImagePipeline": "shares its arguments' checks; see tests/pipelines",
-    "ImageToImagePipeline": "the same",
 }
 """Public names without a call of their own above, and why."""
 
@@ -452,8 +506,9 @@ def is_off(tensor):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_wrong_value_works_or_is_refused_by_name(name, monkeypatch, tmp_path):
+def test_a_wrong_value_works_or_is_refused_by_name(name, monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level("CRITICAL")
     call, arguments = CALLS[name]
     run(call, arguments)
     for argument in arguments.keys() - SWITCHES - OF_TORCH:

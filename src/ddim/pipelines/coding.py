@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.checks import check_whole
 from ddim.core.denoiser import Denoiser
 from ddim.core.timesteps import Spacing
@@ -54,7 +55,7 @@ class Coding(Sampling):
         labels: Tensor | None = None,
     ) -> Code:
         """The code of data [B, ...] batch by batch, under the denoiser of each batch's images."""
-        batch_size = check_whole("batch_size", batch_size, least=1)
+        batch_size = check_whole("batch_size", batch_size, least=1, most=MOST_IMAGES)
         if len(x0) == 0:
             raise DDIMError("there must be images to encode; got none.")
         parts, origin, schedule = [], self._origin(), self.noise_schedule
@@ -79,7 +80,7 @@ class Coding(Sampling):
     ) -> Tensor:
         """The data [B, ...] of a code over levels of :meth:`_decoding_timesteps`, under the
         denoiser of each batch's images."""
-        size = check_whole("batch_size", batch_size, least=1)
+        size = check_whole("batch_size", batch_size, least=1, most=MOST_IMAGES)
         finished, schedule = [], self.noise_schedule
         warn_of_other_batches(code, min(size, len(code)))
         for first in range(0, len(code), size):

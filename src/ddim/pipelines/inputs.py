@@ -7,6 +7,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.checks import check_samples, check_whole, wrong_argument
 from ddim.errors import DDIMError
 from ddim.pipelines.recording import network_call
@@ -30,7 +31,7 @@ def count_images(batch_size: int | None, **given: Any) -> int:
     """The number of images, from whatever says it; refuses where two say different numbers."""
     sizes = {}
     if batch_size is not None:
-        sizes["batch_size"] = check_whole("batch_size", batch_size, least=1)
+        sizes["batch_size"] = check_whole("batch_size", batch_size, least=1, most=MOST_IMAGES)
     for name, value in given.items():
         if hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0:  # not a 0-d tensor
             sizes[name] = len(value)

@@ -15,6 +15,7 @@ import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
+from ddim.core.checks import check_kind, wrong_argument
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.guidance import guided
 from ddim.core.noise import SeededNoise
@@ -87,6 +88,18 @@ class StableDiffusion(Coding):
         image_encoder: Any = None,
         requires_safety_checker: bool = True,
     ) -> None:
+        what = "a network, such as diffusers' UNet2DConditionModel"
+        check_kind("unet", unet, (torch.nn.Module, type(None)), what)
+        for name, part, method in (
+            ("vae", vae, "decode"),
+            ("text_encoder", text_encoder, "forward"),
+            ("tokenizer", tokenizer, "__call__"),
+            ("safety_checker", safety_checker, "forward"),
+            ("feature_extractor", feature_extractor, "__call__"),
+            ("image_encoder", image_encoder, "forward"),
+        ):
+            if part is not None and not hasattr(part, method):
+                raise wrong_argument(name, f"be a {name} of a pipeline, or None", part)
         ours = as_ddim(scheduler)
         # Only leading knows an offset, and diffusers would warn of 0 all the same.
         if ours.config.timestep_spacing != "leading":
@@ -356,6 +369,6 @@ class StableDiffusion(Coding):
             )
 
     def _check_output_type(self, output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise DDIMError(f"output_type must be pil, np, pt or latent; got {output_type!r}.")
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
+            raise wrong_argument("output_type", "be pil, np, pt or latent", output_type)
         self._require("unet", *[] if output_type == "latent" else ["vae"])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddim.core.checks import check_whole
+from ddim.core.checks import check_whole, shown
 from ddim.errors import DDIMError
 from ddim.models.images import convert_mode, to_pil
 from ddim.pipelines.networks import acting, prepare_walk
@@ -25,6 +25,9 @@ class Posterior(NamedTuple):
     std: Tensor
 
 
+_LARGEST_SIDE = 2**16
+
+
 def check_size(height: int, width: int, factor: int) -> tuple[int, int]:
     """Returns the size of a picture as whole numbers. A DDIMError refuses one that has no whole
     number of latents, and says the nearest that has; and what is no size, such as an image in the
@@ -32,6 +35,9 @@ def check_size(height: int, width: int, factor: int) -> tuple[int, int]:
     advice = "Images to begin at are for ImageToImagePipeline(**pipe.components)"
     height = check_whole("height", height, note=" of pixels", advice=advice)
     width = check_whole("width", width, note=" of pixels", advice=advice)
+    if max(height, width) > _LARGEST_SIDE:
+        sides = shown([width, height])
+        raise DDIMError(f"width and height are at most {_LARGEST_SIDE} pixels; got {sides}.")
     if height < factor or width < factor or height % factor or width % factor:
         near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
         raise DDIMError(

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
+from ddim.core.checks import shown
 from ddim.core.guidance import check_rescale, check_scale, is_guided
 from ddim.core.noise import check_seeds
 from ddim.errors import CheckpointError, DDIMError
@@ -160,7 +162,7 @@ def _check_texts(name: str, texts: object) -> None:
         return
     listed = texts if isinstance(texts, (list, tuple)) else []
     if not listed or not all(isinstance(text, str) for text in listed):
-        raise DDIMError(f"{name} must be a text, or a list of at least one; got {texts!r}.")
+        raise DDIMError(f"{name} must be a text, or a list of at least one; got {shown(texts)}.")
 
 
 def _check_embeds(pipe: Any, name: str, embeds: object) -> None:
@@ -193,9 +195,12 @@ def count_groups(
         many = f"there are {prompts} prompts and {images} images"
         raise DDIMError(f"{many}; give as many of both, or one of either.")
     is_whole = isinstance(per_prompt, (int, np.integer)) and not isinstance(per_prompt, bool)
-    if per_prompt is not None and not (is_whole and per_prompt >= 1):
+    if per_prompt is not None and not (is_whole and 1 <= per_prompt <= MOST_IMAGES):
+        least = (
+            f"at least 1 and at most {MOST_IMAGES}" if is_whole and per_prompt > 1 else "at least 1"
+        )
         raise DDIMError(
-            f"num_images_per_prompt must be a whole number of at least 1; got {per_prompt!r}."
+            f"num_images_per_prompt must be a whole number of {least}; got {shown(per_prompt)}."
         )
     listed = ", ".join(f"{name}: {length}" for name, length in lengths.items())
     asked = next(iter(lengths.values()), groups)
@@ -282,7 +287,7 @@ def _check_clip_skip(text_encoder: Any, clip_skip: int) -> None:
     if not is_whole or not 0 <= clip_skip <= layers:
         raise DDIMError(
             f"clip_skip must be a whole number from 0 to {layers}, the layers of the text "
-            f"encoder; got {clip_skip!r}."
+            f"encoder; got {shown(clip_skip)}."
         )
     if not hasattr(text_encoder, "text_model"):
         # Where diffusers looks for the last norm; transformers 5 has it in the encoder itself.

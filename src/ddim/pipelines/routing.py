@@ -149,8 +149,8 @@ def reconfigured(
 ) -> Iterator[None]:
     """While held, the configurations of schedulers say this spacing and order, for a loop that is
     not ours; a DDIMError refuses what a scheduler has not."""
-    if spacing is not None and spacing not in SPACINGS:
-        raise DDIMError(f"timestep_spacing must be one of {', '.join(SPACINGS)}; got {spacing!r}.")
+    if spacing is not None:
+        check_choice("timestep_spacing", spacing, SPACINGS)
     changes: list[tuple[Any, dict[str, Any], dict[str, Any]]] = []
     for scheduler in schedulers:
         changed: dict[str, Any] = {} if spacing is None else {"timestep_spacing": spacing}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.checks import check_whole
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.timesteps import Spacing
@@ -97,7 +98,9 @@ class TextCodes(StableDiffusion):
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_batched)
         prompts = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip)
         levels = self._encodable_timesteps(num_inference_steps, timestep_spacing, timesteps)
-        chunks = torch.split(pictures, check_whole("batch_size", batch_size, least=1))
+        chunks = torch.split(
+            pictures, check_whole("batch_size", batch_size, least=1, most=MOST_IMAGES)
+        )
         x0 = torch.cat([encode_images(self, chunk, place.device).mean for chunk in chunks])
         denoiser = self._denoisers(len(x0), prompts, guidance)
         return self._encode(x0, levels, denoiser, encoder, batch_size)

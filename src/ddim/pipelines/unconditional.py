@@ -10,6 +10,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
+from ddim.bounds import MOST_IMAGES
 from ddim.core.checks import check_choice, check_kind, check_whole
 from ddim.core.denoiser import ModelDenoiser
 from ddim.core.noise import SeededNoise
@@ -156,7 +157,7 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
     ) -> ModelDenoiser:
         """What a call with these options samples with: (x_t, t) -> (x0, eps) for a batch of that
         size. A DDIMError refuses labels that do not fit, and another kind of network."""
-        batch_size = check_whole("batch_size", batch_size, least=1)
+        batch_size = check_whole("batch_size", batch_size, least=1, most=MOST_IMAGES)
         labels = self._labels(class_labels, batch_size)
         network = as_network(self.unet, labels, records=self._records)
         return self._model(network, clip, self.unet.dtype)
