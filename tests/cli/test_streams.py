@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -111,6 +113,53 @@ def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
 def test_other_shells_have_their_scripts(shell, capsys):
     assert main(["--completion", shell]) == 0
     assert "fit-steps" in capsys.readouterr().out
+
+
+COMPLETED = {"ddim samp": "sample", "ddim sample --spac": "--spacing", "ddim doctor --fi": "--fix"}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize("typed", COMPLETED)
+def test_fish_completes_commands_and_options(typed, tmp_path, capsys):
+    assert main(["--completion", "fish"]) == 0
+    (tmp_path / "ddim.fish").write_text(capsys.readouterr().out)
+    code = f"source ./ddim.fish; complete -C '{typed}'"
+    result = subprocess.run(
+        ["fish", "--no-config", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [COMPLETED[typed]]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_commands_and_options(tmp_path, capsys):
+    """In an interactive shell, since nothing else asks a completion function."""
+    pty = pytest.importorskip("pty")
+    assert main(["--completion", "zsh"]) == 0
+    (tmp_path / "_ddim").write_text(capsys.readouterr().out)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve("/usr/bin/env", ["env", "zsh", "-f", "-i"], {**os.environ, "TERM": "dumb"})
+    shown = ""
+
+    def until(wanted):
+        nonlocal shown
+        end = time.monotonic() + 60
+        while wanted not in shown and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 4096).decode(errors="replace")
+        assert wanted in shown, shown
+        shown = ""
+
+    try:
+        begin = f"fpath=({tmp_path} $fpath); autoload -U compinit; compinit -u -D; echo rea''dy"
+        os.write(terminal, f"{begin}\n".encode())
+        until("ready\r\n")
+        for typed, word in COMPLETED.items():
+            os.write(terminal, f"\x15{typed}\t".encode())
+            until(f"{typed.rpartition(' ')[0]} {word} ")
+    finally:
+        os.close(terminal)
+        os.waitpid(process, 0)
 
 
 @pytest.mark.parametrize("shells", [["tcsh"], [], ["bash", "zsh"]])

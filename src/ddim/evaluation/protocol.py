@@ -17,11 +17,12 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddim.core.checks import check_kind, check_samples, check_whole, wrong_argument
 from ddim.errors import DataError, DDIMError
 from ddim.evaluation.features import EXTRACTORS, Extractor, load_extractor
 from ddim.evaluation.metrics import (
@@ -223,6 +224,13 @@ def load_panel(
         DDIMError: If a name is unknown or names repeat; also what
             :func:`~ddim.evaluation.features.load_extractor` raises.
     """
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise wrong_argument("names", "be a list of metrics, such as ['fd-fashion']", names)
+    is_shape = isinstance(image_shape, (list, tuple)) and len(image_shape) == 3
+    if not is_shape or not all(type(n) is int and 0 < n < 2**16 for n in image_shape):
+        raise wrong_argument("image_shape", "be (C, H, W)", image_shape)
+    if weights is not None:
+        check_kind("weights", weights, Mapping, "paths by extractor (a dict)")
     pairs = [name.partition("-") for name in names]
     if not names or len(set(names)) < len(names):
         raise DDIMError(f"metrics must be named, each once; got {', '.join(names) or 'none'}.")
@@ -274,7 +282,11 @@ class Collected:
         chosen = sum(
             (s for start, s in self._pieces[extractor].items() if first <= start < last), Sketch()
         )
-        assert chosen.count == last - first, f"{first} or {last} is no cut"
+        if chosen.count != last - first:
+            raise DDIMError(
+                f"the images were not collected with cuts at {first} and {last}; give collect the "
+                "cuts of sample_cuts(counts), and collect_reference these counts."
+            )
         return chosen
 
 
@@ -282,13 +294,14 @@ def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> C
     """Passes a stream of batches [B, C, H, W] in [-1, 1] through the extractors, and returns
     sketches between the cuts, the indices at which a set begins or ends. They do not depend on how
     the stream is divided into batches."""
+    check_kind("panel", panel, Panel, _PANEL)
+    edges = sorted({0, *_whole_numbers("cuts", cuts)})
     needs = {
         e: {metric.needs for metric, x in map(panel.parts, panel.metrics) if x.name == e}
         for e in panel.extractors
     }
-    edges = sorted({0, *cuts})
     result = Collected()
-    for batch in images:
+    for batch in _batches(images):
         first, last = result.count, result.count + len(batch)
         start = max(e for e in edges if e <= first)
         bounds = [first, *(e for e in edges if first < e < last), last]
@@ -309,7 +322,28 @@ def collect(images: Iterable[Tensor], panel: Panel, *, cuts: Iterable[int]) -> C
 
 def sample_cuts(counts: Iterable[int]) -> set[int]:
     """The cuts of a stream of samples that is measured on its first ``counts`` images."""
+    counts = _whole_numbers("counts", counts)
     return {i * (count // 3) for count in counts for i in (1, 2, 3)} | set(counts)
+
+
+_PANEL = "a Panel, which load_panel gives"
+
+
+def _whole_numbers(name: str, given: Any) -> list[int]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise wrong_argument(name, "be a list of whole numbers", given)
+    return [check_whole(name, number, least=0, most=2**40) for number in given]
+
+
+def _batches(images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches of images, each checked."""
+    if isinstance(images, (str, Tensor)) or not isinstance(images, Iterable):
+        raise wrong_argument("images", "be batches [B, C, H, W], such as images.split(64)", images)
+    for batch in images:
+        check_samples(images=batch)
+        if batch.ndim != 4:
+            raise wrong_argument("images", "be batches [B, C, H, W]", batch)
+        yield batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,12 +379,17 @@ def collect_reference(
     Raises:
         DDIMError: As :meth:`Panel.check_counts`.
     """
-    counts = list(counts)
+    check_kind("panel", panel, Panel, _PANEL)
+    available = check_whole("available", available, least=1, most=2**40)
+    if not (counts := _whole_numbers("counts", counts)):
+        raise DDIMError("counts must name at least one number of samples; got none.")
     panel.check_counts(counts, available)
     halves = {count: min(count, available // 2) for count in counts}
     cuts = {available, *halves.values()}
     cuts |= {available - n for count, half in halves.items() for n in (count, count // 3, half)}
     collected = collect(images, panel, cuts=cuts)
+    if collected.count != available:
+        raise DDIMError(f"images hold {collected.count} images, and available says {available}.")
     floors = {}
     for name in panel.metrics:
         metric, extractor = panel.parts(name)
@@ -364,6 +403,15 @@ def collect_reference(
 def measure(samples: Collected, reference: Reference, panel: Panel, *, count: int) -> list[Result]:
     """The panel's numbers for the first ``count`` samples, which were collected with the cuts of
     :func:`sample_cuts`; the reference was collected for the same panel and count."""
+    check_kind("samples", samples, Collected, "what collect gives")
+    check_kind("reference", reference, Reference, "what collect_reference gives")
+    check_kind("panel", panel, Panel, _PANEL)
+    count = check_whole("count", count, least=1)
+    if missing := [n for n in panel.metrics if (n, count) not in reference.floors]:
+        raise DDIMError(
+            f"the reference was not collected for {missing[0]} of count={count} images; give "
+            "collect_reference the same panel and counts."
+        )
     results, third = [], count // 3
     for name in panel.metrics:
         metric, extractor = panel.parts(name)
