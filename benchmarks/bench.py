@@ -167,7 +167,7 @@ def bench_sampling(rows: list[list[str]]) -> None:
 
 def bench_training(rows: list[list[str]]) -> None:
     """Images a second of training a new network of the embedded one's shape."""
-    options = {"batch": 32, "steps": 35}
+    options = {"batch": 32, "steps": 41}
     kinds = {
         "ours": partial(our_training, **options),
         "contiguous": partial(their_training, **options),

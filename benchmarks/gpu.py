@@ -72,7 +72,7 @@ DRY = Plan(
     images=2,
     dtype="float32",
     sizes=TINY,
-    training={"batch": 2, "steps": 15},
+    training={"batch": 2, "steps": 21},
     apart=False,
     compiles=False,
 )

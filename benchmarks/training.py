@@ -31,7 +31,7 @@ __all__ = ["our_training", "their_training", "training_rows"]
 
 SEEN = 2048
 """Images of the data, which are noise: what they show costs nothing."""
-EVERY = 5
+EVERY = 10
 """Optimiser steps between two logged losses, on both sides."""
 
 

@@ -206,7 +206,7 @@ def checked(denoise: Denoiser) -> Denoiser:
         if not isinstance(found, tuple) or len(found) != 2:
             got = f"returned {shown(found)}"
             raise DDIMError(f"denoise must return (x0, eps), and {got}; {advice}.")
-        return Denoised(*found)
+        return found if type(found) is Denoised else Denoised(*found)
 
     return paired
 

@@ -80,14 +80,17 @@ def network_call(network: Any, *, records: bool = True, **options: Any) -> Calla
     On a device that has a recorder, calls are recorded and replayed, unless ``records`` is False,
     the network is compiled, or something follows each operator."""
     prepare_walk(network)
+    was_compiled = is_compiled(network)
 
     def call(x_t: Tensor, *given: Any) -> Any:
         # Contiguous at every step: a compiled network is compiled again for another layout,
         # and states have that of outputs.
-        x_t = x_t.contiguous().flatten().view(x_t.shape)
-        recorder = RECORDERS.get(x_t.device.type)
+        x_t = x_t.contiguous()
+        recorder = RECORDERS.get(x_t.device.type) if records else None
+        if was_compiled or recorder is not None:
+            x_t = x_t.flatten().view(x_t.shape)  # strides of sides of 1 count there too
         with acting(network):
-            if recorder is None or not records or is_compiled(network) or _is_watched():
+            if recorder is None or is_compiled(network) or _is_watched():
                 output = network(x_t, *given, return_dict=False, **options)[0]
                 return copy_if_replayed(output, network)
             return _recordings_of(network, recorder)(network, (x_t, *given), options)

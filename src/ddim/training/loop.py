@@ -42,13 +42,19 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
         self.decay = decay
+        # Once: to look for them takes longer than to average them.
+        self._ours: list[Tensor] = list(self.network.parameters())
+        self._seen, self._theirs = network, list[Tensor](network.parameters())
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Moves the average towards the network after optimiser step ``step`` (from 0)."""
-        ours: list[torch.Tensor] = list(self.network.parameters())
-        pairs = zip(network.parameters(), ours, strict=True)
-        theirs = [p.detach().to(a.device, a.dtype) for p, a in pairs]
+        if network is not self._seen:
+            self._seen, self._theirs = network, list[Tensor](network.parameters())
+        ours, theirs = self._ours, self._theirs
+        pairs = list(zip(ours, theirs, strict=True))
+        if any(a.dtype != b.dtype or a.device != b.device for a, b in pairs):
+            theirs = [b.to(a.device, a.dtype) for a, b in pairs]
         torch._foreach_lerp_(ours, theirs, 1 - ema_decay_at(step, self.decay))
         for mine, other in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(other)
@@ -154,7 +160,8 @@ def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
         loss = step_loss(run, network, batch, place)
         accelerator.backward(loss)
         if accelerator.sync_gradients and clip > 0:
-            accelerator.clip_grad_norm_(run.model.parameters(), clip)
+            held = [p for group in run.optimizer.param_groups for p in group["params"]]
+            accelerator.clip_grad_norm_(held, clip)
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()
