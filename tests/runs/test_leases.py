@@ -137,8 +137,11 @@ def test_a_lease_of_another_machine_is_taken_over_by_time_alone_whatever_its_clo
 
 def test_a_lease_that_cannot_be_read_is_one_sentence(tmp_path):
     (tmp_path / "a.lease").mkdir()
-    with pytest.raises(OutputError, match=r"a\.lease cannot be read .*delete this file\.$"):
+    with pytest.raises(OutputError, match=r"a\.lease cannot be read .*delete it\.$"):
         Leases(tmp_path).take("a")
+    os.mkfifo(tmp_path / "pipe.lease")  # which would be read without end
+    with pytest.raises(OutputError, match="it is no regular file"):
+        Leases(tmp_path).take("pipe")
     (tmp_path / "b.lease").write_bytes(b"\xff\x00 damaged")
     leases = Leases(tmp_path, seconds=0.2)
     assert leases.take("b") is None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ddim.data.sources import load_images
 from ddim.runs.engine import Control, execute
 from ddim.runs.requests import SampleRequest
 from ddim.runs.sample import SampleJob
-from ddim.runs.shards import FOLDER, Blocks, launched, read_records
+from ddim.runs.shards import FOLDER, Blocks, ShardRecord, launched, read_records
 from ddim.runs.status import Watch
 
 SLOW = """
@@ -262,6 +263,10 @@ def test_a_damaged_record_of_a_shard_and_an_unreadable_lease_are_named(
     path.write_text("{")
     assert main(options(tiny, tmp_path / "out")) == 2
     assert f"{path} is not the record of a shard" in capsys.readouterr().err
+    record = ShardRecord("a", 1, ["../outside.tar"], 1, "", 0.0, 0.0, "w")
+    path.write_text(json.dumps(asdict(record)))
+    assert main(options(tiny, tmp_path / "out")) == 2
+    assert "it names a file outside of its folder" in capsys.readouterr().err
     path.unlink()
     lease = path.with_suffix(".lease")
     lease.mkdir()

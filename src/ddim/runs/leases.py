@@ -37,6 +37,9 @@ STALE = 60.0
 _BEATS = 6
 """Changes of a lease in that time."""
 
+_LONGEST = 4096
+"""Bytes of a lease that are read."""
+
 WORKER = f"{platform.node()}-{os.getpid()}"
 """The name of this process in leases and records."""
 
@@ -172,13 +175,13 @@ class Leases:
             OutputError: If the file cannot be read.
         """
         try:
-            content = path.read_bytes()
+            content = _content(path)
         except FileNotFoundError:
             return False  # it was given back: the next look finds what is there then
         except OSError as error:
             raise OutputError(
-                f"the lease {path} cannot be read ({error.strerror}); if no process works in that "
-                "folder, delete this file."
+                f"the lease {path} cannot be read ({error.strerror or error}); if no process works "
+                "in that folder, delete it."
             ) from None
         now = time.monotonic()
         before, since = self._seen.setdefault(path, (content, now))
@@ -190,7 +193,7 @@ class Leases:
     def holder(self, path: Path) -> str:
         """The worker that a lease file names; a question mark where it names none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return str(json.loads(path.read_bytes())["worker"])
+            return str(json.loads(_content(path))["worker"])
         return "?"
 
     def _first(self, name: str) -> Path:
@@ -228,6 +231,15 @@ class Leases:
             return False
         finally:
             os.close(file)
+
+
+def _content(path: Path) -> bytes:
+    """What a lease file says; a pipe, which would be read without end, is none."""
+    if not path.is_file():
+        path.stat()  # which says so where nothing is there
+        raise OSError("it is no regular file")
+    with path.open("rb") as file:
+        return file.read(_LONGEST)
 
 
 def _next(first: Path, generation: int) -> Path:

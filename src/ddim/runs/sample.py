@@ -175,7 +175,8 @@ class SampleJob(SharedJob, ModelJob):
                 return []
             # What a shard that was not finished left is drawn again beside the rest: a batch is
             # whole, so that its bytes do not tell of the interruption. It is not written again.
-            return [n for n in items if n in absent or n not in self._told]
+            told = [held for held in self._told if held[0] <= items[-1] and items[0] <= held[-1]]
+            return [n for n in items if n in absent or not any(n in held for held in told)]
         return _first_gap(items, self._whole(shard))
 
     def done(self, shard: Shard) -> int:
@@ -195,9 +196,9 @@ class SampleJob(SharedJob, ModelJob):
         return [record.numbers for record in near if record.is_whole(self.folder)]
 
     @cached_property
-    def _told(self) -> set[int]:
+    def _told(self) -> list[range]:
         """The numbers of records that were there when the run began."""
-        return {number for record in self.records() for number in record.numbers}
+        return [record.numbers for record in self.records() if record.numbers]
 
     def part(self, shard: Shard, items: Sequence[int]) -> tuple[str, list[str]]:
         named = self._part(items)
@@ -218,7 +219,7 @@ class SampleJob(SharedJob, ModelJob):
 
     def beside(self) -> int:
         if self.archive is not None:
-            return sum(n not in self.items for r in self.records() for n in r.numbers)
+            return sum(record.count for record in self.records()) - sum(map(self.done, self.shards))
         listed = (self._number(Item.of(Path(row["file"]).stem)) for row in self._rows)
         return sum(number is not None and number not in self.items for number in listed)
 

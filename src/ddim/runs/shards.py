@@ -162,6 +162,8 @@ def _read(path: Path) -> ShardRecord:
         record = ShardRecord(**load_json(path))
         if not all(isinstance(name, str) for name in record.files):
             raise TypeError("its files are no list of names")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record.files):
+            raise ValueError("it names a file outside of its folder")
         return record
     except (ValueError, TypeError) as error:
         raise OutputError(
