@@ -134,7 +134,7 @@ def bench_sampling(rows: list[list[str]]) -> None:
         ("no block", "without the freed block"),
         ("no layers", "of plain layers"),
     ):
-        rows.append(row(f"{name}; ours {what}", ours, took[without], least=1.0))
+        rows.append(row(f"{name}; ours {what}", ours, took[without]))
     kinds = {
         "ours": partial(our_images, compiled=True),
         "contiguous": partial(their_images, compiled=True),
