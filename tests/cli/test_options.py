@@ -16,7 +16,7 @@ REQUESTS = {
     name: importlib.import_module(f"ddim.cli.{name.replace('-', '_')}").Request for name in COMMANDS
 }
 NEEDED = {"data": "d", "out": "new", "reference": "r", "model": "m"}
-NEEDED |= {"source": "m", "checkpoint": "m", "prompt": "p", "to": "q"}
+NEEDED |= {"folder": "d", "source": "m", "checkpoint": "m", "prompt": "p", "to": "q"}
 FIELDS = [(name, field) for name, kind in REQUESTS.items() for field in declarations(kind)]
 
 

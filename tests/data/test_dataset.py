@@ -181,5 +181,8 @@ def test_pictures_of_every_mode_are_read_or_refused_in_a_sentence(tmp_path, mode
     try:
         assert data[0][0].shape == (channels, 4, 4)
     except DataError as error:
+        if mode == "YCbCr":  # some versions of Pillow cannot read what they write
+            assert "0.tif is not an image that can be read" in str(error)  # noqa: PT017
+            return
         assert (mode, channels) == ("LAB", 1)
         assert "0.tif: the image has pixels of mode LAB" in str(error)  # noqa: PT017

@@ -258,7 +258,7 @@ def test_zero_terminal_snr_starts_from_nothing(tiny):
     ("options", "message"),
     [
         ({"output_type": "banana"}, "output_type must be one of pil, np, pt; got 'banana'"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 1000000; got 0"),
         ({"seeds": []}, "at least 1; got 0"),
         (
             {"batch_size": 3, "seeds": [0, 1]},

@@ -19,7 +19,6 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "sample": "draw images from a model",
-    "status": "tell how far a run is that processes share",
     "train": "train a model on your own images",
     "encode": "turn images into codes of a model's latent space",
     "decode": "turn codes back into images",
@@ -29,6 +28,7 @@ COMMANDS = {
     "consistency": "compare what one code becomes under other steps and samplers",
     "evaluate": "measure images, or a model's, against real ones",
     "table": "measure a model at every eta and number of steps, as the paper's Table 1",
+    "status": "tell how far a run is that processes share",
     "fit-steps": "fit the timesteps of a few steps to a model",
     "doctor": "tell what is wrong with a model's noise schedule and sampler",
     "studio": "open a page in the browser to draw, compare and look",

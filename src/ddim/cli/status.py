@@ -20,15 +20,18 @@ def run(request: Request) -> None:
     if request.json:
         say(json.dumps(asdict(status), indent=2))
         return
+    before = 0
     while True:
         lines = [_line(status), *map(_worker_line, status.workers)]
-        say("\n".join(lines))
+        # Up to the first line of the last look, and all below it cleared.
+        again = f"\x1b[{before}A\x1b[J" if before else ""
+        say("\n".join(lines), paint=again.__add__)
+        before = len(lines)
         is_over = status.is_done or not any(worker.is_present for worker in status.workers)
         if is_over or request.once or not sys.stdout.isatty():
             return
         time.sleep(1)
         status = watch.look()
-        print(f"\x1b[{len(lines)}A\x1b[J", end="")  # up to the first line, and all below it cleared
 
 
 def _line(status: Status) -> str:

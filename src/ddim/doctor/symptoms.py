@@ -135,8 +135,9 @@ class Brightness:
     def change(self, mean: Tensor, std: Tensor) -> tuple[float, float]:
         """The bias, and the factor on the spread, of images with these means and spreads [K]."""
         weight = self.modes.weight
-        made = float((weight * std).norm())
-        return float(weight @ (mean - self.modes.mean)), made / self.std if self.std else math.inf
+        made, bias = float((weight * std).norm()), float(weight @ (mean - self.modes.mean))
+        bias = 0.0 if abs(bias) < 1e-12 else bias  # rounding has either sign, and so had its text
+        return bias, made / self.std if self.std else math.inf
 
 
 def _check_images(images: Any) -> None:
