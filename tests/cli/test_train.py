@@ -204,6 +204,10 @@ def test_a_folder_of_another_commands_results_is_refused_and_a_finished_run_is_n
     )
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "run.json"]
     (out / "run.json").unlink()
+    assert main(run) == 2
+    assert "holds files that no run wrote, such as 000000.png; use" in capsys.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == ["000000.png"]
+    (out / "000000.png").rename(out / "train.log")  # as a shell opens it, for what the run prints
     assert main(run) == 0
     assert "finished already" not in capsys.readouterr().out
     (out / "run.json").write_text("{}")  # of samples that were drawn into the model's folder

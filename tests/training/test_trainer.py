@@ -909,7 +909,19 @@ def test_class_labels_that_are_not_there(tmp_path):
             "a class-conditional model needs labels, and .* has none; leave out --class-conditional"
         ),
     ):
-        train(config(tmp_path, data=str(tmp_path / "a.npz"), class_conditional=True))
+        train(config(tmp_path / "out", data=str(tmp_path / "a.npz"), class_conditional=True))
+
+
+def test_data_that_the_first_step_cannot_read_leave_no_folder(tmp_path):
+    """16 bits that are seldom used are seen only when the pixels are read."""
+    (tmp_path / "data").mkdir()
+    for name in ("0.tif", "1.tif"):
+        values = np.arange(64, dtype=np.int32).reshape(8, 8)
+        Image.fromarray(values).save(tmp_path / "data" / name)
+    options = {"data": str(tmp_path / "data"), "validation_images": 0}
+    with pytest.raises(DataError, match="so its white is unknown; convert it to 8 bits"):
+        train(config(tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_that_cannot_be_halved(tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -309,7 +310,9 @@ def load_pipeline(
     if folder.parent.name != "snapshots":  # it was named as a folder, so no hub is asked for more
         options.setdefault("local_files_only", True)
     try:
-        return load(folder, **options)
+        with warnings.catch_warnings():  # torch's on pickles ask for a report to its authors
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return load(folder, **options)
     except ImportError as error:
         raise CheckpointError(
             f"opening a {kind} needs more than is installed; run: pip install 'ddim[text]' "

@@ -57,6 +57,11 @@ def _remove_empty(out: Path) -> None:
         out.rmdir()
 
 
+_USUAL = (".log", ".out", ".err", "README.md")
+"""Ends of names that may be there before a run begins: a shell or a queue opens logs, and a person
+writes what the model is."""
+
+
 def _check_out(out: Path) -> None:
     """Refuses, with an OutputError, a folder that no training run began, if it holds a model, which
     the trained one would replace, or another command's results."""
@@ -71,6 +76,13 @@ def _check_out(out: Path) -> None:
         raise OutputError(
             f"{out} holds {', '.join(found)} and no checkpoint of a run that made them, and the "
             "trained model would replace them; use another --out, or move them away."
+        )
+    files = (path for path in sorted(out.iterdir()) if path.is_file())
+    other = [p.name for p in files if p.name[0] != "." and not p.name.endswith(_USUAL)]
+    if other:
+        raise OutputError(
+            f"{out} holds files that no run wrote, such as {other[0]}; use another --out, so that "
+            "the model is not mixed with them."
         )
 
 

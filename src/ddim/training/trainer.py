@@ -7,7 +7,7 @@ them."""
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,21 +216,15 @@ def _say_nothing(sentence: str) -> None:
     pass
 
 
-def _compile(
-    run: Run, batches: Iterator[Any], start: int, note: Callable[[str], None]
-) -> tuple[Callable[..., Any], Iterator[Any]]:
-    """Compiles the network if that is worth it, tries it on the first batch, and puts that back."""
+def _compile(run: Run, batch: Any, start: int, note: Callable[[str], None]) -> Callable[..., Any]:
+    """Compiles the network if that is worth it, and tries it on the first batch."""
     if (reason := reason_against(run.accelerator.device)) is not None:
         note(reason)
-        return run.model, batches
-    first = next(batches)
-    batches = itertools.chain([first], batches)
-    if isinstance(first, DDIMError):  # which the first step raises
-        return run.model, batches
-    network, reason = usable_network(run, first, (start, 0, run.accelerator.process_index))
+        return run.model
+    network, reason = usable_network(run, batch, (start, 0, run.accelerator.process_index))
     if reason is not None:
         note(reason)
-    return network, batches
+    return network
 
 
 def _take_and_follow(
@@ -255,8 +249,13 @@ def _take_and_follow(
             subject.examples, config, accelerator, images=images, start=start, stop=run.steps
         )
         network: Callable[..., Any] = model
-        if config.compile and start < run.steps:
-            network, batches = _compile(run, batches, start, note)
+        if start < run.steps:
+            first = next(batches)
+            if isinstance(first, DDIMError):  # before a log is written
+                raise first
+            batches = itertools.chain([first], batches)
+            if config.compile:
+                network = _compile(run, first, start, note)
         log = None
         if accelerator.is_main_process and start < run.steps:
             log = opened.enter_context(contextlib.closing(RunLog(out / "log", start=start)))
