@@ -158,6 +158,7 @@ class ModelJob(Job):
         """Finds the device, and reads what the model's files say; where there is no such model or
         device, a DDIMError says so."""
         self.device = find_device(self.request.device)
+        quiet_libraries()  # of a hub that cannot be reached, one sentence says so
         self.model = read_model(self.request.model)
 
     @cached_property
