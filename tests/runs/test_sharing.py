@@ -15,6 +15,7 @@ from tests.conftest import record
 
 from ddim.cli import main
 from ddim.data.sources import load_images
+from ddim.runs import sharing
 from ddim.runs.engine import Control, execute
 from ddim.runs.requests import SampleRequest
 from ddim.runs.sample import SampleJob
@@ -151,8 +152,8 @@ def test_workers_draw_what_one_process_draws(alone, tiny, tmp_path, capsys):
     assert main(options(tiny, tmp_path / "out", workers=3)) == 0
     assert "25 images drawn, 0 were there" in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(alone / "webdataset")
+    assert "grid.png" in contents(tmp_path / "out")
     assert record(tmp_path / "out")["results"] == record(alone / "webdataset")["results"]
-    assert len({r.worker for r in read_records(tmp_path / "out")}) > 1
     status = Watch(tmp_path / "out").look()
     assert (status.items, status.total, status.is_done) == (25, 25, True)
 
@@ -369,6 +370,14 @@ def test_blocks_divide_every_range_once():
         assert all(0 < len(block.items) <= size for block in blocks)
     assert Blocks(7, 37, 10)[1].name == Blocks(0, 100, 10)[1].name
     assert len(Blocks(0, 2**32, 1000)) == 4294968
+
+
+def test_a_record_on_the_way_that_lists_all_does_not_end_a_run(tiny, tmp_path, monkeypatch):
+    """What is made of all pictures together is made, although the last record told of them all."""
+    monkeypatch.setattr(sharing, "_SHARE", 1e9)
+    assert main(options(tiny, tmp_path / "out")) == 0
+    assert (tmp_path / "out" / "grid.png").is_file()
+    assert record(tmp_path / "out")["execution"]["finished"] is True
 
 
 def test_two_jobs_share_a_folder_in_one_process(tiny, tmp_path):

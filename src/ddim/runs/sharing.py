@@ -233,9 +233,16 @@ def close_run(
     with _locked(job) as before:
         job.files = all_files(job, before)
         # Others who have told of all that is there have also made what is of all together.
-        is_told = before is not None and opened.there < opened.total and job.is_told(before)
+        # A record that was written on the way may list all, and nothing was made of it yet.
+        is_told = (
+            before is not None
+            and bool(before.execution.get("finished"))
+            and opened.there < opened.total
+            and job.is_told(before)
+        )
         if finished and not is_told:
             job.finish(job.results([]))
+        job.execution["finished"] = finished
         now = record_of(job, [], drawn, before)
         if before is not None and not made:  # the times are of the run that made the items
             same = ("execution", "seconds_total", "versions")
@@ -297,6 +304,7 @@ def _note_waiting(job: SharedJob, count: int) -> None:
 def _tell(job: SharedJob, drawn: float) -> None:
     """Writes the record of what is there so far."""
     with _locked(job) as before:
+        job.execution["finished"] = False
         job.save(record_of(job, [], drawn, before))
 
 
