@@ -17,13 +17,14 @@ from ddim.errors import OutputError
 
 __all__ = [
     "file_hash",
-    "locked",
     "load_json",
+    "locked",
     "locked_file",
     "parse_json",
     "remove_partial",
     "replacing",
     "replacing_folder",
+    "whole_hash",
     "write_json",
     "write_text",
 ]
@@ -194,9 +195,15 @@ def _lock(lock_file: Path, what: Path, waiting: Callable[[], bool]) -> Iterator[
 def file_hash(paths: Iterable[Path]) -> str:
     """Returns the first 16 hexadecimal digits of the SHA-256 of the files' bytes, one file after
     the other."""
-    digest = hashlib.sha256()
+    return whole_hash(paths)[0][:16]
+
+
+def whole_hash(paths: Iterable[Path]) -> tuple[str, int]:
+    """Returns the SHA-256 of the files' bytes, one file after the other, and how many they are."""
+    digest, size = hashlib.sha256(), 0
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()[:16]
+                size += len(block)
+    return digest.hexdigest(), size

@@ -33,6 +33,24 @@ def other(tmp_path):
         process.kill()
 
 
+def taken_at_once(folder):
+    """What sixteen who ask for the lease ``a`` at the same time get of it."""
+    barrier, got = threading.Barrier(16), []
+
+    def ask():
+        leases = Leases(folder, seconds=3600)
+        barrier.wait()
+        got.append(leases.take("a"))
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 16
+    return [lease for lease in got if lease is not None]
+
+
 def test_a_lease_has_one_holder_and_is_given_back(tmp_path):
     leases = Leases(tmp_path)
     with leases.held("a") as mine, leases.held("b") as another:
@@ -46,19 +64,7 @@ def test_a_lease_has_one_holder_and_is_given_back(tmp_path):
 
 
 def test_of_many_that_ask_at_once_one_gets_it(tmp_path):
-    barrier, got = threading.Barrier(16), []
-
-    def ask():
-        leases = Leases(tmp_path)
-        barrier.wait()
-        got.append(leases.take("a"))
-
-    threads = [threading.Thread(target=ask) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(lease is not None for lease in got) == 1
+    assert len(taken_at_once(tmp_path)) == 1
 
 
 def test_a_killed_worker_on_this_machine_is_known_at_once(other, tmp_path):
@@ -76,19 +82,7 @@ def test_a_killed_worker_on_this_machine_is_known_at_once(other, tmp_path):
 def test_of_many_that_find_it_gone_one_takes_it_over(other, tmp_path):
     other.kill()
     other.wait()
-    barrier, got = threading.Barrier(16), []
-
-    def ask():
-        leases = Leases(tmp_path, seconds=3600)
-        barrier.wait()
-        got.append(leases.take("a"))
-
-    threads = [threading.Thread(target=ask) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(lease is not None for lease in got) == 1
+    assert len(taken_at_once(tmp_path)) == 1
 
 
 def test_a_stopped_worker_is_taken_over_after_the_time_of_the_observer_and_takes_nothing_back(

@@ -357,6 +357,17 @@ def test_evaluations_of_a_model_go_on_and_do_not_depend_on_who_drew(tiny, tmp_pa
     assert record(tmp_path / "b")["results"] == whole
 
 
+def test_workers_measure_what_one_process_measures(tiny, tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    words = ["evaluate", str(tiny), "--reference", str(tmp_path / "real.npz"), "--count", "25"]
+    words += ["--steps", "2", "--threads", "1", "--metrics", "kid-pixels,swd-pixels"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    assert main([*words, "--out", str(tmp_path / "two"), "--workers", "2"]) == 0
+    assert "Traceback" not in capfd.readouterr().err  # of a process
+    assert record(tmp_path / "two")["results"] == record(tmp_path / "one")["results"]
+
+
 def test_blocks_divide_every_range_once():
     for first, count, size, origin in [
         (0, 1, 1, 0),

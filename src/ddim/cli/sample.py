@@ -19,10 +19,11 @@ def run(request: Request) -> None:
     )
     if outcome.made:
         steps, seconds, total = len(job.route), outcome.seconds, len(job.plan.noise_schedule)
-        each = "" if job.batches == 1 else f"in each of {job.batches} batches "
+        batches = job.batches_drawn
+        each = "" if batches == 1 else f"in each of {batches} batches "
         more = savings(seconds, steps=steps, total=total) if request.image is None else ""
         say(
-            f"{steps} steps {each}took {seconds:.1f} s, {1000 * seconds / job.batches / steps:.1f} "
+            f"{steps} steps {each}took {seconds:.1f} s, {1000 * seconds / batches / steps:.1f} "
             f"ms a step{more}."
         )
 

@@ -145,7 +145,7 @@ class EvaluateJob(SharedJob, MeasuringJob):
         first, self.took = missing[0], []
         cuts = [max(0, cut - first) for cut in sample_cuts([self.count])]
         collected = collect(self.batches(missing), self.panel, cuts=cuts)
-        shard = next(shard for shard in self.shards if shard.items[0] == first)
+        shard = self.shards[first // SIZE]
         (self.folder / FOLDER).mkdir(exist_ok=True)
         with replacing(self.folder / _statistics(shard), sync=True) as partial:
             save_collected(collected, partial, first=first)

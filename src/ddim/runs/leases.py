@@ -20,6 +20,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ddim.errors import OutputError
@@ -156,16 +157,19 @@ class Leases:
 
     def others(self) -> list[Path]:
         """The lease files of others who are, for all that is known, at work."""
-        mine = {path for lease in self._held for path in lease.paths}
-        return [path for path in self.present() if path not in mine and not self.is_gone(path)]
+        return [path for path in self._foreign() if not self.is_gone(path)]
 
     def sweep(self) -> None:
         """Removes the lease files of workers that are gone. The caller keeps others from taking
         leases meanwhile, or knows that there are none."""
-        mine = {path for lease in self._held for path in lease.paths}
-        for path in self.present():
-            if path not in mine and self.is_gone(path):
+        for path in self._foreign():
+            if self.is_gone(path):
                 path.unlink(missing_ok=True)
+
+    def _foreign(self) -> list[Path]:
+        """All lease files but those that are held here."""
+        mine = {path for lease in self._held for path in lease.paths}
+        return [path for path in self.present() if path not in mine]
 
     def is_gone(self, path: Path) -> bool:
         """Whether the worker of a lease file is gone: its process on this machine has ended, or the
@@ -246,6 +250,7 @@ def _next(first: Path, generation: int) -> Path:
     return first.with_name(f"{first.name}.{generation}")
 
 
+@cache
 def _machine() -> str:
     """What tells the machine, and its run since it started, from all others."""
     with contextlib.suppress(OSError):

@@ -8,7 +8,6 @@ under one path, and have this package.
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +29,9 @@ class _Actor:
 
     def make(self, numbers: list[int]) -> tuple[int, float, int]:
         """Makes shards; returns the items that were made, the seconds of sampling, and batches."""
-        before = getattr(self.job, "batches", 0)
+        before = self.job.batches_drawn
         made = list(make_shards(self.job, numbers))
-        batches = getattr(self.job, "batches", 0) - before
+        batches = self.job.batches_drawn - before
         return sum(m.items for m in made), sum(m.seconds for m in made), batches
 
 
@@ -62,7 +61,7 @@ def share_among(job: SharedJob) -> Outcome:
             try:
                 for items, seconds, batches in results:
                     made, drawn = made + items, drawn + seconds
-                    job.count_batches(batches)
+                    job.batches_drawn += batches
                     done = opened.there + made
                     job.control.emit(Event("item", done, opened.total, items=items))
                     if job.control.stopping():
@@ -102,10 +101,5 @@ def _actors(ray: Any, job: SharedJob, shards: int) -> list[Any]:
     needs = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": threads}
     lives: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
     actor = ray.remote(**needs, **lives)(_Actor)
-    given: dict[str, Any] = {
-        "out": str(job.folder.absolute()),
-        "threads": job.protocol.get("threads"),
-    }
-    given |= {"workers": 1, "overwrite": False, "engine": "processes", "ray_address": None}
-    request = replace(job.request, **given)
+    request = job.request_of_one()
     return [actor.remote(type(job), request) for _ in range(count)]

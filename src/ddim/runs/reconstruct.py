@@ -72,8 +72,8 @@ class ReconstructJob(SharedJob, PixelJob):
     def part(self, shard: Shard, items: Sequence[Cell]) -> tuple[str, list[str]]:
         return shard.name, []
 
-    def beside(self) -> int:
-        return len(self.records()) - sum(map(self.done, self.shards))
+    def beside(self, results: list[Row]) -> int:
+        return len(results) - sum(map(self.done, self.shards))
 
     def results(self, rows: list[Row]) -> list[Row]:
         found = [row for record in self.records() for row in record.rows]

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from ddim.models.images import label_rows, load_image, make_grid, save_picture, 
 from ddim.pipelines.networks import COARSE, is_coarse
 from ddim.runs.engine import Control, Made, Row
 from ddim.runs.model import ModelJob, enough_memory, sampling_evaluations, spacing_of
-from ddim.runs.record import RunRecord, identity
+from ddim.runs.record import identity
 from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
-from ddim.runs.shards import Blocks, Shard, ShardRecord
+from ddim.runs.shards import Blocks, Shard, ShardRecord, range_name
 from ddim.runs.sharing import SharedJob
 from ddim.runs.stores import SUFFIXES, Picture, first_pictures, opened_store
 from ddim.runs.text import Item, TextOptions, read_text
@@ -61,8 +62,6 @@ class SampleJob(SharedJob, ModelJob):
     prior: DataPrior | None = None
     data: ImageData | None = None
     """Images that the analytic variance is measured on."""
-    batches = 0
-    """Batches that this run drew."""
 
     def __init__(self, request: SampleRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -86,10 +85,9 @@ class SampleJob(SharedJob, ModelJob):
         self.agree_on_threads(is_divided=bool(self.archive or request.shard_size))
         measured = ["gamma.json"] if self.route.analytic else []
         self.grid = f"grid.{request.picture}"
-        names = map(self._archive, self.shards) if self.archive else map(self._file, self.items)
-        self.files = [*names, self.grid, *measured]
+        parts = (self._files(shard.items) for shard in self.shards)
+        self.files = [*chain.from_iterable(parts), self.grid, *measured]
         self.execution = self.executed("count", "batch_size", "compile")
-        self._rows: list[Row] = []
         self._size, self._placed = size, 0
         self._places: dict[int, list[ShardRecord]] = {}
         self._note_configuration()
@@ -164,8 +162,11 @@ class SampleJob(SharedJob, ModelJob):
     def _file(self, number: int) -> str:
         return f"{self.item(number).stem}.{self.request.picture}"
 
-    def _archive(self, shard: Shard) -> str:
-        return f"{shard.items[0]:010d}-{shard.items[-1]:010d}.{self.archive}"
+    def _files(self, numbers: Sequence[int]) -> list[str]:
+        """What is written for consecutive numbers."""
+        if self.archive is not None:
+            return [f"{range_name(numbers)}.{self.archive}"]
+        return [*map(self._file, numbers)]
 
     def left(self, shard: Shard) -> Sequence[int]:
         items = shard.items
@@ -177,6 +178,7 @@ class SampleJob(SharedJob, ModelJob):
             # whole, so that its bytes do not tell of the interruption. It is not written again.
             told = [held for held in self._told if held[0] <= items[-1] and items[0] <= held[-1]]
             return [n for n in items if n in absent or not any(n in held for held in told)]
+        self.records()
         return _first_gap(items, self._whole(shard))
 
     def done(self, shard: Shard) -> int:
@@ -187,9 +189,8 @@ class SampleJob(SharedJob, ModelJob):
         return sum(len(range(max(w[0], first), min(w[-1], last) + 1)) for w in whole)
 
     def _whole(self, shard: Shard) -> list[range]:
-        """The numbers of archives that hold a part of a shard."""
-        self.records()
-        for record in list(self._known.values())[self._placed :]:
+        """The numbers of archives that hold a part of a shard, by the records that are known."""
+        for record in islice(self._known.values(), self._placed, None):
             self._places.setdefault(record.numbers[0] // self._size, []).append(record)
         self._placed = len(self._known)
         near = self._places.get(shard.items[0] // self._size, [])
@@ -201,26 +202,18 @@ class SampleJob(SharedJob, ModelJob):
         return [record.numbers for record in self.records() if record.numbers]
 
     def part(self, shard: Shard, items: Sequence[int]) -> tuple[str, list[str]]:
-        named = self._part(items)
-        return named.name, [self._archive(named)] if self.archive else [*map(self._file, items)]
+        return range_name(items), self._files(items)
 
-    @staticmethod
-    def _part(items: Sequence[int]) -> Shard:
-        return Shard(f"{items[0]:010d}-{items[-1]:010d}", items)
-
-    def is_empty(self, record: RunRecord) -> bool:
+    def is_made(self) -> bool:
         if self.archive is not None:
-            return super().is_empty(record)
-        is_made = any(Item.of(path.stem) for path in self.folder.iterdir())
-        return not is_made and not self.leases().others()
+            return super().is_made()
+        return any(Item.of(path.stem) for path in self.folder.iterdir())
 
-    def count_batches(self, batches: int) -> None:
-        self.batches += batches
-
-    def beside(self) -> int:
+    def beside(self, results: list[Row]) -> int:
         if self.archive is not None:
-            return sum(record.count for record in self.records()) - sum(map(self.done, self.shards))
-        listed = (self._number(Item.of(Path(row["file"]).stem)) for row in self._rows)
+            held: int = sum(row["images"] for row in results)
+            return held - sum(map(self.done, self.shards))
+        listed = (self._number(Item.of(Path(row["file"]).stem)) for row in results)
         return sum(number is not None and number not in self.items for number in listed)
 
     def _number(self, item: Item | None) -> int | None:
@@ -244,8 +237,7 @@ class SampleJob(SharedJob, ModelJob):
         items = [item for name in found if (item := Item.of(Path(name).stem)) is not None]
         known = None if self.text else self.model.labels_of([i.seed for i in items], self.label)
         labels: Sequence[int | None] = [None] * len(items) if known is None else known
-        self._rows = [self._row(i, label) for i, label in zip(items, labels, strict=True)]
-        return self._rows
+        return [self._row(item, label) for item, label in zip(items, labels, strict=True)]
 
     def _row(self, item: Item, label: int | None) -> Row:
         return {
@@ -295,7 +287,7 @@ class SampleJob(SharedJob, ModelJob):
                 yield Made(self._file(number), seconds=took / len(absent))
 
     def _draw_archive(self, missing: Sequence[int]) -> Generator[Made]:
-        name, seconds = self._archive(self._part(missing)), 0.0
+        (name,), seconds = self._files(missing), 0.0
         options: dict[str, Any] = {"count": len(missing), "picture": self.request.picture}
         with (
             replacing(self.folder / name, sync=True) as partial,
@@ -329,7 +321,7 @@ class SampleJob(SharedJob, ModelJob):
             asked |= self.text.draw_options(items)
         began = time.perf_counter()
         images = self.pipe.draw(self.route, seeds=seeds, **asked).images
-        self.batches += 1
+        self.batches_drawn += 1
         return images[: len(batch)], time.perf_counter() - began
 
     def finish(self, rows: list[Row]) -> None:

@@ -7,7 +7,6 @@ loads anything.
 """
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from ddim.errors import OutputError
-from ddim.files import load_json, write_json
+from ddim.files import load_json, whole_hash, write_json
 
 __all__ = ["FOLDER", "Blocks", "Shard", "ShardRecord", "digest", "launched", "local_rank"]
-__all__ += ["read_records", "record_path", "write_record"]
+__all__ += ["range_name", "read_records", "write_record"]
 
 FOLDER = ".shards"
 """The folder of records and leases, in the folder of the results."""
@@ -73,14 +72,13 @@ class Blocks(Sequence[Shard]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         begin = self.origin + (self._before + index) * self.size
-        end = begin + self.size
-        numbers = range(max(begin, self.first), min(end, self.last))
-        return Shard(_name(begin, end), numbers)
+        whole = range(begin, begin + self.size)
+        return Shard(range_name(whole), range(max(begin, self.first), min(whole.stop, self.last)))
 
 
-def _name(begin: int, end: int) -> str:
-    """The name of the numbers from ``begin`` to ``end`` - 1; names sort as the numbers do."""
-    return f"{begin:010d}-{end - 1:010d}"
+def range_name(numbers: Sequence[int]) -> str:
+    """The name of consecutive numbers; names sort as the numbers do."""
+    return f"{numbers[0]:010d}-{numbers[-1]:010d}"
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,6 @@ class ShardRecord:
             return sum((folder / name).stat().st_size for name in self.files) == self.bytes
         except OSError:
             return False
-
-
-def record_path(folder: Path, numbers: Sequence[int]) -> Path:
-    """Where the record of consecutive numbers lies, in the folder of the results."""
-    return folder / FOLDER / f"{_name(numbers[0], numbers[-1] + 1)}.json"
 
 
 def write_record(folder: Path, record: ShardRecord) -> None:
@@ -173,13 +166,9 @@ def _read(path: Path) -> ShardRecord:
 
 def digest(folder: Path, files: Iterable[str]) -> dict[str, Any]:
     """The ``files``, ``bytes`` and ``sha256`` of a record."""
-    names, found, size = list(files), hashlib.sha256(), 0
-    for name in names:
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-                size += len(block)
-    return {"files": names, "bytes": size, "sha256": found.hexdigest()}
+    names = list(files)
+    sha256, size = whole_hash(folder / name for name in names)
+    return {"files": names, "bytes": size, "sha256": sha256}
 
 
 _LAUNCHERS = ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_ARRAY_TASK_COUNT", "JOB_COMPLETION_INDEX")

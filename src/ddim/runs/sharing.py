@@ -20,7 +20,7 @@ import torch
 
 from ddim.errors import DDIMError, OutputError
 from ddim.files import remove_partial
-from ddim.runs.engine import Control, Event, Job, Made, Outcome, Stopped, all_files, record_of
+from ddim.runs.engine import Control, Event, Job, Made, Outcome, Row, Stopped, all_files, record_of
 from ddim.runs.leases import WORKER, Leases
 from ddim.runs.record import NAME, RunRecord, claim, read_run
 from ddim.runs.shards import (
@@ -58,6 +58,8 @@ class SharedJob(Job):
     shards: Sequence[Shard]
     has_started = False
     """Whether :meth:`start` was called."""
+    batches_drawn = 0
+    """Batches that were drawn, by all processes of the run."""
 
     def __init__(self, request: Any, control: Control) -> None:
         super().__init__(request, control)
@@ -80,16 +82,17 @@ class SharedJob(Job):
         """The name of the record of a part of a shard, and the files that are written for it."""
         raise NotImplementedError
 
-    def beside(self) -> int:
-        """Items of other requests in the folder."""
+    def beside(self, results: list[Row]) -> int:
+        """Items of other requests in the folder, whose results are these."""
         return 0
+
+    def is_made(self) -> bool:
+        """Whether the folder holds a result, of whatever request."""
+        return any(record.is_whole(self.folder) for record in self.records())
 
     def is_told(self, before: RunRecord) -> bool:
         """Whether a record tells of all that is there."""
         return before.results == self.results([])
-
-    def count_batches(self, batches: int) -> None:
-        """Adds batches that other processes of the run have drawn."""
 
     def run(self) -> Outcome:
         """Makes what is free, by the engine that the request says; engines are loaded when they
@@ -103,6 +106,13 @@ class SharedJob(Job):
         outcome: Outcome = engine.share_among(self)
         return outcome
 
+    def request_of_one(self) -> Any:
+        """The request of each process that an engine starts: the same folder and threads, and no
+        processes of its own."""
+        given = {"out": str(self.folder.absolute()), "threads": self.protocol.get("threads")}
+        alone = {"workers": 1, "overwrite": False, "engine": "processes", "ray_address": None}
+        return replace(self.request, **given, **alone)
+
     def records(self) -> list[ShardRecord]:
         """The records of the shards that are done, of this request and of others."""
         return read_records(self.folder, self._known)
@@ -115,8 +125,7 @@ class SharedJob(Job):
         return self._leases
 
     def is_empty(self, record: RunRecord) -> bool:
-        is_made = any(record.is_whole(self.folder) for record in self.records())
-        return not is_made and not self.leases().others()
+        return not self.is_made() and not self.leases().others()
 
     def seconds(self, drawn: float, before: RunRecord | None) -> float:
         if records := self.records():
@@ -211,6 +220,7 @@ def open_run(job: SharedJob, stack: ExitStack) -> Opened:
             job.save(record_of(job, [], 0.0, before))
         elif before.files != job.files:  # before they are there, as a run may end at any moment
             job.save(replace(before, files=job.files))
+    job.records()
     opened = Opened(before is None, sum(map(job.done, job.shards)), numbers["items"])
     job.control.emit(Event("started", done=opened.there, total=opened.total))
     return opened
@@ -254,7 +264,7 @@ def close_run(
             remove_partial(job.folder / FOLDER)
     ended: Any = "finished" if finished else "stopped"
     job.control.emit(Event(ended, opened.there + made, opened.total))
-    return Outcome(job, now, made, opened.there, job.beside(), finished, drawn)
+    return Outcome(job, now, made, opened.there, job.beside(now.results), finished, drawn)
 
 
 def make_shards(job: SharedJob, numbers: Sequence[int] | None = None) -> Generator[Made]:

@@ -118,12 +118,11 @@ class TableJob(SharedJob, MeasuringJob):
     def part(self, shard: Shard, items: Sequence[Item]) -> tuple[str, list[str]]:
         return shard.name, [_cell_name(item) for item in items]
 
-    def beside(self) -> int:
-        return len(self.cells()) - sum(self._file(item).is_file() for item in self.items)
+    def beside(self, results: list[Row]) -> int:
+        return len(results) - sum(map(self.done, self.shards))
 
-    def is_empty(self, record: RunRecord) -> bool:
-        is_made = any((self.folder / "cells").glob("*.json"))
-        return not is_made and not self.leases().others()
+    def is_made(self) -> bool:
+        return any((self.folder / "cells").glob("*.json"))
 
     def cells(self) -> list[Cell]:
         """The finished cells of the folder."""

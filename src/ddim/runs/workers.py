@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
@@ -30,7 +29,7 @@ def share_among(job: SharedJob) -> Outcome:
         opened = open_run(job, stack)
         made, drawn, errors, finished = 0, 0.0, list[str](), True
         if opened.there < opened.total:
-            spawn, request = multiprocessing.get_context("spawn"), _request_of_one(job)
+            spawn, request = multiprocessing.get_context("spawn"), job.request_of_one()
             readers: list[Any] = []
             processes: list[Any] = []
             for place in range(job.request.workers):
@@ -56,7 +55,7 @@ def share_among(job: SharedJob) -> Outcome:
                             job.control.emit(Event("item", done, opened.total, *told[:1]))
                         elif kind == "ended":
                             drawn += told[0]
-                            job.count_batches(told[1])
+                            job.batches_drawn += told[1]
                         else:
                             errors.append(told)
                     if job.control.stopping():
@@ -69,12 +68,6 @@ def share_among(job: SharedJob) -> Outcome:
                     process.join()
             _tell(job, errors, [process.exitcode for process in processes], finished=finished)
         return close_run(job, opened, made, drawn, finished=finished)
-
-
-def _request_of_one(job: SharedJob) -> Any:
-    """The request of each process: the same folder and threads, and no processes of its own."""
-    given = {"out": str(job.folder), "threads": job.protocol.get("threads")}
-    return replace(job.request, workers=1, overwrite=False, **given)
 
 
 def _tell(job: SharedJob, errors: list[str], codes: list[int | None], *, finished: bool) -> None:
@@ -115,7 +108,7 @@ def _work(kind: Any, request: Any, place: int, writer: Any) -> None:
     try:
         job = kind(request, Control(emit=emit))
         outcome = share(job)
-        writer.send(("ended", (outcome.seconds, getattr(job, "batches", 0))))
+        writer.send(("ended", (outcome.seconds, job.batches_drawn)))
     except DDIMError as error:
         writer.send(("error", str(error)))
         raise SystemExit(2) from None
