@@ -59,8 +59,8 @@ FILES = {
     "scheduler": [{"scheduler_base"}, {"scheduler"}],
     "runs": [
         {"leases", "shards", "rules", "values"},
-        {"record", "shared_options", "status"},
-        {"requests", "engine", "stores"},
+        {"record", "shared_options"},
+        {"requests", "engine", "stores", "status"},
         {"sharing"},
         {"workers", "ray_engine", "model"},
         {"measuring", "text"},

@@ -16,8 +16,7 @@ from tests.conftest import edit, on_a_terminal
 import ddim
 import ddim.cli
 from ddim.cli import main
-from ddim.errors import CheckpointError, printable
-from ddim.evaluation.report import plain_words
+from ddim.errors import CheckpointError, plain_words, printable
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 COMMANDS = {

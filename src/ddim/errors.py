@@ -15,6 +15,7 @@ __all__ = [
     "OutputError",
     "first_line",
     "needs_code",
+    "plain_words",
     "printable",
     "shown_cause",
 ]
@@ -57,6 +58,11 @@ def printable(text: object, *, keep: str = "\n\t") -> str:
     """A text as a terminal may be given it, since a name of a file may hold anything: what controls
     a terminal or turns the direction of writing, and what is no character, is shown by number."""
     return "".join(c if c in keep or not _is_control(c) else _number(c) for c in str(text))
+
+
+def plain_words(name: str) -> str:
+    """A name that stands for itself in Markdown, on one line, whatever it holds."""
+    return printable(re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", name), keep="")
 
 
 def _is_control(character: str) -> bool:

@@ -2,13 +2,12 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ddim.cli.terminal import bar_size, say
+from ddim.cli.terminal import bar_size, duration, say
 from ddim.errors import printable
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def _line(progress: "Progress") -> str:
     return (
         f"step {progress.step}/{progress.steps}  {progress.images} images  loss "
         f"{progress.loss:.4f}{told}  {progress.images_per_second:.1f} images/s  "
-        f"{_left(progress)} left"
+        f"{duration(progress.seconds_left)} left"
     )
 
 
@@ -59,15 +58,8 @@ def _postfix(progress: "Progress") -> str:
     parts = [
         f"loss {progress.loss:.4f}",
         f"{progress.images_per_second:.1f} images/s",
-        f"{_left(progress)} left",
+        f"{duration(progress.seconds_left)} left",
     ]
     if progress.preview is not None:
         parts.append(printable(progress.preview))
     return ", ".join(parts)
-
-
-def _left(progress: "Progress") -> str:
-    seconds = progress.seconds_left
-    if seconds >= 86400:
-        return f"{seconds / 86400:.1f} days"
-    return time.strftime("%H:%M:%S", time.gmtime(seconds))

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ddim.cli.terminal import say
+from ddim.cli.terminal import duration, say
 from ddim.runs.requests import StatusRequest as Request
 from ddim.runs.status import Status, Watch, WorkerStatus
 
@@ -37,7 +37,7 @@ def run(request: Request) -> None:
 def _line(status: Status) -> str:
     total = "" if status.total is None else f" of {status.total}"
     rate = "" if status.rate is None else f", {status.rate:.3g} a second"
-    left = "" if status.seconds_left is None else f", {_clock(status.seconds_left)} left"
+    left = "" if status.seconds_left is None else f", {duration(status.seconds_left)} left"
     state = "done" if status.is_done else f"{status.in_hand} shards in hand{rate}{left}"
     return f"{status.command}: {status.items}{total} items in {status.shards} shards; {state}"
 
@@ -47,10 +47,3 @@ def _worker_line(worker: WorkerStatus) -> str:
     does = f"at {', '.join(worker.in_hand)}" if worker.in_hand else "waiting"
     state = does if worker.is_present else "gone"
     return f"  {worker.name}: {worker.items} items in {worker.shards} shards{rate}; {state}"
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole / 86400:.1f} days"
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

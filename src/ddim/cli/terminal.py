@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from ddim.errors import printable
 from ddim.runs.engine import Control, Event, Outcome, execute
 
-__all__ = ["bar_size", "run_request", "say", "unsolved_note"]
+__all__ = ["bar_size", "duration", "run_request", "say", "unsolved_note"]
 
 
 def run_request(job: str, request: object, *, show_items: bool = False) -> Outcome:
@@ -79,6 +80,13 @@ def bar_size() -> dict[str, Any]:
         if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
             return {"ncols": 80, "nrows": 24}
     return {}
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it: hours, minutes and seconds, from a day on days."""
+    if seconds >= 86400:
+        return f"{seconds / 86400:.1f} days"
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 def unsolved_note(steps: Sequence[str]) -> str:

@@ -4,20 +4,17 @@ The files of a sample have one name and several endings: ``0001.png``, ``0001.cl
 ``0001.json``. The archives are indexed once, and each picture is then read from its place, so that
 data may be larger than memory and are shuffled like any others."""
 
-import io
-import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddim.data.dataset import Columns, Header, Source
+from ddim.data.dataset import Columns, EncodedImages, Source
 from ddim.data.folders import SUFFIXES
 from ddim.data.splits import choose_split
 from ddim.errors import DataError, first_line
 from ddim.files import parse_json
-from ddim.models.images import open_image
 
 __all__ = ["open_archives"]
 
@@ -35,7 +32,7 @@ class _Place(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Pictures:
+class _Pictures(EncodedImages):
     """Decodes the pictures of archives on access."""
 
     archives: Sequence[Path]
@@ -44,32 +41,16 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int, /) -> Any:
-        from PIL import ImageOps
-
-        return self._read(index, ImageOps.exif_transpose)
-
-    def header(self, index: int) -> Header:
-        """Reads what a picture says before its pixels."""
-        header: Header = self._read(index, Header.of)
-        return header
-
     def raw(self, index: int) -> bytes:
         """The encoded picture."""
         return _bytes_at(self.archives, self.places[index])
 
-    def _read(self, index: int, take: Callable[[Any], Any]) -> Any:
-        try:
-            with open_image(io.BytesIO(self.raw(index))) as picture:
-                return take(picture)
-        except IndexError:
-            raise
-        except Exception as error:
-            place = self.places[index]
-            raise DataError(
-                f"{place.name} in {self.archives[place.archive]} is not an image that can be read "
-                f"({first_line(error)}); remove or replace it."
-            ) from error
+    def undecodable(self, index: int, error: Exception) -> DataError:
+        place = self.places[index]
+        return DataError(
+            f"{place.name} in {self.archives[place.archive]} is not an image that can be read "
+            f"({first_line(error)}); remove or replace it."
+        )
 
 
 def open_archives(source: str, archives: Sequence[Path], split: str, columns: Columns) -> Source:
@@ -160,7 +141,7 @@ def _facts(archives: Sequence[Path], sample: dict[str, _Place]) -> dict[str, Any
         return {}
     try:
         facts = parse_json(text)
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         path, name = archives[sample["json"].archive], sample["json"].name
         raise DataError(f"{name} in {path} is no JSON ({first_line(error)}); mend it.") from error
     return facts if isinstance(facts, dict) else {}

@@ -1,8 +1,9 @@
 """What a data set is: images, labels and captions by index, all of one size and mode."""
 
+import io
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +14,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim.errors import DataError
-from ddim.models.images import convert_mode, crop_square, fit_picture, has_alpha, has_deep_pixels
+from ddim.models.images import (
+    convert_mode,
+    crop_square,
+    fit_picture,
+    has_alpha,
+    has_deep_pixels,
+    open_image,
+)
 
-__all__ = ["Columns", "Header", "ImageData", "MixedSizes", "Source", "in_order", "mixed_sizes"]
+__all__ = [
+    "Columns",
+    "EncodedImages",
+    "Header",
+    "ImageData",
+    "MixedSizes",
+    "Source",
+    "in_order",
+    "mixed_sizes",
+]
 
 # A larger label is an identity or damage, and would make as many class names.
 _MOST_CLASSES = 100_000
@@ -52,6 +69,37 @@ class Header(NamedTuple):
         is_moving = getattr(picture, "is_animated", False) and picture.format != "MPO"
         is_grey = is_deep or picture.mode in ("1", "L", "LA", "La", "F")
         return cls(picture.size, is_grey, is_clear, is_deep, is_moving)
+
+
+class EncodedImages:
+    """Decodes pictures on access from the bytes that hold them; subclasses say which these are."""
+
+    def raw(self, index: int) -> bytes:
+        """The encoded picture."""
+        raise NotImplementedError
+
+    def undecodable(self, index: int, error: Exception) -> DataError:
+        """The error for bytes that are no picture."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int, /) -> Any:
+        from PIL import ImageOps
+
+        return self._read(index, ImageOps.exif_transpose)
+
+    def header(self, index: int) -> Header:
+        """Reads what a picture says before its pixels."""
+        header: Header = self._read(index, Header.of)
+        return header
+
+    def _read(self, index: int, take: Callable[[Any], Any]) -> Any:
+        try:
+            with open_image(io.BytesIO(self.raw(index))) as picture:
+                return take(picture)
+        except (DataError, IndexError):
+            raise
+        except Exception as error:
+            raise self.undecodable(index, error) from error
 
 
 class Source(NamedTuple):

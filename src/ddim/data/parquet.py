@@ -2,22 +2,20 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddim.data.arrays import MOST_RATIO
 from ddim.data.captions import CAPTION_COLUMNS, one_caption
-from ddim.data.dataset import Columns, Header, Source
+from ddim.data.dataset import Columns, EncodedImages, Source
 from ddim.data.folders import Found
 from ddim.data.splits import NoSuchSplit, choose_split, split_of
 from ddim.errors import DataError, first_line
 from ddim.files import file_hash, replacing
-from ddim.models.images import open_image
 
 __all__ = ["are_data", "find_tables", "open_hub", "open_parquet"]
 
@@ -31,7 +29,7 @@ _LEAST_BOUND = 2**30
 
 
 @dataclass(frozen=True, eq=False)
-class _Column:
+class _Column(EncodedImages):
     """Decodes the images of a table of ``datasets`` on access.
 
     A row holds the bytes of a picture. A row that names a file or an address instead could name any
@@ -45,25 +43,6 @@ class _Column:
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def __getitem__(self, index: int, /) -> Any:
-        from PIL import ImageOps
-
-        return self._read(index, ImageOps.exif_transpose)
-
-    def header(self, index: int) -> Header:
-        """Reads what a picture says before its pixels."""
-        header: Header = self._read(index, Header.of)
-        return header
-
-    def _read(self, index: int, take: Callable[[Any], Any]) -> Any:
-        try:
-            with open_image(io.BytesIO(self.raw(index))) as picture:
-                return take(picture)
-        except (DataError, IndexError):
-            raise
-        except Exception as error:
-            raise self._undecodable(index, error) from error
 
     def raw(self, index: int) -> bytes:
         """The encoded picture of a row."""
@@ -84,7 +63,7 @@ class _Column:
 
         return bytes(huggingface_hub.HfFileSystem().read_bytes(path))
 
-    def _undecodable(self, index: int, error: Exception) -> DataError:
+    def undecodable(self, index: int, error: Exception) -> DataError:
         what = f"image {index} of {self.name} cannot be decoded"
         return DataError(f"{what} ({first_line(error)}); remove or replace it.")
 

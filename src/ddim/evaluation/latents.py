@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.evaluation.report import plain_words, text_table
+from ddim.errors import plain_words
+from ddim.evaluation.report import text_table
 from ddim.figures import Point, draw_lines, save_figure
 
 __all__ = ["plot_errors", "reconstruction_table", "trajectory_table"]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddim.errors import OutputError, printable
+from ddim.errors import OutputError, plain_words
 from ddim.evaluation.protocol import METRICS, Metric, Result
 from ddim.figures import Point, draw_lines, save_figure
 from ddim.files import load_json, write_json
@@ -22,7 +22,6 @@ __all__ = [
     "Cell",
     "flat_records",
     "make_plots",
-    "plain_words",
     "read_cell",
     "save_plots",
     "spread_text",
@@ -149,11 +148,6 @@ def to_csv(records: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(records)
     return text.getvalue()
-
-
-def plain_words(name: str) -> str:
-    """A name that stands for itself in Markdown, on one line, whatever it holds."""
-    return printable(re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", name), keep="")
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

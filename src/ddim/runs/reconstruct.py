@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ddim.core.sampler import State
 from ddim.data.pictures import Selection, check_images, read_images
-from ddim.errors import DivergenceError
+from ddim.errors import DivergenceError, plain_words
 from ddim.evaluation.latents import plot_errors, reconstruction_table
-from ddim.evaluation.report import plain_words
 from ddim.figures import check_plots
 from ddim.files import write_text
 from ddim.inversion.codes import ENCODERS

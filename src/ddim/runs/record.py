@@ -103,6 +103,8 @@ def read_run(folder: Path) -> RunRecord | None:
         record = RunRecord(**load_json(path))
         if not isinstance(record.protocol, dict) or not isinstance(record.results, list):
             raise TypeError("its protocol is no object, or its results are no list")
+        if not isinstance(record.execution, dict):
+            raise TypeError("its execution is no object")
         if not all(isinstance(name, str) for name in record.files or ()):
             raise TypeError("its files are no list of names")
         return record

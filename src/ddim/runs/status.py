@@ -6,11 +6,10 @@ Nothing here takes a lease, loads a model, or writes.
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ddim.errors import OutputError
-from ddim.files import load_json
 from ddim.runs.leases import Leases
+from ddim.runs.record import NAME, read_run
 from ddim.runs.shards import FOLDER, ShardRecord, read_records
 
 __all__ = ["Status", "Watch", "WorkerStatus"]
@@ -88,7 +87,11 @@ class Watch:
         Raises:
             OutputError: If it holds no run, or its record is damaged.
         """
-        run = self._read_run()
+        run = read_run(self.folder)
+        if run is None:
+            raise OutputError(
+                f"{self.folder} holds no {NAME}, so no run of this program; check the path."
+            )
         if self._leases is None:
             self._leases = Leases(self.folder / FOLDER, seconds=self.seconds)
         records = read_records(self.folder, self._known)
@@ -108,14 +111,14 @@ class Watch:
             for name in names
         )
         items = sum(record.count for record in records)
-        total = run["execution"].get("items")
+        total = run.execution.get("items")
         rates = [worker.rate for worker in workers if worker.is_present]
         known = [rate for rate in rates if rate is not None]
         # Those who have finished no shard yet are taken to be as fast as the others.
         rate = sum(known) / len(known) * len(rates) if known else None
         left = None if rate is None or total is None else max(0, total - items) / rate
         return Status(
-            command=str(run["protocol"].get("command")),
+            command=str(run.protocol.get("command")),
             items=items,
             total=total,
             shards=len(records),
@@ -124,20 +127,6 @@ class Watch:
             seconds_left=left,
             workers=workers,
         )
-
-    def _read_run(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        try:
-            run = load_json(path)
-            if not isinstance(run["protocol"], dict) or not isinstance(run["execution"], dict):
-                raise TypeError("it is no record")
-        except FileNotFoundError:
-            raise OutputError(
-                f"{self.folder} holds no run.json, so no run of this program; check the path."
-            ) from None
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise OutputError(f"{path} is not a record of this program ({error}).") from error
-        return dict(run)
 
 
 def _worker(

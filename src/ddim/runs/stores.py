@@ -8,7 +8,6 @@ libraries of these names and with Hugging Face's ``datasets``; all three open wi
 
 import io
 import json
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddim.data.archives import open_archives
+from ddim.data.dataset import Columns
 from ddim.errors import DDIMError
 from ddim.models.images import ENDINGS
 
@@ -196,18 +197,14 @@ def first_pictures(path: Path, count: int) -> list[Any]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return [Image.fromarray(pixels) for pixels in file["images"][:count]]
-    found: list[bytes] = []
     if path.suffix == ".tar":
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if f".{member.name.rpartition('.')[2]}" in ENDINGS and len(found) < count:
-                    found.append(archive.extractfile(member).read())  # type: ignore[union-attr]
-    else:
-        import pyarrow.parquet
+        images = open_archives(str(path), [path], "train", Columns()).images
+        return [images[place] for place in range(min(count, len(images)))]
+    import pyarrow.parquet
 
-        table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches(_ROWS, columns=["image"]):
-            found += [row["image"]["bytes"] for row in batch.to_pylist()]
-            if len(found) >= count:
-                break
+    found: list[bytes] = []
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_ROWS, columns=["image"]):
+        found += [row["image"]["bytes"] for row in batch.to_pylist()]
+        if len(found) >= count:
+            break
     return [Image.open(io.BytesIO(content)) for content in found[:count]]

@@ -12,13 +12,12 @@ from ddim.bounds import MOST_IMAGES
 from ddim.configuration import fitted_lists
 from ddim.core.noise import check_seeds
 from ddim.core.route import Route
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, plain_words
 from ddim.evaluation.protocol import Reference, collect, measure, over_repeats, sample_cuts
 from ddim.evaluation.report import (
     PLOTS,
     Cell,
     flat_records,
-    plain_words,
     read_cell,
     save_plots,
     to_csv,

@@ -1,14 +1,13 @@
 """The Compare tab: one seed in a labelled sheet, which fills while it is drawn."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
 from ddim.studio.desk import Desk, Update
-from ddim.studio.fields import check_seed, doctor_request, solver_cells, step_cells
+from ddim.studio.fields import check_seed, doctor_request, read_list, solver_cells, step_cells
 from ddim.studio.markup import sheet_html, status_html
-from ddim.studio.parts import QUIET, Bar, live, subject_of
+from ddim.studio.parts import QUIET, Bar, on_press, subject_of
 from ddim.studio.shelf import Shelf
 from ddim.studio.tasks import Sheet, compare, fixes
 
@@ -51,33 +50,22 @@ def compare_tab(desk: Desk, shelf: Shelf, bar: Bar, *, device: str) -> None:
                 elem_id="compare-download",
             )
 
-    def start(visit: gr.Request, *given: Any) -> Iterator[Any]:
+    def make(*given: Any) -> Any:
         *subject_fields, kind, seed, steps, etas = given
-
-        def make() -> Any:
-            asked = KINDS.get(kind)
-            if asked == "fixes":
-                return _fixes(subject_of(desk, shelf, device, *subject_fields), seed, steps)
-            subject = subject_of(desk, shelf, device, *subject_fields)
-            if asked == "solvers":
-                return compare(solver_cells(subject, seed=seed, steps=steps))
-            return compare(step_cells(subject, seed=seed, steps=steps, etas=etas))
-
-        yield from live(desk, f"{visit.session_hash}/compare", make, show)
-
-    def end(visit: gr.Request) -> None:
-        desk.stop(f"{visit.session_hash}/compare")
+        asked, subject = KINDS.get(kind), subject_of(desk, shelf, device, *subject_fields)
+        if asked == "fixes":
+            return _fixes(subject, seed, steps)
+        if asked == "solvers":
+            return compare(solver_cells(subject, seed=seed, steps=steps))
+        return compare(step_cells(subject, seed=seed, steps=steps, etas=etas))
 
     kind.change(lambda kind: gr.update(visible=KINDS.get(kind) == "steps"), kind, etas, **QUIET)
-    outputs = [status, sheet, download, button]
-    button.click(start, [*bar.fields, kind, seed, steps, etas], outputs, **QUIET)
-    stop.click(end, **QUIET)
+    fields, outputs = [*bar.fields, kind, seed, steps, etas], [status, sheet, download]
+    on_press(desk, "compare", button, stop, fields=fields, outputs=outputs, make=make, show=show)
 
 
 def _fixes(subject: Any, seed: object, steps: object) -> Any:
     """The sheet of the doctor's fixes, at the first number of steps."""
-    from ddim.studio.fields import read_list
-
     first = read_list("the numbers of steps", steps, int)[:1]
     number = check_seed(seed)
     shown = subject.shown(seed=number, count=1)

@@ -1,6 +1,5 @@
 """The Doctor tab: what is wrong with a noise schedule, where sampling starts, and the fix."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ddim.errors import DDIMError
 from ddim.studio.desk import Desk, Update
 from ddim.studio.fields import Subject, check_seed, doctor_request
 from ddim.studio.markup import figure, pictures_html, sentence, status_html
-from ddim.studio.parts import QUIET, Bar, live, subject_of
+from ddim.studio.parts import Bar, lines_box, on_press, subject_of
 from ddim.studio.shelf import Shelf
 from ddim.studio.tasks import Examined, look_at
 
@@ -39,66 +38,43 @@ def doctor_tab(desk: Desk, shelf: Shelf, bar: Bar, *, device: str) -> None:
         with gr.Column(scale=3, min_width=360):
             verdict = gr.HTML(elem_id="doctor-verdict")
             curve = gr.HTML(elem_id="doctor-curve")
-            python = gr.Textbox(
-                label="The fix, in Python",
-                buttons=["copy"],
-                lines=2,
-                interactive=False,
-                visible=False,
-                elem_id="doctor-fix",
-                elem_classes="code",
+            python = lines_box(
+                "The fix, in Python", "doctor-fix", lines=2, visible=False, elem_classes="code"
             )
             status = gr.HTML(elem_id="doctor-status")
             sheet = gr.HTML(elem_id="doctor-sheet")
             with gr.Accordion("Every finding, and the corrected configuration", open=False):
-                report = gr.Textbox(
-                    label="Findings",
-                    buttons=["copy"],
-                    lines=12,
-                    max_lines=30,
-                    interactive=False,
-                    elem_id="doctor-report",
-                    elem_classes="code",
+                report = lines_box(
+                    "Findings", "doctor-report", lines=12, max_lines=30, elem_classes="code"
                 )
-                fixed = gr.Textbox(
-                    label="Corrected configuration",
-                    buttons=["copy"],
+                fixed = lines_box(
+                    "Corrected configuration",
+                    "doctor-fixed",
                     lines=6,
                     max_lines=30,
-                    interactive=False,
-                    elem_id="doctor-fixed",
                     elem_classes="code",
                 )
-            command = gr.Textbox(
-                label="The same in a terminal",
-                buttons=["copy"],
+            command = lines_box(
+                "The same in a terminal",
+                "doctor-command",
                 lines=1,
-                interactive=False,
                 visible=False,
-                elem_id="doctor-command",
                 elem_classes="code",
             )
 
-    def start(visit: gr.Request, *given: Any) -> Iterator[Any]:
+    def make(*given: Any) -> Any:
         *subject_fields, file, steps, seed = given
+        if file:
+            if Path(file).suffix not in SOURCES:
+                raise DDIMError(f"drop a {' or '.join(SOURCES)} file; got {Path(file).name}.")
+            return look_at(doctor_request(str(file), steps=steps))
+        subject: Subject = subject_of(desk, shelf, device, *subject_fields)
+        shown = subject.shown(seed=check_seed(seed), count=1)
+        return look_at(doctor_request(subject.model, steps=steps, **shown))
 
-        def make() -> Any:
-            if file:
-                if Path(file).suffix not in SOURCES:
-                    raise DDIMError(f"drop a {' or '.join(SOURCES)} file; got {Path(file).name}.")
-                return look_at(doctor_request(str(file), steps=steps))
-            subject: Subject = subject_of(desk, shelf, device, *subject_fields)
-            shown = subject.shown(seed=check_seed(seed), count=1)
-            return look_at(doctor_request(subject.model, steps=steps, **shown))
-
-        yield from live(desk, f"{visit.session_hash}/doctor", make, show)
-
-    def end(visit: gr.Request) -> None:
-        desk.stop(f"{visit.session_hash}/doctor")
-
-    outputs = [verdict, curve, python, status, sheet, report, fixed, command, button]
-    button.click(start, [*bar.fields, file, steps, seed], outputs, **QUIET)
-    stop.click(end, **QUIET)
+    fields = [*bar.fields, file, steps, seed]
+    outputs = [verdict, curve, python, status, sheet, report, fixed, command]
+    on_press(desk, "doctor", button, stop, fields=fields, outputs=outputs, make=make, show=show)
 
 
 def show(update: Update) -> tuple[Any, ...]:

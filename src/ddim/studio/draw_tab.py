@@ -1,6 +1,5 @@
 """The Draw tab: pictures that grow step by step, and the lines that make them again."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -8,7 +7,7 @@ import gradio as gr
 from ddim.studio.desk import Desk, Update
 from ddim.studio.fields import AS_CONFIGURED, MOST_PICTURES, sample_request
 from ddim.studio.markup import pictures_html, status_html
-from ddim.studio.parts import QUIET, Bar, live, subject_of
+from ddim.studio.parts import Bar, lines_box, on_press, subject_of
 from ddim.studio.shelf import Shelf
 from ddim.studio.tasks import Drawn, draw
 
@@ -66,40 +65,18 @@ def draw_tab(desk: Desk, shelf: Shelf, bar: Bar, *, device: str) -> None:
                 "Download pictures and run.json", visible=False, elem_id="draw-download"
             )
             with gr.Column(visible=False, elem_id="draw-lines") as lines:
-                command = gr.Textbox(
-                    label="The same in a terminal",
-                    buttons=["copy"],
-                    lines=1,
-                    max_lines=4,
-                    interactive=False,
-                    elem_id="draw-command",
-                )
-                python = gr.Textbox(
-                    label="The same in Python",
-                    buttons=["copy"],
-                    lines=10,
-                    max_lines=16,
-                    interactive=False,
-                    elem_id="draw-python",
-                )
+                command = lines_box("The same in a terminal", "draw-command", lines=1, max_lines=4)
+                python = lines_box("The same in Python", "draw-python", lines=10, max_lines=16)
 
-    def start(visit: gr.Request, *given: Any) -> Iterator[Any]:
+    def make(*given: Any) -> Any:
         *subject, seed, count, steps, eta, order, spacing = given
         fields = {"seed": seed, "count": count, "steps": steps, "eta": eta, "spacing": spacing}
         fields["order"] = int(order) if order in ("1", "2") else order
-
-        def make() -> Any:
-            return draw(sample_request(subject_of(desk, shelf, device, *subject), **fields))
-
-        yield from live(desk, f"{visit.session_hash}/draw", make, show)
-
-    def end(visit: gr.Request) -> None:
-        desk.stop(f"{visit.session_hash}/draw")
+        return draw(sample_request(subject_of(desk, shelf, device, *subject), **fields))
 
     fields = [*bar.fields, seed, count, steps, eta, order, spacing]
-    outputs = [status, picture, command, python, lines, download, button]
-    button.click(start, fields, outputs, **QUIET)
-    stop.click(end, **QUIET)
+    outputs = [status, picture, command, python, lines, download]
+    on_press(desk, "draw", button, stop, fields=fields, outputs=outputs, make=make, show=show)
 
 
 def show(update: Update) -> tuple[Any, ...]:

@@ -1,6 +1,5 @@
 """The Latent space tab: between two pictures, in a square of four, and under another prompt."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -9,7 +8,7 @@ from PIL import Image
 from ddim.studio.desk import Desk, Update
 from ddim.studio.fields import check_picture, edit_request, interpolate_request
 from ddim.studio.markup import figure, pictures_html, status_html, strip_html
-from ddim.studio.parts import QUIET, Bar, live, subject_of
+from ddim.studio.parts import QUIET, Bar, lines_box, on_press, subject_of
 from ddim.studio.shelf import Shelf
 from ddim.studio.tasks import Edited, Walked, edit, walk_between
 
@@ -82,37 +81,28 @@ def latent_tab(desk: Desk, shelf: Shelf, bar: Bar, *, device: str) -> None:
             download = gr.DownloadButton(
                 "Download pictures and run.json", visible=False, elem_id="latent-download"
             )
-            command = gr.Textbox(
-                label="The same in a terminal",
-                buttons=["copy"],
+            command = lines_box(
+                "The same in a terminal",
+                "latent-command",
                 lines=1,
                 max_lines=4,
-                interactive=False,
                 visible=False,
-                elem_id="latent-command",
                 elem_classes="code",
             )
 
-    def start(visit: gr.Request, *given: Any) -> Iterator[Any]:
+    def make(*given: Any) -> Any:
         *subject_fields, kind, to, count, steps = given[:8]
         ends, pictures = given[8:12], given[12:16]
-
-        def make() -> Any:
-            subject = subject_of(desk, shelf, device, *subject_fields)
-            for path in pictures:
-                check_picture(path)
-            if KINDS.get(kind) == "edit":
-                image = pictures[0] or None
-                return edit(edit_request(subject, to=to, seed=ends[0], image=image, steps=steps))
-            is_grid = KINDS.get(kind) == "grid"
-            few = pictures if is_grid else pictures[:2]
-            options = {"count": count, "steps": steps, "grid": is_grid}
-            return walk_between(interpolate_request(subject, seeds=ends, images=few, **options))
-
-        yield from live(desk, f"{visit.session_hash}/latent", make, show)
-
-    def end(visit: gr.Request) -> None:
-        desk.stop(f"{visit.session_hash}/latent")
+        subject = subject_of(desk, shelf, device, *subject_fields)
+        for path in pictures:
+            check_picture(path)
+        if KINDS.get(kind) == "edit":
+            image = pictures[0] or None
+            return edit(edit_request(subject, to=to, seed=ends[0], image=image, steps=steps))
+        is_grid = KINDS.get(kind) == "grid"
+        few = pictures if is_grid else pictures[:2]
+        options = {"count": count, "steps": steps, "grid": is_grid}
+        return walk_between(interpolate_request(subject, seeds=ends, images=few, **options))
 
     def fit(kind: str) -> list[Any]:
         is_grid, is_edit = KINDS.get(kind) == "grid", KINDS.get(kind) == "edit"
@@ -131,9 +121,8 @@ def latent_tab(desk: Desk, shelf: Shelf, bar: Bar, *, device: str) -> None:
 
     kind.change(fit, kind, [*ends, to, count], **QUIET)
     fields = [*bar.fields, kind, to, count, steps, *seeds, *images]
-    outputs = [status, here, slider, frames, whole, download, command, button]
-    button.click(start, fields, outputs, **QUIET)
-    stop.click(end, **QUIET)
+    outputs = [status, here, slider, frames, whole, download, command]
+    on_press(desk, "latent", button, stop, fields=fields, outputs=outputs, make=make, show=show)
     slider.input(turn, [frames, slider], here, trigger_mode="always_last", **QUIET)
 
 

@@ -13,7 +13,7 @@ from ddim.studio.markup import sentence
 from ddim.studio.opening import open_model
 from ddim.studio.shelf import Shelf
 
-__all__ = ["Bar", "QUIET", "Show", "live", "make_bar", "subject_of"]
+__all__ = ["Bar", "QUIET", "Show", "lines_box", "make_bar", "on_press", "subject_of"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of every event: the page has words of its own for progress, and no other interface."""
@@ -109,6 +109,45 @@ def subject_of(
     if not is_text:
         return Subject(opened.folder, "", asked, None, device)
     return Subject(opened.folder, prompt or "", "", guidance, device)
+
+
+def lines_box(label: str, elem_id: str, **options: Any) -> gr.Textbox:
+    """Lines to copy."""
+    return gr.Textbox(label=label, buttons=["copy"], interactive=False, elem_id=elem_id, **options)
+
+
+def on_press(
+    desk: Desk,
+    tab: str,
+    button: gr.Button,
+    stop: gr.Button,
+    *,
+    fields: list[Any],
+    outputs: list[Any],
+    make: Callable[..., Callable[[Ticket], Any]],
+    show: Show,
+) -> None:
+    """Says what a tab's two buttons do.
+
+    Args:
+        desk: Where runs are queued; a visitor has one for each tab.
+        tab: Its name.
+        button: Begins a run of what ``make`` returns for the values of the fields.
+        stop: Ends that run.
+        fields: The fields.
+        outputs: What ``show`` fills; the button is added.
+        make: Takes the values of the fields; may raise a DDIMError.
+        show: What the tab shows of a run.
+    """
+
+    def start(visit: gr.Request, *given: Any) -> Iterator[Any]:
+        yield from live(desk, f"{visit.session_hash}/{tab}", lambda: make(*given), show)
+
+    def end(visit: gr.Request) -> None:
+        desk.stop(f"{visit.session_hash}/{tab}")
+
+    button.click(start, fields, [*outputs, button], **QUIET)
+    stop.click(end, **QUIET)
 
 
 def live(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ddim.errors import printable
+from ddim.errors import plain_words, printable
 from ddim.files import write_text
 
 __all__ = ["NAME", "model_card", "write_model_card"]
@@ -98,7 +98,4 @@ def _schedule(config: dict[str, Any]) -> str | None:
 def _cell(value: object) -> str:
     """A value as a cell of Markdown: it may come from a file's name."""
     text = value if isinstance(value, str) else json.dumps(value)
-    plain = " ".join(printable(text, keep="").split())
-    for mark in "\\`*_[]<>|#!":
-        plain = plain.replace(mark, f"\\{mark}")
-    return plain
+    return plain_words(" ".join(text.split())).replace("_", "\\_")
