@@ -194,9 +194,13 @@ def test_archives_grow_and_hold_each_seed_once(tiny, tmp_path, alone):
         "0000000013-0000000019.tar",
         "0000000020-0000000024.tar",
     ]
+    listed = record(out)["files"]
+    assert sorted(p.name for p in out.glob("*.tar")) == [n for n in listed if n.endswith(".tar")]
     ours, theirs = load_images(str(out)), load_images(str(alone / "webdataset"))
     assert len(ours) == len(theirs) == 25
     assert np.abs(ours[14][0].int().numpy() - theirs[14][0].int().numpy()).max() <= 1
+    assert main([*options(tiny, out, steps=3, count=2), "--overwrite"]) == 0
+    assert [p.name for p in out.glob("*.tar")] == ["0000000000-0000000001.tar"]
 
 
 def test_an_archive_that_was_cut_or_deleted_is_drawn_again(tiny, tmp_path, alone, capsys):

@@ -85,11 +85,11 @@ class SampleJob(SharedJob, ModelJob):
         self.agree_on_threads(is_divided=bool(self.archive or request.shard_size))
         measured = ["gamma.json"] if self.route.analytic else []
         self.grid = f"grid.{request.picture}"
-        parts = (self._files(shard.items) for shard in self.shards)
-        self.files = [*chain.from_iterable(parts), self.grid, *measured]
         self.execution = self.executed("count", "batch_size", "compile")
         self._size, self._placed = size, 0
         self._places: dict[int, list[ShardRecord]] = {}
+        parts = (part for shard in self.shards for part in self._planned(shard))
+        self.files = [*chain.from_iterable(map(self._files, parts)), self.grid, *measured]
         self._note_configuration()
         self._note_fitted()
 
@@ -168,6 +168,14 @@ class SampleJob(SharedJob, ModelJob):
             return [f"{range_name(numbers)}.{self.archive}"]
         return [*map(self._file, numbers)]
 
+    def _planned(self, shard: Shard) -> list[Sequence[int]]:
+        """The parts of a shard that the files of this run will be of: of archives those that none
+        holds yet, since a request may go on where a smaller one ended."""
+        if self.archive is None or self.request.overwrite:
+            return [shard.items]
+        self.records()
+        return [*_gaps(shard.items, self._whole(shard))]
+
     def left(self, shard: Shard) -> Sequence[int]:
         items = shard.items
         if self.archive is None:
@@ -179,7 +187,7 @@ class SampleJob(SharedJob, ModelJob):
             told = [held for held in self._told if held[0] <= items[-1] and items[0] <= held[-1]]
             return [n for n in items if n in absent or not any(n in held for held in told)]
         self.records()
-        return _first_gap(items, self._whole(shard))
+        return next(_gaps(items, self._whole(shard)), range(0))
 
     def done(self, shard: Shard) -> int:
         if self.archive is None:
@@ -437,16 +445,15 @@ def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield numbers[first : first + size]
 
 
-def _first_gap(items: Sequence[int], whole: Sequence[range]) -> Sequence[int]:
-    """The first run of consecutive numbers that are in none of the ranges."""
-    first, last = items[0], items[-1] + 1
+def _gaps(items: Sequence[int], whole: Sequence[range]) -> Iterator[range]:
+    """The runs of consecutive numbers that are in none of the ranges."""
+    first, end = items[0], items[-1] + 1
     for held in sorted(whole, key=lambda numbers: numbers[0]):
-        if held[0] <= first < held[-1] + 1:
-            first = held[-1] + 1
-        elif first < held[0] < last:
-            last = held[0]
-            break
-    return range(first, max(first, last))
+        if first < held[0] < end:
+            yield range(first, held[0])
+        first = max(first, held[-1] + 1)
+    if first < end:
+        yield range(first, end)
 
 
 def _row_of_shard(record: ShardRecord) -> Row:
