@@ -97,6 +97,7 @@ FILES = {
     ],
     "training": [
         {"config", "base", "stopping", "model_card"},
+        {"division"},
         {"draws", "network", "package"},
         {"subject"},
         {"record", "loop", "text"},

@@ -361,6 +361,45 @@ def test_evaluations_of_a_model_go_on_and_do_not_depend_on_who_drew(tiny, tmp_pa
     assert record(tmp_path / "b")["results"] == whole
 
 
+@pytest.mark.parametrize("store", ["files", "webdataset", "npz"])
+def test_pictures_that_are_measured_are_kept_if_asked(tiny, tmp_path, store, monkeypatch):
+    from ddim.runs import evaluate
+
+    monkeypatch.setattr(evaluate, "SIZE", 10)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    words = ["evaluate", str(tiny), "--reference", str(tmp_path / "real.npz"), "--count", "25"]
+    words += ["--steps", "2", "--threads", "1", "--metrics", "kid-pixels", "--batch-size", "4"]
+    assert main([*words, "--out", str(tmp_path / "plain")]) == 0
+    out = tmp_path / "kept"
+    assert main([*words, "--out", str(out), "--seed", "7", "--store", store]) == 0
+    assert main(options(tiny, tmp_path / "drawn", "files", seed=7)) == 0
+    if store == "npz":
+        parts = [np.load(path)["images"] for path in sorted(out.glob("*.npz"))]
+        found = np.concatenate(parts)[:, None]
+    else:
+        found = np.stack([image.numpy() for image, _ in load_images(str(out))])
+    assert (found == np.stack([i.numpy() for i, _ in load_images(str(tmp_path / "drawn"))])).all()
+    files = record(out)["files"]
+    assert files == sorted(p.name for p in out.iterdir() if p.name[0] == "0")
+    lost = out / files[1]
+    before = lost.read_bytes()
+    lost.unlink()  # what is lost is drawn again
+    assert main([*words, "--out", str(out), "--seed", "7", "--store", store]) == 0
+    assert lost.read_bytes() == before
+    assert record(tmp_path / "plain")["files"] == []
+
+
+def test_pictures_that_are_there_are_not_kept_again(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    words = ["evaluate", str(tmp_path / "real.npz"), "--reference", str(tmp_path / "real.npz")]
+    assert main([*words, "--store", "npz"]) == 2
+    assert "--store has no effect on" in capsys.readouterr().err
+    assert main([*words, "--picture", "jpg"]) == 2
+    assert "--picture acts only with --store" in capsys.readouterr().err
+
+
 def test_workers_measure_what_one_process_measures(tiny, tmp_path, capfd):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (60, 8, 8), dtype=np.uint8))

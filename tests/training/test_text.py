@@ -28,6 +28,7 @@ from ddim.models.checkpoints import configuration_hash, weight_hash
 from ddim.training import loop, text, trainer
 from ddim.training.base import open_base
 from ddim.training.config import TrainConfig
+from ddim.training.division import Piece
 from ddim.training.draws import Draws
 from ddim.training.package import make_scheduler
 from ddim.training.trainer import train
@@ -380,10 +381,10 @@ def test_a_latent_is_drawn_from_its_posterior_and_scaled(tmp_path, tiny_text, sq
         posterior = vae.encode(pixels).latent_dist
     batch = [subject.examples[5][0][None].expand(4000, -1, -1, -1, -1, -1), torch.full((4000,), 5)]
     drawn, _ = subject.clean(
-        batch, torch.device("cpu"), Draws.at(0, (0, 0, 0), torch.device("cpu"))
+        batch, torch.device("cpu"), Draws.at(0, 0, Piece(0, 0), torch.device("cpu"))
     )
     again, _ = subject.clean(
-        batch, torch.device("cpu"), Draws.at(0, (1, 0, 0), torch.device("cpu"))
+        batch, torch.device("cpu"), Draws.at(0, 1, Piece(0, 0), torch.device("cpu"))
     )
     assert not torch.equal(drawn, again)
     torch.testing.assert_close(
@@ -405,9 +406,9 @@ def test_captions_are_dropped_at_their_rate_and_never_of_held_out_images(
     batch = [torch.stack([data[i][0] for i in range(50)]), torch.arange(50)]
     rows = torch.cat(
         [
-            subject.clean(batch, torch.device("cpu"), Draws.at(0, (s, 0, 0), torch.device("cpu")))[
-                1
-            ]
+            subject.clean(
+                batch, torch.device("cpu"), Draws.at(0, s, Piece(0, 0), torch.device("cpu"))
+            )[1]
             for s in range(80)
         ]
     )

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from ddim.runs.model import find_device, spacing_of
 from ddim.runs.record import RunRecord, read_run
 from ddim.runs.requests import EvaluateRequest
 from ddim.runs.rules import Options
-from ddim.runs.shards import FOLDER, Blocks, Shard
+from ddim.runs.shards import FOLDER, Blocks, Shard, range_name
 from ddim.runs.sharing import SharedJob
+from ddim.runs.stores import SUFFIXES, Picture, kept_pictures
+from ddim.runs.text import Item
 
 __all__ = ["EvaluateJob"]
 
@@ -48,6 +52,10 @@ class EvaluateJob(SharedJob, MeasuringJob):
     """The images of these numbers, in batches."""
     took: list[float]
     """Seconds of each batch that was drawn; empty for images that were there."""
+    seeds: Sequence[int] = ()
+    """The seeds of images that are drawn."""
+    keep: Callable[[int, Any, int | None], None] | None = None
+    """What keeps the picture of a seed and its class."""
 
     def __init__(self, request: EvaluateRequest, control: Control) -> None:
         super().__init__(request, control)
@@ -55,7 +63,7 @@ class EvaluateJob(SharedJob, MeasuringJob):
         always = "model reference split resize metrics weights out overwrite device count"
         always += " threads workers lease engine ray_address"
         self.draws = _is_model(request.model)
-        acts = " batch_size compile" if self.draws else ""
+        acts = " batch_size compile store picture" if self.draws else ""
         options = Options(request, *(always + acts).split())
         shape, samples = (self._draw_model if self.draws else self._read_images)(options)
         against = self.open_metrics(shape, [self.count])
@@ -64,8 +72,9 @@ class EvaluateJob(SharedJob, MeasuringJob):
         self.shards = Blocks(0, self.count, SIZE)
         self.protocol = {"command": self.command, **samples, **against, "count": self.count}
         self.folder = self.out()
-        self.agree_on_threads(is_divided=False)
+        self.agree_on_threads(is_divided=request.store in SUFFIXES)
         self.execution = self.executed("batch_size", "compile")
+        self.files = [*chain.from_iterable(map(self._pictures, self.shards))]
 
     def _draw_model(self, options: Options) -> tuple[tuple[int, int, int], dict[str, Any]]:
         """Images that are drawn from a model as they are asked for."""
@@ -79,10 +88,14 @@ class EvaluateJob(SharedJob, MeasuringJob):
         route = self.plan.route(steps, timestep_spacing=spacing, eta=eta)
 
         def batches(numbers: Sequence[int]) -> Iterator[Tensor]:
-            chosen = [seeds[number] for number in numbers]
-            return self.sample_batches(route, chosen, batch_size=size, seconds=self.took)
+            chosen, told = [seeds[number] for number in numbers], {"seconds": self.took}
+            return self.sample_batches(route, chosen, batch_size=size, keep=self.keep, **told)
 
-        self.batches, self.calls = batches, len(route)
+        store = self.request.store
+        kept: dict[str, Any] = {} if store is None else {"store": store}
+        if store in SUFFIXES:  # fixed batches make fixed bytes
+            kept |= {"shard_size": SIZE, "batch_size": self.request.batch_size}
+        self.seeds, self.batches, self.calls = seeds, batches, len(route)
         self.control.steps = -(-count // size) * len(route)
         return self.plan.image_shape, {
             **self.describe(clip=route.clip),
@@ -93,6 +106,7 @@ class EvaluateJob(SharedJob, MeasuringJob):
             "eta": route.eta,
             "order": route.order,
             "seed": seeds[0],
+            **kept,
         }
 
     def _read_images(self, options: Options) -> tuple[tuple[int, int, int], dict[str, Any]]:
@@ -131,11 +145,22 @@ class EvaluateJob(SharedJob, MeasuringJob):
         if self.draws:
             super().prepare()
 
+    def _pictures(self, shard: Shard) -> list[str]:
+        """The files that keep the pictures of a shard."""
+        store, picture = self.request.store, self.request.picture
+        if store is None:
+            return []
+        seeds = range(self.seeds[shard.items[0]], self.seeds[shard.items[-1]] + 1)
+        if store in SUFFIXES:
+            return [f"{range_name(seeds)}.{SUFFIXES[store]}"]
+        return [f"{Item(None, seed).stem}.{picture}" for seed in seeds]
+
     def left(self, shard: Shard) -> Sequence[int]:
-        return [] if (self.folder / _statistics(shard)).is_file() else shard.items
+        _, files = self.part(shard, shard.items)
+        return [] if all((self.folder / file).is_file() for file in files) else shard.items
 
     def part(self, shard: Shard, items: Sequence[int]) -> tuple[str, list[str]]:
-        return shard.name, [_statistics(shard)]
+        return shard.name, [_statistics(shard), *self._pictures(shard)]
 
     def start(self) -> None:
         if self.draws:
@@ -144,8 +169,16 @@ class EvaluateJob(SharedJob, MeasuringJob):
     def make(self, missing: Sequence[int]) -> Generator[Made]:
         first, self.took = missing[0], []
         cuts = [max(0, cut - first) for cut in sample_cuts([self.count])]
-        collected = collect(self.batches(missing), self.panel, cuts=cuts)
-        shard = self.shards[first // SIZE]
+        shard, store = self.shards[first // SIZE], self.request.store
+        with ExitStack() as stack:
+            if store is not None:
+                paths = [self.folder / name for name in self._pictures(shard)]
+                options: dict[str, Any] = {"count": len(missing), "picture": self.request.picture}
+                add = stack.enter_context(kept_pictures(store, paths, **options))
+                self.keep = lambda seed, image, label: add(
+                    Picture(Item(None, seed).stem, image, seed, label, None)
+                )
+            collected = collect(self.batches(missing), self.panel, cuts=cuts)
         (self.folder / FOLDER).mkdir(exist_ok=True)
         with replacing(self.folder / _statistics(shard), sync=True) as partial:
             save_collected(collected, partial, first=first)

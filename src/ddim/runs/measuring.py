@@ -1,6 +1,6 @@
 """What requests that measure share: real images, metrics, and samples to compare with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,23 @@ class MeasuringJob(PixelJob):
         return collect_reference(images, self.panel, available=count, counts=self.counts)
 
     def sample_batches(
-        self, route: Route, seeds: Sequence[int], *, batch_size: int, seconds: list[float]
+        self,
+        route: Route,
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        seconds: list[float],
+        keep: Callable[[int, Any, int | None], None] | None = None,
     ) -> Iterator[Tensor]:
         """Images of the seeds in [-1, 1], of 256 grey levels as in a file; the seconds of each
-        batch are added to ``seconds``."""
+        batch are added to ``seconds``, and ``keep`` is called with each seed, its Pillow image and
+        its class."""
         with enough_memory(self.device, batch_size):
-            for _, pictures, took in self.draw(route, seeds, batch_size=batch_size):
+            for batch, pictures, took in self.draw(route, seeds, batch_size=batch_size):
                 seconds.append(took)
+                if keep is not None:
+                    known = self.model.labels_of(batch)
+                    labels: Sequence[int | None] = known or [None] * len(batch)
+                    for seed, picture, label in zip(batch, pictures, labels, strict=True):
+                        keep(seed, picture, label)
                 yield from_uint8(from_pil(pictures))

@@ -105,6 +105,11 @@ class EvaluateRequest(Noisy, Shared, Seeds, Measured, Computed):
     diffusers folder, or a hub id; no text-to-image model."""
     count: Count | None = None
     """How many samples are measured. Default: all images of a folder, 2048 of a model."""
+    store: Literal["files", "webdataset", "parquet", "npz"] | None = None
+    """Keep the pictures of a model too: a file each, or archives that train --data and evaluate
+    read. Default: they are measured and dropped."""
+    picture: Annotated[Literal["png", "jpg", "webp"], Needs(option="store")] = "png"
+    """Format of pictures that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import is_here, load_images
 from ddim.errors import DataError, DDIMError, OutputError
-from ddim.files import replacing, write_json
+from ddim.files import write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
@@ -34,7 +34,7 @@ from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
 from ddim.runs.shards import Blocks, Shard, ShardRecord, range_name
 from ddim.runs.sharing import SharedJob
-from ddim.runs.stores import SUFFIXES, Picture, first_pictures, opened_store
+from ddim.runs.stores import SUFFIXES, Picture, first_pictures, kept_pictures
 from ddim.runs.text import Item, TextOptions, read_text
 from ddim.runs.values import FittedLevels
 
@@ -297,10 +297,7 @@ class SampleJob(SharedJob, ModelJob):
     def _draw_archive(self, missing: Sequence[int]) -> Generator[Made]:
         (name,), seconds = self._files(missing), 0.0
         options: dict[str, Any] = {"count": len(missing), "picture": self.request.picture}
-        with (
-            replacing(self.folder / name, sync=True) as partial,
-            opened_store(self.request.store, partial, **options) as add,
-        ):
+        with kept_pictures(self.request.store, [self.folder / name], **options) as add:
             for batch in _batches(missing, self.request.batch_size):
                 images, took = self._draw(batch)
                 seconds += took

@@ -9,7 +9,7 @@ libraries of these names and with Hugging Face's ``datasets``; all three open wi
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +21,10 @@ from PIL import Image
 from ddim.data.archives import open_archives
 from ddim.data.dataset import Columns
 from ddim.errors import DDIMError
-from ddim.models.images import ENDINGS
+from ddim.files import replacing
+from ddim.models.images import ENDINGS, save_picture
 
-__all__ = ["SUFFIXES", "Picture", "first_pictures", "opened_store"]
+__all__ = ["SUFFIXES", "Picture", "first_pictures", "kept_pictures", "opened_store"]
 
 SUFFIXES: dict[str, str] = {"webdataset": "tar", "parquet": "parquet", "npz": "npz"}
 """The ending of a shard's file, by store."""
@@ -58,6 +59,28 @@ def opened_store(
         DDIMError: If the package that writes such files is not installed.
     """
     with _STORES[kind](path, count, picture) as add:
+        yield add
+
+
+@contextmanager
+def kept_pictures(
+    kind: str, paths: Sequence[Path], *, count: int, picture: str
+) -> Iterator[Callable[[Picture], None]]:
+    """Gives a function that keeps a picture: in the one new file of ``paths``, which is there when
+    the block ends; of ``files``, in one of them each, by its name, at once.
+
+    Raises:
+        DDIMError: If the package that writes such files is not installed.
+    """
+    if kind == "files":
+        by_name = {path.stem: path for path in paths}
+        yield lambda kept: save_picture(kept.image, by_name[kept.name], sync=True)
+        return
+    (path,) = paths
+    with (
+        replacing(path, sync=True) as partial,
+        opened_store(kind, partial, count=count, picture=picture) as add,
+    ):
         yield add
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.training.draws import Place
+from ddim.training.division import Piece
 from ddim.training.loop import Run, step_loss
 
 __all__ = ["compiled", "count_differences", "reason_against", "usable_network"]
@@ -43,7 +43,9 @@ def reason_against(device: torch.device) -> str | None:
     )
 
 
-def usable_network(run: Run, batch: Any, place: Place) -> tuple[Callable[..., Any], str | None]:
+def usable_network(
+    run: Run, batch: Any, step: int, piece: Piece
+) -> tuple[Callable[..., Any], str | None]:
     """Compiles the network of a run that ``accelerate`` has prepared, and compares its gradients of
     one batch with those of the eager network.
 
@@ -51,10 +53,10 @@ def usable_network(run: Run, batch: Any, place: Place) -> tuple[Callable[..., An
         The compiled network; or the eager one and a sentence that says why, if a gradient differs
         by more than rounding, or the network cannot be compiled.
     """
-    expected = _gradients(run, run.model, batch, place)
+    expected = _gradients(run, run.model, batch, step, piece)
     try:
         network = compiled(run.model, run.accelerator.device)
-        found = _gradients(run, network, batch, place)
+        found = _gradients(run, network, batch, step, piece)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = f"the network cannot be compiled here ({str(error).strip().splitlines()[0]})"
         return run.model, f"{reason}; the run goes on without --compile."
@@ -70,11 +72,11 @@ def usable_network(run: Run, batch: Any, place: Place) -> tuple[Callable[..., An
 
 
 def _gradients(
-    run: Run, network: Callable[..., Any], batch: Any, place: Place
+    run: Run, network: Callable[..., Any], batch: Any, step: int, piece: Piece
 ) -> list[Tensor | None]:
     """The gradients of one batch, by parameter; none are left behind."""
     # A power of two: it keeps the gradients of a forward pass in fp16 above its smallest number.
-    torch.autograd.backward(step_loss(run, network, batch, place) * 1024)
+    torch.autograd.backward(step_loss(run, network, batch, step, piece) * 1024)
     gradients = [None if p.grad is None else p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad(set_to_none=True)
     return gradients

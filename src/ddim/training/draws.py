@@ -1,7 +1,7 @@
 """The batches and the random numbers of a run, both functions of its seed, the step and the
 process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
+from ddim.training.division import Division, Piece
 from ddim.training.stopping import ignore_signals
 
-__all__ = ["BatchOrder", "CropOrder", "Draws", "Loadable", "Place"]
+__all__ = ["BatchOrder", "CropOrder", "Draws", "Loadable"]
 __all__ += ["collate", "load_batches", "mix"]
-
-Place = tuple[int, int, int]
-"""Optimiser step, forward pass within it, process."""
 
 
 def mix(*numbers: int) -> int:
@@ -32,17 +30,26 @@ def mix(*numbers: int) -> int:
 
 
 class Draws(NamedTuple):
-    """The random streams of one forward pass."""
+    """The random streams of one forward pass, of which this is a piece."""
 
     seed: int
-    place: Place
+    place: tuple[int, int, int]
+    """Optimiser step, forward pass within it, process."""
+    piece: Piece
     generator: torch.Generator
     """On the device of the images; it draws which are mirrored, then the noise."""
 
     @classmethod
-    def at(cls, seed: int, place: Place, device: torch.device) -> "Draws":
+    def at(cls, seed: int, step: int, piece: Piece, device: torch.device) -> "Draws":
         """The streams of one forward pass, from their beginning."""
-        return cls(seed, place, torch.Generator(device).manual_seed(mix(seed, 3, *place)))
+        place = (step, piece.part, piece.process)
+        return cls(seed, place, piece, torch.Generator(device).manual_seed(mix(seed, 3, *place)))
+
+    def own(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
+        """Draws for all images of the pass, and gives what belongs to the ``count`` of this piece:
+        an image has the same numbers, whoever takes it."""
+        first = self.piece.number * count
+        return draw(self.piece.pieces * count)[first : first + count]
 
     def stream(self, number: int) -> torch.Generator:
         """A separate stream on the CPU, which the draws of the others do not move. 5: timesteps, 6:
@@ -56,21 +63,28 @@ class BatchOrder(Sampler[list[int]]):
     of which each process takes its share."""
 
     images: Sequence[int]
-    config: TrainConfig
+    seed: int
+    division: Division
     start: int
     stop: int
     rank: int
-    world: int
+
+    def turns(self) -> Iterator[tuple[int, Piece]]:
+        """The step and the piece of every batch."""
+        for step in range(self.start, self.stop):
+            for turn in range(self.division.each):
+                yield step, self.division.piece(turn, self.rank)
 
     def __iter__(self) -> Iterator[list[int]]:
-        size, parts = self.config.batch_size, self.config.gradient_accumulation
+        passes, processes, size, pieces, _ = self.division
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for batch in range(self.start * parts, self.stop * parts):
-            chosen, first = [], (batch * self.world + self.rank) * size
+        for step, (part, process, number, _) in self.turns():
+            of_all = (step * passes + part) * processes + process
+            chosen, first = [], (of_all * pieces + number) * size
             for place in range(first, first + size):
                 now, offset = divmod(place, len(self.images))
                 if now != epoch:
-                    generator = torch.Generator().manual_seed(mix(self.config.seed, now, 1))
+                    generator = torch.Generator().manual_seed(mix(self.seed, now, 1))
                     epoch, order = now, torch.randperm(len(self.images), generator=generator)
                 chosen.append(self.images[int(order[offset])])
             yield chosen
@@ -83,13 +97,13 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
     order: BatchOrder
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        seed, first = (
-            self.order.config.seed,
-            self.order.start * self.order.config.gradient_accumulation,
-        )
-        for number, batch in enumerate(self.order, first):
-            places = (mix(seed, 10, self.order.rank, number, place) for place in range(len(batch)))
-            yield list(zip(batch, places, strict=True))
+        seed, passes = self.order.seed, self.order.division.passes
+        turns = self.order.turns()
+        for batch, (step, (part, process, piece, _)) in zip(self.order, turns, strict=True):
+            first, number = piece * len(batch), step * passes + part
+            places = range(first, first + len(batch))
+            seeds = (mix(seed, 10, process, number, place) for place in places)
+            yield list(zip(batch, seeds, strict=True))
 
 
 class Loadable(Dataset[tuple[Tensor, int]]):
@@ -122,14 +136,15 @@ def load_batches(
     config: TrainConfig,
     accelerator: Accelerator,
     *,
+    division: Division,
     images: Sequence[int],
     start: int,
     stop: int,
 ) -> Iterator[Any]:
     """Loads the batches of this process for the steps from ``start`` to before ``stop``, out of the
     images with these indices. A batch that cannot be read is a :class:`DDIMError`."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    order = BatchOrder(images, config, start, stop, rank, world)
+    rank = accelerator.process_index
+    order = BatchOrder(images, config.seed, division, start, stop, rank)
     loader: DataLoader[Any] = DataLoader(
         Loadable(examples),
         batch_sampler=CropOrder(order) if config.random_crop else order,

@@ -17,7 +17,8 @@ from ddim.core.objective import draw_timesteps, loss_weights, offset_noise, trai
 from ddim.core.schedule import NoiseSchedule
 from ddim.errors import DDIMError
 from ddim.training.config import TrainConfig
-from ddim.training.draws import Draws, Place, mix
+from ddim.training.division import Division, Piece
+from ddim.training.draws import Draws, mix
 from ddim.training.subject import Subject
 
 __all__ = [
@@ -66,17 +67,12 @@ class Run:
 
     config: TrainConfig
     accelerator: Accelerator
+    division: Division
     subject: Subject
     schedule: NoiseSchedule
     model: nn.Module
     optimizer: Any
     average: EMA
-
-    @property
-    def images_per_step(self) -> int:
-        """Images that all processes together take in one optimiser step."""
-        forward = self.config.batch_size * self.config.gradient_accumulation
-        return forward * int(self.accelerator.num_processes)
 
     @property
     def prediction_type(self) -> Any:
@@ -85,7 +81,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.config.steps(self.accelerator.num_processes)
+        return self.config.steps(self.division.processes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,26 +121,35 @@ def take_steps(
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=run.accelerator.device)
-        for part in range(run.config.gradient_accumulation):
+        for turn in range(run.division.each):
             batch = next(batches)
             if isinstance(batch, DDIMError):
                 raise batch
-            loss = _accumulate(run, network, batch, (step, part, run.accelerator.process_index))
-            total += loss / run.config.gradient_accumulation
+            piece = run.division.piece(turn, run.accelerator.process_index)
+            loss = _accumulate(run, network, batch, step, piece)
+            total += loss / run.division.each
         run.average.update(run.accelerator.unwrap_model(run.model), step)
         yield StepResult(step + 1, total, rate)
 
 
-def step_loss(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
-    """Returns the mean loss of a batch, whose random numbers follow from the seed and the place."""
+def step_loss(run: Run, network: Any, batch: Any, step: int, piece: Piece) -> Tensor:
+    """Returns the mean loss of a batch, whose random numbers follow from the seed, the step and the
+    piece of it."""
     config, accelerator, schedule = run.config, run.accelerator, run.schedule
-    draws = Draws.at(config.seed, place, accelerator.device)
+    draws = Draws.at(config.seed, step, piece, accelerator.device)
     x0, condition = run.subject.clean(batch, accelerator.device, draws)
-    t = draw_timesteps(len(x0), len(schedule), generator=draws.stream(5))
-    noise = torch.randn(x0.shape, generator=draws.generator, device=x0.device)
-    noise = offset_noise(noise, config.offset_noise, generator=draws.stream(8))
+
+    def draw_noise(count: int) -> Tensor:
+        shape = (count, *x0.shape[1:])
+        noise = torch.randn(shape, generator=draws.generator, device=x0.device)
+        return offset_noise(noise, config.offset_noise, generator=draws.stream(8))
+
+    def draw_levels(count: int) -> Tensor:
+        return draw_timesteps(count, len(schedule), generator=draws.stream(5))
+
+    t, noise = draws.own(len(x0), draw_levels), draws.own(len(x0), draw_noise)
     kind, min_snr = run.prediction_type, {"gamma": config.snr_gamma, "floor": config.weight_floor}
-    torch.manual_seed(mix(config.seed, 4, *place))  # dropout
+    torch.manual_seed(mix(config.seed, 4, *draws.place) + piece.number)  # dropout
     weights = loss_weights(schedule, t, prediction_type=kind, weighting=config.weighting, **min_snr)
     with accelerator.autocast():
         predict = run.subject.predictor(network, condition)
@@ -153,11 +158,11 @@ def step_loss(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
         ).mean()
 
 
-def _accumulate(run: Run, network: Any, batch: Any, place: Place) -> Tensor:
+def _accumulate(run: Run, network: Any, batch: Any, step: int, piece: Piece) -> Tensor:
     """One forward and backward pass. The optimiser moves the weights in the last pass of a step."""
     accelerator, clip = run.accelerator, run.config.gradient_clip
     with accelerator.accumulate(run.model):
-        loss = step_loss(run, network, batch, place)
+        loss = step_loss(run, network, batch, step, piece)
         accelerator.backward(loss)
         if accelerator.sync_gradients and clip > 0:
             held = [p for group in run.optimizer.param_groups for p in group["params"]]

@@ -172,7 +172,7 @@ class Follower:
         if logged:
             loss = self._read_losses()
             elapsed = time.perf_counter() - self._clock
-            images = (step - self._clock_step) * run.images_per_step
+            images = (step - self._clock_step) * run.division.images
             rate = images / elapsed if elapsed else float("nan")
             self._restart_clock(step)
             held = validation_loss(run, self.held_out) if saved and self.held_out else None
@@ -207,7 +207,7 @@ class Follower:
         return float(sum(values) / len(values))
 
     def _report(self, result: StepResult, loss: float, rate: float, held: float | None) -> None:
-        step, steps, per_step = result.step, self.run.steps, self.run.images_per_step
+        step, steps, per_step = result.step, self.run.steps, self.run.division.images
         if self.log is not None:
             values = {"loss": loss, "learning_rate": result.learning_rate}
             self.log.add(step, **values, images_per_second=rate, validation_loss=held)
@@ -228,7 +228,7 @@ class Follower:
         self._check_finite("held-out loss", held or 0.0, step)
         record |= {
             "step": step,
-            "images_seen": step * run.images_per_step,
+            "images_seen": step * run.division.images,
             "loss": loss,
             "validation_loss": held,
             "seconds": round(time.perf_counter() - self.started, 1),

@@ -21,7 +21,8 @@ from ddim.training.config import TrainConfig, command_line
 from ddim.training.draws import mix
 from ddim.training.subject import Subject
 
-__all__ = ["code_revision", "card_guidance", "make_card", "new_record", "resume_record"]
+__all__ = ["begun_on", "card_guidance", "code_revision", "make_card", "new_record"]
+__all__ += ["read_record", "resume_record"]
 
 # Options that may differ when a run is resumed: they change what is written and how fast, but not
 # what is learnt. ``compile``, ``cache_latents`` and ``gradient_checkpointing`` may change the
@@ -46,8 +47,9 @@ def new_record(
     base: Base | None,
     accelerator: Accelerator,
     revision: str | None,
+    processes: int,
 ) -> dict[str, Any]:
-    """Returns the record that a run begins with."""
+    """Returns the record of a run that begins on so many processes."""
     import accelerate
 
     # The values that options left open have taken are recorded too.
@@ -55,7 +57,7 @@ def new_record(
     resolved = {name: scheduler[name] for name in vars(config) if name in scheduler}
     resolved["learning_rate"] = config.peak_learning_rate
     resolved["clip_sample"] = "on" if scheduler["clip_sample"] else "off"
-    resolved |= config.pace(config.steps(accelerator.num_processes))._asdict()
+    resolved |= config.pace(config.steps(processes))._asdict()
     options = asdict(config) | resolved | (asdict(config.architecture) if base is None else {})
     options = json.loads(json.dumps(options))  # as a checkpoint gives it back
     del options["out"]
@@ -69,34 +71,49 @@ def new_record(
         **{"step": 0, "images_seen": 0, "seconds": 0.0},
         **dict.fromkeys(("loss", "validation_loss", "best", "scaler")),
         "parameters": sum(p.numel() for p in subject.network.parameters()),
-        "processes": accelerator.num_processes,
+        "processes": processes,
         "device": accelerator.device.type,
         "revisions": [{"step": 0, "revision": revision}],
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, accelerate)},
     }
 
 
-def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Reads the record of a checkpoint, and checks that it belongs to this run, which would begin
-    with the record ``fresh`` (:func:`new_record`).
-
-    Raises:
-        CheckpointError: If it is damaged, or was made with other options, other data, or another
-            number of processes.
-    """
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """Reads the record of a checkpoint; a CheckpointError says that it is damaged."""
     try:
-        record: dict[str, Any] = load_json(checkpoint / "training" / "record.json")
+        record = load_json(checkpoint / "training" / "record.json")
+        if not isinstance(record, dict):
+            raise ValueError("it is no object")
+        return record
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the training checkpoint {checkpoint} cannot be read ({error}); delete that folder to "
             "go on from an earlier one."
         ) from error
-    # The steps follow from it, and from them defaults.
-    if record.get("processes") != fresh["processes"]:
+
+
+def begun_on(record: dict[str, Any], config: TrainConfig) -> int:
+    """The number of processes that a run began on, from which its steps follow; a CheckpointError
+    says that the record does not tell."""
+    processes = record.get("processes")
+    if not isinstance(processes, int) or processes < 1:
         raise CheckpointError(
-            f"{config.out} holds a run on {record.get('processes')} process(es), and this one has "
-            f"{fresh['processes']}; use the same number."
+            f"{config.out} holds a run that began on {processes!r} processes, which is no number "
+            "of them; use another --out."
         )
+    return processes
+
+
+def resume_record(
+    record: dict[str, Any], fresh: dict[str, Any], config: TrainConfig, world: int
+) -> dict[str, Any]:
+    """Checks that the record of a checkpoint belongs to this run, which would begin with the record
+    ``fresh`` (:func:`new_record`), and returns the one that it goes on with, on ``world``
+    processes.
+
+    Raises:
+        CheckpointError: If it was made with other options or other data.
+    """
     # An option that the run's own version did not have was at its default.
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     for group in ("config", "data", "base"):
@@ -114,8 +131,9 @@ def resume_record(checkpoint: Path, fresh: dict[str, Any], config: TrainConfig) 
         record["held_out_images"] = list(range(*record.pop("held_out", (total - count, total))))
     record["data"] = fresh["data"] | record["data"]
     part = fresh["revisions"][0] | {"step": record["step"]}
+    part |= {} if world == fresh["processes"] else {"processes": world}
     revisions = record.get("revisions", [])
-    if not revisions or revisions[-1]["revision"] != part["revision"]:
+    if not revisions or revisions[-1] | {"step": part["step"]} != part:
         revisions = [*revisions, part]
     current = {name: fresh[name] for name in ("config", "versions")}
     return fresh | record | current | {"revisions": revisions}

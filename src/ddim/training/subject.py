@@ -218,4 +218,8 @@ def to_float(images: Tensor) -> Tensor:
 
 def mirror(count: int, draws: Draws, device: torch.device) -> Tensor:
     """Draws which images of a batch are mirrored: a coin for each, shape [B, 1, 1, 1]."""
-    return torch.rand((count, 1, 1, 1), generator=draws.generator, device=device) < 0.5
+
+    def coins(count: int) -> Tensor:
+        return torch.rand((count, 1, 1, 1), generator=draws.generator, device=device)
+
+    return draws.own(count, coins) < 0.5

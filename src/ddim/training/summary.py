@@ -24,13 +24,13 @@ def summary(run: Run, record: dict[str, Any], data: ImageData) -> tuple[str, ...
     if "captions" in facts:
         found.append(f"{facts['captions']} different captions")
     where = str(record["device"])
-    where += "" if record["processes"] == 1 else f", {record['processes']} processes"
+    where += "" if run.division.world == 1 else f", {run.division.world} processes"
     precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
-    times = steps * run.images_per_step / max(1, len(data) - held)
+    times = steps * run.division.images / max(1, len(data) - held)
     lines = [
         f"data: {', '.join(found)}",
         f"model: {record['parameters']:,} parameters, {precision}, {where}",
-        f"run: {steps} steps of {run.images_per_step} images, {times:.1f} passes over the data",
+        f"run: {steps} steps of {run.division.images} images, {times:.1f} passes over the data",
     ]
     if start:
         lines.append(f"going on after step {start}")

@@ -147,9 +147,12 @@ class TextSubject:
             mean, std = both.unbind(1)
         rows = self.captions.rows[index]
         if draws is not None:
-            mean = mean + std * torch.randn(mean.shape, generator=draws.stream(6)).to(device)
-            dropped = torch.rand(len(rows), generator=draws.stream(7)) < self.config.caption_dropout
-            rows = torch.where(dropped, _EMPTY, rows)
+            count, shape = len(rows), mean.shape[1:]
+            latents, captions = draws.stream(6), draws.stream(7)
+            noise = draws.own(count, lambda n: torch.randn((n, *shape), generator=latents))
+            chance = draws.own(count, lambda n: torch.rand(n, generator=captions))
+            mean = mean + std * noise.to(device)
+            rows = torch.where(chance < self.config.caption_dropout, _EMPTY, rows)
         return mean * self.vae.config.scaling_factor, rows.to(device, non_blocking=True)
 
     def predictor(self, network: Callable[..., Any], condition: Tensor) -> Predictor:

@@ -27,12 +27,20 @@ from ddim.training.base import Base, open_base
 from ddim.training.checkpoint import hold, latest_checkpoint, load_training_state
 from ddim.training.compilation import reason_against, usable_network
 from ddim.training.config import TrainConfig, spelled
+from ddim.training.division import divide
 from ddim.training.draws import load_batches
 from ddim.training.loop import EMA, Run, take_steps
 from ddim.training.monitoring import Follower, Progress, RunLog
 from ddim.training.network import resolution_for
 from ddim.training.package import is_published, publish
-from ddim.training.record import card_guidance, make_card, new_record, resume_record
+from ddim.training.record import (
+    begun_on,
+    card_guidance,
+    make_card,
+    new_record,
+    read_record,
+    resume_record,
+)
 from ddim.training.stopping import StopSignals
 from ddim.training.subject import Subject, match_classes, pixel_subject
 from ddim.training.summary import summary
@@ -160,11 +168,18 @@ def train(
             note(sentence)
         schedule = noise_schedule(subject.package.scheduler.config)  # the levels it samples with
         guidance = card_guidance(config, base, schedule)
-        record = new_record(config, data, subject, base, accelerator, revision)
-        run, record = _start_or_resume(config, accelerator, subject, schedule, record)
+        found = latest_checkpoint(out / "checkpoints")
+        before = None if found is None else read_record(found)
+        processes = accelerator.num_processes if before is None else begun_on(before, config)
+        record = new_record(config, data, subject, base, accelerator, revision, processes)
+        if before is not None:
+            record = resume_record(before, record, config, accelerator.num_processes)
+        run = _start_or_resume(config, accelerator, subject, schedule, record, found)
         step = int(record["step"])
         if step >= run.steps and is_published(out, run.model, subject.package):
             return TrainResult(out, step, True, record["loss"], (), main, was_finished=True)
+        if (changed := run.division.sentence) is not None:
+            note(changed)
         if on_start is not None and main:
             on_start(summary(run, record, data))
         losses = _take_and_follow(run, record, on_progress, note)
@@ -189,12 +204,15 @@ def _start_or_resume(
     subject: Subject,
     schedule: NoiseSchedule,
     record: dict[str, Any],
-) -> tuple[Run, dict[str, Any]]:
+    found: Path | None,
+) -> Run:
     """Makes optimiser and average, and restores the newest checkpoint if there is one."""
+    division = divide(config, record["processes"], accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = division.each
     network = subject.network.to(accelerator.device)
     if accelerator.device.type == "cpu":
         prepare_for_training(network)
-    average = EMA(network, config.pace(config.steps(accelerator.num_processes)).ema_decay)
+    average = EMA(network, config.pace(config.steps(division.processes)).ema_decay)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=config.peak_learning_rate,
@@ -202,14 +220,12 @@ def _start_or_resume(
         # One kernel for all weights. Under fp16, accelerate scales gradients for the other kind.
         fused=config.mixed_precision != "fp16",
     )
-    run = Run(config, accelerator, subject, schedule, network, optimizer, average)
-    found = latest_checkpoint(Path(config.out) / "checkpoints")
+    run = Run(config, accelerator, division, subject, schedule, network, optimizer, average)
     if found is not None:
-        record = resume_record(found, record, config)
         load_training_state(found, run)
         if accelerator.scaler is not None and record.get("scaler"):
             accelerator.scaler.load_state_dict(record["scaler"])
-    return run, record
+    return run
 
 
 def _say_nothing(sentence: str) -> None:
@@ -221,7 +237,8 @@ def _compile(run: Run, batch: Any, start: int, note: Callable[[str], None]) -> C
     if (reason := reason_against(run.accelerator.device)) is not None:
         note(reason)
         return run.model
-    network, reason = usable_network(run, batch, (start, 0, run.accelerator.process_index))
+    piece = run.division.piece(0, run.accelerator.process_index)
+    network, reason = usable_network(run, batch, start, piece)
     if reason is not None:
         note(reason)
     return network
@@ -245,9 +262,8 @@ def _take_and_follow(
         model, optimizer = accelerator.prepare(run.model, run.optimizer)
         run = replace(run, subject=subject, model=model, optimizer=optimizer)
         images = [i for i in range(record["data"]["images"]) if i not in held_out]
-        batches = load_batches(
-            subject.examples, config, accelerator, images=images, start=start, stop=run.steps
-        )
+        part: dict[str, Any] = {"images": images, "start": start, "stop": run.steps}
+        batches = load_batches(subject.examples, config, accelerator, division=run.division, **part)
         network: Callable[..., Any] = model
         if start < run.steps:
             first = next(batches)
