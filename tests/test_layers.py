@@ -46,7 +46,7 @@ FILES = {
         {"plan", "oracle", "route"},
         {"sampler"},
     ],
-    "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding"}],
+    "inversion": [{"ddim", "reversible"}, {"codes"}, {"encoding", "code_files"}],
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [
         {"symptoms", "reading"},
@@ -65,7 +65,7 @@ FILES = {
         {"workers", "ray_engine", "model"},
         {"measuring", "text"},
         {"sample", "evaluate", "table", "reconstruct", "consistency", "interpolate"}
-        | {"codes", "edit", "fit_steps", "diagnose", "show"},
+        | {"encode", "decode", "edit", "fit_steps", "diagnose", "show"},
     ],
     "studio": [
         {"request", "guard", "desk", "shelf", "python_lines", "fields"},

@@ -71,12 +71,8 @@ from .fitting.timesteps import (
     geometric_mean as geometric_mean,
     ode_error as ode_error,
 )
-from .inversion.codes import (
-    Code as Code,
-    CodeWarning as CodeWarning,
-    load_code as load_code,
-    save_code as save_code,
-)
+from .inversion.code_files import load_code as load_code, save_code as save_code
+from .inversion.codes import Code as Code, CodeWarning as CodeWarning
 from .inversion.ddim import (
     ConvergenceWarning as ConvergenceWarning,
     encodable_timesteps as encodable_timesteps,

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import ours, record, tiny_unet
 
 from ddim.cli import main
-from ddim.inversion.codes import load_code, save_code
+from ddim.inversion.code_files import load_code, save_code
 from ddim.pipelines.unconditional import UnconditionalPipeline
 
 
@@ -863,7 +863,7 @@ def test_pictures_that_an_interrupted_run_left_are_of_its_protocol(
         assert run("encode", tiny, "--images", files, "--steps", steps, "--out", code) == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ddim.runs.codes.make_grid",
+            "ddim.runs.decode.make_grid",
             lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         assert run("decode", tiny, "--code", codes[0], "--out", tmp_path / "out") == 130

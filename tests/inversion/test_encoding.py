@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -19,6 +20,7 @@ from ddim.core.schedule import CLEAN, NoiseSchedule, make_betas, rescale_zero_te
 from ddim.core.timesteps import SPACINGS, select_timesteps, step_pairs
 from ddim.errors import DataError, DDIMError, DivergenceError
 from ddim.fitting.timesteps import estimate_eps_mean_square
+from ddim.inversion.code_files import load_code, save_code
 from ddim.inversion.codes import (
     ENCODERS,
     Code,
@@ -26,8 +28,6 @@ from ddim.inversion.codes import (
     decoding_timesteps,
     default_method,
     fingerprint,
-    load_code,
-    save_code,
     warn_of_rms,
 )
 from ddim.inversion.ddim import (
@@ -570,32 +570,66 @@ def test_damaged_files_are_refused(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="is no code, or is damaged or cut off"):
         load_code(path)
-    import safetensors.torch
-
     safetensors.torch.save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(DataError, match="is no code that `ddim encode` or save_code wrote"):
-        load_code(path)
-    code = make()
-    one = {"states": code.states[:1].contiguous()}
-    told = code.metadata() | {"tensors": json.dumps({"states": fingerprint(one["states"])})}
-    safetensors.torch.save_file(one, path, metadata=told)
-    with pytest.raises(DataError, match=r"a code of o-belm holds 2 state\(s\)"):
         load_code(path)
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     with pytest.raises(
         DataError, match="the code is damaged: its states are not those that were written"
     ):
         load_code(path)
-    safetensors.torch.save_file(
-        code.tensors(), path, metadata=make(labels=torch.arange(4)).metadata()
-    )
-    with pytest.raises(
-        DataError, match="the code is damaged: its labels are not those that were written"
-    ):
-        load_code(path)
-    safetensors.torch.save_file(code.tensors(), path, metadata=code.metadata() | {"code": "{}"})
+
+
+def told_in(path):
+    with safetensors.safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ddim-code"])
+
+
+def test_files_whose_metadata_do_not_fit_are_refused(tmp_path):
+    path, code = tmp_path / "code.safetensors", make()
+    save_code(make(labels=torch.arange(4)), path)
+    others, one = told_in(path), {"states": code.states[:1].contiguous()}
+    save_code(code, path)
+    told = told_in(path)
+    for tensors, changed, message in [
+        (code.tensors(), others, "the code is damaged: its labels are not those that were"),
+        (
+            one,
+            told | {"tensors": {"states": fingerprint(one["states"])}},
+            r"a code of o-belm holds 2 state\(s\)",
+        ),
+        (code.tensors(), told | {"code": {}}, "metadata is damaged"),
+        (code.tensors(), told | {"code": []}, "metadata is damaged"),
+        (code.tensors(), told | {"tensors": None}, "metadata is damaged"),
+        (code.tensors(), told | {"code": told["code"] | {"x": 1}}, "metadata is damaged"),
+        (code.tensors(), [], "metadata is damaged"),
+    ]:
+        metadata = {"ddim-code": json.dumps(changed)}
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+        with pytest.raises(DataError, match=message):
+            load_code(path)
+
+
+def test_files_of_the_first_version_are_read(tmp_path):
+    path, code = tmp_path / "code.safetensors", make(labels=torch.arange(4))
+    save_code(code, path)
+    told = {name: json.dumps(told_in(path)[name]) for name in ("code", "tensors")}
+    metadata = {"format": "ddim-code", "version": "1", **told}
+    safetensors.torch.save_file(code.tensors(), path, metadata=metadata)
+    again = load_code(path)
+    assert torch.equal(again.states, code.states)
+    assert torch.equal(again.labels, code.labels)
+    assert again.timesteps == code.timesteps
+    metadata["tensors"] = "{"
+    safetensors.torch.save_file(code.tensors(), path, metadata=metadata)
     with pytest.raises(DataError, match="metadata is damaged"):
         load_code(path)
+
+
+def test_equal_codes_have_equal_bytes(tmp_path):
+    for number in range(8):
+        save_code(make(labels=torch.arange(4)), tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
 def test_options_out_of_range():

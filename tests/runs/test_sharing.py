@@ -484,3 +484,40 @@ def test_ray_draws_the_same_bytes_also_where_an_actor_is_killed(tiny, tmp_path):
     assert contents(out) == contents(tmp_path / "alone")
     assert numbers(out) == list(range(25))
     assert record(out)["results"] == record(tmp_path / "alone")["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate", "table", "reconstruct", "encode"])
+def test_ray_gives_the_numbers_of_one_process(command, tiny, tmp_path):
+    """Also of what is measured and encoded."""
+    pytest.importorskip("ray")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    data = str(tmp_path / "real.npz")
+    np.savez(data, images=images)
+    measured = ["--reference", data, "--metrics", "kid-pixels,swd-pixels", "--count", "20"]
+    words = {
+        "evaluate": [*measured, "--steps", "2", "--store", "webdataset"],
+        "table": [*measured, "--eta", "0,1", "--steps", "2,3"],
+        "reconstruct": ["--data", data, "--count", "10", "--method", "ddim,o-belm", "--steps", "3"],
+        "encode": ["--data", data, "--count", "20", "--shard-size", "8", "--steps", "3"],
+    }[command]
+    words = [command, str(tiny), *words, "--threads", "1"]
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    script = "import sys; from ddim.cli import main; sys.exit(main(sys.argv[1:]))"
+    rayed = [*words, "--out", str(tmp_path / "ray"), "--engine", "ray"]
+    run = [sys.executable, "-W", "ignore", "-c", script, *rayed]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    times = ("seconds", "speedup")
+    kept = [
+        [{k: v for k, v in row.items() if k not in times} for row in record(out)["results"]]
+        for out in (tmp_path / "one", tmp_path / "ray")
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) > 1
+    workers = {r.worker for r in read_records(tmp_path / "ray")}
+    assert workers.isdisjoint(r.worker for r in read_records(tmp_path / "one"))
+    for kind in ("*.tar", "*.safetensors"):
+        there = [sorted((tmp_path / out).glob(kind)) for out in ("one", "ray")]
+        assert [p.read_bytes() for p in there[0]] == [p.read_bytes() for p in there[1]]

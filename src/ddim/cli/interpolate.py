@@ -14,5 +14,5 @@ def run(request: Request) -> None:
     say(
         f"{len(job.rms)} pictures in {outcome.record.seconds:.1f} s; they are in "
         f"{job.folder / job.items[0]}; the root mean square of the latents is {min(job.rms):.2f} "
-        f"to {max(job.rms):.2f} (noise: 1).{unsolved_note(job.unsolved)}"
+        f"to {max(job.rms):.2f} (noise: 1).{unsolved_note(len(job.unsolved))}"
     )

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -89,9 +89,9 @@ def duration(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
-def unsolved_note(steps: Sequence[str]) -> str:
-    """A sentence about what ``collect_unsolved`` collected; empty for nothing."""
+def unsolved_note(steps: int) -> str:
+    """A sentence about steps that were not solved; empty for none."""
     if not steps:
         return ""
-    count = "1 step was" if len(steps) == 1 else f"{len(steps)} steps were"
+    count = "1 step was" if steps == 1 else f"{steps} steps were"
     return f" {count} not solved to the tolerance; use more steps, or method o-belm."

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from ddim.data.batches import stack_images
+from ddim.data.dataset import ImageData
 from ddim.data.sources import check_source, load_test_images
 from ddim.errors import DataError, DDIMError
 from ddim.inversion.codes import fingerprint
 from ddim.models.facts import FoundModel
 from ddim.models.images import from_pictures, open_picture
 
-__all__ = ["Pictures", "Selection", "check_images", "missing_images", "read_images"]
+__all__ = ["DataPictures", "Pictures", "Selection", "check_images", "missing_images"]
+__all__ += ["open_images", "read_images"]
 
 
 class Pictures(NamedTuple):
@@ -81,42 +83,63 @@ def missing_images(total: int, first: int, count: int | None) -> str | None:
     return f"images {first} to {first + count - 1}" if first + count > total else None
 
 
+class DataPictures(NamedTuple):
+    """Images of a data set to encode, which are read in parts."""
+
+    images: ImageData
+    places: range
+    """Their numbers in the data set."""
+    source: dict[str, Any]
+    """Where they are from: the name and the split."""
+    label: int | None
+    """Class of all; None: the data's own."""
+    has_labels: bool
+    """Whether the model knows classes."""
+
+    def read(self, places: Sequence[int]) -> Pictures:
+        """The images with these numbers."""
+        x0, labels, own = stack_images(self.images, places), None, self.images.labels
+        if self.has_labels and self.label is not None:
+            labels = [self.label] * len(x0)
+        elif self.has_labels and own is not None:
+            labels = own[list(places)].tolist()
+        return Pictures(x0, labels, {**self.source, "images": fingerprint(x0)}, self.images.notes)
+
+
+def open_images(chosen: Selection, shape: tuple[int, int, int], model: FoundModel) -> DataPictures:
+    """Opens a data set whose images are of the model's ``shape`` (C, H, W).
+
+    Raises:
+        DDIMError: If the images do not fit, there are too few, or a class is missing.
+    """
+    data, first, count = str(chosen.data), chosen.first, chosen.number
+    size = shape[1:] if chosen.resize else None
+    found, split = load_test_images(data, split=chosen.split, channels=shape[0], resolution=size)
+    if missing := missing_images(len(found), first, count):
+        asked = (
+            f"--seed and --count ask for the {missing}" if first else f"--count asks for {count}"
+        )
+        raise DataError(f"{data} has {len(found)} images in its split {split}, and {asked}.")
+    _check_size(f"the images of {data} are", found.resolution[::-1], shape)
+    label = model.find_class(chosen.label, required=not found.class_names)
+    places, source = range(len(found))[first:], {"name": data, "split": split}
+    return DataPictures(found, places[:count], source, label, bool(model.classes))
+
+
 def read_images(chosen: Selection, shape: tuple[int, int, int], model: FoundModel) -> Pictures:
     """Images of the model's ``shape`` (C, H, W), from files or a data set.
 
     Raises:
         DDIMError: If an image does not fit, or a class is missing.
     """
-    labels = None
-    notes: tuple[str, ...] = ()
-    source: dict[str, Any] = {}
-    if chosen.files is not None:
-        singles = [_read_file(file, shape, resize=chosen.resize) for file in chosen.files]
-        x0 = torch.cat(singles) if singles else from_pictures([], shape)
-    else:
-        data = str(chosen.data)
-        size = shape[1:] if chosen.resize else None
-        found, split = load_test_images(
-            data, split=chosen.split, channels=shape[0], resolution=size
-        )
-        first, count = chosen.first, chosen.number
-        if missing := missing_images(len(found), first, count):
-            asked = (
-                f"--seed and --count ask for the {missing}"
-                if first
-                else f"--count asks for {count}"
-            )
-            raise DataError(f"{data} has {len(found)} images in its split {split}, and {asked}.")
-        _check_size(f"the images of {data} are", found.resolution[::-1], shape)
-        places = range(first, len(found) if count is None else first + count)
-        x0 = stack_images(found, places)
-        labels = [found[i][1] for i in places] if found.class_names else None
-        source, notes = {"name": data, "split": split}, found.notes
-    label = model.find_class(chosen.label, required=labels is None)
-    if label is not None:
-        labels = [label] * len(x0)
-    labels = labels if model.classes else None
-    return Pictures(x0, labels, {**source, "images": fingerprint(x0)}, notes)
+    if chosen.files is None:
+        opened = open_images(chosen, shape, model)
+        return opened.read(opened.places)
+    singles = [_read_file(file, shape, resize=chosen.resize) for file in chosen.files]
+    x0 = torch.cat(singles) if singles else from_pictures([], shape)
+    label = model.find_class(chosen.label, required=True)
+    labels = None if label is None or not model.classes else [label] * len(x0)
+    return Pictures(x0, labels, {"images": fingerprint(x0)})
 
 
 def _read_file(file: str, shape: tuple[int, int, int], *, resize: bool) -> Tensor:

@@ -5,18 +5,13 @@ state may be decoded with any steps, from its own first level; a pair of states 
 steps too."""
 
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddim.core.checks import (
@@ -31,8 +26,7 @@ from ddim.core.checks import (
 )
 from ddim.core.schedule import NoiseSchedule, check_schedule
 from ddim.core.timesteps import as_levels, check_timesteps
-from ddim.errors import DataError, DDIMError, first_line
-from ddim.files import parse_json, replacing
+from ddim.errors import DDIMError
 from ddim.inversion.ddim import encodable_timesteps
 
 __all__ = [
@@ -40,21 +34,19 @@ __all__ = [
     "Code",
     "CodeWarning",
     "EncodingMethod",
+    "advice_on_rms",
     "check_code",
     "check_method",
     "check_origin",
     "default_method",
     "decoding_timesteps",
     "fingerprint",
-    "load_code",
-    "save_code",
     "warn_of_other_batches",
     "warn_of_rms",
 ]
 
 EncodingMethod = Literal["o-belm", "bdia", "edict", "fixed-point", "ddim"]
 ENCODERS: tuple[str, ...] = get_args(EncodingMethod)
-_FORMAT = {"format": "ddim-code", "version": "1"}
 
 
 _NEAR = (0.25, 3.0)
@@ -198,43 +190,11 @@ class Code:
         leave structure in it."""
         return self.x_T.flatten(1).double().square().mean(1).sqrt()
 
-    def metadata(self) -> dict[str, str]:
-        """What is not a tensor, as safetensors' metadata; :meth:`from_tensors` reads it."""
-        names = ("method", "timesteps", "evaluations", "gamma", "mixing", "batch_size")
-        plain = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        plain |= {"origin": dict(self.origin)}
-        held = {name: fingerprint(value) for name, value in self.tensors().items()}
-        return {**_FORMAT, "code": json.dumps(plain), "tensors": json.dumps(held)}
-
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
         held = {"states": self.states, "residual": self.residual, "labels": self.labels}
         given = {name: value for name, value in held.items() if value is not None}
         return {name: value.detach().cpu().contiguous() for name, value in given.items()}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
-    ) -> "Code":
-        """Rebuilds a code; a DDIMError refuses what :meth:`tensors` and :meth:`metadata` did not
-        give."""
-        if not _FORMAT.items() <= (metadata := metadata or {}).items() or "states" not in tensors:
-            raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
-        try:
-            for name, written in parse_json(metadata["tensors"]).items():
-                if name not in tensors or fingerprint(tensors[name]) != written:
-                    raise DDIMError(
-                        f"the code is damaged: its {name} are not those that were written; encode "
-                        "the images again."
-                    )
-            plain = parse_json(metadata["code"])
-            plain["timesteps"] = tuple(int(t) for t in plain["timesteps"])
-            residual, labels = tensors.get("residual"), tensors.get("labels")
-            return cls(states=tensors["states"], residual=residual, labels=labels, **plain)
-        except DDIMError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise DDIMError(f"the code's metadata is damaged ({error}).") from error
 
 
 def _places(chosen: Any, count: int) -> list[int]:
@@ -249,22 +209,26 @@ def _places(chosen: Any, count: int) -> list[int]:
         raise wrong_argument("chosen", wanted, chosen) from None
 
 
+def advice_on_rms(method: str, low: float, high: float) -> str | None:
+    """A sentence for codes whose RMS, from ``low`` to ``high``, is far from 1; None near it."""
+    if low >= _NEAR[0] and high <= _NEAR[1]:
+        return None
+    other = "bdia" if method == "o-belm" else "fixed-point"
+    advice = "more steps" if method == other else f"method {other}, or more steps"
+    return (
+        f"the codes of {method} have a root mean square from {low:.3g} to {high:.3g}, and noise "
+        "has 1: they come back as they were made, but paths between them and edits leave what the "
+        f"model knows; use {advice}."
+    )
+
+
 def warn_of_rms(code: Code) -> None:
     """Warns, once for all images of a code, if the RMS of one is far from 1."""
     if len(code) == 0:
         return
     rms = code.rms()
-    low, high = float(rms.min()), float(rms.max())
-    if low < _NEAR[0] or high > _NEAR[1]:
-        other = "bdia" if code.method == "o-belm" else "fixed-point"
-        advice = "more steps" if code.method == other else f"method {other}, or more steps"
-        warnings.warn(
-            f"the codes of {code.method} have a root mean square from {low:.3g} to {high:.3g}, and "
-            "noise has 1: they come back as they were made, but paths between them and edits leave "
-            f"what the model knows; use {advice}.",
-            CodeWarning,
-            stacklevel=3,
-        )
+    if advice := advice_on_rms(code.method, float(rms.min()), float(rms.max())):
+        warnings.warn(advice, CodeWarning, stacklevel=3)
 
 
 def warn_of_other_batches(code: Code, batch_size: int) -> None:
@@ -334,36 +298,6 @@ def decoding_timesteps(
             "method fixed-point or ddim."
         )
     return code.timesteps
-
-
-def save_code(code: Code, path: Path | str) -> None:
-    """Writes a code, whole or not at all; a DDIMError refuses what is none."""
-    check_kind("code", code, Code, "a Code, which encode or load_code gives")
-    check_kind("path", path, (str, os.PathLike), "the path of a file")
-    with replacing(path) as partial:
-        safetensors.torch.save_file(code.tensors(), partial, metadata=code.metadata())
-
-
-def load_code(path: Path | str) -> Code:
-    """Reads a code.
-
-    Raises:
-        DataError: If there is no such file, or it is damaged or no code.
-    """
-    check_kind("path", path, (str, os.PathLike), "the path of a file")
-    if Path(path).exists() and not Path(path).is_file():
-        raise DataError(f"{path} is no regular file, so no code.")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Code.from_tensors(tensors, file.metadata())
-    except FileNotFoundError:
-        raise DataError(f"there is no code at {path}.") from None
-    except (SafetensorError, OSError) as error:
-        first = first_line(error).rstrip(".: ")
-        raise DataError(f"{path} is no code, or is damaged or cut off ({first}).") from error
-    except DDIMError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def fingerprint(value: Mapping[str, Tensor] | Tensor) -> str:

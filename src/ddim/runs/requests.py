@@ -227,9 +227,9 @@ class EditRequest(Walk, Drawn, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeRequest(Pictures, Walk, Request):
+class EncodeRequest(Pictures, Walk, Shared, Request):
     """Turns images into one code file, which `ddim decode` turns back; OUT.run.json beside it says
-    how it was made."""
+    how it was made. With --shard-size into a folder of them, whose work processes share."""
 
     images: Annotated[tuple[str, ...] | None, Needs(without="data")] = None
     """Picture files."""
@@ -240,16 +240,22 @@ class EncodeRequest(Pictures, Walk, Request):
     method: Encoder | None = None
     """o-belm, bdia and edict come back exactly, fixed-point nearly; ddim is the paper's own.
     Default: o-belm; bdia at zero terminal SNR, where the codes of o-belm are no noise."""
-    out: str = "code.safetensors"
-    """The file to write; it must not exist."""
+    shard_size: Annotated[int | None, Range(1, MOST_IMAGES), Needs(option="data")] = None
+    """Codes of a file in a folder of them; one process makes a file. Default: one file of all."""
+    out: str | None = None
+    """The file to write, which must not exist; with --shard-size a folder. Default:
+    code.safetensors; of a folder out/encode-MODEL-HASH, of the options that the codes depend
+    on."""
+    overwrite: Annotated[bool, Needs(option="shard_size")] = False
+    """Start anew in a folder of earlier codes; the files that its run.json lists are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest(Walk, Drawn, Request):
-    """Turns a code file back into pictures: a file for each image, and a grid of the first 64."""
+    """Turns codes back into pictures: a file for each image, and a grid of the first 64."""
 
     code: str = "code.safetensors"
-    """The file that `ddim encode` wrote."""
+    """The file or the folder that `ddim encode` wrote."""
     seed: Annotated[int, Range(0, MOST_IMAGES)] = 0
     """Number of the first image of the code, counted from 0."""
     count: Count | None = None
