@@ -55,7 +55,7 @@ dist: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
-	$(BIN)/python packaging/check_wheel.py dist/*.whl --python $(DIST_PYTHONS)
+	$(BIN)/python packaging/check_dist.py dist --python $(DIST_PYTHONS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist docs/_build out
