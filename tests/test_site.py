@@ -21,8 +21,11 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.loaded, self.links, self.anchors = [], [], set()
+        self.loaded, self.links, self.anchors, self.text = [], [], set(), ""
         self.feed(path.read_text())
+
+    def handle_data(self, data):
+        self.text += data
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
@@ -73,6 +76,10 @@ def test_every_link_within_the_site_leads_somewhere(site, pages):
             if not target.is_file() or (anchor and anchor not in pages[there].anchors):
                 dead.append(f"{name} -> {link}")
     assert not dead
+
+
+def test_no_page_shows_why_the_tests_leave_out_a_block(pages):
+    assert not [name for name, page in pages.items() if "not run:" in page.text]
 
 
 def test_every_public_name_is_in_the_reference(pages):
