@@ -41,6 +41,17 @@ def test_codes_come_back_under_their_own_prompt_and_take_the_colour_of_another(t
         assert picture.height > 4 * 32 * 3
 
 
+def test_a_seed_is_one_picture_at_every_number_of_steps_without_fresh_noise_alone(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "12_eta.py"))
+    sheet = example["main"](out=str(tmp_path / "eta.png"), steps=(10, 20), count=2).astype(float)
+    assert sheet.shape == (4, 2, 28, 56, 1)
+    moved = np.abs(sheet[:, 0] - sheet[:, 1]).mean((1, 2, 3))
+    assert moved[0] < 8
+    assert moved[1:].min() > 16, moved
+    with Image.open(tmp_path / "eta.png") as picture:
+        assert picture.height > 4 * 56
+
+
 def test_guidance_moves_the_picture_and_its_rescale_moves_it_again(tiny_text, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
