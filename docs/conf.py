@@ -21,6 +21,7 @@ version = release = ddim.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx_copybutton",
@@ -29,7 +30,31 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-nitpicky = False  # the inventories of torch and diffusers lie on their hosts
+nitpicky = False  # docstrings also name what has no page of its own
+
+# The inventory lies in the repository, so that the build asks no host.
+intersphinx_mapping = {"python": ("https://docs.python.org/3", "inventories/python.inv")}
+
+# The pages of those that offer no inventory to keep, by the name of the class or its module.
+_TORCH = "https://docs.pytorch.org/docs/stable"
+_HUB = "https://huggingface.co/docs"
+_PAGES = {
+    "torch.Tensor": f"{_TORCH}/tensors.html#torch.Tensor",
+    "torch.device": f"{_TORCH}/tensor_attributes.html#torch.device",
+    "torch.dtype": f"{_TORCH}/tensor_attributes.html#torch.dtype",
+    "torch._C.Generator": f"{_TORCH}/generated/torch.Generator.html",
+    "torch.nn.modules.module.Module": f"{_TORCH}/generated/torch.nn.Module.html",
+    "diffusers.pipelines.pipeline_utils": f"{_HUB}/diffusers/api/pipelines/overview",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": (
+        f"{_HUB}/diffusers/api/pipelines/stable_diffusion/text2img"
+    ),
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img": (
+        f"{_HUB}/diffusers/api/pipelines/stable_diffusion/img2img"
+    ),
+    "diffusers.schedulers.scheduling_ddim": f"{_HUB}/diffusers/api/schedulers/ddim",
+    "diffusers.schedulers.scheduling_ddim_inverse": f"{_HUB}/diffusers/api/schedulers/ddim_inverse",
+    "transformers.models.clip.modeling_clip": f"{_HUB}/transformers/model_doc/clip",
+}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -86,6 +111,18 @@ def _find_public(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> node
     return found[0][1] if found else None
 
 
+def _find_page(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.Node | None:
+    """Leads a class of torch, diffusers or transformers to its page there."""
+    name = str(node.get("reftarget", ""))
+    module = name.rpartition(".")[0]
+    if (page := _PAGES.get(name) or _PAGES.get(module)) is None:
+        return None
+    link = nodes.reference("", "", internal=False, refuri=page, reftitle=name)
+    link += contnode
+    return link
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", Commands)
     app.connect("missing-reference", _find_public)
+    app.connect("missing-reference", _find_page)
