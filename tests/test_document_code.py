@@ -51,6 +51,8 @@ FEWER = {
     "reconstruct": {"--count": "2", "--steps": "2"},
     "consistency": {"--count": "2", "--steps": "2,4"},
     "evaluate": {"--count": "8", "--steps": "2"},
+    "encode": {"--count": "20", "--shard-size": "8", "--steps": "2"},
+    "decode": {"--seed": "6", "--count": "4"},
 }
 """The options that a command of a block is run with whatever it says of them, so that it takes
 seconds. All others are those that are written."""
