@@ -69,7 +69,8 @@ FILES = {
     ],
     "studio": [
         {"request", "guard", "desk", "shelf", "python_lines", "fields"},
-        {"markup", "opening", "tasks"},
+        {"markup", "opening"},
+        {"tasks"},
         {"parts"},
         {"draw_tab", "compare_tab", "latent_tab", "doctor_tab"},
         {"page"},

@@ -7,11 +7,13 @@ import torch
 from ddim.cli import main
 
 
-def test_a_state_dict_becomes_a_model_that_is_sampled(tmp_path, capsys):
+def song_checkpoint(path, *, attention=""):
+    """Writes a small checkpoint of the authors' layout; returns its network in diffusers'. With
+    attention ``Attn`` it says that its images are 16x16."""
     network = diffusers.UNet2DModel(
         block_out_channels=(32,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        down_block_types=(f"{attention}DownBlock2D",),
+        up_block_types=(f"{attention}UpBlock2D",),
         layers_per_block=1,
         attention_head_dim=None,
     )
@@ -23,6 +25,8 @@ def test_a_state_dict_becomes_a_model_that_is_sampled(tmp_path, capsys):
     names += [
         ("down_blocks.0.resnets", "down.0.block"),
         ("up_blocks.0.resnets", "up.0.block"),
+        ("down_blocks.0.attentions", "down.0.attn"),
+        ("up_blocks.0.attentions", "up.0.attn"),
         ("time_emb_proj", "temb_proj"),
     ]
     names += [
@@ -40,8 +44,13 @@ def test_a_state_dict_becomes_a_model_that_is_sampled(tmp_path, capsys):
     for key, weight in network.state_dict().items():
         for ours, theirs in names:
             key = key.replace(ours, theirs)
-        state[key] = weight[:, :, None, None] if "attn_1" in key and weight.ndim == 2 else weight
-    torch.save(state, tmp_path / "ema.pth")
+        state[key] = weight[:, :, None, None] if "attn" in key and weight.ndim == 2 else weight
+    torch.save(state, path)
+    return network
+
+
+def test_a_state_dict_becomes_a_model_that_is_sampled(tmp_path, capsys):
+    network = song_checkpoint(tmp_path / "ema.pth")
     out = tmp_path / "model"
     assert (
         main(

@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from tests.cli.test_convert import song_checkpoint
 from tests.studio.conftest import ZOO, start
 
 from ddim.cli import _command, _parse, main
 from ddim.errors import DDIMError
+from ddim.runs.requests import SampleRequest
 from ddim.studio.desk import MOST_OF_ONE, Desk
 from ddim.studio.fields import (
     Subject,
@@ -34,7 +36,7 @@ from ddim.studio.fields import (
 )
 from ddim.studio.guard import LARGEST_UPLOAD
 from ddim.studio.markup import pictures_html, sheet_html
-from ddim.studio.opening import open_model
+from ddim.studio.opening import made_from, open_model
 from ddim.studio.request import StudioRequest
 from ddim.studio.server import check_address
 from ddim.studio.shelf import Shelf
@@ -307,6 +309,28 @@ def test_a_checkpoint_in_one_file_is_opened(tmp_path, desk):
     assert str(wrong) in shelf.names()
     with pytest.raises(DDIMError, match=r"weights\.pth"):
         open_model(str(wrong), shelf, desk.folder)
+
+
+def test_the_lines_of_a_checkpoint_in_one_file_make_its_folder_first(tmp_path, desk, monkeypatch):
+    """The folder that the studio made for itself is gone with it, and is not named."""
+    song_checkpoint(tmp_path / "our ema.pth", attention="Attn")
+    name = str(tmp_path / "our ema.pth")
+    opened = open_model(name, Shelf(name), desk.folder)
+    assert made_from("fashion-mnist") is None
+    request = SampleRequest(model=opened.folder, count=2, steps=2)
+    drawn = done(desk.submit("a/draw", draw(request))).result
+    assert str(desk.folder) not in drawn.command + drawn.python
+    monkeypatch.chdir(tmp_path)
+    first, then = drawn.command.splitlines()
+    for line in (first, f"{then} --out drawn"):
+        assert main(shlex.split(line)[1:]) == 0
+    assert drawn.python.startswith(f"# once, in a shell: {first}\n")
+    exec(compile(drawn.python, "the lines", "exec"), {})
+    shown = [np.asarray(picture) for picture in drawn.pictures]
+    with Image.open("picture.png") as picture:
+        assert (np.asarray(picture) == shown[0]).all()
+    with Image.open("drawn/000001.png") as picture:
+        assert (np.asarray(picture) == shown[1]).all()
 
 
 def test_words_of_a_visitor_are_no_markup():

@@ -1,17 +1,22 @@
 """Opens a model of the shelf: checkpoints in one file become a folder first, once."""
 
 import hashlib
+import shlex
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from ddim.errors import CheckpointError
+from ddim.files import write_text
 from ddim.models.conversion import convert, read_state_dict, write_model
 from ddim.studio.shelf import Shelf
 
-__all__ = ["Opened", "open_model"]
+__all__ = ["Made", "Opened", "made_from", "open_model"]
 
 _LOCK = threading.Lock()
+_COMMAND = ".made-by"
+"""A file beside a folder that a checkpoint was converted to: the command that makes such a one."""
+_SAVE = "from ddim import DiffusionPipeline as D; D.from_single_file({!r}).save_pretrained({!r})"
 
 
 class Opened(NamedTuple):
@@ -38,13 +43,34 @@ def open_model(name: str, shelf: Shelf, work: Path) -> Opened:
     with _LOCK:  # two visitors may choose it at once
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _convert(path, folder)
+            command = _convert(path, folder)
+            write_text(folder.parent / _COMMAND, shlex.join(command))
     return Opened(name, str(folder))
 
 
-def _convert(path: Path, folder: Path) -> None:
+class Made(NamedTuple):
+    """How a person makes the folder of a checkpoint in one file that the page has opened."""
+
+    command: str
+    folder: str
+    """The name of the folder that the command makes, below the one where it is called."""
+
+
+def made_from(model: str) -> Made | None:
+    """How the folder of a model came to be that :func:`open_model` made; None for another."""
+    told = Path(model).parent / _COMMAND
+    return Made(told.read_text(), _beside(Path(model))) if told.is_file() else None
+
+
+def _beside(folder: Path) -> str:
+    return f"./{folder.name}"
+
+
+def _convert(path: Path, folder: Path) -> list[str]:
+    """Converts a checkpoint; returns the words of the command that does the same."""
     try:
         write_model(convert(read_state_dict(path)), folder)
+        return ["ddim", "convert", str(path), _beside(folder)]
     except CheckpointError as refusal:
         if path.suffix != ".safetensors":
             raise
@@ -59,3 +85,4 @@ def _convert(path: Path, folder: Path) -> None:
                 "save_pretrained, and start the studio with that folder."
             ) from None
         pipe.save_pretrained(folder)
+        return ["python", "-c", _SAVE.format(str(path), _beside(folder))]

@@ -23,6 +23,7 @@ from ddim.runs.sample import SampleJob
 from ddim.runs.show import ShowJob, ShowRequest, show_request
 from ddim.studio.desk import Ticket
 from ddim.studio.fields import Cells, command_line
+from ddim.studio.opening import made_from
 from ddim.studio.python_lines import python_lines
 
 __all__ = ["Drawn", "Edited", "Examined", "Sheet", "Walked"]
@@ -49,8 +50,11 @@ def draw(request: SampleRequest) -> Work:
         asked = replace(request, out=str(ticket.folder / "run"))
         job = SampleJob(asked, ticket.control())
         labels = tuple(f"seed {request.seed + n}" for n in range(request.count))
-        lines = python_lines(job, model=request.model)
-        drawn = Drawn(command_line("sample", request), lines, labels)
+        made = made_from(request.model)
+        lines = python_lines(job, model=request.model if made is None else made.folder)
+        if made is not None:
+            lines = f"# once, in a shell: {made.command}\n{lines}"
+        drawn = Drawn(_command("sample", request), lines, labels)
         ticket.report(drawn)
         outcome = execute(job)
         if not outcome.finished:
@@ -191,7 +195,7 @@ def edit(request: EditRequest) -> Work:
     def work(ticket: Ticket) -> Edited:
         name = request.image and Path(request.image).name
         labels = ("before", "out of its code again", request.to)
-        edited = Edited(command_line("edit", replace(request, image=name)), labels)
+        edited = Edited(_command("edit", replace(request, image=name)), labels)
         ticket.report(edited)
         job = EditJob(replace(request, out=str(ticket.folder / "run")), ticket.control())
         if not execute(job).finished:
@@ -220,7 +224,7 @@ def walk_between(request: InterpolateRequest) -> Work:
     def work(ticket: Ticket) -> Walked:
         names = request.images and tuple(Path(path).name for path in request.images)
         walked = Walked(
-            command_line("interpolate", replace(request, images=names)), request.count, request.grid
+            _command("interpolate", replace(request, images=names)), request.count, request.grid
         )
         ticket.report(walked)
         job = InterpolateJob(replace(request, out=str(ticket.folder / "run")), ticket.control())
@@ -275,6 +279,14 @@ def look_at(request: DoctorRequest) -> Work:
         return replace(found, sheet=sheet)
 
     return work
+
+
+def _command(name: str, request: Any) -> str:
+    """The command of a request; before it, of a checkpoint in one file, the one that makes a
+    folder of it, since commands take folders."""
+    if (made := made_from(request.model)) is None:
+        return command_line(name, request)
+    return f"{made.command}\n{command_line(name, replace(request, model=made.folder))}"
 
 
 _CORRECTED = "scheduler_config.json"
