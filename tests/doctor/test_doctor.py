@@ -367,6 +367,26 @@ def test_references_are_installed_or_on_the_web():
     assert codes >= set(CHECKS)
 
 
+def test_a_spacing_that_was_asked_for_is_told_where_the_configuration_is_right():
+    config = SD | {
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    worse = diagnose(config, steps=5, spacing="leading")
+    assert worse.verdict.endswith("; the configuration's own spacing mends it.")
+    assert worse.after.summary == diagnose(config, steps=5).summary
+    assert (worse.python, worse.changed) == ("", {})
+    leaky = diagnose(config | {"rescale_betas_zero_snr": False}, steps=5, spacing="leading")
+    assert "the configuration's own spacing leaves" in leaky.verdict
+    assert (
+        diagnose(config, steps=5, spacing="trailing").verdict == diagnose(config, steps=5).verdict
+    )
+    other = diagnose(config | {"timestep_spacing": "linspace"}, steps=5, spacing="leading")
+    assert other.changed == {"timestep_spacing": "trailing"}
+    assert other.verdict.endswith("; the line below mends it.")
+
+
 def test_the_verdict_is_one_sentence_and_the_line_of_python_does_what_is_proposed():
     scheduler = ddim.DDIMScheduler.from_config({**SD, "timestep_spacing": "leading"})
     diagnosis = diagnose(dict(scheduler.config), steps=10)

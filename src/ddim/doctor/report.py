@@ -64,7 +64,10 @@ class Diagnosis:
     def verdict(self) -> str:
         """One sentence for a person whose pictures are dark: is it the sampler, and what helps?"""
         after = (self.after or self).summary
-        return give_verdict(self.findings, self.summary, after, changes=bool(self.python))
+        goes_back = bool(self.asked) and self.after is not None and not self.changed
+        return give_verdict(
+            self.findings, self.summary, after, changes=bool(self.python), other_spacing=goes_back
+        )
 
     @property
     def python(self) -> str:
@@ -160,7 +163,8 @@ def diagnose(
         "probe": probe,
     }
     first = last = _diagnose_once(config, spacing=spacing, **options)
-    rounds = [first.config]
+    # Of another spacing than the configuration's, the configuration itself may be the mended one.
+    rounds = [] if first.asked else [first.config]
     while (corrected := last._corrected()) not in rounds:
         # The configuration holds the spacing that was asked for by now.
         last = _diagnose_once(corrected, spacing=None, **options)

@@ -38,6 +38,7 @@ def give_verdict(
     after: Mapping[str, Any],
     *,
     changes: bool,
+    other_spacing: bool = False,
 ) -> str:
     """One sentence for a person whose pictures are dark or grey.
 
@@ -46,10 +47,13 @@ def give_verdict(
         summary: Its figures; empty for a scheduler of another family.
         after: The figures with all fixes that need no training.
         changes: Whether there are such fixes, so that a line to paste follows.
+        other_spacing: Whether the spacing is not the configuration's, and the fixes go back to it.
     """
     if not summary:
         return "The doctor cannot tell: this scheduler is not of DDIM's family (DDIM018)."
-    helps = "the line below mends it" if changes else "see below what helps"
+    line = "the line below" if changes else "the configuration's own spacing"
+    mends = changes or other_spacing
+    helps = f"{line} mends it" if mends else "see below what helps"
     errors = [f.code for f in findings if f.severity == "error"]
     ours = [f.code for f in findings if f.severity == "error" and not f.diffusers_only]
     if {"DDIM002", "DDIM007"} & set(ours):
@@ -60,7 +64,7 @@ def give_verdict(
         )
     bias, left = summary["brightness_bias"], after["brightness_bias"]
     if abs(bias) >= FAINT:
-        return f"{_grey(bias)}; {_remedy(findings, bias, left, changes)}."
+        return f"{_grey(bias)}; {_remedy(findings, bias, left, line if mends else None)}."
     if errors:
         what = f"Plain diffusers spoils your pictures ({', '.join(errors)})"
         return f"{what}, and ddim.DDIMScheduler does not; {helps}."
@@ -77,12 +81,13 @@ def _grey(bias: float) -> str:
     return f"{way}, by about {levels} of 255 grey levels, and all come out too grey and alike"
 
 
-def _remedy(findings: Sequence[Finding], bias: float, left: float, changes: bool) -> str:
+def _remedy(findings: Sequence[Finding], bias: float, left: float, line: str | None) -> str:
+    """What helps; ``line`` says what mends, or None where nothing does without training."""
     trains = any(f.code == "DDIM001" and f.fix for f in findings)
     training = "training with zero terminal SNR mends it (DDIM001)" if trains else ""
-    if abs(left) < FAINT:
-        return "the line below mends it"
-    if changes and abs(bias) - abs(left) >= GREY_LEVEL:
+    if line is not None and abs(left) < FAINT:
+        return f"{line} mends it"
+    if line is not None and abs(bias) - abs(left) >= GREY_LEVEL:
         rest = f"; {training.replace('mends it', 'mends the rest')}" if trains else ""
-        return f"the line below leaves {round(abs(left) * 127.5)} of them{rest}"
+        return f"{line} leaves {round(abs(left) * 127.5)} of them{rest}"
     return training or "no key of the configuration mends it"
