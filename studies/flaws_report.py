@@ -61,6 +61,10 @@ TRAININGS: Mapping[str, Training] = {
 _COLOURS = {"epsilon": "tab:red", "v": "tab:orange", "zero-snr": "tab:blue"}
 
 
+_BESIDE = 0.014
+"""How far the points of two settings are apart that were asked for the same brightness."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A model and how it is sampled."""
@@ -290,23 +294,25 @@ def plot_flaws(records: Sequence[Record]) -> Figure:
 
 
 def _plot_backgrounds(axes: Any, records: Sequence[Record]) -> None:
-    for setting, group in _by_setting(records):
-        line = sorted(group, key=lambda r: r["requested"])
-        style = {
-            "color": _COLOURS[setting.model],
-            "linestyle": "-" if setting.guidance_rescale else ":",
-            "marker": "o" if setting.spacing == "trailing" else "s",
-            "markersize": 4,
-        }
+    drawn = _by_setting(records)
+    requested = sorted({r["requested"] for r in records})
+    for number, (setting, group) in enumerate(drawn):
+        beside = _BESIDE * (number - (len(drawn) - 1) / 2)  # so that no error bar hides another
+        colour = _COLOURS[setting.model]
         axes.errorbar(
-            [r["requested"] for r in line],
-            [r["brightness"] - r["requested"] for r in line],
-            yerr=[r["spread"] for r in line],
-            capsize=2,
-            **style,
+            [r["requested"] + beside for r in group],
+            [r["brightness"] - r["requested"] for r in group],
+            yerr=[r["spread"] for r in group],
+            color=colour,
+            linestyle="",
+            elinewidth=1,
+            marker="o" if setting.spacing == "trailing" else "s",
+            markersize=4,
+            markerfacecolor=colour if setting.guidance_rescale else "white",
+            label=setting.label,
         )
-        axes.plot([], [], label=setting.label, **style)
     axes.axhline(0, color="grey", linewidth=1)
+    axes.set_xticks(requested, [f"{value:.2f}" for value in requested])
     axes.set(xlabel="brightness asked for", ylabel="brightness made, less that asked for")
 
 

@@ -28,6 +28,8 @@ def labels(figure, axis):
         ((50, 60), (-400, 9000)),
         (tuple(range(5, 45, 2)), (1e-32, 0.5)),
         ((7,), (2, 2)),
+        ((5, 10, 20, 50), (3e-6, 0.01)),
+        ((5, 10, 20, 50), (3, 5e6)),
     ],
 )
 def test_numbers_along_the_axes_are_enough_and_do_not_overlap(steps, heights):
@@ -41,6 +43,7 @@ def test_numbers_along_the_axes_are_enough_and_do_not_overlap(steps, heights):
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
         powers = [text for text in texts if "mathdefault" in text]
         assert len(powers) in (0, len(texts))  # one form
+        assert not [text for text in texts if "e" in text.removeprefix(r"$\mathdefault")]
 
 
 def test_error_bars_at_one_place_stand_beside_one_another_and_the_legend_says_what_is_drawn():

@@ -1,6 +1,7 @@
 """Records say what was measured; on Gaussian data the theory beside them is met by exact
 sampling."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +141,10 @@ def test_the_plot_draws_every_line(records):
     assert len(left.get_legend_handles_labels()[1]) == 12
     assert len(middle.get_lines()) == 4
     assert right.get_ylabel()
+
+
+def test_no_error_bar_of_a_background_hides_another(records):
+    left = plot_flaws(records).axes[0]
+    places = [float(bar[0][0]) for drawn in left.collections for bar in drawn.get_segments()]
+    assert len(places) == 12 * len(left.get_xticks())
+    assert np.diff(sorted(places)).min() > 0.01

@@ -105,14 +105,14 @@ def draw_lines(
 
 def plain_numbers(axes: Any) -> None:
     """Writes the numbers along both axes in one form each: as they are, or as powers of ten where a
-    logarithmic axis spans more than five of them."""
+    logarithmic axis spans more than five of them or ends where digits are no longer read."""
     from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, NullFormatter
 
     for axis, scale, (low, high) in (
         (axes.xaxis, axes.get_xscale(), axes.get_xlim()),
         (axes.yaxis, axes.get_yscale(), axes.get_ylim()),
     ):
-        is_wide = scale == "log" and high > 1e5 * low
+        is_wide = scale == "log" and (high > 1e5 * low or low < 1e-4 or high >= 1e6)
         if scale == "log" and axis is axes.yaxis:
             _mark(axis, low, high)
         plain = FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\u2212"))
