@@ -142,12 +142,14 @@ def test_in_float32_out_of_the_box_a_step_is_diffusers_step(kind, clip, beta):
     for count in (10, 50):
         ours, theirs = pair(count, prediction_type=kind, clip_sample=clip, **beta)
         for t in ours.timesteps:
+            # Clean data are told to an ulp of x_t over alpha_t, also those inside of the clip.
+            bound = max(2e-6, 2**-23 / float(ours.alphas_cumprod[t]) ** 0.5)
             for eta in (0.0, 1.0):
                 a, b = (
                     s.step(m, t, x, eta, variance_noise=z if eta else None) for s in (ours, theirs)
                 )
                 assert distance(a.prev_sample, b.prev_sample) < 2e-6
-                assert distance(a.pred_original_sample, b.pred_original_sample) < 2e-6
+                assert distance(a.pred_original_sample, b.pred_original_sample) < bound
 
 
 @pytest.mark.parametrize("beta", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=str)
