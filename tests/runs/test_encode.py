@@ -72,7 +72,9 @@ def test_a_folder_holds_what_the_pipeline_encodes(alone, tiny, data):
     assert told == [float(rms.mean()), float(rms.min()), float(rms.max())]
 
 
-@pytest.mark.parametrize("how", ["workers", "launched", "interrupted"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("workers", marks=pytest.mark.slow), "launched", "interrupted"]
+)
 def test_the_bytes_do_not_depend_on_who_encodes(how, alone, tiny, data, tmp_path, monkeypatch):
     out, words = tmp_path / "codes", options(tiny, data, tmp_path / "codes")
     if how == "workers":

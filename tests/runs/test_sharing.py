@@ -100,7 +100,10 @@ def interrupted(tiny, tmp_path):
         process.stdout.close()
 
 
-@pytest.mark.parametrize("store", ["webdataset", "parquet", "npz", "files"])
+@pytest.mark.parametrize(
+    "store",
+    ["webdataset", "files", *(pytest.param(s, marks=pytest.mark.slow) for s in ("parquet", "npz"))],
+)
 def test_a_run_that_is_killed_in_a_shard_is_gone_on_with_to_equal_bytes(
     store, alone, tiny, tmp_path, interrupted, capsys
 ):
@@ -400,6 +403,7 @@ def test_pictures_that_are_there_are_not_kept_again(tmp_path, capsys):
     assert "--picture acts only with --store" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_workers_measure_what_one_process_measures(tiny, tmp_path, capfd):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "real.npz", images=rng.integers(0, 256, (60, 8, 8), dtype=np.uint8))
