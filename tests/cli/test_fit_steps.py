@@ -119,6 +119,7 @@ def test_steps_that_were_fitted_to_another_model_or_order_are_told_and_drawn_wit
     assert note("f", tiny_classes, "--timesteps", path) == []
 
 
+@pytest.mark.slow
 def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_near(
     tiny_classes, tmp_path
 ):
@@ -135,6 +136,7 @@ def test_the_held_out_errors_do_not_depend_on_their_batches_and_exact_ones_are_n
             )
 
 
+@pytest.mark.slow
 def test_guided_models_of_text_are_fitted_on_their_latents(tiny_text, tmp_path, capsys):
     found = {}
     for scale in (1, 7.5):

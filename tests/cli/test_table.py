@@ -278,6 +278,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_lets_go_of_its_folder_and_of_no_finished_cell(
     model, reference, tmp_path, capsys
 ):
@@ -378,6 +379,7 @@ def test_a_damaged_cell_is_named(whole, model, reference, tmp_path, capsys):
     assert "eta-0.0-steps-2.json is not a cell of this program" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_that_die_are_told_and_finished_cells_are_kept(
     model, reference, tmp_path, capsys, monkeypatch
 ):

@@ -112,6 +112,7 @@ def captioned(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_an_epsilon_text_model_becomes_a_zero_snr_one_that_plain_diffusers_samples(
     tmp_path, tiny_text, captioned, capsys
 ):

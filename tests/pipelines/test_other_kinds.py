@@ -57,6 +57,7 @@ print([type(pipe).__name__, type(pipe.scheduler).__module__.split(".")[0]])
 """
 
 
+@pytest.mark.slow
 def test_what_was_opened_and_saved_opens_without_this_package(latent_model, tmp_path):
     DiffusionPipeline.from_pretrained(latent_model).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -471,6 +471,7 @@ def test_a_call_says_its_seeds_in_either_loop(pipe, edit, tiny_text):
         assert len(first.to_tuple()) <= 2
 
 
+@pytest.mark.slow
 def test_nothing_is_nan_for_any_count_eta_guidance_rescale_and_precision(tiny_text):
     pipe = TextToImagePipeline.from_pretrained(tiny_text)
     pipe.scheduler = DDIMScheduler.from_config(
