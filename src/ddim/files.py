@@ -5,11 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ __all__ = [
     "load_json",
     "locked",
     "locked_file",
+    "named_range",
     "parse_json",
+    "range_name",
     "remove_partial",
     "replacing",
     "replacing_folder",
@@ -32,6 +35,17 @@ __all__ = [
 _WAIT = 0.05  # seconds between two questions whether to go on waiting for a lock
 
 _LARGEST_JSON = 2**26  # bytes; the indices of sharded weights have some 10**5
+
+
+def range_name(numbers: Sequence[int]) -> str:
+    """The name of what holds consecutive numbers; names sort as the numbers do."""
+    return f"{numbers[0]:010d}-{numbers[-1]:010d}"
+
+
+def named_range(name: str) -> range:
+    """The numbers that :func:`range_name` gave a name; empty where it is no such name."""
+    found = re.fullmatch(r"(\d{10,})-(\d{10,})", name)
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 _TOKEN = f"{secrets.randbelow(10**9):09d}"

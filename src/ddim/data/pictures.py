@@ -96,14 +96,14 @@ class DataPictures(NamedTuple):
     has_labels: bool
     """Whether the model knows classes."""
 
-    def read(self, places: Sequence[int]) -> Pictures:
-        """The images with these numbers."""
-        x0, labels, own = stack_images(self.images, places), None, self.images.labels
+    def read(self, places: Sequence[int]) -> tuple[Tensor, list[int] | None]:
+        """The images with these numbers, and their classes where the model knows classes."""
+        labels, own = None, self.images.labels
         if self.has_labels and self.label is not None:
-            labels = [self.label] * len(x0)
+            labels = [self.label] * len(places)
         elif self.has_labels and own is not None:
             labels = own[list(places)].tolist()
-        return Pictures(x0, labels, {**self.source, "images": fingerprint(x0)}, self.images.notes)
+        return stack_images(self.images, places), labels
 
 
 def open_images(chosen: Selection, shape: tuple[int, int, int], model: FoundModel) -> DataPictures:
@@ -134,7 +134,9 @@ def read_images(chosen: Selection, shape: tuple[int, int, int], model: FoundMode
     """
     if chosen.files is None:
         opened = open_images(chosen, shape, model)
-        return opened.read(opened.places)
+        x0, labels = opened.read(opened.places)
+        data = {**opened.source, "images": fingerprint(x0)}
+        return Pictures(x0, labels, data, opened.images.notes)
     singles = [_read_file(file, shape, resize=chosen.resize) for file in chosen.files]
     x0 = torch.cat(singles) if singles else from_pictures([], shape)
     label = model.find_class(chosen.label, required=True)

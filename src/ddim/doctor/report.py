@@ -164,7 +164,7 @@ def diagnose(
     }
     first = last = _diagnose_once(config, spacing=spacing, **options)
     # Of another spacing than the configuration's, the configuration itself may be the mended one.
-    rounds = [] if first.asked else [first.config]
+    rounds = [first.config] if first.config | first.asked == first.config else []
     while (corrected := last._corrected()) not in rounds:
         # The configuration holds the spacing that was asked for by now.
         last = _diagnose_once(corrected, spacing=None, **options)

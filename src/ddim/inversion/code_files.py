@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from ddim.core.checks import check_kind
 from ddim.errors import DataError, DDIMError, first_line
-from ddim.files import parse_json, replacing
+from ddim.files import named_range, parse_json, replacing
 from ddim.inversion.codes import Code, fingerprint
 
 __all__ = ["StoredCode", "load_code", "open_code", "save_code"]
 
 _FORMAT = "ddim-code"
-
-_PART = re.compile(r"(\d{10,})-(\d{10,})\.safetensors")
-"""A part is named by the numbers of its first and last image."""
 
 
 def save_code(code: Code, path: Path | str) -> None:
@@ -83,25 +80,21 @@ def open_code(path: Path | str) -> StoredCode:
             raise DataError(f"{path} is no regular file, so no code.")
         count, states = _read_header(path)
         return StoredCode((path,), (count,), states)
-    parts = sorted((file for file in path.iterdir() if _PART.fullmatch(file.name)), key=_numbers)
+    # A part is named by the numbers of its images.
+    named = (p for p in path.glob("*.safetensors") if named_range(p.stem))
+    parts = sorted(named, key=lambda p: named_range(p.stem).start)
     if not parts:
         raise DataError(f"{path} holds no code that `ddim encode` wrote.")
-    for before, after in zip(parts, parts[1:], strict=False):
-        if (last := _numbers(before)[1]) + 1 != (following := _numbers(after)[0]):
+    held = [named_range(part.stem) for part in parts]
+    for before, after in pairwise(held):
+        if before.stop != after.start:
             raise DataError(
-                f"{path} lacks the codes of the images {last + 1} to {following - 1}; run the "
+                f"{path} lacks the codes of the images {before.stop} to {after.start - 1}; run the "
                 "command that encodes them again."
             )
     headers = [_read_header(part) for part in parts]
     states = hashlib.sha256("".join(print for _, print in headers).encode()).hexdigest()[:16]
     return StoredCode(tuple(parts), tuple(count for count, _ in headers), states)
-
-
-def _numbers(part: Path) -> tuple[int, int]:
-    """The first and the last image of a part."""
-    found = _PART.fullmatch(part.name)
-    assert found is not None
-    return int(found[1]), int(found[2])
 
 
 @contextlib.contextmanager
@@ -117,38 +110,30 @@ def _reading(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is no code, or is damaged or cut off ({first}).") from error
     except DDIMError as error:
         raise DataError(f"{path}: {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: the code's metadata is damaged ({error}).") from error
 
 
 def _read_header(path: Path) -> tuple[int, str]:
     """How many images a file holds, and the fingerprint of their states."""
     with _reading(path) as file:
-        told = _told(file)
-        try:
-            return int(file.get_slice("states").get_shape()[1]), str(told["tensors"]["states"])
-        except (LookupError, TypeError) as error:
-            raise DDIMError(f"the code's metadata is damaged ({error}).") from error
+        states = str(_told(file)["tensors"]["states"])
+        return int(file.get_slice("states").get_shape()[1]), states
 
 
 def _load(path: Path) -> Code:
     with _reading(path) as file:
         told = _told(file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    try:
         for name, written in told["tensors"].items():
             if name not in tensors or fingerprint(tensors[name]) != written:
-                raise DataError(
-                    f"{path}: the code is damaged: its {name} are not those that were written; "
-                    "encode the images again."
+                raise DDIMError(
+                    f"the code is damaged: its {name} are not those that were written; encode the "
+                    "images again."
                 )
         plain = {**told["code"], "timesteps": tuple(int(t) for t in told["code"]["timesteps"])}
         residual, labels = tensors.get("residual"), tensors.get("labels")
         return Code(states=tensors["states"], residual=residual, labels=labels, **plain)
-    except DataError:
-        raise
-    except DDIMError as error:
-        raise DataError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: the code's metadata is damaged ({error}).") from error
 
 
 def _metadata(code: Code) -> dict[str, str]:
@@ -162,18 +147,12 @@ def _metadata(code: Code) -> dict[str, str]:
 
 
 def _told(file: Any) -> Any:
-    """What :func:`_metadata` wrote into a file, or version 1, which had a text for each part.
-
-    Raises:
-        DDIMError: If the file is no code, or its metadata are damaged.
-    """
+    """What :func:`_metadata` wrote into a file, or version 1, which had a text for each part; a
+    DDIMError refuses a file that is no code."""
     metadata = file.metadata() or {}
     is_first = metadata.get("format") == _FORMAT and metadata.get("version") == "1"
     if not (is_first or _FORMAT in metadata) or "states" not in file.keys():  # noqa: SIM118
         raise DDIMError("the file is no code that `ddim encode` or save_code wrote.")
-    try:
-        if is_first:
-            return {name: parse_json(metadata[name]) for name in ("code", "tensors")}
-        return parse_json(metadata[_FORMAT])
-    except (KeyError, ValueError) as error:
-        raise DDIMError(f"the code's metadata is damaged ({error}).") from error
+    if is_first:
+        return {name: parse_json(metadata[name]) for name in ("code", "tensors")}
+    return parse_json(metadata[_FORMAT])

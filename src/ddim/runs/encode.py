@@ -7,9 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ddim.data.batches import data_hash
-from ddim.data.pictures import Pictures, Selection, check_images, open_images, read_images
+from ddim.data.pictures import Selection, check_images, open_images, read_images
 from ddim.errors import DDIMError
+from ddim.files import range_name
 from ddim.inversion.code_files import save_code
 from ddim.inversion.codes import Code, CodeWarning, advice_on_rms, default_method
 from ddim.inversion.ddim import collect_unsolved
@@ -18,7 +21,7 @@ from ddim.runs.engine import Control, FileJob, Made, Row
 from ddim.runs.model import PixelJob, enough_memory
 from ddim.runs.record import NAME, RunRecord, write_run
 from ddim.runs.requests import EncodeRequest
-from ddim.runs.shards import FOLDER, Blocks, Shard, launched, range_name
+from ddim.runs.shards import FOLDER, Blocks, Shard, launched
 from ddim.runs.shared_options import Shared
 from ddim.runs.sharing import SharedJob
 
@@ -54,13 +57,12 @@ class _Encoding(PixelJob):
         self.note_levels(self.asked_levels(request.steps), self.timesteps)
         self.method = request.method or default_method(self.plan.noise_schedule)
 
-    def encode(self, pictures: Pictures) -> _Encoded:
-        """The code of some images."""
+    def encode(self, x0: Tensor, labels: list[int] | None) -> _Encoded:
+        """The code of some images, [B, C, H, W] in [-1, 1], of these classes."""
         request, began = self.request, time.perf_counter()
         walk: dict[str, Any] = {"timesteps": self.timesteps, "batch_size": request.batch_size}
         with self.counted() as calls, collect_unsolved() as unsolved:
-            labels = pictures.labels
-            code = self.pipe.encode(pictures.x0, method=self.method, class_labels=labels, **walk)
+            code = self.pipe.encode(x0, method=self.method, class_labels=labels, **walk)
         took = time.perf_counter() - began
         return _Encoded(code, calls.each(len(code)), len(unsolved), took)
 
@@ -84,9 +86,10 @@ class EncodeJob(FileJob, _Encoding):
         self.execution = {"count": len(self.pictures.x0), **self.executed("batch_size")}
 
     def make(self, missing: Sequence[Path]) -> Generator[Made]:
+        x0, labels, *_ = self.pictures
         with enough_memory(self.device, self.request.batch_size):
-            self.warm_up(len(self.pictures.x0))
-            self.code, self.calls, self.unsolved, seconds = self.encode(self.pictures)
+            self.warm_up(len(x0))
+            self.code, self.calls, self.unsolved, seconds = self.encode(x0, labels)
         yield Made(self.folder, seconds=seconds)
 
     def results(self, rows: list[Row]) -> list[Row]:
@@ -113,7 +116,8 @@ class EncodeFolderJob(SharedJob, _Encoding):
     def __init__(self, request: EncodeRequest, control: Control) -> None:
         super().__init__(request, control)
         self.resolve()
-        size = int(request.shard_size or 0)
+        size = request.shard_size
+        assert size is not None
         self.pictures = open_images(Selection.of(request), self.plan.image_shape, self.model)
         self.note_all(self.pictures.images.notes)
         self.items = places = self.pictures.places
@@ -157,7 +161,7 @@ class EncodeFolderJob(SharedJob, _Encoding):
     def make(self, missing: Sequence[int]) -> Generator[Made]:
         with enough_memory(self.device, self.request.batch_size), warnings.catch_warnings():
             warnings.simplefilter("ignore", CodeWarning)  # once for all of them, at the end
-            code, evaluations, unsolved, seconds = self.encode(self.pictures.read(missing))
+            code, evaluations, unsolved, seconds = self.encode(*self.pictures.read(missing))
         save_code(code, self.folder / _file(missing))
         rms, numbers = code.rms(), {"first": missing[0], "last": missing[-1], "images": len(code)}
         row: Row = {"file": _file(missing), **numbers, "evaluations": evaluations}

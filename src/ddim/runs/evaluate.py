@@ -16,7 +16,7 @@ from ddim.data.sources import load_images
 from ddim.errors import DataError
 from ddim.evaluation.protocol import collect, measure, sample_cuts
 from ddim.evaluation.sketches import load_collected, save_collected
-from ddim.files import replacing
+from ddim.files import range_name, replacing
 from ddim.models.checkpoints import embedded_models
 from ddim.models.facts import read_model
 from ddim.models.images import load_image
@@ -26,7 +26,7 @@ from ddim.runs.model import find_device, spacing_of
 from ddim.runs.record import RunRecord, read_run
 from ddim.runs.requests import EvaluateRequest
 from ddim.runs.rules import Options
-from ddim.runs.shards import FOLDER, Blocks, Shard, range_name
+from ddim.runs.shards import FOLDER, Blocks, Shard
 from ddim.runs.sharing import SharedJob
 from ddim.runs.stores import SUFFIXES, Picture, kept_pictures
 from ddim.runs.text import Item

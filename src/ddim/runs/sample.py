@@ -21,7 +21,7 @@ from ddim.data.batches import data_hash, pick, stack_images
 from ddim.data.dataset import ImageData
 from ddim.data.sources import is_here, load_images
 from ddim.errors import DataError, DDIMError, OutputError
-from ddim.files import write_json
+from ddim.files import range_name, write_json
 from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.facts import FoundModel
 from ddim.models.folder import read_json
@@ -32,7 +32,7 @@ from ddim.runs.model import ModelJob, enough_memory, sampling_evaluations, spaci
 from ddim.runs.record import identity
 from ddim.runs.requests import SampleRequest
 from ddim.runs.rules import Options
-from ddim.runs.shards import Blocks, Shard, ShardRecord, range_name
+from ddim.runs.shards import Blocks, Shard, ShardRecord
 from ddim.runs.sharing import SharedJob
 from ddim.runs.stores import SUFFIXES, Picture, first_pictures, kept_pictures
 from ddim.runs.text import Item, TextOptions, read_text

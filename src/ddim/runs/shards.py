@@ -8,17 +8,16 @@ loads anything.
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from ddim.errors import OutputError
-from ddim.files import load_json, whole_hash, write_json
+from ddim.files import load_json, named_range, range_name, whole_hash, write_json
 
 __all__ = ["FOLDER", "Blocks", "Shard", "ShardRecord", "digest", "launched", "local_rank"]
-__all__ += ["range_name", "read_records", "write_record"]
+__all__ += ["read_records", "write_record"]
 
 FOLDER = ".shards"
 """The folder of records and leases, in the folder of the results."""
@@ -76,11 +75,6 @@ class Blocks(Sequence[Shard]):
         return Shard(range_name(whole), range(max(begin, self.first), min(whole.stop, self.last)))
 
 
-def range_name(numbers: Sequence[int]) -> str:
-    """The name of consecutive numbers; names sort as the numbers do."""
-    return f"{numbers[0]:010d}-{numbers[-1]:010d}"
-
-
 @dataclass(frozen=True)
 class ShardRecord:
     """What is known of a shard that is done.
@@ -110,8 +104,7 @@ class ShardRecord:
     @property
     def numbers(self) -> range:
         """The numbers of its items; empty where the items are not numbered."""
-        found = re.fullmatch(r"(\d{10,})-(\d{10,})", self.name)
-        return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+        return named_range(self.name)
 
     def is_whole(self, folder: Path) -> bool:
         """Whether its files are there, and together of the recorded size."""
