@@ -373,7 +373,10 @@ def test_what_diffusers_does_not_know_is_not_saved(tiny, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny_classes", "foreign"])
+@pytest.mark.parametrize(
+    "model",
+    ["tiny", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tiny_classes", "foreign"))],
+)
 def test_a_warm_up_compiles_all_there_is_and_saving_stays_as_it_was(model, request, tmp_path):
     folder = request.getfixturevalue(model)
     plain, compiled, compilations = (
