@@ -57,3 +57,15 @@ assert not {"torch", "diffusers"} & set(sys.modules)
             [sys.executable, "-c", code, command], check=True, capture_output=True, text=True
         )
         assert f"usage: ddim {command}" in result.stdout
+
+
+def test_the_doctor_of_a_configuration_does_not_load_diffusers(tmp_path):
+    """Which takes three quarters of the time of the command."""
+    config = tmp_path / "scheduler_config.json"
+    config.write_text('{"_class_name": "DDIMScheduler"}')
+    code = """
+import sys, ddim.cli
+assert ddim.cli.main(["doctor", sys.argv[1], "--steps", "50"]) == 0
+assert "torch" in sys.modules and "diffusers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(config)], check=True, capture_output=True)

@@ -50,6 +50,7 @@ FILES = {
     "fitting": [{"search"}, {"timesteps"}],
     "doctor": [
         {"symptoms", "reading"},
+        {"probing"},
         {"findings"},
         {"level_checks", "option_checks", "agreement", "verdict"},
         {"checks"},
@@ -63,7 +64,7 @@ FILES = {
         {"requests", "engine", "stores", "status"},
         {"sharing"},
         {"workers", "ray_engine", "model"},
-        {"measuring", "text"},
+        {"measuring", "text", "probing"},
         {"sample", "evaluate", "table", "reconstruct", "consistency", "interpolate"}
         | {"encode", "decode", "edit", "fit_steps", "diagnose", "show"},
     ],
@@ -111,7 +112,7 @@ FILES = {
         {"networks"},
         {"recording"},
         {"base", "inputs", "pictures"},
-        {"coding", "prompts"},
+        {"cards", "coding", "prompts"},
         {"unconditional", "latent", "calls", "adopted"},
         {"text_codes"},
         {"text_to_image"},

@@ -54,8 +54,9 @@ from .core.timesteps import (
     truncate_timesteps as truncate_timesteps,
 )
 from .doctor.findings import Finding as Finding, ModelFacts as ModelFacts
+from .doctor.probing import Probe as Probe, probe as probe
 from .doctor.report import Diagnosis as Diagnosis, diagnose as diagnose
-from .doctor.symptoms import Brightness as Brightness, Probe as Probe, probe as probe
+from .doctor.symptoms import Brightness as Brightness
 from .errors import (
     CheckpointError as CheckpointError,
     DataError as DataError,

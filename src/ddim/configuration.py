@@ -41,6 +41,7 @@ __all__ = [
     "select_clip",
     "spelled_betas",
     "unknown_options",
+    "without_own_defaults",
 ]
 
 DEFAULTS: dict[str, Any] = {
@@ -254,6 +255,13 @@ def spelled_betas(config: Mapping[str, Any]) -> list[float] | None:
     betas: list[float] = configured_betas(config).tolist()
     is_given = config.get("trained_betas") is not None
     return betas if is_given or config.get("beta_schedule", "linear") not in _NATIVE else None
+
+
+def without_own_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys of this package that say what is so without them, since
+    diffusers warns of a key that it does not know."""
+    own = {"multistep_order": 1, "fitted_timesteps": None}
+    return {k: v for k, v in config.items() if not (k in own and v == own[k])}
 
 
 def fitted_lists(config: Mapping[str, Any]) -> list[list[int]]:

@@ -4,6 +4,7 @@ steps follow, and the plan made of all three."""
 import contextlib
 import dataclasses
 import inspect
+import json
 import operator
 import threading
 import warnings
@@ -29,6 +30,7 @@ from ddim.configuration import (
     select_clip,
     spelled_betas,
     unknown_options,
+    without_own_defaults,
 )
 from ddim.core.checks import check_number, shown
 from ddim.core.plan import Before, Plan, Table, advance, make_plan
@@ -202,6 +204,11 @@ class GridScheduler:
             spelled: dict[str, Any] = {"trained_betas": betas, "beta_schedule": "linear"}
             saved = type(self).from_config(self.config, **spelled)
         diffusers.ConfigMixin.save_config(saved, save_directory, push_to_hub, **options)
+
+    def to_json_string(self) -> str:
+        """As diffusers', without keys of this package that say nothing."""
+        config = without_own_defaults(json.loads(super().to_json_string()))  # type: ignore[misc]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     # --- timesteps
 

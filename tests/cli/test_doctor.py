@@ -1,4 +1,6 @@
+import itertools
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +12,17 @@ import torch
 from PIL import Image
 from tests.conftest import edit
 
+import ddim
 from ddim.cli import main
 from ddim.configuration import noise_schedule
+from ddim.data.fashion_text import FashionText
+from ddim.models.checkpoints import resolve_model
 from ddim.training.config import TrainConfig
 from ddim.training.package import make_scheduler
 
 DATA = Path(__file__).parents[1] / "data"
 CONFIGS = DATA / "scheduler_configs"
+ZOO = resolve_model("fashion-text").parent
 SD = CONFIGS / "stable-diffusion-v1-5.json"
 SOUND = {
     "beta_schedule": "scaled_linear",
@@ -67,7 +73,9 @@ def test_the_report_is_for_people(capsys):
     assert main(["doctor", str(SD), "--steps", "50"]) == 0
     told = capsys.readouterr().out
     verdict, _, python = told.splitlines()[:3]
-    assert verdict.startswith("Dark pictures come out too bright, by about 47 of 255 grey levels")
+    assert verdict.startswith(
+        "What should be dark comes out too bright, by about 47 of 255 grey levels, and all"
+    )
     assert python == (
         "pipe.scheduler = ddim.DDIMScheduler.from_config(pipe.scheduler.config, "
         "set_alpha_to_one=True, timestep_spacing='trailing')"
@@ -120,6 +128,59 @@ def test_a_fix_goes_into_a_folder_with_the_spacing_that_was_asked_for_and_what_i
         "rescale_betas_zero_snr": False,
     }
     assert "DDIM006: If it was trained on these betas, keep them and start below 999" in told
+
+
+def test_a_fix_makes_the_folder_that_is_named_and_says_what_to_do_with_it(tmp_path, capsys):
+    assert main(["doctor", str(SD), "--fix", f"{tmp_path / 'none' / 'fixed'}/"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["doctor", str(SD), "--fix", f"{tmp_path / 'fixed'}/"]) == 0
+    told = capsys.readouterr().out
+    opened = re.search(r'ddim.DDIMScheduler.from_pretrained\("(.*?)"\)', told)
+    scheduler = ddim.DDIMScheduler.from_pretrained(opened[1])
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert main(["doctor", str(SD), "--fix", str(tmp_path / "fixed.json")]) == 0
+    assert "put it in the place of the model's scheduler/" in capsys.readouterr().out
+    assert main(["doctor", str(SD), "--fix", f"{tmp_path / 'fixed.json'}/"]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_text_model_without_a_record_is_probed_on_the_latents_of_pictures(tmp_path, capsys):
+    """The dark checkpoint whose weights are right and whose configuration is not."""
+    model = tmp_path / "model"
+    shutil.copytree(ZOO / "fashion-text", model)
+    (model / "card.json").unlink()
+    edit(model / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=False)
+    asked = (model, "--steps", 20, "--device", "cpu", "--probe", "--data")
+    code, content = findings(capsys, *asked, fashion_text_pictures(tmp_path))
+    assert code == 0
+    assert content["probe"]["prediction_type"] == "v_prediction"
+    assert content["probe"]["zero_terminal_snr"] is True
+    assert "DDIM019" in content["verdict"]
+    assert content["python"].endswith(".config, rescale_betas_zero_snr=True)")
+
+
+def fashion_text_pictures(folder):
+    with np.load(FASHION) as arrays:
+        data = FashionText.of_garments(arrays["train_images"], arrays["train_labels"])
+    np.savez(folder / "pictures.npz", images=np.stack([data[i] for i in range(len(data))]))
+    return folder / "pictures.npz"
+
+
+def test_a_probe_of_latents_refuses_what_it_cannot_tell(tiny_text, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", images=np.zeros((9, 16, 16, 3), np.uint8))
+    data = ("--data", str(tmp_path / "a.npz"))
+    ldm = tmp_path / "ldm"
+    shutil.copytree(tiny_text, ldm)
+    edit(ldm / "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    for model, options, told in (
+        (tiny_text, data, "leave it out, or ask the network about the images with --probe."),
+        (tiny_text, (*data, "--probe", "--prior", str(tmp_path / "x")), "--prior measures the"),
+        (tiny_text, ("--probe",), "--probe acts only with --data"),
+        (tiny_text, ("--device", "cpu"), "--device acts only with --show or --probe"),
+        (ldm, (*data, "--probe"), "ldm is a StableDiffusionInpaintPipeline. Leave it out."),
+    ):
+        assert main(["doctor", str(model), *options]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_fix_is_written_once_shown_and_leaves_training_to_its_owner(tmp_path, capsys):
@@ -413,7 +474,10 @@ def test_a_damaged_configuration_is_refused_and_nothing_is_written(
         (("--brightness", "0.1"), "--brightness must be MEAN,STD"),
         (("--steps", "0"), "--steps must be at least 1; got 0."),
         (("--eta", "-1"), "eta must be from 0 to 100"),
-        (("--data", FASHION, "--probe"), "--probe calls the network of an unconditional model"),
+        (
+            ("--data", FASHION, "--probe"),
+            "stable-diffusion-v1-5.json is a configuration or a single",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, capsys):
@@ -534,6 +598,12 @@ def test_text_models_are_shown_with_a_prompt(tiny_text, tmp_path, capsys):
     asked = ["doctor", str(tiny_text), "--steps", "2", "--count", "2", "--show", str(picture)]
     assert main(asked) == 2
     assert "give --prompt TEXT" in capsys.readouterr().err
-    assert main([*asked, "--prompt", "a red sneaker", "--device", "cpu"]) == 0
-    with Image.open(picture) as opened:
-        assert opened.size[0] > 100
+    for count, prompts in enumerate((["a red sneaker"], ["a red sneaker", "a bag"]), start=1):
+        picture.unlink(missing_ok=True)
+        told = [word for prompt in prompts for word in ("--prompt", prompt)]
+        assert main([*asked, *told, "--device", "cpu"]) == 0
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+        width = pixels.shape[1] // (2 * count)  # two seeds of each prompt
+        shown = [pixels[-40:, n * width + 4 : (n + 1) * width - 4] for n in range(2 * count)]
+        assert all((a != b).any() for a, b in itertools.combinations(shown, 2))

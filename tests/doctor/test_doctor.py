@@ -30,14 +30,13 @@ from ddim.core.schedule import NoiseSchedule, make_betas
 from ddim.core.timesteps import select_timesteps, step_pairs
 from ddim.doctor.checks import CHECKS
 from ddim.doctor.findings import FAINT, ModelFacts
+from ddim.doctor.probing import Probe, probe
 from ddim.doctor.reading import OTHER_KEYS, complete, levels_of
 from ddim.doctor.report import diagnose
 from ddim.doctor.symptoms import (
     Brightness,
-    Probe,
     leaked_brightness,
     predict_brightness,
-    probe,
     stock_nan_levels,
     stock_pairs,
     stock_timesteps,
@@ -378,7 +377,7 @@ def test_a_spacing_that_was_asked_for_is_told_where_the_configuration_is_right()
     assert worse.after.summary == diagnose(config, steps=5).summary
     assert (worse.python, worse.changed) == ("", {})
     leaky = diagnose(config | {"rescale_betas_zero_snr": False}, steps=5, spacing="leading")
-    assert "the configuration's own spacing leaves" in leaky.verdict
+    assert "the configuration's own spacing brings that down to about" in leaky.verdict
     assert (
         diagnose(config, steps=5, spacing="trailing").verdict == diagnose(config, steps=5).verdict
     )
@@ -913,6 +912,65 @@ def test_a_probe_sees_a_level_that_was_left_out_and_a_network_that_says_nothing(
         is False
     )
     assert probe(lambda x, t: torch.zeros_like(x), schedule, images).prediction_type is None
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("count", [8, 64])
+def test_a_probe_tells_which_schedule_a_network_was_trained_with(kind, count, images):
+    """Of two configurations of the same checkpoint only one is right, and no file says which."""
+    leaky, zero = (levels_of(complete(config)) for config in (LEAKY, SOUND))
+    uneven = (images + 3 * (images.mean((1, 2, 3), keepdim=True) + 0.3))[:count]
+    for trained, is_zero in ((leaky, False), (zero, True)):
+        found = probe(ImageOracle(trained, kind, bright=1.2), leaky, uneven)
+        assert (found.prediction_type, found.zero_terminal_snr) == (kind, is_zero)
+        assert found.evidence["leak_in_answers"] == pytest.approx(1 - is_zero, abs=0.2)
+
+
+def test_a_probe_does_not_tell_what_no_answer_shows(images):
+    leaky = levels_of(complete(LEAKY))
+    assert probe(ImageOracle(leaky, "epsilon"), leaky, images).zero_terminal_snr is None
+    faint = NoiseSchedule.from_betas(make_betas("linear", 1000))
+    assert probe(ImageOracle(faint, "v_prediction"), faint, images).zero_terminal_snr is None
+    network = ImageOracle(leaky, "v_prediction")
+
+    def early(x_t, t):
+        """As after little training: the last levels are answered like those before them."""
+        return network(x_t, t.clamp(max=800))
+
+    found = probe(early, leaky, images)
+    assert found.zero_terminal_snr is None
+    assert found.evidence["leak_in_answers"] > 1.3
+
+
+def test_weights_without_a_record_may_have_been_trained_with_zero_snr():
+    config = {**SOUND, "rescale_betas_zero_snr": False}
+    open_ = diagnose(config, steps=20)
+    assert "or rescale_betas_zero_snr=True alone if the weights were trained so" in open_.verdict
+    (leak,) = (f for f in open_.findings if f.code == "DDIM001")
+    assert leak.retrain
+    assert "No record says how the weights were trained" in leak.advice
+    assert "--data IMAGES --probe asks the network" in leak.advice
+    for told in ({"model": ModelFacts(training=config)}, {"probe": _said(False)}):
+        (leak,) = (f for f in diagnose(config, steps=20, **told).findings if f.code == "DDIM001")
+        assert "No record" not in leak.advice
+    assert "if the weights were trained so" not in diagnose(LEAKY, steps=20).verdict
+
+
+def _said(zero):
+    return Probe(ERRORS, "v_prediction", True, {"leak_in_answers": 0.1}, zero)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("told", ["record", "probe"])
+def test_weights_that_were_trained_with_zero_snr_need_no_training(kind, told):
+    config = {**SOUND, "rescale_betas_zero_snr": False, "prediction_type": kind}
+    known = {"model": ModelFacts(training=SOUND)} if told == "record" else {"probe": _said(True)}
+    diagnosis = diagnose(config, steps=20, **known)
+    assert not [f.code for f in diagnosis.findings if f.retrain and f.fix]
+    fixed = diagnosis.fixed()
+    assert (fixed["prediction_type"], fixed["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    assert diagnosis.verdict.endswith("; the line below mends it.")
+    assert "DDIM019" in diagnosis.verdict
 
 
 def test_a_probe_of_the_embedded_model(fashion):

@@ -300,7 +300,8 @@ def test_defaults_are_remembered_until_a_file_names_them(cls, tmp_path):
     assert "_use_default_values" in scheduler.config
     scheduler.save_config(tmp_path)
     assert {"_class_name", "_diffusers_version"} <= set(scheduler.config)
-    assert "_use_default_values" not in cls.from_pretrained(tmp_path).config
+    remembered = cls.from_pretrained(tmp_path).config._use_default_values
+    assert set(remembered) <= {"multistep_order", "fitted_timesteps"}  # which are left out of files
 
 
 def test_unknown_options_of_a_file_are_named_in_the_log(monkeypatch):

@@ -99,3 +99,16 @@ def test_the_files_of_an_exported_pipeline_need_diffusers_only(tmp_path):
         "'ddim' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMInverseScheduler])
+def test_a_saved_configuration_has_keys_of_ours_only_where_they_say_something(cls, tmp_path):
+    """diffusers warns of a key that it does not know."""
+    cls().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert not {"multistep_order", "fitted_timesteps"} & set(written)
+    told = {"multistep_order": 2} if cls is DDIMScheduler else {}
+    cls(fitted_timesteps=[[900, 500]], **told).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert {"fitted_timesteps": [[900, 500]], **told}.items() <= written.items()
+    assert cls.from_pretrained(tmp_path).config.fitted_timesteps == [[900, 500]]

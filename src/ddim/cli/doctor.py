@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ddim.runs.requests import DoctorRequest as Request
 
 if TYPE_CHECKING:
+    from ddim.doctor.probing import Probe
     from ddim.doctor.report import Diagnosis
-    from ddim.doctor.symptoms import Probe
 
 __all__ = ["Request", "run"]
 
@@ -26,11 +26,14 @@ def run(request: Request) -> int:
     from ddim.doctor.text import fix_text, report_text
     from ddim.files import write_json
     from ddim.runs.diagnose import examine
-    from ddim.runs.show import show_request
 
     examination = examine(request)
     diagnosis, probe = examination.diagnosis, examination.probe
-    shown = None if request.show is None else show_request(request, examination.source, diagnosis)
+    shown = None
+    if request.show is not None:
+        from ddim.runs.show import show_request  # with all of diffusers, which takes seconds
+
+        shown = show_request(request, examination.source, diagnosis)
     declares = examination.source.declares
     if request.json:
         _print_json({"source": request.source, "declares": declares}, diagnosis, probe)
@@ -47,6 +50,7 @@ def run(request: Request) -> int:
         say(f"The prior is in {request.prior}; use it with: {use}", to_error=request.json)
     if examination.fix is not None:
         if diagnosis.after is not None:
+            examination.fix.parent.mkdir(exist_ok=True)
             write_json(examination.fix, diagnosis.fixed(), sort_keys=True)
         say(fix_text(diagnosis, str(examination.fix)), to_error=request.json)
     if request.plot is not None and not diagnosis.summary:

@@ -17,7 +17,8 @@ from ddim.core.oracle import GaussianOracle
 from ddim.core.schedule import NoiseSchedule
 from ddim.core.step import Eta
 from ddim.core.timesteps import Pair
-from ddim.doctor.symptoms import Brightness, Probe, leaked_brightness, made_of_noise, stock_pairs
+from ddim.doctor.probing import Probe
+from ddim.doctor.symptoms import Brightness, leaked_brightness, made_of_noise, stock_pairs
 
 __all__ = [
     "DATA",
@@ -181,7 +182,7 @@ class Case:
         """The steps of plain diffusers; none if it cannot visit such levels."""
         return stock_pairs(self.stock or [], len(self.schedule), self.steps)
 
-    def leak(self, t: int) -> tuple[Severity, dict[str, float]]:
+    def leak(self, t: int) -> tuple[Severity, dict[str, Any]]:
         """The error of starting from N(0, I) on level t: its severity, and its numbers."""
         bias, factor = leaked_brightness(self.schedule, t, self.brightness)
         numbers = {

@@ -36,22 +36,40 @@ def _terminal_snr(case: Case) -> Finding | None:
     if case.terminal == 0:
         return None
     severity, numbers = case.leak(case.last)
+    message = (
+        f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps "
+        f"{numbers['sqrt_alpha_bar']:.4g} of the image (sqrt of alpha-bar)."
+    )
+    effect = (
+        "The network reads the noise's mean colour as the image's: brightness is off by "
+        f"{numbers['brightness_bias']:+.3f}, and its spread between images is "
+        f"{numbers['brightness_spread']:.3f} of what it should be."
+    )
+    trained = case.training_schedule
+    if trained is not None and float(trained.alpha_bar(len(trained) - 1)) == 0:
+        effect = "The network was trained on pure noise there, and knows these levels as others."
+        return Finding(severity, message, effect, numbers, advice="DDIM019 says what mends it.")
     fix: dict[str, Any] = {"rescale_betas_zero_snr": True}
     if case.config["prediction_type"] == "epsilon":
         fix["prediction_type"] = "v_prediction"
-    small = "This is too little to be seen."
-    return Finding(
-        severity,
-        f"The terminal SNR is {numbers['snr']:.4g}, not 0: level {case.last} keeps "
-        f"{numbers['sqrt_alpha_bar']:.4g} of the image (sqrt of alpha-bar).",
-        "The network reads the noise's mean colour as the image's: brightness is off by "
-        f"{numbers['brightness_bias']:+.3f}, and its spread between images is "
-        f"{numbers['brightness_spread']:.3f} of what it should be.",
-        numbers,
-        {} if severity == "info" else fix,
-        retrain=True,
-        advice=small if severity == "info" else _against_a_leak(case.model, fix),
-    )
+    if severity == "info":
+        advice, fix = "This is too little to be seen.", {}
+    else:
+        advice, numbers["perhaps_trained_so"] = _against_a_leak(case.model, fix), _is_open(case)
+        if numbers["perhaps_trained_so"]:
+            asks = "" if case.probe else "; --data IMAGES --probe asks the network"
+            advice += (
+                " No record says how the weights were trained: if with zero terminal SNR, set "
+                f"rescale_betas_zero_snr=True and train nothing{asks}."
+            )
+    return Finding(severity, message, effect, numbers, fix, retrain=True, advice=advice)
+
+
+def _is_open(case: Case) -> bool:
+    """Whether the weights may have been trained with zero terminal SNR, for all that is known."""
+    told = None if case.probe is None else case.probe.zero_terminal_snr
+    is_epsilon = case.config["prediction_type"] == "epsilon"
+    return told is None and case.training is None and not is_epsilon
 
 
 def _against_a_leak(model: ModelFacts, fix: Mapping[str, Any]) -> str:

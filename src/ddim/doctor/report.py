@@ -16,8 +16,9 @@ from ddim.core.timesteps import as_levels, select_timesteps, step_pairs
 from ddim.doctor.agreement import agree
 from ddim.doctor.checks import CHECKS
 from ddim.doctor.findings import FAINT, Case, Finding, ModelFacts, Severity
+from ddim.doctor.probing import Probe
 from ddim.doctor.reading import complete, is_cogvideo, levels_of, read_keys, refusal
-from ddim.doctor.symptoms import Brightness, Probe, predict_brightness, stock_timesteps
+from ddim.doctor.symptoms import Brightness, predict_brightness, stock_timesteps
 from ddim.doctor.verdict import foreign_finding, give_verdict, refusal_finding
 from ddim.errors import DDIMError
 
@@ -139,7 +140,7 @@ def diagnose(
         guidance_rescale: The rescale of guidance.
         model: What is known of the network.
         brightness: Brightness of the data. Default: that of dark and uneven images.
-        probe: Result of :func:`ddim.doctor.symptoms.probe`.
+        probe: Result of :func:`ddim.doctor.probing.probe`.
 
     Raises:
         DDIMError: If the configuration has an unknown key or value, or an option is out of range.
@@ -223,6 +224,7 @@ def _make_case(
     eta: Eta | None,
     model: ModelFacts,
     brightness: Brightness | None,
+    probe: Probe | None,
     **used: Any,
 ) -> Case:
     """What the checks look at; ``used`` are further fields of :class:`Case`."""
@@ -234,6 +236,9 @@ def _make_case(
         full, len(schedule), asked=asked, timesteps=timesteps, use_fitted=use_fitted
     )
     training = None if model.training is None else complete(model.training)
+    if probe is not None and probe.zero_terminal_snr:
+        told = {"rescale_betas_zero_snr": True, "prediction_type": probe.prediction_type}
+        training = {**(training or full), **told}
     assumed = replace(_ASSUMED, dimensions=math.prod(model.shape or (_ASSUMED.dimensions,)))
     return Case(
         config=full,
@@ -246,6 +251,7 @@ def _make_case(
         levels=levels,
         stock=stock,
         eta=eta,
+        probe=probe,
         training=training,
         training_schedule=None if training is None else levels_of(training),
         refusal=refusal(full, schedule, len(levels) if asked is None else asked, custom, eta),

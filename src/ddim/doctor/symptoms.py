@@ -7,39 +7,30 @@ images is that of their covariance; their spread shrinks less, since a network m
 averages. Notation: :mod:`ddim.core.schedule`."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.core.checks import (
-    check_function,
-    check_kind,
-    check_number,
-    check_samples,
-    check_whole,
-    wrong_argument,
-)
+from ddim.core.checks import check_kind, check_number, check_samples, check_whole, wrong_argument
 from ddim.core.denoiser import Denoiser
-from ddim.core.noise import seeded_randn
 from ddim.core.oracle import GaussianOracle
-from ddim.core.prediction import Denoised, PredictionType, from_x0_eps, to_x0_eps
+from ddim.core.prediction import Denoised
 from ddim.core.prior import DataPrior
-from ddim.core.schedule import CLEAN, NoiseSchedule, add_noise, check_schedule, make_betas
+from ddim.core.schedule import CLEAN, NoiseSchedule, make_betas
 from ddim.core.timesteps import Pair
 from ddim.errors import DDIMError
 
 __all__ = [
     "Brightness",
     "Modes",
-    "Probe",
+    "check_images",
     "leaked_brightness",
     "made_of_noise",
     "predict_brightness",
-    "probe",
     "MOST_COUNTS",
     "stock_flaws",
     "stock_nan_levels",
@@ -103,7 +94,7 @@ class Brightness:
         Raises:
             DDIMError: If these are no images, or fewer than two.
         """
-        _check_images(images)
+        check_images(images)
         if len(images) < 2:
             raise DDIMError(f"the brightness of images needs at least 2; got {len(images)}.")
         fold = min(-(-max(images.shape[2:]) // _COARSE), *images.shape[2:])
@@ -140,7 +131,7 @@ class Brightness:
         return bias, made / self.std if self.std else math.inf
 
 
-def _check_images(images: Any) -> None:
+def check_images(images: Any) -> None:
     check_samples(images=images)
     if images.ndim != 4:
         raise wrong_argument("images", "have shape [B, C, H, W]", images)
@@ -289,88 +280,3 @@ def _stock_table(config: Mapping[str, Any]) -> Tensor:
         alpha_bar = alpha**2
         betas = 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
     return (1.0 - betas).cumprod(0)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a few calls of a network tell about it.
-
-    Attributes:
-        errors: By prediction type, the error if the network's output is read as that type: mean
-            square relative to the target's, over levels.
-        prediction_type: The type that explains the network; None if none does.
-        trained_at_end: Whether it can have been trained at level T-1; None if that cannot be told.
-        evidence: The numbers behind ``trained_at_end``.
-    """
-
-    errors: dict[PredictionType, float]
-    prediction_type: PredictionType | None
-    trained_at_end: bool | None
-    evidence: dict[str, float]
-
-
-@torch.no_grad()
-def probe(
-    network: Callable[[Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
-    images: Tensor,
-    *,
-    seed: int = 0,
-) -> Probe:
-    """Tells whether a network predicts epsilon, sample or v, and whether it was trained at level
-    T-1, from nine calls on noised images.
-
-    A network was trained at the end if it errs there no more than just below. At zero terminal SNR
-    there is a sharper sign: the input is noise alone, so the brightness of what it predicts must
-    not follow the noise's.
-
-    Args:
-        network: (x_t, t) -> prediction, t an int64 tensor [B].
-        schedule: The levels that its configuration describes.
-        images: Images of its training data, [B, C, H, W] in [-1, 1], B at least 8, on the network's
-            device.
-        seed: Seed of the first image's noise.
-
-    Raises:
-        DDIMError: If an argument is of another kind.
-
-    References:
-        Lin et al. Common Diffusion Noise Schedules and Sample Steps are Flawed. 2023. Sec. 5.2
-        (what an ideal model says at T). https://arxiv.org/abs/2305.08891
-    """
-    check_function("network", network, "a network, (x_t, t) -> prediction")
-    check_schedule(schedule)
-    _check_images(images)
-    seed, total, last = check_whole("seed", seed, least=0), len(schedule), len(schedule) - 1
-    noise = seeded_randn(images.shape[1:], range(seed, seed + len(images))).to(images)
-
-    def call(t: int) -> tuple[Tensor, Tensor]:
-        x_t = add_noise(schedule, images, noise, t)
-        return network(x_t, torch.full((len(images),), t, device=images.device)), x_t
-
-    def error(output: Tensor, t: int, kind: PredictionType) -> float:
-        target = from_x0_eps(images, noise, alpha_bar_t=schedule.alpha_bar(t), prediction_type=kind)
-        return float((output - target).square().mean() / target.square().mean())
-
-    outputs = [(call(t)[0], t) for t in (last * tenth // 10 for tenth in (1, 3, 5, 7, 9))]
-    errors: dict[PredictionType, float] = {
-        kind: sum(error(output, t, kind) for output, t in outputs) / len(outputs)
-        for kind in get_args(PredictionType)
-    }
-    kind = min(errors, key=errors.__getitem__)
-    if not errors[kind] < 0.7:
-        return Probe(errors, None, None, {})
-    near = {max(last - total // share, 0) for share in (1000, 100, 50)}
-    below = max(error(call(t)[0], t, kind) for t in near | {max(last - 1, 0)} - {last})
-    output, x_t = call(last)
-    evidence = {"error_at_end": error(output, last, kind), "error_below": below}
-    trained = evidence["error_at_end"] <= 2 * below + 0.02
-    if float(schedule.alpha_bar(last)) == 0:
-        if kind == "epsilon":
-            # x0 cannot be told from the output, and eps is the input itself.
-            return Probe(errors, kind, None, evidence)
-        x0 = to_x0_eps(output, x_t, alpha_bar_t=schedule.alpha_bar(last), prediction_type=kind).x0
-        following = float(x0.mean((1, 2, 3)).std() / images.mean((1, 2, 3)).std())
-        evidence["brightness_following_noise"] = following
-        trained = trained and following < 0.2
-    return Probe(errors, kind, trained, evidence)

@@ -2,17 +2,19 @@
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from ddim.doctor.findings import Finding, Severity
+from ddim.doctor.probing import Probe
 from ddim.doctor.report import Diagnosis
-from ddim.doctor.symptoms import Probe
 
 __all__ = ["fix_rows", "fix_text", "report_text"]
 
 _COUNTED: dict[str, Severity] = {"error": "error", "warning": "warning", "note": "info"}
 _TRAINED = {True: "trained", False: "not trained", None: "perhaps trained, which cannot be told"}
+_NOISE = {True: ", with pure noise", False: ", with the schedule's leak", None: ""}
 
 
 def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe | None) -> str:
@@ -34,10 +36,10 @@ def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe |
             f"theirs{taken}"
         )
     if probe is not None:
-        parts.append(
-            f"the network's answers are those of {probe.prediction_type}; at the last level it was "
-            f"{_TRAINED[probe.trained_at_end]}"
-        )
+        kind = probe.prediction_type or "no known type"
+        trained = f"{_TRAINED[probe.trained_at_end]}{_NOISE[probe.zero_terminal_snr]}"
+        answers = f"the network's answers are those of {kind}; at the last level it was {trained}"
+        parts.append(answers)
     for finding in diagnosis.findings:
         parts.append(f"\n{finding.severity} {finding.code}  {finding.message}")
         lines = (finding.consequence, _fix_line(finding), finding.advice, finding.reference)
@@ -81,7 +83,11 @@ def fix_text(diagnosis: Diagnosis, name: str) -> str:
         if f.fix and f.advice and not f.retrain and f.severity != "info"
     ]
     worse = [diagnosis.worse] if diagnosis.worse else []
-    written = f"The corrected configuration is in {name}."
+    folder, file = os.path.split(name)
+    use = "put it in the place of the model's scheduler/scheduler_config.json"
+    if file == "scheduler_config.json":
+        use = f'open it with ddim.DDIMScheduler.from_pretrained("{folder or "."}"), or {use}'
+    written = f"The corrected configuration is in {name}: {use}."
     return "\n".join([*diff, written, *worse, *advice, *left])
 
 

@@ -63,6 +63,8 @@ def give_verdict(
             f"Your pictures fail, because the configuration is wrong ({', '.join(ours)}); {helps}."
         )
     bias, left = summary["brightness_bias"], after["brightness_bias"]
+    if abs(bias) >= FAINT and any(f.code == "DDIM019" and f.fix for f in findings):
+        return f"The weights were trained with another noise schedule (DDIM019); {helps}."
     if abs(bias) >= FAINT:
         return f"{_grey(bias)}; {_remedy(findings, bias, left, line if mends else None)}."
     if errors:
@@ -76,18 +78,23 @@ def give_verdict(
 
 
 def _grey(bias: float) -> str:
-    way = "Dark pictures come out too bright" if bias > 0 else "Bright pictures come out too dark"
+    way = "dark comes out too bright" if bias > 0 else "bright comes out too dark"
     levels = round(abs(bias) * 127.5)
-    return f"{way}, by about {levels} of 255 grey levels, and all come out too grey and alike"
+    return (
+        f"What should be {way}, by about {levels} of 255 grey levels, and all pictures come out "
+        "too grey and alike"
+    )
 
 
 def _remedy(findings: Sequence[Finding], bias: float, left: float, line: str | None) -> str:
     """What helps; ``line`` says what mends, or None where nothing does without training."""
-    trains = any(f.code == "DDIM001" and f.fix for f in findings)
-    training = "training with zero terminal SNR mends it (DDIM001)" if trains else ""
+    leak = next((f for f in findings if f.code == "DDIM001" and f.fix and f.retrain), None)
+    training = "training with zero terminal SNR mends it (DDIM001)" if leak else ""
+    if leak is not None and leak.evidence["perhaps_trained_so"]:
+        training += ", or rescale_betas_zero_snr=True alone if the weights were trained so"
     if line is not None and abs(left) < FAINT:
         return f"{line} mends it"
     if line is not None and abs(bias) - abs(left) >= GREY_LEVEL:
-        rest = f"; {training.replace('mends it', 'mends the rest')}" if trains else ""
-        return f"{line} leaves {round(abs(left) * 127.5)} of them{rest}"
+        rest = f"; {training.replace('mends it', 'mends the rest')}" if leak else ""
+        return f"{line} brings that down to about {round(abs(left) * 127.5)}{rest}"
     return training or "no key of the configuration mends it"

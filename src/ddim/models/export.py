@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddim.configuration import spelled_betas
+from ddim.configuration import spelled_betas, without_own_defaults
 from ddim.core.schedule import CLEAN
 from ddim.core.timesteps import step_pairs
 from ddim.errors import DDIMError
@@ -66,9 +66,7 @@ def _export(scheduler: DDIMScheduler | DDIMInverseScheduler) -> Any:
         warnings.warn(f"The replaced alphas_cumprod {lost}.", stacklevel=3)
     if config["trained_betas"] is None and (betas := spelled_betas(config)) is not None:
         config |= {"trained_betas": betas, "beta_schedule": "linear"}
-    for name, default in (("multistep_order", 1), ("fitted_timesteps", None)):
-        if name in config and config[name] == default:
-            del config[name]  # it says nothing, and diffusers would warn of an unknown key
+    config = without_own_defaults(config)
     config["_use_default_values"] = []
     cls = diffusers.DDIMInverseScheduler if is_inverse else diffusers.DDIMScheduler
     if scheduler.num_inference_steps is not None:

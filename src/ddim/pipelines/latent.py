@@ -32,6 +32,7 @@ from ddim.pipelines.base import (
     read_single_index,
     with_seeds,
 )
+from ddim.pipelines.cards import keep_card, save_card
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.networks import acting, mark_loaded, prepare_walk
 from ddim.pipelines.prompts import Conditions, Guidance, Prompt, Prompts, encode_prompts
@@ -136,6 +137,7 @@ class StableDiffusion(Coding):
         loaded = (getattr(pipe, name, None) for name in ("unet", "vae") if name not in options)
         mark_loaded(*(part for part in loaded if part is not None))
         name_origin(pipe, folder)
+        keep_card(pipe, folder, options)
         return cast(Self, pipe)
 
     @classmethod
@@ -148,12 +150,14 @@ class StableDiffusion(Coding):
         return cast(Self, super().from_single_file(link, **options))  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes a folder that plain diffusers opens as its own pipeline; options as diffusers'
+        """Writes a folder that plain diffusers opens as its own pipeline, with the card of the
+        model that was opened, unless its weights were changed; options as diffusers'
         ``save_pretrained``. A DDIMError refuses a configuration that diffusers does not know."""
         parts = {**self.components, "scheduler": None}  # one that diffusers is given it would edit
         plain = self._exported(**parts, requires_safety_checker=False)
         plain.register_modules(scheduler=to_diffusers(self.scheduler))
         plain.register_to_config(requires_safety_checker=self.config.requires_safety_checker)
+        save_card(self, save_directory)
         plain.save_pretrained(save_directory, **options)
 
     @property

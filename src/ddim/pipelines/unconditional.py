@@ -40,6 +40,7 @@ from ddim.pipelines.base import (
     name_origin,
     with_seeds,
 )
+from ddim.pipelines.cards import keep_card, save_card
 from ddim.pipelines.coding import Coding
 from ddim.pipelines.foreign import foreign_states, set_levels, step_options, take_levels
 from ddim.pipelines.inputs import (
@@ -140,11 +141,14 @@ class UnconditionalPipeline(Coding, diffusers.DiffusionPipeline):  # type: ignor
         if unet is None:
             mark_loaded(pipe.unet)
         name_origin(pipe, folder)
+        keep_card(pipe, folder, given)
         return pipe  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes a ``DDIMPipeline`` that plain diffusers opens; options as diffusers'."""
+        """Writes a ``DDIMPipeline`` that plain diffusers opens, with the card and the prior of the
+        model that was opened, unless its weights were changed; options as diffusers'."""
         plain = diffusers.DDIMPipeline(unet=self.unet, scheduler=to_diffusers(self.scheduler))
+        save_card(self, save_directory)
         plain.save_pretrained(save_directory, **options)
 
     @property

@@ -1,37 +1,32 @@
 """Examines the configuration of a model, with what its files and its data say."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ddim.core.prior import DataPrior
 from ddim.data.batches import measure_prior, pick, stack_images
-from ddim.data.dataset import ImageData
 from ddim.data.sources import load_images
+from ddim.doctor.probing import Probe
 from ddim.doctor.reading import complete, levels_of
 from ddim.doctor.report import Diagnosis, diagnose
-from ddim.doctor.symptoms import Brightness, Probe, probe
-from ddim.errors import DataError, DDIMError, OutputError
+from ddim.doctor.symptoms import Brightness
+from ddim.errors import DDIMError, OutputError
 from ddim.figures import FORMATS, check_plots
-from ddim.models.checkpoints import check_finite, find_model, load_network, read_guidance
+from ddim.models.checkpoints import find_model, read_guidance
 from ddim.models.facts import ScheduleSource, read_source
 from ddim.models.folder import read_json
 from ddim.models.images import ENDINGS
 from ddim.options import check_request
 from ddim.runs.requests import DoctorRequest
-from ddim.runs.rules import Options
-from ddim.runs.text import refuse_unguided
+from ddim.runs.rules import Options, refuse_unguided
 
 __all__ = ["Examination", "examine"]
 
 _CONFIG = "scheduler_config.json"
 _WHOLE = 1024
 """Images whose pixels' covariance is taken."""
-_PROBED = 64
-"""Images that the network is called on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +53,12 @@ def examine(request: DoctorRequest) -> Examination:
     """
     check_request(request)
     fix = None if request.fix is None else Path(request.fix)
-    if fix is not None and fix.is_dir():
-        fix /= _CONFIG
-    named = (request.prior, request.show, request.plot)
-    _check_new([*([] if fix is None else [fix]), *(Path(n) for n in named if n is not None)])
+    made = None
+    if fix is not None and (fix.is_dir() or str(request.fix).endswith(("/", os.sep))):
+        made, fix = fix, fix / _CONFIG
+        _check_new([] if made.is_dir() else [made])
+    named = [fix, request.prior, request.show, request.plot]
+    _check_new([Path(name) for name in named if name is not None], made=made)
     if request.plot is not None:
         check_plots()
     for option, path, endings in (
@@ -97,15 +94,15 @@ def examine(request: DoctorRequest) -> Examination:
     return Examination(diagnosis, source, answers, prior, fix, notes)
 
 
-def _check_new(paths: list[Path]) -> None:
-    """Checks that the files can be written, each a new one."""
+def _check_new(paths: list[Path], *, made: Path | None = None) -> None:
+    """Checks that the files can be written, each a new one, perhaps in a folder that is made."""
     for path in paths:
         if path.exists():
             message = f"{path} is there already, and is not overwritten; give another name."
             raise OutputError(message)
         if paths.count(path) > 1:
             raise OutputError(f"{path} is named for two files; give each its own name.")
-        if not path.parent.is_dir():
+        if not path.parent.is_dir() and path.parent != made:
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}.")
 
 
@@ -124,46 +121,41 @@ def _look_at_data(
     model = source.model
     if request.data is None:
         return _known_brightness(request, source), None, None, ()
+    folder = _weights(request, source) if request.probe else None
+    levels, device = levels_of(complete(source.config)), request.device
     if model.latent:
-        raise DDIMError(
-            "--data tells the brightness of pixels, and this model works on latents; leave it out."
-        )
-    if request.probe and (source.folder is None or model.guided):
-        raise DDIMError(
-            "--probe calls the network of an unconditional model; give the model's folder, not a "
-            "configuration alone."
-        )
+        if folder is None or request.prior is not None:
+            option = "--data tells" if folder is None else "--prior measures"
+            raise DDIMError(
+                f"{option} the brightness of pixels, and this model works on latents; leave it out"
+                f"{', or ask the network about the images with --probe' if folder is None else ''}."
+            )
+        from ddim.runs.probing import probe_latents  # with all of diffusers, which takes seconds
+
+        return None, None, *probe_latents(folder, request.source, levels, request.data, device)
     channels, size = (model.shape[0], model.shape[1:]) if model.shape else (None, None)
     data = load_images(request.data, channels=channels, resolution=size)
     prior = measure_prior(data)
     brightness = Brightness.of_images(
         stack_images(data, pick(len(data), _WHOLE, labels=data.labels))
     )
-    if not request.probe or source.folder is None:
+    if folder is None:
         return brightness, prior, None, data.notes
-    is_local = Path(request.source).exists()
-    network = load_network(source.folder if is_local else find_model(request.source))
-    check_finite(request.source, dict(network.named_parameters()))
-    few, labels = pick(len(data), _PROBED, labels=data.labels), {}
-    if network.config.get("num_class_embeds"):
-        labels = {"class_labels": torch.tensor(_classes(data, few, network, request.source))}
-    answers = probe(
-        lambda x_t, t: network(x_t, t, **labels).sample[:, : x_t.shape[1]],
-        levels_of(complete(source.config)),
-        stack_images(data, few),
-    )
+    from ddim.runs.probing import probe_pixels
+
+    answers = probe_pixels(folder, request.source, levels, data, device)
     return brightness, prior, answers, data.notes
 
 
-def _classes(data: ImageData, chosen: list[int], network: Any, name: str) -> list[int]:
-    """The labels of these images, which the network must know."""
-    labels, known = [data[i][1] for i in chosen], int(network.config.num_class_embeds)
-    if min(labels) < 0 or max(labels) >= known:
-        got = "has no labels" if min(labels) < 0 else f"has others; got {max(labels)}"
-        raise DataError(
-            f"--probe needs labels in 0..{known - 1}, the classes of {name}, and {data.name} {got}."
+def _weights(request: DoctorRequest, source: ScheduleSource) -> Path:
+    """The folder with the weights of a model that is to be probed."""
+    if source.folder is None:
+        raise DDIMError(
+            f"--probe calls the network, and {request.source} is a configuration or a single file; "
+            "give the model's folder, name or hub id."
         )
-    return labels
+    is_local = Path(request.source).expanduser().exists()
+    return source.folder if is_local else find_model(request.source)
 
 
 def _known_brightness(request: DoctorRequest, source: ScheduleSource) -> Brightness | None:

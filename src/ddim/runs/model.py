@@ -174,6 +174,7 @@ class ModelJob(Job):
     def _open(self) -> Any:
         dtype = getattr(torch, self._option("dtype", "float32"))
         opened: Any = UnconditionalPipeline
+        quiet_libraries(text=self.model.is_text)
         if self.model.is_text:
             to_begin_at = "StableDiffusionImg2ImgPipeline"
             opened = text_pipeline(to_begin_at if self.has_picture else "StableDiffusionPipeline")

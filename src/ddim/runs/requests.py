@@ -318,16 +318,18 @@ class DoctorRequest:
     latent: bool = False
     """The model works on latents. A model's folder says this by itself."""
     data: str | None = None
-    """Training data, as of `ddim train`: brightness is predicted for these images."""
+    """Training data, as of `ddim train`: brightness is predicted for these images. For a model of
+    latents, what --probe calls it on."""
     brightness: Annotated[tuple[float, ...] | None, Range(-1, 1), Needs(without="data")] = None
     """MEAN,STD of the images' mean grey levels, pixels in [-1, 1], in place of --data."""
     prior: Annotated[str | None, Needs(option="data")] = None
     """Write the mean colours of --data into this file, for `ddim sample --prior`."""
     probe: Annotated[bool, Needs(option="data")] = False
-    """Call the network on --data: what does it predict, and was it trained at the last level?"""
+    """Call the network on --data: what does it predict, and how was its last level trained? Needs
+    the weights of a model of pixels, or of one in Stable Diffusion's format."""
     fix: str | None = None
-    """Write a corrected configuration into this new file or folder; what needs training is left as
-    it is."""
+    """Write a corrected configuration into this new file, or into a folder, which DIR/ makes; what
+    needs training is left as it is."""
     plot: str | None = None
     """Draw log-SNR, visited levels and step sizes of each spacing into this new file, a .png,
     .pdf or .svg."""
@@ -337,15 +339,16 @@ class DoctorRequest:
     prompt: Annotated[list[str], tyro.conf.UseAppendAction, Needs(option="show", model="text")] = (
         field(default_factory=list)
     )
-    """What the images of --show show, for a text-to-image model."""
+    """What the images of --show show, for a text-to-image model: each seed under each prompt."""
     negative_prompt: Annotated[str | None, Blank(), Needs(option="show", model="text")] = None
     """What guidance leads away from. Default: the empty text."""
     seed: Annotated[Seed, Needs(option="show")] = 0
     """Seed of the first image of --show."""
     count: Annotated[int, Range(1, 16), Needs(option="show")] = 8
     """How many seeds --show draws."""
-    device: Annotated[str, Needs(option="show")] = "auto"
-    """Where --show computes: cpu, cuda, ...; auto takes an accelerator where there is one."""
+    device: Annotated[str, Needs(option=("show", "probe"))] = "auto"
+    """Where --show and --probe compute: cpu, cuda, ...; auto takes an accelerator where there is
+    one."""
     json: bool = False
     """Print JSON on standard output in place of the report."""
     strict: bool = False

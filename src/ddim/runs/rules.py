@@ -3,10 +3,11 @@
 from collections.abc import Collection
 from typing import Any
 
+from ddim.core.guidance import is_guided
 from ddim.errors import DDIMError
 from ddim.options import ModelKind, declarations, given_options
 
-__all__ = ["Options"]
+__all__ = ["Options", "refuse_unguided"]
 
 _KINDS: dict[ModelKind, str] = {
     "text": "text-to-image models",
@@ -52,3 +53,16 @@ class Options:
                 what = _KINDS[model]
                 raise DDIMError(f"{option} is for {what}, and {subject} is not one; leave it out.")
             raise DDIMError(f"{option} has no effect on {subject}; leave it out.")
+
+
+def refuse_unguided(request: Any, scale: float) -> None:
+    """Refuses, with a DDIMError, options of guidance where a scale turns it off."""
+    if is_guided(scale):
+        return
+    for name in ("guidance_rescale", "negative_prompt"):
+        if getattr(request, name):
+            option = f"--{name.replace('_', '-')}"
+            raise DDIMError(
+                f"{option} acts only with guidance, and the scale {scale:g} turns it off; give "
+                f"--guidance-scale above 1, or leave out {option}."
+            )

@@ -89,6 +89,9 @@ class ShowJob(FileJob, ModelJob):
         if self.model.is_text:
             self.text = read_text(options, self.model)
         options.refuse_unread(self.model.name, self.model.kinds)
+        self.items = [Item(None, seed) for seed in self.seeds]
+        if self.text is not None:
+            self.items = self.text.items(self.seeds)
         self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
         self.execution = {}
         self.drawn = dict[str, tuple[NDArray[np.uint8] | None, str]]()
@@ -99,30 +102,37 @@ class ShowJob(FileJob, ModelJob):
             self.drawn[name] = self._draw(fix)
         drawn = list(self.drawn.values())
         shape = next((images.shape for images, _ in drawn if images is not None), (1, 64, 64, 1))
-        shape = (len(self.seeds), *shape[1:])
+        shape = (len(self.items), *shape[1:])
         refused = np.full(shape, 128, np.uint8)
         pictures = np.concatenate([refused if p is None else p for p, _ in drawn])
         labels = [f"{name}{told}" for name, (_, told) in zip(request.rows, drawn, strict=True)]
-        seeds = [f"seed {seed}" for seed in self.seeds]
+        columns = [_column(item) for item in self.items]
         scale = sheet_scale(pictures)
-        save_picture(label_rows(pictures, labels, columns=seeds, scale=scale), self.folder)
+        save_picture(label_rows(pictures, labels, columns=columns, scale=scale), self.folder)
         yield Made(self.folder)
 
     def _draw(self, fix: Mapping[str, Any]) -> tuple[NDArray[np.uint8] | None, str]:
         """The images with a fix; or None, and how they are refused."""
         request, pipe = self.request, self.pipe
-        options: dict[str, Any] = {"seeds": self.seeds, "progress": False}
+        seeds = [item.seed for item in self.items]
+        options: dict[str, Any] = {"seeds": seeds, "progress": False}
         if self.text is None:
             options["class_labels"] = self.model.labels_of(self.seeds)
         else:
-            options |= self.text.draw_options([Item(None, seed) for seed in self.seeds])
+            options |= self.text.draw_options(self.items)
         try:
             pipe.scheduler = as_ddim({**request.config, **fix})
             steps = None if request.timesteps else request.steps
             eta = 0.0 if request.eta is None else request.eta
             route = pipe.route(steps, timesteps=request.timesteps, eta=eta)
-            with enough_memory(self.device, len(self.seeds)):
+            with enough_memory(self.device, len(self.items)):
                 images = pipe.draw(route, callback=self.control.step, **options).images
         except DDIMError as error:
             return None, f" - refused: {error}"
         return from_pil(images), ""
+
+
+def _column(item: Item) -> str:
+    """What stands above the pictures of a seed, and of one of several prompts."""
+    seed = f"seed {item.seed}"
+    return seed if item.prompt is None else f"text {item.prompt + 1}, {seed}"

@@ -16,9 +16,9 @@ from ddim.models.facts import FoundModel
 from ddim.models.images import open_picture
 from ddim.pipelines.pictures import prepare_images
 from ddim.pipelines.prompts import Guidance, Prompts
-from ddim.runs.rules import Options
+from ddim.runs.rules import Options, refuse_unguided
 
-__all__ = ["Item", "TextOptions", "read_text", "refuse_unguided"]
+__all__ = ["Item", "TextOptions", "read_text"]
 
 
 @dataclass(frozen=True, order=True)
@@ -98,19 +98,6 @@ class TextOptions:
         prompts = Prompts([self.prompt_of(item) for item in items], self.negative_prompt)
         start = {} if self.picture is None else {"image": self.picture}
         return {"prompts": prompts, "guidance": self.guidance, **start}
-
-
-def refuse_unguided(request: Any, scale: float) -> None:
-    """Refuses, with a DDIMError, options of guidance where a scale turns it off."""
-    if is_guided(scale):
-        return
-    for name in ("guidance_rescale", "negative_prompt"):
-        if getattr(request, name):
-            option = f"--{name.replace('_', '-')}"
-            raise DDIMError(
-                f"{option} acts only with guidance, and the scale {scale:g} turns it off; give "
-                f"--guidance-scale above 1, or leave out {option}."
-            )
 
 
 def read_text(options: Options, model: FoundModel, *, image: bool = False) -> TextOptions:

@@ -1,6 +1,7 @@
 """The model's card for people and for a hub: README.md, from what the run knows."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def model_card(card: dict[str, Any], *, name: str) -> str:
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
     prompt = " --prompt TEXT" if is_text else ""
-    call = '"TEXT", ' if is_text else ""
+    call, place = '"TEXT", ' if is_text else "", f"./{name}"
     lines = [
         "---",
         "library_name: diffusers",
@@ -62,13 +63,13 @@ def model_card(card: dict[str, Any], *, name: str) -> str:
         "",
         "```sh",
         printable(card["command"]).replace("`", "'"),
-        f"ddim sample FOLDER{prompt}",
+        f"ddim sample {shlex.quote(place)}{prompt}",
         "```",
         "",
         "```python",
         "import ddim",
         "",
-        'pipe = ddim.DiffusionPipeline.from_pretrained("FOLDER")',
+        f"pipe = ddim.DiffusionPipeline.from_pretrained({json.dumps(place)})",
         f"image = pipe({call}num_inference_steps=50).images[0]",
         "```",
         "",
