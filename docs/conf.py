@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
 import ddim
@@ -30,7 +32,13 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown"}
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
-nitpicky = False  # docstrings also name what has no page of its own
+nitpicky = True  # every name that a docstring leads to has its place
+nitpick_ignore = [  # bases and types that have no page of their own
+    ("py:class", "ddim.pipelines.coding.Coding"),
+    ("py:class", "ddim.pipelines.text_codes.TextCodes"),
+    ("py:class", "ddim.scheduler_base.GridScheduler"),
+    ("py:class", "ddim.models.export._Converted"),
+]
 
 # The inventory lies in the repository, so that the build asks no host.
 intersphinx_mapping = {"python": ("https://docs.python.org/3", "inventories/python.inv")}
@@ -54,6 +62,7 @@ _PAGES = {
     "diffusers.schedulers.scheduling_ddim": f"{_HUB}/diffusers/api/schedulers/ddim",
     "diffusers.schedulers.scheduling_ddim_inverse": f"{_HUB}/diffusers/api/schedulers/ddim_inverse",
     "transformers.models.clip.modeling_clip": f"{_HUB}/transformers/model_doc/clip",
+    "transformers.models.clip.image_processing_pil_clip": f"{_HUB}/transformers/model_doc/clip",
 }
 
 autodoc_member_order = "bysource"
@@ -98,15 +107,23 @@ def _section(name: str, sentence: str) -> nodes.Node:
 
 
 def _find_public(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.Node | None:
-    """Leads a name with its module, such as ``ddim.core.step.ddim_step``, to the public name."""
-    parts = str(node.get("reftarget", "")).split(".")
-    if node.get("refdomain") != "py" or parts[0] != "ddim":
+    """Leads a name with its module, such as ``ddim.core.step.ddim_step``, to the public name, and
+    the short name of a neighbour to it."""
+    target, domain = str(node.get("reftarget", "")), env.get_domain("py")
+    parts = target.split(".")
+    if node.get("refdomain") != "py":
         return None
-    first = next((i for i, part in enumerate(parts) if i and part in ddim.__all__), None)
-    if first is None:
-        return None
-    name = ".".join(["ddim", *parts[first:]])
-    domain, document = env.get_domain("py"), node.get("refdoc", env.docname)
+    if parts[0] == "ddim":
+        first = next((i for i, part in enumerate(parts) if i and part in ddim.__all__), None)
+        if first is None:
+            return None
+        name = ".".join(["ddim", *parts[first:]])
+    else:  # a neighbour in the module, which is listed under the package
+        ends = [known for known in domain.objects if known.endswith(f".{target}")]
+        if len(ends) != 1:
+            return None
+        name = ends[0]
+    document = node.get("refdoc", env.docname)
     found = domain.resolve_any_xref(env, document, app.builder, name, node, contnode)
     return found[0][1] if found else None
 
@@ -122,7 +139,44 @@ def _find_page(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.
     return link
 
 
+_kept: dict[str, list[str]] = {}
+
+
+def _keep_property(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: Any) -> None:
+    """Keeps the docstring of a property or a value from napoleon, which takes what stands before
+    its first colon for a type."""
+    if what in ("attribute", "data", "property"):
+        _kept[name] = list(lines)
+
+
+def _give_property(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: Any) -> None:
+    lines[:] = _kept.pop(name, lines)
+    if what == "data" and name.removeprefix("ddim.") in ddim.__all__:
+        lines[:] = _value_lines(name.removeprefix("ddim."))
+
+
+def _value_lines(name: str) -> list[str]:
+    """What stands under a public value in its module, since a value has no docstring itself."""
+    for home in [key for key in sys.modules if key.startswith("ddim.")]:
+        if name in getattr(sys.modules[home], "__all__", ()):
+            found = ModuleAnalyzer.for_module(home)
+            found.analyze()
+            return found.attr_docs["", name]
+    raise LookupError(f"no module lists {name}")
+
+
+def _skip_foreign(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leaves out what a class has of diffusers, which has pages of its own."""
+    home = getattr(getattr(obj, "fget", obj), "__module__", None)
+    return True if isinstance(home, str) and home.split(".")[0] == "diffusers" else None
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", Commands)
+    app.connect("autodoc-process-docstring", _keep_property, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", _give_property, priority=600)
+    app.connect("autodoc-skip-member", _skip_foreign)
     app.connect("missing-reference", _find_public)
     app.connect("missing-reference", _find_page)

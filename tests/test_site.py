@@ -96,7 +96,17 @@ def test_no_page_shows_why_the_tests_leave_out_a_block(pages):
 def test_every_public_name_is_in_the_reference(pages):
     anchors = set().union(*(page.anchors for name, page in pages.items() if "/api/" in name))
     assert not [name for name in ddim.__all__ if f"ddim.{name}" not in anchors]
-    assert "ddim.TextToImagePipeline.__call__" in anchors
+    for name in ("TextToImagePipeline.__call__", "TextToImagePipeline.encode"):
+        assert f"ddim.{name}" in anchors
+    assert {"ddim.UnconditionalPipeline.route", "ddim.DDIMScheduler.set_timesteps"} <= anchors
+
+
+def test_values_have_their_own_words_and_none_is_taken_for_a_type(pages):
+    """A value's words are else its type's, and what stands before a colon is taken for a type."""
+    core, doctor = (pages[f"reference/api/{name}.html"].text for name in ("core", "doctor"))
+    assert "The level of clean data" in core
+    assert "Built-in immutable sequence" not in core
+    assert "One sentence for a person whose pictures are dark: is it the sampler" in doctor
 
 
 @pytest.mark.parametrize(

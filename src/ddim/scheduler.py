@@ -5,7 +5,7 @@ configuration files. What differs: a step goes to the neighbour in the list of t
 coefficients come from float64 tables, a zero terminal SNR is exact, lists of your own and a
 timestep a sample are accepted, and what cannot work is refused in words.
 
-A step with a tensor timestep gathers its coefficients from a table (:mod:`ddim.core.plan`): no host
+A step with a tensor timestep gathers its coefficients from a table (``ddim.core.plan``): no host
 reads a device, and ``torch.compile`` sees one graph. Options are read from ``config`` at each step,
 since pipelines rewrite it; compiled code keeps those of the last ``set_timesteps`` or eager step.
 """

@@ -51,6 +51,7 @@ CLEAN = -1
 
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+"""Names of the schedules that :func:`make_betas` knows."""
 
 
 def make_betas(

@@ -12,7 +12,7 @@ data, as DDPM.
 
 :func:`step_coefficients` computes the weights, in float64, and :meth:`StepCoefficients.apply` takes
 the step. Everything that steps uses both; the scheduler gathers the same weights from a table
-(:mod:`ddim.core.plan`).
+(``ddim.core.plan``).
 """
 
 from typing import Literal, NamedTuple
@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 SIGMA_HAT: Literal["sigma-hat"] = "sigma-hat"
+"""The eta that stands for the paper's larger noise, :math:`\\hat\\sigma`."""
 
 Eta = float | Literal["sigma-hat"]
 """Scale of the standard deviation (0 DDIM, 1 the DDPM posterior), or ``"sigma-hat"``."""

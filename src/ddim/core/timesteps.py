@@ -31,6 +31,7 @@ __all__ = [
 
 Spacing = Literal["leading", "linspace", "trailing", "quadratic"]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
+"""Names of the spacings that :func:`select_timesteps` knows."""
 
 Pair = tuple[int, int]
 """(t, s): the level that a step leaves, and the one it reaches."""

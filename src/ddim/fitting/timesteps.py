@@ -5,7 +5,7 @@ finished image and the one that the same x_T becomes in many steps. It is what f
 no metric of quality is needed to lower it:
 
 1. a teacher of many steps is recorded for a small batch;
-2. :mod:`ddim.fitting.search` begins with the best of levels between trailing and quadratic ones and
+2. ``ddim.fitting.search`` begins with the best of levels between trailing and quadratic ones and
    of the path along the teacher that a dynamic programme finds, and moves all levels as long as the
    geometric mean of the true error at the end falls in both halves of the batch;
 3. on noise that the search has not seen, the fitted steps are compared with the spacings, and the

@@ -197,7 +197,7 @@ def decode_trajectory(
         code: From :func:`encode`.
         schedule: The levels.
         timesteps: Other levels than the code's, for a code of one state
-            (:func:`decoding_timesteps`).
+            (:func:`ddim.inversion.codes.decoding_timesteps`).
         origin: Fingerprints of this decoder; they must be the code's.
 
     Returns:

@@ -55,6 +55,7 @@ __all__ = [
 
 Reversible = Literal["o-belm", "bdia", "edict"]
 REVERSIBLE: tuple[str, ...] = get_args(Reversible)
+"""The samplers of this module, by name."""
 
 
 _APART = 0.5  # how far EDICT's copies may end from each other: a quarter of the range of pixels
@@ -219,7 +220,7 @@ def reversible_trajectory(
         An iterator of one :class:`~ddim.core.sampler.State` a step.
 
     Raises:
-        DDIMError: As :func:`check_start`, before anything is evaluated.
+        DDIMError: As ``check_start``, before anything is evaluated.
     """
     check_samples(x_T=x_T)
     check_start(schedule, timesteps, sampler)

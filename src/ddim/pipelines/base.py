@@ -181,7 +181,7 @@ class Sampling:
         """Compiles the network in place, at its next call; options as ``torch.compile``. Saving and
         moving work as before.
 
-        On the CPU, :func:`ddim.pipelines.networks.prepare_for_compiling` prepares the network
+        On the CPU, ``ddim.pipelines.networks.prepare_for_compiling`` prepares the network
         first, so move it before. On a GPU the mode is ``reduce-overhead``, unless a mode, a backend
         or its options are given: kernels are recorded once for a batch size, and launched together.
         """
