@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	--constraint $(CONSTRAINTS)
+# A module is compiled when it is first imported, and kept: else every process of the tests compiles
+# all of diffusers anew, which takes longer than most of them.
+unexport PYTHONDONTWRITEBYTECODE
 OLD_PYTHON = ddim needs Python 3.11 or newer; set PYTHON=python3.11 or another.
 
 .PHONY: demo test test-all test-oldest pytest lint types bench docs dist clean

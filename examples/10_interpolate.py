@@ -17,14 +17,14 @@ from ddim.models.images import make_grid, save_picture
 IMAGES = Path(__file__).parent.parent / "tests" / "data" / "fashion_mnist_2048.npz"
 
 
-def main(out: str = "out/interpolation.png") -> float:
+def main(out: str = "out/interpolation.png", steps: int = 25) -> float:
     pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
     with np.load(IMAGES) as arrays:
         first, last = arrays["test_images"][[0, 1]][..., None]
 
     # A code of fixed-point is one state that looks like noise, which is where a great circle means
     # something.
-    code = pipe.encode([first, last], 25, method="fixed-point")
+    code = pipe.encode([first, last], steps, method="fixed-point")
     print(
         f"codes of root mean square {code.rms().tolist()}, in {code.evaluations} evaluations each"
     )

@@ -66,6 +66,7 @@ def test_the_benchmark_of_a_gpu_walks_through_its_parts_on_a_cpu():
     assert "failed" not in last
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_a_sentence():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / "gpu.py")]

@@ -125,8 +125,8 @@ def lines(block):
                 yield words
 
 
-SLOW = ("docs/benchmarks.md", "docs/scale.md", "docs/training.md")
-"""Documents whose commands measure by many methods, start processes, or train many times."""
+SLOW = ("docs/benchmarks.md", "docs/scale.md", "docs/training.md", "docs/tutorials/your-images.md")
+"""Documents whose commands measure by many methods, start processes, or train once more."""
 RUN = [
     pytest.param(place, block, id=place, marks=[pytest.mark.slow] * place.startswith(SLOW))
     for path in CURRENT

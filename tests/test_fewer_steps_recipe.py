@@ -13,6 +13,7 @@ from tests.conftest import with_fewer_levels
 
 from ddim.fitting.timesteps import geometric_mean, ode_error
 
+pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parents[1] / "studies" / "fewer_steps.py"
 
 

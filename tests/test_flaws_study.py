@@ -163,6 +163,7 @@ def test_a_run_that_finds_all_there_keeps_the_times_of_the_one_that_measured(
     assert record(out) == record(whole)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(
     models, tmp_path, monkeypatch, capsys
 ):

@@ -110,11 +110,7 @@ MUTATIONS = {
         "core/test_interpolation.py",
     ),
 }
-QUICK = {
-    "a wrong sign in the conversion",
-    "a stride instead of a neighbour",
-    "alpha instead of alpha-bar",
-}
+QUICK = {"alpha instead of alpha-bar"}
 
 
 @pytest.mark.parametrize(

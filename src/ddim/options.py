@@ -81,14 +81,16 @@ class Needs:
     """What an option acts on. A need of an option that a request has not is met.
 
     Attributes:
-        option: Another option that must be given or on; of several, one.
+        option: Another option that must be given or on.
+        alternative: One that does as well.
         value: The value that it must have, or a tuple of such values.
         unless: The value that it must not have.
         without: Another option that must not be given.
         model: The kind of model that it is for.
     """
 
-    option: str | tuple[str, ...] | None = None
+    option: str | None = None
+    alternative: str | None = None
     value: object = None
     unless: object = None
     without: str | None = None
@@ -100,11 +102,12 @@ class Needs:
         if self.without in declared and getattr(request, self.without):
             other = declared[self.without].option
             return f"{option} has no effect with {other}; leave out one of the two."
-        options = (self.option,) if isinstance(self.option, str) else self.option or ()
-        if not declared.keys() & set(options):
+        if self.option not in declared:
             return None
-        value = next(filter(None, (getattr(request, name) for name in options)), None)
-        other = " or ".join(declared[name].option for name in options)
+        value, other = getattr(request, self.option), declared[self.option].option
+        if self.alternative is not None:
+            value = value or getattr(request, self.alternative)
+            other = f"{other} or {declared[self.alternative].option}"
         if self.unless is not None:
             text = f"{option} has no effect with {other} {self.unless}; leave out one of the two."
             return text if value == self.unless else None

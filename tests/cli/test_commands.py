@@ -50,6 +50,7 @@ def read(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow
 def test_training_writes_a_model_that_plain_diffusers_samples_without_ddim(model):
     card = json.loads((model / "card.json").read_text())
     assert card["images_seen"] == 64

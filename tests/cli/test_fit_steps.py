@@ -186,6 +186,7 @@ def test_guided_models_of_text_are_fitted_on_their_latents(tiny_text, tmp_path, 
     assert "makes images of prompts: give --prompt TEXT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_text_models_errors_are_of_the_latents_that_its_own_call_ends_at(tiny_text, tmp_path):
     options = ("--prompt", "a cat", "--guidance-scale", 3, "--guidance-rescale", 0.5, "--exact")
     model = with_fewer_levels(tiny_text, tmp_path / "model")

@@ -873,6 +873,7 @@ def test_pictures_that_an_interrupted_run_left_are_of_its_protocol(
     assert run("decode", tiny, "--code", codes[0], "--out", tmp_path / "out") == 0
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_of_the_network(tiny, tmp_path, monkeypatch):
     """A run's record tells the network's calls an image: counted here beneath everything, warm-up
     and sheet apart."""

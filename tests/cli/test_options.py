@@ -136,7 +136,8 @@ def test_an_option_without_what_it_needs_is_refused(name, field, need):
         met |= {need.option: min(kinds(name, need.option) - set(values), key=str)}
         assert refusal(name, field, value, **met).startswith(text)
     elif need.option in known:  # whose default is off
-        text = f"{option} acts only with {known[need.option].option}; give both, or leave out"
+        either = [known[name].option for name in (need.option, need.alternative) if name]
+        text = f"{option} acts only with {' or '.join(either)}; give both, or leave out"
         assert refusal(name, field, value) == f"{text} {option}."
 
 

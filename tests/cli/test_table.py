@@ -182,6 +182,7 @@ def test_a_cell_is_what_evaluate_says_of_it(whole, model, reference, tmp_path):
     assert cell["timesteps"] == [19, 9]
 
 
+@pytest.mark.slow
 def test_processes_and_batches_change_no_number(whole, model, reference, tmp_path, capsys):
     assert run(model, reference, tmp_path, "--workers", 2, "--batch-size", 5, "--steps", 2) == 0
     assert "3 cells measured, 0 were there" in capsys.readouterr().out

@@ -632,6 +632,7 @@ def test_steps_that_are_put_together_are_those_of_the_sampler(count, most, fashi
     assert predict_brightness(schedule, pairs, brightness) == pytest.approx(wanted, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_million_steps_of_a_million_levels_are_examined_at_once():
     """What a step at a time would take is a thousand seconds."""
     begun = time.process_time()
@@ -667,6 +668,7 @@ def fashion():
     return torch.from_numpy(images).reshape(-1, 1, 28, 28).float().div(127.5).sub(1)
 
 
+@pytest.mark.slow
 def test_the_predicted_bias_is_what_the_prior_takes_from_the_embedded_models_samples(fashion):
     pipe = UnconditionalPipeline.from_pretrained("fashion-mnist")
     prior, brightness = fit_prior([fashion]), Brightness.of_images(fashion)

@@ -144,7 +144,7 @@ def test_levels_between_two_places_follow_in_proportion(steps, places):
         assert all(hats[k].max() == 1 for k in range(places))
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made(order):
     """Half of the images are finished at once, wherever they are: what helps the others is no help
     to them."""

@@ -753,6 +753,7 @@ def test_o_belm_is_nearer_to_the_flow_than_ddim_at_few_steps(pipe, steps, longes
         assert ours < 0.7 * ddim, (n, ours, ddim)
 
 
+@pytest.mark.slow
 def test_the_implicit_encoder_spends_where_the_step_is_stiff(pipe, garments):
     """Dozens of evaluations out of the clean level, a few at each other; and its codes are as long
     as noise."""
@@ -805,6 +806,7 @@ def test_pictures_bytes_and_tensors_have_one_code(tiny):
     )
 
 
+@pytest.mark.slow
 def test_a_code_of_one_state_decodes_with_other_steps_nearly(pipe, garments):
     """As documented: from the code's own first level, at a distance that is the discretisation's; a
     pair of states is refused."""

@@ -1448,6 +1448,7 @@ def test_a_vae_that_overflows_is_an_error_not_a_black_picture(tiny_text):
         draw(pipe)
 
 
+@pytest.mark.slow
 def test_without_transformers_one_sentence_says_what_to_install(tiny_text, tiny):
     code = """
 import sys

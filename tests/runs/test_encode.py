@@ -166,6 +166,7 @@ def test_a_folder_of_other_codes_is_another_code(alone, tiny, data, tmp_path, ca
     assert "another" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_classes_and_unsolved_steps_are_kept(tiny_classes, data, tmp_path, capsys):
     out = tmp_path / "codes"
     words = options(tiny_classes, data, out, method="fixed-point", steps=2)

@@ -102,7 +102,7 @@ def interrupted(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "store",
-    ["webdataset", "files", *(pytest.param(s, marks=pytest.mark.slow) for s in ("parquet", "npz"))],
+    ["webdataset", *(pytest.param(s, marks=pytest.mark.slow) for s in ("files", "parquet", "npz"))],
 )
 def test_a_run_that_is_killed_in_a_shard_is_gone_on_with_to_equal_bytes(
     store, alone, tiny, tmp_path, interrupted, capsys
@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_in_a_shard_is_gone_on_with_to_equal_bytes(
     assert not [p for p in tmp_path.rglob("*") if "partial" in p.name or "lease" in p.name]
 
 
-@pytest.mark.parametrize("store", ["webdataset", "files"])
+@pytest.mark.parametrize("store", ["webdataset", pytest.param("files", marks=pytest.mark.slow)])
 def test_two_processes_one_killed_and_one_joining_late(
     store, alone, tiny, tmp_path, interrupted, capsys
 ):
@@ -131,6 +131,7 @@ def test_two_processes_one_killed_and_one_joining_late(
     assert numbers(tmp_path / "out") == list(range(25))
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_and_goes_on_late_changes_nothing(
     alone, tiny, tmp_path, interrupted
 ):
@@ -282,6 +283,7 @@ def test_a_damaged_record_of_a_shard_and_an_unreadable_lease_are_named(
     assert f"the lease {lease} cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwriting_waits_for_nobody_and_takes_nothing_from_those_at_work(
     tiny, tmp_path, interrupted, capsys
 ):
@@ -315,7 +317,7 @@ def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(
     assert "holds no run.json, so no run of this program" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("store", ["webdataset", "parquet"])
+@pytest.mark.parametrize("store", ["webdataset", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_archives_are_data_to_us_and_to_others(store, alone):
     data = load_images(str(alone / store))
     files = load_images(str(alone / "files"))

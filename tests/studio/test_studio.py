@@ -365,6 +365,7 @@ def test_a_refused_studio_exits_with_2(capsys):
     assert said[1].startswith("ddim: 'no-such-model' is neither")
 
 
+@pytest.mark.slow
 def test_without_gradio_it_says_how_to_install_it():
     code = "import sys; sys.modules['gradio'] = None; from ddim.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", code, "studio", "--no-browser"]

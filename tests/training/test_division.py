@@ -110,7 +110,8 @@ def weights(out, step):
     return load_file(out / "checkpoints" / f"{step:07d}" / "training" / "network.safetensors")
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
     """On two processes a batch of one is split, and on one process two passes are taken in turn."""
     whole = tmp_path / "whole"

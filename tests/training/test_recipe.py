@@ -1,6 +1,7 @@
 """The recipe of docs/training.md in small: a few hundred pictures make a model that draws them."""
 
 import numpy as np
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -19,6 +20,7 @@ def distance(model, pictures):
     return frechet_distance(Statistics.of(drawn.flatten(1)), Statistics.of(real))
 
 
+@pytest.mark.slow
 def test_a_few_hundred_pictures_make_a_model_that_draws_them(tmp_path, alone):
     pictures = np.round(load_digits().images[:300] * (255 / 16)).astype(np.uint8)
     np.savez(tmp_path / "pictures.npz", images=pictures)

@@ -267,6 +267,7 @@ def test_further_parts_of_the_base_are_copied_and_pickled_ones_left_out(
     assert not (tmp_path / "out" / "safety_checker").exists()
 
 
+@pytest.mark.slow
 def test_a_new_network_learns_the_captions(tmp_path, tiny_text, squares):
     run = config(
         tmp_path,

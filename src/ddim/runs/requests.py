@@ -346,7 +346,7 @@ class DoctorRequest:
     """Seed of the first image of --show."""
     count: Annotated[int, Range(1, 16), Needs(option="show")] = 8
     """How many seeds --show draws."""
-    device: Annotated[str, Needs(option=("show", "probe"))] = "auto"
+    device: Annotated[str, Needs(option="show", alternative="probe")] = "auto"
     """Where --show and --probe compute: cpu, cuda, ...; auto takes an accelerator where there is
     one."""
     json: bool = False
