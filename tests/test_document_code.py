@@ -125,7 +125,10 @@ def lines(block):
                 yield words
 
 
-SLOW = ("docs/benchmarks.md", "docs/scale.md", "docs/training.md", "docs/tutorials/your-images.md")
+SLOW = tuple(
+    f"docs/{name}.md"
+    for name in "benchmarks scale training tutorials/your-images howto/interpolate-and-edit".split()
+)
 """Documents whose commands measure by many methods, start processes, or train once more."""
 RUN = [
     pytest.param(place, block, id=place, marks=[pytest.mark.slow] * place.startswith(SLOW))

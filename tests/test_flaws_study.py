@@ -15,9 +15,11 @@ from ddim.training.config import TrainConfig
 from flaws import find_models, make_prompts
 from flaws_report import settings
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:a prompt has"
-)  # the tiny tokenizer reads little, and what it reads matters little here
+pytestmark = [
+    pytest.mark.slow,
+    # The tiny tokenizer reads little, and what it reads matters little here.
+    pytest.mark.filterwarnings("ignore:a prompt has"),
+]
 
 SCHEDULES = {
     "epsilon": {"prediction_type": "epsilon"},
@@ -163,7 +165,6 @@ def test_a_run_that_finds_all_there_keeps_the_times_of_the_one_that_measured(
     assert record(out) == record(whole)
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_leaves_whole_cells_and_is_gone_on_with(
     models, tmp_path, monkeypatch, capsys
 ):

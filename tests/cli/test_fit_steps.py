@@ -17,7 +17,7 @@ def fit(model, out, *options):
     return main(["fit-steps", str(model), "--out", str(out), *map(str, (*QUICK, *options))])
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_writes_steps_that_sample_takes(order, tiny, tmp_path, capsys):
     path = tmp_path / "deep" / "steps.json"
     assert fit(tiny, path, "--order", order) == 0
@@ -76,6 +76,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_fitted(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_progress(tiny, tmp_path, monkeypatch):
     with on_a_terminal(monkeypatch, columns=80) as shown:
         assert fit(tiny, tmp_path / "steps.json") == 0

@@ -728,10 +728,9 @@ def test_the_papers_encoder_comes_back_closer_with_more_steps(pipe, garments, st
 
 
 @pytest.mark.parametrize(
-    ("steps", "longest"),
-    [([10], 100), pytest.param([10, 20], 1000, marks=pytest.mark.slow)],
-    ids=["short", "1000 steps"],
+    ("steps", "longest"), [([10], 100), ([10, 20], 1000)], ids=["short", "1000 steps"]
 )
+@pytest.mark.slow
 def test_o_belm_is_nearer_to_the_flow_than_ddim_at_few_steps(pipe, steps, longest):
     """The ODE error of both as samplers: without clipping, the finished image clamped, from the
     same x_T, trailing."""

@@ -338,6 +338,7 @@ def test_nan_is_an_error_not_a_black_image(tiny):
         draw(pipe, seeds=[0])
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_plain_diffusers(tiny, tmp_path, pipe):
     pipe.scheduler.register_to_config(multistep_order=2)
     pipe.save_pretrained(tmp_path / "saved")
@@ -373,10 +374,8 @@ def test_what_diffusers_does_not_know_is_not_saved(tiny, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize(
-    "model",
-    ["tiny", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tiny_classes", "foreign"))],
-)
+@pytest.mark.parametrize("model", ["tiny", "tiny_classes", "foreign"])
+@pytest.mark.slow
 def test_a_warm_up_compiles_all_there_is_and_saving_stays_as_it_was(model, request, tmp_path):
     folder = request.getfixturevalue(model)
     plain, compiled, compilations = (

@@ -20,7 +20,7 @@ from ddim.runs.model import find_device, quiet_libraries
 
 __all__ = ["probe_latents", "probe_pixels"]
 
-_PIXELS, _LATENTS = 64, 16
+_PIXELS, _LATENTS = 32, 16
 """Images that a network is called on; those of latents are larger as a rule."""
 
 
