@@ -1,6 +1,7 @@
 """A run is a function of its configuration, whatever happens to it on the way."""
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -998,3 +999,20 @@ def test_compiled_and_loaded_by_workers_it_learns_the_same(tmp_path):
         [value for _, value in plain.losses], rel=1e-4
     )
     assert latest_checkpoint(Path(tmp_path / "b" / "checkpoints"))
+
+
+@pytest.mark.parametrize("size", [0.0, 0.3, 0.9999999, 1.0, 1.0000001, 40.0, math.inf, math.nan])
+def test_clipped_gradients_are_torchs_bit_for_bit(size):
+    """Although those below the bound are left alone."""
+    ours, theirs = (torch.nn.Linear(7, 5) for _ in range(2))
+    direction = [torch.randn_like(p) for p in ours.parameters()]
+    norm = torch.nn.utils.get_total_norm(direction)
+    for network in (ours, theirs):
+        for weight, along in zip(network.parameters(), direction, strict=True):
+            weight.grad = along * (size / norm)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = trainer.make_accelerator(TrainConfig(data="x", out="y"))
+    loop.clip_gradients(accelerator, torch.optim.SGD(ours.parameters()), 1.0)
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a.grad.view(torch.int32), b.grad.view(torch.int32))

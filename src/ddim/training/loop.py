@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ddim.core.objective import draw_timesteps, loss_weights, offset_noise, training_loss
@@ -23,7 +24,7 @@ from ddim.training.subject import Subject
 
 __all__ = [
     *("EMA", "Run", "StepResult"),
-    *("ema_decay_at", "learning_rate_at", "step_loss", "take_steps"),
+    *("clip_gradients", "ema_decay_at", "learning_rate_at", "step_loss", "take_steps"),
 ]
 
 
@@ -43,21 +44,25 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
         self.decay = decay
-        # Once: to look for them takes longer than to average them.
         self._ours: list[Tensor] = list(self.network.parameters())
+        self._watch(network)
+
+    def _watch(self, network: nn.Module) -> None:
+        """Finds what is averaged, once: that takes longer than to average it."""
         self._seen, self._theirs = network, list[Tensor](network.parameters())
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Moves the average towards the network after optimiser step ``step`` (from 0)."""
         if network is not self._seen:
-            self._seen, self._theirs = network, list[Tensor](network.parameters())
+            self._watch(network)
         ours, theirs = self._ours, self._theirs
         pairs = list(zip(ours, theirs, strict=True))
         if any(a.dtype != b.dtype or a.device != b.device for a, b in pairs):
             theirs = [b.to(a.device, a.dtype) for a, b in pairs]
         torch._foreach_lerp_(ours, theirs, 1 - ema_decay_at(step, self.decay))
-        for mine, other in zip(self.network.buffers(), network.buffers(), strict=True):
+        for mine, other in self._buffers:
             mine.copy_(other)
 
 
@@ -116,6 +121,7 @@ def take_steps(
     caller logs, saves, and may stop between two steps. ``network`` is called in place of the run's
     model; it has the same parameters. Raises a DDIMError if a batch cannot be read."""
     network = run.model if network is None else network
+    averaged = run.accelerator.unwrap_model(run.model)
     for step in range(start, run.steps):
         rate = learning_rate_at(step, run.steps, run.config)
         for group in run.optimizer.param_groups:
@@ -128,7 +134,7 @@ def take_steps(
             piece = run.division.piece(turn, run.accelerator.process_index)
             loss = _accumulate(run, network, batch, step, piece)
             total += loss / run.division.each
-        run.average.update(run.accelerator.unwrap_model(run.model), step)
+        run.average.update(averaged, step)
         yield StepResult(step + 1, total, rate)
 
 
@@ -158,6 +164,22 @@ def step_loss(run: Run, network: Any, batch: Any, step: int, piece: Piece) -> Te
         ).mean()
 
 
+def clip_gradients(accelerator: Accelerator, optimizer: Any, most: float) -> None:
+    """Scales gradients down to the norm ``most``, if that of all of them together is larger.
+
+    On a CPU the norm is looked at, and what lies below is left alone: torch would multiply it by 1,
+    which takes as long as the norm."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU)
+    if accelerator.device.type != "cpu" or accelerator.distributed_type not in kinds:
+        accelerator.clip_grad_norm_(held, most)
+        return
+    found = [p.grad for p in held if p.grad is not None]
+    norm = nn.utils.get_total_norm(found, foreach=True)
+    if not float(norm) + 1e-6 < most:  # torch adds as much; NaN is scaled too
+        nn.utils.clip_grads_with_norm_(held, most, norm, foreach=True)
+
+
 def _accumulate(run: Run, network: Any, batch: Any, step: int, piece: Piece) -> Tensor:
     """One forward and backward pass. The optimiser moves the weights in the last pass of a step."""
     accelerator, clip = run.accelerator, run.config.gradient_clip
@@ -165,8 +187,7 @@ def _accumulate(run: Run, network: Any, batch: Any, step: int, piece: Piece) -> 
         loss = step_loss(run, network, batch, step, piece)
         accelerator.backward(loss)
         if accelerator.sync_gradients and clip > 0:
-            held = [p for group in run.optimizer.param_groups for p in group["params"]]
-            accelerator.clip_grad_norm_(held, clip)
+            clip_gradients(accelerator, run.optimizer, clip)
         run.optimizer.step()
         run.optimizer.zero_grad()
     return loss.detach()
