@@ -13,7 +13,7 @@ import numpy as np
 from ddim import DDIMScheduler, DiffusionPipeline
 from ddim.models.images import label_rows, save_picture
 
-PROMPT = "a red sneaker on a black background"
+PROMPT = "a yellow sandal on a gray background"
 
 
 def main(
@@ -24,14 +24,13 @@ def main(
     options = {"seeds": range(4), "num_inference_steps": steps, "progress": False}
 
     rows, labels = [], []
-    for scale, rescale in ((1.0, 0.0), (7.5, 0.0), (7.5, 0.7), (15.0, 0.0), (15.0, 0.7)):
+    for scale, rescale in ((1.0, 0.0), (3.0, 0.0), (7.5, 0.0), (15.0, 0.0), (15.0, 0.7)):
         rows.append(pipe(PROMPT, guidance_scale=scale, guidance_rescale=rescale, **options).images)
         labels.append(f"{PROMPT}: guidance {scale}, rescale {rescale}")
 
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_picture(
-        label_rows(np.stack([np.asarray(picture) for row in rows for picture in row]), labels), out
-    )
+    pictures = np.stack([np.asarray(picture) for row in rows for picture in row])
+    save_picture(label_rows(pictures, labels, scale=3), out)
     print(f"{out}: {len(rows)} rows")
     return rows
 
