@@ -72,7 +72,8 @@ def test_the_exit_code_tells_errors_and_strictly_warnings(config, capsys):
 def test_the_report_is_for_people(capsys):
     assert main(["doctor", str(SD), "--steps", "50"]) == 0
     told = capsys.readouterr().out
-    verdict, _, python = told.splitlines()[:3]
+    verdict, _, loads, python = told.splitlines()[:4]
+    assert loads == "import ddim"
     assert verdict.startswith(
         "What should be dark comes out too bright, by about 47 of 255 grey levels, and all"
     )

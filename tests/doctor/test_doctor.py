@@ -947,15 +947,24 @@ def test_a_probe_does_not_tell_what_no_answer_shows(images):
 def test_weights_without_a_record_may_have_been_trained_with_zero_snr():
     config = {**SOUND, "rescale_betas_zero_snr": False}
     open_ = diagnose(config, steps=20)
-    assert "or rescale_betas_zero_snr=True alone if the weights were trained so" in open_.verdict
+    otherwise = "unless the weights were trained otherwise than the configuration says"
+    assert f"{otherwise} (--data PICTURES --probe asks them)." in open_.verdict
     (leak,) = (f for f in open_.findings if f.code == "DDIM001")
     assert leak.retrain
     assert "No record says how the weights were trained" in leak.advice
-    assert "--data IMAGES --probe asks the network" in leak.advice
+    assert "--data PICTURES --probe asks them" in leak.advice
+    undecided = diagnose(config, steps=20, probe=_said(None))
+    assert undecided.verdict.endswith(f"{otherwise}.")
     for told in ({"model": ModelFacts(training=config)}, {"probe": _said(False)}):
         (leak,) = (f for f in diagnose(config, steps=20, **told).findings if f.code == "DDIM001")
         assert "No record" not in leak.advice
-    assert "if the weights were trained so" not in diagnose(LEAKY, steps=20).verdict
+    epsilon = diagnose(LEAKY, steps=20)
+    assert otherwise in epsilon.verdict
+    (leak,) = (f for f in epsilon.findings if f.code == "DDIM001")
+    wanted = "set rescale_betas_zero_snr=True, prediction_type='v_prediction' and train nothing"
+    assert wanted in leak.advice
+    asked = Probe(ERRORS, "epsilon", True, {})
+    assert otherwise not in diagnose(LEAKY, steps=20, probe=asked).verdict
 
 
 def _said(zero):

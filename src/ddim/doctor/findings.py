@@ -21,6 +21,7 @@ from ddim.doctor.probing import Probe
 from ddim.doctor.symptoms import Brightness, leaked_brightness, made_of_noise, stock_pairs
 
 __all__ = [
+    "ASKS",
     "DATA",
     "DATA_NAME",
     "FAINT",
@@ -56,6 +57,8 @@ DATA_NAME = "N({}, {}^2)".format(*DATA)
 SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 LIN = "Lin et al. 2023, arXiv 2305.08891"
 SALIMANS = "Salimans, Ho 2022, arXiv 2202.00512"
+ASKS = "--data PICTURES --probe asks them"
+"""How the doctor learns of weights what no file says."""
 NEIGHBOURS = "`python -m pydoc ddim.core.timesteps`"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from ddim.core.schedule import CLEAN
 from ddim.core.timesteps import check_timesteps, select_timesteps, step_pairs
 from ddim.doctor.findings import (
+    ASKS,
     DATA,
     DATA_NAME,
     GREY_LEVEL,
@@ -55,21 +56,27 @@ def _terminal_snr(case: Case) -> Finding | None:
     if severity == "info":
         advice, fix = "This is too little to be seen.", {}
     else:
-        advice, numbers["perhaps_trained_so"] = _against_a_leak(case.model, fix), _is_open(case)
-        if numbers["perhaps_trained_so"]:
-            asks = "" if case.probe else "; --data IMAGES --probe asks the network"
+        numbers["unknown_training"] = unknown = _unknown_training(case)
+        advice = _against_a_leak(case.model, fix)
+        if unknown:
+            keys = ", ".join(f"{key}={value!r}" for key, value in fix.items())
             advice += (
                 " No record says how the weights were trained: if with zero terminal SNR, set "
-                f"rescale_betas_zero_snr=True and train nothing{asks}."
+                f"{keys} and train nothing"
             )
+            advice += f"; {ASKS}." if unknown == "unasked" else "."
     return Finding(severity, message, effect, numbers, fix, retrain=True, advice=advice)
 
 
-def _is_open(case: Case) -> bool:
-    """Whether the weights may have been trained with zero terminal SNR, for all that is known."""
-    told = None if case.probe is None else case.probe.zero_terminal_snr
-    is_epsilon = case.config["prediction_type"] == "epsilon"
-    return told is None and case.training is None and not is_epsilon
+def _unknown_training(case: Case) -> str | None:
+    """``unasked`` or ``undecided`` where the weights may have been trained with zero terminal SNR,
+    for all that is known."""
+    if case.training is not None:
+        return None
+    if case.probe is None:
+        return "unasked"
+    is_told = case.probe.zero_terminal_snr is not None or case.probed == "epsilon"
+    return None if is_told else "undecided"
 
 
 def _against_a_leak(model: ModelFacts, fix: Mapping[str, Any]) -> str:

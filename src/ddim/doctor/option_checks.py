@@ -210,8 +210,8 @@ def _unrescaled_guidance(case: Case) -> Finding | None:
         return None
     return Finding(
         "info",
-        "The model has zero terminal SNR: classifier-free guidance needs guidance_rescale with it.",
-        "Without it guided images are over-exposed.",
+        "The model has zero terminal SNR: strong guidance needs guidance_rescale with it.",
+        "Without it images are over-exposed, the more the stronger the guidance.",
         {"guidance_scale": scale, "guidance_rescale": case.guidance_rescale},
         advice="Sample with guidance_rescale=0.7 (ddim sample --guidance-rescale 0.7).",
     )
@@ -323,7 +323,7 @@ def _probed_type(case: Case) -> Finding | None:
     if found == "epsilon" and case.terminal == 0 and case.config["rescale_betas_zero_snr"]:
         fix["rescale_betas_zero_snr"] = False
     message += f"those of {found} (relative errors: {listed})."
-    consequence = "Its output is taken for another quantity: the images are noise."
+    consequence = "Its output is taken for another quantity: the images are noise, or washed out."
     return Finding("error", message, consequence, evidence, fix)
 
 

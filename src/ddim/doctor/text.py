@@ -19,7 +19,8 @@ _NOISE = {True: ", with pure noise", False: ", with the schedule's leak", None: 
 
 def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe | None) -> str:
     """The verdict and the line to paste, then the findings and their numbers."""
-    parts = ["\n\n".join(filter(None, (diagnosis.verdict, diagnosis.python, declares))) + "\n"]
+    python = diagnosis.python and f"import ddim\n{diagnosis.python}"
+    parts = ["\n\n".join(filter(None, (diagnosis.verdict, python, declares))) + "\n"]
     if summary := diagnosis.summary:
         known = summary["brightness"]
         assumed = ", assumed" if known["assumed"] else ""

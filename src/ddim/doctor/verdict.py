@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddim.doctor.findings import FAINT, GREY_LEVEL, Finding
+from ddim.doctor.findings import ASKS, FAINT, GREY_LEVEL, Finding
 
 __all__ = ["foreign_finding", "give_verdict", "refusal_finding"]
 
@@ -59,9 +59,7 @@ def give_verdict(
     if {"DDIM002", "DDIM007"} & set(ours):
         return f"Your pictures are noise, since sampling starts at a level without it; {helps}."
     if ours:
-        return (
-            f"Your pictures fail, because the configuration is wrong ({', '.join(ours)}); {helps}."
-        )
+        return f"Your pictures are spoilt by a wrong configuration ({', '.join(ours)}); {helps}."
     bias, left = summary["brightness_bias"], after["brightness_bias"]
     if abs(bias) >= FAINT and any(f.code == "DDIM019" and f.fix for f in findings):
         return f"The weights were trained with another noise schedule (DDIM019); {helps}."
@@ -90,8 +88,9 @@ def _remedy(findings: Sequence[Finding], bias: float, left: float, line: str | N
     """What helps; ``line`` says what mends, or None where nothing does without training."""
     leak = next((f for f in findings if f.code == "DDIM001" and f.fix and f.retrain), None)
     training = "training with zero terminal SNR mends it (DDIM001)" if leak else ""
-    if leak is not None and leak.evidence["perhaps_trained_so"]:
-        training += ", or rescale_betas_zero_snr=True alone if the weights were trained so"
+    if leak is not None and (unknown := leak.evidence["unknown_training"]):
+        training += ", unless the weights were trained otherwise than the configuration says"
+        training += f" ({ASKS})" if unknown == "unasked" else ""
     if line is not None and abs(left) < FAINT:
         return f"{line} mends it"
     if line is not None and abs(bias) - abs(left) >= GREY_LEVEL:
