@@ -17,6 +17,7 @@ def test_an_example_is_numbered_and_short(path):
     assert len(path.read_text().splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_the_path_between_two_images_ends_at_them(tmp_path):
     example = runpy.run_path(str(EXAMPLES / "10_interpolate.py"))
     with warnings.catch_warnings():

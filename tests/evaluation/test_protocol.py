@@ -180,6 +180,7 @@ def test_batches_and_the_order_of_samples_change_nothing(panel, real):
         assert other[name].floor == pytest.approx(r.floor, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_first_images_can_be_measured_alone(panel, real):
     samples, reference = real["test"][0][:200], real["train"][0][:600]
     counts = [200, 80]

@@ -276,6 +276,7 @@ def test_evaluations_are_told_as_they_are_made(name, spacing):
             assert len(calls) == code.evaluations, (method, steps)
 
 
+@pytest.mark.slow
 def test_the_copies_of_edict_tell_that_they_have_drifted_apart():
     """As a sampler EDICT is of no use at few steps; as an encoder it is exact there, and loses
     everything at many."""
@@ -845,6 +846,7 @@ def test_a_float64_network_has_its_own_codes(tiny, pipe, method):
         UnconditionalPipeline.from_pretrained(tiny).decode(code)
 
 
+@pytest.mark.slow
 def test_half_precision_promises_no_exact_round_trip_and_tells_what_it_cannot_solve(pipe, garments):
     half = UnconditionalPipeline.from_pretrained("fashion-mnist", dtype=torch.bfloat16)
     error, code = missed(half, garments[:2], 5, "o-belm")

@@ -103,6 +103,7 @@ def test_the_bytes_do_not_depend_on_who_encodes(how, alone, tiny, data, tmp_path
     assert Watch(out).look().is_done
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_a_record_goes_on(alone, tiny, data, tmp_path, capsys):
     out = tmp_path / "codes"
     kill = (

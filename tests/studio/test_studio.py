@@ -182,6 +182,7 @@ def test_a_sheet_fills_and_a_refused_cell_says_why(desk):
     assert all(text.endswith(".") for text in told)
 
 
+@pytest.mark.slow
 def test_a_path_a_square_and_an_edit(desk, tmp_path):
     path = done(
         desk.submit(

@@ -137,6 +137,7 @@ def test_one_image_trains_to_a_model_without_a_prior(tmp_path):
 # Precision
 
 
+@pytest.mark.slow
 def test_bf16_trains_with_noise_and_loss_in_float32(tmp_path, monkeypatch):
     dtypes, inside = set(), set()
 
