@@ -285,8 +285,8 @@ def _other_training(case: Case) -> Finding | None:
         mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
         mean, std = mean_std(mixed, here, pairs, oracle, first)
     keys = [key for key in _TRAINED_KEYS if training[key] != case.config[key]]
-    told = case.probe is not None and case.probe.zero_terminal_snr
-    source = ", by its own answers" if told else ""
+    answers = case.probe.evidence if case.probe and case.probe.zero_terminal_snr else {}
+    source = ", by its own answers" if answers else ""
     denied = []  # keys of which the network's own answers say otherwise
     if case.probed not in (None, trained_kind):
         denied.append("prediction_type")
@@ -299,8 +299,7 @@ def _other_training(case: Case) -> Finding | None:
         f"{', '.join(f'{k}={_short(case.config[k])}' for k in keys)}.",
         f"On data {DATA_NAME} a perfect network that is sampled so makes N({mean:.3f}, "
         f"{std:.3f}^2) instead of N({right_mean:.3f}, {right_std:.3f}^2).",
-        {"mixed": [mean, std], "right": [right_mean, right_std]}
-        | (case.probe.evidence if case.probe and told else {}),
+        {"mixed": [mean, std], "right": [right_mean, right_std], **answers},
         {key: training[key] for key in keys if key not in denied},
     )
 

@@ -132,6 +132,7 @@ class Brightness:
 
 
 def check_images(images: Any) -> None:
+    """Refuses what are no images, or latents of them, [B, C, H, W]."""
     check_samples(images=images)
     if images.ndim != 4:
         raise wrong_argument("images", "have shape [B, C, H, W]", images)

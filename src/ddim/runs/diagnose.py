@@ -124,11 +124,15 @@ def _look_at_data(
     folder = _weights(request, source) if request.probe else None
     levels, device = levels_of(complete(source.config)), request.device
     if model.latent:
-        if folder is None or request.prior is not None:
-            option = "--data tells" if folder is None else "--prior measures"
+        if folder is None:
             raise DDIMError(
-                f"{option} the brightness of pixels, and this model works on latents; leave it out"
-                f"{', or ask the network about the images with --probe' if folder is None else ''}."
+                "--data tells the brightness of pixels, and this model works on latents; leave it "
+                "out, or ask the network about the images with --probe."
+            )
+        if request.prior is not None:
+            raise DDIMError(
+                "--prior measures the brightness of pixels, and this model works on latents; leave "
+                "it out."
             )
         from ddim.runs.probing import probe_latents  # with all of diffusers, which takes seconds
 

@@ -29,7 +29,7 @@ from ddim.runs.record import protocol_hash
 from ddim.runs.shards import local_rank
 
 __all__ = ["ModelJob", "PixelJob", "draw", "enough_memory", "find_device"]
-__all__ += ["quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
+__all__ += ["open_finite", "quiet_libraries", "sampling_evaluations", "short_name", "spacing_of"]
 
 
 def quiet_libraries(*, text: bool = False) -> None:
@@ -135,6 +135,16 @@ def short_name(path: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(path).name) or "model"
 
 
+def open_finite(opened: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """The pipeline of class ``opened`` in a folder; a CheckpointError names a weight of it that is
+    no finite number."""
+    pipe = opened.from_pretrained(folder, dtype=dtype)
+    for part in ("unet", "vae", "text_encoder"):
+        if isinstance(network := getattr(pipe, part, None), torch.nn.Module):
+            check_finite(name, dict(network.named_parameters()))
+    return pipe
+
+
 class ModelJob(Job):
     """A job on a model, which :meth:`find` finds.
 
@@ -178,11 +188,7 @@ class ModelJob(Job):
         if self.model.is_text:
             to_begin_at = "StableDiffusionImg2ImgPipeline"
             opened = text_pipeline(to_begin_at if self.has_picture else "StableDiffusionPipeline")
-        pipe = opened.from_pretrained(self.model.folder, dtype=dtype)
-        for part in ("unet", "vae", "text_encoder"):
-            if isinstance(network := getattr(pipe, part, None), torch.nn.Module):
-                check_finite(self.model.name, dict(network.named_parameters()))
-        return pipe.to(self.device)
+        return open_finite(opened, self.model.folder, self.model.name, dtype).to(self.device)
 
     def prepare(self) -> None:
         self.pipe  # noqa: B018 - loads the weights

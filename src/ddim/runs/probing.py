@@ -16,7 +16,7 @@ from ddim.errors import DataError, DDIMError
 from ddim.models.checkpoints import STABLE_DIFFUSION, check_finite, load_network, read_model_index
 from ddim.pipelines.diffusion_pipeline import text_pipeline
 from ddim.pipelines.pictures import encode_images
-from ddim.runs.model import find_device, quiet_libraries
+from ddim.runs.model import find_device, open_finite, quiet_libraries
 
 __all__ = ["probe_latents", "probe_pixels"]
 
@@ -66,11 +66,10 @@ def probe_latents(
         )
     device = find_device(device_name)
     quiet_libraries(text=True)
-    pipe: Any = text_pipeline("StableDiffusionPipeline").from_pretrained(folder).to(device)
+    opened = text_pipeline("StableDiffusionPipeline")
+    pipe = open_finite(opened, folder, name, torch.float32).to(device)
     channels, *sides = pipe.image_shape
     pictures = load_images(data, channels=channels, resolution=tuple(sides))
-    for part in ("unet", "vae", "text_encoder"):
-        check_finite(name, dict(getattr(pipe, part).named_parameters()))
     conditions = pipe.conditions("", guidance_scale=1.0)
     pipe.denoiser(conditions)  # refuses a network that takes more than latents
 

@@ -89,9 +89,8 @@ class ShowJob(FileJob, ModelJob):
         if self.model.is_text:
             self.text = read_text(options, self.model)
         options.refuse_unread(self.model.name, self.model.kinds)
-        self.items = [Item(None, seed) for seed in self.seeds]
-        if self.text is not None:
-            self.items = self.text.items(self.seeds)
+        alone = [Item(None, seed) for seed in self.seeds]
+        self.items = alone if self.text is None else self.text.items(self.seeds)
         self.protocol = {"command": self.command, "rows": request.rows, "seeds": self.seeds}
         self.execution = {}
         self.drawn = dict[str, tuple[NDArray[np.uint8] | None, str]]()

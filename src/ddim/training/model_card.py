@@ -43,7 +43,7 @@ def model_card(card: dict[str, Any], *, name: str) -> str:
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
     prompt = " --prompt TEXT" if is_text else ""
-    call, place = '"TEXT", ' if is_text else "", f"./{name}"
+    call, place = '"TEXT", ' if is_text else "", _line(f"./{name}")
     lines = [
         "---",
         "library_name: diffusers",
@@ -62,7 +62,7 @@ def model_card(card: dict[str, Any], *, name: str) -> str:
         *rows,
         "",
         "```sh",
-        printable(card["command"]).replace("`", "'"),
+        _line(card["command"]),
         f"ddim sample {shlex.quote(place)}{prompt}",
         "```",
         "",
@@ -94,6 +94,11 @@ def _schedule(config: dict[str, Any]) -> str | None:
         return None
     rescaled = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
     return f"{kind}, {config.get('num_train_timesteps')} levels{rescaled}"
+
+
+def _line(text: str) -> str:
+    """A text as a line of a block of code: it may come from a file's name."""
+    return printable(text).replace("`", "'")
 
 
 def _cell(value: object) -> str:
