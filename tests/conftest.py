@@ -2,7 +2,9 @@
 picture."""
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -14,6 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+
+def thinned(*values, stride):
+    """The combinations of some parameters' values for `make test-all`, of which `make test` runs
+    each stride-th: with no factor in common with the numbers of values, these have every value."""
+    cases = list(itertools.product(*values))
+    assert math.gcd(stride, len(cases)) == 1
+    for some, every in zip(zip(*cases[::stride], strict=True), values, strict=True):
+        assert all(value in some for value in every)
+    return [
+        pytest.param(*case, marks=() if n % stride == 0 else pytest.mark.slow)
+        for n, case in enumerate(cases)
+    ]
 
 
 def tiny_unet(**options):

@@ -172,7 +172,13 @@ def test_a_move_that_helps_one_half_of_the_images_alone_is_not_made(order):
 
 @pytest.mark.parametrize(
     ("order", "steps", "gain"),
-    [(1, 5, 0.8), (1, 10, 0.97), (2, 6, 0.3), (2, 12, 0.02), (2, 20, 0.05)],
+    [
+        (1, 5, 0.8),
+        pytest.param(1, 10, 0.97, marks=pytest.mark.slow),
+        (2, 6, 0.3),
+        (2, 12, 0.02),
+        pytest.param(2, 20, 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_the_search_lowers_the_error_of_its_best_start(order, steps, gain):
     x = noise(32, 0)

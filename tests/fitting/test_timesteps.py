@@ -24,6 +24,14 @@ from ddim.fitting.timesteps import (
     ode_errors,
 )
 
+FEW = [
+    (1, 1),
+    (1, 5),
+    (2, 10),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1), (2, 5), (1, 10))),
+]
+"""Orders, and numbers of steps."""
+
 SCHEDULE = NoiseSchedule.from_betas(make_betas())
 
 
@@ -64,8 +72,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert math.isnan(geometric_mean(torch.tensor([2.0])).low)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("steps", [1, 5, 10])
+@pytest.mark.parametrize(("order", "steps"), FEW)
 def test_fitted_steps_beat_every_spacing_on_noise_they_have_not_seen(order, steps):
     fit = fit_timesteps(
         SamplingProblem(mixture, noise(16, 0)),

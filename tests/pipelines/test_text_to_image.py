@@ -118,7 +118,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if n % 2 else ()) for n, case in enumerate(CASES)],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
 def test_images_are_those_of_diffusers(case, both):
     pipe, theirs = both
     options = dict(case)

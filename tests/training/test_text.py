@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.conftest import edit
+from tests.conftest import edit, thinned
 
 from ddim.cli.train import _tell_end
 from ddim.configuration import noise_schedule
@@ -34,6 +34,8 @@ from ddim.training.package import make_scheduler
 from ddim.training.trainer import train
 
 DATA = Path(__file__).parents[1] / "data"
+SHIFTED = {"horizontal_flip": True, "offset_noise": 0.1}
+ALL_TRAINED = {"train_text_encoder": True, "gradient_checkpointing": True}
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
@@ -135,12 +137,15 @@ def test_one_command_makes_a_zero_snr_v_model_of_an_epsilon_one(tmp_path, tiny_t
     assert np.isfinite(image).all()
 
 
-@pytest.mark.parametrize("cache", ["no", "memory", "disk"])
 @pytest.mark.parametrize(
-    "options",
+    ("cache", "options"),
     [
-        {"horizontal_flip": True, "offset_noise": 0.1},
-        {"train_text_encoder": True, "gradient_checkpointing": True},
+        ("no", ALL_TRAINED),
+        ("memory", SHIFTED),
+        ("disk", SHIFTED),
+        pytest.param("no", SHIFTED, marks=pytest.mark.slow),
+        pytest.param("memory", ALL_TRAINED, marks=pytest.mark.slow),
+        pytest.param("disk", ALL_TRAINED, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_taken_up_again_ends_in_the_same_weights(
@@ -325,22 +330,28 @@ def stop_at(monkeypatch, method, call, name="SIGTERM"):
     return calls
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize(
-    ("cache", "method"), [("memory", "_posterior"), ("disk", "_posterior"), ("disk", "_embed")]
+    ("before", "name"),
+    thinned(
+        [("memory", "_posterior"), ("disk", "_posterior"), ("disk", "_embed")],
+        ["SIGINT", "SIGTERM", "SIGHUP"],
+        stride=4,
+    ),
 )
 def test_a_signal_before_the_first_step_ends_the_run_cleanly(
-    tmp_path, tiny_text, squares, monkeypatch, capsys, cache, method, name
+    tmp_path, tiny_text, squares, monkeypatch, capsys, before, name
 ):
+    cache, method = before
     run = config(tmp_path / "out", tiny_text, squares, cache_latents=cache)
     number = getattr(signal, name)
-    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as under nohup
+    # It may be ignored, as under nohup.
+    usual = signal.signal(number, signal.default_int_handler)
     with monkeypatch.context() as patch:
         calls = stop_at(patch, method, 1 if method == "_embed" else 2, name)
         try:
             result = train(run)
         finally:
-            signal.signal(number, before)
+            signal.signal(number, usual)
     assert (result.finished, result.step, result.losses) == (False, 0, ())
     assert len(calls) <= 2  # of the 15 batches
     assert not (tmp_path / "out").exists()
