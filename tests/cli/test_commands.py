@@ -99,7 +99,7 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         assert np.abs(read(tmp_path / "a" / name) - read(tmp_path / "b" / name)).max() <= 1
     capsys.readouterr()
     assert main([*common, "--count", "6", "--out", str(tmp_path / "a")]) == 0
-    assert "1 images drawn, 5 were there" in capsys.readouterr().out
+    assert "1 image drawn, 5 were there" in capsys.readouterr().out
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["results"][5] == {"seed": 5, "file": "000005.png"}
     assert record["evaluations"] == 4

@@ -19,6 +19,7 @@ from ddim.fitting.timesteps import estimate_eps_mean_square
 from ddim.models.checkpoints import weight_hash
 from ddim.models.images import load_image
 from ddim.pipelines.unconditional import UnconditionalPipeline
+from ddim.runs.model import short_name
 from ddim.runs.record import IDENTITY, read_run
 
 
@@ -76,7 +77,7 @@ def test_it_writes_pictures_a_grid_and_a_record(tiny, tmp_path, capsys):
     assert run["execution"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert set(run["versions"]) == {"python", "ddim", "torch", "diffusers", "numpy"}
     told = capsys.readouterr().out
-    assert f"3 images drawn, 0 were there; they are in {out}" in told
+    assert f"3 images drawn; they are in {out}" in told
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_running_again_draws_what_is_missing(tiny, tmp_path, capsys, monkeypatch
     (tmp_path / "000001.png").unlink()
     times = {s: (tmp_path / f"{s:06d}.png").stat().st_mtime_ns for s in (0, 2)}
     assert sample(tiny, tmp_path, "--count", 2, "--seed", 1, "--batch-size", 1) == 0
-    assert "1 images drawn, 1 were there" in capsys.readouterr().out
+    assert "1 image drawn, 1 was there" in capsys.readouterr().out
     assert {s: (tmp_path / f"{s:06d}.png").stat().st_mtime_ns for s in (0, 2)} == times
     assert [r["seed"] for r in record(tmp_path)["results"]] == [0, 1, 2]
     second = record(tmp_path)
@@ -118,7 +119,7 @@ def test_images_that_were_not_asked_for_are_told_and_not_in_the_grid(tiny, tmp_p
     assert "are there too" not in capsys.readouterr().out
     assert sample(tiny, tmp_path, "--count", 3, "--seed", 3) == 0
     told = capsys.readouterr().out
-    assert "2 images drawn, 1 were there" in told
+    assert "2 images drawn, 1 was there" in told
     assert "grid.png. 3 of other seeds are there too, and not in the grid." in told
     assert sample(tiny, tmp_path / "alone", "--count", 3, "--seed", 3) == 0
     assert (
@@ -465,11 +466,13 @@ def test_the_default_folder_is_of_one_protocol_so_no_two_requests_meet(
     tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for steps, count, told in ((1, 1, "1 images drawn, 0"), (2, 1, "1 images drawn, 0")):
-        assert main(["sample", str(tiny), "--steps", str(steps), "--count", str(count)]) == 0
-        assert told in capsys.readouterr().out
+    for steps, told in (("1", "\n1 step took "), ("2", "\n2 steps took ")):
+        assert main(["sample", str(tiny), "--steps", steps, "--count", "1"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("1 image drawn; they are in ")
+        assert told in said
     assert main(["sample", str(tiny), "--steps", "1", "--count", "2"]) == 0  # goes on
-    assert "1 images drawn, 1 were there" in capsys.readouterr().out
+    assert "1 image drawn, 1 was there" in capsys.readouterr().out
     folders = names(tmp_path / "out")
     assert len(folders) == 2
     assert all(re.fullmatch(r"sample-tiny-[0-9a-f]{8}", name) for name in folders)
@@ -480,7 +483,7 @@ def test_pictures_keep_the_format_that_their_folder_began_with(kind, tiny, tmp_p
     options = ("--count", 2, "--picture", kind)
     assert sample(tiny, tmp_path / "a", *options) == 0
     assert sample(tiny, tmp_path / "a", *options[:1], 3, *options[2:]) == 0
-    assert "1 images drawn, 2 were there" in capsys.readouterr().out
+    assert "1 image drawn, 2 were there" in capsys.readouterr().out
     drawn = [f"00000{seed}.{kind}" for seed in range(3)]
     assert names(tmp_path / "a") == [*drawn, f"grid.{kind}", "run.json"]
     assert [row["file"] for row in record(tmp_path / "a")["results"]] == drawn
@@ -712,6 +715,19 @@ def test_a_bug_shows_its_traceback(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(UnconditionalPipeline, "warm_up", lambda self, size: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(tiny, tmp_path)
+
+
+def test_results_are_named_by_their_model():
+    for path, name in {
+        "fashion-mnist": "fashion-mnist",
+        "OWNER/NAME": "NAME",
+        "a/my model/": "my-model",
+        "runs/shoes/checkpoints/0001200": "shoes-0001200",
+        "checkpoints/0001200": "0001200",
+        "checkpoints/best": "best",
+        "/": "model",
+    }.items():
+        assert short_name(path) == name
 
 
 def test_version_and_unknown_commands(capsys):

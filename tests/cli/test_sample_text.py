@@ -87,7 +87,7 @@ def test_many_prompts_from_arguments_and_files_are_taken_up_again(
     (out / "001-000000.png").unlink()
     capsys.readouterr()
     assert sample(tiny_text, out, *options) == 0
-    assert "1 images drawn, 5 were there" in capsys.readouterr().out
+    assert "1 image drawn, 5 were there" in capsys.readouterr().out
     assert sample(tiny_text, out, *options[:2], *options[4:]) == 2
     assert "another protocol: prompt is" in capsys.readouterr().err
 

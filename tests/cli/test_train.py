@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from ddim.cli import main
+from ddim.cli.train import _tell_end
 from ddim.files import locked
 from ddim.training.config import PRESETS
+from ddim.training.trainer import TrainResult
 
 NPZ = Path(__file__).parents[1] / "data" / "fashion_mnist_2048.npz"
 TINY = [
@@ -521,6 +523,7 @@ def test_processes_that_a_launcher_stops_leave_after_the_running_step_with_a_che
     assert rest.count("Stopped at step ") == 1
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert f"Stopped at step {int(checkpoint.name)} with a checkpoint" in rest
+    assert f"ddim sample {checkpoint} draws with what there is." in rest
     assert (checkpoint / "training" / "record.json").is_file()
 
 
@@ -554,3 +557,15 @@ def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(tmp_path):
         running.kill()
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert (checkpoint / "training" / "record.json").is_file()
+
+
+def test_a_run_that_stopped_says_what_draws_with_its_checkpoint(tmp_path, capsys):
+    result = TrainResult(tmp_path, 1200, False, None, (), True)
+    checkpoint = tmp_path / "checkpoints" / "0001200"
+    for prompt in ("", " --prompt '...'"):
+        _tell_end(result)
+        assert capsys.readouterr().out == (
+            "Stopped at step 1200 with a checkpoint; the same command goes on from there, and "
+            f"ddim sample {checkpoint}{prompt} draws with what there is.\n"
+        )
+        (checkpoint / "text_encoder").mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def test_a_process_that_was_stopped_and_goes_on_late_changes_nothing(
 
 def test_workers_draw_what_one_process_draws(alone, tiny, tmp_path, capsys):
     assert main(options(tiny, tmp_path / "out", workers=2)) == 0
-    assert "25 images drawn, 0 were there" in capsys.readouterr().out
+    assert "25 images drawn" in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(alone / "webdataset")
     assert "grid.png" in contents(tmp_path / "out")
     assert record(tmp_path / "out")["results"] == record(alone / "webdataset")["results"]

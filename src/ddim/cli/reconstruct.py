@@ -7,11 +7,11 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Measures what is missing in the folder, and says where the table is."""
-    from ddim.cli.terminal import run_request, say
+    from ddim.cli.terminal import counted, run_request, say
 
     outcome = run_request("reconstruct.ReconstructJob", request, show_items=True)
     there = outcome.there + outcome.beside
     say(
-        f"{outcome.made} cells measured, {there} were there; the table is "
+        f"{counted(outcome.made, there, 'cell', 'measured')}; the table is "
         f"{outcome.job.folder / 'table.md'}, beside a plot and a sheet."
     )

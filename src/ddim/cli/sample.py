@@ -7,14 +7,14 @@ __all__ = ["Request", "run", "savings"]
 
 def run(request: Request) -> None:
     """Draws what is missing in the folder, and says where the images are."""
-    from ddim.cli.terminal import run_request, say
+    from ddim.cli.terminal import counted, run_request, say
 
     outcome = run_request("sample.SampleJob", request)
     job, out = outcome.job, outcome.job.folder
     others = "seeds" if job.text is None else "seeds or prompts"
     beside = f" {outcome.beside} of other {others} are there too, and not in the grid."
     say(
-        f"{outcome.made} images drawn, {outcome.there} were there; they are in {out}, together in "
+        f"{counted(outcome.made, outcome.there, 'image', 'drawn')}; they are in {out}, together in "
         f"{out / job.grid}.{beside if outcome.beside else ''}"
     )
     if outcome.made:
@@ -23,8 +23,8 @@ def run(request: Request) -> None:
         each = "" if batches == 1 else f"in each of {batches} batches "
         more = savings(seconds, steps=steps, total=total) if request.image is None else ""
         say(
-            f"{steps} steps {each}took {seconds:.1f} s, {1000 * seconds / batches / steps:.1f} "
-            f"ms a step{more}."
+            f"{steps} step{'' if steps == 1 else 's'} {each}took {seconds:.1f} s, "
+            f"{1000 * seconds / batches / steps:.1f} ms a step{more}."
         )
 
 

@@ -7,7 +7,7 @@ __all__ = ["Request", "run"]
 
 def run(request: Request) -> None:
     """Measures the cells that are missing in the folder, and says where the table is."""
-    from ddim.cli.terminal import run_request, say
+    from ddim.cli.terminal import counted, run_request, say
 
     outcome = run_request("table.TableJob", request, show_items=True)
     job = outcome.job
@@ -15,6 +15,6 @@ def run(request: Request) -> None:
         rounds = request.timing_rounds
         say(f"{job.timed} cells timed in turn, the median of {rounds} each.")
     say(
-        f"{outcome.made} cells measured, {outcome.there} were there; the table is "
+        f"{counted(outcome.made, outcome.there, 'cell', 'measured')}; the table is "
         f"{job.folder / 'table.md'}."
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ddim.errors import printable
 from ddim.runs.engine import Control, Event, Outcome, execute
 
-__all__ = ["bar_size", "duration", "run_request", "say", "unsolved_note"]
+__all__ = ["bar_size", "counted", "duration", "run_request", "say", "unsolved_note"]
 
 
 def run_request(job: str, request: object, *, show_items: bool = False) -> Outcome:
@@ -39,6 +39,12 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
         module, name = job.split(".")
         kind = getattr(importlib.import_module(f"ddim.runs.{module}"), name)
         return execute(kind(request, control))
+
+
+def counted(made: int, there: int, what: str, done: str) -> str:
+    """How many of what a run made, and how many it found, as '1 image drawn, 5 were there'."""
+    found = f", {there} {'was' if there == 1 else 'were'} there" if there else ""
+    return f"{made} {what}{'' if made == 1 else 's'} {done}{found}"
 
 
 def say(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -98,17 +99,26 @@ def run(request: Request) -> None:
 
 def _tell_end(result: "TrainResult") -> None:
     from ddim.cli.terminal import say
+    from ddim.training.checkpoint import checkpoint_folder
 
     out, step = result.out, result.step
     if not result.finished and step == 0:
         say("Stopped before the first step, without a checkpoint; the same command begins anew.")
         return
     if not result.finished:
-        say(f"Stopped at step {step} with a checkpoint; the same command goes on from there.")
+        say(
+            f"Stopped at step {step} with a checkpoint; the same command goes on from there, and "
+            f"{_sampling(checkpoint_folder(out / 'checkpoints', step))} draws with what there is."
+        )
         return
     if result.was_finished:
         say(f"The run was finished already, after {step} steps, and nothing was trained.")
     if result.shortness is not None:
         say(f"note: {result.shortness}")
-    prompt = " --prompt '...'" if (out / "text_encoder").is_dir() else ""
-    say(f"The model is in {out}; sample it with: ddim sample {out}{prompt}")
+    say(f"The model is in {out}; sample it with: {_sampling(out)}")
+
+
+def _sampling(model: Path) -> str:
+    """The command that draws with a model."""
+    prompt = " --prompt '...'" if (model / "text_encoder").is_dir() else ""
+    return f"ddim sample {model}{prompt}"

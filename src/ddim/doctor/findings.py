@@ -52,7 +52,7 @@ GREY_LEVEL = 2 / 255
 
 DATA = (0.5, 0.25)
 """Mean and std of the Gaussian data on which steps are judged."""
-DATA_NAME = "N({}, {}^2)".format(*DATA)
+DATA_NAME = "brightness {} +- {}".format(*DATA)
 
 SONG = "Song, Meng, Ermon 2021, arXiv 2010.02502"
 LIN = "Lin et al. 2023, arXiv 2305.08891"

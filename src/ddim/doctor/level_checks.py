@@ -183,8 +183,8 @@ def _off_the_grid(case: Case) -> Finding | None:
         grade(error),
         f"In plain diffusers, {off} of {len(theirs)} steps leave the grid: they go to t - "
         f"{total // case.steps}, not to the next level.",
-        f"On data {DATA_NAME} with a perfect network it makes N({their_mean:.3f}, "
-        f"{their_std:.3f}^2); steps to the next level make N({mean:.3f}, {std:.3f}^2): off by "
+        f"Of images of {DATA_NAME} a perfect network then makes {their_mean:.3f} +- "
+        f"{their_std:.3f}, and by steps to the next level {mean:.3f} +- {std:.3f}: off by "
         f"{error:.3f}.",
         {
             **{"steps": case.steps, "off": off, "diffusers": [their_mean, their_std]},

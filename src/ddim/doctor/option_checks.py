@@ -284,6 +284,7 @@ def _other_training(case: Case) -> Finding | None:
     if kind != "epsilon" or bool((here.alpha_bar(torch.tensor(case.levels)) > 0).all()):
         mixed = ModelDenoiser(oracle.network(trained_kind), here, kind)
         mean, std = mean_std(mixed, here, pairs, oracle, first)
+    made = f"makes {mean:.3f} +- {std:.3f}" if math.isfinite(mean) else "divides by zero"
     keys = [key for key in _TRAINED_KEYS if training[key] != case.config[key]]
     answers = case.probe.evidence if case.probe and case.probe.zero_terminal_snr else {}
     source = ", by its own answers" if answers else ""
@@ -297,8 +298,8 @@ def _other_training(case: Case) -> Finding | None:
         f"The model was trained with {', '.join(f'{k}={_short(training[k])}' for k in keys)}"
         f"{source}, and is sampled with "
         f"{', '.join(f'{k}={_short(case.config[k])}' for k in keys)}.",
-        f"On data {DATA_NAME} a perfect network that is sampled so makes N({mean:.3f}, "
-        f"{std:.3f}^2) instead of N({right_mean:.3f}, {right_std:.3f}^2).",
+        f"A perfect network that is sampled so {made}, and of images of {DATA_NAME} it should make "
+        f"{right_mean:.3f} +- {right_std:.3f}.",
         {"mixed": [mean, std], "right": [right_mean, right_std], **answers},
         {key: training[key] for key in keys if key not in denied},
     )

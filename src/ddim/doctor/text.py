@@ -23,7 +23,7 @@ def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe |
     parts = ["\n\n".join(filter(None, (diagnosis.verdict, python, declares))) + "\n"]
     if summary := diagnosis.summary:
         known = summary["brightness"]
-        assumed = ", assumed" if known["assumed"] else ""
+        assumed = ", which is assumed; --data PICTURES measures yours" if known["assumed"] else ""
         taken = "" if known["whole_images"] else " (taken for independent of the rest of the image)"
         parts.append(
             f"{source}: {summary['scheduler']}, {summary['levels']} levels "

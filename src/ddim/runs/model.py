@@ -131,8 +131,11 @@ def find_device(name: str) -> torch.device:
 
 
 def short_name(path: str) -> str:
-    """A short name for results about a model or a file."""
-    return re.sub(r"[^\w.-]+", "-", Path(path).name) or "model"
+    """A short name for results about a model or a file; of a checkpoint, the model's beside it."""
+    here = Path(path)
+    is_checkpoint = here.parent.name == "checkpoints" and here.name.isdigit()
+    names = (here.parents[1].name, here.name) if is_checkpoint else (here.name,)
+    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, names))) or "model"
 
 
 def open_finite(opened: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:

@@ -22,7 +22,14 @@ from ddim.files import locked, remove_partial, replacing_folder, write_json
 from ddim.training.loop import Run
 from ddim.training.package import PUBLISHED, save_model, writing
 
-__all__ = ["hold", "latest_checkpoint", "load_training_state", "prune", "save_checkpoint"]
+__all__ = [
+    "checkpoint_folder",
+    "hold",
+    "latest_checkpoint",
+    "load_training_state",
+    "prune",
+    "save_checkpoint",
+]
 
 
 @contextlib.contextmanager
@@ -101,7 +108,7 @@ def save_checkpoint(root: Path, step: int, run: Run, record: dict[str, Any]) -> 
     Raises:
         OutputError: If something cannot be written.
     """
-    target, previous = root / f"{step:07d}", latest_checkpoint(root)
+    target, previous = checkpoint_folder(root, step), latest_checkpoint(root)
     network = run.accelerator.unwrap_model(run.model)
     with writing(f"the checkpoint of step {step}", root), replacing_folder(target) as partial:
         save_model(partial, run.average.network, run.subject.package, previous=previous)
@@ -121,8 +128,8 @@ def prune(root: Path, *, keep: int, best: int | None) -> None:
     """Removes all but the newest ``keep`` checkpoints and the best one."""
     for step in _steps(root)[:-keep]:
         if step != best:  # renamed first: a half-removed folder must not pass for a checkpoint
-            name = f"{step:07d}"
-            shutil.rmtree((root / name).rename(root / f".{name}.partial"))
+            folder = checkpoint_folder(root, step)
+            shutil.rmtree(folder.rename(root / f".{folder.name}.partial"))
 
 
 def _steps(root: Path) -> list[int]:
@@ -131,10 +138,15 @@ def _steps(root: Path) -> list[int]:
     return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit())
 
 
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """The checkpoint of a step below ``root``."""
+    return root / f"{step:07d}"
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """Returns the newest checkpoint below ``root``, or None."""
     steps = _steps(root)
-    return root / f"{steps[-1]:07d}" if steps else None
+    return checkpoint_folder(root, steps[-1]) if steps else None
 
 
 def load_training_state(checkpoint: Path, run: Run) -> None:
