@@ -740,13 +740,17 @@ def test_version_and_unknown_commands(capsys):
     )
 
 
-def test_as_a_program_it_uses_the_embedded_model_and_exit_codes(tmp_path):
+@pytest.mark.slow
+def test_as_a_program_it_draws_with_the_embedded_model(tmp_path):
     run = [sys.executable, "-m", "ddim", "sample", "--steps", "2", "--count", "1"]
     result = subprocess.run(
         [*run, "--out", str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert result.stderr == ""
     assert pixels(tmp_path / "000000.png").shape == (28, 28)
+
+
+def test_as_a_program_it_has_exit_codes():
     command = [sys.executable, "-m", "ddim", "fly"]
     bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2

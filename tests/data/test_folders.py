@@ -253,6 +253,7 @@ def test_pictures_that_are_read_in_part_or_changed_are_told(tmp_path):
         "of 16 bits are read by their upper 8: 1.",
         "of several frames are read by the first: 1.",
         "smaller than 8x8 are enlarged: 1.",
+        "larger than 8x8 are made smaller: 3.",
     ]
 
 

@@ -119,7 +119,7 @@ def test_a_spacing_is_returned_where_the_search_found_nothing_better():
     assert fit.ratio("trailing").high < 1
 
 
-@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+@pytest.mark.parametrize("kind", ["v_prediction", pytest.param("sample", marks=pytest.mark.slow)])
 def test_zero_snr_and_guided_networks_are_fitted_too(kind):
     schedule = NoiseSchedule.from_betas(rescale_zero_terminal_snr(make_betas()))
     oracle = GaussianOracle(schedule, mean=0.3, std=0.4)

@@ -294,6 +294,7 @@ def test_overwriting_waits_for_nobody_and_takes_nothing_from_those_at_work(
     assert "another protocol" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_status_of_a_run_that_goes_on_and_of_one_that_was_killed(
     tiny, tmp_path, interrupted, capsys
 ):

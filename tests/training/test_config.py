@@ -85,7 +85,7 @@ def parsed(words):
         OTHER,
         OTHER | CROPPED,
         {"data": "digits", "out": "x"},
-        *[{"out": "x", **p.options} for p in PRESETS.values()],
+        *[{"data": "a", "out": "x", **p.options} for p in PRESETS.values()],
     ],
 )
 def test_the_command_line_of_a_configuration_gives_that_configuration(options):
@@ -138,6 +138,14 @@ def test_an_option_of_a_preset_without_effect_falls_back_and_a_given_one_is_refu
     assert (request.beta_start, configuration(request).beta_start) == (0.00085, None)
     with pytest.raises(DDIMError, match="--beta-end acts only with --beta-schedule linear"):
         parse(Request, name="train", arguments=[*words, "--beta-end", "0.01"], default=request)
+
+
+def test_a_preset_that_leaves_the_data_open_asks_for_them():
+    words = ["--preset", "few-pictures", "--data", "a", "--resolution", "64"]
+    found = parsed(words)
+    assert (found["data"], found["out"], found["resolution"]) == ("a", "runs/few-pictures", 64)
+    with pytest.raises(DDIMError, match="--data"):
+        parsed(words[:2])
 
 
 @pytest.mark.parametrize("words", [["--preset"], ["--preset="], ["--preset", "mars"]])
@@ -234,8 +242,9 @@ def test_open_options_follow_from_the_length_of_the_run():
         config = TrainConfig(data="digits", out="x", images=images, **options)
         return config.pace(config.steps(1))
 
-    assert pace(64) == Pace(0, 0.0, 1, 79)
-    assert pace(2_000) == Pace(3, pytest.approx(1 - 10 / 32), 1, 80)
+    assert pace(64) == Pace(0, 0.0, 1, 1)
+    assert pace(2_000) == Pace(3, pytest.approx(1 - 10 / 32), 1, 32)
+    assert pace(16_000) == Pace(25, 0.96, 12, 84)  # 250 steps in three parts, of 5,376 images
     assert pace(64_000) == Pace(100, 0.99, 50, 100)
     assert pace(64_000_000) == Pace(500, 0.9995, 50, 100_000)
     given = {"lr_warmup_steps": 0, "ema_decay": 0.5, "log_every": 7, "preview_every": 0}

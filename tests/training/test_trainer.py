@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import types
 from pathlib import Path
 
 import diffusers
@@ -344,6 +345,32 @@ def test_the_time_is_estimated_after_the_first_steps(tmp_path):
     train(config(tmp_path, images=40, log_every=100, checkpoint_every=100), on_progress=seen.append)
     assert [progress.step for progress in seen] == [5, 10]
     assert seen[0].seconds_left > 0
+
+
+def test_what_is_left_is_told_by_all_steps_but_the_first_and_by_what_comes_between(
+    tmp_path, monkeypatch
+):
+    now, usual = [0.0], monitoring.Follower.follow
+
+    def follow(self, result, **options):
+        now[0] += 10.0 if result.step <= 5 else 1.0
+        usual(self, result, **options)
+
+    def draw(run, path):
+        now[0] += 5.0
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(monitoring, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(monitoring.Follower, "follow", follow)
+    monkeypatch.setattr(monitoring, "preview", draw)
+    seen = []
+    options = {"log_every": 5, "preview_every": 10, "checkpoint_every": 100}
+    train(config(tmp_path, images=160, **options), on_progress=seen.append)  # 40 steps
+    left = {progress.step: progress.seconds_left for progress in seen}
+    assert left[5] == pytest.approx(35 * 10)
+    assert left[10] == pytest.approx(30 * 1)
+    assert left[20] == pytest.approx(20 * (15 + 5) / 15)  # a preview at step 10
+    assert left[40] == 0
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ class Request(TrainConfig):
 
 
 def defaults(arguments: list[str]) -> Request | None:
-    """The request that a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME.
+    """The request that a ``--preset`` among the arguments stands for, its ``out`` being runs/NAME;
+    its ``data`` is missing if the preset leaves it open.
 
     Raises:
         DDIMError: If the preset's name is missing or unknown.
@@ -48,8 +49,8 @@ def defaults(arguments: list[str]) -> Request | None:
                 raise DDIMError(f"--preset must be one of {', '.join(PRESETS)}; got {name!r}.")
     if name is None:
         return None
-    options: dict[str, Any] = {"out": f"runs/{name}", **PRESETS[name].options}
-    return Request(**options)
+    named: dict[str, Any] = {"data": tyro.MISSING, "out": f"runs/{name}"}
+    return Request(**named | PRESETS[name].options)
 
 
 def configuration(request: Request) -> TrainConfig:

@@ -61,8 +61,9 @@ def survey(
         if resolution is None and _size(header, center_crop) != wanted:
             raise _stray(name, source, place)
         found.update(kind for kind in ("is_grey", *_FATES) if getattr(header, kind))
-        # Only of squares, since EXIF may turn a picture on its side.
-        found["is_small"] += height == width and min(header.size) < height
+        if height == width and resolution is not None:  # EXIF may turn a picture on its side
+            found["is_small"] += min(header.size) < height
+            found["is_large"] += min(header.size) > height
     grey, notes = found["is_grey"], []
     if channels is None and 0 < grey < len(places):
         kinds = f"grey ({grey}) and coloured ({len(places) - grey})"
@@ -70,6 +71,7 @@ def survey(
     for kind, fate in (
         *_FATES.items(),
         ("is_small", f"smaller than {width}x{height} are enlarged"),
+        ("is_large", f"larger than {width}x{height} are made smaller"),
     ):
         if found[kind]:
             notes.append(f"images of {name} {fate}: {found[kind]}.")

@@ -156,6 +156,7 @@ class Follower:
         self._first = int(record["step"]) + 1
         self._pace = run.config.pace(run.steps)
         self._restart_clock(int(record["step"]))
+        self._restart_estimate()
 
     def follow(self, result: StepResult, *, stopping: bool) -> None:
         """Takes note of a step: what is due after it is logged, drawn and saved. The last one
@@ -177,6 +178,8 @@ class Follower:
             self._restart_clock(step)
             held = validation_loss(run, self.held_out) if saved and self.held_out else None
             self._report(result, loss, rate, held)
+            if is_early:
+                self._restart_estimate()
             if saved:
                 self._save(step, loss, held)
                 self._restart_clock(step)
@@ -184,6 +187,7 @@ class Follower:
             self._draw(step)
         if step == self._first:  # which takes longer than the others
             self._restart_clock(step)
+            self._restart_estimate()
 
     def _draw(self, step: int) -> None:
         self._preview = self.out / "previews" / f"{step:07d}.png"
@@ -194,6 +198,10 @@ class Follower:
 
     def _restart_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.perf_counter(), step
+
+    def _restart_estimate(self) -> None:
+        """Has what is left be estimated from here on: the first steps are slower than the rest."""
+        self._estimated_from = time.perf_counter(), self._clock_step
 
     def _read_losses(self) -> float:
         """Moves the losses to the host, once, checks them, and returns their mean."""
@@ -212,7 +220,8 @@ class Follower:
             values = {"loss": loss, "learning_rate": result.learning_rate}
             self.log.add(step, **values, images_per_second=rate, validation_loss=held)
         if self.on_progress is not None and self.run.accelerator.is_main_process:
-            left = (steps - step) * per_step / rate
+            began, first = self._estimated_from  # all since then, checkpoints and previews too
+            left = (steps - step) * (time.perf_counter() - began) / (step - first)
             images, path = step * per_step, self._preview
             # A terminal that was closed does not end the run.
             with contextlib.suppress(OSError):
