@@ -132,7 +132,7 @@ class ModelDenoiser:
         """
         if not (isinstance(x_t, Tensor) and x_t.is_floating_point()):
             check_samples(x_t=x_t)
-        known = None
+        kind, is_clipped, known = self.prediction_type, self.clip.kind != "none", None
         if isinstance(t, Tensor):
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x_t))):
                 raise wrong_argument(
@@ -141,8 +141,9 @@ class ModelDenoiser:
             levels = t.to(x_t.device, torch.int64).expand(x_t.shape[0])
         else:
             t = t if type(t) is int else whole(t)
-            if (known := self._solutions.get(t)) is None:
+            if t not in self._solutions:
                 self.schedule.alpha_bar(t)  # refuses what is no level
+            known = None if is_clipped else self._solutions.get(t)
             levels = torch.full((x_t.shape[0],), t, dtype=torch.int64, device=x_t.device)
         dtype = self._dtype(x_t)  # asked for first: a cast that does nothing is a call too
         output = network_output(self.network(x_t if x_t.dtype == dtype else x_t.to(dtype), levels))
@@ -152,8 +153,7 @@ class ModelDenoiser:
                 f"{list(output.shape)}. If it predicts a variance too, wrap it to return the mean."
             )
         output = output if output.dtype == x_t.dtype else output.to(x_t.dtype)
-        kind, is_clipped = self.prediction_type, self.clip.kind != "none"
-        if known is not None and not is_clipped and all(map(math.isfinite, known)):
+        if known is not None:
             x0_x, x0_m, eps_x, eps_m = known
             x0 = eps = output
             if kind != "sample":
@@ -170,7 +170,7 @@ class ModelDenoiser:
         return Denoised(x0, eps)
 
     @cached_property
-    def _solutions(self) -> dict[int, tuple[float, ...]]:
+    def _solutions(self) -> dict[int, tuple[float, ...] | None]:
         return _solutions(self.schedule, self.prediction_type)
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
@@ -182,10 +182,13 @@ class ModelDenoiser:
 
 
 @lru_cache(maxsize=8)
-def _solutions(schedule: NoiseSchedule, kind: PredictionType) -> dict[int, tuple[float, ...]]:
-    """The solution at every level as numbers, so that a step waits for no device."""
-    solution = solve(kind, schedule.alphas_cumprod)
-    return dict(enumerate(zip(*(column.tolist() for column in solution), strict=True)))
+def _solutions(
+    schedule: NoiseSchedule, kind: PredictionType
+) -> dict[int, tuple[float, ...] | None]:
+    """The solution at every level as numbers, so that a step waits for no device; None where there
+    is none."""
+    rows = zip(*(column.tolist() for column in solve(kind, schedule.alphas_cumprod)), strict=True)
+    return {t: row if all(map(math.isfinite, row)) else None for t, row in enumerate(rows)}
 
 
 def checked(denoise: Denoiser) -> Denoiser:

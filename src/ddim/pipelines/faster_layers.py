@@ -1,8 +1,6 @@
 """The faster forms of diffusers' layers, which compute the same but for rounding."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-__all__ = ["FASTER", "Faster", "LaidConv2d", "acting_here"]
+__all__ = ["FASTER", "ActingHere", "Faster", "LaidConv2d"]
 
 SHORT = 64 * 64
 """Attention of at most that many queries times keys is computed as products of small matrices,
@@ -40,15 +38,19 @@ variance: the variance then loses two digits of the seven of float32 by a differ
 _thread = threading.local()
 
 
-@contextmanager
-def acting_here(active: bool) -> Iterator[None]:
-    """While held by a thread, layers act in their faster forms there, or do not."""
-    before = getattr(_thread, "acts", False)
-    _thread.acts = active
-    try:
-        yield
-    finally:
-        _thread.acts = before
+class ActingHere:
+    """While held by a thread, layers act in their faster forms there, or do not. (A class, since a
+    generator would take longer than an operator of a small tensor.)"""
+
+    def __init__(self, active: bool) -> None:
+        self._active = active
+
+    def __enter__(self) -> None:
+        self._before = getattr(_thread, "acts", False)
+        _thread.acts = self._active
+
+    def __exit__(self, *error: object) -> None:
+        _thread.acts = self._before
 
 
 class Faster:

@@ -1,8 +1,6 @@
 """What makes diffusers' networks faster and leaves what they compute, but for rounding; and their
 weights, wherever they lie."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ddim.errors import DDIMError
-from ddim.pipelines.faster_layers import FASTER, Faster, LaidConv2d, acting_here
+from ddim.pipelines.faster_layers import FASTER, ActingHere, Faster, LaidConv2d
 from ddim.scheduler_base import log_once
 
 __all__ = [
@@ -74,12 +72,10 @@ def prepare_walk(network: nn.Module) -> None:
                 layer.renew()
 
 
-@contextmanager
-def acting(network: nn.Module) -> Iterator[None]:
+def acting(network: nn.Module) -> ActingHere:
     """While held by a thread, the layers of a network that :func:`prepare_walk` prepared act in
     their faster forms there."""
-    with acting_here(network in _loaded):
-        yield
+    return ActingHere(network in _loaded)
 
 
 def _swap_layers(network: nn.Module) -> None:
