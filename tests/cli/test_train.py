@@ -482,8 +482,8 @@ def test_two_processes_train_one_model_on_different_images_and_noise_and_resume(
     assert np.array_equal(again["noise"], first["noise"][2:])
     assert json.loads((out / "card.json").read_text())["step"] == 6
     alone = ddim(*options)
-    assert alone.returncode == 2
-    assert "holds a run on 2 process(es), and this one has 1; use the same number." in alone.stderr
+    assert alone.returncode == 0, alone.stderr  # any number of processes goes on with the run
+    assert "The run was finished already, after 6 steps" in alone.stdout
 
     with locked(out):  # the second process learns of the refusal instead of waiting for ever
         done = subprocess.run(
