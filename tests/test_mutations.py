@@ -87,14 +87,14 @@ MUTATIONS = {
     ),
     "the two predictions of guidance changed over": (
         "core/guidance.py",
-        "_combine(output[len(x_t) :], output[: len(x_t)]",
-        "_combine(output[: len(x_t)], output[len(x_t) :]",
+        "_combine(output[count:], output[:count]",
+        "_combine(output[:count], output[count:]",
         "core/test_guidance.py",
     ),
     "the rescale to the other prediction": (
         "core/guidance.py",
-        "_inverse_std(combined), _inverse_std(conditional)",
-        "_inverse_std(combined), _inverse_std(unconditional)",
+        "inverse = _inverse_std(conditional)",
+        "inverse = _inverse_std(unconditional)",
         "core/test_guidance.py",
     ),
     "a rescale that divides by nothing": (
