@@ -16,6 +16,7 @@ __all__ = [
     "first_line",
     "needs_code",
     "plain_words",
+    "plural",
     "printable",
     "shown_cause",
 ]
@@ -43,6 +44,11 @@ class OutputError(DDIMError):
 
 class DivergenceError(DDIMError):
     """A prediction, a sample or a code became NaN or infinite."""
+
+
+def plural(count: int, noun: str) -> str:
+    """As '1 step' or '2 steps'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -339,6 +339,16 @@ def test_a_fix_that_its_own_figures_call_useless_is_not_proposed():
     assert strides.fix == {}
 
 
+def test_weights_that_epsilon_cannot_sample_are_told_to_divide_by_zero():
+    training = {**SOUND, "_class_name": "DDIMScheduler"}
+    diagnosis = diagnose(
+        {**SOUND, "prediction_type": "epsilon"}, model=ModelFacts(training=training)
+    )
+    (found,) = (f for f in diagnosis.findings if f.code == "DDIM019")
+    assert found.consequence.startswith("A perfect network that is sampled so divides by zero, and")
+    assert found.evidence["mixed"] == [None, None]  # infinite, which JSON cannot say
+
+
 def test_defects_of_diffusers_are_told_as_such():
     for code, _, config, options in PLANTED:
         for found in diagnose(config, **options).findings:

@@ -103,35 +103,20 @@ def test_in_diffusers_own_pipeline_our_scheduler_walks_the_timesteps_of_the_call
     torch.testing.assert_close(x, latents)
 
 
-CASES = [
-    {
-        "prediction_type": kind,
-        "timestep_spacing": spacing,
-        "guidance_scale": scale,
-        "guidance_rescale": rescale,
-        "eta": eta,
-    }
-    for kind, (spacing, rescale), (scale, eta) in itertools.product(
-        ("epsilon", "v_prediction", "sample"),
-        (("leading", 0.0), ("trailing", 0.7), ("trailing", 0.0)),
-        ((7.5, 0.0), (3.0, 1.0), (1.0, 0.5)),
-    )
-]
-
-
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=pytest.mark.slow if n % 2 else ()) for n, case in enumerate(CASES)],
-    ids=lambda case: "-".join(map(str, case.values())),
+    ("kind", "how", "guidance"),
+    thinned(
+        ["epsilon", "v_prediction", "sample"],
+        [("leading", 0.0), ("trailing", 0.7), ("trailing", 0.0)],
+        [(7.5, 0.0), (3.0, 1.0), (1.0, 0.5)],
+        stride=2,
+    ),
 )
-def test_images_are_those_of_diffusers(case, both):
+def test_images_are_those_of_diffusers(kind, how, guidance, both):
     pipe, theirs = both
-    options = dict(case)
-    schedule_both(
-        pipe,
-        theirs,
-        **{name: options.pop(name) for name in ("prediction_type", "timestep_spacing")},
-    )
+    (spacing, rescale), (scale, eta) = how, guidance
+    schedule_both(pipe, theirs, prediction_type=kind, timestep_spacing=spacing)
+    options = {"guidance_scale": scale, "guidance_rescale": rescale, "eta": eta}
     for more in (
         {"num_inference_steps": 5},
         {"negative_prompt": "blue", "num_images_per_prompt": 2, "num_inference_steps": 10},

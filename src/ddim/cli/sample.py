@@ -1,5 +1,6 @@
 """``ddim sample``: draws images from a model."""
 
+from ddim.errors import plural
 from ddim.runs.requests import SampleRequest as Request
 
 __all__ = ["Request", "run", "savings"]
@@ -23,7 +24,7 @@ def run(request: Request) -> None:
         each = "" if batches == 1 else f"in each of {batches} batches "
         more = savings(seconds, steps=steps, total=total) if request.image is None else ""
         say(
-            f"{steps} step{'' if steps == 1 else 's'} {each}took {seconds:.1f} s, "
+            f"{plural(steps, 'step')} {each}took {seconds:.1f} s, "
             f"{1000 * seconds / batches / steps:.1f} ms a step{more}."
         )
 

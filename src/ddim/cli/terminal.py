@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddim.errors import printable
+from ddim.errors import plural, printable
 from ddim.runs.engine import Control, Event, Outcome, execute
 
 __all__ = ["bar_size", "counted", "duration", "run_request", "say", "unsolved_note"]
@@ -44,7 +44,7 @@ def run_request(job: str, request: object, *, show_items: bool = False) -> Outco
 def counted(made: int, there: int, what: str, done: str) -> str:
     """How many of what a run made, and how many it found, as '1 image drawn, 5 were there'."""
     found = f", {there} {'was' if there == 1 else 'were'} there" if there else ""
-    return f"{made} {what}{'' if made == 1 else 's'} {done}{found}"
+    return f"{plural(made, what)} {done}{found}"
 
 
 def say(

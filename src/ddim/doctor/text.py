@@ -9,6 +9,7 @@ from typing import Any
 from ddim.doctor.findings import Finding, Severity
 from ddim.doctor.probing import Probe
 from ddim.doctor.report import Diagnosis
+from ddim.errors import plural
 
 __all__ = ["fix_rows", "fix_text", "report_text"]
 
@@ -49,7 +50,7 @@ def report_text(source: str, declares: str, diagnosis: Diagnosis, probe: Probe |
         name: sum(finding.severity == severity for finding in diagnosis.findings)
         for name, severity in _COUNTED.items()
     }
-    listed = [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
+    listed = [plural(count, name) for name, count in counts.items()]
     return "\n".join([*parts, f"\n{', '.join(listed)}."])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddim.errors import DDIMError
+from ddim.errors import DDIMError, plural
 from ddim.models.images import open_image
 from ddim.options import check_request, words_of
 from ddim.runs.requests import DoctorRequest, EditRequest, InterpolateRequest, SampleRequest
@@ -254,7 +254,7 @@ def _cells(title: str, rows: dict[str, Any], columns: dict[str, Any], make: Any)
 
 def _columns(steps: object) -> dict[str, Any]:
     counts = read_list("the numbers of steps", steps, int)
-    return {f"{n} step{'' if n == 1 else 's'}": {"steps": n} for n in counts}
+    return {plural(n, "step"): {"steps": n} for n in counts}
 
 
 def step_cells(subject: Subject, *, seed: object, steps: object, etas: object) -> Cells:

@@ -8,7 +8,7 @@ from html import escape
 
 from PIL import Image
 
-from ddim.errors import printable
+from ddim.errors import plural, printable
 from ddim.studio.desk import Update
 
 __all__ = [
@@ -114,7 +114,7 @@ def status_html(update: Update, *, what: str = "step", done: str = "Done.") -> s
     words, bar = done, ""
     if update.state == "waiting":
         before = update.before
-        many = f"{before} run{'' if before == 1 else 's'} before yours" if before else "next"
+        many = f"{plural(before, 'run')} before yours" if before else "next"
         words = f"In the queue: {many}."
     elif update.state == "running":
         words = "Loading the model ..."

@@ -156,7 +156,7 @@ class Follower:
         self._first = int(record["step"]) + 1
         self._pace = run.config.pace(run.steps)
         self._restart_clock(int(record["step"]))
-        self._restart_estimate()
+        self._restart_estimate(int(record["step"]))
 
     def follow(self, result: StepResult, *, stopping: bool) -> None:
         """Takes note of a step: what is due after it is logged, drawn and saved. The last one
@@ -178,8 +178,6 @@ class Follower:
             self._restart_clock(step)
             held = validation_loss(run, self.held_out) if saved and self.held_out else None
             self._report(result, loss, rate, held)
-            if is_early:
-                self._restart_estimate()
             if saved:
                 self._save(step, loss, held)
                 self._restart_clock(step)
@@ -187,7 +185,8 @@ class Follower:
             self._draw(step)
         if step == self._first:  # which takes longer than the others
             self._restart_clock(step)
-            self._restart_estimate()
+        if step == self._first or is_early:  # the first few are slower than the rest
+            self._restart_estimate(step)
 
     def _draw(self, step: int) -> None:
         self._preview = self.out / "previews" / f"{step:07d}.png"
@@ -199,9 +198,9 @@ class Follower:
     def _restart_clock(self, step: int) -> None:
         self._clock, self._clock_step = time.perf_counter(), step
 
-    def _restart_estimate(self) -> None:
-        """Has what is left be estimated from here on: the first steps are slower than the rest."""
-        self._estimated_from = time.perf_counter(), self._clock_step
+    def _restart_estimate(self, step: int) -> None:
+        """Has what is left be estimated by the steps after this one."""
+        self._estimated_from = time.perf_counter(), step
 
     def _read_losses(self) -> float:
         """Moves the losses to the host, once, checks them, and returns their mean."""
