@@ -320,7 +320,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, heads: int) -> Tensor:
 def _mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T) v of [B * heads, tokens, D], as [B * heads, D, queries]."""
     scores = torch.bmm(key, query.transpose(1, 2))
-    weights = (scores - scores.amax(1, keepdim=True)).exp()
+    # In place, and without a gradient: what is subtracted cancels.
+    weights = scores.sub_(scores.detach().amax(1, keepdim=True)).exp_()
     mixed = torch.bmm(value.transpose(1, 2).contiguous(), weights)  # [B * heads, D, queries]
     return mixed / weights.sum(1, keepdim=True)
 
