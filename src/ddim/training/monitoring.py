@@ -153,10 +153,11 @@ class Follower:
         self.losses: list[tuple[int, float]] = []
         self._unread: list[StepResult] = []
         self._preview: Path | None = None
-        self._first = int(record["step"]) + 1
+        done = int(record["step"])
+        self._first = done + 1
         self._pace = run.config.pace(run.steps)
-        self._restart_clock(int(record["step"]))
-        self._restart_estimate(int(record["step"]))
+        self._restart_clock(done)
+        self._restart_estimate(done)
 
     def follow(self, result: StepResult, *, stopping: bool) -> None:
         """Takes note of a step: what is due after it is logged, drawn and saved. The last one
