@@ -124,6 +124,7 @@ def test_a_seed_is_one_image_whatever_the_batch_and_missing_ones_are_added(model
         (["evaluate"], "SAMPLES_OR_MODEL and --reference must be given"),
         (["evaluate", "--reference", "x"], "SAMPLES_OR_MODEL must be given"),
         (["convert", "x"], "OUT must be given"),
+        (["train", "--preset", "few-pictures"], "--data must be given"),
         (["sample", "nowhere"], "'nowhere' is neither an embedded model nor an existing folder"),
         (["sample", "--count", "0"], "must be at least 1; got 0"),
         (["sample", "--seed", "-1"], "--seed must be at least 0; got -1."),
