@@ -1,6 +1,6 @@
-"""Measures this package beside diffusers on a CUDA device, in under four minutes, each side in a
-process of its own: Stable Diffusion 1.5 and 2.1 of random weights in float16, the embedded model in
-float32, a scheduler's step, and training in bfloat16.
+"""Measures this package beside diffusers on a CUDA device, each side in a process of its own, and
+is meant to take under four minutes there: Stable Diffusion 1.5 and 2.1 of random weights in
+float16, the embedded model in float32, a scheduler's step, and training in bfloat16.
 
 Run: python benchmarks/gpu.py. Writes benchmarks/result-cuda.md after each part, so that a run that
 is cut off leaves what it has measured. ``--dry`` walks through all of it on a CPU, with tiny
